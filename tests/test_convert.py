@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mtt_fast
-from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.__main__ import main as all_jobs
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
@@ -29,6 +29,7 @@ from mtt_fast.data.class_names import SUBSETS
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.experts import main as experts
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
 from mtt_fast.testing import reference_convnet
 
 DIGITS = "--dataset digits --model ConvNetD1W4".split()
@@ -95,7 +96,10 @@ def test_a_public_pair_becomes_a_set_that_can_be_evaluated(caplog: pytest.LogCap
     assert torch.equal(synthetic.images, images.flip(0))  # class by class
     assert synthetic.labels.tolist() == list(range(10))
     assert float(synthetic.lr) == pytest.approx(0.03)
-    assert synthetic.recipe["ipc"] == 1
+    assert synthetic.recipe == {
+        "dataset": "digits", "subset": None, "res": None, "data_path": "data", "packed_path": None, "zca": False,
+        "model": "ConvNetD1W4", "ipc": 1, "imported_from": "theirs",
+    }  # fmt: skip
     assert synthetic.mean == load("digits", data_path="data", progress=False).mean
     said = caplog.text
     for words in ("images_*.pt, labels_*.pt", "10 images (1, 8, 8) of 10 classes, labels: indices, learning rate: none",
@@ -199,8 +203,11 @@ def test_folders_of_wordnet_ids_get_the_subsets_labels() -> None:
             Path(f"woof/{split}/{wnid}").mkdir(parents=True)
             Image.new("RGB", (8, 8), (number, 0, 0)).save(f"woof/{split}/{wnid}/0.png")
     flags = "--dataset ImageNet --subset imagewoof --res 8 --data_path woof --packed_path packed".split()
-    assert convert("woof/train", "ours.safetensors", *flags) == 0
+    assert convert("woof/train", "ours.safetensors", *flags, "--lr_teacher", "0.05") == 0
+    assert Path("packed").is_dir()
+    assert not Path("woof/packed").exists()
     synthetic = SyntheticDataset.load("ours.safetensors")
+    assert float(synthetic.lr) == pytest.approx(0.05)
     assert (synthetic.pictures()[:, 0, 0, 0] * 255).round().tolist() == synthetic.labels.tolist() == list(range(10))
     assert synthetic.class_names == tuple(SUBSETS["imagewoof"].values())
 
@@ -212,7 +219,26 @@ def test_tensors_need_no_data_set_to_become_others() -> None:
     assert torch.equal(torch.load("dd/images.pt", weights_only=True), images)
     assert torch.equal(torch.load("dd/labels.pt", weights_only=True), labels.detach().log())
     assert not Path("dd/lr.pt").exists()
+    assert convert("theirs", "bench", "--to", "dc_benchmark", "--hard_labels", "--dataset", "MNIST") == 0
+    assert Path("bench/TM/MNIST/IPC1/images_best.pt").exists()
     assert not Path("data").exists()
+
+
+def test_files_that_speak_against_the_options_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    images = save_public_pair(torch.arange(10))
+    torch.save(images, "theirs/images_zca_best.pt")
+    assert convert("theirs", "ours", *DIGITS) == 0
+    assert "written where a set was distilled from whitened images; should they be taken with --zca?" in caplog.text
+    caplog.clear()
+    assert convert("theirs", "whitened", *DIGITS, "--zca") == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_options_that_the_folders_name_contradicts_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    save_public_buffer("buffers/MNIST/ConvNetD1W4")
+    assert convert("buffers/MNIST/ConvNetD1W4", "ours", "--dataset", "digits") == 0
+    assert "--dataset digits: the folder's name says MNIST; is it another?" in caplog.text
+    assert "--model" not in caplog.text
 
 
 @pytest.mark.parametrize("place", ["buffers/digits/ConvNetD1W4", "elsewhere"])
@@ -239,6 +265,14 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     assert f"their test accuracy is {sum(final) / 2:.4f}" in caplog.text
 
 
+def test_experts_may_lie_beside_the_buffers_that_they_were_read_from() -> None:
+    folder = "buffers/digits/ConvNetD1W4"
+    save_public_buffer(folder)
+    for _ in range(2):  # the same command goes on where it was stopped, and finds all of them here
+        assert convert(folder, "buffers") == 0
+        assert len(TrajectoryStore(folder)) == 2
+
+
 def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:
     save_public_buffer("theirs")
     first = Path("theirs/replay_buffer_0.pt")
@@ -248,9 +282,15 @@ def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFi
     assert "the same trajectory as expert 0, so it counts twice; was a buffer copied?" in caplog.text
 
 
-def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     save_public_buffer("theirs")
+    caplog.set_level("INFO")
     assert convert("theirs", "ours", "--zca", *DIGITS) == 0
+    assert (
+        "--buffer_path ours --dataset digits --data_path data --model ConvNetD1W4 --zca --num_experts 2" in caplog.text
+    )
     metadata = TrajectoryStore("ours/digits_ZCA/ConvNetD1W4").metadata(1)
     assert [math.isnan(value) for value in metadata.accuracy] == [True, True, False]
     assert metadata.whitening == "zca"
@@ -300,11 +340,12 @@ def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> No
     assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 0
     store = TrajectoryStore("anew/digits/ConvNetD1W4")
     assert (store.indices, store.dtype(0)) == ((1,), torch.bfloat16)
+    assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 2  # nothing is written over
 
 
 def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
     save_public_buffer("theirs")
-    assert convert("theirs", "ours", *DIGITS) == 0
+    assert convert("theirs", "ours", *DIGITS, "--store_dtype", "bfloat16") == 0
     assert cli.run(compress, ["ours/digits/ConvNetD1W4", "--num_interpolation", "3"]) == 0
     before = TrajectoryStore("ours/digits/ConvNetD1W4/waypoints_3")
     assert convert(str(before.folder), "mct") == 0
@@ -317,9 +358,42 @@ def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
     for epoch in (0, 0.5, 1, 1.75, 2):
         torch.testing.assert_close(after.read(1, epoch), before.read(1, epoch))
     assert cli.run(distill, [*DISTIL, "--num_interpolation", "3", "--buffer_path", "back", "--out", "run"]) == 0
+    assert convert(str(before.folder), "anew", "--to", "experts") == 0
+    anew = TrajectoryStore("anew/digits/ConvNetD1W4/waypoints_3")
+    assert anew.dtype(1) == before.dtype(1)
+    for epoch in (0, 0.5, 1, 1.75, 2):
+        assert torch.equal(anew.read(1, epoch), before.read(1, epoch))
     assert convert(str(before.folder), "whole", "--to", "buffer") == 0
     buffer = torch.load("whole/digits/ConvNetD1W4/replay_buffer_0.pt", weights_only=True)
     assert torch.equal(nn.utils.parameters_to_vector(buffer[1][1]), before.read(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "whitening", "folder", "compressed"),
+    [
+        ("CIFAR10", "none", "CIFAR10_NO_ZCA", "CIFAR10_NO_ZCA"),
+        ("CIFAR100", "none", "CIFAR100_NO_ZCA", "CIFAR100_NO_ZCA"),
+        ("CIFAR10", "zca", "CIFAR10", "CIFAR10"),
+        ("Tiny", "none", "Tiny", "Tiny_NO_ZCA"),  # MCT's code alone writes it so
+        ("Tiny", "zca", "Tiny", "Tiny"),
+        ("MNIST", "none", "MNIST", "MNIST"),
+        ("imagefruit-64", "none", "ImageNet/imagefruit/64", "ImageNet/imagefruit/64"),
+    ],
+)
+def test_experts_are_written_where_the_public_code_looks(
+    dataset: str, whitening: str, folder: str, compressed: str
+) -> None:
+    net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
+    metadata = ExpertMetadata(
+        network=net.describe(), layout=net.layout.describe(), dataset=dataset, fingerprint="f00d", whitening=whitening,
+        hyperparameters={}, seed=0, accuracy=[math.nan, math.nan, 0.5], versions={},
+    )  # fmt: skip
+    write_expert("ours/ConvNetD1W4", 0, torch.randn(3, net.layout.num_parameters), metadata)
+    assert convert("ours/ConvNetD1W4", "theirs") == 0
+    assert Path("theirs", folder, "ConvNetD1W4", "replay_buffer_0.pt").exists()
+    assert cli.run(compress, ["ours/ConvNetD1W4", "--num_interpolation", "2"]) == 0
+    assert convert("ours/ConvNetD1W4/waypoints_2", "mct") == 0
+    assert Path("mct", compressed, "ConvNetD1W4", "waypoint_buffer_0.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -335,10 +409,14 @@ def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
         ("CIFAR10/else", {}),
     ],
 )  # fmt: skip
-def test_the_public_codes_folders_tell_their_options(folder: str, found: dict[str, Any]) -> None:
+def test_the_public_codes_folders_tell_their_options(
+    folder: str, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("buffers", folder).mkdir(parents=True)
     assert options_in_path(Path("buffers", folder)) == found
     assert options_in_path(Path("buffers", folder, "replay_buffer_0.pt")) == found
+    monkeypatch.chdir(Path("buffers", folder))
+    assert options_in_path(Path()) == found
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
     model = folder.parent.name if folder.name.startswith("waypoints_") else folder.name
     subset, _, res = metadata.dataset.partition("-")
     if subset in SUBSETS:
-        return root / "ImageNet" / subset / (res or "128") / model
+        return root / "ImageNet" / subset / res / model
     suffixed = ("CIFAR10", "CIFAR100", "Tiny") if kind == "waypoints" else ("CIFAR10", "CIFAR100")
     plain = metadata.dataset in suffixed and metadata.whitening == "none"
     return root / (metadata.dataset + ("_NO_ZCA" if plain else "")) / model

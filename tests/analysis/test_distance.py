@@ -21,6 +21,7 @@ from mtt_fast.analysis.distance import (
     strategy_of,
     student_path,
 )
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.data import load, transform_for
 from mtt_fast.experts import ExpertTraining, expert_steps, train_expert
@@ -172,6 +173,44 @@ def test_a_stopped_measurement_goes_on(toy: Path, tmp_path: Path, monkeypatch: p
     assert (out / "distance.md").read_text() == (tmp_path / "whole" / "distance.md").read_text()
     assert run("distance", *sets, *flags, "--out", str(out)) == 0  # and now none
     assert run("distance", *sets, *flags, "--steps", "4", "--out", str(out)) == 130  # another question
+
+
+def test_a_distance_is_taken_from_the_record_for_the_same_question_alone(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Change one thing at a time of all on which a distance depends: options of the command, and what the set says."""
+    own = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
+    logits = dataclasses.replace(own, labels=torch.full((10, 10), 0.1), label_kind="logits")
+    canvases = dataclasses.replace(own, images=own.images.repeat(1, 1, 2, 2), canvas=Canvas(2, 1))
+    sets = {"own": own, "logits": logits, "canvases": canvases}
+    other_sets = [dataclasses.replace(own, recipe=own.recipe | change) for change in (
+        {"batch_syn": 5}, {"student_mom": 0.5}, {"student_l2": 0.01}, {"no_aug": False},
+    )]  # fmt: skip
+    other_sets += [
+        dataclasses.replace(own, images=own.images + 1),
+        dataclasses.replace(own, labels=own.labels.flip(0)),
+        dataclasses.replace(own, lr_per_step=torch.tensor([0.1, 0.2])),
+        dataclasses.replace(logits, label_kind="probabilities"),
+        dataclasses.replace(canvases, canvas=Canvas(2, 2)),
+    ]
+    flags = ["--deltas", "2", "--steps", "3", "--out", str(tmp_path / "out")]
+    for name, synthetic in sets.items():
+        synthetic.save(tmp_path / name / "synthetic.safetensors")
+        assert run("distance", str(tmp_path / name), *flags) == 0
+
+    def asked(*arguments: Any) -> torch.Tensor:
+        raise Stopped("a student was asked for", 2)
+
+    monkeypatch.setattr("mtt_fast.analysis.distance.student_path", asked)
+    for name in sets:
+        assert run("distance", str(tmp_path / name), *flags) == 0
+    for number, synthetic in enumerate(other_sets):
+        synthetic.save(tmp_path / f"other{number}" / "synthetic.safetensors")
+        assert run("distance", str(tmp_path / f"other{number}"), *flags) == 130, number
+    for change in (
+        "--deltas 3", "--steps 4", "--seed 1", "--model ConvNetD1W8", "--expert_lr 0.02", "--batch_real 128",
+    ):  # fmt: skip
+        assert run("distance", str(tmp_path / "own"), *flags, *change.split()) == 130, change
 
 
 def test_augmentation_is_that_of_the_distillation() -> None:

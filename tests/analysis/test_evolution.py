@@ -24,6 +24,7 @@ def test_evolution_shows_every_snapshot(toy: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "evolution.gif") as gif:
         assert isinstance(gif, GifImageFile)
         assert gif.n_frames == 3
+        assert gif.info["loop"] == 0  # endless
         shown = []
         for place, snapshot in enumerate(snapshots):
             gif.seek(place)

@@ -84,7 +84,12 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
         ("--full 85 --distilled a.json --random b.json", "--random: expected the protocol ddranking as in the files"),
         ("--full 85 --distilled a.json --random last.json", "--random: expected the best_epoch True as in the files"),
         ("--full 85 --distilled a.json --random other.json", "--random: expected the fingerprint 1 as in the files"),
+        ("--full 85 --distilled a.json --random large.json", "--random: expected the model ConvNet as in the files"),
         ("--full 85 --distilled random.json --random 30", "found that on random real images"),
+        (
+            "--full 85 --hard random.json --distilled 60 --random 30",
+            "--hard random.json: expected the accuracy on a dis",
+        ),
         ("--full 85 --distilled damaged.json --random 30", "damaged.json: expected what mtt_fast.evaluate writes"),
     ],
 )
@@ -100,6 +105,7 @@ def test_wrong_numbers_are_refused(
     write_evaluation(Path("random.json"), 0.3, source="random")
     write_evaluation(Path("damaged.json"), 0.6, format=2, checksum="0")
     write_evaluation(Path("b.json"), 0.3, protocol="mtt")
+    write_evaluation(Path("large.json"), 0.3, model="ConvNetW256")
     assert run("score", *flags.split(), "--out", "score.json") == 2
     assert message in capsys.readouterr().err
     assert not Path("score.json").exists()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mtt_fast.data import load
+from mtt_fast.errors import InputError
 from tests.data.cifar_files import NAMES10, check, check_refused, python_folder
 
 
@@ -40,6 +41,14 @@ def test_each_image_of_a_folder_is_opened_once(tmp_path: Path, monkeypatch: pyte
 def test_one_image_of_another_size_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (32, 31)).save(jpeg_folder(tmp_path) / "test" / "bird" / "0.jpg")
     check_refused(tmp_path, r"test/bird/0\.jpg: expected 32x32 pixels as in the other images, found 32x31; give `res`")
+
+
+def test_images_of_another_size_are_resized_where_that_is_asked_for(tmp_path: Path) -> None:
+    data = load("CIFAR10", data_path=jpeg_folder(tmp_path, side=40), res=32, progress=False)
+    assert data.image_shape == (3, 32, 32)
+    assert data.test.images[:, 0].float().mean((1, 2)).tolist() == pytest.approx([20 * n for n in range(10)], abs=3)
+    with pytest.raises(InputError, match="expected 32x32 pixels"):  # though they are packed already
+        load("CIFAR10", data_path=tmp_path, progress=False)
 
 
 def test_an_image_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import ConvNet, InputError, masked_matching_loss, nearest_step, nearest_step_loss, plan, unroll
+from mtt_fast import (
+    ConvNet,
+    InputError,
+    masked_matching_loss,
+    matching_loss,
+    nearest_step,
+    nearest_step_loss,
+    plan,
+    unroll,
+)
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iterate, planned_iteration
 from mtt_fast.engine.matching import MatchStep, path_loss
@@ -129,6 +138,8 @@ def test_the_nearest_step_is_by_the_sum_of_magnitudes() -> None:
     path = torch.tensor([[0.0, 0, 0, 0], [1.0, 1, 1, 1], [3.0, 0, 0, 0], [2.0, 2, 0, 0], [0.0, 3, 0, 0]])
     # the start is no step; [1, 1, 1, 1] is nearest by squares; of two at 3 the last one
     assert int(nearest_step(path, target)) == 4
+    beyond_float32 = torch.tensor([[0.0, 0.0], [2.0**24, 0.0], [2.0**24, 1.0]])
+    assert int(nearest_step(beyond_float32, torch.zeros(2))) == 1
 
 
 def test_a_step_that_is_not_finite_is_never_the_nearest() -> None:
@@ -144,6 +155,22 @@ def test_dropped_parameters_get_no_gradient_and_do_not_count() -> None:
     loss.backward()
     assert end.grad is not None
     assert end.grad.tolist() == pytest.approx([0, -6 / 6, 4 / 6, 0, 2 / 6])
+
+
+def test_the_experts_parameters_are_constants_even_if_they_require_a_gradient() -> None:
+    end, start, target = (torch.randn(50, requires_grad=True) for _ in range(3))
+    matching_loss(end, start, target).backward()
+    masked_matching_loss(end, start, target, 0.5).backward()
+    nearest_step_loss(torch.stack([start.detach(), end]), start, target).backward()
+    assert end.grad is not None
+    assert start.grad is None
+    assert target.grad is None
+
+
+def test_of_parameters_of_equal_loss_the_first_are_dropped() -> None:
+    start = torch.arange(1, 1001, dtype=torch.float64)
+    loss = masked_matching_loss(torch.ones(1000).double(), start, torch.zeros(1000).double(), 0.5)
+    assert float(loss) == pytest.approx(500 / float(start[500:].square().sum()))
 
 
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, InputError, TrajectoryStore
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
-from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, layout_from
+from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, check_trajectory, layout_from
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.layout import ParameterLayout
+from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.trajectories import ExpertMetadata
 from mtt_fast.testing import reference_convnet
 
@@ -87,12 +88,14 @@ def unmeasured(rows: Tensor) -> list[float]:
     return [math.nan] * (len(rows) - 1) + [0.5]
 
 
-def imported(source: Path, folder: Path, **changes: Any) -> TrajectoryStore:
+def imported(
+    source: Path, folder: Path, each: Callable[[Trajectory], None] = lambda expert: None, **changes: Any
+) -> TrajectoryStore:
     def experts() -> Iterator[Trajectory]:
         for file in buffer_files(source):
             yield from read_buffer(file)
 
-    return import_experts(experts, folder, NET.layout, metadata(**changes), unmeasured)
+    return import_experts(experts, folder, NET.layout, metadata(**changes), unmeasured, each=each)
 
 
 def test_buffers_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -159,6 +162,21 @@ def test_a_stopped_import_goes_on_and_another_is_refused(tmp_path: Path) -> None
         imported(tmp_path / "others", tmp_path / "ours")
 
 
+def test_an_import_that_was_stopped_between_two_experts_goes_on(tmp_path: Path) -> None:
+    """Check too that the folder is not taken for a whole one until then."""
+    save_buffers(tmp_path / "theirs", [trained(seed) for seed in range(3)], 10)
+
+    def stop(expert: Trajectory) -> None:
+        raise Stopped("stopped", 2)
+
+    with pytest.raises(Stopped):
+        imported(tmp_path / "theirs", tmp_path / "ours", each=stop)
+    assert [path.name for path in (tmp_path / "ours").glob("expert_*")] == ["expert_0000.safetensors"]
+    with pytest.raises(InputError, match="found it stopped half-way"):
+        TrajectoryStore(tmp_path / "ours")
+    assert len(imported(tmp_path / "theirs", tmp_path / "ours")) == 3
+
+
 def test_a_buffer_made_on_a_cpu_is_refused_with_the_reason(tmp_path: Path) -> None:
     save_buffers(tmp_path / "theirs", [trained(0), trained(1, on_a_gpu=False)], 10)
     with pytest.raises(
@@ -166,6 +184,23 @@ def test_a_buffer_made_on_a_cpu_is_refused_with_the_reason(tmp_path: Path) -> No
     ):
         imported(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()  # the first is good, but all are checked before
+
+
+def test_parameters_may_stand_still_for_an_epoch(tmp_path: Path) -> None:
+    first, *others = trained(0)
+    save_buffers(tmp_path / "theirs", [[first, [tensor.clone() for tensor in first], *others]], 10)
+    store = imported(tmp_path / "theirs", tmp_path / "ours")
+    assert torch.equal(store.read(0, 1), store.read(0, 0))
+    assert store.epochs(0) == EPOCHS + 1
+
+
+def test_a_small_buffer_that_names_its_tensors_often_is_refused(tmp_path: Path) -> None:
+    net = ConvNet(in_channels=1, num_classes=3, image_size=6, width=64, depth=1)
+    first, second = (net.layout.split(torch.randn(net.layout.num_parameters)) for _ in range(2))
+    torch.save([[first, *(list(second) for _ in range(50))]], tmp_path / "replay_buffer_0.pt")
+    (expert,) = read_buffer(tmp_path / "replay_buffer_0.pt")
+    with pytest.raises(InputError, match="the parameters are the same in every epoch"):
+        check_trajectory(expert, net.layout)
 
 
 def test_buffers_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ def test_tables_that_hold_no_set_are_refused(tmp_path: Path, monkeypatch: pytest
         assert refused(lambda: read_set(file, info=INFO), "x.parquet"), name
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("zeros", "1 rows that claim 3,0"), ("one often", "bytes of images, found more; it is damaged")],
+)
+def test_tables_that_unpack_to_much_more_are_refused_before_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.setattr("mtt_fast.interop.parquet._SMALL", 1 << 20)
+    parquet.write_table(tables()[name], tmp_path / "x.parquet", compression="zstd")
+    assert refused(lambda: read_set(tmp_path / "x.parquet", info=INFO), words)
+
+
 @pytest.mark.parametrize("key", ["huggingface", "mtt_fast"])
 @pytest.mark.parametrize("text", [b"{", b"[]", b"3", b'{"info": 3}', b'{"info": null}', b'{"info": {"features": []}}', b"[" * 100_000, b"\xff",
                                   b'{"info": {"features": {"label": {"names": "abc"}}}}', b'{"info": {"features": {"label": {"names": [1, 2, 3]}}}}'])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from mtt_fast import InputError, SyntheticDataset, Whitening
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data.class_names import CIFAR10, CIFAR100, MNIST, SUBSETS, imagenet_wnids
 from mtt_fast.interop import (
     read_set,
@@ -29,6 +31,7 @@ from tests.interop.helpers import N, distilled
 @pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: str, labels: str, channels: int) -> None:
     info: dict[str, Any] = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "lr_per_step": torch.rand(4)}
+    info |= {"dataset": "CIFAR10", "fingerprint": "f00d", "canvas": Canvas(1, 3)}
     synthetic = distilled(labels, images=torch.randn(N, channels, 4, 5), **info)
     synthetic.export(kind, tmp_path / "x")
     assert set_kind_of(tmp_path / "x") == kind
@@ -43,6 +46,7 @@ def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: s
     assert torch.equal(back.lr_per_step, info["lr_per_step"])
     assert (back.class_names, back.mean, back.std) == (synthetic.class_names, synthetic.mean, synthetic.std)
     assert (back.label_kind, back.recipe, back.versions) == (labels, synthetic.recipe, synthetic.versions)
+    assert (back.dataset, back.fingerprint, back.canvas) == ("CIFAR10", "f00d", Canvas(1, 3))
 
 
 @pytest.mark.parametrize("kind", ["png", "parquet"])
@@ -50,9 +54,10 @@ def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: st
     whitening = Whitening.fit(torch.rand(200, 3, 4, 5))
     synthetic = distilled(whitening=whitening, images=whitening.apply(torch.rand(N, 3, 4, 5)))
     synthetic.export(kind, tmp_path)
-    with pytest.raises(InputError, match=r"the set was whitened.*`zca`"):
-        read_set(tmp_path)
     info = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, whitening)
+    for without in (None, dataclasses.replace(info, whitening=None)):
+        with pytest.raises(InputError, match=r"the set was whitened.*`zca`"):
+            read_set(tmp_path, info=without)
     back = read_set(tmp_path, info=info)
     assert isinstance(back, SyntheticDataset)
     assert back.whitening is whitening
@@ -221,10 +226,27 @@ def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
     assert (distilled.pictures() * 255).round().unique().tolist() == [255]
 
 
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_pictures_are_not_taken_for_those_of_other_real_images(tmp_path: Path, kind: str) -> None:
+    synthetic = distilled(dataset="CIFAR10", fingerprint="f00d")
+    synthetic.export(kind, tmp_path)
+    own = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, None, "CIFAR10", "f00d")
+    assert read_set(tmp_path, info=own).label_kind == "indices"
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"fingerprint": "beef"}, "made from other images"),
+        ({"fingerprint": "", "std": (0.2, 0.25, 0.2)}, "normalised by another std"),
+        ({"whitening": Whitening.fit(torch.rand(20, 3, 4, 5))}, "whitened otherwise"),
+    ]
+    for change, message in others:
+        with pytest.raises(InputError, match=message):
+            read_set(tmp_path, info=dataclasses.replace(own, **change))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda record: record.update(format="other"), "expected the format"),
+        (lambda record: record.update(format="mtt_fast pictures 1", lr=0.5), "damaged: its checksum is of other"),
         (lambda record: record.pop("files"), "expected the labels of pictures, found a broken file"),
         (lambda record: record["labels"].pop(), "expected a label for each file, found 6 and 5"),
         (lambda record: record.pop("mean"), "expected the record of a distilled set"),
