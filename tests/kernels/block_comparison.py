@@ -56,6 +56,7 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     weights = [draw(filters, channels, 3, 3) for _ in range(2)]
     # few units near the kink, where rounding decides: some filters pass most of a plane, the others little of it
     affine = [Affine(draw(filters), draw(filters).sign() * 2), Affine(draw(filters), draw(filters))]
+    affine[0].gamma[0] = affine[0].beta[0] = 0  # every u of the first filter is exactly 0, where ReLU has its kink
     p = reference.conv_norm_relu_pool(patches, weights[0], affine[0], 1e-5, precision)[0]
     bars = [draw(*p.shape).to(p.dtype, memory_format=torch.channels_last) for _ in range(2)]
     primal, dual = (patches, weights[0], affine[0]), (patches, *weights, *affine)
