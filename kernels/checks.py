@@ -42,7 +42,8 @@ def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> 
 
     Pieces and factors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
     """
-    check_tensors(op, first, {f"a factor of {name}": factor for factor in sums.factors[:1]}, ())
+    for factor in sums.factors:
+        check_tensors(op, first, {f"a factor of {name}": factor}, ())
     for piece in sums.pieces:
         summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
         as_products_lie = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand

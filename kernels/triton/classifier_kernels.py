@@ -17,6 +17,7 @@ from .powers import magnitude_bits, power_of_two
 from .softmax import combine, load_cotangents, load_softmax, load_targets, softmax_parts
 
 FEATURES = tl.constexpr(2048)  # features in which a program searches for the largest gradient at a time
+MAGNITUDES = tl.constexpr(1024)  # magnitudes of programs that are compared at a time
 
 
 @triton.jit
@@ -315,9 +316,9 @@ def _largest_feature_gradient(
 @triton.jit
 def _max_magnitude(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
     """Return the largest of `count` magnitudes, as bits."""
-    largest = tl.zeros((1024,), tl.int32)
-    for start in range(0, count, 1024):
-        offsets = start + tl.arange(0, 1024)
+    largest = tl.zeros((MAGNITUDES,), tl.int32)
+    for start in range(0, count, MAGNITUDES):
+        offsets = start + tl.arange(0, MAGNITUDES)
         largest = tl.maximum(largest, tl.load(magnitudes + offsets, offsets < count, 0))
     return tl.max(largest, 0)
 

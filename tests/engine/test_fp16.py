@@ -66,6 +66,16 @@ def test_one_step_is_as_exact_as_in_tf32(norm: str, label_kind: LabelKind) -> No
         assert all(fp16[name] <= max(2 * tf32[name], 2**-5) for name in tf32), (fp16, tf32)
 
 
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_the_scale_of_the_cotangents_is_taken_out_of_the_gradient(norm: str) -> None:
+    net = ConvNet(3, 4, 16, 16, 2, norm)  # type: ignore[arg-type]
+    theta, images, labels, _ = step_of(net, 4)
+    expected = FusedConvNetStudent(net).gradient(theta.double(), images.double(), labels).theta
+    for save in (False, True):
+        actual = FusedConvNetStudent(net, precision="fp16").gradient(theta, images, labels, save).theta
+        assert relative_error(actual.double(), expected) <= 2**-5
+
+
 @pytest.mark.parametrize("name", ["cifar-d3-n5", "rgb64-d4-n3", "rgb128-d5-n2", "soft-labels-d3-n6"])
 def test_golden_cases_are_as_exact_as_in_tf32(golden: Path, name: str) -> None:
     with safe_open(golden / f"{name}.safetensors", framework="pt") as file:

@@ -16,7 +16,7 @@ from mtt_fast.kernels import Affine, Precision
 from mtt_fast.kernels.reference.block import gram_of
 from mtt_fast.kernels.triton.configurations import Configuration, configuration
 from mtt_fast.kernels.types import accumulator
-from tests.kernels.comparison import check, summed_results
+from tests.kernels.comparison import check, summed_results, with_sizes
 from tests.kernels.warp_comparison import warp_rows
 
 BLOCKS = [  # (B, C, K, H, W, padding)
@@ -56,6 +56,7 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     weights = [draw(filters, channels, 3, 3) for _ in range(2)]
     # few units near the kink, where rounding decides: some filters pass most of a plane, the others little of it
     affine = [Affine(draw(filters), draw(filters).sign() * 2), Affine(draw(filters), draw(filters))]
+    affine[0].gamma[0] = affine[0].beta[0] = 0  # every u of the first filter is exactly 0, where ReLU has its kink
     p = reference.conv_norm_relu_pool(patches, weights[0], affine[0], 1e-5, precision)[0]
     bars = [draw(*p.shape).to(p.dtype, memory_format=torch.channels_last) for _ in range(2)]
     primal, dual = (patches, weights[0], affine[0]), (patches, *weights, *affine)
@@ -204,4 +205,8 @@ def block_cases(device: str) -> list[Callable[[], None]]:
         cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
     for shape, form in zip(shapes, itertools.cycle(formats[::-1]), strict=False):
         cases += [partial(blocks, device, torch.float32, precision, shape, form) for precision in get_args(Precision)]
+    if device == "cpu":  # on a GPU a large block takes several tiles
+        several = partial(blocks, device, torch.float64, "fp32", (1, 1, 16, 6, 7, 1), torch.contiguous_format)
+        # in each part but the last one, and more parts than are added up at a time
+        cases.append(partial(with_sizes, "block", several, WINDOWS=1, BLOCK_M=8, PROGRAMS=5))
     return cases + [partial(nan_weight, device, precision) for precision in get_args(Precision)]

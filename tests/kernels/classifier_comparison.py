@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ CLASSIFIERS = [  # (B, C, h, w, K)
     (1, 3, 7, 3, 100),
     (2, 4, 1, 2, 128),
     (5, 2, 1, 1, 129),  # several blocks of classes, the last one short
-    (33, 5, 3, 2, 200),
+    (33, 7, 3, 2, 200),  # the same in each sum that is a logit
     (2, 3, 1, 1, 1000),
 ]
 LARGE_CLASSIFIERS = [(100, 128, 4, 4, classes) for classes in (10, 100, 200, 1000)]
@@ -44,6 +45,8 @@ def classifier_cases(device: str) -> list[Callable[[], None]]:
         for (number, shape), (place, dtype) in itertools.product(shapes, enumerate(dtypes))
         if device == "cpu" or place % 2 == number // 2 % 2
     ]
+    if device == "cpu":
+        cases.append(few_at_a_time)
     # one block of classes, and several
     return cases + [partial(strange_numbers, device, shape) for shape in (CLASSIFIERS[0], CLASSIFIERS[8])]
 
@@ -124,6 +127,16 @@ def compare_classifier(name: str, arguments: tuple[Any, ...], case: tuple[object
         error = float((actual.double() - size * wanted).norm() / (size * wanted.norm()).clamp_min(floor))
         assert error <= tolerances[actual.dtype], (*where, error)
     print("passed:", (name, case))
+
+
+def few_at_a_time() -> None:
+    """Compare where the search for float16's largest gradient takes turns, as among many features or samples."""
+    from mtt_fast.kernels.triton import classifier_kernels
+    from mtt_fast.kernels.triton.launch import tl
+
+    sizes = {"FEATURES": tl.constexpr(1), "MAGNITUDES": tl.constexpr(2)}
+    with patch.multiple(classifier_kernels, **sizes):
+        classifier("cpu", CLASSIFIERS[0], torch.float16, torch.channels_last, 0)
 
 
 def strange_numbers(device: str, shape: tuple[int, ...]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -70,6 +72,22 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
         error = relative_error(actual, wanted.to(actual.device))
         assert error <= tolerance, f"{where}: error {error}"
     print("passed:", case)
+
+
+def with_sizes(module: str, case: Case, **sizes: int) -> None:
+    """Run a comparison with these sizes in the rows that one of Triton's modules reads off the table.
+
+    The table's tiles hold all of a small tensor, so without this a loop over tiles would take one turn.
+    """
+    from mtt_fast.kernels.triton.configurations import configuration
+
+    def row(*arguments: Any) -> dict[str, int]:
+        constants: dict[str, int] = configuration(*arguments)
+        return constants | {name: size for name, size in sizes.items() if name in constants}
+
+    with patch.object(importlib.import_module(f"mtt_fast.kernels.triton.{module}"), "configuration", row):
+        case()
+    print("passed: by tiles of", sizes)
 
 
 def in_float64(argument: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtt_fast.kernels import Precision
 from mtt_fast.testing import added_up
-from tests.kernels.comparison import TOLERANCES, UNINTERPRETED, Case, check, summed_results
+from tests.kernels.comparison import TOLERANCES, UNINTERPRETED, Case, check, summed_results, with_sizes
 
 # (B, C, K, H, W, padding)
 SHAPES = [
@@ -23,7 +23,7 @@ SHAPES = [
     (1, 1, 3, 4, 5, 3),  # MNIST's first layer: the input gradient crops
     (2, 33, 35, 1, 1, 1),  # 1×1 planes, more outputs than a tile and channels than a step of the sum
     (2, 3, 70, 9, 7, 0),  # more results than a tile in both directions
-    (9, 2, 3, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
+    (9, 2, 3, 5, 3, 1),  # the weight gradient's sum in several parts
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
@@ -180,6 +180,8 @@ def conv_cases(device: str) -> list[Case]:
             if not interpreted or (enough and precision not in UNINTERPRETED):
                 cases.append(partial(convolutions, device, torch.float32, precision, shape, form))
     if interpreted:
+        short = partial(convolutions, device, torch.float64, "fp32", SHAPES[-1], torch.channels_last)
+        cases.append(partial(with_sizes, "implicit_gemm", short, PROGRAMS=2))  # parts of five tiles and of four
         for shape, tile in zip(BOXED, itertools.cycle(range(len(BOX_TILES))), strict=False):
             cases.append(partial(boxed_convolutions, device, torch.float32, "fp32", shape, tile))
         for shape, tile in itertools.product((BOXED[0], BOXED[-1]), range(2)):

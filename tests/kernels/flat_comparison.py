@@ -21,24 +21,41 @@ from mtt_fast.kernels import (
 )
 from mtt_fast.testing import relative_error
 from tests.kernels.block_comparison import PATCH_TOLERANCES
-from tests.kernels.comparison import Case
+from tests.kernels.comparison import Case, with_sizes
 from tests.kernels.warp_comparison import warp_rows
 
+VECTORS = list(itertools.product((torch.float32, torch.float64, torch.bfloat16), (0, 1, 1003, 600_001)))
+"""Dtypes and sizes of vectors."""
 
-def vectors(device: str) -> None:
-    """Compare the distance of two vectors, and steps along vectors, out of place and in place."""
+
+def size_on(device: str, size: int) -> int:
+    """Return a size of vectors for a device: interpreted programs take milliseconds each."""
+    return min(size, 5_000) if device == "cpu" else size
+
+
+def distances(device: str) -> None:
+    """Compare the distance of two vectors."""
     from mtt_fast.kernels import reference, triton
 
-    torch.manual_seed(0)
-    for dtype, size in itertools.product((torch.float32, torch.float64, torch.bfloat16), (0, 1, 1003, 600_001)):
-        if device == "cpu" and size > 10_000:
-            size = 5_000  # interpreted programs take milliseconds each
+    for dtype, each in VECTORS:
+        size = size_on(device, each)
         a, b = (torch.randn(size).to(device, dtype) for _ in range(2))
         distance = triton.squared_distance(a, b)
         expected = reference.squared_distance(a, b)
         assert distance.dtype == torch.float64
         assert torch.equal(distance, triton.squared_distance(a, b))
         torch.testing.assert_close(distance, expected, rtol=1e-13, atol=0)
+        print("passed: the distance of vectors", size, dtype)
+
+
+def vectors(device: str) -> None:
+    """Compare steps along vectors, out of place and in place."""
+    from mtt_fast.kernels import reference, triton
+
+    torch.manual_seed(0)
+    for dtype, each in VECTORS:
+        size = size_on(device, each)
+        a, b = (torch.randn(size).to(device, dtype) for _ in range(2))
         # each kernel rounds once, at the end (the interpreter cuts bfloat16 off), so the reference computes in float64
         tolerance = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 2**-7}[dtype]
         rate, c = torch.tensor(0.03, dtype=dtype, device=device), torch.randn(size).to(device, dtype)
@@ -52,7 +69,10 @@ def vectors(device: str) -> None:
         for velocity, decay in ((None, 0.0), (None, 0.0503), (c, 0.0503)):
             out, moved = torch.empty_like(a), torch.empty_like(a)
             expected_out, expected_moved = torch.empty_like(a).double(), torch.empty_like(a).double()
+            versions = out._version, moved._version
             assert triton.sgd_step(a, b, rate, out, velocity, moved, 0.9, decay) is out
+            assert out._version > versions[0]  # autograd is told
+            assert moved._version > versions[1]
             reference.sgd_step(
                 a.double(), b.double(), rate.double(), expected_out, in_float64(velocity), expected_moved, 0.9, decay
             )
@@ -64,7 +84,9 @@ def vectors(device: str) -> None:
             )
             assert_close(out, expected_out)
         reference.adjoint_step(a.double(), b.double(), a.double(), rate.double(), expected_out, c.double(), 0.0503)
+        version = a._version
         assert triton.adjoint_step(a, b, a, rate, a, c, 0.0503) is a  # in place
+        assert a._version > version
         assert_close(a, expected_out)
         print("passed: vectors", size, dtype)
 
@@ -82,7 +104,9 @@ def rows(device: str) -> None:
         for alpha in (1.0, -1.0):
             expected = reference.index_add(out.clone(), index, added, alpha)
             actual = out.to(device, copy=True)
+            version = actual._version
             assert triton.index_add(actual, index.to(device), added.to(device), alpha) is actual
+            assert actual._version > version  # autograd is told
             assert torch.equal(actual.cpu(), expected), (dtype, count, batch, width, alpha)
         print("passed: rows", (count, batch, width), dtype)
 
@@ -92,7 +116,7 @@ def powers(device: str) -> None:
     from mtt_fast.kernels import reference, triton
 
     numbers = (0.0, 1e-45, 1e-30, 0.3, 1.0, 64.0, 1e5, 3e38, float("inf"), float("nan"))
-    for number, size in itertools.product(numbers, (1, 5_000)):
+    for number, size in itertools.product(numbers, (1, 70_000)):
         theta, direction = torch.zeros(size, device=device), torch.full((size,), number / 2, device=device)
         direction[-1] = -number
         actual, expected = (
@@ -175,8 +199,10 @@ def gradients_of_batches(device: str) -> None:
             given = (rows, y_bar, parameters)
             expected = triton.colour_warp_mask_transpose_add(images_bar.clone(), *given, scale)
             batch = BatchGradient(images_bar.clone(), *given)
+            version = batch.out._version
             triton.adjoint_step(a, b, a, scale, out, None, 0.05, batch)
             tolerance = 1e-6 if dtype == torch.float32 else 1e-14  # of a mean that more programs add up otherwise
+            assert batch.out._version > version  # autograd is told
             assert relative_error(batch.out, expected) <= tolerance
             assert torch.equal(batch.out[1:3], images_bar[1:3])
             assert_same(out, triton.adjoint_step(a, b, a, scale, also, None, 0.05), tolerance)
@@ -225,4 +251,7 @@ def assert_same(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def flat_cases(device: str) -> list[Case]:
     """Return the comparisons of flat vectors, of rows, and of parameters."""
     families = (vectors, rows, powers, partial_sums, packed_parameters, gradients_of_batches, patches_beside_parameters)
-    return [partial(check, device) for check in families]
+    of_distances: Case = partial(distances, device)
+    if device == "cpu":  # a program adds up several tiles, as it does of a long vector
+        of_distances = partial(with_sizes, "flat", of_distances, SIZE=64, PARTIALS=16)
+    return [of_distances, *(partial(check, device) for check in families)]

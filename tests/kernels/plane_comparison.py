@@ -12,15 +12,17 @@ from torch import Tensor
 
 from mtt_fast.kernels import Affine
 from mtt_fast.testing import added_up
-from tests.kernels.comparison import Case, Operation, as_tuple, in_float64
+from tests.kernels.comparison import Case, Operation, as_tuple, in_float64, with_sizes
 
-# (B, C, H, W): a plane of one tile, odd sizes, 1×1 after the pool, more channels than a block, a plane of several tiles
-PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 33, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
+# (B, C, H, W): even sizes, odd sizes, 1×1 after the pool and more channels than a block, odd rows alone, more windows
+PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 33, 2, 2), (3, 4, 3, 8), (1, 2, 18, 20)]
 # channels_last planes larger than a tile of BLOCK_C × WINDOWS, that go in parts of TILES tiles
 PARTS: list[tuple[tuple[int, int, int, int], dict[str, int]]] = [
     ((2, 4, 4, 4), {"BLOCK_C": 4, "WINDOWS": 2, "TILES": 1, "num_warps": 1}),  # nothing to mask
     ((1, 5, 7, 5), {"BLOCK_C": 4, "WINDOWS": 4, "TILES": 2, "num_warps": 1}),  # odd sizes, two blocks of channels
     ((1, 1, 3, 9), {"BLOCK_C": 16, "WINDOWS": 4, "TILES": 1, "num_warps": 1}),  # one channel, a short last part
+    ((1, 4, 6, 4), {"BLOCK_C": 4, "WINDOWS": 2, "TILES": 2, "num_warps": 1}),  # even sizes, a last part of one tile
+    ((1, 4, 3, 4), {"BLOCK_C": 4, "WINDOWS": 2, "TILES": 1, "num_warps": 1}),  # odd rows alone, full tiles
 ]
 LARGE_PLANES = [(7, 128, 32, 32), (5, 128, 16, 16), (3, 100, 8, 8), (2, 128, 128, 128), (2, 63, 31, 33)]
 
@@ -85,6 +87,8 @@ def plane_cases(check: Operation, device: str) -> list[Case]:
         cases.append(partial(check_drawn, check, device, shape, form, dtype))
     for (shape, tile), dtype in itertools.product(PARTS, dtypes):
         cases.append(partial(check_in_parts, check, device, shape, dtype, tile))
+    several = partial(check_drawn, check, device, PLANES[1], torch.contiguous_format, torch.float64, "several tiles")
+    cases.append(partial(with_sizes, "contiguous_planes", several, WINDOWS=4))
     return cases
 
 
@@ -157,12 +161,16 @@ def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int | str, ...]
 
 
 def check_reuse(name: str, arguments: tuple[Any, ...], expected: tuple[Tensor, ...]) -> None:
-    """Check that with `reuse` a backward writes the same gradient, and writes it into the memory of its planes."""
+    """Check that with `reuse` a backward writes the same gradients, and writes them into the memory of its planes."""
     from mtt_fast.kernels import triton
 
     given = [copied(argument) for argument in arguments]
+    planes = [*given[:2]] if name == "norm_relu_pool_dual_backward" else [given[0]]  # y and, if it is needed, ẏ
+    versions = [each._version for each in planes]
     results = as_tuple(getattr(triton, name)(*given, reuse=True))
-    assert results[0].data_ptr() == given[0].data_ptr(), name
+    for place, (before, each) in enumerate(zip(versions, planes, strict=True)):
+        assert results[place].data_ptr() == each.data_ptr(), name
+        assert each._version > before, "autograd must see that the planes are no longer what they were"
     assert all(torch.equal(actual, wanted) for actual, wanted in zip(results, expected, strict=True)), name
 
 

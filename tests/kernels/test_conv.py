@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -287,6 +288,7 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_tangent", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
+        refused("conv3x3_input_gradient", "padding 4 leaves nothing", ZEROS, WEIGHT.transpose(0, 1).contiguous(), 4),
         refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
         refused("add_planes", "planes 2 of shape", ZEROS, PartialPlanes(PARTS, LAST[:1])),
         refused("add_planes", "planes 2 of floating dtype", LAST, PartialPlanes(PARTS, LAST.half())),
@@ -429,6 +431,21 @@ def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytes
     assert taken == ["tma", "tma", "triton", "triton", "triton", "triton"]
     dispatch.dispatched("conv3x3_dual")(few.double(), few.double(), weight.double(), weight.double(), 1, "tf32")
     assert taken[-1] == "cudnn"
+
+
+@needs_triton
+def test_boxes_fit_neither_another_dtype_nor_channels_or_sides_that_they_cannot_cut() -> None:
+    from mtt_fast.kernels.triton.tma_descriptors import fits
+
+    planes, tensors = Planes(2, 8, 4, 4, torch.channels_last), [torch.zeros(1)]
+    halves, gradient = [torch.zeros(1).half()], "conv3x3_weight_gradient"
+    assert fits("conv3x3", planes, planes, "tf32", tensors)
+    assert not fits("conv3x3", planes, planes, "fp16", tensors)  # float32 planes
+    assert not fits("conv3x3", planes, replace(planes, channels=6), "tf32", tensors)
+    assert fits(gradient, planes, planes, "fp16", halves)
+    odd = replace(planes, height=5)
+    assert not fits(gradient, odd, odd, "fp16", halves)
+    assert fits("conv3x3", odd, odd, "fp16", halves)
 
 
 @needs_triton

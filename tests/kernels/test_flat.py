@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -196,7 +197,9 @@ def of_batch(**changed: Any) -> BatchGradient:
         (sgd_step, (V, PartialSums((V[None, :5],)), RATE, V), "expected gradient of 6 numbers, found pieces of 5"),
         (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), RATE, V), "summands of gradient contiguous"),
         (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
+        (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), RATE, V), "and without a graph"),
         (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a factor of gradient of shape"),
+        (sgd_step, (V, PartialSums((V[None],), (RATE, V)), RATE, V), "expected a factor of gradient of shape"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -415,8 +418,10 @@ def test_the_environment_turns_the_native_kernels_off(value: str, expected: str)
 @pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("flat", "cpu")
-    for dtype in ("float32", "float64", "bfloat16"):
-        assert len([line for line in lines if line.startswith("passed: vectors") and dtype in line]) == 4
+    for dtype, compared in itertools.product(
+        ("float32", "float64", "bfloat16"), ("the distance of vectors", "vectors")
+    ):
+        assert len([line for line in lines if line.startswith(f"passed: {compared}") and dtype in line]) == 4
     assert len([line for line in lines if line.startswith("passed: rows")]) == 2 * 4
     assert "passed: powers of two" in lines
     assert len([line for line in lines if line.startswith("passed: partial sums")]) == 2 * 3

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import Affine, PlaneStats, reference
+from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, in_parts, meta, recording
@@ -130,6 +130,7 @@ def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None])
 
 ZEROS, CHANNEL, STATISTIC = torch.zeros(2, 4, 6, 6), torch.zeros(4), torch.zeros(2, 4)
 LAST, AFFINE = ZEROS.contiguous(memory_format=torch.channels_last), Affine(CHANNEL, CHANNEL)
+PARTS = PartialPlanes(ZEROS[None], LAST[:, :, :3, :3].contiguous(memory_format=torch.channels_last))  # of another size
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -139,11 +140,13 @@ LAST, AFFINE = ZEROS.contiguous(memory_format=torch.channels_last), Affine(CHANN
         refused("norm_relu_pool", "strides", ZEROS[:, :, ::2], AFFINE, EPS),
         refused("norm_relu_pool", "beta of shape", ZEROS, Affine(CHANNEL, torch.zeros(3)), EPS),
         refused("norm_relu_pool", "at least 2×2", ZEROS[:, :, :1].contiguous(), AFFINE, EPS),
+        refused("norm_relu_pool", "expected y", ZEROS[:0], AFFINE, EPS),
         refused("norm_relu_pool", "float64", ZEROS, Affine(CHANNEL.double(), CHANNEL), EPS),
         refused("norm_relu_pool", "int64", ZEROS.long(), Affine(CHANNEL.long(), CHANNEL.long()), EPS),
         refused("norm_relu_pool", "one device", ZEROS, Affine(CHANNEL.to("meta"), CHANNEL), EPS),
         refused("norm_relu_pool", "requires grad", ZEROS, Affine(CHANNEL.clone().requires_grad_(), CHANNEL), EPS),
         refused("norm_relu_pool_backward", "p_bar of shape", ZEROS, STATISTIC, STATISTIC, AFFINE, ZEROS),
+        refused("norm_relu_pool_backward", "a part of p_bar", LAST, STATISTIC, STATISTIC, AFFINE, PARTS),
         refused("norm_relu_pool_dual", "y_dot channels_last", LAST, ZEROS, AFFINE, AFFINE, EPS),
         refused("norm_relu_pool_dual", "gamma_dot of shape", ZEROS, ZEROS, AFFINE, Affine(STATISTIC, CHANNEL), EPS),
         refused(

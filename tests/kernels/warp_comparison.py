@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tests.kernels.comparison import Case, check
 
-# (B, C, H, W): one channel, blocks of pixels that are not whole, more channels than an image's, a line of pixels
-IMAGES = [(2, 1, 5, 6), (4, 3, 19, 17), (2, 5, 4, 3), (1, 3, 1, 8)]
+# (B, C, H, W): one channel, blocks of pixels that are not whole, more channels than an image's, a line of pixels, and as many
+# numbers as a mean adds up in several turns
+IMAGES = [(2, 1, 5, 6), (4, 3, 19, 17), (2, 5, 4, 3), (1, 3, 1, 8), (2, 3, 27, 26)]
 LARGE_IMAGES = [(4, 3, 32, 32), (4, 3, 128, 128), (4, 1, 28, 28), (3, 3, 33, 63)]
 
 
@@ -59,7 +60,11 @@ def added_warps(device: str, shape: tuple[int, int, int, int]) -> None:
             case = ("colour_warp_mask_transpose_add", shape, str(dtype), rows is not None)
 
             def added(given: Any = given, out: Tensor = out) -> Tensor:
-                result: Tensor = triton.colour_warp_mask_transpose_add(out.to(device, copy=True), *given)
+                moved = out.to(device, copy=True)
+                version = moved._version
+                result: Tensor = triton.colour_warp_mask_transpose_add(moved, *given)
+                assert result is moved
+                assert moved._version > version  # autograd is told
                 return result
 
             check(case, added, expected.to(dtype), tolerance)
