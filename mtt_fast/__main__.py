@@ -17,11 +17,11 @@ _COMMANDS = {
     "evaluate": "train fresh networks on a distilled set and test them",
     "baselines": "make sets by other methods, for comparison",
     "cross": "test a distilled set on other architectures",
-    "analysis": "analyse a run as the paper does",
-    "report": "write one page about runs",
+    "analysis": "make the paper's figures and tables",
+    "report": "write an HTML page about runs",
     "convert": "convert distilled sets and experts to and from the files of other software",
-    "recipes": "list the settings by name",
-    "env": "list what this installation can do on this machine",
+    "recipes": "list the recipes (named settings)",
+    "env": "show versions, devices and kernels",
 }
 
 
