@@ -36,8 +36,8 @@ class ConvertOptions:
     """kind of the source, if its file names do not show it; the same kinds as for --to"""
     to: str | None = None
     """kind of the destination. Sets: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts: experts, buffer, waypoints. If not
-    given: the kind that the destination's name shows; else files of this software become those of the public code, and all others become files of
-    this software. experts also rewrites experts of this software"""
+    given: the kind that the destination's name shows; else the public code's kind for a source of this software, and this software's kind
+    for any other source. --to experts can also rewrite experts of this software"""
 
     dataset: Annotated[str | None, HARMLESS, Group.DATA] = None
     """data set of the real images; files of other software do not name it"""
@@ -52,7 +52,7 @@ class ConvertOptions:
     download: Annotated[bool, Role.LOCATION, HARMLESS, Group.DATA] = False
     """download the data set if it is missing"""
     zca: Annotated[bool, HARMLESS, Group.DATA] = False
-    """say that the source was made with ZCA-whitened images"""
+    """declare that the source was made with ZCA-whitened images"""
     model: Annotated[str, HARMLESS, Group.NETWORK] = "ConvNet"
     """network of the experts"""
     device: Annotated[str, Role.MACHINE, HARMLESS, Group.MACHINE, Checked(check_device_name)] = "auto"
