@@ -12,16 +12,16 @@ from mtt_fast.errors import InputError, did_you_mean
 
 _COMMANDS = {
     "experts": "train experts on real images and record their trajectories",
-    "distill": "distil a data set into a few synthetic images a class",
+    "distill": "distil a data set into a few synthetic images per class",
     "compress": "compress experts to a few waypoints each",
     "evaluate": "train fresh networks on a distilled set and test them",
     "baselines": "make sets by other methods, for comparison",
     "cross": "test a distilled set on other architectures",
-    "analysis": "analyse a run as the paper does",
-    "report": "write one page about runs",
+    "analysis": "make the paper's figures and tables",
+    "report": "write an HTML page about runs",
     "convert": "convert distilled sets and experts to and from the files of other software",
-    "recipes": "list the settings by name",
-    "env": "list what this installation can do on this machine",
+    "recipes": "list the recipes (named settings)",
+    "env": "show versions, devices and kernels",
 }
 
 

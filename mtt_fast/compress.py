@@ -39,13 +39,13 @@ class CompressOptions:
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = ""
     """folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
     num_interpolation: AtLeastTwo = 4
-    """waypoints of each expert, both ends included"""
+    """waypoints per expert, including the first and the last"""
     epochs: Annotated[tuple[int, ...] | None, COUNT_FROM_ZERO] = None
-    """epochs of the waypoints, such as 0 6 25 50; without it evenly spaced"""
+    """epochs of the waypoints, such as 0 6 25 50; if not given, evenly spaced"""
     smooth: TrueOrFalse = True
-    """take for a waypoint the mean of the epochs before and after it, and for the last waypoint the mean of the last two"""
+    """smooth the waypoints: use the mean of the epochs before and after each, and of the last two epochs for the last waypoint"""
     out: Annotated[str | None, Checked(check_output_folder)] = None
-    """folder for the compressed experts; default FOLDER/waypoints_K"""
+    """folder for the compressed experts; if not given, FOLDER/waypoints_K"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""

@@ -42,12 +42,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateOptions(SetOptions):
-    """Train fresh networks on a distilled set, random real images, or files of the public code, and test them."""
+    """Train fresh networks on a distilled set (or on random real images), and test them. Files of the public code work too."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")] = ""
-    """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
+    """run folder, a synthetic.safetensors, an images_*.pt (with its labels_*.pt beside it), or the word "random" """
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT, Checked(check_output_file)] = None
-    """JSON file to which the result is written as well"""
+    """write the result to this JSON file too"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

@@ -102,13 +102,13 @@ class ExpertTrainingOptions(TrainingOptions):
     decay: bool = False
     """divide the experts' learning rate by ten after half of the epochs"""
     rho_max: RateOrZero = 0.0
-    """radius in which experts look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
+    """radius of SAM for the experts at the full learning rate; 0: plain SGD. FTD and DATM use 0.01"""
     rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
-    """radius of SAM at the learning rate that --decay divided; without it the same as --rho_max"""
+    """radius of SAM after --decay has divided the learning rate; if not given, --rho_max"""
     alpha: Annotated[RateOrZero, Needs("rho_max")] = 0.0
-    """how much of the experts' plain gradient, across SAM's, is taken off (GSAM); FTD: 0.3 or 1"""
+    """weight of GSAM: subtract this much of the experts' plain gradient, orthogonal to SAM's gradient. FTD uses 0.3 or 1"""
     adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
-    """measure SAM's radius in units of each parameter's size (ASAM), as FTD's code does"""
+    """scale SAM's radius by the size of each parameter (ASAM), as FTD's code does"""
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
         """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""
@@ -138,7 +138,7 @@ class ExpertOptions(ExpertTrainingOptions):
     }
 
     num_experts: Annotated[Networks, Role.EXTENT] = 100
-    """number of experts; those that the folder lacks are trained"""
+    """number of experts; missing ones are trained"""
     lr_teacher: Rate = 0.01
     """learning rate of the experts"""
     batch_train: Count = 256
@@ -146,7 +146,7 @@ class ExpertOptions(ExpertTrainingOptions):
     buffer_path: Annotated[str, Role.LOCATION, Group.OUTPUT] = "buffers"
     """folder for the trajectories: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
     store_dtype: Annotated[StoreDtype, Group.OUTPUT] = "float32"
-    """number format of the recorded parameters: float32, or bfloat16 at half the size"""
+    """number format of the recorded parameters; bfloat16 takes half the disk space"""
 
     def training(self) -> ExpertTraining:
         """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""

@@ -11,8 +11,8 @@ from mtt_fast.errors import InputError, did_you_mean
 
 COMMANDS = {
     "grid": "accuracy over expert epochs M and student steps N: Figure 5, left",
-    "distance": "how close distilled sets lead to where real training goes: Figure 5, right",
-    "tables": "Tables 1 to 4: what was measured here beside what the paper says",
+    "distance": "distance between training on distilled sets and on real images: Figure 5, right",
+    "tables": "Tables 1 to 4: your measured numbers beside the paper's",
     "score": "DD-Ranking's label-robust score from accuracies",
     "evolution": "the images over the iterations of a run: a GIF and a strip",
 }

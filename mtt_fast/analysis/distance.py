@@ -67,22 +67,22 @@ _OF_EXPERTS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)
 
 @dataclass(frozen=True)
 class DistanceOptions(ExpertTrainingOptions):
-    """Draw how close several distilled sets lead to where Δt steps of real training lead, over Δt.
+    """Plot the distance between training on each distilled set and Δt steps of training on real images, over Δt.
 
-    The data set, the network and the like are those of the first run, unless they are given, and real training is that of
-    the first run that was distilled by matching trajectories. A stopped command goes on where it was.
+    The data set, the network and similar options are those of the first run unless given. The real training uses the options of
+    the first run that was distilled by matching trajectories. A stopped command continues when repeated.
     """
 
     GROUP: ClassVar[Group] = Group.OTHER
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN …")] = ()
-    """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. MTT=runs/mtt DSA=runs/dsa"""
+    """run folders or synthetic.safetensors files, optionally as LABEL=PATH, e.g. MTT=runs/mtt DSA=runs/dsa"""
     deltas: str = "10,20,50,100,200,500,1000,2000,5000"
-    """Δt: numbers of steps on real images, joined by commas"""
+    """values of Δt, the number of steps on real images, joined by commas"""
     steps: Count = 1000
-    """K: steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
+    """K: steps on the distilled set; K + 1 parameter vectors are in memory together"""
     starts: Networks = 1
-    """initial networks, from each of which there is a real training"""
+    """number of initial networks; each is trained on real images"""
     expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
     """learning rate of the real training"""
     batch_real: Annotated[Count, Group.EXPERTS] = 256

@@ -39,14 +39,14 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 @dataclass(frozen=True)
 class EvolutionOptions:
-    """Show the images over the iterations of a run: RUN/evolution.gif, and RUN/evolution.png with some of them."""
+    """Show the images over the iterations of a run: RUN/evolution.gif, and a strip of some of them, RUN/evolution.png."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """the run's folder"""
+    """run folder"""
     out: Annotated[str | None, Checked(check_output_folder)] = None
-    """folder for the two pictures, if not the run's own"""
+    """folder for the two pictures; if not given, the run folder"""
     seconds: Annotated[float, Range(0.02, 600)] = 0.3
-    """seconds that each picture of the GIF is shown, from 0.02 to 600; the last picture stays five times as long"""
+    """seconds per picture of the GIF, from 0.02 to 600; the last picture stays five times as long"""
     rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 

@@ -34,16 +34,16 @@ Accuracies = Mapping[tuple[int, int], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class GridOptions:
-    """Distil with every M and N. All other options are those of python -m mtt_fast.distill, and hold for every cell."""
+    """Distil with every M and N. Options of python -m mtt_fast.distill apply to every cell."""
 
     expert_epochs: str = "1,2,3"
-    """M: expert epochs that the student has to match, joined by commas"""
+    """values of M, the expert epochs that the student must match, joined by commas"""
     syn_steps: str = "10,20,30"
-    """N: student steps in each iteration, joined by commas"""
+    """values of N, the student steps per iteration, joined by commas"""
     out: Annotated[str, Checked(check_output_folder)] = "runs/grid"
-    """folder of the grid: grid.png, grid.md, grid.json, and a run folder for each cell"""
+    """folder for grid.png, grid.md, grid.json, and a run folder per cell"""
     resume: Annotated[bool, Remark("not needed: the same command always goes on where it was")] = False
-    """not needed: the same command always goes on where it was"""
+    """not needed: a repeated command always continues"""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -36,24 +36,24 @@ _BOARD = "ddranking"
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Compute the label-robust score from accuracies, each a number in per cent or a file that mtt_fast.evaluate wrote."""
+    """Compute DD-Ranking's label-robust score from accuracies. Give each as a number in per cent or as a file that mtt_fast.evaluate wrote."""
 
     full: str | None = None
     """accuracy on all real images, with hard labels"""
     hard: str | None = None
-    """accuracy on the distilled set with hard labels; without it the same as --distilled, for a set whose own labels are hard"""
+    """accuracy on the distilled set with hard labels; if not given, --distilled (for a set with hard labels)"""
     distilled: str | None = None
-    """accuracy on the distilled set with the labels that the set brings"""
+    """accuracy on the distilled set with its own labels"""
     random: str | None = None
-    """accuracy on as many random real images, labelled as the distilled set is"""
+    """accuracy on as many random real images, with the same kind of labels as the distilled set"""
     hlr: float | None = None
-    """hard label recovery in per cent, in place of --full and --hard"""
+    """hard label recovery in per cent, instead of --full and --hard"""
     ior: float | None = None
-    """improvement over random in per cent, in place of --random and, where --hlr is given, --distilled"""
+    """improvement over random in per cent, instead of --random (and of --distilled, if --hlr is given)"""
     weight: float = 0.5
     """w: weight of the improvement over random in the score, in [0, 1]"""
     out: Annotated[str | None, Checked(check_output_file)] = None
-    """JSON file to which the score is written as well"""
+    """write the score to this JSON file too"""
 
 
 class _Accuracy(NamedTuple):

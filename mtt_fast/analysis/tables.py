@@ -44,10 +44,10 @@ _Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class TablesOptions:
-    """Write the paper's tables with the measured numbers beside the paper's."""
+    """Write the paper's tables with your measured numbers beside the paper's."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
-    """run folders, or folders that hold some"""
+    """run folders, or folders that contain run folders"""
     out: Annotated[str, Checked(check_output_folder)] = "runs/tables"
     """folder for tables.md and tables.json"""
 

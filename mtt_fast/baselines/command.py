@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 def _help() -> str:
     width = max(map(len, METHODS)) + 2
     methods = [f"  {name:{width}}{method.paper}" for name, method in METHODS.items()]
-    about = "Make a small training set by another method, and evaluate it by the protocol of distilled sets."
+    about = "Make a small training set by another method, and evaluate it like a distilled set."
     more = f"{PROGRAM} METHOD --help lists a method's options."
     return "\n".join([f"usage: {PROGRAM} METHOD [OPTIONS]", "", about, more, "", "methods:", *methods])
 

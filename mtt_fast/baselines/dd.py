@@ -31,7 +31,7 @@ _BETAS = (0.5, 0.999)
 
 @dataclass(frozen=True)
 class DdOptions(LearnedImagesOptions):
-    """Learn images that lower the loss on real images after a few steps on them."""
+    """Learn images so that a few training steps on them lower the loss on real images."""
 
     lr_img: Rate = 0.01
     """learning rate of the pixels and of the learning rates (Adam)"""
@@ -42,17 +42,17 @@ class DdOptions(LearnedImagesOptions):
     batch_real: Count = 1024
     """real images in the loss"""
     pix_init: Literal["real", "noise"] = "noise"
-    """images start from real images or from noise"""
+    """initial images: real images or noise"""
     distilled_images_per_class_per_step: Count = 1
-    """synthetic images of each class in a step; it divides --ipc, and there are as many different steps as that gives"""
+    """synthetic images per class and step; --ipc must be a multiple of it"""
     distill_epochs: Count = 3
-    """times that the student goes through all synthetic images"""
+    """number of passes of the student over all synthetic images"""
     distill_lr: Rate = 0.02
-    """learning rate of each of the student's steps at the start"""
+    """initial learning rate of each student step"""
     train_nets_type: Literal["unknown_init", "known_init"] = "unknown_init"
-    """train fresh networks in each iteration, or always the same one"""
+    """initial networks. unknown_init: new random ones in each iteration; known_init: always the same"""
     n_nets: Count = 1
-    """networks in an iteration"""
+    """networks per iteration"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

@@ -26,7 +26,7 @@ PIXEL_MOMENTUM = 0.5
 
 @dataclass(frozen=True)
 class DmOptions(LearnedImagesOptions):
-    """Learn images whose mean embedding, in random networks, is that of real images."""
+    """Learn images with the same mean embedding, in random networks, as real images."""
 
 
 def dm(options: DmOptions, real: RealImages, network: Trainable) -> LearnedSet:

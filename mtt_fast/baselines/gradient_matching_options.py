@@ -18,7 +18,7 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 
 @dataclass(frozen=True)
 class DcOptions(LearnedImagesOptions):
-    """Learn images whose gradient, in networks that train on them, is that of real images."""
+    """Learn images with the same gradient, in networks that train on them, as real images."""
 
     Iteration: Annotated[CountFromZero, Role.EXTENT] = 1000
     """iterations, each with a fresh network"""
@@ -27,13 +27,13 @@ class DcOptions(LearnedImagesOptions):
     lr_img: Rate = 0.1
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "noise"
-    """images start from real images or from noise"""
+    """initial images: real images or noise"""
     dis_metric: Metric = "ours"
-    """distance between gradients: ours (layer by layer, the papers'), mse, or cos of the whole"""
+    """distance between gradients: ours (layer by layer, as in the papers), mse, or cos of the whole gradients"""
     outer_loop: CountOrNone = None
-    """updates of the images in an iteration; without it the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
+    """updates of the images per iteration; if not given, the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
     inner_loop: CountOrNone = None
-    """epochs of the network between two updates of the images; without it the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
+    """epochs of the network between two updates of the images; if not given, the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
 
     def loops(self) -> tuple[int, int]:
         """Return updates in an iteration and epochs between two updates. Raises `InputError` where the papers have no numbers."""
@@ -65,7 +65,7 @@ class DsaOptions(DcOptions):
     """Learn images as DC does, with the same augmentation of real and synthetic images."""
 
     pix_init: Literal["real", "noise"] = "real"
-    """images start from real images or from noise"""
+    """initial images: real images or noise"""
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""

@@ -27,10 +27,10 @@ _RESTARTS = 10
 
 @dataclass(frozen=True)
 class KmeansOptions(TrainedNetworkOptions):
-    """Cluster each class and take one image a cluster."""
+    """Cluster each class and take one image per cluster."""
 
     pick: Annotated[Literal["nearest", "centres"], Group.SET] = "nearest"
-    """what is taken of each cluster; nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
+    """image of each cluster. nearest: the real image nearest to the centre of its embeddings; centres: the centre of its pixels"""
 
     @property
     def asks_network(self) -> bool:

@@ -36,9 +36,9 @@ class LdOptions(IterativeOptions):
     batch_real: Count = 1024
     """real images in the loss"""
     inner_batch_size: Count = 50
-    """images with learned labels in a step of the network; all if there are fewer"""
+    """images with learned labels per step of the network; all if there are fewer"""
     inner_lr: Rate = 0.01
-    """learning rate of the network's step that the labels are learned through"""
+    """learning rate of the network step through which the labels are learned"""
     lr_y: Annotated[Rate, Group.LABELS] = 1e-3
     """learning rate of the labels (Adam)"""
 

@@ -27,16 +27,16 @@ class BaselineOptions(EvaluationOptions):
     """Make a small training set, and evaluate it."""
 
     batch_train: CountOrNone = None
-    """batch size for training networks; without it 256, or for those of an evaluation what its protocol says"""
+    """batch size for training networks; if not given, 256, or in an evaluation that of --protocol"""
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
-    """run folder; default runs/METHOD-DATASET-ipcN"""
+    """run folder; if not given, runs/METHOD-DATASET-ipcN"""
     resume: Annotated[bool, Role.LOCATION, Group.OUTPUT] = False
-    """continue the run in --out, with its own options; the same command without it continues as well"""
+    """continue the run in --out with the options it started with; repeating the first command also continues it"""
 
     ipc: Annotated[Count, Group.SET] = 1
-    """images a class"""
+    """images per class"""
     lr_net: Rate = REAL_IMAGES_LR
-    """learning rate of networks that train on the set"""
+    """learning rate of networks that are trained on the set"""
 
     def folder(self, method: str) -> Path:
         """Return the run folder."""
@@ -59,7 +59,7 @@ class TrainedNetworkOptions(BaselineOptions):
     GROUP: ClassVar[Group] = Group.EXPERTS
 
     buffer_path: Annotated[str, Role.LOCATION] = "buffers"
-    """folder of the experts' trajectories; the first expert is trained if there is none"""
+    """folder of the experts' trajectories; if it is empty, one expert is trained"""
     train_epochs: Annotated[Count, Role.EXTENT] = 50
     """epochs of the first expert"""
     expert_lr: Rate = 0.01
@@ -107,9 +107,9 @@ class IterativeOptions(BaselineOptions):
     eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 2000
     """iterations between evaluations"""
     batch_real: Count = 256
-    """batch size of the real images in an update"""
+    """real images per update"""
     save_seconds: Seconds = 60.0
-    """seconds between checkpoints; inf: only at evaluations and at the end"""
+    """seconds between checkpoints; inf: save only at evaluations and at the end"""
 
 
 @dataclass(frozen=True)
@@ -119,4 +119,4 @@ class LearnedImagesOptions(IterativeOptions):
     lr_img: Rate = 1.0
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "real"
-    """images start from real images or from noise"""
+    """initial images: real images or noise"""

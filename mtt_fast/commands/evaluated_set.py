@@ -43,20 +43,20 @@ class SetOptions(EvaluationOptions):
     GROUP: ClassVar[Group] = Group.SET
 
     ipc: Count = 1
-    """random real images a class, where the set is the word "random" """
+    """random real images per class, if the set is the word "random" """
     lr_teacher: RateOrNone = None
-    """learning rate of the networks; without it the one that the set brings, or 0.01 where it brings none"""
+    """learning rate of the networks; if not given, that of the set, or 0.01 if the set has none"""
     texture: Annotated[bool, Group.TEXTURE] = False
-    """the images of a .pt file are textures, of which networks see random crops"""
+    """treat the images of a .pt file as textures; networks use random crops of them"""
     canvas_size: Annotated[Count, Needs("texture"), Group.TEXTURE] = 2
-    """side of a canvas of --texture, in images"""
+    """side length of a canvas of --texture, in images"""
     canvas_samples: Annotated[Count, Needs("texture"), Group.TEXTURE] = 1
-    """crops of each canvas of --texture in a step"""
+    """crops of each canvas of --texture per step"""
     label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
-    """kind of the soft labels in a .pt file; without it guessed from their sums"""
+    """kind of the soft labels in a .pt file; if not given, guessed from their sums"""
     other_data: bool = False
-    """test on other images than those that the set was made from, of the same classes and size; those images
-    are normalised or whitened as the set's own were"""
+    """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
+    set's own"""
 
     def without_effect_on(self, sources: Sequence[str]) -> dict[str, str]:
         """Return the options that have no effect on these sets, with the reasons."""

@@ -79,32 +79,32 @@ class CommonOptions:
     dataset: str = "CIFAR10"
     """data set: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, Tiny, ImageNet, or an image folder (train/CLASS/…, test/CLASS/…)"""
     subset: str | None = None
-    """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk, imageyellow; without it all classes"""
+    """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk or imageyellow; if not given, all classes"""
     res: Side = None
-    """side of the images in pixels, to which they are resized where the data set has no one size"""
+    """resize the images to this side length in pixels (only data sets without a fixed size)"""
     data_path: Annotated[str, Role.LOCATION] = "data"
     """folder of the data sets"""
     packed_path: Annotated[str | None, Role.LOCATION] = None
-    """folder of the packed data sets, if not DATA_PATH/packed (which may be read-only)"""
+    """folder for packed data sets, for example if DATA_PATH is read-only; if not given, DATA_PATH/packed"""
     download: Annotated[bool, Role.LOCATION, HARMLESS] = False
-    """fetch the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
+    """download the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
     zca: bool = False
     """whiten the images (ZCA, eps 0.1) instead of normalising them"""
     model: Annotated[str, Group.NETWORK] = "ConvNet"
     """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), ConvNetBN, AlexNet, VGG11, ResNet18,
     ResNet18_AP, …"""
     dsa: Annotated[TrueOrFalse, Group.AUGMENTATION] = True
-    """differentiable siamese augmentation (DSA)"""
+    """augment images by differentiable siamese augmentation (DSA)"""
     dsa_strategy: Annotated[Strategy, Needs("dsa", " True"), Group.AUGMENTATION] = "color_crop_cutout_flip_scale_rotate"
-    """operations of DSA, joined by underscores, one of which is drawn for each step"""
+    """operations of DSA, joined by underscores; each step draws one of them"""
     seed: Annotated[Seed, Group.RUN] = 0
-    """seed from which every random number follows"""
+    """seed of all random numbers"""
     device: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_device_name)] = "auto"
-    """device that computes: auto, cpu, cuda, cuda:1, …"""
+    """device: auto, cpu, cuda, cuda:1, …"""
     precision: Annotated[PrecisionRequest, HARMLESS, Group.MACHINE] = "auto"
-    """precision of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs), fp16 (as exact as tf32, half the
-    bytes; what overflows is repeated in tf32) or bf16, the last two for ConvNet's fused step alone; auto is fp16 in the iterations of a
-    distillation where Tensor cores have it, and tf32 otherwise. Sums are float32. A CPU computes in float32 whatever this says"""
+    """rounding of the factors of matrix products and convolutions on a GPU. fp32; tf32: as the public code; fp16: as exact as tf32, half
+    the bytes, and an iteration that overflows is repeated in tf32; bf16. fp16 and bf16 need ConvNet's fused step. auto: fp16 in the
+    iterations of a distillation where Tensor cores support it, else tf32. Sums are float32. No effect on a CPU, which uses float32"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""
@@ -153,7 +153,7 @@ class TrainingOptions(CommonOptions):
     GROUP: ClassVar[Group] = Group.MACHINE
 
     networks_at_once: Annotated[NetworksOrNone, Role.MACHINE] = None
-    """networks to train at the same time; without it as many as the device has room for. The result is the same"""
+    """number of networks to train at the same time; if not given, as many as the device has room for. The result is the same"""
 
 
 @dataclass(frozen=True)
@@ -163,18 +163,18 @@ class EvaluationOptions(TrainingOptions):
     GROUP: ClassVar[Group] = Group.EVALUATION
 
     batch_train: Annotated[CountOrNone, Role.EVALUATION] = None
-    """batch size for training networks; without it 256, or what the evaluation's protocol says"""
+    """batch size for training networks; if not given, that of --protocol, or 256"""
     num_eval: Annotated[Networks, Role.EVALUATION] = 5
-    """networks that an evaluation trains and tests"""
+    """number of networks that an evaluation trains and tests"""
     epoch_eval_train: Annotated[CountFromZero, Role.EVALUATION] = 1000
-    """epochs of each network in an evaluation"""
+    """training epochs of each network in an evaluation"""
     eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "S"
-    """networks to evaluate: S the model itself (instance norm in place of batch norm), SS the model as it is, C itself and ConvNet,
-    M architectures, W widths, D depths, A activations, P poolings, N norms, B and BN batch norm"""
+    """networks to evaluate. S: --model with instance norm instead of batch norm; SS: --model; C: --model and ConvNet; M: architectures;
+    W: widths; D: depths; A: activations; P: poolings; N: norms; B, BN: batch norm"""
     protocol: Annotated[str, Role.EVALUATION, Checked(published_protocol)] = "mtt"
-    """how an evaluation trains and tests networks: mtt, datm (batches of 128) or ddranking (the best epoch)"""
+    """evaluation protocol: mtt, datm (batches of 128) or ddranking (reports the best epoch)"""
     best_epoch: Annotated[bool, Role.EVALUATION, HARMLESS] = False
-    """report the best epoch of each evaluated network, chosen on the test images, in place of the last"""
+    """report the best epoch of each evaluated network, chosen on the test images, instead of the last"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

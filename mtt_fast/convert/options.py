@@ -29,53 +29,53 @@ class ConvertOptions:
     """Convert a distilled set, or experts' trajectories, to or from the files of other software."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
-    """what is converted: a file or a folder"""
+    """file or folder to convert"""
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
-    """what is written: a file or a folder that is not there yet; for experts the --buffer_path of who will read them"""
+    """file or folder to write, which must not exist yet; for experts, the --buffer_path of the command that will read them"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """kind of the source, where the names of the source's files do not show it; the same kinds as --to"""
+    """kind of the source, if its file names do not show it; the same kinds as for --to"""
     to: str | None = None
-    """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
-    the kind that the destination's name shows; else this software's kind, or from this software's the public code's. Experts of this software
-become experts too, written anew, with --to experts"""
+    """kind of the destination. Sets: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts: experts, buffer, waypoints. If not
+    given: the kind that the destination's name shows; else the public code's kind for a source of this software, and this software's kind
+    for any other source. --to experts can also rewrite experts of this software"""
 
     dataset: Annotated[str | None, HARMLESS, Group.DATA] = None
-    """data set of the real images, which foreign files do not name"""
+    """data set of the real images; files of other software do not name it"""
     subset: Annotated[str | None, HARMLESS, Group.DATA] = None
     """subset of ImageNet"""
     res: Annotated[Side, HARMLESS, Group.DATA] = None
-    """side of the images in pixels, to which they are resized where the data set has no one size"""
+    """resize the images to this side length in pixels (only data sets without a fixed size)"""
     data_path: Annotated[str, Role.LOCATION, HARMLESS, Group.DATA] = "data"
     """folder of the data sets"""
     packed_path: Annotated[str | None, Role.LOCATION, HARMLESS, Group.DATA] = None
-    """folder of the packed data sets, if not DATA_PATH/packed (which may be read-only)"""
+    """folder for packed data sets, for example if DATA_PATH is read-only; if not given, DATA_PATH/packed"""
     download: Annotated[bool, Role.LOCATION, HARMLESS, Group.DATA] = False
-    """fetch the data set if it is missing"""
+    """download the data set if it is missing"""
     zca: Annotated[bool, HARMLESS, Group.DATA] = False
-    """the source was made with ZCA-whitened images"""
+    """declare that the source was made with ZCA-whitened images"""
     model: Annotated[str, HARMLESS, Group.NETWORK] = "ConvNet"
     """network of the experts"""
     device: Annotated[str, Role.MACHINE, HARMLESS, Group.MACHINE, Checked(check_device_name)] = "auto"
-    """device that measures experts: auto, cpu, cuda, cuda:1, …"""
+    """device that tests imported experts: auto, cpu, cuda, cuda:1, …"""
 
     lr_teacher: Annotated[Rate, Group.SET] = 0.01
-    """learning rate of a set that comes without one"""
+    """learning rate of the set, if its files have none"""
     label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
-    """kind of the source's soft labels; without it guessed from their sums"""
+    """kind of the source's soft labels; if not given, guessed from their sums"""
     reorder: Annotated[bool, Group.LABELS] = False
-    """put a set with soft labels into the order of its largest labels"""
+    """sort a set with soft labels by the class of the largest label"""
     hard_labels: Annotated[bool, Group.LABELS] = False
-    """write each image's class in place of its soft label"""
+    """write each image's class instead of its soft label"""
     method: Annotated[str | None, Checked(_check_method), Group.SET] = None
-    """method that made the set, for the names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans; without it what the set's own
-    record says, or TM"""
+    """method that made the set, for file names of dc_benchmark and DC: TM, DC, DSA, DM, random, Kmeans; if not given, the method in the
+    set's record, or TM"""
 
     measure: Annotated[Literal["last", "all"], Group.EXPERTS] = "last"
-    """epochs of each imported expert whose test accuracy is measured; the accuracy of other epochs is unknown (NaN)"""
+    """measure the test accuracy of each imported expert after its last epoch, or after all epochs; unmeasured epochs have NaN"""
     store_dtype: Annotated[StoreDtype, Group.EXPERTS] = "float32"
-    """number format of imported experts: float32, or bfloat16 at half the size"""
+    """number format of imported experts; bfloat16 takes half the disk space"""
     experts_per_file: Annotated[Count, Group.EXPERTS] = 10
-    """experts in one replay_buffer_N.pt (the public code's --save_interval); experts of one file are in memory together"""
+    """experts per replay_buffer_N.pt (the public code's --save_interval); all experts of a file are in memory together"""
 
     def common(self) -> CommonOptions:
         """Return the options that name the real images and the network. Raises `InputError` without a data set."""

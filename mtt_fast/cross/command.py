@@ -60,16 +60,16 @@ TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
 
 @dataclass(frozen=True)
 class CrossOptions(SetOptions):
-    """Evaluate sets on several networks: a table, as JSON, Markdown and a plot, that continues where it was stopped."""
+    """Evaluate sets on several networks, and write a table (JSON, Markdown, plot). A stopped command continues when repeated."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SET …")] = ()
-    """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
+    """run folders, files that mtt_fast.evaluate accepts, or the word "random" for random real images like the first set"""
     models: Annotated[tuple[str, ...], Group.EVALUATION] = ()
-    """names of the networks to test on; without it those of --eval_mode"""
+    """names of the networks to test on; if not given, those of --eval_mode"""
     eval_mode: Annotated[str, Role.EVALUATION, Group.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
-    """networks to test on, by the letter of a pool (see mtt_fast.evaluate): M architectures"""
+    """pool of networks to test on (mtt_fast.evaluate --help lists the letters); M: architectures"""
     out: Annotated[str, Role.LOCATION, Group.OUTPUT, Checked(check_output_folder)] = "runs/cross"
-    """folder for the table, as JSON, Markdown and a plot"""
+    """folder for the table (JSON, Markdown, plot)"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

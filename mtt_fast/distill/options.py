@@ -44,7 +44,7 @@ DEFAULT_RECIPE = "digits"
 
 @dataclass(frozen=True)
 class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
-    """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
+    """Distil a data set into a few synthetic images per class. Without --dataset and --recipe: the digits recipe."""
 
     GROUP: ClassVar[Group] = Group.DISTILLATION
 
@@ -53,79 +53,79 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     config: Annotated[str | None, Role.LOCATION, Group.RUN] = None
     """TOML file of options; other flags override it"""
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
-    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
+    """run folder; if not given, runs/RECIPE or runs/DATASET-ipcN"""
     resume: Annotated[bool, Role.LOCATION, Group.OUTPUT] = False
-    """continue the run in --out (or of --recipe), with the run's own options; say --Iteration to extend the run"""
+    """continue the run in --out (or of --recipe) with the options it started with; a larger --Iteration extends it"""
 
     dry_run: Annotated[bool, Role.LOCATION, Group.RUN] = False
-    """print what the run would do, the memory plan, and an estimate of time and disk; do nothing"""
+    """only print what the run would do, with the memory plan and an estimate of time and disk space"""
 
     ipc: Count = 1
-    """synthetic images a class"""
+    """synthetic images per class"""
     Iteration: Annotated[CountFromZero, Role.EXTENT] = 5000
     """iterations (updates of the images)"""
     syn_steps: Count = 20
     """N: student steps in each iteration"""
     expert_epochs: Count = 3
-    """M: expert epochs that the student has to match"""
+    """M: number of expert epochs that the student must match"""
     max_start_epoch: Count = 25
-    """T+: the student starts at an expert epoch below this"""
+    """T+: the student starts at a random expert epoch below this"""
     continuous_start: bool = False
-    """the student starts at any real number of epochs, not at whole ones alone (MCT); between recorded ones on a straight line"""
+    """the student also starts between two epochs, at a point on the straight line between their parameters (MCT)"""
     min_start_epoch: CountFromZero = 0
-    """T-: the student does not start before this expert epoch (DATM)"""
+    """T-: earliest expert epoch at which the student starts (DATM)"""
     current_max_start_epoch: CountOrNone = None
-    """T: bound on the start epoch in the first iteration, which grows linearly to max_start_epoch (DATM)"""
+    """T: upper bound of the start epoch in the first iteration; it grows linearly to --max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
-    """iteration at which the bound on the start epoch has grown from current_max_start_epoch to max_start_epoch"""
+    """iteration at which the bound of --current_max_start_epoch has grown to --max_start_epoch"""
     threshold: Annotated[float | None, Range(0, above=True, infinite=True)] = None
-    """make no update in an iteration whose matching loss is above this (DATM); inf: update in each, as without it"""
+    """skip the update of an iteration with a matching loss above this (DATM); if not given, or inf, no update is skipped"""
     batch_syn: CountOrNone = None
-    """synthetic images in a student step; without it all synthetic images"""
+    """synthetic images per student step; if not given, all synthetic images"""
     lr_img: RateOrZero = 1000.0
-    """learning rate of the pixels; 0 leaves the pixels as they are"""
+    """learning rate of the pixels; 0 keeps them fixed"""
     lr_lr: RateOrZero = 1e-5
-    """learning rate of the student's learning rate; 0 leaves that rate as it is"""
+    """learning rate of the student's learning rate; 0 keeps that rate fixed"""
     lr_teacher: Rate = 0.01
-    """the student's learning rate at the start"""
+    """initial learning rate of the student"""
     lr_per_step: bool = False
-    """learn one learning rate for each of the student's steps; networks are evaluated at the mean of the rates"""
+    """learn a separate learning rate for each student step; evaluations use their mean"""
     student_mom: Share = 0.0
     """momentum of the student's steps"""
     student_l2: RateOrZero = 0.0
     """weight decay of the student's steps"""
     gradient: Gradient = "exact"
-    """meta-gradient: exact, or truncated: TESLA's, an approximation without the Hessian terms, compared with the exact one at evaluations"""
+    """meta-gradient. exact; truncated: TESLA's approximation without the Hessian terms, compared with the exact one at each evaluation"""
     match_step: MatchStep = "last"
-    """match the student's last step, or the step nearest to the expert (ATT)"""
+    """match the last student step, or the step nearest to the expert (ATT)"""
     loss_ratio: Share = 0.0
-    """leave this share of the parameters, those of lowest loss, out of the matching loss (PAD)"""
+    """fraction of the parameters, those with the lowest loss, to leave out of the matching loss (PAD)"""
     num_trajectories: Count = 1
-    """segments that each iteration matches, of one expert after the other; the gradients are averaged"""
+    """number of segments that each iteration matches, each of the next expert; the gradients are averaged"""
     pix_init: Literal["real", "noise", "samples_predicted_correctly"] = "real"
-    """images start from random real images, from noise, or from real images that experts classify correctly (DATM)"""
+    """initial images: random real images, noise, or real images that experts classify correctly (DATM)"""
     lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
-    """learn soft labels, kept as logits, at this learning rate (DATM), where 0 keeps the labels as they begin; without it the
-    labels are the classes"""
+    """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
+    the classes"""
     mom_y: Annotated[Share, Needs("lr_y"), Group.LABELS] = 0.9
     """momentum of the learned labels"""
     label_init: Annotated[
         Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)"), Group.LABELS
     ] = "classes"
-    """learned labels start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
+    """initial soft labels. classes: probability 0.9 for the image's class; experts: mean logits of the experts that are right (DATM)"""
     teacher_label: Annotated[bool, Group.LABELS] = False
-    """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
-    what all experts say after max_start_epoch epochs"""
+    """in each iteration, label the images by the expert that is matched (TESLA); the saved labels are the mean over all experts after
+    --max_start_epoch epochs"""
     ema_decay: ShareOrNone = None
-    """average the images over the iterations, with this weight on the average so far (FTD), and evaluate the average as well"""
+    """decay of an exponential moving average of the images (FTD); the average is evaluated too"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
-    """no augmentation during distillation (evaluations keep the augmentation)"""
+    """do not augment during distillation; evaluations still augment"""
     texture: Annotated[bool, Group.TEXTURE] = False
-    """distil textures: canvases that tile without seams, of which each student step sees random crops"""
+    """distil textures: canvases that tile without seams; each student step uses random crops of them"""
     canvas_size: Annotated[Count, Needs("texture"), Group.TEXTURE] = 2
-    """side of a canvas of --texture, in images"""
+    """side length of a canvas of --texture, in images"""
     canvas_samples: Annotated[Count, Needs("texture"), Group.TEXTURE] = 1
-    """crops of each canvas of --texture in a student step"""
+    """crops of each canvas of --texture per student step"""
 
     eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 100
     """iterations between evaluations"""
@@ -135,31 +135,31 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
-    """number of experts; those that the folder lacks are trained first, but none beside experts from elsewhere"""
+    """number of experts; missing ones are trained first, except in a folder of converted experts"""
     max_experts: Annotated[
         NetworksOrNone,
         Role.EXTENT,
         Group.EXPERTS,
         Remark("of all experts, where the public code takes as many of each of its files"),
     ] = None
-    """largest number of experts to use; without it all of the folder"""
+    """use at most this many experts; if not given, all in the folder"""
     num_interpolation: Annotated[AtLeastTwoOrNone, Group.EXPERTS] = None
-    """use each expert as so many waypoints with straight lines between them (MCT: 4); experts of all epochs are compressed first"""
+    """replace each expert by this many waypoints with straight lines between them (MCT: 4); experts are compressed first if needed"""
     expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
-    """learning rate of experts that are trained first"""
+    """learning rate of experts that this command trains"""
     batch_real: Annotated[
         Count,
         Group.EXPERTS,
         Remark("the batch size of experts that are trained first; in the public code it changes nothing"),
     ] = 256
-    """batch size of experts that are trained first"""
+    """batch size of experts that this command trains"""
 
     memory_budget: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_budget)] = AUTO
-    """cut student batches so that an iteration takes less memory than this, e.g. 6GiB; auto: most of what is free; the result is the same"""
+    """memory limit of an iteration, e.g. 6GiB: student batches are cut into pieces that fit; auto: most of the free memory. The result is the same"""
     microbatch: Annotated[CountOrNone, Role.MACHINE, Group.MACHINE] = None
-    """cut student batches into pieces of so many images; the result is the same"""
+    """cut student batches into pieces of this many images. The result is the same"""
     save_seconds: Seconds = 60.0
-    """seconds between checkpoints; inf: only at evaluations and at the end"""
+    """seconds between checkpoints; inf: save only at evaluations and at the end"""
 
     def folder(self) -> Path:
         """Return the run folder."""

@@ -20,10 +20,10 @@ PROGRAM = "python -m mtt_fast.recipes"
 
 @dataclass(frozen=True)
 class ListOptions:
-    """List the settings by name; with words, those that have all of them; with one's name, its options."""
+    """List the recipes (named settings). With words: list those that contain all words. With the name of a recipe: show its options."""
 
     words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[WORD …]")] = ()
-    """words of the names and descriptions to list, such as: datm cifar10"""
+    """words to search in names and descriptions, such as: datm cifar10; or the name of a recipe"""
 
 
 class _Recipe(NamedTuple):

@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write one self-contained page of HTML about one run, or several side by side, finished or not."""
+    """Write a self-contained HTML page about one or more runs, finished or not."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN …")] = ()
-    """folders of runs, of baselines too"""
+    """run folders, of distillations or baselines"""
     out: Annotated[str | None, Checked(check_output_file)] = None
-    """the file to write; default RUN/report.html for one run, report.html here for several"""
+    """file to write; if not given, RUN/report.html for one run, ./report.html for several"""
 
 
 def main(argv: Sequence[str]) -> None:
