@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -341,6 +342,12 @@ def test_a_saved_path_is_an_ordinary_tensor(tmp_path: Path) -> None:
     for other in (torch.load(tmp_path / "path.pt", weights_only=True)["path"], copy.deepcopy(path)):
         assert type(other) is Tensor
         assert torch.equal(other, path)
+
+
+def test_a_row_may_be_chosen_by_a_number_of_numpy() -> None:
+    """Check what would give the row a gradient as large as the path, and leave it in host memory where the path is there."""
+    path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
+    assert path[np.random.default_rng(0).integers(1, 4)].grad_fn is path[1].grad_fn is path[np.int64(-1)].grad_fn
 
 
 def test_images_need_not_be_pictures() -> None:
