@@ -80,6 +80,9 @@ def unroll(
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device on access.
 
+    Rows are views of the path. Of a row that outlives the iteration, is saved by `torch.save`, or is written into (as by training a
+    module that has it from `vector_to_parameters`) take `path[n].clone()`; safetensors needs `path.contiguous()`.
+
     Args:
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
