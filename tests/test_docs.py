@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import mtt_fast
 import mtt_fast.interop
+from mtt_fast import evaluate
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.testing import assert_close, relative_error
@@ -43,6 +45,15 @@ def test_the_example_of_an_augmentation_mirrors_half_of_the_images() -> None:
     expected = [image.flip(2) if flip else image for image, flip in zip(images, mirrored.flatten(), strict=True)]
     assert 5 < mirrored.sum() < 35
     assert torch.equal(space["flip"](images, mirrored), torch.stack(expected))
+
+
+def test_the_example_of_a_set_can_be_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", mtt_fast.SyntheticDataset.__doc__ or "", re.DOTALL)
+    exec(textwrap.dedent(example), {"mtt_fast": mtt_fast, "torch": torch})
+    evaluate.main(["set.safetensors", "--num_eval", "1", "--epoch_eval_train", "2", "--out", "result.json"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["dataset"], result["model"]) == ("digits", "ConvNetD2W16")
 
 
 def test_every_example_is_shown() -> None:

@@ -85,7 +85,11 @@ def _check_finite(values: Tensor, name: str, where: Where) -> None:
 
 def _check_indices(labels: Tensor, where: Where) -> None:
     if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise InputError(f"{where}: labels: expected class indices, int64 (n,), found {shown(labels)}; convert them")
+        soft = labels.dim() == 2 and labels.is_floating_point()
+        raise InputError(
+            f"{where}: labels: expected class indices, int64 (n,), found {shown(labels)}; "
+            + ("soft labels need the `label_kind` 'probabilities' or 'logits'" if soft else "convert them")
+        )
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= MOST_CLASSES:
         raise InputError(
@@ -139,8 +143,8 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
 
 def check_rate(lr: Tensor, where: Where) -> None:
     """Check that `lr` is one learning rate (), positive and finite. Raises `InputError`, which begins with `where`."""
-    if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < float(lr) < math.inf:
-        value = float(lr) if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
+    if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
+        value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
             f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the one that it was made with"
         )

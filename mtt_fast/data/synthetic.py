@@ -36,6 +36,20 @@ class SyntheticDataset:
     With a `canvas` the images are textures, of which networks see random crops (mtt_fast/augmentation/texture.py).
     `recipe` holds the options that the set was made with; `versions` those of the software. `dataset` and `fingerprint` are
     the name and the fingerprint of the real images that the set was made from (`ImageData`), "" where they are not known.
+    `python -m mtt_fast.evaluate` takes the options in `recipe` as its defaults, so that a set with these two needs no others.
+
+    Example:
+        ```python
+        from mtt_fast.data import load, transform_for
+
+        data = load("digits")
+        images = transform_for(data, zca=False).apply(data.train.images[:10] / 255)  # and what a loop of one's own makes of them
+        made = mtt_fast.SyntheticDataset(
+            images, data.train.labels[:10], torch.tensor(0.02), data.class_names, data.mean, data.std,
+            recipe={"dataset": "digits", "model": "ConvNetD2W16"}, dataset=data.name, fingerprint=data.fingerprint,
+        )
+        made.save("set.safetensors")
+        ```
     """
 
     images: Tensor

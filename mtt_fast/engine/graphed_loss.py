@@ -106,7 +106,7 @@ class GraphedMatchingLoss:
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
-        iteration = self._iteration(steps, parameters)
+        iteration = self._iteration(steps, target, parameters)
         constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
         return _LossWithGradients.apply(iteration, constants, images, labels, steps.lr)  # type: ignore[no-any-return]
 
@@ -118,7 +118,7 @@ class GraphedMatchingLoss:
     def _recorded(self) -> list[GraphedFunction]:
         return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
 
-    def _iteration(self, steps: CheckedSteps, parameters: Tensor | None) -> Iteration:
+    def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
         """Return the iteration for steps like these, whose augmentation has `parameters`."""
         options, lengths = self._options, tuple(len(index) for index in steps.batches)
         tensors = (steps.theta, steps.images, steps.labels, steps.lr)
@@ -127,6 +127,7 @@ class GraphedMatchingLoss:
             return self._iterations[kind]
         first_draws = None if parameters is None else parameters[: lengths[0]]
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
+            _check_reads_constants(self._of_path, steps, target)
             plan = checked_plan(
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
@@ -174,6 +175,17 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
             f"GraphedMatchingLoss of_path: expected a tensor () that depends on the path, found {found}{without}"
         )
     return loss.double()
+
+
+def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor) -> None:
+    """Raise `InputError` if the loss `of_path` reads a tensor that requires a gradient besides the path: none would flow to it."""
+    start = steps.theta.detach()
+    loss = of_path(start.expand(len(steps.batches) + 1, -1), start, target.detach())
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        raise InputError(
+            "GraphedMatchingLoss of_path: expected no tensor that requires a gradient besides the path, since none flows to it, found "
+            "one; detach it, or use `unroll`, whose path may enter any loss"
+        )
 
 
 def _parameters(

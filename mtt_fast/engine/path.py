@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class StudentPath(Tensor):
         return held
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.rows[index].to(self.home) if isinstance(index, int) else super().__getitem__(index)
+        return self.rows[index].to(self.home) if isinstance(index, Integral) else super().__getitem__(index)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a file of a path is a file of an ordinary tensor
         return self.as_subclass(Tensor).__reduce_ex__(protocol)

@@ -312,11 +312,19 @@ _LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weak
 def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
     """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
 
-    Nothing is computed: the steps run on the meta device, with a loss that stands for any other.
+    Nothing is computed: the steps run on the meta device, with a loss that stands for any other. Raises `InputError` for a network
+    that does not run there.
     """
     known, shapes = _LIVE_BYTES.setdefault(network, {}), (batch, image_shape, dtype)
     if shapes not in known:
-        known[shapes] = _counted_live_bytes(network, *shapes)
+        try:
+            known[shapes] = _counted_live_bytes(network, *shapes)
+        except RuntimeError as error:
+            raise InputError(
+                f"`memory_budget`: expected a network that runs on tensors without data, by which the memory of a step is counted, found "
+                f"{str(error).split(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors buffers of a module, read no "
+                "tensor's value in it, or take `microbatch`"
+            ) from error
     return known[shapes]
 
 

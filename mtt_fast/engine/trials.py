@@ -29,13 +29,21 @@ def try_augmentation(
 ) -> Tensor | None:
     """Return the inputs that `augment` makes of the `images` at `index` with `draws`, a few of them.
 
-    None where there is nothing to try: no augmentation, or a warp. Raises `InputError` if a second time gives other inputs.
+    None where there is nothing to try: no augmentation, or a warp. Raises `InputError` if a second time gives other inputs, and
+    where a gradient would have to flow to what it reads besides the images.
     """
-    if augment is None or warp_of(augment, draws, torch.Size((len(index), *images.shape[1:]))) is not None:
+    if augment is None:
+        return None
+    warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
+    if warp is not None:
+        _check_nothing_else_is_learned("augment", warp)
         return None
     rows, few = images.detach()[index], _few_of(network, len(index))
-    with torch.no_grad(), without_autocast(images.device):  # of copies, since it may write into them
-        first, second = (augment(rows.clone(), draws)[few] for _ in range(2))
+    with without_autocast(images.device):  # of copies, since it may write into them
+        with torch.no_grad():
+            first = augment(rows.clone(), draws)[few]
+        second = augment(rows.clone(), draws)[few]
+    _check_nothing_else_is_learned("augment", second)
     if not _alike(first, second):
         raise InputError(
             f"unroll augment: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
@@ -58,8 +66,8 @@ def try_step(
 
     `augmented` are the inputs that `try_augmentation` returned for them; where it is None, the images themselves are tried.
     Outputs and loss have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if
-    their gradient is recorded. Where a batch `is_cut`, the outputs of each sample also must not depend on the others, and the
-    loss has to be the mean of the samples' losses.
+    their gradient is recorded. Where gradients are recorded, neither may read any other tensor that requires one. Where a batch
+    `is_cut`, the outputs of each sample also must not depend on the others, and the loss has to be the mean of the samples' losses.
     """
     network, wants_images = student.network, images.requires_grad and torch.is_grad_enabled()
     few = index[_few_of(network, len(index))]
@@ -89,11 +97,10 @@ def _try_gradient(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
 ) -> Tensor:
     """Return the logits of `inputs`. Raises `InputError` for what differs at a second call, and where the loss has no gradient."""
-    with torch.enable_grad():
-        leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
-        # of copies, since a network may write into its images, and a loss, as one with a margin does, into the logits
-        logits = _called_twice("net", lambda: student.network(leaves[0], leaves[1].clone()), theta.device)
-        loss = _called_twice("loss", lambda: student.loss(logits.clone(), labels), theta.device)
+    leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
+    # of copies, since a network may write into its images, and a loss, as one with a margin does, into the logits
+    logits = _called_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
+    loss = _called_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels), logits, labels)
     if loss.dim() or not loss.is_floating_point():
         raise InputError(
             f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
@@ -109,16 +116,20 @@ def _try_gradient(
     return logits.detach()
 
 
-def _called_twice(name: str, call: Callable[[], Any], device: torch.device) -> Tensor:
-    """Return the result of `call`. Raises `InputError` if it is no tensor, or if a second call draws again or has another result.
+def _called_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments: Tensor) -> Tensor:
+    """Return the result of `function`, with its graph.
+
+    Raises `InputError` if it is no tensor, if a second call draws again or has another result, and where a gradient would have to
+    flow to what it reads besides its arguments.
 
     A call may draw if it seeds the generators itself or puts them back, so that it draws the same numbers each time.
     """
+    device = arguments[0].device
     with plain_attention, _RandomOperations() as operations:
-        result = call()
+        with torch.enable_grad():
+            result = function(*arguments)
         state = _generators_state(device)
-        with torch.no_grad():
-            again = call()
+        again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
         raise InputError(f"unroll {name}: expected a tensor as its result, found {type(result).__name__}")
     # other threads may draw meanwhile, so a change of state alone says nothing
@@ -132,7 +143,17 @@ def _called_twice(name: str, call: Callable[[], Any], device: torch.device) -> T
             f"unroll {name}: expected the same outputs for the same arguments, found others at the second call; take out what "
             "changes from call to call, or call .eval() on a module before it is wrapped"
         )
+    _check_nothing_else_is_learned(name, again)
     return result
+
+
+def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
+    """Raise `InputError` if the `result` of arguments without gradients has one, and gradients are recorded."""
+    if result.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"unroll {name}: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
+            "detach it, or make it a part of `theta`, `images` or floating `labels`"
+        )
 
 
 def _check_samples_are_apart(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:

@@ -80,6 +80,9 @@ def unroll(
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device on access.
 
+    Rows are views of the path. Of a row that outlives the iteration, is saved by `torch.save`, or is written into (as by training a
+    module that has it from `vector_to_parameters`) take `path[n].clone()`; safetensors needs `path.contiguous()`.
+
     Args:
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
@@ -100,7 +103,8 @@ def unroll(
         plan: in place of `microbatch` and `memory_budget`: the plan of `mtt_fast.plan` for these steps.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
-            micro-batches add up to it.
+            micro-batches add up to it. It is given the labels as they are, whatever `label_kind` says; floating ones may have any
+            number of columns, such as a teacher's logits beside a temperature, and each gets its gradient.
         generator: source of the augmentation's random numbers.
         draws: the random numbers themselves, for each step what `augment.draw` returned.
         precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
@@ -113,8 +117,9 @@ def unroll(
     Raises:
         InputError: shapes, dtypes, indices or options that do not fit each other; a call within `torch.inference_mode`,
             `torch.func` or `torch.compile`. A network, a loss or an augmentation of the caller's own is tried on a few samples
-            first (on a whole batch if the network mixes samples), and refused if it does not repeat itself or if its samples do
-            not add up where batches are cut.
+            first (on a whole batch if the network mixes samples), and refused if it does not repeat itself, if its samples do
+            not add up where batches are cut, or if it reads a tensor that requires a gradient besides its arguments: none would
+            flow to it.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,

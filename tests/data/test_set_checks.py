@@ -40,7 +40,7 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "bool labels": ({"labels": torch.ones(N).bool()}, r"expected class indices, int64 \(n,\), found Tensor bool"),
     "uint8 labels": ({"labels": torch.zeros(N).byte()}, "found Tensor uint8"),
     "whole floating-point labels": ({"labels": torch.zeros(N)}, "found Tensor float32"),
-    "soft labels that are called indices": ({"labels": torch.rand(N, CLASSES)}, "expected class indices, int64"),
+    "soft labels that are called indices": ({"labels": torch.rand(N, CLASSES)}, "expected class indices, int64 .*; soft labels need the `label_kind`"),
     "indices that are called logits": ({"label_kind": "logits"}, r"expected logits, float32 \(n, classes\)"),
     "no such kind": ({"label_kind": "soft"}, "label_kind: expected indices, probabilities, logits, found 'soft'"),
     "soft labels of another width": ({"labels": torch.rand(N, CLASSES + 1), "label_kind": "logits"}, "expected soft labels of 3 classes, found 4"),

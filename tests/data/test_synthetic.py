@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +23,19 @@ def test_the_class_of_an_image_with_an_index_is_the_index() -> None:
     labels = torch.tensor([1, 0, 1])
     synthetic = SyntheticDataset(torch.randn(3, 1, 2, 2), labels, torch.tensor(0.1), ("a", "b"), (0.5,), (0.25,))
     assert synthetic.classes.tolist() == [1, 0, 1]
+
+
+def test_a_set_is_saved_with_the_graph_of_its_tensors(tmp_path: Path) -> None:
+    """Save what a loop of one's own has: images of a generator, and learned numbers that require a gradient."""
+    images = torch.randn(2, 1, 2, 2, requires_grad=True) * 2
+    labels, lr = torch.randn(2, 2, requires_grad=True), torch.tensor(-2.0, requires_grad=True).exp()
+    rates = torch.full((3,), 0.1, requires_grad=True)
+    made = SyntheticDataset(images, labels, lr, ("a", "b"), (0.5,), (0.25,), label_kind="logits", lr_per_step=rates)
+    made.save(tmp_path / "set.safetensors")
+    read = SyntheticDataset.load(tmp_path / "set.safetensors")
+    for name in ("images", "labels", "lr", "lr_per_step"):
+        assert torch.equal(getattr(read, name), getattr(made, name))
+        assert not getattr(read, name).requires_grad
 
 
 def test_pictures_are_the_images_without_normalisation_clipped_to_what_can_be_shown() -> None:

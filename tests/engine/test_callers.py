@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -341,6 +342,100 @@ def test_a_saved_path_is_an_ordinary_tensor(tmp_path: Path) -> None:
     for other in (torch.load(tmp_path / "path.pt", weights_only=True)["path"], copy.deepcopy(path)):
         assert type(other) is Tensor
         assert torch.equal(other, path)
+
+
+def test_a_row_may_be_chosen_by_a_number_of_numpy() -> None:
+    """Check what would give the row a gradient as large as the path, and leave it in host memory where the path is there."""
+    path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
+    assert path[np.random.default_rng(0).integers(1, 4)].grad_fn is path[1].grad_fn is path[np.int64(-1)].grad_fn
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_a_student_may_have_another_optimiser(network: Any) -> None:
+    """Take the gradient of each step from `unroll`, and Adam's steps, with a learned rate for each parameter, from autograd."""
+    learned, rates = Distilled(), torch.full_like(START, 0.01, requires_grad=True)
+    decay, start = torch.tensor(0.9, dtype=torch.float64, requires_grad=True), START.clone().requires_grad_()
+
+    def end(gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        theta, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
+        for index in BATCHES:
+            g = gradient(theta, index)
+            first, second = decay * first + (1 - decay) * g, 0.99 * second + 0.01 * g.square()
+            theta = theta - rates * first / (second + 1e-6).sqrt()
+        return theta
+
+    def one_step(theta: Tensor, index: Tensor) -> Tensor:
+        return unroll(network, theta, learned.images, LABELS, 0.0, [index], return_velocity=True)[1]
+
+    def recorded(theta: Tensor, index: Tensor) -> Tensor:
+        loss = F.cross_entropy(module_function(MODULE)(theta, learned.images[index]), LABELS[index])
+        return torch.autograd.grad(loss, theta, create_graph=True)[0]
+
+    leaves = (learned.images, rates, decay, start)
+    found, expected = (torch.autograd.grad(end(way).sub(TARGET).square().sum(), leaves) for way in (one_step, recorded))
+    for name, one, other in zip(("images", "rates", "decay", "start"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("options", [{}, {"microbatch": 3}], ids=["whole", "cut"])
+def test_labels_may_be_weighted(network: Any, options: dict[str, Any]) -> None:
+    """Learn a rate for each class, as the weight of its images' labels, whose rows then do not sum to 1."""
+    learned, log_rates = Distilled(), torch.tensor([-1.0, -2.0, -1.5], dtype=torch.float64, requires_grad=True)
+    rates = log_rates.exp()[LABELS]
+    end = unroll(
+        network, START, learned.images, rates[:, None] * learned.labels.softmax(1), 1.0, BATCHES, momentum=0.5, **options
+    )[-1]  # fmt: skip
+    theta, velocity = START.clone().requires_grad_(), torch.zeros_like(START)
+    for index in BATCHES:
+        log_p = module_function(MODULE)(theta, learned.images[index]).log_softmax(1)
+        loss = -(rates[index] * (learned.labels[index].softmax(1) * log_p).sum(1)).mean()
+        velocity = 0.5 * velocity + torch.autograd.grad(loss, theta, create_graph=True)[0]
+        theta = theta - velocity
+    leaves = (learned.images, learned.labels, log_rates)
+    found, expected = (
+        torch.autograd.grad(row.sub(TARGET).square().sum(), leaves, retain_graph=True) for row in (end, theta)
+    )
+    for name, one, other in zip(("images", "labels", "rates"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+
+def test_the_mean_of_the_rows_of_parts_is_the_row_of_a_batch() -> None:
+    """Average the rows after each step, as processes do that have a part of the batch each."""
+    learned, mean = Distilled(), START
+    for index in BATCHES:
+        rows = [unroll(NETWORK, mean, learned.images, LABELS, learned.lr, [part])[-1] for part in index.chunk(2)]
+        mean = torch.stack(rows).mean(0)
+    row = unroll(NETWORK, START, learned.images, LABELS, learned.lr, BATCHES)[-1]
+    leaves = (learned.images, learned.lr)
+    found, expected = (torch.autograd.grad(matching_loss(end, START, TARGET), leaves) for end in (mean, row))
+    for name, one, other in zip(("images", "lr"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+
+def test_stretches_may_have_images_of_other_sizes() -> None:
+    """Train on small images and then on large ones, with the velocity handed on, through a network that takes both."""
+    module = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    net, large, lr = FlatModule(module), Distilled().images, torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    small = large.detach()[:, :, ::2, ::2].clone().requires_grad_()
+    start, order = net.init(), [torch.tensor(index) for index in ([0, 0, 5], [3], [1, 2, 3, 4], [5, 5])]
+    stretches = [(small, order[:2]), (large, order[2:])]
+    end, last = start, torch.zeros_like(start)
+    theta, velocity = start.clone().requires_grad_(), torch.zeros_like(start)
+    for images, batches in stretches:
+        path, last = unroll(
+            net, end, images, LABELS, lr, batches, momentum=0.9, velocity=last, return_velocity=True
+        )  # fmt: skip
+        end = path[-1]
+        for index in batches:
+            loss = F.cross_entropy(module_function(module)(theta, images[index]), LABELS[index])
+            velocity = 0.9 * velocity + torch.autograd.grad(loss, theta, create_graph=True)[0]
+            theta = theta - lr * velocity
+    found, expected = (torch.autograd.grad(row.square().sum(), (small, large, lr)) for row in (end, theta))
+    for name, one, other in zip(("small", "large", "lr"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
 
 
 def test_images_need_not_be_pictures() -> None:

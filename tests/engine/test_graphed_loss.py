@@ -261,6 +261,17 @@ def test_what_is_no_loss_of_the_path_is_refused(of_path: Loss, found: str) -> No
         GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
 
 
+def test_a_loss_of_the_path_with_learned_weights_is_refused() -> None:
+    """Check what would leave the weights of the rows without a gradient."""
+    weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        return (weights.softmax(0) * (path - target).square().sum(1)).sum()
+
+    with pytest.raises(InputError, match="of_path: expected no tensor that requires a gradient besides the path"):
+        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+
+
 def test_a_loss_in_float32_is_returned_in_float64() -> None:
     def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
         return (path[-1] - target).square().sum().float()

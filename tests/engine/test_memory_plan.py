@@ -258,6 +258,24 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert live_bytes(net, 1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
+@pytest.mark.parametrize("reading", ["a tensor of its own", "a value"])
+def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: str) -> None:
+    class Reading(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = torch.nn.Linear(4, 3), torch.ones(4)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            scale = self.scale if reading == "a tensor of its own" else float(rows.detach().norm())
+            logits: Tensor = self.linear(rows * scale)
+            return logits
+
+    net, rows, labels = FlatModule(Reading()), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(InputError, match=r"`memory_budget`: .* without data, .* found .* make its tensors buffers"):
+        unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)], memory_budget="1GiB")
+    unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)])
+
+
 def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
     net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))), []
 

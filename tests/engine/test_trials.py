@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, matching_loss, unroll
+from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close, whole_graph
 
@@ -304,6 +304,47 @@ def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None
         gradient(net, net.init())
     with torch.no_grad():  # a training of which no gradient is asked for
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
+
+
+@pytest.mark.parametrize("reader", ["net", "loss", "augment", "draws"])
+def test_a_learned_number_besides_the_arguments_is_refused(reader: str) -> None:
+    """Check what would leave a temperature, a module's own tensor or an augmentation's strength without a gradient."""
+    learned = torch.zeros((), dtype=torch.float64, requires_grad=True).exp()
+    layer = Layer(lambda images, layer: images * learned) if reader == "net" else nn.Identity()
+    net, options = FlatModule(with_layer(layer)), dict[str, Any]()
+    if reader == "loss":
+        options["loss"] = lambda logits, labels: F.cross_entropy(logits / learned, labels)
+    if reader == "augment":
+        options["augment"] = Augmentation(lambda images, generator: None, lambda images, _: images * learned)
+    if reader == "draws":
+        augment = options["augment"] = SiameseAugment("brightness")
+        options["draws"] = [learned * augment.draw_parameters([torch.zeros(len(index), 2, 6, 6)]) for index in BATCHES]
+    name = "augment" if reader == "draws" else reader
+    with pytest.raises(
+        InputError, match=f"unroll {name}: expected no tensor that requires a gradient besides its argu"
+    ):
+        gradient(net, net.init(), **options)
+    with torch.no_grad():  # a training of which no gradient is asked for
+        unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, **options)
+
+
+def test_a_learned_temperature_may_be_a_column_of_the_labels() -> None:
+    """Check the way that the error tells: a loss's own numbers, one a sample, beside the labels."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits / labels[:, 3:], labels[:, :3])
+
+    net, random = FlatModule(with_layer(nn.Identity())), torch.Generator().manual_seed(0)
+    images, start = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=random), net.init()
+    temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    labels = torch.cat([F.one_hot(LABELS, 3).double(), temperature.expand(6, 1)], dim=1)
+    end = unroll(net, start, images, labels, 0.3, BATCHES, loss=loss)[-1]
+    theta = start.requires_grad_()
+    for index in BATCHES:
+        step = F.cross_entropy(net(theta, images[index]) / temperature, LABELS[index])
+        theta = theta - 0.3 * torch.autograd.grad(step, theta, create_graph=True)[0]
+    found, expected = (torch.autograd.grad(row.square().sum(), temperature)[0] for row in (end, theta))
+    assert_close("temperature", found, expected, 1e-9)
 
 
 def noisy(images: Tensor, _: Any) -> Tensor:
