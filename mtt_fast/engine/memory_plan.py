@@ -77,8 +77,7 @@ class Plan:
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
-        pieces = InMicrobatches(work.student, self.microbatch)
-        step = pieces.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
+        step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
         peaks = [step.gradient_jvp, step.gradient]
         if self.saved_steps:  # the last piece of the forward sweep, the first one of the backward sweep
@@ -103,6 +102,11 @@ class Plan:
     def cut(self) -> bool:
         """Return whether a batch is done in pieces."""
         return self.microbatch < self.work.batch
+
+    @property
+    def student(self) -> Student:
+        """Return the student, which cuts its batches where the plan does."""
+        return InMicrobatches(self.work.student, self.microbatch) if self.cut else self.work.student
 
     @property
     def passes(self) -> float:
