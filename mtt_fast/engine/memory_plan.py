@@ -87,7 +87,7 @@ class Plan:
             "vectors": vectors * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
-            "kept activations": saved_bytes,
+            "saved activations": saved_bytes,
             "step": max(peaks) - saved_bytes,
             "work space": step.work,
         }
@@ -139,7 +139,7 @@ class Plan:
         parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.parts.items() if size)
         allowed = "" if self.budget is None else f" of {_mib(self.budget)}"
         return (
-            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.saved_steps} steps kept; "
+            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.saved_steps} steps saved; "
             f"{'path on the host; ' if self.path_on_host else ''}"
             f"peak {_mib(self.peak_bytes)}{allowed} ({parts}); "
             f"{self.passes:.1f} convolution passes a step, {least} at least"
