@@ -160,7 +160,7 @@ def _kind_for(destination: Path, *, native: bool) -> str:
 
 def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
     """Return the set class-major, with class indices in place of soft labels for --hard_labels; log its content."""
-    plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
+    plain = as_tensor_set(distilled)
     count, before = len(plain.labels), in_place(plain)
     rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
     log.info(
@@ -201,7 +201,7 @@ def _for_ddranking(
 def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet) -> str:
     """Return in words how other software reads the files."""
     first = written[0]
-    plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
+    plain = as_tensor_set(distilled)
     zca: bool | None = options.zca or None
     if isinstance(distilled, SyntheticDataset):
         zca = distilled.whitening is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, shortened
-from mtt_fast.data.images import decode, read_headers
+from mtt_fast.data.images import as_image, decode, read_headers
 from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
@@ -34,8 +34,6 @@ _LONGEST_NAME = 500  # letters of CLASS/NNNNN.png
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
-    from mtt_fast.data.images import as_image
-
     classes, pictures, files = as_tensor_set(synthetic).classes, as_bytes(synthetic, folder), []
     with whole_folder(folder, last=LABELS) as content:
         for number, (picture, label) in enumerate(zip(pictures, classes.tolist(), strict=True)):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, relabelled
-from mtt_fast.data.images import decode_bytes, read_header
+from mtt_fast.data.images import as_image, decode_bytes, read_header
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
@@ -174,8 +174,6 @@ def _features(synthetic: SyntheticDataset, soft: bool) -> dict[str, Any]:
 
 
 def _encode(picture: Tensor) -> bytes:
-    from mtt_fast.data.images import as_image
-
     file = io.BytesIO()
     as_image(picture.float() / 255).save(file, format="PNG")
     return file.getvalue()

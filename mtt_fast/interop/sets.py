@@ -120,7 +120,7 @@ def write_set(
         check_plain(distilled, f"{path}: not written")
     else:
         check_set(distilled, f"{path}: not written")
-    plain = class_major(distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled))
+    plain = class_major(as_tensor_set(distilled))
     match kind:
         case "mtt":
             return write_pair(path if path.suffix == ".pt" else path / "images_best.pt", plain)

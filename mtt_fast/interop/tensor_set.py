@@ -183,9 +183,11 @@ def _largest(distilled: TensorSet) -> Tensor:
     return distilled.labels if distilled.label_kind == "indices" else distilled.labels.argmax(1)
 
 
-def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
-    """Return the tensors of a distilled set, on the CPU."""
-    moved = synthetic.to("cpu")
+def as_tensor_set(distilled: SyntheticDataset | TensorSet) -> TensorSet:
+    """Return the tensors of a distilled set, on the CPU; a set of tensors as it is."""
+    if isinstance(distilled, TensorSet):
+        return distilled
+    moved = distilled.to("cpu")
     return TensorSet(moved.images.detach(), moved.labels.detach(), moved.lr.detach(), moved.label_kind)
 
 

@@ -24,7 +24,6 @@ from mtt_fast.distill.evaluation import evaluate_sets
 from mtt_fast.errors import Diverged
 from mtt_fast.interop import export_experts
 from mtt_fast.networks.by_name import network_by_name
-from mtt_fast.report.page import percent as on_the_page
 from mtt_fast.storage.trajectories import write_expert, write_waypoints
 from mtt_fast.storage.waypoints import convexified
 from mtt_fast.training.images import Images
@@ -106,7 +105,7 @@ def test_records_tell_how_many_networks_diverged() -> None:
     assert "diverged" not in accuracy_fields({"B": other})
     record = one.record() | {"epoch": "best"}
     assert label_of(record) == " (best epoch, 2 of 3 diverged)"
-    for shown in (on_the_page(record), tables.percent(record)):
+    for shown in (tables.percent(record, digits=2), tables.percent(record)):
         assert shown.endswith(label_of(record))
     cell = {"set": "mine", "question": {"network": "A", "dataset": "x", "ipc": 1}, "accuracy": record}
     assert "(best epoch, 2 of 3 diverged)" in markdown([cell], [], "p")
