@@ -33,7 +33,7 @@ from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 from mtt_fast.training.images import real_images
 from mtt_fast.training.sgd import accuracy
 
@@ -220,10 +220,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)
             rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
-            if course is None:
-                write_expert(content, index, rows, store.metadata(expert), store.dtype(expert))
-            else:
-                write_waypoints(content, index, rows, course, store.metadata(expert), store.dtype(expert))
+            write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), course)
     log.info("wrote %d experts to %s", len(store), folder)
 
 

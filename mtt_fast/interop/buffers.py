@@ -31,7 +31,7 @@ from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert
 from mtt_fast.storage.waypoints import Course
 
 log = logging.getLogger(__name__)
@@ -233,10 +233,7 @@ def _write(
     for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
         accuracy[epoch] = value
     metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=_origin(expert))
-    if expert.course is None:
-        write_expert(folder, index, rows, metadata, dtype)
-    else:
-        write_waypoints(folder, index, rows, expert.course, metadata, dtype)
+    write_expert(folder, index, rows, metadata, dtype, expert.course)
 
 
 def export_experts(
