@@ -347,9 +347,8 @@ def in_float64(argument: Any) -> Any:
     if isinstance(argument, (Affine, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
     is_number = isinstance(argument, Tensor) and argument.is_floating_point()
-    return (
-        argument.to(torch.float64, copy=True) if is_number else argument
-    )  # a copy, as some results overwrite arguments
+    # a copy, as some results overwrite arguments
+    return argument.to(torch.float64, copy=True) if is_number else argument
 
 
 def results_of(operation: str, result: Any) -> list[Tensor]:

@@ -97,7 +97,7 @@ class Subject:
     """makes fresh arguments: an operation may use up its own"""
 
     def run(self, arguments: list[Any]) -> Any:
-        """Call the operation; planes that it leaves in parts are added up, since whoever reads them must."""
+        """Call the operation; planes that it leaves in parts are added up, as their readers do."""
         result = getattr(kernels, self.operation)(*arguments)
         results = result if type(result) is tuple else (result,)
         partial = any(isinstance(each, PartialPlanes) for each in results)
@@ -196,9 +196,8 @@ def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
     def each() -> None:
         for row in candidates.values():
             table.put(subject, row)
-            with contextlib.suppress(
-                Exception
-            ):  # such as a tile too large for this GPU: it fails again when it is timed
+            # an error, such as of a tile too large for this GPU, comes again when the row is timed
+            with contextlib.suppress(Exception):
                 subject.run(subject.arguments())
 
     if table.device.type == "cuda":

@@ -43,7 +43,9 @@ class _Distribution:
     train: tuple[str, ...]
     test: str
     names: str
-    labels: str | int  # key of the labels in a pickle; or the label bytes before an image, of which the last counts
+    labels: (
+        str | int
+    )  # key of the labels in a pickle; or the number of label bytes before an image; the last of them counts
     names_key: str = ""
 
 

@@ -233,7 +233,7 @@ def relabelled(labels: Tensor, indices: Sequence[int], num_classes: int, where: 
 
 
 def shortened(items: Sequence[str]) -> str:
-    """Return the items as one line, of which a long one ends in an ellipsis."""
+    """Return the items in one line; a long one is cut and ends with their number."""
     return ", ".join(items[:_NAMED]) + (f", … ({len(items)} in all)" if len(items) > _NAMED else "")
 
 

@@ -1,4 +1,4 @@
-"""The image files in class folders: each once and under one label, whatever links lead to it."""
+"""List the image files in class folders, each once and under one label, whichever links lead to it."""
 
 from __future__ import annotations
 

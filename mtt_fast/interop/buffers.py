@@ -1,8 +1,8 @@
 """Expert trajectories of the public code: replay_buffer_N.pt, to experts' files of their own and back.
 
 A buffer is a list of experts (ten, or --save_interval), each a list of epochs (row 0 the initialisation), each a list of
-the tensors of `module.parameters()`. MCT's convexified_replay_buffer_N.pt are such, too. Names, data set and whitening
-are nowhere in it. Files are memory-mapped and read expert by expert.
+the tensors of `module.parameters()`. MCT's convexified_replay_buffer_N.pt have the same layout. They hold
+no names, data set or whitening. Files are memory-mapped and read expert by expert.
 
 A trap: `p.detach().cpu()` copies nothing on a CPU. Buffers made there have the last parameters in every epoch.
 """
@@ -241,8 +241,8 @@ def export_experts(
 ) -> Generator[Path, None, None]:
     """Write the experts as replay_buffer_0.pt, … in `folder`, as the public code reads them, and yield each file.
 
-    The files appear when the last one was asked for, or none does. The last file holds what is left, which the public code's
-    own last file does not. One file's experts are in memory.
+    The files appear when the last one was asked for, or none does. The last file holds the remaining experts, which the public
+    code drops. One file's experts are in memory.
     Raises `InputError` if a file is there already.
     """
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
@@ -264,7 +264,7 @@ def check_absent(folder: Path, first: str, further: str) -> None:
 
 
 def groups(count: int, size: int) -> Iterator[range]:
-    """Yield 0 … `count` − 1 in ranges of `size`, the last of what is left."""
+    """Yield 0 … `count` − 1 in ranges of `size`; the last may be shorter."""
     for begin in range(0, count, size):
         yield range(begin, min(begin + size, count))
 
