@@ -57,7 +57,7 @@ def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Imag
         indices[nearest_rows(embeddings, cluster_centres(embeddings, options.ipc, generator))]
         for indices, embeddings in embeddings_by_class(real, network, theta, members)
     ]
-    return Images(*real.train.batch(torch.cat(chosen).to(theta.device)))
+    return real.train.subset(torch.cat(chosen))
 
 
 def _centres(real: RealImages, members: list[Tensor], ipc: int, generator: torch.Generator) -> Images:
