@@ -176,8 +176,7 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
         planes = len(shape) == 4 and shape[2:] != (3, 3)
         return values.contiguous(memory_format=torch.channels_last) if planes else values
 
-    assert isinstance(net.image_size, int)
-    size = net.image_size
+    size = setting.side
     images = random(batch, net.in_channels, size, size).contiguous()
     draws = SiameseAugment("rotate").draw(images, generator)
     rotated = (images, augment_parameters(draws, images.shape).float())

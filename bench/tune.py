@@ -377,9 +377,7 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
 
 
 def _blocks(setting: Setting) -> list[Block]:
-    net, channels, blocks = setting.net, setting.net.in_channels, []
-    assert isinstance(net.image_size, int)
-    size = net.image_size
+    net, channels, size, blocks = setting.net, setting.net.in_channels, setting.side, []
     for number in range(1, net.depth + 1):
         blocks.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
         channels, size = net.width, (size + 2 * blocks[-1].padding - 2) // 2
