@@ -178,7 +178,7 @@ def export_to(options: ConvertOptions) -> None:
     """Write this software's experts in `options.source` as buffers, in the folder where the buffers' readers look for them.
 
     Whole experts become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
-    With --to experts they stay this software's, and are written anew, with checksums.
+    With --to experts they stay this software's, and are rewritten with checksums.
     Nothing is written if the command is stopped.
     """
     store = TrajectoryStore(options.source)
@@ -210,7 +210,7 @@ def export_to(options: ConvertOptions) -> None:
 
 
 def _copy(store: TrajectoryStore, root: Path) -> None:
-    """Write the experts anew, in the same folder below `root` as below the --buffer_path of `store`."""
+    """Rewrite the experts in the same folder below `root` as below the --buffer_path of `store`."""
     source = store.folder.resolve()
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
     if not is_free(folder):

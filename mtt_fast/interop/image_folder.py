@@ -50,8 +50,8 @@ def read_image_folder(
 ) -> SyntheticDataset:
     """Read the pictures in `folder` as a distilled set.
 
-    `info` of the real images gives the whitening of a whitened set, and all that labels.json says where there is none;
-    then `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs properties that are not given.
+    `info` of the real images gives the whitening of a whitened set. For a folder without labels.json it gives all the
+    properties, and `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs properties that are not given.
     """
     folder = Path(folder)
     if LABELS not in names_in(folder):

@@ -61,7 +61,7 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
     `info` of the real images gives the whitening of a whitened set; for a file that `write_parquet` did not write it
-    gives all the properties, and `lr` the learning rate; its labels go by the names of its classes, where it has such.
+    gives all the properties, and `lr` the learning rate; its labels are matched by the names of its classes, if it has any.
     Raises `InputError` for a broken or foreign file, where properties are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
@@ -122,7 +122,7 @@ def _most_bytes(path: Path) -> int:
 
 
 def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:
-    """Return the encoded images, their classes, and their soft labels if there are such."""
+    """Return the encoded images, their classes, and their soft labels if there are any."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
     rows = list(_rows(file, columns, _most_bytes(path), path))
     if len(rows) != file.metadata.num_rows:

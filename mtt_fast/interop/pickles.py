@@ -48,7 +48,7 @@ def load_pickle(
     path = Path(path)
     check_regular(path, LARGEST_FILE)
     try:
-        zipped = _is_zip(path)  # the format before torch 1.6 is none, and cannot be mapped
+        zipped = _is_zip(path)  # the format before torch 1.6 is no archive, and cannot be mapped
         (_check_zip if zipped else _check_pickles)(path, most)
         allowed = _numpy_numbers() if numpy_numbers else contextlib.nullcontext()
         with allowed, warnings.catch_warnings():

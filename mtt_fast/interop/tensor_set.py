@@ -143,7 +143,7 @@ _EXACT = 2.0**53  # whole numbers in float64
 
 
 def guess_label_kind(labels: Tensor) -> str:
-    """Return "probabilities" if all rows of `labels` (n, classes) are such, else "logits".
+    """Return "probabilities" if each row of `labels` (n, classes) is a distribution, else "logits".
 
     Both lie in files of one name: TESLA and MCT write probabilities, DATM and its successors logits.
     """
