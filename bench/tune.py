@@ -266,7 +266,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
 def fastest_tiles(rows: list[Row], default: Row) -> Row:
     """Return the first of `rows`, from fast to slow, with the fastest tile by pointers, and by boxes, that is among them."""
-    row = dict(next((row for row in rows if _has_tile(row)), default))
+    row = dict(next((row for row in rows if row.get("backend") in (None, "triton")), default))
     boxes = next((row for row in rows if row.get("backend") == "tma"), None)
     if boxes is not None:
         row["tma"] = boxes["tma"]
@@ -382,10 +382,6 @@ def _blocks(setting: Setting) -> list[Block]:
         blocks.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
         channels, size = net.width, (size + 2 * blocks[-1].padding - 2) // 2
     return blocks
-
-
-def _has_tile(row: Row) -> bool:
-    return row.get("backend") in (None, "triton")
 
 
 def _text(row: Row) -> str:

@@ -207,10 +207,6 @@ def import_experts(
     return TrajectoryStore(folder)
 
 
-def _origin(expert: Trajectory) -> dict[str, Any]:
-    return {"imported_from": expert.name, "train_epochs": expert.num_epochs}
-
-
 def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
     """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
     path, written = present.path(place), present.metadata(place)
@@ -232,7 +228,8 @@ def _write(
     rows, accuracy = expert.rows(), [math.nan] * (expert.num_epochs + 1)
     for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
         accuracy[epoch] = value
-    metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=_origin(expert))
+    origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
+    metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=origin)
     write_expert(folder, index, rows, metadata, dtype, expert.course)
 
 
