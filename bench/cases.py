@@ -28,9 +28,8 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
     """
     generator = torch.Generator().manual_seed(seed)
     net = setting.net
-    assert isinstance(net.image_size, int)
     start = net.init(generator)
-    other_images = torch.randn(_TARGET_BATCH, net.in_channels, net.image_size, net.image_size, generator=generator)
+    other_images = torch.randn(_TARGET_BATCH, net.in_channels, setting.side, setting.side, generator=generator)
     target, student = start, GenericStudent(net)
     labels = torch.randint(net.num_classes, (_TARGET_BATCH,), generator=generator)
     for _ in range(setting.steps):

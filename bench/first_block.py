@@ -44,7 +44,7 @@ def main(options: Options, command: str) -> None:
         name: dict(zip(("sweep", "way"), name.split(", "), strict=True)) | {"problem": None} for name in runs
     }
     for run in runs.values():
-        run()  # what is allocated once
+        run()  # allocates the memory that is kept
     timings = interleaved(
         options.repetitions,
         runs,
@@ -60,15 +60,14 @@ def main(options: Options, command: str) -> None:
 
 
 def _runs(setting: Setting, device: torch.device, precision: Any) -> dict[str, Callable[[], Any]]:
-    """Return what is timed, by sweep and way."""
+    """Return the functions to time, by sweep and way."""
     net, batch = setting.net, setting.batch
-    assert isinstance(net.image_size, int)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    x, padding = random(batch, net.in_channels, net.image_size, net.image_size), net.first_padding
+    x, padding = random(batch, net.in_channels, setting.side, setting.side), net.first_padding
     at, along = (
         Parameters(random(net.width, net.in_channels, 3, 3) / 5, (random(net.width), random(net.width)))
         for _ in range(2)

@@ -26,9 +26,7 @@ def convolutions(setting: Setting, device: torch.device) -> list[Convolution]:
 
     Each is in the memory format that is faster on `device`.
     """
-    net, runs = setting.net, []
-    assert isinstance(net.image_size, int)
-    size = net.image_size
+    net, size, runs = setting.net, setting.side, []
     for block in range(net.depth):
         first, channels = block == 0, net.width if block else net.in_channels
         padding = net.first_padding if first else 1

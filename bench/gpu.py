@@ -9,9 +9,9 @@
 | training | 300 | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
 | imagenette | 520 | ImageNette at 128×128, 1 and 10 images a class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
 
-The first four fit in 15 minutes. What is measured is written as it comes, and stage-STAGE.json tells what was done. A stage that
-comes to its limit stops itself and says what is missing; the same command goes on, and does nothing twice. With --rehearse
-all is done on the CPU at toy size.
+The first four fit in 15 minutes. Results are written as they come, and stage-STAGE.json lists the finished tasks. A stage that
+reaches its limit stops and names the missing tasks; the same command continues, and does nothing twice. With --rehearse
+everything is done on the CPU at toy size.
 """
 
 from __future__ import annotations

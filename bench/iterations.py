@@ -56,7 +56,7 @@ def golden_cases(folder: Path) -> Iterator[NamedCase]:
 
 
 def run_cases(folder: Path, starts: int, seed: int = 0) -> Iterator[NamedCase]:
-    """Yield so many iterations of the distillation in `folder`, on its distilled set.
+    """Yield `starts` iterations of the distillation in `folder`, on its distilled set.
 
     The last starts at the last epoch of its expert that leaves room for the target, the others evenly between half that epoch
     and it. The images are not augmented. Raises `InputError` where there is no run of a ConvNet.

@@ -176,8 +176,7 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
         planes = len(shape) == 4 and shape[2:] != (3, 3)
         return values.contiguous(memory_format=torch.channels_last) if planes else values
 
-    assert isinstance(net.image_size, int)
-    size = net.image_size
+    size = setting.side
     images = random(batch, net.in_channels, size, size).contiguous()
     draws = SiameseAugment("rotate").draw(images, generator)
     rotated = (images, augment_parameters(draws, images.shape).float())
@@ -347,9 +346,8 @@ def in_float64(argument: Any) -> Any:
     if isinstance(argument, (Affine, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
     is_number = isinstance(argument, Tensor) and argument.is_floating_point()
-    return (
-        argument.to(torch.float64, copy=True) if is_number else argument
-    )  # a copy, as some results overwrite arguments
+    # a copy, as some results overwrite arguments
+    return argument.to(torch.float64, copy=True) if is_number else argument
 
 
 def results_of(operation: str, result: Any) -> list[Tensor]:

@@ -118,7 +118,7 @@ def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
         return _peak_on_gpu(run, device)
     _give_back_freed_memory()
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew from what is resident
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak to the resident memory
     except OSError as error:
         raise InputError("peak memory on a CPU: expected Linux's /proc/self/clear_refs; use a GPU or Linux") from error
     before = resident_bytes("VmHWM")

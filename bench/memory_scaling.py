@@ -73,8 +73,7 @@ def main(options: Options, command: str) -> None:
 def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
     """Return the peak bytes that mtt_fast predicts for an iteration of `engine`."""
     net = setting.net
-    assert isinstance(net.image_size, int)
-    shape = (setting.images, net.in_channels, net.image_size, net.image_size)
+    shape = (setting.images, net.in_channels, setting.side, setting.side)
     loss = cross_entropy if engine == "generic" else None  # a loss of the user's own takes the generic student
     planned = plan(
         net, images=shape, steps=setting.steps, batch=setting.batch, memory_budget=None, device=device, loss=loss

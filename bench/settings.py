@@ -32,6 +32,12 @@ class Setting:
     steps: int
     batch: int
 
+    @property
+    def side(self) -> int:
+        """Return the side of the images, which are square, in pixels."""
+        assert isinstance(self.net.image_size, int)
+        return self.net.image_size
+
     def __str__(self) -> str:
         net = self.net
         return (

@@ -1,8 +1,8 @@
 """A plugin of pytest that records each test as it ends: `pytest -p bench.suite --record FOLDER`.
 
-The comparisons of kernels come first, since they take longest. A row has the outcome, the seconds, what was printed, and of a
-failure the traceback, which pytest itself shows after the last test. A run of the suite that was cut off goes on: what passed, at
-the same commit, is not run again. The record is FOLDER/suite.json, and suite.partial.json until the last test has ended.
+The comparisons of kernels come first, since they take longest. A row has the outcome, the seconds, the output, and for a
+failure the traceback, which pytest itself shows after the last test. A run of the suite that was cut off continues: tests that
+passed at the same commit are not run again. The record is FOLDER/suite.json, and suite.partial.json until the last test has ended.
 """
 
 from __future__ import annotations

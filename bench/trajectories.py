@@ -93,7 +93,7 @@ def seconds_of_iteration(setting: Setting, device: torch.device) -> float:
 
 
 def seconds_of_checksums(parameters: int, times: int = 100) -> Spread:
-    """Return the seconds that the checksums of two rows of so many parameters take."""
+    """Return the seconds that the checksums of two rows of `parameters` numbers take."""
     rows = [torch.randn(parameters) for _ in range(2)]
     cpu = torch.device("cpu")
     return spread([seconds(lambda: [checksum_of(bytes_of(row)) for row in rows], cpu) for _ in range(times)])

@@ -97,7 +97,7 @@ class Subject:
     """makes fresh arguments: an operation may use up its own"""
 
     def run(self, arguments: list[Any]) -> Any:
-        """Call the operation; planes that it leaves in parts are added up, since whoever reads them must."""
+        """Call the operation; planes that it leaves in parts are added up, as their readers do."""
         result = getattr(kernels, self.operation)(*arguments)
         results = result if type(result) is tuple else (result,)
         partial = any(isinstance(each, PartialPlanes) for each in results)
@@ -196,9 +196,8 @@ def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
     def each() -> None:
         for row in candidates.values():
             table.put(subject, row)
-            with contextlib.suppress(
-                Exception
-            ):  # such as a tile too large for this GPU: it fails again when it is timed
+            # an error, such as of a tile too large for this GPU, comes again when the row is timed
+            with contextlib.suppress(Exception):
                 subject.run(subject.arguments())
 
     if table.device.type == "cuda":
@@ -267,7 +266,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
 def fastest_tiles(rows: list[Row], default: Row) -> Row:
     """Return the first of `rows`, from fast to slow, with the fastest tile by pointers, and by boxes, that is among them."""
-    row = dict(next((row for row in rows if _has_tile(row)), default))
+    row = dict(next((row for row in rows if row.get("backend") in (None, "triton")), default))
     boxes = next((row for row in rows if row.get("backend") == "tma"), None)
     if boxes is not None:
         row["tma"] = boxes["tma"]
@@ -378,17 +377,11 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
 
 
 def _blocks(setting: Setting) -> list[Block]:
-    net, channels, blocks = setting.net, setting.net.in_channels, []
-    assert isinstance(net.image_size, int)
-    size = net.image_size
+    net, channels, size, blocks = setting.net, setting.net.in_channels, setting.side, []
     for number in range(1, net.depth + 1):
         blocks.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
         channels, size = net.width, (size + 2 * blocks[-1].padding - 2) // 2
     return blocks
-
-
-def _has_tile(row: Row) -> bool:
-    return row.get("backend") in (None, "triton")
 
 
 def _text(row: Row) -> str:

@@ -32,7 +32,7 @@ class WorkerError(Exception):
 
 
 class Worker(ABC):
-    """One who holds the state that `build(**arguments)` returns, and answers questions about it."""
+    """An object that holds the state that `build(**arguments)` returns, and answers questions about it."""
 
     @abstractmethod
     def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:

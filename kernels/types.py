@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LabelKind = Literal["indices", "probabilities", "logits"]
-"""Labels are class indices (B,), probabilities (B, K), or logits (B, K) of which the softmax is taken."""
+"""Labels are class indices (B,), probabilities (B, K), or logits (B, K), whose softmax is taken."""
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 """Format to which the float32 factors of a product are rounded. Sums are float32, and float64 tensors stay float64.

@@ -26,7 +26,7 @@ from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_writer_of_experts
-from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
+from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[
     metadata = dataclasses.replace(whole.metadata(expert), made_of=whole.digest(expert))
     trajectory = torch.stack([whole.read(expert, epoch) for epoch in range(whole.epochs(expert) + 1)])
     parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth=smooth)
-    write_waypoints(out, whole.indices[expert], parameters, course, metadata, whole.dtype(expert))
+    write_expert(out, whole.indices[expert], parameters, metadata, whole.dtype(expert), course)
 
 
 def _check_same(

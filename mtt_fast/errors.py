@@ -75,6 +75,11 @@ def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def dtype_name(dtype: object) -> str:
+    """Return the name of a dtype of torch without the module, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
     """Return " (did you mean …?)" for the known name closest to `name` in any case of letters, or nothing."""
     folded, wanted = {other.casefold(): other for other in known}, name.casefold()

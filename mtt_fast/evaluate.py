@@ -18,13 +18,11 @@ import tyro
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.evaluated_set import (
     RANDOM,
+    EvaluatedSet,
     SetOptions,
     check_any_trained,
-    data_for,
     read_synthetic,
-    real_images_for,
     settings_of,
-    training_set,
 )
 from mtt_fast.commands.option_fields import Checked, Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -72,10 +70,11 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     protocol = options.evaluation_protocol()
     if options.other_data and synthetic is None:
         raise InputError(f"--other_data: expected a distilled set, found {options.source}, of no images; leave it out")
-    data = data_for(options, options.source, synthetic)
+    evaluated = EvaluatedSet(options.source, options, synthetic)
+    data = evaluated.load_data()
     networks = options.evaluated_networks(data)
-    real = real_images_for(options, options.source, synthetic, data, device)
-    train, lr = training_set(options, options.source, synthetic, real, device)
+    real = evaluated.real_images(data, device)
+    train, lr = evaluated.training_images(real)
     log.info("%s", protocol.describe())
     accuracies: dict[str, Accuracy] = {}
     with stop_request() as stop:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SUMMANDS = {"weight_gradient": 1, "conv_norm_relu_pool": 3, "norm_relu_pool": 2, "bias_relu_pool": 1}
-"""How many of the results of an operation whose name has this in it, if it is a gradient, are summands: its last."""
+"""The number of results, the last ones, that are summands in a gradient's operation whose name contains the key."""
 
 
 class MetaGradient(NamedTuple):
@@ -54,7 +54,7 @@ def reference_convnet(
 def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Return f(theta, images) that runs `module` with the flat parameters `theta`, split as the public code splits them.
 
-    A slice for each parameter would be as right, and its gradient a vector of all parameters, zero but for one.
+    A slice for each parameter would give the same result, but its gradient would be a vector of all parameters, almost all zero.
     """
     shapes = {name: value.shape for name, value in module.named_parameters()}
 

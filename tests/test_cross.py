@@ -16,7 +16,7 @@ from PIL import Image
 from mtt_fast import SyntheticDataset, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
-from mtt_fast.commands.evaluated_set import data_for
+from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 
@@ -117,7 +117,8 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     for count, flags in ((3, []), (4, ["--zca"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
-    monkeypatch.setattr(cross, "data_for", lambda *arguments: replace(data_for(*arguments), fingerprint="beef"))
+    load_data = EvaluatedSet.load_data
+    monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
     assert len(table()) == 5
 

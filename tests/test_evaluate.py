@@ -13,7 +13,7 @@ from PIL import Image
 from mtt_fast import ConvNet, SyntheticDataset
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
-from mtt_fast.commands.evaluated_set import real_images_for, training_set
+from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import EvaluateOptions, main
@@ -118,7 +118,7 @@ def test_other_images_are_normalised_as_those_of_the_set_were() -> None:
     data, cpu = load("digits", data_path="data", progress=False), torch.device("cpu")
     synthetic = distilled(mean=(0.25,), std=(0.5,))
     options = EvaluateOptions(dataset="digits", other_data=True)
-    images, _ = real_images_for(options, "set", synthetic, data, cpu).train.batch(slice(0, 5))
+    images, _ = EvaluatedSet("set", options, synthetic).real_images(data, cpu).train.batch(slice(0, 5))
     plain, _ = real_images(data, cpu, zca=False).train.batch(slice(0, 5))
     in_unit_range = plain * data.std[0] + data.mean[0]
     torch.testing.assert_close(images, (in_unit_range - 0.25) / 0.5)
@@ -129,7 +129,7 @@ def test_textures_in_files_are_cropped() -> None:
     torch.save(torch.arange(10), "labels_best.pt")
     data, cpu = load("digits", data_path="data", progress=False), torch.device("cpu")
     options = EvaluateOptions(dataset="digits", texture=True, canvas_size=2, canvas_samples=3)
-    train, _ = training_set(options, "images_best.pt", None, real_images(data, cpu, zca=False), cpu)
+    train, _ = EvaluatedSet("images_best.pt", options, None).training_images(real_images(data, cpu, zca=False))
     assert train(torch.Generator()).canvas == Canvas(2, 3)
 
 
@@ -159,7 +159,7 @@ def test_soft_labels_in_files_become_probabilities(kind: Literal["probabilities"
     torch.save(given, "labels_best.pt")
     real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
     options = EvaluateOptions(dataset="digits", label_kind=kind)
-    train, lr = training_set(options, "images_best.pt", None, real, torch.device("cpu"))
+    train, lr = EvaluatedSet("images_best.pt", options, None).training_images(real)
     expected = given if kind == "probabilities" else given.exp() / given.exp().sum(1, keepdim=True)
     torch.testing.assert_close(train(torch.Generator()).labels, expected)
     assert lr == 0.01

@@ -14,10 +14,11 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from mtt_fast.commands import cli
+from mtt_fast.commands.tables import percent
 from mtt_fast.distill.command import main as distill
 from mtt_fast.report.__main__ import main
 from mtt_fast.report.charts import draw_accuracy, thinned
-from mtt_fast.report.page import mebibytes, number, percent, pictures, seconds
+from mtt_fast.report.page import mebibytes, number, pictures, seconds
 from mtt_fast.report.runs import Run
 from mtt_fast.storage.files import write_json
 
@@ -75,7 +76,7 @@ def test_a_finished_run_has_a_page(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     text = " ".join(page.text)
     for kind in ("distilled", "random_real_images", "experts"):
-        assert percent(summary["accuracy"][kind]) in text
+        assert percent(summary["accuracy"][kind], digits=2) in text
     assert summary["versions"]["torch"] in text
     assert "--syn_steps 3" in text
     assert "finished, 6 iterations" in text
@@ -274,7 +275,7 @@ def test_a_picture_stands_over_its_own_iteration(tmp_path: Path) -> None:
 
 def test_numbers_are_rounded_for_the_page() -> None:
     assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
-    assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
+    assert percent({"mean": 0.123456, "std": 0.01, "n": 1}, digits=2) == "12.35"
     assert mebibytes(100 << 20) == "100 MiB"
     assert number([0.01, 0.0212345]) == "0.01, 0.021234"
 

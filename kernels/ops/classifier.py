@@ -17,7 +17,7 @@ def linear_cross_entropy(
     `p` (B, C, h, w), contiguous or channels_last, float32, float64, float16 or bfloat16; p̄ is like `p`. Feature c·h·w + pixel
     has that column of `weight` (K, C·h·w), contiguous. `weight`, `bias` (K,), Ā, c̄ and the loss are float64 for float64
     planes and else float32. `labels` are indices (B,) int64, or (B, K) of the weight's dtype: probabilities, which need not
-    sum to one, or logits, of which the softmax is taken.
+    sum to one, or logits, whose softmax is taken.
 
     `scale` is None, and the gradients have no factor, unless planes are float16, whose range is narrow. Then the three
     gradients are multiplied with `scale` (), the power of two that brings the largest magnitude in p̄ to at most

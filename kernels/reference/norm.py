@@ -7,8 +7,8 @@ from torch import Tensor
 from ..types import Affine, PlaneStats
 from .planes import per_channel, per_plane, plane_mean, planes_like, pool, unpool, widened
 
-# h = (y − mean) rstd, u = γ h + β, z = max(u, 0), p = 2×2 means of z. A bar or a dot of mean and rstd is never handed
-# over: whoever differentiates again must see how they depend on y.
+# h = (y − mean) rstd, u = γ h + β, z = max(u, 0), p = 2×2 means of z. No bar or dot of mean and rstd is passed on: a
+# second derivative must see how they depend on y.
 
 
 def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import tyro
@@ -102,6 +102,15 @@ Nearest = tuple[float, int]
 """d(Δt), and the student's step k at that distance."""
 
 
+class _RealTraining(NamedTuple):
+    """The training on real images to which all sets are compared."""
+
+    network: Trainable
+    images: RealImages
+    settings: ExpertTraining
+    deltas: Sequence[int]  # rising
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     sets = read_distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
@@ -117,7 +126,8 @@ def main(argv: Sequence[str]) -> None:
     for label, synthetic in sets.items():
         check_same_data(synthetic.identity, data.identity(zca=options.zca), label)
     with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
-        _run(options, sets, network, real_images(data, device, zca=options.zca), training, deltas, stop)
+        images = real_images(data, device, zca=options.zca)
+        _run(options, sets, _RealTraining(network, images, training, deltas), stop)
 
 
 def default_options(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -144,18 +154,13 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
 
 
 def _run(
-    options: DistanceOptions,
-    sets: Mapping[str, SyntheticDataset],
-    network: Trainable,
-    real: RealImages,
-    training: ExpertTraining,
-    deltas: Sequence[int],
-    stop: StopRequest,
+    options: DistanceOptions, sets: Mapping[str, SyntheticDataset], real: _RealTraining, stop: StopRequest
 ) -> None:
-    folder, precision = Path(options.out), precision_on(real.train.labels.device, network, options.precision)
+    folder, deltas, device = Path(options.out), real.deltas, real.images.train.labels.device
+    precision = precision_on(device, real.network, options.precision)
     measured = _read_measurements(folder)
     questions = {
-        (start, label): _question(options, synthetic, network, real, training, deltas, start)
+        (start, label): _question(options, synthetic, real, start)
         for start in range(options.starts)
         for label, synthetic in sets.items()
     }
@@ -163,18 +168,20 @@ def _run(
     trainings = {start for start, _ in missing}
     with tqdm(total=len(trainings) * deltas[-1] + len(missing) * options.steps, desc="distance", unit="step") as bar:
         for start in sorted(trainings):
-            steps = expert_steps(real, network, training, seed=options.seed, index=start, precision=precision)
+            steps = expert_steps(
+                real.images, real.network, real.settings, seed=options.seed, index=start, precision=precision
+            )
             initial, *targets = parameters_after(steps, deltas, stop, bar)
             for label in (label for its_start, label in missing if its_start == start):
                 generator = generator_for(options.seed, "distance", start)
-                path = student_path(network, initial, sets[label], options, generator)
+                path = student_path(real.network, initial, sets[label], options, generator)
                 nearest = nearest_steps(path, torch.stack(targets))
                 bar.update(options.steps)
                 measured.append({"question": questions[start, label], "nearest": nearest})
-                _write_record(folder, _curves(questions, measured, deltas), measured, options, real)
+                _write_record(_curves(questions, measured, deltas), measured, options, device)
                 _stop_if_asked(stop)
     curves = _curves(questions, measured, deltas)
-    _write_record(folder, curves, measured, options, real)
+    _write_record(curves, measured, options, device)
     write_text(folder / "distance.md", _as_markdown(curves, options))
     _draw(folder / "distance.png", curves)
     for label, points in curves.items():
@@ -253,15 +260,7 @@ def nearest_steps(path: Tensor, targets: Tensor) -> list[Nearest]:
     return [(float(value), int(k)) for value, k in zip(least, step, strict=True)]
 
 
-def _question(
-    options: DistanceOptions,
-    synthetic: SyntheticDataset,
-    network: Trainable,
-    real: RealImages,
-    training: ExpertTraining,
-    deltas: Sequence[int],
-    start: int,
-) -> dict[str, Any]:
+def _question(options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int) -> dict[str, Any]:
     """Return everything that determines a set's distances from one start: the same question has one answer."""
     rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
@@ -270,14 +269,14 @@ def _question(
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
         "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},
-        "training": dataclasses.asdict(training),
-        "deltas": list(deltas),
+        "training": dataclasses.asdict(real.settings),
+        "deltas": list(real.deltas),
         "start": start,
         "seed": options.seed,
-        "network": network.describe(),
-        "fingerprint": real.data.fingerprint,
-        "whitening": real.whitening,
-        "precision": precision_on(real.train.labels.device, network, options.precision),
+        "network": real.network.describe(),
+        "fingerprint": real.images.data.fingerprint,
+        "whitening": real.images.whitening,
+        "precision": precision_on(real.images.train.labels.device, real.network, options.precision),
     }
     return dict(json.loads(json.dumps(question)))  # as in the record that is read back
 
@@ -332,21 +331,20 @@ def _about(options: DistanceOptions) -> str:
 
 
 def _write_record(
-    folder: Path,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     measured: Sequence[Mapping[str, Any]],
     options: DistanceOptions,
-    real: RealImages,
+    device: torch.device,
 ) -> None:
     record = {
         "distance": _about(options),
         "curves": curves,
         "measured": measured,
         "options": dataclasses.asdict(options),
-        "device": device_name(real.train.labels.device),
+        "device": device_name(device),
         "versions": versions(),
     }
-    write_record(folder / RECORD, record)
+    write_record(Path(options.out) / RECORD, record)
 
 
 def _as_markdown(curves: Mapping[str, Sequence[Mapping[str, Any]]], options: DistanceOptions) -> str:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo
+from mtt_fast.commands.plots import save_stacked
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     frames = [_with_caption(iteration, image) for iteration, image in read_history(Path(options.run)).items()]
     folder = Path(options.out or options.run)
     save_animation(folder / "evolution.gif", frames, options.seconds)
-    save_strip(folder / "evolution.png", evenly(frames, options.rows))
+    save_stacked(folder / "evolution.png", evenly(frames, options.rows))
     log.info("%s, %s: %d pictures", folder / "evolution.gif", folder / "evolution.png", len(frames))
 
 
@@ -108,16 +109,6 @@ def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) ->
         frames[0].save(
             temporary, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False
         )
-
-
-def save_strip(path: Path, frames: Sequence[Image.Image]) -> None:
-    """Write `frames`, all of one size, one below the other as PNG, atomically."""
-    width, height = frames[0].size
-    strip = Image.new("RGB", (width, height * len(frames)), _PAPER)
-    for row, frame in enumerate(frames):
-        strip.paste(frame, (0, row * height))
-    with atomic_path(path) as temporary:
-        strip.save(temporary, format="PNG")
 
 
 def _with_caption(iteration: int, image: Image.Image) -> Image.Image:

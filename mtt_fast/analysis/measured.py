@@ -66,13 +66,16 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
         images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may bear one name
-        own = images | {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
-        for network, accuracy in _by_network(summary, "distilled").items():
-            _add(groups, setting._replace(model=network), own, seed, folder, accuracy)
-        own = images | {name: options.get(name) for name in sorted(_OF_RANDOM_IMAGES)}
-        of_random = setting._replace(method=RANDOM + _protocol(options))
-        for network, accuracy in _by_network(summary, "random_real_images").items():
-            _add(groups, of_random._replace(model=network), own, seed, folder, accuracy)
+        own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
+        of_random = {name: options.get(name) for name in sorted(_OF_RANDOM_IMAGES)}
+        for trained_on, method, others in (
+            ("distilled", setting.method, own),
+            ("random_real_images", RANDOM + _protocol(options), of_random),
+        ):
+            for network, accuracy in _by_network(summary, trained_on).items():
+                key = setting._replace(model=network, method=method), json.dumps(images | others, sort_keys=True)
+                # the same options and the same seed are the same measurement
+                groups.setdefault(key, {}).setdefault(seed, (str(folder), accuracy))
     by_setting: dict[Setting, list[Measured]] = {}
     for (setting, _), by_seed in groups.items():
         by_setting.setdefault(setting, []).append(_combined(list(by_seed.values())))
@@ -106,19 +109,6 @@ def _protocol(options: Mapping[str, Any]) -> str:
     """Return a mark for the numbers of another protocol than the paper's, since such numbers do not compare."""
     name, best = options.get("protocol", PAPER_PROTOCOL), options.get("best_epoch")
     return (f", protocol {name}" if name != PAPER_PROTOCOL else "") + (", best epoch" if best else "")
-
-
-def _add(
-    groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]],
-    setting: Setting,
-    options: Mapping[str, Any],
-    seed: int,
-    folder: Path,
-    accuracy: Mapping[str, Any],
-) -> None:
-    """Add one accuracy to its group; the same options and the same seed are the same measurement."""
-    group = groups.setdefault((setting, json.dumps(options, sort_keys=True)), {})
-    group.setdefault(seed, (str(folder), accuracy))
 
 
 def _combined(runs: list[tuple[str, Mapping[str, Any]]]) -> Measured:

@@ -135,7 +135,7 @@ def _fits(setting: Setting, line: Published) -> bool:
 def _rows(
     dataset: str, method: str, model: str, lines: Sequence[Published], measured: Mapping[Setting, Sequence[Measured]]
 ) -> list[Row]:
-    """Return one row, or as many as the setting with most choices of options needs."""
+    """Return a row for each choice of options that was measured in a setting, at least one."""
     count = max((len(values) for values in measured.values()), default=1)
     return [
         Row(

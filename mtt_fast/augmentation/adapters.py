@@ -1,4 +1,4 @@
-"""Other people's augmentations as the engine uses them: two functions, or a module of kornia."""
+"""Adapt other augmentations to the engine: two functions, or a module of kornia."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class KorniaAugment:
     """An augmentation of kornia: one of `kornia.augmentation`'s, or an `AugmentationSequential` of several.
 
     Its parameters are drawn once a step, by `forward_parameters`, and given to it again in the backward sweep. kornia
-    draws from torch's own CPU generator, which is seeded from the generator of `draw` meanwhile, and then put back, so that
+    draws from torch's own CPU generator; it is seeded from the generator of `draw` for the draw, and then restored, so that
     a run repeats. Labels stay unchanged, so operations that mix images are unfit. Most of kornia's operations expect
     images in [0, 1]; distilled images are normalised, so operations that move pixels fit best.
 

@@ -40,7 +40,7 @@ class SiameseAugment:
     `strategy` joins operations by underscores, as the public code's --dsa_strategy does:
     color (brightness, saturation and contrast in turn), crop, cutout, flip, scale, rotate.
     Random numbers come from the generator given to `draw`, on its own device, so that a run repeats.
-    Raises `InputError` for an unknown operation, and for what is no text.
+    Raises `InputError` for an unknown operation, and for a `strategy` that is no text.
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"

@@ -1,4 +1,4 @@
-"""Textures: canvases larger than the images that networks see, of which each step sees random crops.
+"""Textures: canvases larger than an image, from which each step takes random crops.
 
 A crop that runs over one border goes on at the opposite one, as on a torus, so what is learned tiles without seams
 (Cazenavette et al., Wearable ImageNet, CVPR 2022 Workshops; `--texture` of the public code). The crop is one more

@@ -65,7 +65,7 @@ def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
 
 
 def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
-    """Set the tensors of `learned` to their last saved values; return the saved progress, or a new one if there is none.
+    """Set the tensors of `learned` to their last saved values; return the saved progress, or a new one.
 
     Raises `InputError` if the file is broken or not a checkpoint of this method.
     """

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     options = in_precision_of_run(options, folder, given)
     may_differ = outside_result(type(options))
     if isinstance(options, TrainedNetworkOptions):
-        may_differ |= set(FLAGS.values()) - given  # what is not given says nothing about the expert of the run
+        may_differ |= set(FLAGS.values()) - given  # options that are not given say nothing about the expert of the run
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return

@@ -78,7 +78,7 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images, labels, device = start.pixels, start.labels, start.labels.device
     batches = step_batches(options, real.data.num_classes)
-    # rates stay positive as the softplus of what is learned
+    # rates are the softplus of the learned numbers, so that they stay positive
     raw = torch.full((len(batches),), options.distill_lr, device=device).expm1_().log_()
     optimiser = torch.optim.Adam([images, raw], lr=options.lr_img, betas=_BETAS)
     everything = torch.arange(len(real.train))

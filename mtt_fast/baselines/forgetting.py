@@ -38,7 +38,7 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Traina
     events = forgetting_events(right_at_each_epoch(store, real.train, network))
     generator = generator_for(options.seed, "forgetting")
     chosen = torch.cat([most_forgotten(indices, events, options.ipc, generator) for indices in members])
-    return Images(*real.train.batch(chosen.to(real.train.labels.device)))
+    return real.train.subset(chosen)
 
 
 @torch.no_grad()

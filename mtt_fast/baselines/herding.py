@@ -24,7 +24,7 @@ def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable
         indices[herd(embeddings, options.ipc)]
         for indices, embeddings in embeddings_by_class(real, network, theta, members)
     ]
-    return Images(*real.train.batch(torch.cat(chosen).to(theta.device)))
+    return real.train.subset(torch.cat(chosen))
 
 
 def herd(embeddings: Tensor, count: int) -> Tensor:

@@ -50,29 +50,24 @@ def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Imag
     """Return one image for each of --ipc clusters of each class."""
     members = class_members(real, options.ipc)
     generator = generator_for(options.seed, "kmeans")
-    return (_centres if options.pick == "centres" else _nearest)(options, real, network, members, generator)
-
-
-def _nearest(
-    options: KmeansOptions, real: RealImages, network: Trainable, members: list[Tensor], generator: torch.Generator
-) -> Images:
+    if options.pick == "centres":
+        return _centres(real, members, options.ipc, generator)
     theta = trained_parameters(options, real, network)
     chosen = [
         indices[nearest_rows(embeddings, cluster_centres(embeddings, options.ipc, generator))]
         for indices, embeddings in embeddings_by_class(real, network, theta, members)
     ]
-    return Images(*real.train.batch(torch.cat(chosen).to(theta.device)))
+    return real.train.subset(torch.cat(chosen))
 
 
-def _centres(
-    options: KmeansOptions, real: RealImages, network: Trainable, members: list[Tensor], generator: torch.Generator
-) -> Images:
+def _centres(real: RealImages, members: list[Tensor], ipc: int, generator: torch.Generator) -> Images:
+    """Return the centres of `ipc` clusters of each class's pixels."""
     train, centres = real.train, []
     for indices in tqdm(members, desc="cluster", unit="class", leave=False):
         pixels, _ = train.batch(indices.to(train.labels.device))
-        of_class = cluster_centres(pixels.flatten(1).cpu(), options.ipc, generator)
-        centres.append(of_class.view(options.ipc, *real.data.image_shape))
-    labels = torch.arange(len(members), device=train.labels.device).repeat_interleave(options.ipc)
+        of_class = cluster_centres(pixels.flatten(1).cpu(), ipc, generator)
+        centres.append(of_class.view(ipc, *real.data.image_shape))
+    labels = torch.arange(len(members), device=train.labels.device).repeat_interleave(ipc)
     return Images(torch.cat(centres).to(labels.device), labels)
 
 

@@ -1,4 +1,4 @@
-"""Learn a set in iterations, with evaluations, and with checkpoints from which a stopped run goes on."""
+"""Learn a set in iterations, with evaluations, and with checkpoints to continue a stopped run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Define a method: a function from options, real images and a network to a chosen set, or to one that is to be learned."""
+"""Define a method: a function from options, real images and a network to a set that is chosen, or one to be learned."""
 
 from __future__ import annotations
 

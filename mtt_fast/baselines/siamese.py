@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +17,6 @@ def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator
     """
     augment = augment_by_strategy(strategy)
     if augment is None:
-        return _unchanged
-    return partial(_augmented, augment.draw_parameters([like[:1]], generator).to(like.device))
-
-
-def _unchanged(images: Tensor) -> Tensor:
-    return images
-
-
-def _augmented(parameters: Tensor, images: Tensor) -> Tensor:
-    return augment_with(images, parameters.expand(len(images), -1).contiguous())
+        return lambda images: images
+    parameters = augment.draw_parameters([like[:1]], generator).to(like.device)
+    return lambda images: augment_with(images, parameters.expand(len(images), -1).contiguous())

@@ -98,74 +98,78 @@ def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
     return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
 
 
-def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | None) -> ImageData:
-    """Return the images that the options name.
+@dataclass(frozen=True)
+class EvaluatedSet:
+    """A set on which networks are trained: a distilled one, or where `synthetic` is None the files or random images of `source`."""
 
-    Raises `InputError` if the set, `synthetic` from `source`, was made from other images and --other_data does not allow it.
-    """
-    info = published(options.dataset, options.subset, options.res)
-    if synthetic is not None and info is not None:  # before images are fetched and packed
-        check_same_data(
-            synthetic.identity, info.identity(zca=options.zca), _file(source), other_data=options.other_data
-        )
-    data = options.load_data()
-    if synthetic is not None:
-        made_from, loaded = synthetic.identity, data.identity(zca=options.zca)
-        check_same_data(made_from, loaded, _file(source), other_data=options.other_data)
+    source: str
+    options: SetOptions
+    synthetic: SyntheticDataset | None
+
+    def load_data(self) -> ImageData:
+        """Return the images that the options name.
+
+        Raises `InputError` if the set was made from other images and --other_data does not allow it.
+        """
+        options, synthetic = self.options, self.synthetic
+        if synthetic is None:
+            return options.load_data()
+        file, made_from = _file(self.source), synthetic.identity
+        info = published(options.dataset, options.subset, options.res)
+        if info is not None:  # before images are fetched and packed
+            check_same_data(made_from, info.identity(zca=options.zca), file, other_data=options.other_data)
+        data = options.load_data()
+        loaded = data.identity(zca=options.zca)
+        check_same_data(made_from, loaded, file, other_data=options.other_data)
         if difference := other_data_in_words(made_from, loaded):
-            log.info("%s: %s", _file(source), difference)
+            log.info("%s: %s", file, difference)
         elif options.other_data:
-            log.info("--other_data: has no effect, as %s was made from these images", _file(source))
-    return data
+            log.info("--other_data: has no effect, as %s was made from these images", file)
+        return data
 
+    def real_images(self, data: ImageData, device: torch.device) -> RealImages:
+        """Return `data` on the device, normalised or whitened as the set was.
 
-def real_images_for(
-    options: SetOptions, source: str, synthetic: SyntheticDataset | None, data: ImageData, device: torch.device
-) -> RealImages:
-    """Return `data` on the device, normalised or whitened as the set, `synthetic` from `source`, was.
+        Raises `InputError` if the set was whitened by another fit than `data`, without --other_data, which takes the set's own fit.
+        """
+        options, synthetic = self.options, self.synthetic
+        if synthetic is not None and options.other_data:
+            return real_images(data, device, zca=options.zca, transform=synthetic.transform)
+        real = real_images(data, device, zca=options.zca)
+        if synthetic is not None and synthetic.whitening is not None and isinstance(real.transform, Whitening):
+            check_same_whitening(synthetic.whitening, real.transform, _file(self.source))
+        return real
 
-    Raises `InputError` if the set was whitened by another fit than `data`, without --other_data, which takes the set's own fit.
-    """
-    if synthetic is not None and options.other_data:
-        return real_images(data, device, zca=options.zca, transform=synthetic.transform)
-    real = real_images(data, device, zca=options.zca)
-    if synthetic is not None and synthetic.whitening is not None and isinstance(real.transform, Whitening):
-        check_same_whitening(synthetic.whitening, real.transform, _file(source))
-    return real
+    def training_images(self, real: RealImages) -> tuple[Callable[[torch.Generator], Images], float]:
+        """Return a function that gives each network's training images, and the learning rate.
 
-
-def training_set(
-    options: SetOptions, source: str, synthetic: SyntheticDataset | None, real: RealImages, device: torch.device
-) -> tuple[Callable[[torch.Generator], Images], float]:
-    """Return a function that gives each network's training images, and the learning rate.
-
-    The set is `synthetic`, or where that is None the files or the random images that `source` names.
-    Raises `InputError` for files that are broken or of another data set.
-    """
-    if synthetic is not None:
-        images, learned = as_training_images(synthetic, device), float(synthetic.lr)
-    elif source == RANDOM:
-        check_enough(real.data, options.ipc)
-        return (
-            lambda generator: random_subset(real, options.ipc, generator),
-            REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
-        )
-    else:
-        pair = read_pair(source, options.label_kind)
-        if pair.label_kind != "indices" and options.label_kind is None:
-            log.info("labels are soft; taken as %s", pair.label_kind)
-        for line in doubts(source, pair, zca=options.zca):
-            log.warning("%s", line)
-        labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
-        canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
-        images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
-        learned = REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
-    check_shape(images, real.data, source)
-    classes = real.data.num_classes
-    present = check_classes(images.labels, classes, source)
-    if present < classes:
-        log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
-    return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
+        Raises `InputError` for files that are broken or of another data set.
+        """
+        source, options, device = self.source, self.options, real.test.labels.device
+        if self.synthetic is not None:
+            images, learned = as_training_images(self.synthetic, device), float(self.synthetic.lr)
+        elif source == RANDOM:
+            check_enough(real.data, options.ipc)
+            return (
+                lambda generator: random_subset(real, options.ipc, generator),
+                REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
+            )
+        else:
+            pair = read_pair(source, options.label_kind)
+            if pair.label_kind != "indices" and options.label_kind is None:
+                log.info("labels are soft; taken as %s", pair.label_kind)
+            for line in doubts(source, pair, zca=options.zca):
+                log.warning("%s", line)
+            labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
+            canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
+            images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
+            learned = REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
+        check_shape(images, real.data, source)
+        classes = real.data.num_classes
+        present = check_classes(images.labels, classes, source)
+        if present < classes:
+            log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
+        return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
 
 
 def check_shape(images: Images, data: ImageData, source: str) -> None:

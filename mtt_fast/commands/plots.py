@@ -43,10 +43,14 @@ def save_grid(
             for name, indices in zip(class_names, by_class, strict=True)
             if indices
         ]
-    drawn = [_panel(title, pictures, rows) for title, pictures in panels]
-    canvas = Image.new("RGB", (max(image.width for image in drawn), sum(image.height for image in drawn)), _PAPER)
+    save_stacked(path, [_panel(title, pictures, rows) for title, pictures in panels])
+
+
+def save_stacked(path: str | os.PathLike[str], images: Sequence[Image.Image]) -> None:
+    """Write `images` one below the other as PNG, atomically."""
+    canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), _PAPER)
     top = 0
-    for image in drawn:
+    for image in images:
         canvas.paste(image, (0, top))
         top += image.height
     with atomic_path(path) as temporary:

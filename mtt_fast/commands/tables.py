@@ -30,7 +30,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
-def percent(accuracy: Mapping[str, Any] | None) -> str:
+def percent(accuracy: Mapping[str, Any] | None, digits: int = 1) -> str:
     """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
 
     A single network has no deviation; `label_of` adds the best epoch and the networks that diverged.
@@ -38,4 +38,5 @@ def percent(accuracy: Mapping[str, Any] | None) -> str:
     if accuracy is None:
         return MISSING
     spread = accuracy.get("std") if accuracy.get("n") != 1 else None
-    return f"{100 * accuracy['mean']:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + label_of(accuracy)
+    values = [accuracy["mean"]] if spread is None else [accuracy["mean"], spread]
+    return " ± ".join(f"{100 * value:.{digits}f}" for value in values) + label_of(accuracy)

@@ -33,7 +33,7 @@ from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 from mtt_fast.training.images import real_images
 from mtt_fast.training.sgd import accuracy
 
@@ -178,7 +178,7 @@ def export_to(options: ConvertOptions) -> None:
     """Write this software's experts in `options.source` as buffers, in the folder where the buffers' readers look for them.
 
     Whole experts become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
-    With --to experts they stay this software's, and are written anew, with checksums.
+    With --to experts they stay this software's, and are rewritten with checksums.
     Nothing is written if the command is stopped.
     """
     store = TrajectoryStore(options.source)
@@ -210,7 +210,7 @@ def export_to(options: ConvertOptions) -> None:
 
 
 def _copy(store: TrajectoryStore, root: Path) -> None:
-    """Write the experts anew, in the same folder below `root` as below the --buffer_path of `store`."""
+    """Rewrite the experts in the same folder below `root` as below the --buffer_path of `store`."""
     source = store.folder.resolve()
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
     if not is_free(folder):
@@ -220,10 +220,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)
             rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
-            if course is None:
-                write_expert(content, index, rows, store.metadata(expert), store.dtype(expert))
-            else:
-                write_waypoints(content, index, rows, course, store.metadata(expert), store.dtype(expert))
+            write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), course)
     log.info("wrote %d experts to %s", len(store), folder)
 
 

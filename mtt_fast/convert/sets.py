@@ -160,7 +160,7 @@ def _kind_for(destination: Path, *, native: bool) -> str:
 
 def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
     """Return the set class-major, with class indices in place of soft labels for --hard_labels; log its content."""
-    plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
+    plain = as_tensor_set(distilled)
     count, before = len(plain.labels), in_place(plain)
     rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
     log.info(
@@ -183,7 +183,7 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
 
 
 def _for_ddranking(
-    options: ConvertOptions, folder: Path, distilled: SyntheticDataset | TensorSet, plain: TensorSet, zca: bool | None
+    options: ConvertOptions, folder: Path, distilled: SyntheticDataset | TensorSet, zca: bool | None
 ) -> str:
     """Return the call of DD-Ranking, or the reason why DD-Ranking cannot take the set."""
     recipe = distilled.recipe if isinstance(distilled, SyntheticDataset) else {}
@@ -192,7 +192,7 @@ def _for_ddranking(
     try:
         if isinstance(distilled, SyntheticDataset) and distilled.canvas:
             raise InputError("DD-Ranking has no random crops, which the canvases of --texture need")
-        call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
+        call = ddranking_call(folder, as_tensor_set(distilled), dataset, zca, subset, data_path)
     except InputError as error:
         return f"DD-Ranking {VERSION} cannot take the set: {with_flags(str(error))}"
     return f"DD-Ranking {VERSION} takes it with\n{call}"
@@ -201,7 +201,6 @@ def _for_ddranking(
 def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet) -> str:
     """Return in words how other software reads the files."""
     first = written[0]
-    plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
     zca: bool | None = options.zca or None
     if isinstance(distilled, SyntheticDataset):
         zca = distilled.whitening is not None
@@ -210,7 +209,7 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
         case "synthetic":
             return f"use it with: python -m mtt_fast.evaluate {first}"
         case "ddranking":
-            return _for_ddranking(options, first.parent, distilled, plain, zca)
+            return _for_ddranking(options, first.parent, distilled, zca)
         case "dc_benchmark":
             return f"dc_benchmark's root is {options.destination}; images are {space}"
         case "dc":
@@ -220,4 +219,4 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
         case "parquet":
             return f"datasets.load_dataset('parquet', data_files={str(first)!r}) reads it. {_LOSSY}"
     labels = {"indices": "class indices", "probabilities": "probabilities", "logits": "logits (take their softmax)"}
-    return f"torch.load reads each; images are {space}, labels are {labels[plain.label_kind]}"
+    return f"torch.load reads each; images are {space}, labels are {labels[distilled.label_kind]}"

@@ -21,18 +21,15 @@ import tyro
 from mtt_fast.commands import parsing
 from mtt_fast.commands.evaluated_set import (
     RANDOM,
+    EvaluatedSet,
     SetOptions,
     check_any_trained,
-    data_for,
     read_synthetic,
-    real_images_for,
     settings_of,
-    training_set,
 )
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
-from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import network_by_name
@@ -77,15 +74,6 @@ class CrossOptions(SetOptions):
         return reasons | ({"eval_mode": "with --models, which names the networks"} if self.models else {})
 
 
-@dataclass(frozen=True)
-class _Set:
-    """One row of the table."""
-
-    source: str
-    options: CrossOptions
-    synthetic: SyntheticDataset | None
-
-
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = parsing.preview(CrossOptions, argv, PROGRAM)
@@ -100,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         _run(options, sets, device, stop)
 
 
-def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
+def _sets(options: CrossOptions, argv: Sequence[str]) -> list[EvaluatedSet]:
     """Return the sets, each with the options of its distillation, which flags override."""
     synthetics = {source: read_synthetic(source) for source in options.sources}
     same_for_all = names_of(CrossOptions, Role.EVALUATION) - {"batch_train"} | {"seed"}
@@ -114,7 +102,7 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     if first is not None and (synthetic := synthetics[first]) is not None:
         like_first = settings[first] | {"ipc": len(synthetic.images) // len(synthetic.class_names)}
     return [
-        _Set(
+        EvaluatedSet(
             source,
             parsing.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first), source=source),
             synthetic,
@@ -123,19 +111,19 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     ]
 
 
-def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop: StopRequest) -> None:
+def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.device, stop: StopRequest) -> None:
     folder, protocol = Path(options.out), options.evaluation_protocol()
     measured = _read_cells(folder)
     cells = []
     if options.other_data and all(row.synthetic is None for row in sets):
         raise InputError("--other_data: expected a distilled set, found none; leave it out")
     # the images of all sets are compared before the first network is trained
-    data_of_rows = [data_for(row.options, row.source, row.synthetic) for row in sets]
+    data_of_rows = [row.load_data() for row in sets]
     log.info("%s", protocol.describe())
     for row, data in zip(sets, data_of_rows, strict=True):
-        networks = _networks(row.options, data)
-        real = real_images_for(row.options, row.source, row.synthetic, data, device)
-        train, lr = training_set(row.options, row.source, row.synthetic, real, device)
+        networks = _networks(options.models, row, data)
+        real = row.real_images(data, device)
+        train, lr = row.training_images(real)
         question_of_row = _question(row, real, train, lr)
         for name, network in networks.items():
             question = question_of_row | {"network": name}
@@ -156,14 +144,14 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     )
 
 
-def _networks(options: CrossOptions, data: ImageData) -> dict[str, Trainable]:
+def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict[str, Trainable]:
     """Return the networks of a row by name. Raises `InputError` for an unknown one, before any network is trained."""
-    if options.models:
-        return {name: network_by_name(name, data.image_shape, data.num_classes) for name in options.models}
-    return options.evaluated_networks(data)
+    if models:
+        return {name: network_by_name(name, data.image_shape, data.num_classes) for name in models}
+    return row.options.evaluated_networks(data)
 
 
-def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
+def _question(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
     """Return everything that determines the cells of a row, except the network: the same question has one answer."""
     options = row.options
     example = train(generator_for(options.seed, "evaluation", 0))
@@ -182,7 +170,7 @@ def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str,
 
 
 def _measure(
-    row: _Set, real: RealImages, train: Train, lr: float, name: str, network: Trainable, stop: StopRequest
+    row: EvaluatedSet, real: RealImages, train: Train, lr: float, name: str, network: Trainable, stop: StopRequest
 ) -> dict[str, Any]:
     """Train and test the networks of a cell. Raises `Stopped` after a stop request."""
     options, device = row.options, real.test.labels.device

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtt_fast.commands.accuracies import label_of
 from mtt_fast.commands.published import published
 from mtt_fast.commands.tables import markdown_table, percent, save_figure
 
@@ -53,13 +52,16 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
     """
     networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
     rows = []
+
+    def add_row(title: str, ipc: int, accuracies: Mapping[str, Mapping[str, Any]]) -> None:
+        known = (accuracies.get(network) for network in networks)
+        rows.append([title, str(ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
+
     for name in dict.fromkeys(cell["set"] for cell in cells):
-        own = {cell["question"]["network"]: cell for cell in cells if cell["set"] == name}
-        ipc = next(iter(own.values()))["question"]["ipc"]
-        rows.append([name, str(ipc), *(_percent(own[network]) if network in own else "" for network in networks)])
+        own = [cell for cell in cells if cell["set"] == name]
+        add_row(name, own[0]["question"]["ipc"], {cell["question"]["network"]: cell["accuracy"] for cell in own})
     for row in quoted:
-        known = [row.accuracies.get(network) for network in networks]
-        rows.append([row.text, str(row.ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
+        add_row(row.text, row.ipc, row.accuracies)
     counts = sorted({cell["accuracy"]["n"] for cell in cells})
     notes = [
         f"Test accuracy in per cent, mean ± standard deviation over {' or '.join(map(str, counts))} networks; {protocol}."
@@ -109,8 +111,3 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
     save_figure(path, figure)
-
-
-def _percent(cell: dict[str, Any]) -> str:
-    accuracy = cell["accuracy"]
-    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label_of(accuracy)}"

@@ -1,4 +1,4 @@
-"""Archives, read to their end, so that their own checksums count, and never further than they can honestly go."""
+"""Read archives to their end, so that their checksums are compared, but no further than the data set needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_MEMBERS = 1000
 
 
 def is_file_or_link(path: Path) -> bool:
-    """Return whether something is called so that is no folder: a file, or what a reader should refuse by name."""
+    """Return whether `path` exists and is no folder: a file, or something that a reader refuses by name."""
     return os.path.lexists(path) and not path.is_dir()
 
 
@@ -64,7 +64,7 @@ def read_gzip(path: Path, most: int, mend: str) -> bytes:
 
 
 def _read_members(tar: tarfile.TarFile, limits: Mapping[str, int]) -> dict[str, bytes]:
-    """Return the content of the members of these paths. Raises `TarError` for what no honest archive holds."""
+    """Return the content of the members of these paths. Raises `TarError` for members that no honest archive holds."""
     files: dict[str, bytes] = {}
     for count, member in enumerate(tar):
         if count > _MOST_MEMBERS:

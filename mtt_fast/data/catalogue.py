@@ -83,7 +83,7 @@ def find(
 
 
 def name_of(dataset: str) -> str | None:
-    """Return the one of `NAMES` that `dataset` is, in any case; None if it is none of them."""
+    """Return the one of `NAMES` that `dataset` is, in any case of letters, or None."""
     return {known.casefold(): known for known in NAMES}.get(dataset.casefold())
 
 

@@ -43,7 +43,9 @@ class _Distribution:
     train: tuple[str, ...]
     test: str
     names: str
-    labels: str | int  # key of the labels in a pickle; or the label bytes before an image, of which the last counts
+    labels: (
+        str | int
+    )  # key of the labels in a pickle; or the number of label bytes before an image; the last of them counts
     names_key: str = ""
 
 
@@ -143,7 +145,7 @@ def source(name: str, data_path: Path, res: int | None, *, download: bool, progr
 
 
 def _find(spec: DatasetSpec, data_path: Path, res: int | None) -> Source | None:
-    """Describe the first copy that is in one of the likely places; None if there is none."""
+    """Describe the first copy in one of the likely places, or return None."""
     roots = (data_path, data_path / spec.name, data_path / spec.name.lower())
     for root in roots:
         for kind in (spec.python, spec.binary):

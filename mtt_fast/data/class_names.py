@@ -1,7 +1,7 @@
 """Classes by name: the official orders, the spellings people use, and which class a folder's name means.
 
-A label that is the rank of a sorted folder name is right only where everybody sorts the same names. So whatever is
-labelled by names (image folders, other software's distilled sets) is labelled through `class_indices`.
+A label that is the rank of a sorted folder name is right only where everybody sorts the same names. So `class_indices`
+labels everything that has names: image folders, and other software's distilled sets.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def relabelled(labels: Tensor, indices: Sequence[int], num_classes: int, where: 
 
 
 def shortened(items: Sequence[str]) -> str:
-    """Return the items as one line, of which a long one ends in an ellipsis."""
+    """Return the items in one line; a long one is cut and ends with their number."""
     return ", ".join(items[:_NAMED]) + (f", … ({len(items)} in all)" if len(items) > _NAMED else "")
 
 

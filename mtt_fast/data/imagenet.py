@@ -34,8 +34,8 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
     """Describe ImageNet, or one of `SUBSETS`, as 3 x res x res (default 128).
 
     Looked for in `data_path` and its sub-folders ImageNet/ and imagenet/, for a subset also in those that fastai's
-    archives unpack to (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/): train/WNID/… and val/WNID/…, of
-    which the latter is the test split. The shorter side is resized to `res`, bilinear and antialiased, on bytes; then
+    archives unpack to (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/): train/WNID/… and val/WNID/…; the
+    latter is the test split. The shorter side is resized to `res`, bilinear and antialiased, on bytes; then
     the centre is cropped. (The public code resizes the normalised tensors: the same up to rounding to whole grey
     values, if its torchvision antialiases tensors, as it does by default since 0.17.)
     Folders may bear WordNet ids, the classes' names, or their numbers. Raises `InputError` if classes are missing.

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Header(NamedTuple):
-    """The kind and size of an image by its header; of several, whether all are grey, and the size of the first."""
+    """The kind and size of an image by its header; for several, whether all are grey, and the size of the first."""
 
     grey: bool
     size: tuple[int, int]  # (height, width)
@@ -117,7 +117,7 @@ def _threads(most: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
         try:
             yield pool, workers
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # whoever stops reading waits for no image that nobody wants
+            pool.shutdown(cancel_futures=True)  # a reader that stops early does not wait for the other images
             raise
 
 
@@ -212,7 +212,7 @@ def _opened_file(path: str) -> Image.Image:
 
 
 def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
-    """Return the image, of which only the header is read, if it is one of a kind and size that can be used."""
+    """Open an image and read its header alone. Raises `InputError` for a kind or a size that cannot be used."""
     try:
         image = Image.open(source, formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -234,7 +234,7 @@ def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Return whether the file has more than 8 bits a channel, of which Pillow would silently drop some."""
+    """Return whether the file has more than 8 bits a channel; Pillow would silently drop the others."""
     if not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return False
     codec, _, _, arguments = image.tile[0]

@@ -1,4 +1,4 @@
-"""The image files in class folders: each once and under one label, whatever links lead to it."""
+"""List the image files in class folders, each once and under one label, whichever links lead to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) 
     first: dict[str, tuple[str, str]] = {}  # file -> (class, path)
     classes, skipped = {}, _loose(folder, folders) if chosen is None else Counter[str]()
     for place in folders:
-        images = _files_below(str(place), homes, skipped)
+        images = _Walk(homes, skipped).files_below(str(place))
         for identity, path in images.items():
             label, other = first.setdefault(identity, (place.name, path))
             if label != place.name:
@@ -127,77 +127,74 @@ def _loose_kind(child: os.DirEntry[str]) -> str:
     return "outside the class folders" if is_image_name(child.name) else _kind(child)
 
 
-def _files_below(top: str, homes: set[str], skipped: Counter[str]) -> dict[str, str]:
-    """Return the images below the folder `top`, by what tells a file from others; count all else in `skipped`.
+class _Walk:
+    """A walk through the folders below a class folder, which finds each image once and counts all else as skipped."""
 
-    Links come last, so that a file is known by its own place where it has one here.
-    """
-    files: dict[str, str] = {}
-    links: list[tuple[os.DirEntry[str], str]] = []  # and the true path of the folder that each is in
-    walked: set[str] = set()
-    folders = [(top, os.path.realpath(top))]
-    while folders or links:
-        if not folders:
-            _follow(*links.pop(), homes, walked, files, folders, skipped)
-            continue
-        place, real = folders.pop()
-        walked.add(real)
-        for child in _children(place):
-            if child.name.startswith("."):
-                skipped[_kind(child)] += 1
-            elif child.is_symlink():
-                links.append((child, real))
-            elif child.is_dir(follow_symlinks=False):
-                folders.append((child.path, f"{real}/{child.name}"))
-            elif not is_image_name(child.name):
-                skipped[_kind(child)] += 1
-            else:
-                _add(child, f"{real}/{child.name}", files, skipped)
-    return files
+    def __init__(self, homes: set[str], skipped: Counter[str]) -> None:
+        self.homes, self.skipped = homes, skipped
+        self.files: dict[str, str] = {}
+        self.folders: list[tuple[str, str]] = []
+        self.walked: set[str] = set()
 
+    def files_below(self, top: str) -> dict[str, str]:
+        """Return the images below the folder `top`, by identity.
 
-def _follow(
-    link: os.DirEntry[str],
-    parent: str,
-    homes: set[str],
-    walked: set[str],
-    files: dict[str, str],
-    folders: list[tuple[str, str]],
-    skipped: Counter[str],
-) -> None:
-    """Add the image that `link` leads to, or the folder to those that are to be walked."""
-    is_folder = os.path.isdir(link.path)
-    if not is_image_name(link.name) and not is_folder:
-        skipped[_kind(link)] += 1
-        return
-    _check_target(link.path)
-    target = os.path.realpath(link.path)
-    if is_folder and _is_within(parent, {target}):
-        skipped[_LOOP] += 1
-    elif not _is_within(target, homes):
-        raise InputError(
-            f"{link.path}: expected links to files of the data set itself, found one to {target}; copy the images, or link "
-            "the whole class folder"
-        )
-    elif not is_folder:
-        _add(link, target, files, skipped)
-    elif target in walked:
-        skipped["link(s) to a folder that is there already"] += 1
-    else:
-        folders.append((link.path, target))
+        Links come last, so that a file is known by its own place where it has one here.
+        """
+        links: list[tuple[os.DirEntry[str], str]] = []  # and the true path of the folder that each is in
+        self.folders.append((top, os.path.realpath(top)))
+        while self.folders or links:
+            if not self.folders:
+                self._follow(*links.pop())
+                continue
+            place, real = self.folders.pop()
+            self.walked.add(real)
+            for child in _children(place):
+                if child.name.startswith("."):
+                    self.skipped[_kind(child)] += 1
+                elif child.is_symlink():
+                    links.append((child, real))
+                elif child.is_dir(follow_symlinks=False):
+                    self.folders.append((child.path, f"{real}/{child.name}"))
+                elif not is_image_name(child.name):
+                    self.skipped[_kind(child)] += 1
+                else:
+                    self._add(child, f"{real}/{child.name}")
+        return self.files
 
+    def _follow(self, link: os.DirEntry[str], parent: str) -> None:
+        """Add the image that `link` leads to, or the folder to those that are to be walked."""
+        is_folder = os.path.isdir(link.path)
+        if not is_image_name(link.name) and not is_folder:
+            self.skipped[_kind(link)] += 1
+            return
+        _check_target(link.path)
+        target = os.path.realpath(link.path)
+        if is_folder and _is_within(parent, {target}):
+            self.skipped[_LOOP] += 1
+        elif not _is_within(target, self.homes):
+            raise InputError(
+                f"{link.path}: expected links to files of the data set itself, found one to {target}; copy the images, or link "
+                "the whole class folder"
+            )
+        elif not is_folder:
+            self._add(link, target)
+        elif target in self.walked:
+            self.skipped["link(s) to a folder that is there already"] += 1
+        else:
+            self.folders.append((link.path, target))
 
-def _add(child: os.DirEntry[str], real: str, files: dict[str, str], skipped: Counter[str]) -> None:
-    try:
-        status = child.stat()
-    except OSError as error:
-        raise _unreadable(child.path, error) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
-    # Only a file of several names is told by its number: not every file system numbers its files reliably.
-    identity = real if status.st_nlink == 1 else f"{status.st_dev}:{status.st_ino}"
-    if files.setdefault(identity, child.path) != child.path:
-        skipped["further name(s) of an image"] += 1
+    def _add(self, child: os.DirEntry[str], real: str) -> None:
+        try:
+            status = child.stat()
+        except OSError as error:
+            raise _unreadable(child.path, error) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
+        # Only a file of several names is told by its number: not every file system numbers its files reliably.
+        identity = real if status.st_nlink == 1 else f"{status.st_dev}:{status.st_ino}"
+        if self.files.setdefault(identity, child.path) != child.path:
+            self.skipped["further name(s) of an image"] += 1
 
 
 def _is_within(path: str, homes: set[str]) -> bool:

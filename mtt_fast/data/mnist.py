@@ -97,7 +97,7 @@ def source(name: str, data_path: Path, *, download: bool, progress: bool, url: s
 
 
 def _find(name: str, data_path: Path) -> list[Path] | None:
-    """Return the four files in the first likely folder that has them all, plain or gzipped; None if there is none."""
+    """Return the four files in the first likely folder that has them all, plain or gzipped, or None."""
     for folder in (data_path / name / "raw", data_path / name, data_path):  # the first is torchvision's
         files = [
             next((f for f in (folder / file, folder / f"{file}.gz") if is_file_or_link(f)), None) for file in FILES

@@ -56,7 +56,7 @@ class Source:
     """A data set whose files are known, but not read yet.
 
     `stem` names its packed file; `key` tells its content from any other. `mean` and `std` None: computed from the training
-    images. `info` counts the images, decoding nothing; None where there are as many as are published.
+    images. `info` counts the images, decoding nothing; without it their numbers are the published ones.
     """
 
     name: str

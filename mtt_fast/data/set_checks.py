@@ -1,4 +1,4 @@
-"""The checks of a distilled set, whoever made it: where it is read, where it is written, and where it is used."""
+"""Check a distilled set where it is read, written and used."""
 
 from __future__ import annotations
 

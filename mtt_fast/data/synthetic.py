@@ -33,7 +33,7 @@ class SyntheticDataset:
     `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
     `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
     learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
-    With a `canvas` the images are textures, of which networks see random crops (mtt_fast/augmentation/texture.py).
+    With a `canvas` the images are textures, and networks see random crops of them (mtt_fast/augmentation/texture.py).
     `recipe` holds the options that the set was made with; `versions` those of the software. `dataset` and `fingerprint` are
     the name and the fingerprint of the real images that the set was made from (`ImageData`), "" where they are not known.
     `python -m mtt_fast.evaluate` takes the options in `recipe` as its defaults, so that a set with these two needs no others.

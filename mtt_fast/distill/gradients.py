@@ -43,7 +43,6 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
     batches = step_indices(options, plan.work.images[0], torch.Generator())
     augment = augmentation(options)
     iteration = planned_iteration(
-        network,
         plan,
         augment,
         tuple(len(index) for index in batches),

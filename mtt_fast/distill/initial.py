@@ -61,7 +61,7 @@ def initial_images(
         members = shuffled_classes(real, ipc, generator)
         finished = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
         chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
-        images = Images(*real.train.batch(torch.cat(chosen).to(device)))
+        images = real.train.subset(torch.cat(chosen))
     else:
         images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":

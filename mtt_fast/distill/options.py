@@ -283,13 +283,21 @@ class _Selection:
 
 
 def parse_options(argv: Sequence[str]) -> DistillOptions:
+    """Return the options of a command line, as `parse_and_tell` does."""
+    return parse_and_tell(argv)[0]
+
+
+def parse_and_tell(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
+
+    Also return the names of those given in the command line, its recipe or its --config, and not only by the run to resume.
 
     The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume the recipe is
     digits, whatever else is given.
     """
     chosen, in_file = _selection(argv)
-    options, default = DistillOptions(), DistillOptions()
+    options = default = DistillOptions()
+    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
     of_file = parsing.apply(default, in_file, str(chosen.config))
     if of_file.resume:
         raise InputError(f"{chosen.config}: option resume: has no effect in a file; leave it out, and say --resume")
@@ -301,20 +309,12 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
     if chosen.resume:
         options = _of_run(chosen, options)
     elif chosen.recipe is not None:
-        values = recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
-        options = parsing.apply(options, values, f"recipe {chosen.recipe}")
+        options = parsing.apply(options, recipe | {"recipe": chosen.recipe}, f"recipe {chosen.recipe}")
     options = parsing.apply(options, in_file, str(chosen.config))
     written = {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
     options = parsing.parse(DistillOptions, argv, PROGRAM, options, in_file=written)
     options.check()
-    return options
-
-
-def given_options(argv: Sequence[str]) -> set[str]:
-    """Return the names of the options in a command line, its recipe and its --config, but not in the run to resume."""
-    chosen, in_file = _selection(argv)
-    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
-    return {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
+    return options, {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
 
 
 def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:

@@ -139,7 +139,7 @@ class GraphedMatchingLoss:
             )
             log.warning("not recorded, so that it runs slower, with the same result: %s", self._obstacle)
         self._iterations[kind] = planned_iteration(
-            self._net, plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), momentum=options.momentum,
+            plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), momentum=options.momentum,
             weight_decay=options.weight_decay, gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
         return self._iterations[kind]

@@ -18,8 +18,6 @@ from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
-from mtt_fast.engine.unroll import student_for_plan
-from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import graphed
 
 Iteration = Callable[..., tuple[Tensor, ...]]
@@ -30,7 +28,6 @@ PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def planned_iteration(
-    net: Network,
     plan: Plan,
     augment: Apply | None,
     lengths: tuple[int, ...],
@@ -46,9 +43,8 @@ def planned_iteration(
     Nothing is recorded where the path is in host memory, which a graph cannot reach, nor without `graph`, for iterations that
     are too rare to hold a graph's memory.
     """
-    student = student_for_plan(net, plan)
     run = partial(
-        iterate, student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
+        iterate, plan.student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
         saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,
     )  # fmt: skip
     return graphed(run, plan.work.device, kernels.compile_ahead) if graph and not plan.path_on_host else run

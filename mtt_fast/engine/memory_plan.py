@@ -77,8 +77,7 @@ class Plan:
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
-        pieces = InMicrobatches(work.student, self.microbatch)
-        step = pieces.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
+        step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
         peaks = [step.gradient_jvp, step.gradient]
         if self.saved_steps:  # the last piece of the forward sweep, the first one of the backward sweep
@@ -88,7 +87,7 @@ class Plan:
             "vectors": vectors * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
-            "kept activations": saved_bytes,
+            "saved activations": saved_bytes,
             "step": max(peaks) - saved_bytes,
             "work space": step.work,
         }
@@ -103,6 +102,11 @@ class Plan:
     def cut(self) -> bool:
         """Return whether a batch is done in pieces."""
         return self.microbatch < self.work.batch
+
+    @property
+    def student(self) -> Student:
+        """Return the student, which cuts its batches where the plan does."""
+        return InMicrobatches(self.work.student, self.microbatch) if self.cut else self.work.student
 
     @property
     def passes(self) -> float:
@@ -135,7 +139,7 @@ class Plan:
         parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.parts.items() if size)
         allowed = "" if self.budget is None else f" of {_mib(self.budget)}"
         return (
-            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.saved_steps} steps kept; "
+            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.saved_steps} steps saved; "
             f"{'path on the host; ' if self.path_on_host else ''}"
             f"peak {_mib(self.peak_bytes)}{allowed} ({parts}); "
             f"{self.passes:.1f} convolution passes a step, {least} at least"

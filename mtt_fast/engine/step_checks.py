@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.engine.batch import Batch, Inputs
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
 
@@ -66,7 +66,7 @@ def _check_vector(name: str, vector: Tensor, network: ConvNet, dtypes: tuple[tor
     if vector.shape != (network.num_parameters,) or vector.dtype not in dtypes or not vector.is_contiguous():
         raise InputError(
             f"`{name}`: expected the network's ({network.num_parameters},) parameters, contiguous, "
-            f"{' or '.join(map(_short, dtypes))}, found {_found(vector)}"
+            f"{' or '.join(map(dtype_name, dtypes))}, found {_found(vector)}"
         )
 
 
@@ -86,7 +86,7 @@ def check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtyp
     """
     shape, kinds = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
     if labels.shape != shape or labels.dtype != kinds:
-        raise InputError(f"`labels`: expected {kind} {shape}, {_short(kinds)}, found {_found(labels)}")
+        raise InputError(f"`labels`: expected {kind} {shape}, {dtype_name(kinds)}, found {_found(labels)}")
     if kind == "indices" and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(
             f"`labels`: expected class indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}"
@@ -95,8 +95,4 @@ def check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtyp
 
 def _found(tensor: Tensor) -> str:
     strides = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
-    return f"{_short(tensor.dtype)} of shape {tuple(tensor.shape)}{strides}"
-
-
-def _short(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}{strides}"

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.engine.step_checks import check_labels
-from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, PartialSums
 from mtt_fast.networks.protocol import Network
 
@@ -290,18 +289,6 @@ class InMicrobatches:
         for start in range(0, batch, self.size):
             stop = min(start + self.size, batch)
             yield slice(start, stop), (stop - start) / batch
-
-
-def in_microbatches(student: Student, network: Network, size: int) -> Student:
-    """Return `student` cutting its batches into pieces of at most `size` samples.
-
-    Raises `InputError` if `network` makes its samples depend on each other (batch norm).
-    """
-    if size < 1:
-        raise InputError(f"`microbatch`: expected at least 1, found {size}")
-    if network.mixes_samples:
-        raise InputError(CANNOT_CUT)
-    return InMicrobatches(student, size)
 
 
 _Shapes = tuple[int, torch.Size, torch.dtype]

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
-from mtt_fast.engine.student import GenericStudent, Loss, Student, in_microbatches
+from mtt_fast.engine.student import CANNOT_CUT, GenericStudent, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.engine.trials import try_augmentation, try_step
@@ -131,7 +131,7 @@ def unroll(
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
     plan = checked_plan(net, options, steps, draws[0], has_velocity=has_velocity)
     student_steps = StudentSteps(
-        student=student_for_plan(net, plan),
+        student=plan.student,
         batches=steps.batches,
         saved_steps=plan.saved_steps,
         path_on_host=plan.path_on_host,
@@ -235,15 +235,10 @@ def checked_plan(
     )
     if options.plan is not None:
         plan = replace(options.plan, work=work)
+        if plan.cut and net.mixes_samples:
+            raise InputError(CANNOT_CUT)
     else:
         plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        is_cut = student_for_plan(net, plan) is not student
-        try_step(student, theta, images, labels, batches[0], augmented, is_cut=is_cut)
+        try_step(student, theta, images, labels, batches[0], augmented, is_cut=plan.cut)
     return plan
-
-
-def student_for_plan(net: Network, plan: Plan) -> Student:
-    """Return the student of `plan`, which cuts batches where the plan does. Raises `InputError` if the samples of `net` depend on each other."""
-    student = plan.work.student
-    return in_microbatches(student, net, plan.microbatch) if plan.cut else student

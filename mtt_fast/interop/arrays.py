@@ -1,4 +1,4 @@
-"""Archives of numpy arrays (.npz), read without running what is in them, and without unpacking a bomb."""
+"""Read archives of numpy arrays (.npz) without running code from them or unpacking a bomb."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Expert trajectories of the public code: replay_buffer_N.pt, to experts' files of their own and back.
 
 A buffer is a list of experts (ten, or --save_interval), each a list of epochs (row 0 the initialisation), each a list of
-the tensors of `module.parameters()`. MCT's convexified_replay_buffer_N.pt are such, too. Names, data set and whitening
-are nowhere in it. Files are memory-mapped and read expert by expert.
+the tensors of `module.parameters()`. MCT's convexified_replay_buffer_N.pt have the same layout. They hold
+no names, data set or whitening. Files are memory-mapped and read expert by expert.
 
 A trap: `p.detach().cpu()` copies nothing on a CPU. Buffers made there have the last parameters in every epoch.
 """
@@ -31,7 +31,7 @@ from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert
 from mtt_fast.storage.waypoints import Course
 
 log = logging.getLogger(__name__)
@@ -209,10 +209,6 @@ def import_experts(
     return TrajectoryStore(folder)
 
 
-def _origin(expert: Trajectory) -> dict[str, Any]:
-    return {"imported_from": expert.name, "train_epochs": expert.num_epochs}
-
-
 def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
     """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
     path, written = present.path(place), present.metadata(place)
@@ -234,11 +230,9 @@ def _write(
     rows, accuracy = expert.rows(), [math.nan] * (expert.num_epochs + 1)
     for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
         accuracy[epoch] = value
-    metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=_origin(expert))
-    if expert.course is None:
-        write_expert(folder, index, rows, metadata, dtype)
-    else:
-        write_waypoints(folder, index, rows, expert.course, metadata, dtype)
+    origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
+    metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=origin)
+    write_expert(folder, index, rows, metadata, dtype, expert.course)
 
 
 def export_experts(
@@ -246,8 +240,8 @@ def export_experts(
 ) -> Generator[Path, None, None]:
     """Write the experts as replay_buffer_0.pt, … in `folder`, as the public code reads them, and yield each file.
 
-    The files appear when the last one was asked for, or none does. The last file holds what is left, which the public code's
-    own last file does not. One file's experts are in memory.
+    The files appear when the last one was asked for, or none does. The last file holds the remaining experts, which the public
+    code drops. One file's experts are in memory.
     Raises `InputError` if a file is there already.
     """
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
@@ -269,7 +263,7 @@ def check_absent(folder: Path, first: str, further: str) -> None:
 
 
 def groups(count: int, size: int) -> Iterator[range]:
-    """Yield 0 … `count` − 1 in ranges of `size`, the last of what is left."""
+    """Yield 0 … `count` − 1 in ranges of `size`; the last may be shorter."""
     for begin in range(0, count, size):
         yield range(begin, min(begin + size, count))
 

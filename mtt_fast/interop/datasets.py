@@ -52,8 +52,8 @@ def image_data_from(
 
     An image is one of PIL, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a floating-point tensor
     (C, H, W) in [0, 1], as torchvision's ToTensor gives it; leave Normalize out. All images are read, to one tensor.
-    Without `class_names` those of `train.classes` are taken, or of its feature `label`, if it has such; where `test` has
-    them in another order, its labels go by its names. Without `mean` and `std` they are computed.
+    Without `class_names` those of `train.classes` are taken, or those of its feature `label`, if there are any; where `test`
+    has them in another order, its labels are matched by name. Without `mean` and `std` they are computed.
     Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
     """
     (images, labels), (test_images, test_labels) = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, shortened
-from mtt_fast.data.images import decode, read_headers
+from mtt_fast.data.images import as_image, decode, read_headers
 from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, as_tensor_set, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
 from mtt_fast.storage.files import whole_folder, write_json
 from mtt_fast.storage.foreign import names_in, read_json, shown
 
@@ -34,11 +34,9 @@ _LONGEST_NAME = 500  # letters of CLASS/NNNNN.png
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
-    from mtt_fast.data.images import as_image
-
-    classes, pictures, files = as_tensor_set(synthetic).classes, as_bytes(synthetic, folder), []
+    pictures, files = as_bytes(synthetic, folder), []
     with whole_folder(folder, last=LABELS) as content:
-        for number, (picture, label) in enumerate(zip(pictures, classes.tolist(), strict=True)):
+        for number, (picture, label) in enumerate(zip(pictures, synthetic.classes.tolist(), strict=True)):
             files.append(f"{label:03d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
             (content / files[-1]).parent.mkdir(exist_ok=True)
             as_image(picture.float() / 255).save(content / files[-1], format="PNG")
@@ -52,8 +50,8 @@ def read_image_folder(
 ) -> SyntheticDataset:
     """Read the pictures in `folder` as a distilled set.
 
-    `info` of the real images gives the whitening of a whitened set, and all that labels.json says where there is none;
-    then `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs properties that are not given.
+    `info` of the real images gives the whitening of a whitened set. For a folder without labels.json it gives all the
+    properties, and `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs properties that are not given.
     """
     folder = Path(folder)
     if LABELS not in names_in(folder):

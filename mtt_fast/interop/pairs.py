@@ -115,9 +115,9 @@ def write_ddranking(folder: str | os.PathLike[str], distilled: TensorSet) -> lis
 
 
 def doubts(source: str | os.PathLike[str], distilled: TensorSet, *, zca: bool) -> Iterator[str]:
-    """Yield what speaks against the files at `source` being a set whose images are whitened (`zca`) or else normalised.
+    """Yield reasons to doubt that the images in the files at `source` are whitened (`zca`), or else normalised.
 
-    Nothing in such files says which of them it is; their values, their labels, and the files beside them may.
+    Such files do not say which they are; the values, the labels, and the files beside them may show it.
     """
     path = Path(source)
     folder = path if os.path.isdir(path) else path.parent

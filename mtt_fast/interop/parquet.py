@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, relabelled
-from mtt_fast.data.images import decode_bytes, read_header
+from mtt_fast.data.images import as_image, decode_bytes, read_header
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, as_tensor_set, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
 from mtt_fast.storage.files import atomic_path, parse_json
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, shortened
 from mtt_fast.storage.regular import check_regular
@@ -36,17 +36,17 @@ _EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many byte
 def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write the set to one file, atomically, and return it. Raises `InputError` if pyarrow is not installed."""
     arrow, parquet = _pyarrow(path)
-    distilled, pictures = as_tensor_set(synthetic), as_bytes(synthetic, path)
-    names = [f"{number:05d}.png" for number in range(len(distilled.labels))]
+    pictures = as_bytes(synthetic, path)
+    names = [f"{number:05d}.png" for number in range(len(pictures))]
     encoded = [_encode(picture) for picture in pictures]
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     pairs = [{"bytes": content, "path": name} for content, name in zip(encoded, names, strict=True)]
     columns = {
         "image": arrow.array(pairs, image),
-        "label": arrow.array(distilled.classes.tolist(), arrow.int64()),
+        "label": arrow.array(synthetic.classes.tolist(), arrow.int64()),
     }
-    if distilled.label_kind != "indices":
-        columns["soft_label"] = arrow.array(distilled.labels.tolist(), arrow.list_(arrow.float32()))
+    if synthetic.label_kind != "indices":
+        columns["soft_label"] = arrow.array(synthetic.labels.tolist(), arrow.list_(arrow.float32()))
     metadata = {
         b"huggingface": json.dumps({"info": {"features": _features(synthetic, "soft_label" in columns)}}),
         _RECORD: json.dumps(record_of(synthetic, pictures)),
@@ -61,7 +61,7 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
     `info` of the real images gives the whitening of a whitened set; for a file that `write_parquet` did not write it
-    gives all the properties, and `lr` the learning rate; its labels go by the names of its classes, where it has such.
+    gives all the properties, and `lr` the learning rate; its labels are matched by the names of its classes, if it has any.
     Raises `InputError` for a broken or foreign file, where properties are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
@@ -122,7 +122,7 @@ def _most_bytes(path: Path) -> int:
 
 
 def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:
-    """Return the encoded images, their classes, and their soft labels if there are such."""
+    """Return the encoded images, their classes, and their soft labels if there are any."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
     rows = list(_rows(file, columns, _most_bytes(path), path))
     if len(rows) != file.metadata.num_rows:
@@ -174,8 +174,6 @@ def _features(synthetic: SyntheticDataset, soft: bool) -> dict[str, Any]:
 
 
 def _encode(picture: Tensor) -> bytes:
-    from mtt_fast.data.images import as_image
-
     file = io.BytesIO()
     as_image(picture.float() / 255).save(file, format="PNG")
     return file.getvalue()

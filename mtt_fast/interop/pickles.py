@@ -1,4 +1,4 @@
-"""Files of torch.save: read without running what is in them, written whole or not at all."""
+"""Read files of torch.save without running code from them, and write them whole or not at all."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def load_pickle(
 ) -> Any:
     """Return the value that torch.save wrote, on the CPU; `mapped`: memory-mapped, so that only the used parts are read.
 
-    Read with `weights_only`: nothing in the file is run. `numpy_numbers` lets numpy's floating-point numbers through
-    besides, which the public code puts beside its tensors. The pickle in it, which is all but the tensors' numbers, has at
-    most `most` bytes. Tensors have still to be looked at (`mtt_fast.storage.foreign.plain_tensor`).
+    The file is read with `weights_only`, which runs nothing in it. `numpy_numbers` also allows numpy's floating-point numbers,
+    which the public code puts beside its tensors. Its pickle, which is all but the tensors' numbers, has at most `most`
+    bytes. Callers check the tensors (`mtt_fast.storage.foreign.plain_tensor`).
     Raises `InputError` for a missing, damaged, hostile or foreign file.
     """
     path = Path(path)
     check_regular(path, LARGEST_FILE)
     try:
-        zipped = _is_zip(path)  # the format before torch 1.6 is none, and cannot be mapped
+        zipped = _is_zip(path)  # the format before torch 1.6 is no archive, and cannot be mapped
         (_check_zip if zipped else _check_pickles)(path, most)
         allowed = _numpy_numbers() if numpy_numbers else contextlib.nullcontext()
         with allowed, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about what is refused a moment later
+            warnings.simplefilter("ignore")  # torch's, about files that are refused a moment later
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error

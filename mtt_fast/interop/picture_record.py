@@ -30,7 +30,7 @@ _RECORDED = (*_PLAIN, *_OF_IMAGES, "lr", "lr_per_step", "canvas", "whitened")
 _CHECKSUM = "checksum"
 FORMAT = "mtt_fast pictures 2"
 BEFORE_CHECKSUMS = "mtt_fast pictures 1"
-"""What the record of pictures says that it is."""
+"""The formats that a record of pictures may name."""
 LARGEST_SIDE = 4096
 """Pixels of a distilled picture, canvases included: a larger one is refused before it is decoded."""
 
@@ -101,8 +101,8 @@ def from_pictures(
 
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:
-    """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
-    # parquet files had none before there were checksums
+    """Return the fields of a set, except its images and whitening, from its record and lists of labels."""
+    # older parquet files have none
     if record.get("format") not in (None, FORMAT, BEFORE_CHECKSUMS):
         raise ValueError(f"its format is {shown(record['format'])}, not {FORMAT!r}")
     fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
@@ -116,13 +116,13 @@ def _fields(record: Any, labels: Any) -> dict[str, Any]:
     fields["lr"] = as_tensor([record["lr"]], torch.float32).reshape(())
     if record["lr_per_step"] is not None:
         fields["lr_per_step"] = as_tensor(record["lr_per_step"], torch.float32)
-    if record.get("canvas") is not None:  # files from before there was one lack it
+    if record.get("canvas") is not None:  # older files lack it
         fields["canvas"] = Canvas(**record["canvas"])
     return fields
 
 
 def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
-    """Raise `InputError`, which begins with `where`, for a picture of a `size` that no distilled one has."""
+    """Raise `InputError`, which begins with `where`, for a picture of a `size` larger than any distilled one."""
     if max(size) > LARGEST_SIDE:
         raise InputError(
             f"{where}: expected a distilled picture of at most {LARGEST_SIDE} pixels a side, found {size[1]}x{size[0]}; is it "
@@ -131,7 +131,7 @@ def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
 
 
 def _checksum(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
-    """Return the checksum of all that is written: it shows a flipped bit, and a picture that was exchanged."""
+    """Return the checksum of everything that is written; it reveals a flipped bit or an exchanged picture."""
     text = json.dumps(record, sort_keys=True).encode()
     held = labels.contiguous(), pictures.contiguous()  # bytes are valid as long as their tensor lives
     return checksum_of(text, *map(bytes_of, held))

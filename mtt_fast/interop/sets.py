@@ -31,7 +31,7 @@ SET_KINDS = {
 
 
 def set_kind_of(source: str | os.PathLike[str]) -> str | None:
-    """Return the kind of the set that `source`, a file or a folder, looks like by its name, or None.
+    """Return the kind of set that the names of `source`, a file or a folder, suggest, or None.
 
     Raises `InputError` for a folder that cannot be listed.
     """
@@ -74,8 +74,8 @@ def read_set(
 ) -> SyntheticDataset | TensorSet:
     """Read a distilled set of `kind`, or of the kind that the names of its files look like.
 
-    Kinds that hold tensors alone give a `TensorSet`. `label_kind` of soft labels of such kinds takes the place of a
-    guess by their values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
+    Kinds that hold tensors alone give a `TensorSet`; the kind of their soft labels is `label_kind`, or guessed from the
+    values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
     source = Path(source)
@@ -120,7 +120,7 @@ def write_set(
         check_plain(distilled, f"{path}: not written")
     else:
         check_set(distilled, f"{path}: not written")
-    plain = class_major(distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled))
+    plain = class_major(as_tensor_set(distilled))
     match kind:
         case "mtt":
             return write_pair(path if path.suffix == ".pt" else path / "images_best.pt", plain)

@@ -126,7 +126,7 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
 
 
 def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
-    """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for what is unsound."""
+    """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for unsound ones."""
     check_tensors(distilled.images, distilled.labels, distilled.label_kind, where)
     if distilled.lr is not None:
         check_rate(distilled.lr, where)
@@ -146,7 +146,7 @@ _EXACT = 2.0**53  # whole numbers in float64
 
 
 def guess_label_kind(labels: Tensor) -> str:
-    """Return "probabilities" if all rows of `labels` (n, classes) are such, else "logits".
+    """Return "probabilities" if each row of `labels` (n, classes) is a distribution, else "logits".
 
     Both lie in files of one name: TESLA and MCT write probabilities, DATM and its successors logits.
     """
@@ -185,9 +185,11 @@ def _largest(distilled: TensorSet) -> Tensor:
     return distilled.labels if distilled.label_kind == "indices" else distilled.labels.argmax(1)
 
 
-def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
-    """Return the tensors of a distilled set, on the CPU."""
-    moved = synthetic.to("cpu")
+def as_tensor_set(distilled: SyntheticDataset | TensorSet) -> TensorSet:
+    """Return the tensors of a distilled set, on the CPU; a set of tensors as it is."""
+    if isinstance(distilled, TensorSet):
+        return distilled
+    moved = distilled.to("cpu")
     return TensorSet(moved.images.detach(), moved.labels.detach(), moved.lr.detach(), moved.label_kind)
 
 

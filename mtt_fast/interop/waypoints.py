@@ -1,8 +1,7 @@
 """Trajectories that MCT compressed: waypoint_buffer*_N.pt with step_buffer*_N.pt beside it.
 
-Of each expert there are K waypoints (lists of parameter tensors) and, for each of the K − 1 pieces between them, the
-share of the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that
-tensor. With K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are this software's
+Each expert has K waypoints (lists of parameter tensors) and, for each of the K − 1 pieces between them, the share of
+the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that tensor. With K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are this software's
 compressed experts (mtt_fast/storage/waypoints.py) in another form. A tensor that stands still through a piece has the share 0
 at its end there, and 1 here.
 """
@@ -102,7 +101,7 @@ def _course(points: Any, pieces: Any) -> Course:
 
 
 def _shares(course: Course) -> list[list[list[Tensor]]]:
-    """Return the shares of the way, a list for each piece of a list for each epoch of a number () a tensor."""
+    """Return the shares of the way, indexed by piece, epoch and parameter tensor, each a tensor ()."""
     return [
         [list((course.positions[epoch] - segment).float().clone().unbind()) for epoch in range(begin, end + 1)]
         for segment, (begin, end) in enumerate(itertools.pairwise(course.epochs))

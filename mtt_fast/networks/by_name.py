@@ -19,9 +19,9 @@ from mtt_fast.networks.layers import default_parameters
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.networks.resnets import resnet18
 
-_ACTIVATIONS = {"AS": "sigmoid", "AR": "relu", "AL": "leakyrelu", "ASwish": "swish"}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"AS": nn.Sigmoid, "AR": nn.ReLU, "AL": nn.LeakyReLU, "ASwish": nn.SiLU}
 _NORMS = {"NN": "none", "BN": "batch", "LN": "layer", "IN": "instance", "GN": "group"}
-_POOLINGS = {"NP": "none", "MP": "max", "AP": "average"}
+_POOLINGS: dict[str, type[nn.Module] | None] = {"NP": None, "MP": nn.MaxPool2d, "AP": nn.AvgPool2d}
 _CONVNET = re.compile(
     rf"ConvNet(?:D(\d{{1,4}}))?(?:W(\d{{1,6}}))?({'|'.join(sorted(_ACTIVATIONS, reverse=True))})?({'|'.join(_NORMS)})?({'|'.join(_POOLINGS)})?"
 )

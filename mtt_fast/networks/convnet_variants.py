@@ -7,13 +7,6 @@ from torch import nn
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layers import in_sequence, norm_2d
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "sigmoid": nn.Sigmoid,
-    "relu": nn.ReLU,
-    "leakyrelu": nn.LeakyReLU,
-    "swish": nn.SiLU,
-}
-POOLINGS: dict[str, type[nn.Module] | None] = {"none": None, "max": nn.MaxPool2d, "average": nn.AvgPool2d}
 _GROUPS = 4  # of the group norm
 
 
@@ -23,27 +16,26 @@ def convnet_variant(
     *,
     width: int,
     depth: int,
-    activation: str,
+    activation: type[nn.Module],
     norm: str,
-    pooling: str,
+    pooling: type[nn.Module] | None,
 ) -> nn.Module:
     """Return [conv 3×3 → norm → activation → 2×2 pooling] × depth and a linear classifier, for images (C, H, W).
 
-    `activation` and `pooling` are keys of `ACTIVATIONS` and `POOLINGS`; `norm` is instance, batch, layer, group (four
-    groups) or none. Padding is 1, but 3 in the first layer for one-channel images. Names and order of the parameters
+    `activation` and `pooling` are classes of torch's layers, and None is no pooling; `norm` is instance, batch, layer, group
+    (four groups) or none. Padding is 1, but 3 in the first layer for one-channel images. Names and order of the parameters
     are the public code's. Raises `InputError` if the poolings leave nothing, or the groups do not divide the width.
     """
     channels, height, side = image_shape
     padding = 3 if channels == 1 else 1
     height, side = height + 2 * (padding - 1), side + 2 * (padding - 1)
-    pool = POOLINGS[pooling]
     layers: list[nn.Module] = []
     for block in range(depth):
         layers.append(nn.Conv2d(width if block else channels, width, 3, padding=1 if block else padding))
         layers += _norm(norm, width, height, side)
-        layers.append(ACTIVATIONS[activation]())
-        if pool is not None:
-            layers.append(pool(2))
+        layers.append(activation())
+        if pooling is not None:
+            layers.append(pooling(2))
             height, side = height // 2, side // 2
         if min(height, side) < 1:
             raise InputError(

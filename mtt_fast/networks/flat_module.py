@@ -23,9 +23,9 @@ Track = Callable[[Tensor, Tensor, Tensor], Tensor]
 class FlatModule:
     """A copy of `module`, called with its parameters as one vector `theta` (P,), in `module.parameters()` order.
 
-    Buffers keep the values they have now, whatever layers write into them, and so do frozen parameters (those with
-    `requires_grad` False beside others), which are no part of `theta`. The copy keeps the module's
-    mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
+    Buffers keep the values that they have now, even if layers write into them. So do frozen parameters (those with
+    `requires_grad` False beside others), which are not part of `theta`. The copy keeps the module's
+    mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is not a mean
     over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
     The running statistics that `torch` keeps in buffers are explicit: `statistics` are those at the start, `track` updates
     them by a batch, and `evaluated` tests with them.
@@ -55,7 +55,7 @@ class FlatModule:
         running = {f"{name}.{key}": value for name, part in mixing.items() for key, value in part.named_buffers()}
         self._running = ParameterLayout(tuple(running), tuple(tuple(value.shape) for value in running.values()))
         self.statistics = _flat(running.values()) if running else None
-        """The running statistics (S,) of batch norms in training mode at the start: means, variances, counts. None without such."""
+        """The running statistics (S,) of batch norms in training mode at the start: means, variances, counts. None if it has none."""
         self._initial = nn.utils.parameters_to_vector(parameters.values()).detach().clone()
         self._kind = type(module).__name__
         self._module = tracked

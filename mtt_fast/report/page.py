@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mtt_fast.commands.accuracies import label_of
+from mtt_fast.commands.tables import percent
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
 from mtt_fast.storage.regular import read_bytes
@@ -40,7 +41,8 @@ def render(runs: Sequence[Run]) -> str:
 
     template = (resources.files("mtt_fast.report") / "page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "seconds": seconds, "mebibytes": mebibytes, "number": number}
+    filters = (seconds, mebibytes, number)
+    environment.filters |= {each.__name__: each for each in filters} | {"percent": partial(percent, digits=2)}
     measured = list(dict.fromkeys(kind for run in runs for kind in run.accuracies))
     return environment.from_string(template).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -70,12 +72,6 @@ def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
 def chosen_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that have a value, by name."""
     return {name: value for name, value in sorted(options.items()) if value is not None}
-
-
-def percent(accuracy: Mapping[str, Any]) -> str:
-    """Return an accuracy (mean, std, n) as "65.40 ± 0.30", without deviation for one network, with the text of `label_of`."""
-    spread = f" ± {100 * accuracy['std']:.2f}" if accuracy.get("n", 1) > 1 else ""
-    return f"{100 * accuracy['mean']:.2f}{spread}{label_of(accuracy)}"
 
 
 def seconds(value: float) -> str:

@@ -46,8 +46,9 @@ def _plainly(run: Callable[[], tuple[Tensor, ...]]) -> object:
 def graphed(function: Function, device: torch.device, first_call: FirstCall = _plainly) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
-    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded first,
-    after two calls of which `first_call` may compile kernels without running them. Results are new tensors.
+    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded,
+    after two other calls; `first_call` makes the first of them, and may compile kernels without running them. Results are new
+    tensors.
     Raises `torch.OutOfMemoryError` if a recording does not fit on the device.
     """
     return GraphedFunction(function, recorder(device, first_call)) if device.type == "cuda" else function
@@ -65,7 +66,7 @@ class GraphedFunction:
         self._recordings: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Recording]] = {}
         self._one_call = threading.Lock()  # at a time: another thread's inputs would take the place of this one's
         self.problem: str | None = None
-        """the reason why calls are no longer recorded; None while they are recorded"""
+        """the reason why calls are not recorded; None while they are"""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the function's results for `inputs`."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.identity import DatasetIdentity, check_same_data
@@ -146,8 +146,12 @@ def check_same_training(
             f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
             "choose another `buffer_path`"
         )
-    expected = dict(hyperparameters) | {"seed": seed, "store_dtype": _name(dtype), "precision": _rounding(precision)}
-    found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": _name(store.dtype(expert))}
+    expected = dict(hyperparameters) | {
+        "seed": seed,
+        "store_dtype": dtype_name(dtype),
+        "precision": _rounding(precision),
+    }
+    found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": dtype_name(store.dtype(expert))}
     found["precision"] = _rounding(metadata.precision or precision)
     for name, value in expected.items():
         if found.get(name) != value:
@@ -185,10 +189,6 @@ def _argument(name: str, value: Any) -> str:
 def _rounding(precision: str) -> str:
     """Return the class of a precision within which experts count as the same: factors with 10 bits or more make no difference."""
     return "bf16" if precision == "bf16" else "fp32, tf32 or fp16"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _first_difference(expected: str, found: str) -> str:

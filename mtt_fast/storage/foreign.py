@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError, dtype_name, reason_of, remedy_for
 from mtt_fast.storage.files import parse_json
 from mtt_fast.storage.regular import read_text
 
@@ -83,7 +83,7 @@ def shown(value: Any) -> str:
     """Return a short description of any object, without looking deep into it."""
     name = type(value).__name__
     if isinstance(value, Tensor):
-        return "a nested Tensor" if value.is_nested else f"Tensor {str(value.dtype)[6:]} {tuple(value.shape)}"
+        return "a nested Tensor" if value.is_nested else f"Tensor {dtype_name(value.dtype)} {tuple(value.shape)}"
     if isinstance(value, bool | float | None) or (isinstance(value, int) and abs(value) < 10**12):
         return repr(value)
     if isinstance(value, str):

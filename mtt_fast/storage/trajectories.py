@@ -138,33 +138,16 @@ def write_expert(
     parameters: Tensor,
     metadata: ExpertMetadata,
     dtype: torch.dtype = torch.float32,
+    course: Course | None = None,
 ) -> Path:
     """Write expert number `index`, all of it or nothing, and return its path.
 
     `parameters`: (epochs + 1, P), any floating type and device; stored as `dtype`, float32 or bfloat16, rounded to
-    nearest.
+    nearest. With a `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is that of the whole one.
     Raises `InputError` for parameters that are not finite, do not change, or do not fit the metadata, and where the
     disk is full.
     """
-    return _write(expert_path(folder, index), parameters, None, metadata, dtype)
-
-
-def write_waypoints(
-    folder: str | os.PathLike[str],
-    index: int,
-    parameters: Tensor,
-    course: Course,
-    metadata: ExpertMetadata,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write expert number `index` as the waypoints `parameters` (K, P) with the `course` between them.
-
-    `metadata` is that of the whole expert. Otherwise as `write_expert`.
-    """
-    return _write(expert_path(folder, index), parameters, course, metadata, dtype)
-
-
-def _write(path: Path, parameters: Tensor, course: Course | None, metadata: ExpertMetadata, dtype: torch.dtype) -> Path:
+    path = expert_path(folder, index)
     if dtype not in _DTYPES.values():
         raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
     stored = parameters.detach().to("cpu", dtype).contiguous()

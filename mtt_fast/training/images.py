@@ -59,6 +59,10 @@ class Images:
         pixels = self.pixels[index]
         return (self.transform(pixels.float() / 255) if self.transform else pixels), self.labels[index]
 
+    def subset(self, index: Tensor) -> Images:
+        """Return the images at `index`, which may be on another device, as inputs of networks."""
+        return Images(*self.batch(index.to(self.labels.device)))
+
 
 @dataclass(frozen=True)
 class RealImages:

@@ -46,4 +46,4 @@ def random_subset(real: RealImages, ipc: int, generator: torch.Generator) -> Ima
     Raises `InputError` if a class has fewer images than that.
     """
     chosen = [members[:ipc] for members in shuffled_classes(real, ipc, generator)]
-    return Images(*real.train.batch(torch.cat(chosen).to(real.train.labels.device)))
+    return real.train.subset(torch.cat(chosen))

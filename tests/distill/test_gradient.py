@@ -174,7 +174,7 @@ def test_gradients_are_the_mean_over_the_segments() -> None:
         given.append((start, start + 0.1 * randn(len(start)), index))
         parts.append(Segment(0, 0, partial(tuple, given[-1])))
     steps = plan(net, images=images, steps=2, batch=3, memory_budget=None, dtype=torch.float64)
-    gradients = mean_gradients(planned_iteration(net, steps, None, (2, 3)), state, parts)
+    gradients = mean_gradients(planned_iteration(steps, None, (2, 3)), state, parts)
 
     pixels, rate = images.clone().requires_grad_(), lr.clone().requires_grad_()
     losses = []

@@ -129,9 +129,9 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Return the plans of iterations, in the order in which these are made."""
     plans: list[Plan] = []
 
-    def watched(net: Network, plan: Plan, *arguments: Any, **options: Any) -> Iteration:
+    def watched(plan: Plan, *arguments: Any, **options: Any) -> Iteration:
         plans.append(plan)
-        return planned_iteration(net, plan, *arguments, **options)
+        return planned_iteration(plan, *arguments, **options)
 
     monkeypatch.setattr("mtt_fast.engine.graphed_loss.planned_iteration", watched)
     return plans

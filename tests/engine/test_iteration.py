@@ -20,7 +20,7 @@ from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, iterate, planned_iteration
-from mtt_fast.engine.student import GenericStudent, StepGradient, Student, in_microbatches
+from mtt_fast.engine.student import GenericStudent, InMicrobatches, StepGradient, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
@@ -75,7 +75,7 @@ def test_equals_the_engine_called_plainly(
         torch.Generator().manual_seed(2),
     )
     if microbatch is not None:
-        student = in_microbatches(student, NET, microbatch)
+        student = InMicrobatches(student, microbatch)
     run = partial(iterate, student, applied, lengths_of(batches))
     results = run(*given.values(), *draws.tensors())
 
@@ -119,7 +119,7 @@ def test_nothing_waits_for_a_value(student: Student, augment: Apply, microbatch:
     given = tensors()
     draws = draw_steps(batches, (3, 8, 8), torch.float64, SiameseAugment().draw_parameters, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
-    cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
+    cut = student if microbatch is None else InMicrobatches(student, microbatch)
     with NoValues():
         actual = iterate(cut, augment, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in actual] == [(), given["images"].shape, ()]
@@ -255,6 +255,6 @@ def test_nothing_waits_on_a_gpu() -> None:
 
 def test_an_iteration_keeps_what_its_plan_says() -> None:
     planned = replace(plan(NET, images=(6, 3, 8, 8), steps=3), saved_steps=2, path_on_host=True)
-    run = planned_iteration(NET, planned, None, (6, 6, 6))
+    run = planned_iteration(planned, None, (6, 6, 6))
     assert isinstance(run, partial)
     assert (run.keywords["saved_steps"], run.keywords["path_on_host"]) == (2, True)

@@ -108,7 +108,7 @@ def test_momentum_and_weight_decay_of_the_student(momentum: float, weight_decay:
         path_gradient=match_step == "nearest",
     )  # fmt: skip
     run = planned_iteration(
-        NET, steps, None, LENGTHS, loss=partial(path_loss, match_step=match_step), momentum=momentum,
+        steps, None, LENGTHS, loss=partial(path_loss, match_step=match_step), momentum=momentum,
         weight_decay=weight_decay,
     )  # fmt: skip
     for name, actual, wanted in zip(
@@ -195,7 +195,7 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu() -> None:
     )  # fmt: skip
     graph, call = (
         planned_iteration(
-            NET, steps, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated", graph=graph
+            steps, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated", graph=graph
         )
         for graph in (True, False)
     )

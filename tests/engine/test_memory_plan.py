@@ -299,7 +299,7 @@ def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
     assert planned("1GiB", net).passes == 9
     assert planned(None, net).passes == 12
     whole, cut = (
-        dataclasses.replace(planned(None, net), microbatch=size, saved_steps=2).parts["kept activations"]
+        dataclasses.replace(planned(None, net), microbatch=size, saved_steps=2).parts["saved activations"]
         for size in (50, 7)
     )
     parameters = 2 * 8 * (8 - 1) * 4 * net.num_parameters  # a copy of them and their gradient, for each further piece

@@ -24,7 +24,6 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
-from mtt_fast.engine.unroll import student_for_plan
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, ROOT, each_part, run_part
@@ -156,9 +155,8 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
             net, images=images, steps=steps, batch=batch, memory_budget=None, microbatch=microbatch, device="meta",
             augment=augment, precision="tf32",
         )  # fmt: skip
-        student = student_for_plan(net, planned)
         with CountLiveBytes() as counted, torch.autograd.set_multithreading_enabled(False):
-            iterate(student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
+            iterate(planned.student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
         expected = sum(planned.parts.values()) - planned.parts["rest"]
     assert counted.peak == pytest.approx(expected, rel=0.15)
 

@@ -21,7 +21,7 @@ from mtt_fast import ConvNet
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iterate
-from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
+from mtt_fast.engine.student import GenericStudent, InMicrobatches, Student
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import dispatch, tma_descriptors
@@ -131,7 +131,7 @@ def compare_iterations(net: ConvNet, dtype: torch.dtype, precision: Any, microba
         expected = iterate(GenericStudent(net), augment_with, lengths, *inputs)
     student: Student = FusedConvNetStudent(net, "indices", precision)
     if microbatch is not None:
-        student = in_microbatches(student, net, microbatch)
+        student = InMicrobatches(student, microbatch)
     with patch.object(dispatch, "backend_of", lambda *_: "triton"):
         at = [each.to(device, dtype if each.is_floating_point() else each.dtype) for each in inputs]
         results = iterate(student, SiameseAugment(), lengths, *at)

@@ -44,7 +44,7 @@ from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.records import read_record, sealed, write_record
 from mtt_fast.storage.run_folder import METRICS, read_config, write_config
-from mtt_fast.storage.trajectories import write_waypoints
+from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 from tests.data.test_mnist import arrays, idx
 from tests.interop.helpers import CLASSES, EXAMPLES, IPC, distilled
@@ -138,7 +138,7 @@ def experts(folder: Path) -> TrajectoryStore:
 def compressed(folder: Path) -> TrajectoryStore:
     rows = flat(trained(0))
     points, course = convexified(rows, NET.layout.sizes, evenly_spaced(len(rows) - 1, 3))
-    write_waypoints(folder, 0, points, course, metadata(accuracy=unmeasured(rows)))
+    write_expert(folder, 0, points, metadata(accuracy=unmeasured(rows)), course=course)
     return TrajectoryStore(folder)
 
 

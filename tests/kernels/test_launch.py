@@ -158,7 +158,7 @@ def test_a_whole_iteration_compiles_ahead(compiled: list[str], monkeypatch: pyte
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
     planned = plan(net, images=images, steps=2, batch=2, device=images.device, augment=augment)
     assert isinstance(planned.work.student, FusedConvNetStudent)
-    iteration = planned_iteration(net, planned, augment, (2, 2))
+    iteration = planned_iteration(planned, augment, (2, 2))
     generator = torch.Generator().manual_seed(0)
     start, target = net.init(generator), net.init(generator)
     draws = draw_steps(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtt_fast import FlatModule, InputError, matching_loss, unroll
+from mtt_fast import FlatModule, InputError, matching_loss, plan, unroll
 from mtt_fast.testing import assert_close, whole_graph
 
 
@@ -62,16 +62,12 @@ def test_the_function_equals_the_module_in_evaluation_mode() -> None:
 def test_batch_statistics_cannot_be_cut() -> None:
     net = FlatModule(small_module(nn.BatchNorm2d(4)))
     assert net.mixes_samples
-    with pytest.raises(InputError, match="batch norm uses batch statistics"):
-        unroll(
-            net,
-            net.init(),
-            torch.randn(4, 2, 6, 6),
-            torch.zeros(4, dtype=torch.long),
-            torch.tensor(0.1),
-            [torch.arange(4)],
-            microbatch=2,
-        )
+    images, cut = torch.randn(4, 2, 6, 6), plan(FlatModule(small_module()), images=(4, 2, 6, 6), steps=1, microbatch=2)
+    given: Any = (net, net.init(), images, torch.zeros(4, dtype=torch.long), torch.tensor(0.1), [torch.arange(4)])
+    for limit in ({"microbatch": 2}, {"plan": cut}):  # a plan may have been made for another network
+        limits: Any = limit
+        with pytest.raises(InputError, match="batch norm uses batch statistics"):
+            unroll(*given, **limits)
 
 
 def test_active_dropout_is_refused() -> None:

@@ -24,8 +24,7 @@ from mtt_fast.distill.evaluation import evaluate_sets
 from mtt_fast.errors import Diverged
 from mtt_fast.interop import export_experts
 from mtt_fast.networks.by_name import network_by_name
-from mtt_fast.report.page import percent as on_the_page
-from mtt_fast.storage.trajectories import write_expert, write_waypoints
+from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, has_diverged
@@ -106,7 +105,7 @@ def test_records_tell_how_many_networks_diverged() -> None:
     assert "diverged" not in accuracy_fields({"B": other})
     record = one.record() | {"epoch": "best"}
     assert label_of(record) == " (best epoch, 2 of 3 diverged)"
-    for shown in (on_the_page(record), tables.percent(record)):
+    for shown in (tables.percent(record, digits=2), tables.percent(record)):
         assert shown.endswith(label_of(record))
     cell = {"set": "mine", "question": {"network": "A", "dataset": "x", "ipc": 1}, "accuracy": record}
     assert "(best epoch, 2 of 3 diverged)" in markdown([cell], [], "p")
@@ -240,5 +239,5 @@ def test_an_expert_that_is_not_finite_is_not_written_and_its_origin_told(tmp_pat
     points, course = convexified(flat(trained(0)), NET.layout.sizes, (0, 2, 3), smooth=False)
     points[1] = math.nan
     with pytest.raises(InputError, match=r"after epoch 2 are not finite"):  # of a waypoint, the epoch
-        write_waypoints(tmp_path, 0, points, course, theirs)
+        write_expert(tmp_path, 0, points, theirs, course=course)
     assert not list(tmp_path.iterdir())
