@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.engine.step_checks import check_labels
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, PartialSums
 from mtt_fast.networks.protocol import Network
 
