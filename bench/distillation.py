@@ -74,7 +74,7 @@ def main(options: Options, command: str) -> None:
         rows = [_row(precision, flags, Path(temporary) / precision) for precision in precisions]
     data = Path(setting.subset or setting.dataset).name
     conditions = {
-        "case": f"{data}, {setting.ipc} a class, {setting.model}, {setting.Iteration} iterations of {setting.syn_steps} steps",
+        "case": f"{data}, {setting.ipc} per class, {setting.model}, {setting.Iteration} iterations of {setting.syn_steps} steps",
         "products of the iterations": "emulated" if device.type == "cpu" else "the GPU's own",
         "evaluation": setting.evaluation_protocol().describe(),
     }

@@ -5,9 +5,9 @@
 | suite | 180 | the tests marked gpu, in parallel processes | suite.json |
 | table | 240 | new launch configurations: candidates compiled in parallel, then timed alone | configurations.toml, tune-*.json |
 | steps | 180 | one iteration beside whole-graph autograd, kernels, memory | meta_step-*.json, kernels-*.json, memory_scaling.json |
-| cifar10 | 300 | CIFAR-10, 1 image a class, from 100 experts to accuracy | cifar10-ipc1/ |
+| cifar10 | 300 | CIFAR-10, 1 image per class, from 100 experts to accuracy | cifar10-ipc1/ |
 | training | 300 | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
-| imagenette | 520 | ImageNette at 128×128, 1 and 10 images a class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
+| imagenette | 520 | ImageNette at 128×128, 1 and 10 images per class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
 
 The first four fit in 15 minutes. Results are written as they come, and stage-STAGE.json lists the finished tasks. A stage that
 reaches its limit stops and names the missing tasks; the same command continues, and does nothing twice. With --rehearse

@@ -99,7 +99,7 @@ class Options:
     """Make a set by every method in one setting, and evaluate all by one protocol."""
 
     recipe: str = "digits"
-    """the setting: of distillation, and its data, network, images a class and protocol of every method"""
+    """the setting: of distillation, and its data, network, images per class and protocol of every method"""
     dataset: str | None = None
     """another data set than the recipe's"""
     data_path: str = "data"
@@ -111,7 +111,7 @@ class Options:
     model: str | None = None
     """another network"""
     ipc: int | None = None
-    """another number of images a class"""
+    """another number of images per class"""
     Iteration: int | None = None
     """another number of iterations, of every set that is learned"""
     num_experts: int | None = None
@@ -165,7 +165,7 @@ def main(options: Options, command: str) -> None:
             log.info("%s: %s", rows[-1]["method"], rows[-1]["problem"] or percent(rows[-1]["accuracy"]))
     data = Path(setting.subset or setting.dataset).name
     conditions = {
-        "case": f"{data}, {setting.ipc} a class, {setting.model}, {setting.Iteration} iterations of each learned set",
+        "case": f"{data}, {setting.ipc} per class, {setting.model}, {setting.Iteration} iterations of each learned set",
         "seconds": "of making the set: without its evaluations, and without the experts, which Herding, Forgetting, "
         "K-means and MTT need",
         "peak_memory": "of the whole process",

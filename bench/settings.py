@@ -13,7 +13,7 @@ from mtt_fast.recipes import recipe_options
 _IMAGES = {"CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "Tiny": (3, 64, 200), "ImageNet": (3, 128, 10)}
 """Channels, pixels and classes by the data set's name in recipes (ImageNet: its ten-class subsets)."""
 
-# a benchmark's name, its recipe, and what differs from that: nobody has published 50 images a class at 128 pixels
+# a benchmark's name, its recipe, and what differs from that: nobody has published 50 images per class at 128 pixels
 _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{data}-ipc{ipc}": (f"{data}-ipc{ipc}", {}) for data in ("cifar10", "cifar100", "tiny") for ipc in (1, 10, 50)},
     "imagenet128-ipc1": ("imagenette-ipc1", {}),

@@ -22,7 +22,7 @@ def expert(net: mtt_fast.ConvNet, images: Tensor, labels: Tensor, epochs: int, r
 
 
 def main(iterations: int = 100, steps: int = 30, experts: int = 4, epochs: int = 10, width: int = 32) -> None:
-    """Distil scikit-learn's digits, one image a class, with a learning rate for every step.
+    """Distil scikit-learn's digits, one image per class, with a learning rate for every step.
 
     Args:
         iterations: updates of the images.

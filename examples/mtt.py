@@ -31,7 +31,7 @@ def accuracy(net: mtt_fast.ConvNet, images: Tensor, labels: Tensor, lr: float, t
 
 
 def main(iterations: int = 100, steps: int = 20, experts: int = 4, epochs: int = 10, width: int = 32) -> None:
-    """Distil scikit-learn's digits, one image a class.
+    """Distil scikit-learn's digits, one image per class.
 
     Args:
         iterations: updates of the images.

@@ -29,7 +29,7 @@ def main(
         iterations: updates of the images.
         window: steps that gradients go through.
         longest: steps of the longest training.
-        ipc: images a class.
+        ipc: images per class.
         width: channels of the network.
         momentum: of the training.
     """

@@ -178,7 +178,7 @@ def test_what_a_page_says_of_the_successors_options(tmp_path: Path) -> None:
     assert cli.run(main, [str(tmp_path)]) == 0
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     text = " ".join(page.text)
-    assert "MTT, textures, digits, 1 image a class" in text
+    assert "MTT, textures, digits, 1 image per class" in text
     assert "60.00 ± 1.00 (best epoch)" in text
     assert "after the method's own steps" in text
     assert "MLP VGG11 " in text
@@ -205,7 +205,7 @@ def test_a_run_that_is_not_finished_has_its_methods_name(config: str, method: st
     (tmp_path / "config.toml").write_text(f'{config}\ndataset = "digits"\nipc = 1\nmodel = "MLP"\n')
     assert cli.run(main, [str(tmp_path)]) == 0
     text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
-    assert f"{method}, digits, 1 image a class, MLP; not finished, 0 iterations." in text
+    assert f"{method}, digits, 1 image per class, MLP; not finished, 0 iterations." in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Measure how close students on distilled sets come to where real training goes: `python -m mtt_fast.analysis distance`.
 
 The right of Figure 5 of the paper (section 4.2), which compares sets that were distilled to match long and short pieces
-of training: there of CIFAR-100 with 1 image a class, MTT and DSA. From one set of initial parameters θ_0
+of training: there of CIFAR-100 with 1 image per class, MTT and DSA. From one set of initial parameters θ_0
 
     θ*_Δt   is where Δt steps of training on real images lead (as experts are trained: SGD, its augmentation, …)
     θ̂_k     is where k steps on the distilled set lead (as in its distillation: its learning rate, batch size,

@@ -55,7 +55,7 @@ class Measured(NamedTuple):
 def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[Measured]]:
     """Return the accuracies of the runs with these summaries by setting, with an entry for each choice of the other options.
 
-    Raises `InputError` for a summary that does not name its data set, network and images a class.
+    Raises `InputError` for a summary that does not name its data set, network and images per class.
     """
     groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]] = {}
     for folder, summary in summaries.items():

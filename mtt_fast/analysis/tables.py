@@ -61,7 +61,7 @@ class Row(NamedTuple):
     published: tuple[Published, ...]
     """the numbers of each source, the paper's own table first if it has this row"""
     measured: dict[str, Measured]
-    """the numbers measured here, by images a class"""
+    """the numbers measured here, by images per class"""
 
     def record(self) -> dict[str, Any]:
         """Return the row as JSON holds it, accuracies in [0, 1]."""
@@ -80,7 +80,7 @@ class Row(NamedTuple):
         }
 
     def shown(self, ipc: str) -> Published | None:
-        """Return the first source that has a number, or a dash, at `ipc` images a class."""
+        """Return the first source that has a number, or a dash, at `ipc` images per class."""
         return next((source for source in self.published if ipc in source.accuracy or ipc in source.dashes), None)
 
 
@@ -161,7 +161,7 @@ def _section(number: str, title: str, rows: Sequence[Row]) -> str:
         for row in rows
     ]  # fmt: skip
     table = markdown_table(header, lines)
-    parts = [f"## Table {number}: {title}\n\nTest accuracy in %, by images a class.\n\n{table}"]
+    parts = [f"## Table {number}: {title}\n\nTest accuracy in %, by images per class.\n\n{table}"]
     legend = [f"{mark}: {meaning}" for mark, meaning in _LEGEND.items() if mark in table]
     parts += ["; ".join(legend) + ".\n"] if legend else []
     notes = {
@@ -214,7 +214,7 @@ def _costs_and_shares(paper: Paper) -> str:
         f"{cost['experts']:g}, {cost['megabytes_per_expert']:g} MB each"
         for dataset, cost in paper.costs.items()
     ]
-    shares = "\n".join(["Distilled images as a share of the real ones, by images a class:\n", *sizes])
+    shares = "\n".join(["Distilled images as a share of the real ones, by images per class:\n", *sizes])
     experts = "\n".join(["Its experts:\n", *costs])
     return f"## Besides, in the paper\n\n{shares}\n\n{experts}\n"
 

@@ -2,7 +2,7 @@
 
 Each iteration draws a fresh random network, and a batch of real images of each class; one siamese augmentation is applied
 to real and synthetic images. Rates, batch, iterations and initialisation are those of the public code (main_DM.py), which
-takes --lr_img 10 from 100 images a class on.
+takes --lr_img 10 from 100 images per class on.
 """
 
 from __future__ import annotations

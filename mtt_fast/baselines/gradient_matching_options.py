@@ -13,7 +13,7 @@ from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Rate
 from mtt_fast.errors import InputError
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-"""Updates of the images in an iteration, and epochs of the network between two updates, by images a class."""
+"""Updates of the images in an iteration, and epochs of the network between two updates, by images per class."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DcOptions(LearnedImagesOptions):
         inner = inner if self.inner_loop is None else self.inner_loop
         if outer is None or inner is None:
             raise InputError(
-                f"--ipc {self.ipc}: the papers name loops for {', '.join(map(str, _LOOPS))} images a class; "
+                f"--ipc {self.ipc}: the papers name loops for {', '.join(map(str, _LOOPS))} images per class; "
                 "give --outer_loop and --inner_loop"
             )
         return outer, inner

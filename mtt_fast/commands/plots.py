@@ -29,7 +29,7 @@ def save_grid(
 ) -> None:
     """Write panels, each a title and pictures (n, C, H, W) in [0, 1], one above the other with class names, atomically.
 
-    One image a class: ten classes a row, names above. More: a class a row, its first ten images.
+    One image per class: ten classes a row, names above. More: a class a row, its first ten images.
     Small images are enlarged by a whole factor, without smoothing.
     """
     by_class = [[int(i) for i in (labels == label).nonzero()[:_LONGEST_ROW, 0]] for label in range(len(class_names))]

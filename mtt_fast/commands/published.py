@@ -25,11 +25,11 @@ class Published(NamedTuple):
     quoted: bool
     """whether the numbers are those of the method's authors"""
     accuracy: dict[str, dict[str, float]]
-    """by images a class ("all" for the whole data set): mean and, where it is known, std, in [0, 1]"""
+    """by images per class ("all" for the whole data set): mean and, where it is known, std, in [0, 1]"""
     dashes: frozenset[str]
-    """images a class at which the table says that there is no number"""
+    """images per class at which the table says that there is no number"""
     whitened: frozenset[str]
-    """images a class at which the images were ZCA-whitened"""
+    """images per class at which the images were ZCA-whitened"""
 
 
 class Paper(NamedTuple):
@@ -39,7 +39,7 @@ class Paper(NamedTuple):
     """of the tables, by number"""
     rows: list[Published]
     shares: dict[str, dict[str, float]]
-    """distilled images as a share of the real ones in per cent, by data set and images a class"""
+    """distilled images as a share of the real ones in per cent, by data set and images per class"""
     costs: dict[str, dict[str, float]]
     """of the authors' experts, by data set: seconds_per_epoch; gpu_hours of so many experts; megabytes_per_expert"""
 

@@ -237,7 +237,7 @@ def draw_set(
     drawn = []
     for title, pictures, record in panels:
         accuracy = f": networks trained on them reach {percent(record)}" if record else ""
-        drawn.append((f"{run.real.data.name}, {run.options.ipc} a class, {title}{accuracy}", pictures))
+        drawn.append((f"{run.real.data.name}, {run.options.ipc} per class, {title}{accuracy}", pictures))
     snapshot = run.folder / HISTORY / f"iteration_{iteration:06d}.png"
     with run.seconds.of("saving"):
         save_grid(run.folder / "images.png", drawn, synthetic.classes, run.real.data.class_names)

@@ -23,7 +23,7 @@ class Quoted(NamedTuple):
     @property
     def name(self) -> str:
         """Return the set in words."""
-        return f"{self.method}, {self.ipc} a class"
+        return f"{self.method}, {self.ipc} per class"
 
     @property
     def text(self) -> str:
@@ -72,7 +72,7 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
             "Rows marked as quoted are the papers' own numbers, under their own protocols: they were not measured here. "
             f"{sources}."
         )
-    return "\n".join([markdown_table(["set", "images a class", *networks], rows), *notes, ""])
+    return "\n".join([markdown_table(["set", "images per class", *networks], rows), *notes, ""])
 
 
 def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted]) -> None:

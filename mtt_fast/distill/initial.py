@@ -20,7 +20,7 @@ from mtt_fast.training.subsets import random_subset, shuffled_classes
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # images of a class that an expert classifies together: at one image a class, few have to be looked at
+_AT_ONCE = 64  # images of a class that an expert classifies together: at one image per class, few have to be looked at
 
 
 def initial_state(

@@ -5,7 +5,7 @@ network. dc_benchmark's folders are METHOD/DATASET/IPCn:
 
 | METHOD | files |
 |---|---|
-| TM | images_best.pt, labels_best.pt; of tinyimagenet at 50 images a class images_best_0.pt … images_best_4.pt |
+| TM | images_best.pt, labels_best.pt; of tinyimagenet at 50 images per class images_best_0.pt … images_best_4.pt |
 | DC, DSA, DM | res_METHOD_DATASET_ConvNet_nipc.pt (ConvNetD4 for tinyimagenet) |
 | random, Kmeans | DATASET_IPCn_normalize_images.pt, DATASET_IPCn_images.pt, and labels |
 | KIP | one .npz with images (n, H, W, C) and labels (n, classes) |

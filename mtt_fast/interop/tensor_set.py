@@ -83,7 +83,7 @@ class TensorSet:
         return int(self.labels.max()) + 1 if self.label_kind == "indices" else self.labels.shape[1]
 
     def ipc(self, where: str) -> int:
-        """Return the images a class. Raises `InputError`, which names `where`, if the classes differ in number."""
+        """Return the images per class. Raises `InputError`, which names `where`, if the classes differ in number."""
         count, classes = len(self.labels), self.num_classes
         evenly = count % classes == 0  # looked at first: a label may be a large number
         if evenly and self.label_kind == "indices":

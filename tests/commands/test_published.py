@@ -40,12 +40,12 @@ TABLE_2 = {  # KIP at width 1024, KIP at width 128, MTT at width 128
     "CIFAR10": {"1": "49.9 38.3 46.3", "10": "62.7 57.6 65.3", "50": "68.6 65.8 71.5"},
     "CIFAR100": {"1": "15.7 18.2 24.3", "10": "28.3 32.8 39.4"},
 }
-TABLE_3 = {  # CIFAR-10, 10 a class
+TABLE_3 = {  # CIFAR-10, 10 per class
     "MTT": "64.3 ± 0.7 / 46.4 ± 0.6 / 50.3 ± 0.8 / 34.2 ± 2.6",
     "DSA": "52.1 ± 0.4 / 42.8 ± 1.0 / 43.2 ± 0.5 / 35.9 ± 1.3",
     "KIP": "47.6 ± 0.9 / 36.8 ± 1.0 / 42.1 ± 0.4 / 24.4 ± 3.9",
 }
-TABLE_4 = {  # 1 a class, 10 a class, all real images
+TABLE_4 = {  # 1 per class, 10 per class, all real images
     "imagenette": "47.7 ± 0.9 / 63.0 ± 1.3 / 87.4 ± 1.0",
     "imagewoof": "28.6 ± 0.8 / 35.8 ± 1.8 / 67.0 ± 1.3",
     "imagefruit": "26.6 ± 0.8 / 40.3 ± 1.3 / 63.9 ± 2.0",
@@ -56,7 +56,7 @@ TABLE_4 = {  # 1 a class, 10 a class, all real images
 BEST_BEFORE = {("DSA", "1"): 28.8, ("DM", "50"): 63.0, ("KIP", "1"): 36.1, ("KIP", "50"): 46.5}  # CIFAR-10
 
 Cell = tuple[str, str, str, str, str]
-"""Table, data set, network, method, images a class."""
+"""Table, data set, network, method, images per class."""
 
 
 def numbers(text: str) -> list[float]:

@@ -13,7 +13,7 @@ from mtt_fast.commands import cli
 from mtt_fast.distill import command as distill
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10.tar.xz"
-TRAIN, TEST = 150, 50  # images a class
+TRAIN, TEST = 150, 50  # images per class
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,11 @@ def test_convert_tells_the_call(
 
 @pytest.mark.parametrize(
     ("hlr", "ior", "score"),
-    [(0.2373, 0.3090, 0.285), (0.2684, 0.3505, 0.287), (0.1652, 0.2052, 0.277)],  # MTT, DATM, MTT at 10, 10, 50 a class
+    [
+        (0.2373, 0.3090, 0.285),
+        (0.2684, 0.3505, 0.287),
+        (0.1652, 0.2052, 0.277),
+    ],  # MTT, DATM, MTT at 10, 10, 50 per class
 )
 def test_the_score_is_that_of_the_boards_numbers(hlr: float, ior: float, score: float) -> None:
     assert label_robust_score(hlr, ior) == pytest.approx(score, abs=1e-3)
