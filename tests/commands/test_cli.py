@@ -41,6 +41,7 @@ class Options:
 def test_flags_may_be_spelt_with_hyphens_or_underscores() -> None:
     assert parsing.parse(Options, ["--lr-img", "3"], "x") == parsing.parse(Options, ["--lr_img=3"], "x") == Options(3.0)
     assert parsing.parse(Options, [], "x", {"ipc": 4, "name": "n"}) == Options(1.0, 4, "n")
+    assert parsing.parse(Options, ["--size", "None"], "x", {"size": 4}) == Options()
 
 
 @pytest.mark.parametrize(
