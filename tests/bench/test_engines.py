@@ -127,6 +127,8 @@ def test_the_settings_have_the_papers_numbers() -> None:
     assert (
         str(setting_named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"
     )
+    one_a_class = [setting_named(f"{name}-ipc1").images for name in ("cifar10", "cifar100", "tiny", "imagenet128")]
+    assert one_a_class == [10, 100, 200, 10]
     changed = Shape("cifar10-ipc1", steps=7, batch=50).resolve()
     assert (changed.steps, changed.batch, changed.images) == (7, 50, 50)
     assert Shape("cifar10-ipc10", steps=10).label() == "cifar10-ipc10-steps10"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -97,6 +98,13 @@ def test_each_way_to_end_has_its_exit_status(capsys: pytest.CaptureFixture[str],
     assert failing(KeyboardInterrupt()) == 130
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
+
+
+def test_libraries_tell_their_warnings_alone() -> None:
+    for name in ("matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    assert cli.run(lambda argv: None, []) == 0
+    assert {logging.getLogger(name).level for name in ("matplotlib", "PIL")} == {logging.WARNING}
 
 
 def failing_with(error: Exception) -> Callable[[Sequence[str]], None]:
