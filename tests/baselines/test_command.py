@@ -193,7 +193,8 @@ def test_a_finished_run_is_not_repeated(shared: Path, tmp_path: Path, caplog: py
         assert f"{out} is finished: {METHODS[method].title}" in caplog.text
         assert "its evaluations were made with" not in caplog.text
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert run(*flags("dm", shared), "--out", str(out), "--protocol", "datm", "--best_epoch") == 0
+    others = ["--protocol", "datm", "--best_epoch", "--Iteration", "1"]
+    assert run(*flags("dm", shared), "--out", str(out), *others) == 0
     assert (
         "its evaluations were made with --protocol mtt, --best_epoch False; python -m mtt_fast.evaluate" in caplog.text
     )
