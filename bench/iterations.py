@@ -55,7 +55,7 @@ def golden_cases(folder: Path) -> Iterator[NamedCase]:
         raise InputError(f"--golden {folder}: expected golden cases, found none")
 
 
-def run_cases(folder: Path, starts: int, seed: int = 0) -> Iterator[NamedCase]:
+def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
     """Yield `starts` iterations of the distillation in `folder`, on its distilled set.
 
     The last starts at the last epoch of its expert that leaves room for the target, the others evenly between half that epoch
@@ -75,7 +75,7 @@ def run_cases(folder: Path, starts: int, seed: int = 0) -> Iterator[NamedCase]:
     rates = distilled.lr if distilled.lr_per_step is None else distilled.lr_per_step
     for place in reversed(range(starts)):
         epoch = last - place * last // (2 * max(1, starts - 1))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         batches = [
             torch.randperm(count, generator=generator)[: options.batch_syn or count] for _ in range(options.syn_steps)
         ]

@@ -14,7 +14,9 @@ import torch
 
 from mtt_fast import ConvNet, TrajectoryStore
 from mtt_fast.commands import cli
+from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import from_tensors
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.experts import ExpertTraining, main, train_expert, train_missing_experts
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
@@ -89,6 +91,16 @@ def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) ->
         across = here - torch.dot(here, there) / torch.dot(there, there) * there
         theta = theta - lr * (there - 0.3 * across)
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], theta - parameters[0], 1e-4)
+
+
+def test_experts_lie_where_the_public_code_keeps_them() -> None:
+    for dataset, zca, folder in (
+        ("CIFAR10", True, "CIFAR10"),
+        ("CIFAR100", False, "CIFAR100_NO_ZCA"),
+        ("Tiny", False, "Tiny"),
+        ("digits", True, "digits_ZCA"),
+    ):
+        assert buffer_folder("buffers", dataset_info(dataset), "ConvNet", zca=zca) == Path("buffers", folder, "ConvNet")
 
 
 def test_an_expert_depends_on_seed_and_index_alone(images: RealImages) -> None:

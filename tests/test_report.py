@@ -147,6 +147,7 @@ def test_runs_of_one_name_keep_their_own_pictures(
     (other / "history" / "iteration_000000.png").write_bytes(b"another picture")
     page = tmp_path / "both.html"
     assert cli.run(main, [str(run), str(other), "--out", str(page)]) == 0
+    assert "each method" not in page.read_text(encoding="utf-8")  # there is one
     pictures = {picture["alt"]: picture["src"] for picture in Page(page.read_text(encoding="utf-8")).pictures}
     names = f"{run.parent.name}/toy", "cost$x^$/toy"
     assert [sum(str(alt).startswith(name) for alt in pictures) for name in names] == [5, 1]

@@ -282,9 +282,9 @@ def evaluate(
     """Train `networks` fresh networks, each on `train(generator)`, and test each at the end (or as `protocol` says).
 
     The random numbers of network k follow from (`seed`, "evaluation", *`indices`, k) alone, and the network's result does not
-    depend on the number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none
-    of the test images right, and the result and a warning give the number of such networks. Raises `Stopped` between two
-    epochs after a stop request.
+    depend on the number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that had diverged before its
+    first test gets none of the test images right, and the result and a warning give the number of such networks. With
+    `best_epoch` one that diverges later keeps its best accuracy. Raises `Stopped` between two epochs after a stop request.
     """
 
     def job(k: int) -> Job[tuple[float, bool]]:
@@ -301,7 +301,7 @@ def evaluate(
             network, theta, train(generator), lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield
-        return int(torch.stack(right).max()) / len(test), bool(diverged[-1])
+        return int(torch.stack(right).max()) / len(test), bool(torch.stack(diverged).all())
 
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *indices, 0))

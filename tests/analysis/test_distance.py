@@ -267,7 +267,7 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
         ([], "expected run folders, plain or as LABEL=FOLDER"),
         (["RUN", "RUN"], "there is another run with the label run; give labels as LABEL=FOLDER"),
         (["RUN", "--deltas", "1,x"], "--deltas 1,x: expected numbers as in 1,10,100"),
-        (["RUN", "--deltas", "0,1"], "--deltas 0,1: expected numbers of at least 1"),
+        (["RUN", "--deltas", "1,0"], "--deltas 1,0: expected numbers of at least 1"),
         (["RUN", "--starts", "0"], "--starts 0: expected at least 1"),
         (["RUN", "--expert_lr", "0"], "--expert_lr 0.0: expected more than 0"),
         (

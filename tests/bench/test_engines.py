@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import flops, gate
-from bench.cases import case_on, make_case
+from bench.cases import case_on, make_case, small_setting
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, whole_graph
 from bench.settings import SETTINGS, Setting, Shape, setting_named
-from mtt_fast import ConvNet, InputError
+from mtt_fast import ConvNet, InputError, unroll
 from mtt_fast.testing import relative_error
 from tests.bench.helpers import CPU, TINY
 
@@ -55,6 +55,34 @@ def test_the_gate_closes_on_a_wrong_engine() -> None:
     assert gate.complaint(0.0, float("nan"), 1.0) is not None
     assert gate.complaint(1e-12, 1.9e-3, gate.allowed_float32(1e-3)) is None
     assert gate.complaint(1e-12, 1.5e-2, gate.allowed_float32(1e-3, "bf16")) is None
+
+
+def test_the_gate_cuts_the_batches_of_an_engine_that_takes_limits() -> None:
+    asked = []
+
+    def engine(case: Case, **limits: int) -> Gradients:
+        asked.append(limits)
+        return whole_graph(case)
+
+    for cut in (True, False):
+        assert gate.float64_error(Engine(engine), TINY, CPU, cut=cut) == 0
+    assert asked == [{"microbatch": 3}, {}]  # of batches of 4
+
+
+def test_the_small_case_has_the_networks_blocks_and_norm() -> None:
+    net = replace(TINY.net, depth=3, norm="none")
+    small = small_setting(replace(TINY, net=net)).net
+    assert (small.depth, small.norm, small.in_channels) == (3, "none", 3)
+    assert isinstance(small.image_size, int)
+    assert small.image_size >> 3 > 1  # pixels are left after the last block
+
+
+def test_a_case_is_exact_in_float32_and_its_target_beyond_the_students_reach() -> None:
+    case = make_case(TINY)
+    for values in (case.start, case.target, case.images, case.lr):
+        assert torch.equal(values.float().double(), values)
+    end = unroll(case.net, case.start, case.images, case.labels, case.lr, case.batches)[-1]
+    assert float((case.target - case.start).norm()) > 3 * float((end - case.start).norm())
 
 
 def test_the_truth_in_pieces_is_the_truth() -> None:
@@ -99,6 +127,10 @@ def test_the_settings_have_the_papers_numbers() -> None:
     assert (
         str(setting_named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"
     )
+    one_a_class = [setting_named(f"{name}-ipc1").images for name in ("cifar10", "cifar100", "tiny", "imagenet128")]
+    assert one_a_class == [10, 100, 200, 10]
+    changed = Shape("cifar10-ipc1", steps=7, batch=50).resolve()
+    assert (changed.steps, changed.batch, changed.images) == (7, 50, 50)
     assert Shape("cifar10-ipc10", steps=10).label() == "cifar10-ipc10-steps10"
     with pytest.raises(InputError, match=r"did you mean cifar10-ipc1"):
         setting_named("cifar-ipc1")

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from bench import measuring
 from bench.cases import case_on, make_case
 from bench.engines import fused, whole_graph
-from bench.measuring import interleaved, peak_above_baseline, spread
+from bench.measuring import copy_peak, interleaved, matrix_product_peak, peak_above_baseline, repeated
 from bench.shares import share_of_operations
 from bench.workers import Here, Process, Worker, WorkerError
 from tests.bench.helpers import CPU, TINY, linux
@@ -23,12 +24,32 @@ def test_turns_alternate_and_a_failure_is_left_out() -> None:
         order.append(name)
         if name == "b" and len(order) > 3:
             raise RuntimeError("no")
-        return float(len(order))
+        return float(len(order) ** 2)
 
     times = interleaved(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
     assert order == ["a", "b", "a", "b", "a"]
-    assert times == {"a": spread([1, 3, 5])}
+    assert times == {"a": {"median": 9, "least": 1, "most": 25, "n": 3}}
     assert told == [("b", "no")]
+
+
+def test_a_small_operation_is_called_several_times_in_a_measurement() -> None:
+    calls: list[int] = []
+    repeated(lambda: calls.append(1), 3, CPU)()
+    assert len(calls) == 3
+
+
+def test_peaks_are_operations_and_bytes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+
+    def in_two_seconds(run: Callable[[], torch.Tensor], device: torch.device) -> float:
+        copied.append(run().nbytes)
+        return 2.0
+
+    monkeypatch.setattr(measuring, "seconds", in_two_seconds)
+    assert copy_peak(CPU, size=64) == 64  # read and written
+    assert set(copied) == {64}
+    monkeypatch.setattr(measuring, "seconds", lambda *_: 2.0)
+    assert matrix_product_peak(CPU) == 2048**3  # a product and a sum each
 
 
 @linux

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -41,6 +42,7 @@ class Options:
 def test_flags_may_be_spelt_with_hyphens_or_underscores() -> None:
     assert parsing.parse(Options, ["--lr-img", "3"], "x") == parsing.parse(Options, ["--lr_img=3"], "x") == Options(3.0)
     assert parsing.parse(Options, [], "x", {"ipc": 4, "name": "n"}) == Options(1.0, 4, "n")
+    assert parsing.parse(Options, ["--size", "None"], "x", {"size": 4}) == Options()
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,13 @@ def test_each_way_to_end_has_its_exit_status(capsys: pytest.CaptureFixture[str],
     assert failing(KeyboardInterrupt()) == 130
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
+
+
+def test_libraries_tell_their_warnings_alone() -> None:
+    for name in ("matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    assert cli.run(lambda argv: None, []) == 0
+    assert {logging.getLogger(name).level for name in ("matplotlib", "PIL")} == {logging.WARNING}
 
 
 def failing_with(error: Exception) -> Callable[[Sequence[str]], None]:

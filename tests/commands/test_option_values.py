@@ -380,6 +380,9 @@ class Spelled:
         ("--models a b --zca", {"models": ("a", "b"), "zca": True}),
         ("--models a --models b", {"models": ("b",)}),
         ("here --lr_img -3", {"lr_img": -3.0, "place": "here"}),
+        ("--lr_img -.5", {"lr_img": -0.5}),
+        ("--zca yes", {"zca": True, "place": "yes"}),
+        ("--no_dsa True", {"dsa": False, "place": "True"}),
         ("--models a -- --here", {"models": ("a",), "place": "--here"}),
     ],
 )
@@ -430,6 +433,7 @@ def test_what_options_decide() -> None:
     assert names_of(DistillOptions, Role.EVALUATION) == evaluation | {"batch_train"}
     extent = {"Iteration", "eval_it", "num_experts", "max_experts", "train_epochs", "other_data"}
     assert names_of(DistillOptions, Role.EXTENT) == extent
+    assert outside_result(DistillOptions) == set(fields_of(DistillOptions)) - names_of(DistillOptions, Role.RESULT)
     for method in METHODS.values():
         assert names_of(method.options, Role.EVALUATION) == evaluation  # its own networks take --batch_train as well
         assert outside_result(method.options) < outside_result(DistillOptions)

@@ -108,3 +108,10 @@ def test_of_equal_evaluations_the_first_is_the_best() -> None:
         for iteration, mean in ((0, 0.2), (5, 0.4), (10, 0.4))
     ]
     assert best_accuracy(records) == {"mean": 0.4, "std": 0.1, "n": 2, "iteration": 5}
+
+
+def test_the_interval_of_checkpoints_begins_anew_after_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # each look at it takes a second, and an iteration takes three
+    monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
+    done = looped(tmp_path, eval_it=9, save_seconds=5, seconds=Seconds(lambda: 0.0))
+    assert " ".join(done) == "e0 s1 i1 i2 s1 i3 i4 s1 i5 e5 s2 !"

@@ -184,7 +184,8 @@ def test_a_run_goes_on_where_its_image_folder_has_moved(
     moved.parent.mkdir()
     pets.rename(moved)
     go_on = ["--out", "run", "--resume", "--Iteration", "3"]
-    assert "run: holds a run with --dataset" in refused(capsys, distill, *go_on, "--dataset", "digits")
+    for dataset in ("digits", str(save_folder(Path("cats"), 1))):
+        assert "run: holds a run with --dataset" in refused(capsys, distill, *go_on, "--dataset", dataset)
     assert "made from other images" in refused(capsys, distill, *go_on, "--dataset", str(other))
     assert cli.run(distill, [*go_on, "--dataset", str(moved)]) == 0
     assert (

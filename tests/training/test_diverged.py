@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mtt_fast import ConvNet, InputError, SyntheticDataset, TrajectoryStore, compress, evaluate
 from mtt_fast.analysis.measured import measurements as grouped
@@ -91,6 +92,24 @@ def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch:
     result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), networks=2, seed=0)
     assert result.values == (0.0, 0.0)
     assert result.diverged == 2
+
+
+def test_a_network_that_diverges_after_its_best_epoch_keeps_that_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    tests: list[bool] = []
+
+    def after_the_first_test(*_: Tensor) -> Tensor:
+        tests.append(len(tests) > 0)
+        return torch.tensor(tests[-1])
+
+    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", after_the_first_test)
+    net = network_by_name("MLP", (1, 6, 6), 3)
+    images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    protocol = EvaluationProtocol(epochs=20, augment="none", best_epoch=True)
+    result = measure(net, lambda _: images, images, 0.01, protocol, networks=1, seed=0)
+    assert tests == [False, *[True] * (len(tests) - 1)]
+    assert len(tests) > 1
+    assert result.values[0] > 0
+    assert result.diverged == 0
 
 
 def test_records_tell_how_many_networks_diverged() -> None:

@@ -17,6 +17,7 @@ from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
 from mtt_fast.engine.student import GenericStudent
+from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.pools import POOLS
@@ -122,6 +123,18 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     tested = accuracies[-1:] if name == "mtt" else [accuracies[1], accuracies[3], accuracies[5], accuracies[6]]
     assert result.values[0] == pytest.approx(max(tested), abs=0.5 / 60)
     assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
+
+
+def test_a_network_is_trained_in_the_precision_that_is_asked_for() -> None:
+    net = network_by_name("ConvNetD1W4", (1, 6, 6), 3)
+    images, start = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3), net.init(torch.Generator().manual_seed(0))
+    protocol = EvaluationProtocol(epochs=2, augment="none")
+    both: tuple[Precision, Precision] = ("fp32", "bf16")  # which a CPU emulates
+    exact, rounded = (
+        train_network(net, start, images, 0.1, protocol, torch.Generator().manual_seed(1), precision)
+        for precision in both
+    )
+    assert 0 < float((rounded - exact).norm()) < 0.1 * float((exact - start).norm())
 
 
 def test_protocols_say_what_they_do() -> None:

@@ -90,15 +90,17 @@ def test_running_statistics_go_through_a_chunk(at_once: int) -> None:
 
 
 @pytest.mark.parametrize("best_epoch", [False, True])
-@pytest.mark.parametrize("name", ["mtt", "ddranking"])
-def test_an_evaluation_pauses_where_it_must(name: str, best_epoch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "together"), [("mtt", 4), ("mtt", 10), ("ddranking", 10)])
+def test_an_evaluation_pauses_where_it_must(
+    name: str, together: int, best_epoch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Check that the rate drops and tests take place after the same epochs, however many follow without a pause."""
     net = network_by_name("ConvNetD1W4BN", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = protocol_by_name(name, epochs=27, batch_size=None, augment="color_flip", best_epoch=best_epoch)
     start, ends = net.init(), []
     tests: list[list[Tensor]] = []
-    for most in (1, 10):
+    for most in (1, together):
         monkeypatch.setattr(protocols, "_epochs_at_once", lambda *_, most=most: most)
         tests.append([])
 
