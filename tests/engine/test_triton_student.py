@@ -235,12 +235,14 @@ def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> No
             .work
             for precision in get_args(Precision)
         }
-        growing = FusedConvNetStudent(
-            ConvNet(3, 10, 32, 128, 3, "none")
-        )  # its first block has more filters than channels
-        larger = growing.step_bytes(100, image_shape(net), torch.float32, torch.device("meta")).work
+        of_more, of_fewer = (  # filters than the images have channels, in a first block that asks the library
+            FusedConvNetStudent(ConvNet(3, 10, 32, width, 1, "none"))
+            .step_bytes(100, image_shape(net), torch.float32, torch.device("meta"))
+            .work
+            for width in (128, 2)
+        )
     assert work == {"fp32": 5 * 100 * 128 * 16 * 16 * 4, "tf32": 0, "fp16": 0, "bf16": 0}
-    assert larger == 5 * 100 * 128 * 32 * 32 * 4
+    assert (of_more, of_fewer) == (5 * 100 * 128 * 32 * 32 * 4, 5 * 100 * 3 * 32 * 32 * 4)
 
 
 def test_the_first_block_keeps_no_planes() -> None:
