@@ -20,12 +20,13 @@ from safetensors import safe_open
 
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.fused import FusedConvNetStudent, _bytes_without_planes
 from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
-from mtt_fast.kernels import Precision, dispatch
+from mtt_fast.kernels import Affine, Precision, dispatch
 from mtt_fast.testing import relative_error
+from tests.kernels.compiling import recording
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, ROOT, each_part, run_part
 
 PARTS_INTERPRETED = 3
@@ -124,6 +125,7 @@ def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: A
     [
         (ConvNet(3, 10, 32, 128, 3), 10),
         (ConvNet(3, 10, 32, 128, 3), 16),
+        (ConvNet(3, 10, 32, 128, 3), 100),  # of which weight gradients by boxes copy planes
         (ConvNet(1, 10, 28, 128, 3), 10),
         (ConvNet(3, 10, 64, 128, 4), 10),
         (ConvNet(3, 10, 32, 128, 3, "none"), 10),
@@ -139,6 +141,36 @@ def test_the_formula_counts_the_parts_of_convolutions(net: ConvNet, batch: int, 
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
         assert getattr(live_bytes, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+@pytest.mark.parametrize("net", [ConvNet(3, 10, 32, 128, 3), ConvNet(1, 10, 28, 48, 3)], ids=str)
+def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(net: ConvNet, precision: Any) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    from mtt_fast.kernels.triton import block
+
+    student, batch = FusedConvNetStudent(net, "indices", precision), 200  # so many samples are not cut into parts
+    layer, numbers = student._layers(image_shape(net))[0], torch.empty(net.width, device="meta")
+    weight, affine = torch.empty(net.width, net.in_channels, 3, 3, device="meta"), Affine(numbers, numbers)
+    with recording([block], "sm_90") as launches:
+        patches = block.image_patches(torch.empty(batch, *image_shape(net), device="meta"), layer.padding, precision)
+        along = (patches, weight, weight, affine, affine)
+        p, p_dot, folded = block.conv_norm_relu_pool_dual(*along, 1e-5, precision)
+        block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, folded, 1e-5, precision)
+    (columns,) = (launch.arguments[6] for launch in launches if launch.kernel.fn.__name__ == "spread")
+    assert folded.weight_dot is not None
+    tensors = ((patches.images, patches.gram), (folded.weight, folded.weight_dot), (columns,))
+    counted = tuple(sum(each.nbytes for each in some) for some in tensors)
+    assert counted == _bytes_without_planes(layer, batch, p.element_size(), torch.float32)
+
+
+@pytest.mark.parametrize("side", [28, 29])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_plan_knows_the_sides_of_each_block(channels: int, side: int) -> None:
+    net = ConvNet(channels, 10, side, 4, 3)
+    last = FusedConvNetStudent(net)._layers(image_shape(net))[-1]
+    assert (last.out_height // 2, last.out_width // 2) == tuple(net.feature_size)
+    assert [layer.padding for layer in FusedConvNetStudent(net)._layers(image_shape(net))] == [net.first_padding, 1, 1]
 
 
 @pytest.mark.parametrize("microbatch", [None, 10])
@@ -201,7 +233,14 @@ def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> No
             .work
             for precision in get_args(Precision)
         }
+        of_more, of_fewer = (  # filters than the images have channels, in a first block that asks the library
+            FusedConvNetStudent(ConvNet(3, 10, 32, width, 1, "none"))
+            .step_bytes(100, image_shape(net), torch.float32, torch.device("meta"))
+            .work
+            for width in (128, 2)
+        )
     assert work == {"fp32": 5 * 100 * 128 * 16 * 16 * 4, "tf32": 0, "fp16": 0, "bf16": 0}
+    assert (of_more, of_fewer) == (5 * 100 * 128 * 32 * 32 * 4, 5 * 100 * 3 * 32 * 32 * 4)
 
 
 def test_the_first_block_keeps_no_planes() -> None:

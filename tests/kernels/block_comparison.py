@@ -52,7 +52,8 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     check(("image_patches", *case), lambda: (laid_out.images, laid_out.gram.sum(1)), expected_patches, close)
     patches_of_batches(case, x, padding, precision, close)
 
-    # those of the reference: whoever made patches, all back ends read them
+    # whoever made patches, all back ends read them; those of Triton may have their sums in several parts
+    patches = laid_out if dtype == torch.float64 else patches
     weights = [draw(filters, channels, 3, 3) for _ in range(2)]
     # few units near the kink, where rounding decides: some filters pass most of a plane, the others little of it
     affine = [Affine(draw(filters), draw(filters).sign() * 2), Affine(draw(filters), draw(filters))]
@@ -83,6 +84,23 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
         divided = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options, given)
         assert torch.equal(divided[0], whole[0] / math.prod(given)), "a power of two is taken out exactly"
         assert all(torch.equal(actual, wanted) for actual, wanted in zip(divided[1:], whole[1:], strict=True))
+
+
+def with_rounded_factors(case: Callable[[], None]) -> None:
+    """Run an interpreted comparison, and check that factors of tf32 products are rounded: Tensor cores would cut them off."""
+    from triton._C.libtriton.ir import INPUT_PRECISION
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def check_and_multiply(builder: Any, a: Any, b: Any, total: Any, precision: Any, *rest: Any) -> Any:
+        if precision == INPUT_PRECISION.TF32 and a.data.dtype == "float32":
+            for factor in (a.data, b.data):
+                assert not (factor.view("int32") & 0x1FFF).any(), "a factor of a tf32 product is not rounded"
+        return multiply(builder, a, b, total, precision, *rest)
+
+    with patch.object(interpreter.InterpreterBuilder, "create_dot", check_and_multiply):
+        case()
 
 
 def with_pixels_together(number: int, backward: Callable[[], tuple[Tensor, ...]]) -> Tensor:
@@ -147,6 +165,30 @@ def nan_weight(device: str, precision: Any) -> None:
     print("passed: a weight that is not a number", precision)
 
 
+def planes_means(device: str, precision: Any) -> None:
+    """Check that the folded norm gives planes the mean β, and their derivatives the mean β̇, as precisely as float32 would.
+
+    So do three pieces of the shift together, each rounded, and no two of them in bfloat16.
+    """
+    from mtt_fast.kernels.triton import block
+
+    count = 9 * 3 + 3
+    patches = block.image_patches(torch.randn(2, 3, 7, 6, device=device), 1, precision)
+    weights = [torch.randn(16, 3, 3, 3, device=device) for _ in range(2)]
+    affine = [Affine(torch.randn(16, device=device), 10 * torch.randn(16, device=device)) for _ in range(2)]
+    *_, folded = block.conv_norm_relu_pool_dual(patches, *weights, *affine, 1e-5, precision)
+    windows = patches.images.double().unfold(1, 3, 1).unfold(2, 3, 1)  # (B, H', W', C, 3, 3)
+    images = windows.permute(0, 1, 2, 4, 5, 3).reshape(2, -1, 9 * 3)
+    x = torch.cat([images, torch.ones_like(images[..., :3])], 2)
+    for weight, (_, mean) in zip((folded.weight, folded.weight_dot), affine, strict=True):
+        assert weight is not None
+        f = weight[:, :count].double()
+        error, magnitude = (x @ f).mean(1) - mean, (x.abs() @ f.abs()).mean(1)
+        bound = 2**-20 if device == "cpu" else 2**-16  # Tensor cores cut off what sums of products do not hold
+        assert (error.abs() <= bound * magnitude).all(), f"{precision}: {error / magnitude}"
+    print("passed: means of planes", precision)
+
+
 def statistics(device: str) -> None:
     """Hold the statistics that come from sums of products to the bound of docs/adjoint.md where these cancel: edge filters."""
     from mtt_fast.kernels import reference
@@ -175,7 +217,10 @@ def statistics(device: str) -> None:
     weight[12:] = edges[:, None] / 3
     weight = weight.to(device)
     affine = Affine(torch.ones(16, device=device), torch.zeros(16, device=device))
-    for (name, x), padding, precision in itertools.product(images.items(), (0, 1), ("fp32", "tf32")):
+    cases: list[Any] = [(*case, weight) for case in itertools.product(images.items(), (0, 1), ("fp32", "tf32"))]
+    # filters so steep that a rounding error outweighs eps, by which some variances would be negative
+    cases.append((("smooth", smooth), 0, "fp32", 1e3 * weight))
+    for (name, x), padding, precision, weight in cases:
         patches = block.image_patches(x, padding, precision)
         p, folded = block.conv_norm_relu_pool(patches, weight, affine, 1e-5, precision)
         wide_patches = patches._replace(images=patches.images.double())
@@ -205,8 +250,11 @@ def block_cases(device: str) -> list[Callable[[], None]]:
         cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
     for shape, form in zip(shapes, itertools.cycle(formats[::-1]), strict=False):
         cases += [partial(blocks, device, torch.float32, precision, shape, form) for precision in get_args(Precision)]
-    if device == "cpu":  # on a GPU a large block takes several tiles
-        several = partial(blocks, device, torch.float64, "fp32", (1, 1, 16, 6, 7, 1), torch.contiguous_format)
+    if device == "cpu":
+        cases = [partial(with_rounded_factors, case) for case in cases]
+        # on a GPU a large block takes several tiles
+        several = partial(blocks, device, torch.float64, "fp32", (2, 1, 16, 6, 7, 1), torch.contiguous_format)
         # in each part but the last one, and more parts than are added up at a time
-        cases.append(partial(with_sizes, "block", several, WINDOWS=1, BLOCK_M=8, PROGRAMS=5))
-    return cases + [partial(nan_weight, device, precision) for precision in get_args(Precision)]
+        cases.append(partial(with_sizes, "block", several, WINDOWS=1, BLOCK_M=8, PROGRAMS=10))
+    checks = itertools.product((nan_weight, planes_means), get_args(Precision))
+    return cases + [partial(each, device, precision) for each, precision in checks]
