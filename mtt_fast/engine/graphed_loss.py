@@ -19,6 +19,8 @@ from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
+from mtt_fast.engine.path import StudentPath
+from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Loss
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps
@@ -127,11 +129,11 @@ class GraphedMatchingLoss:
             return self._iterations[kind]
         first_draws = None if parameters is None else parameters[: lengths[0]]
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
-            _check_reads_constants(self._of_path, steps, target)
             plan = checked_plan(
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
+            _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
         is_full = len(self._recorded()) == _MOST
         if is_full or plan.path_on_host:
             self._obstacle = (
@@ -177,10 +179,11 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
     return loss.double()
 
 
-def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor) -> None:
+def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
     """Raise `InputError` if the loss `of_path` reads a tensor that requires a gradient besides the path: none would flow to it."""
     start = steps.theta.detach()
-    loss = of_path(start.expand(len(steps.batches) + 1, -1), start, target.detach())
+    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)  # laid out as the student's
+    loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(
             "GraphedMatchingLoss of_path: expected no tensor that requires a gradient besides the path, since none flows to it, found "

@@ -272,6 +272,28 @@ def test_a_loss_of_the_path_with_learned_weights_is_refused() -> None:
         GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
 
 
+def test_a_loss_of_the_path_is_tried_on_a_path_of_its_own() -> None:
+    """Check that a loss that writes into the path's rows, which torch refuses, leaves the caller's start as it was."""
+
+    def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        return path[-1].sub_(target).square().sum()
+
+    given = tensors()
+    before = given["start"].clone()
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**given, batches=BATCHES)
+    assert torch.equal(given["start"], before)
+
+
+def test_a_loss_of_the_path_is_tried_on_a_path_laid_out_as_the_students() -> None:
+    """Check that a loss may view the path as rows of any length where its rows have no gaps."""
+    net = FlatModule(nn.Sequential(nn.Flatten(), nn.Linear(128, 8, bias=False)).double())
+    given = tensors(net) | {"labels": torch.zeros(6, 8, dtype=torch.float64)}
+    graphed = GraphedMatchingLoss(net, of_path=lambda path, start, target: path.view(-1)[len(start) :].square().sum())
+    path = unroll(net, given["start"], given["images"], given["labels"], given["lr"], BATCHES)
+    assert_close("loss", graphed(**given, batches=BATCHES), path[1:].square().sum(), 1e-12)
+
+
 def test_a_loss_in_float32_is_returned_in_float64() -> None:
     def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
         return (path[-1] - target).square().sum().float()
