@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.errors import InputError
@@ -160,9 +161,10 @@ def draws_of(
     batches: Sequence[Tensor],
     generator: torch.Generator | None,
 ) -> Sequence[Any]:
-    """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; without an augmentation, as many None.
+    """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; None for each without it.
 
-    Raises `InputError` for `draws` of another number of steps, or of no augmentation.
+    Raises `InputError` for `draws` of another number of steps, or of no augmentation, and where a gradient would have to flow to
+    them.
     """
     if draws is None:
         return [augment.draw(images.detach()[index], generator) if augment else None for index in batches]
@@ -171,6 +173,10 @@ def draws_of(
         raise InputError(
             f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
+        )
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(draws)):
+        raise InputError(
+            "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )
     return draws
 

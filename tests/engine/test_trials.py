@@ -306,7 +306,23 @@ def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
 
 
-@pytest.mark.parametrize("reader", ["net", "loss", "augment", "draws"])
+class LearnedWarp:
+    """A brightness that is learned, as a warp."""
+
+    def __init__(self, strength: Tensor) -> None:
+        self.strength, self.warp = strength, SiameseAugment("brightness")
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Any:
+        return self.warp.draw(images, generator)
+
+    def __call__(self, images: Tensor, draws: Any) -> Tensor:
+        return self.warp(images, draws)
+
+    def warp_parameters(self, draws: Any, shape: torch.Size) -> Tensor:
+        return self.strength * self.warp.warp_parameters(draws, shape)
+
+
+@pytest.mark.parametrize("reader", ["net", "loss", "augment", "warp"])
 def test_a_learned_number_besides_the_arguments_is_refused(reader: str) -> None:
     """Check what would leave a temperature, a module's own tensor or an augmentation's strength without a gradient."""
     learned = torch.zeros((), dtype=torch.float64, requires_grad=True).exp()
@@ -316,16 +332,29 @@ def test_a_learned_number_besides_the_arguments_is_refused(reader: str) -> None:
         options["loss"] = lambda logits, labels: F.cross_entropy(logits / learned, labels)
     if reader == "augment":
         options["augment"] = Augmentation(lambda images, generator: None, lambda images, _: images * learned)
-    if reader == "draws":
-        augment = options["augment"] = SiameseAugment("brightness")
-        options["draws"] = [learned * augment.draw_parameters([torch.zeros(len(index), 2, 6, 6)]) for index in BATCHES]
-    name = "augment" if reader == "draws" else reader
+    if reader == "warp":
+        options["augment"] = LearnedWarp(learned)
+    name = "augment" if reader == "warp" else reader
     with pytest.raises(
         InputError, match=f"unroll {name}: expected no tensor that requires a gradient besides its argu"
     ):
         gradient(net, net.init(), **options)
     with torch.no_grad():  # a training of which no gradient is asked for
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, **options)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("entry", ["a tensor", "a tuple"])
+def test_learned_draws_are_refused_in_every_step(step: int, entry: str) -> None:
+    """Check what would leave the strength of an augmentation without a gradient, where only one step's numbers are learned."""
+    net, augment = FlatModule(with_layer(nn.Identity())), SiameseAugment("brightness")
+    draw = augment.draw if entry == "a tuple" else lambda images: augment.draw_parameters([images])
+    draws: list[Any] = [draw(torch.zeros(len(index), 2, 6, 6)) for index in BATCHES]
+    (draws[step].numbers[0] if entry == "a tuple" else draws[step]).requires_grad_()
+    with pytest.raises(InputError, match="unroll draws: expected no tensor that requires a gradient"):
+        gradient(net, net.init(), augment=augment, draws=draws)
+    with torch.no_grad():  # a training of which no gradient is asked for
+        unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, augment=augment, draws=draws)
 
 
 def test_a_learned_temperature_may_be_a_column_of_the_labels() -> None:
