@@ -235,6 +235,8 @@ def checked_plan(
     )
     if options.plan is not None:
         plan = replace(options.plan, work=work)
+        if plan.microbatch < 1:
+            raise InputError(f"unroll plan: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")
         if plan.cut and net.mixes_samples:
             raise InputError(CANNOT_CUT)
     else:

@@ -276,6 +276,16 @@ def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: s
     unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)])
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_plan_without_pieces_is_refused(size: int) -> None:
+    """Check what would take no image at all, so that the student would not move."""
+    net = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)))
+    given = dataclasses.replace(mtt_fast.plan(net, images=(4, 3, 2, 2), steps=1, memory_budget=None), microbatch=size)
+    images, labels = torch.randn(4, 3, 2, 2), torch.arange(4) % 2
+    with pytest.raises(InputError, match=f"unroll plan: expected a `microbatch` of at least 1 in it, found {size}"):
+        unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(4)[None], plan=given)
+
+
 def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
     net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))), []
 
