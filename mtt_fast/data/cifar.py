@@ -43,9 +43,8 @@ class _Distribution:
     train: tuple[str, ...]
     test: str
     names: str
-    labels: (
-        str | int
-    )  # key of the labels in a pickle; or the number of label bytes before an image; the last of them counts
+    # key of the labels in a pickle; or the number of label bytes before an image, the last of which counts
+    labels: str | int
     names_key: str = ""
 
 

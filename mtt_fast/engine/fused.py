@@ -5,7 +5,8 @@ tangents, and the statistics of the planes; nothing else that is as large as an 
 where a back end needs none. A dot is the derivative in direction v, a bar the gradient of the loss. fused_blocks.py has
 the blocks.
 
-On request `gradient` saves for `gradient_jvp` each block's y, and the gradient of the loss to the block's result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
+On request `gradient` saves for `gradient_jvp` each block's y, and the gradient of the loss to the block's result p. With
+these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def plan(
         steps: N.
         batch: images in a step; without it, all.
         memory_budget: bytes or "6GiB", the peak of the unroll beyond its arguments; "auto", most of what is free on
-            `device`; None, no limit: whole batches, and nothing kept.
+            `device`; None, no limit: whole batches, and nothing saved.
         microbatch: in place of a budget: at most so many samples at once.
         device: of the run.
         dtype: of the parameters.
