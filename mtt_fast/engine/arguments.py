@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.errors import InputError
@@ -174,7 +173,8 @@ def draws_of(
             f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
         )
-    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(draws)):
+    parts = [part for each in draws for part in (each if isinstance(each, tuple | list) else (each,))]
+    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in parts):
         raise InputError(
             "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )

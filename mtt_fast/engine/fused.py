@@ -139,7 +139,7 @@ class FusedConvNetStudent:
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`. The sums follow the schedule above."""
-        layers = self._layers(image_shape)
+        layers = self.layers(image_shape)
         of_planes = plane_dtype(dtype, self.precision).itemsize
         each, parameters = batch * of_planes, dtype.itemsize * self.network.num_parameters
         features = each * self.network.width * math.prod(self.network.feature_size)
@@ -155,7 +155,7 @@ class FusedConvNetStudent:
         patches = columns = 0
         if self._has_image_block(image_shape, device):
             ys[0], convolved = 0, layers[1:]
-            patches, folded, columns = _bytes_without_planes(layers[0], batch, of_planes, dtype)
+            patches, folded, columns = bytes_without_planes(layers[0], batch, of_planes, dtype)
             packed -= weights[0].packed
             summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
             small = patches + folded + parameters - of_weights
@@ -194,7 +194,8 @@ class FusedConvNetStudent:
             work=kernels.work_bytes(batch, convolved, *of_products),
         )
 
-    def _layers(self, image_shape: torch.Size) -> list[ConvLayer]:
+    def layers(self, image_shape: torch.Size) -> list[ConvLayer]:
+        """Return the convolutions of the blocks, on images (C, H, W)."""
         channels, height, width = image_shape
         layers = []
         for block in range(self.network.depth):
@@ -218,7 +219,7 @@ class FusedConvNetStudent:
         return blocks
 
     def _has_image_block(self, image_shape: torch.Size, device: torch.device) -> bool:
-        return self.network.norm == "instance" and kernels.has_image_block(self._layers(image_shape)[0], device)
+        return self.network.norm == "instance" and kernels.has_image_block(self.layers(image_shape)[0], device)
 
     def _begin(
         self, theta: Tensor, v: Tensor | None, images: Inputs, saved: Any = None
@@ -278,8 +279,8 @@ def _with_work(bars: list[int], gone: list[int], copies: list[int], parts: list[
     ]
 
 
-def _bytes_without_planes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return what a first block without planes takes: of patches, of folded weights, and of the patches of x̄̇."""
+def bytes_without_planes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return the bytes of a first block without planes: of its patches, its folded weights, and the patches of x̄̇."""
     terms = 16 if layer.channels == 1 else 32
     padded = layer.channels * (layer.out_height + 2) * (layer.out_width + 2)
     patches = of_planes * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2

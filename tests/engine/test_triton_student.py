@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent, _bytes_without_planes
+from mtt_fast.engine.fused import FusedConvNetStudent, bytes_without_planes
 from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
@@ -150,7 +150,7 @@ def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(net:
     from mtt_fast.kernels.triton import block
 
     student, batch = FusedConvNetStudent(net, "indices", precision), 200  # so many samples are not cut into parts
-    layer, numbers = student._layers(image_shape(net))[0], torch.empty(net.width, device="meta")
+    layer, numbers = student.layers(image_shape(net))[0], torch.empty(net.width, device="meta")
     weight, affine = torch.empty(net.width, net.in_channels, 3, 3, device="meta"), Affine(numbers, numbers)
     with recording([block], "sm_90") as launches:
         patches = block.image_patches(torch.empty(batch, *image_shape(net), device="meta"), layer.padding, precision)
@@ -161,16 +161,16 @@ def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(net:
     assert folded.weight_dot is not None
     tensors = ((patches.images, patches.gram), (folded.weight, folded.weight_dot), (columns,))
     counted = tuple(sum(each.nbytes for each in some) for some in tensors)
-    assert counted == _bytes_without_planes(layer, batch, p.element_size(), torch.float32)
+    assert counted == bytes_without_planes(layer, batch, p.element_size(), torch.float32)
 
 
 @pytest.mark.parametrize("side", [28, 29])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_plan_knows_the_sides_of_each_block(channels: int, side: int) -> None:
     net = ConvNet(channels, 10, side, 4, 3)
-    last = FusedConvNetStudent(net)._layers(image_shape(net))[-1]
+    last = FusedConvNetStudent(net).layers(image_shape(net))[-1]
     assert (last.out_height // 2, last.out_width // 2) == tuple(net.feature_size)
-    assert [layer.padding for layer in FusedConvNetStudent(net)._layers(image_shape(net))] == [net.first_padding, 1, 1]
+    assert [layer.padding for layer in FusedConvNetStudent(net).layers(image_shape(net))] == [net.first_padding, 1, 1]
 
 
 @pytest.mark.parametrize("microbatch", [None, 10])
