@@ -31,7 +31,7 @@ class ConvertOptions:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
     """file or folder to convert"""
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
-    """file or folder to write, which must not exist yet; for experts, the --buffer_path of the command that will read them"""
+    """file or folder to write. For a set: a new one; for experts: the --buffer_path of the command that will read them, which may exist"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """kind of the source, if its file names do not show it; the same kinds as for --to"""
     to: str | None = None

@@ -97,7 +97,9 @@ def _automatic(device: torch.device, *, is_fused: bool, iterations: bool) -> Cho
         return ChosenPrecision("tf32", "auto: only the fused step of ConvNet has fp16")
     if torch.cuda.get_device_capability(device) < _TENSOR_CORES:
         return ChosenPrecision("tf32", "auto: the kernels have no Tensor cores for fp16 here")
-    return ChosenPrecision("fp16", "auto: in the iterations, as exact as tf32 there; experts and evaluations take tf32")
+    return ChosenPrecision(
+        "fp16", "auto: in the iterations, about as exact as tf32 there; experts and evaluations take tf32"
+    )
 
 
 def precision_on(

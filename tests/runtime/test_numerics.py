@@ -92,7 +92,7 @@ def test_bf16_needs_the_fused_step() -> None:
             (8, 0),
             "ConvNet",
             "fp16",
-            "auto: in the iterations, as exact as tf32 there; experts and evaluations take tf32",
+            "auto: in the iterations, about as exact as tf32 there; experts and evaluations take tf32",
         ),
         ((9, 0), "ConvNetD4W64", "fp16", "auto: in the iterations"),
         ((12, 0), "ConvNet", "fp16", "auto: in the iterations"),
