@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -173,12 +173,19 @@ def draws_of(
             f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
         )
-    parts = [part for each in draws for part in (each if isinstance(each, tuple | list) else (each,))]
-    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_in(draws)):
         raise InputError(
             "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )
     return draws
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors_in(each)
 
 
 def check_number(name: str, value: Any) -> None:
