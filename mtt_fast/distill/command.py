@@ -45,7 +45,7 @@ from mtt_fast.distill.gradients import (
     start_gradients,
 )
 from mtt_fast.distill.initial import initial_state
-from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_and_tell
+from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_with_given
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, planned, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients, check_converges
@@ -72,7 +72,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     With a `precision` the iterations are in it, whatever `--precision` says; on a CPU the reference emulates it.
     """
     seconds = Seconds()
-    options, given = parse_and_tell(argv)
+    options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)

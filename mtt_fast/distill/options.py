@@ -283,11 +283,11 @@ class _Selection:
 
 
 def parse_options(argv: Sequence[str]) -> DistillOptions:
-    """Return the options of a command line, as `parse_and_tell` does."""
-    return parse_and_tell(argv)[0]
+    """Return the options of a command line, as `parse_with_given` does."""
+    return parse_with_given(argv)[0]
 
 
-def parse_and_tell(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
+def parse_with_given(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
 
     Also return the names of those given in the command line, its recipe or its --config, and not only by the run to resume.

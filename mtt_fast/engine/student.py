@@ -309,9 +309,9 @@ def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: tor
             known[shapes] = _counted_live_bytes(network, *shapes)
         except RuntimeError as error:
             raise InputError(
-                f"`memory_budget`: expected a network that runs on tensors without data, by which the memory of a step is counted, found "
-                f"{str(error).split(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors buffers of a module, read no "
-                "tensor's value in it, or take `microbatch`"
+                "`net`: expected a network that runs on tensors without data, which count the memory of a step, found "
+                f"{str(error).partition(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors buffers of a module and read "
+                "no tensor's value in it; `unroll` counts only for a `memory_budget`"
             ) from error
     return known[shapes]
 

@@ -84,17 +84,17 @@ def engines(name: str) -> tuple[Any, dict[str, Any]]:
         "micro-batches": (NET, {"microbatch": 2}),
         "a module in micro-batches": (module, {"microbatch": 3}),
         "a budget": (NET, {"memory_budget": "1GiB"}),
-        "kept activations": (NET, {"plan": replace(whole, saved_steps=2)}),
-        "kept graphs": (module, {"plan": replace(of_module, saved_steps=3)}),
+        "saved activations": (NET, {"plan": replace(whole, saved_steps=2)}),
+        "saved graphs": (module, {"plan": replace(of_module, saved_steps=3)}),
         "the path on the host": (NET, {"plan": replace(whole, path_on_host=True)}),
-        "kept graphs, the path on the host": (module, {"plan": replace(of_module, saved_steps=3, path_on_host=True)}),
+        "saved graphs, the path on the host": (module, {"plan": replace(of_module, saved_steps=3, path_on_host=True)}),
     }
     return ways[name]
 
 
 ENGINES = (
-    "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "kept activations",
-    "kept graphs", "the path on the host", "kept graphs, the path on the host",
+    "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "saved activations",
+    "saved graphs", "the path on the host", "saved graphs, the path on the host",
 )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
         assert_close("velocity", velocity, torch.cat(buffers), 1e-12)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "kept" not in name])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
     net, options = engines(engine)
