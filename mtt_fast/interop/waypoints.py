@@ -1,8 +1,8 @@
 """Trajectories that MCT compressed: waypoint_buffer*_N.pt with step_buffer*_N.pt beside it.
 
 Each expert has K waypoints (lists of parameter tensors) and, for each of the K − 1 pieces between them, the share of
-the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that tensor. With K = 2 the one piece is
-not wrapped in a list; otherwise the names say _ipK. They are this software's compressed experts
+the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that tensor. With
+K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are this software's compressed experts
 (mtt_fast/storage/waypoints.py) in another form. A tensor that stands still through a piece has the share 0 at its end
 there, and 1 here.
 """

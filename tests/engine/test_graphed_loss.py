@@ -232,17 +232,21 @@ def test_draws_may_come_from_an_iterator() -> None:
     assert torch.equal(graphed(**given, batches=BATCHES, draws=(each for each in draws)), expected)  # type: ignore[arg-type]
 
 
-def test_a_network_without_a_gradient_to_the_images_is_refused_by_a_call_that_needs_none() -> None:
-    class Cut(nn.Module):
+def linear_after(change: Callable[[Tensor], Tensor]) -> FlatModule:
+    class Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(128, 3).double()
 
         def forward(self, images: Tensor) -> Tensor:
-            outputs: Tensor = self.linear(images.detach().flatten(1))
+            outputs: Tensor = self.linear(change(images).flatten(1))
             return outputs
 
-    net = FlatModule(Cut())
+    return FlatModule(Linear())
+
+
+def test_a_network_without_a_gradient_to_the_images_is_refused_by_a_call_that_needs_none() -> None:
+    net = linear_after(lambda images: images.detach())
     with torch.no_grad(), pytest.raises(InputError, match="depends on the images"):
         GraphedMatchingLoss(net, label_kind="logits")(**tensors(net), batches=BATCHES)
 
@@ -434,16 +438,7 @@ def test_options_that_do_not_fit_are_told() -> None:
 
 
 def test_a_network_that_draws_is_refused() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(128, 3).double()
-
-        def forward(self, images: Tensor) -> Tensor:
-            outputs: Tensor = self.linear(nn.functional.dropout(images.flatten(1)))
-            return outputs
-
-    net = FlatModule(Noisy())
+    net = linear_after(nn.functional.dropout)
     with pytest.raises(InputError, match="expected no random numbers"):
         GraphedMatchingLoss(net, label_kind="logits")(**tensors(net), batches=BATCHES)
 
