@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,15 +152,16 @@ class FusedConvNetStudent:
         packed, summands = sum(weight.packed for weight in weights), [weight.summands for weight in weights]
         of_weights = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
         small = each * image_shape.numel() + parameters - of_weights  # channels last; the other results
-        patches = columns = 0
+        alone = ImageBlockBytes(0, 0, 0, 0, 0)
         if self._has_image_block(image_shape, device):
             ys[0], convolved = 0, layers[1:]
-            patches, folded, columns = bytes_without_planes(layers[0], batch, of_planes, dtype)
+            alone = image_block_bytes(layers[0], batch, of_planes, dtype)
             packed -= weights[0].packed
             summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
-            small = patches + folded + parameters - of_weights
+            small = alone.patches + alone.folded + parameters - of_weights
         small += packed
-        along = packed + (parameters if self.precision == "fp16" else 0)  # of the direction, which fp16 scales
+        # of the direction, which fp16 scales
+        along = packed + alone.folded + (parameters if self.precision == "fp16" else 0)
         results = sum(summands) + parameters  # and their sum
         left = [sum(summands[block:]) for block in range(len(layers))]  # by the blocks that the backward has passed
         forward_sweep = sum(xs) + sum(ys) + 3 * features
@@ -171,12 +172,13 @@ class FusedConvNetStudent:
         ]
         dual_copies, dual_parts = [weight.dual_copies for weight in weights], [weight.dual_parts for weight in weights]
         backward_sweep = _with_work(backward_sweep, [2 * after for after in pooled], dual_copies, dual_parts)
-        backward_sweep[0] += columns
+        backward_sweep[0] += alone.linear + max(alone.columns, 2 * alone.sums)
         # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
         backward_sweep[-1] += 3 * features
         backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
         copies, parts = [weight.copies for weight in weights], [weight.parts for weight in weights]
         backward = _with_work(backward, pooled, copies, parts)
+        backward[0] += alone.sums
         backward[-1] = max(forward_sweep, backward[-1])
         # ȳ is not written over y, and p̄ are saved
         saving = [
@@ -184,13 +186,14 @@ class FusedConvNetStudent:
             for block, passed in enumerate(left)
         ]
         saving = _with_work(saving, [0] * len(layers), copies, parts)
+        saving[0] += alone.sums
         both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
         return StepBytes(
             gradient=max(*(planes + passed for planes, passed in zip(backward, left, strict=True)), results) + small,
             gradient_saving=max(forward_sweep, *saving, results) + small,
             gradient_jvp=max(*both_sweeps, results) + small + along,
             gradient_jvp_saved=max(max(both_sweeps) - sum(ys), results) + small + along,
-            saved=sum(ys) + sum(pooled) + patches,
+            saved=sum(ys) + sum(pooled) + alone.patches,
             work=kernels.work_bytes(batch, convolved, *of_products),
         )
 
@@ -279,11 +282,25 @@ def _with_work(bars: list[int], gone: list[int], copies: list[int], parts: list[
     ]
 
 
-def bytes_without_planes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return the bytes of a first block without planes: of its patches, its folded weights, and the patches of x̄̇."""
+class ImageBlockBytes(NamedTuple):
+    """Bytes that a first block without planes takes, and for how long."""
+
+    patches: int  # to the end of the step
+    folded: int  # the weights with the norm in them, to the end of the step; as many again in a direction
+    sums: int  # U, while the gradients to the parameters are computed; as many again for U̇
+    linear: int  # M, for the images' gradient alone
+    columns: int  # the patches of x̄̇, likewise, after U
+
+
+def image_block_bytes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> ImageBlockBytes:
+    """Return the bytes of a first block without planes, whose planes would have `of_planes` bytes a number."""
     terms = 16 if layer.channels == 1 else 32
     padded = layer.channels * (layer.out_height + 2) * (layer.out_width + 2)
-    patches = of_planes * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2
-    folded = 2 * of_planes * terms * layer.filters
-    columns = of_planes * terms * layer.out_height * layer.out_width
-    return batch * patches, batch * folded, batch * columns
+    of_sample = ImageBlockBytes(
+        patches=of_planes * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2,
+        folded=of_planes * terms * layer.filters,
+        sums=dtype.itemsize * terms * layer.filters,
+        linear=dtype.itemsize * terms**2 * (layer.filters // 16),  # one for each block of filters, of 16 or more
+        columns=of_planes * terms * layer.out_height * layer.out_width,
+    )
+    return ImageBlockBytes(*(batch * size for size in of_sample))

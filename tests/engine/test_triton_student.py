@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent, bytes_without_planes
+from mtt_fast.engine.fused import FusedConvNetStudent, image_block_bytes
 from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
@@ -105,6 +105,7 @@ def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int, architecture:
         (ConvNet(3, 10, 32, 128, 3), 100),
         (ConvNet(3, 10, 32, 128, 3), 10),  # most of it are summands, copies of weights, and parameters
         (ConvNet(1, 10, 28, 128, 3), 100),
+        (ConvNet(3, 10, 8, 128, 2), 1000),  # planes smaller than the first block's sums
         (ConvNet(3, 10, 32, 100, 3), 100),  # a width that keeps the planes of the first block
     ],
     ids=str,
@@ -157,11 +158,11 @@ def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(net:
         along = (patches, weight, weight, affine, affine)
         p, p_dot, folded = block.conv_norm_relu_pool_dual(*along, 1e-5, precision)
         block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, folded, 1e-5, precision)
-    (columns,) = (launch.arguments[6] for launch in launches if launch.kernel.fn.__name__ == "spread")
-    assert folded.weight_dot is not None
-    tensors = ((patches.images, patches.gram), (folded.weight, folded.weight_dot), (columns,))
+    of_kernel = {launch.kernel.fn.__name__: launch.arguments for launch in launches}
+    sums, linear, columns = of_kernel["sum_patches"][4], of_kernel["finish"][-1], of_kernel["spread"][6]
+    tensors = ((patches.images, patches.gram), (folded.weight,), (sums,), (linear,), (columns,))
     counted = tuple(sum(each.nbytes for each in some) for some in tensors)
-    assert counted == bytes_without_planes(layer, batch, p.element_size(), torch.float32)
+    assert counted == image_block_bytes(layer, batch, p.element_size(), torch.float32)
 
 
 @pytest.mark.parametrize("side", [28, 29])
