@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -85,13 +84,7 @@ def main(options: Options, command: str) -> None:
 
 def _row(precision: Precision, flags: list[str], folder: Path) -> dict[str, Any]:
     """Distil in `precision` to the end, in `folder`; return its row."""
-    repeated = _Repeated()
-    logger = logging.getLogger("mtt_fast")
-    logger.addHandler(repeated)
-    try:
-        distil.main([*flags, "--out", str(folder)], precision=precision)
-    finally:
-        logger.removeHandler(repeated)
+    distil.main([*flags, "--out", str(folder)], precision=precision)
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     losses = [record["loss"] for record in read_records(folder / METRICS) if record["kind"] == "step"]
     return {
@@ -100,16 +93,5 @@ def _row(precision: Precision, flags: list[str], folder: Path) -> dict[str, Any]
         "random": summary["accuracy"]["random_real_images"],
         "loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
         "skipped": summary["skipped_iterations"],
-        "repeated": repeated.count,
+        "repeated": summary["iterations_repeated_in_tf32"],
     }
-
-
-class _Repeated(logging.Handler):
-    """Count the iterations that were repeated because a number was too large for fp16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += "repeated in tf32" in record.getMessage()

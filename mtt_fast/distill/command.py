@@ -165,7 +165,8 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         while True:
             pending = result()
             segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
-            loss, gradients, plan = finish_gradients(state, pending)
+            loss, gradients, plan, repeated = finish_gradients(state, pending)
+            state.repeated += repeated
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # there may be room for those of one iteration only
             if state.iteration < options.Iteration:

@@ -131,6 +131,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
     options, first = run.options, run.experts.metadata(0)
     return {
         "skipped_iterations": state.skipped,
+        "iterations_repeated_in_tf32": state.repeated,
         "iterations_above_threshold": state.above_threshold,
         "learning_rate_kept": state.lr_kept,
         "learning_rate_per_step": state.lr.tolist() if options.lr_per_step else None,

@@ -135,24 +135,37 @@ def start_gradients(
     return PendingGradients(segments, gradients, magnitudes, plan, iteration_for, graph)
 
 
-def finish_gradients(state: State, pending: PendingGradients) -> tuple[float, list[Tensor] | None, Plan]:
-    """Return the mean loss of a `pending` iteration, its gradients, and the plan whose memory was enough.
+class FinishedGradients(NamedTuple):
+    """The gradients of an iteration, on the device that has computed them."""
 
-    The gradients are None where a number is not finite. Where it may only be too large for fp16, the iteration is repeated in tf32,
-    with a line in the log. The repetition is recorded too if the budget has room for both.
+    loss: float
+    """the mean over the iteration's segments"""
+    gradients: list[Tensor] | None
+    """see `PendingGradients`; None where a number is not finite"""
+    plan: Plan
+    """the plan whose memory was enough"""
+    repeated: bool = False
+    """whether the iteration was repeated in tf32"""
+
+
+def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradients:
+    """Wait for the gradients of a `pending` iteration.
+
+    Where a number may only be too large for fp16, the iteration is repeated in tf32, with a line in the log. The repetition is
+    recorded too if the budget has room for both.
     """
     plan, student = pending.plan, pending.plan.work.student
     loss, *largest = pending.magnitudes.tolist()  # waits for a GPU, once
     if all(math.isfinite(magnitude) for magnitude in (loss, *largest)):
-        return loss, pending.gradients, plan
+        return FinishedGradients(loss, pending.gradients, plan)
     if not isinstance(student, FusedConvNetStudent) or student.precision != "fp16":
-        return loss, None, plan
+        return FinishedGradients(loss, None, plan)
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     again = in_tf32(plan)
     # without room the repetition takes the memory of fp16's graph, which is dropped, and is not worth a recording of its own
     graph = pending.graph and fit_together(plan, again)
     repeated = start_gradients(state, pending.segments, again, pending.iteration_for, graph=graph)
-    return *finish_gradients(state, repeated)[:2], plan
+    return finish_gradients(state, repeated)._replace(plan=plan, repeated=True)
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -162,8 +175,9 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
     both = []
     for gradient in get_args(Gradient):
         iteration_for = partial(iteration_of, dataclasses.replace(run.options, gradient=gradient), run.network)
-        pending = start_gradients(state, segments, plan, iteration_for, graph=False)
-        _, gradients, plan = finish_gradients(state, pending)
+        _, gradients, plan, _ = finish_gradients(
+            state, start_gradients(state, segments, plan, iteration_for, graph=False)
+        )
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return

@@ -38,6 +38,7 @@ class State:
     labels_velocity: Tensor | None = None  # of learned labels
     ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
     skipped: int = 0  # iterations whose loss or gradient was not finite
+    repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     data: DatasetIdentity = UNKNOWN  # of the real images
@@ -54,6 +55,8 @@ _CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, do
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
+_REPEATED = "repeated"
+"""A further number, which old checkpoints lack."""
 _IMPORTED = "imported"
 """The field of the metadata for `State.imported`; old checkpoints lack it."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
@@ -62,7 +65,7 @@ FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 
 def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
-    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    numbers = {name: getattr(state, name) for name in (*_NUMBERS, _REPEATED)}
     tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
     save_tensors(
         folder / CHECKPOINT,
@@ -90,7 +93,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
         numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
-            check_form(numbers, dict.fromkeys(_NUMBERS, NUMBER))
+            check_form(numbers, dict.fromkeys((*_NUMBERS, f"{_REPEATED}?"), NUMBER))
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
         for name in FORMER_NUMBERS:

@@ -134,7 +134,8 @@ _SUMMARY = {
         "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
     },
     "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [NUMBER]},
-    "iterations?": int, "skipped_iterations?": int, "iterations_above_threshold?": int, "learning_rate_kept?": int,
+    "iterations?": int, "skipped_iterations?": int, "iterations_repeated_in_tf32?": int,
+    "iterations_above_threshold?": int, "learning_rate_kept?": int,
     "learning_rate?": NUMBER, "learning_rate_per_step?": [NUMBER], "seconds?": {"*": NUMBER},
     "data?": {"fingerprint?": str}, "peak_memory_bytes?": NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
 }  # fmt: skip

@@ -268,7 +268,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_makes_no_update(place: int) -> 
     for value, gradients in ((1.0, []), (torch.nan, None), (torch.inf, None)):
         magnitudes[place] = value  # of the loss, or of the gradient to images, rate or labels
         pending = PendingGradients([], [], magnitudes, made, unasked)
-        assert finish_gradients(unasked, pending)[1] == gradients
+        assert finish_gradients(unasked, pending).gradients == gradients
 
 
 def test_networks_are_evaluated_as_the_run_says(
@@ -313,6 +313,10 @@ def test_what_overflows_in_fp16_is_repeated_in_tf32(
     assert "iteration 4: a number is too large for fp16; repeated in tf32" in caplog.text
     assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
     assert records_of(tmp_path / "overflowing", "step") == records_of(tmp_path / "tf32", "step")
+    assert [
+        json.loads((tmp_path / name / "summary.json").read_text())["iterations_repeated_in_tf32"]
+        for name in ("tf32", "fp16", "overflowing")
+    ] == [0, 0, 4]
 
 
 @fused_on_a_cpu

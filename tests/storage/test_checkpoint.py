@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mtt_fast.storage.checkpoint import State, experts_of_run, load_checkpoint, save_checkpoint
+from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.run_folder import CHECKPOINT
 
 
 def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
     images, logits, rates = torch.randn(4, 1, 8, 8), torch.randn(4, 10), torch.rand(3)
     state = State(
         iteration=7, experts=2, images=images, labels=logits, lr=rates, images_velocity=-images, lr_velocity=-rates,
-        labels_velocity=-logits, ema=2 * images, skipped=3, above_threshold=4, lr_kept=5,
+        labels_velocity=-logits, ema=2 * images, skipped=3, repeated=6, above_threshold=4, lr_kept=5,
         data=DatasetIdentity(name="digits", image_shape=(1, 8, 8)), digests=("a", "b"), imported=True,
     )  # fmt: skip
     plain = State(0, 0, images, logits, rates, images, rates)
@@ -27,3 +30,11 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
         assert not isinstance(before, Tensor) or torch.equal(before, after), field.name
         assert isinstance(before, Tensor) or before == after != getattr(plain, field.name), field.name
     assert experts_of_run(tmp_path) == (2, True)
+
+    tensors, metadata = load_tensors(tmp_path / CHECKPOINT)
+    numbers = json.loads(metadata["numbers"])
+    del numbers["repeated"]  # as in checkpoints of the first versions
+    save_tensors(tmp_path / CHECKPOINT, tensors, metadata | {"numbers": json.dumps(numbers)})
+    old = load_checkpoint(tmp_path, torch.device("cpu"))
+    assert old is not None
+    assert (old.iteration, old.repeated) == (7, 0)

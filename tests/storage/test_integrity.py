@@ -437,6 +437,7 @@ def test_a_later_versions_files_are_told(working_folder: Path, capsys: pytest.Ca
     path = Path("run/checkpoint.safetensors")
     tensors, metadata = load_tensors(path)
     numbers = json.loads(metadata["numbers"])
+    del numbers["repeated"]  # which checkpoints of the first versions lack
     others: list[Any] = [{name: value for name, value in numbers.items() if name != left_out} for left_out in numbers]
     for changed in [numbers | {"later": 1}, *others, [1], None]:
         save_tensors(path, tensors, metadata | {"numbers": json.dumps(changed)})
