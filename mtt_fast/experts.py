@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import Group, Needs, Role
 from mtt_fast.commands.options import (
     Count,
+    CountFromZero,
     Networks,
+    PositiveShare,
     Rate,
     RateOrZero,
     RateOrZeroOrNone,
@@ -37,6 +39,7 @@ from mtt_fast.commands.options import (
 )
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.errors import InputError
+from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Trainable
@@ -52,6 +55,7 @@ from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
+from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages, real_images
 from mtt_fast.training.sgd import Epoch, Sgd, accuracy, chunks_on, count_right, epoch_on
 from mtt_fast.training.sharpness import sharpness_aware
@@ -76,6 +80,13 @@ class ExpertTraining:
     rho_min: float = 0.0
     alpha: float = 0.0
     adaptive: bool = False
+    curriculum: Curriculum | None = None
+    """the images of each epoch; None for all"""
+
+    def record(self) -> dict[str, Any]:
+        """Return the hyperparameters as the metadata of an expert hold them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"curriculum": self.curriculum and self.curriculum.record()}
 
 
 @dataclass(frozen=True)
@@ -148,9 +159,40 @@ class ExpertOptions(ExpertTrainingOptions):
     store_dtype: Annotated[StoreDtype, Group.OUTPUT] = "float32"
     """number format of the recorded parameters; bfloat16 takes half the disk space"""
 
+    sort_method: Annotated[str | None, Role.LOCATION] = None
+    """file with the training images of each class in the order of their difficulty, for PAD's curriculum: the indices, the easiest
+    first, as in PAD's data_indices/CIFAR10_GraNd.pt"""
+    init_ratio: Annotated[PositiveShare, Needs("sort_method")] = 0.75
+    """share of each class's images, the easiest, in the first epoch"""
+    add_end_epoch: Annotated[CountFromZero, Needs("sort_method")] = 20
+    """first epoch with all images; the share rises until then. Epochs count from 0"""
+    rm_epoch_first: Annotated[CountFromZero, Needs("sort_method")] = 40
+    """last epoch with all images"""
+    rm_epoch_second: Annotated[CountFromZero, Needs("sort_method")] = 60
+    """last epoch that leaves out --rm_easy_ratio_first"""
+    rm_easy_ratio_first: Annotated[Share, Needs("sort_method")] = 0.1
+    """share of each class's images, the easiest, that epochs after --rm_epoch_first leave out"""
+    rm_easy_ratio_second: Annotated[Share, Needs("sort_method")] = 0.2
+    """likewise, after --rm_epoch_second"""
+
     def training(self) -> ExpertTraining:
-        """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""
-        return self.training_at(self.lr_teacher, self.batch_train)
+        """Return the hyperparameters of an expert's training, with the curriculum's file read.
+
+        Raises `InputError` for values that do not go together, and a file that is broken.
+        """
+        plain = self.training_at(self.lr_teacher, self.batch_train)
+        if self.sort_method is None:
+            return plain
+        curriculum = Curriculum(
+            read_order(self.sort_method),
+            init_ratio=self.init_ratio,
+            add_end_epoch=self.add_end_epoch,
+            rm_epoch_first=self.rm_epoch_first,
+            rm_epoch_second=self.rm_epoch_second,
+            rm_easy_ratio_first=self.rm_easy_ratio_first,
+            rm_easy_ratio_second=self.rm_easy_ratio_second,
+        )
+        return replace(plain, curriculum=curriculum)
 
 
 def checked(training: ExpertTraining) -> ExpertTraining:
@@ -252,7 +294,7 @@ def check_trained_alike(
         )
     for expert in range(len(present)):
         check_belongs(present, expert, network, identity)
-        check_same_training(present, expert, dataclasses.asdict(training), seed, dtype, precision)
+        check_same_training(present, expert, training.record(), seed, dtype, precision)
 
 
 def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
@@ -279,7 +321,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 images.identity,
                 network=network.describe(),
                 layout=network.layout.describe(),
-                hyperparameters=dataclasses.asdict(training),
+                hyperparameters=training.record(),
                 seed=request.seed,
                 accuracy=accuracies,
                 versions=versions(),
@@ -321,11 +363,11 @@ def _training(
     parameters[0] = theta
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
-    sgd = Sgd(training.lr, training.mom, training.l2, training.batch_size)
 
-    def epoch_at(lr: float, rho: float) -> Epoch:
-        direction = sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive)
-        return epoch_on(direction, images.train, replace(sgd, lr=lr), augment, track_of(network))
+    def epoch_in(stage: _Stage) -> Epoch:
+        sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
+        direction = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
+        return epoch_on(direction, images.train, sgd, augment, track_of(network), _visited(stage, training))
 
     def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
         trained, right, loss = results()
@@ -339,9 +381,13 @@ def _training(
                 bar.update()
 
     unread: list[Callable[[], None]] = []
+    last: _Stage | None = None
     for epoch in range(training.train_epochs):
-        if (optimiser := _new_optimiser_at(epoch, training)) is not None:
-            velocity, run_epoch = torch.zeros_like(theta), epoch_at(*optimiser)
+        stage = _stage_of(epoch, training)
+        if last is None or stage.lr != last.lr:
+            velocity = torch.zeros_like(theta)  # of a new optimiser
+        if stage != last:
+            run_epoch, last = epoch_in(stage), stage
         if stop:
             raise Stopped(
                 f"stopped in expert {index}; those that were finished are saved; the same command continues",
@@ -358,13 +404,27 @@ def _training(
     return parameters, accuracies
 
 
-def _new_optimiser_at(epoch: int, training: ExpertTraining) -> tuple[float, float] | None:
-    """Return the learning rate and SAM's radius of the optimiser that starts at `epoch`, from 0; None where the old one goes on."""
-    if epoch == 0:
-        return training.lr, training.rho_max
-    if training.decay and epoch == training.train_epochs // 2 + 2:  # as in the public code
-        return training.lr * 0.1, training.rho_min
-    return None
+class _Stage(NamedTuple):
+    """The settings that may change from one epoch to the next."""
+
+    lr: float
+    rho: float  # SAM's radius
+    shares: tuple[float, float]  # of the images, see `Curriculum.shares`
+
+
+def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
+    """Return the stage of a training in an `epoch`, from 0."""
+    shares = EVERY if training.curriculum is None else training.curriculum.shares(epoch)
+    if training.decay and epoch >= training.train_epochs // 2 + 2:  # as in the public code
+        return _Stage(training.lr * 0.1, training.rho_min, shares)
+    return _Stage(training.lr, training.rho_max, shares)
+
+
+def _visited(stage: _Stage, training: ExpertTraining) -> Tensor | None:
+    """Return the indices of the images that an epoch visits; None for all."""
+    if training.curriculum is None or stage.shares == EVERY:
+        return None
+    return training.curriculum.between(*stage.shares)
 
 
 def expert_steps(
@@ -385,13 +445,16 @@ def expert_steps(
     student = student_for(network, theta.device, precision=precision)
     augment = augment_by_strategy(training.augment)
     yield theta
+    last: _Stage | None = None
     for epoch in itertools.count():
-        if (optimiser := _new_optimiser_at(epoch, training)) is not None:
-            lr, rho = optimiser
-            sgd = Sgd(lr, training.mom, training.l2, training.batch_size)
-            direction = sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive)
-            velocity = torch.zeros_like(theta)
-            steps = chunks_on(direction, images.train, sgd, augment, at_once=1)
+        stage = _stage_of(epoch, training)
+        if last is None or stage.lr != last.lr:
+            velocity = torch.zeros_like(theta)  # of a new optimiser
+        if stage != last:
+            sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
+            direction = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
+            visited, last = _visited(stage, training), stage
+            steps = chunks_on(direction, images.train, sgd, augment, visited=visited, at_once=1)
         for step in steps(theta, velocity, generator):
             theta, velocity = step.theta, step.velocity
             yield theta
@@ -408,6 +471,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device) -> None:
     data = options.load_data()
+    if training.curriculum is not None:
+        check_order(training.curriculum.order, data.train.labels, options.sort_method)
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
     check_room_for_missing(folder, options.num_experts)

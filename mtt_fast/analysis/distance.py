@@ -269,7 +269,7 @@ def _question(options: DistanceOptions, synthetic: SyntheticDataset, real: _Real
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
         "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},
-        "training": dataclasses.asdict(real.settings),
+        "training": real.settings.record(),
         "deltas": list(real.deltas),
         "start": start,
         "seed": options.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
@@ -44,7 +43,7 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
 
 def requested_hyperparameters(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
     """Return the expert's hyperparameters that the options in `given` set; the batch size is that of evaluations too."""
-    training = dataclasses.asdict(options.expert())
+    training = options.expert().record()
     return {name: training[name] for name, flag in FLAGS.items() if flag in given}
 
 
@@ -65,7 +64,7 @@ def with_first_expert_training(
     check_as_asked(store, 0, requested, to_the_end=True)
     if requested and store.metadata(0).imported:
         log.info("%s: %s", store.path(0), training_unknown(requested))
-    return as_trained(options, dataclasses.asdict(options.expert()), store.metadata(0))
+    return as_trained(options, options.expert().record(), store.metadata(0))
 
 
 def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Tensor:

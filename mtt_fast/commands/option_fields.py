@@ -81,6 +81,7 @@ NETWORKS = Range(1, largest=10**6)
 RATE = Range(0, above=True)
 RATE_OR_ZERO = Range(0)
 SHARE = Range(0, 1, below=True)
+POSITIVE_SHARE = Range(0, 1, above=True)
 SEED = Range(0, largest=2**63 - 1)
 """Seeds that both torch's generators and TOML's integers can hold; a seed below 0 stands for an unknown one."""
 _ANY = Range()

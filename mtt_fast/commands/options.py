@@ -16,6 +16,7 @@ from mtt_fast.commands.option_fields import (
     COUNT_FROM_ZERO,
     HARMLESS,
     NETWORKS,
+    POSITIVE_SHARE,
     RATE,
     RATE_OR_ZERO,
     SEED,
@@ -56,6 +57,7 @@ RateOrZero = Annotated[float, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
 RateOrZeroOrNone = Annotated[float | None, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
 Share = Annotated[float, SHARE, _hint(SHARE)]
 ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
+PositiveShare = Annotated[float, POSITIVE_SHARE, _hint(POSITIVE_SHARE)]
 Seed = Annotated[int, SEED, _hint(SEED)]
 AtLeastTwo = Annotated[int, Range(2, largest=10**9), _hint(Range(2))]
 AtLeastTwoOrNone = Annotated[int | None, Range(2, largest=10**9), _hint(Range(2))]

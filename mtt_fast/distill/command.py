@@ -124,7 +124,7 @@ def _run(
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(folder, state, experts)
-        options = as_trained(options, dataclasses.asdict(options.experts()), experts.metadata(0))  # for the record
+        options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 import shlex
@@ -250,7 +249,7 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
 
 def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
     """Return the experts' hyperparameters that the options in `given` set. Defaults are left out: they are for missing experts."""
-    training = dataclasses.asdict(options.experts())
+    training = options.experts().record()
     names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
     if names & sharpness:  # each has a meaning only with the others

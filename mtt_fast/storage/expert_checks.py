@@ -23,13 +23,13 @@ FLAGS = {
 }  # fmt: skip
 """The option of a distillation for each of an expert's hyperparameters that the student does not share."""
 
-_SHARPNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
-"""Hyperparameters of SAM, with the values of experts that do not record them: they were trained by plain SGD."""
+_NOT_RECORDED = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False, "curriculum": None}
+"""The values for experts that do not record them: they were trained by plain SGD, and on all images in each epoch."""
 
 
 def hyperparameters_of(metadata: ExpertMetadata) -> dict[str, Any]:
     """Return an expert's hyperparameters, by the names of `ExpertTraining`; {} where they are not known."""
-    return {} if metadata.imported else _SHARPNESS | metadata.hyperparameters
+    return {} if metadata.imported else _NOT_RECORDED | metadata.hyperparameters
 
 
 def check_belongs(

@@ -70,15 +70,21 @@ Chunks = Callable[..., Iterator[Chunk]]
 
 
 def epoch_on(
-    student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
+    student: Gradients,
+    images: Images,
+    sgd: Sgd,
+    augment: SiameseAugment | None,
+    track: Track | None = None,
+    visited: Tensor | None = None,
 ) -> Epoch:
     """Return a function that visits every image once in random order, in steps of plain SGD; the last batch may be short.
 
+    With `visited`, indices on the CPU, it visits only the images at these.
     Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
     CUDA a few steps are recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is for networks that
     keep running statistics.
     """
-    epochs = epochs_on(student, images, sgd, augment, track)
+    epochs = epochs_on(student, images, sgd, augment, track, visited)
 
     def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
         theta, velocity, losses, *statistics_after = epochs(theta, velocity, generator, *statistics)
@@ -88,10 +94,16 @@ def epoch_on(
 
 
 def epochs_on(
-    student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
+    student: Gradients,
+    images: Images,
+    sgd: Sgd,
+    augment: SiameseAugment | None,
+    track: Track | None = None,
+    visited: Tensor | None = None,
 ) -> Epochs:
     """Return a function that does several epochs of `epoch_on` in a row, drawn together."""
-    chunks = chunks_on(student, images, sgd, augment, track)
+    chunks = chunks_on(student, images, sgd, augment, track, visited)
+    count = images.crops * (len(images) if visited is None else len(visited))
 
     def run(
         theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
@@ -99,7 +111,7 @@ def epochs_on(
         losses = []
         for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs):
             losses.append(chunk.losses)
-        means = torch.cat(losses).view(epochs, -1).sum(1) / (images.crops * len(images))
+        means = torch.cat(losses).view(epochs, -1).sum(1) / count
         return chunk.theta, chunk.velocity, means, *chunk.statistics
 
     return run
@@ -111,13 +123,15 @@ def chunks_on(
     sgd: Sgd,
     augment: SiameseAugment | None,
     track: Track | None = None,
+    visited: Tensor | None = None,
     at_once: int = STEPS_AT_ONCE,
 ) -> Chunks:
     """Return a function that does some epochs of `epoch_on` and yields after every `at_once` steps, and after a short batch."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    length = images.crops * min(sgd.batch_size, len(images))
+    every = torch.arange(len(images)) if visited is None else visited
+    length = images.crops * min(sgd.batch_size, len(every))
     run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 
@@ -125,7 +139,7 @@ def chunks_on(
         theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
     ) -> Iterator[Chunk]:
         draw = None if augmentation is None else augmentation.draw_parameters
-        batches = _batches(images, sgd.batch_size, generator, epochs)
+        batches = map(images.expand_crops, _batches(every, sgd.batch_size, generator, epochs))
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
@@ -136,11 +150,10 @@ def chunks_on(
     return chunks
 
 
-def _batches(images: Images, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:
-    """Draw the order of each epoch when its first batch is asked for; yield the batches, as indices."""
+def _batches(every: Tensor, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:
+    """Draw the order of each epoch when its first batch is asked for; yield the batches of the indices `every`."""
     for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=generator).split(size):
-            yield images.expand_crops(index)
+        yield from every[torch.randperm(len(every), generator=generator)].split(size)
 
 
 def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:

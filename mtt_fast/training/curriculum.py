@@ -1,0 +1,73 @@
+"""Choose the real images of each epoch of an expert by their difficulty: PAD's curriculum."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+
+EVERY = (0.0, 1.0)
+"""The shares of all images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curriculum:
+    """PAD's curriculum: the experts begin with the easiest images of each class, go on to all, and end without the easiest.
+
+    Z. Li et al., Prioritize Alignment in Dataset Distillation, 2024. The rules are those of its code, and the defaults its settings
+    for CIFAR-10. Epochs count from 0.
+    """
+
+    order: Sequence[Tensor]
+    """for each class the indices (n_c,) of its training images, the easiest first, on the CPU"""
+    init_ratio: float = 0.75
+    """share of each class's images that epoch 0 visits, the easiest"""
+    add_end_epoch: int = 20
+    """the first epoch that visits all images; the share rises linearly until then"""
+    rm_epoch_first: int = 40
+    """the last epoch that visits all images"""
+    rm_epoch_second: int = 60
+    """the last epoch with `rm_easy_ratio_first`"""
+    rm_easy_ratio_first: float = 0.1
+    """share of each class's images, the easiest, that epochs after `rm_epoch_first` leave out"""
+    rm_easy_ratio_second: float = 0.2
+    """likewise, after `rm_epoch_second`"""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for epochs that do not rise, and a class without an image in epoch 0."""
+        epochs = [self.add_end_epoch, self.rm_epoch_first, self.rm_epoch_second]
+        if epochs != sorted(epochs):
+            raise InputError(
+                f"--add_end_epoch {epochs[0]}, --rm_epoch_first {epochs[1]}, --rm_epoch_second {epochs[2]}: expected them in "
+                "this order"
+            )
+        empty = [number for number, members in enumerate(self.order) if int(self.init_ratio * len(members)) < 1]
+        if empty:
+            raise InputError(
+                f"--init_ratio {self.init_ratio:g}: expected an image of each class in epoch 0, found none of class {empty[0]}, which "
+                f"has {len(self.order[empty[0]])}; raise it"
+            )
+
+    def shares(self, epoch: int) -> tuple[float, float]:
+        """Return the part of each class's images that `epoch` visits: from which share of their order to which."""
+        if 0 < self.add_end_epoch >= epoch:
+            # in this order, so that rounding leaves the numbers of images those of PAD's code
+            return 0.0, min(1.0, self.init_ratio + (1 - self.init_ratio) * epoch / self.add_end_epoch)
+        if epoch <= self.rm_epoch_first:
+            return EVERY
+        return (self.rm_easy_ratio_first if epoch <= self.rm_epoch_second else self.rm_easy_ratio_second), 1.0
+
+    def between(self, first: float, last: float) -> Tensor:
+        """Return the indices of the images between two shares of each class's order."""
+        return torch.cat([members[int(first * len(members)) : int(last * len(members))] for members in self.order])
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields for a record, with a checksum in place of the order."""
+        digest = hashlib.sha256(torch.cat(list(self.order)).long().numpy().tobytes())
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"order": digest.hexdigest()}

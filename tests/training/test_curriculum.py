@@ -1,0 +1,178 @@
+"""Test PAD's curriculum: the images of each epoch, the experts that are trained by it, the files with the order of the images."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast import ConvNet, InputError, TrajectoryStore
+from mtt_fast.commands import cli
+from mtt_fast.data import from_tensors, load
+from mtt_fast.distill.command import main as distill
+from mtt_fast.experts import ExpertTraining, expert_steps, main, train_expert
+from mtt_fast.interop.order import check_order, read_order
+from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training.curriculum import Curriculum
+from mtt_fast.training.images import RealImages, real_images
+
+TOY = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --batch_train 512 --data_path data".split()
+SHORT: dict[str, Any] = {
+    "init_ratio": 0.5,
+    "add_end_epoch": 2,
+    "rm_epoch_first": 3,
+    "rm_epoch_second": 4,
+    "rm_easy_ratio_first": 0.2,
+}
+NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
+
+
+def test_an_epoch_visits_the_images_of_pads_code() -> None:
+    """Check the numbers of images that follow from the options in PAD's README, for CIFAR-10's 5,000 a class."""
+    order = [torch.arange(5000), torch.arange(5000, 10000)]
+    curriculum = Curriculum(order)
+    first_and_last = {
+        0: (0, 3749), 1: (0, 3811), 10: (0, 4374), 19: (0, 4936), 20: (0, 4999), 21: (0, 4999), 40: (0, 4999),
+        41: (500, 4999), 60: (500, 4999), 61: (1000, 4999), 99: (1000, 4999),
+    }  # fmt: skip
+    for epoch, (first, last) in first_and_last.items():
+        expected = torch.arange(first, last + 1)
+        assert torch.equal(curriculum.between(*curriculum.shares(epoch)), torch.cat([expected, expected + 5000])), epoch
+    without_a_rise = Curriculum(order, add_end_epoch=0)
+    assert [without_a_rise.shares(epoch) for epoch in (0, 1)] == [(0.0, 1.0)] * 2
+
+
+@pytest.fixture
+def images() -> RealImages:
+    def split(count: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(0, 256, (count, 1, 6, 6), dtype=torch.uint8), torch.arange(count) % 3
+
+    return real_images(from_tensors(split(30), split(9)), zca=False, device=torch.device("cpu"))
+
+
+def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealImages) -> None:
+    order = [torch.arange(29 - label, -1, -3) for label in range(3)]  # of the classes 2, 1 and 0
+    order.reverse()
+    training = ExpertTraining(6, 0.05, mom=0.9, batch_size=30, augment="none", curriculum=Curriculum(order, **SHORT))
+    parameters, _ = train_expert(images, NET, training, seed=3, index=1)
+    module = reference_convnet(1, 3, 6, 4, 1)
+    torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
+    pixels, labels = images.train.batch(slice(None))
+    optimiser = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
+    of_each_class = [
+        (0, 5),
+        (0, 7),
+        (0, 10),
+        (0, 10),
+        (2, 10),
+        (2, 10),
+    ]  # 10 images, whose order is that of falling indices
+    for epoch, (first, last) in enumerate(of_each_class):
+        rank = (29 - torch.arange(30)) // 3
+        seen = (rank >= first) & (rank < last)
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(pixels[seen]), labels[seen]).backward()
+        optimiser.step()
+        flat = torch.nn.utils.parameters_to_vector(module.parameters())
+        assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
+
+
+def test_the_steps_of_a_training_lead_to_its_rows(images: RealImages) -> None:
+    order = [torch.arange(label, 30, 3) for label in range(3)]
+    training = ExpertTraining(5, 0.05, batch_size=7, curriculum=Curriculum(order, **SHORT))
+    rows, _ = train_expert(images, NET, training, seed=3, index=1)
+    steps = list(itertools.islice(expert_steps(images, NET, training, seed=3, index=1), 24))
+    after = list(itertools.accumulate([0, 3, 3, 5, 5, 4]))  # 15, 21, 30, 30 and 24 images in batches of 7
+    assert torch.equal(torch.stack([steps[step] for step in after]), rows)
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def order_of_digits() -> list[Tensor]:
+    labels = load("digits", data_path="data").train.labels
+    return [(labels == label).nonzero()[:, 0].flip(0) for label in range(10)]
+
+
+@pytest.mark.usefixtures("working_folder")
+def test_experts_of_a_curriculum_and_others_are_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
+    order = order_of_digits()
+    torch.save(order, "order.pt")
+    given = [*TOY, "--sort_method", "order.pt", "--add_end_epoch", "2"]
+    assert cli.run(main, given) == 0
+    store = TrajectoryStore("buffers/digits/ConvNetD1W4")
+    recorded = store.metadata(0).hyperparameters["curriculum"]
+    assert recorded["add_end_epoch"] == 2
+    assert len(recorded["order"]) == 64
+    assert cli.run(main, [*given, "--num_experts", "3"]) == 0
+    torch.save([members.flip(0) for members in order], "reversed.pt")
+    for other in ([*given, "--sort_method", "reversed.pt"], [*given, "--rm_epoch_first", "30"], TOY):
+        assert cli.run(main, [*other, "--num_experts", "4"]) == 2
+        assert "trained with curriculum {" in capsys.readouterr().err
+    matched = "--ipc 1 --syn_steps 2 --Iteration 1 --expert_epochs 1 --max_start_epoch 1 --num_eval 1 --epoch_eval_train 1".split()
+    shared = [*TOY[:4], "--data_path", "data", "--num_experts", "3"]
+    assert cli.run(distill, [*shared, *matched, "--train_epochs", "3", "--out", "run"]) == 0
+    assert (
+        cli.run(main, [*TOY[:4], "--buffer_path", "plain", "--num_experts", "1", "--train_epochs", "3", *TOY[8:]]) == 0
+    )
+    plain = TrajectoryStore("plain/digits/ConvNetD1W4")
+    assert torch.equal(plain.read(0, 0), store.read(0, 0))
+    assert not torch.equal(plain.read(0, 1), store.read(0, 1))
+
+
+@pytest.mark.usefixtures("working_folder")
+def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    order = order_of_digits()
+    some = order[0].clone()
+    some[0] = order[1][0]
+    swapped = [order[1], order[0], *order[2:]]
+    wrong: dict[str, tuple[Any, str]] = {
+        "fewer": (order[:9], "expected each of the "),
+        "twice": ([some, *order[1:]], "expected each of the "),
+        "swapped": (swapped, "expected the images of class c in row c, found "),
+        "fractions": ([row.float() for row in order], "expected a row of indices for each class"),
+        "number": (torch.tensor(3), "expected a row of indices for each class"),
+        "empty": ([], "expected a row of indices for each class"),
+        "words": ({"a": 1}, "expected a tensor, found a dictionary"),
+    }
+    for name, (value, complaint) in wrong.items():
+        torch.save(value, f"{name}.pt")
+        assert cli.run(main, [*TOY, "--sort_method", f"{name}.pt"]) == 2
+        assert f"error: {name}.pt: {complaint}" in capsys.readouterr().err
+    assert cli.run(main, [*TOY, "--sort_method", "none.pt"]) == 2
+    assert "none.pt: " in capsys.readouterr().err
+    torch.save(order, "order.pt")
+    given = [*TOY, "--sort_method", "order.pt"]
+    for flags, complaint in {
+        (
+            "--rm_epoch_first",
+            "10",
+        ): "--add_end_epoch 20, --rm_epoch_first 10, --rm_epoch_second 60: expected them in this order",
+        (
+            "--init_ratio",
+            "0.001",
+        ): "--init_ratio 0.001: expected an image of each class in epoch 0, found none of class 0",
+        ("--init_ratio", "0"): "--init_ratio 0",
+    }.items():
+        assert cli.run(main, [*given, *flags]) == 2
+        assert complaint in capsys.readouterr().err
+    assert cli.run(main, [*TOY, "--init_ratio", "0.5"]) == 2
+    assert "--sort_method" in capsys.readouterr().err
+    assert not Path("buffers").exists()
+
+
+def test_a_rectangle_is_an_order_too(tmp_path: Path) -> None:
+    rows = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    torch.save(rows, tmp_path / "order.pt")
+    order = read_order(tmp_path / "order.pt")
+    check_order(order, torch.tensor([0, 1, 0, 1]), "order.pt")
+    assert [row.tolist() for row in order] == [[2, 0], [1, 3]]
+    with pytest.raises(InputError, match="found 4 of 4 in the row of another class"):
+        check_order(order, torch.tensor([1, 0, 1, 0]), "order.pt")
