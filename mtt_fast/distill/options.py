@@ -72,6 +72,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T+: the student starts at a random expert epoch below this"""
     continuous_start: bool = False
     """the student also starts between two epochs, at a point on the straight line between their parameters (MCT)"""
+    noise_start: RateOrZero = 0.0
+    """multiply the parameters from which the student starts by 1 plus Gaussian noise of this standard deviation (MCT)"""
     min_start_epoch: CountFromZero = 0
     """T-: earliest expert epoch at which the student starts (DATM)"""
     current_max_start_epoch: CountOrNone = None
@@ -84,6 +86,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """synthetic images per student step; if not given, all synthetic images"""
     lr_img: RateOrZero = 1000.0
     """learning rate of the pixels; 0 keeps them fixed"""
+    lr_decay: bool = False
+    """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: RateOrZero = 1e-5
     """learning rate of the student's learning rate; 0 keeps that rate fixed"""
     lr_teacher: Rate = 0.01

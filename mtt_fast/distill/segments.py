@@ -60,6 +60,8 @@ def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Se
             f"{run.experts.folder}: expert {expert} did not move between epochs {epoch} and "
             f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
         )
+    if options.noise_start:
+        start = start * (1 + options.noise_start * torch.randn(start.shape, generator=generator))
     batches = step_indices(options, len(images), generator)
     augment = augmentation(options)
     draws = draw_steps(

@@ -17,6 +17,7 @@ from mtt_fast.storage.checkpoint import State
 log = logging.getLogger(__name__)
 
 PIXEL_MOMENTUM = 0.5
+_DECAY_AFTER = 2000  # iterations of --lr_decay, in MCT's code
 _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
@@ -46,11 +47,14 @@ def update(
     lr_gradient: Tensor,
     labels_gradient: Tensor | None = None,
 ) -> None:
-    """Step by SGD with momentum in pixels, learning rate and labels, if they are learned; each rate stays positive.
+    """Step by SGD with momentum in pixels, learning rate and labels, if they are learned, in the iteration `state.iteration`.
+
+    Each learning rate of the student stays positive.
 
     The average of the images, if there is one, moves towards the new images (FTD).
     """
-    _descend(state.images, state.images_velocity, images_gradient, options.lr_img, PIXEL_MOMENTUM)
+    lr_img = options.lr_img * (0.5 ** ((state.iteration - 1) // _DECAY_AFTER) if options.lr_decay else 1)
+    _descend(state.images, state.images_velocity, images_gradient, lr_img, PIXEL_MOMENTUM)
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
         _descend(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
     if options.ema_decay is not None and state.ema is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
 from mtt_fast.distill.initial import initial_images, predicted_correctly
 from mtt_fast.distill.options import DistillOptions, parse_options
-from mtt_fast.distill.segments import start_epochs
+from mtt_fast.distill.segments import read_segment, start_epochs
 from mtt_fast.distill.updates import update
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
@@ -56,6 +58,42 @@ def test_the_range_of_start_epochs_grows_linearly() -> None:
         upper = min(10 + int((20 - 10) * iteration / 1000), 20)  # as DATM's code has it
         assert start_epochs(options, iteration) == range(3, upper), iteration
     assert start_epochs(DistillOptions(max_start_epoch=7), 0) == range(7)
+
+
+def test_the_start_is_multiplied_by_noise_and_the_target_is_not() -> None:
+    class Experts:
+        folder = Path("buffers")
+
+        def read(self, _: int, row: float) -> torch.Tensor:
+            parameters = torch.arange(-10000, 10001) / 10000 * (1 + row)  # one of them is 0
+            return parameters.clone()
+
+    def segment(noise: float, number: int) -> tuple[torch.Tensor, ...]:
+        options = DistillOptions(syn_steps=2, noise_start=noise)
+        run: Any = SimpleNamespace(options=options, matched_experts=2, experts=Experts())
+        return read_segment(run, lambda tensors: lambda: tensors, torch.zeros(4, 1, 8, 8), number).tensors()
+
+    for number in (0, 7):
+        (start, target, *_), (noisy, same_target, *_) = segment(0.0, number), segment(0.05, number)
+        assert torch.equal(target, same_target)
+        assert float(noisy[10000]) == 0
+        factors = (noisy / start)[start != 0]
+        assert float(factors.mean()) == pytest.approx(1, abs=2e-3)
+        assert float(factors.std()) == pytest.approx(0.05, rel=0.03)
+        assert all(torch.equal(*pair) for pair in zip(segment(0.05, number), segment(0.05, number), strict=True))
+    assert not torch.equal(segment(0.05, 0)[0] / segment(0.0, 0)[0], segment(0.05, 7)[0] / segment(0.0, 7)[0])
+
+
+def test_the_rate_of_the_images_halves_after_every_2000_iterations() -> None:
+    options = DistillOptions(lr_img=8.0, lr_decay=True)
+    images = torch.zeros(1, 1, 2, 2)
+    for iteration, rate in ((1, 8.0), (2000, 8.0), (2001, 4.0), (4000, 4.0), (4001, 2.0)):
+        state = State(iteration, 1, images.clone(), torch.arange(1), torch.tensor(0.1), images.clone(), torch.zeros(()))
+        update(options, state, torch.ones_like(images), torch.zeros(()))
+        assert torch.equal(state.images, torch.full_like(images, -rate)), iteration
+    state.iteration = 4001
+    update(dataclasses.replace(options, lr_decay=False), state, torch.zeros_like(images), torch.zeros(()))
+    assert torch.equal(state.images, torch.full_like(images, -2.0 - 8.0 / 2))  # the momentum is 0.5
 
 
 @pytest.mark.parametrize(
