@@ -81,7 +81,8 @@ class CommonOptions:
     dataset: str = "CIFAR10"
     """data set: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, Tiny, ImageNet, or an image folder (train/CLASS/…, test/CLASS/…)"""
     subset: str | None = None
-    """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk or imageyellow; if not given, all classes"""
+    """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk or imageyellow; imagenet-a to imagenet-e, as in GLaD;
+    if not given, all classes"""
     res: Side = None
     """resize the images to this side length in pixels (only data sets without a fixed size)"""
     data_path: Annotated[str, Role.LOCATION] = "data"

@@ -28,6 +28,11 @@ RANKS = {
     "imagesquawk": [84, 130, 88, 144, 145, 22, 96, 9, 100, 89],
     "imagefruit": [953, 954, 949, 950, 951, 957, 952, 945, 943, 948],
     "imageyellow": [309, 986, 954, 951, 987, 779, 599, 291, 72, 11],
+    "imagenet-a": [255, 376, 984, 364, 500, 986, 333, 576, 148, 135],
+    "imagenet-b": [129, 916, 90, 275, 995, 874, 102, 259, 685, 139],
+    "imagenet-c": [565, 94, 554, 535, 92, 392, 291, 136, 324, 11],
+    "imagenet-d": [9, 258, 13, 262, 19, 339, 321, 24, 93, 322],
+    "imagenet-e": [816, 96, 100, 145, 739, 713, 783, 76, 688, 326],
 }
 
 
@@ -57,7 +62,7 @@ def test_ids_and_ranks_have_the_same_order() -> None:
     )
     wnids = [wnid for _, wnid in pairs]
     assert wnids == sorted(wnids)
-    assert len(set(wnids)) == len(pairs) == 58
+    assert len(set(wnids)) == len(pairs) == 100
     assert all(len(names) == len(set(names.values())) == 10 for names in SUBSETS.values())
 
 
