@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast import ConvNet, matching_loss, plan, unroll
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
@@ -27,6 +26,7 @@ from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, training_steps
+from tests.engine.no_values import NoValues
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)
 CPU = torch.device("cpu")
@@ -95,19 +95,6 @@ def test_equals_the_engine_called_plainly(
         assert_close(name, actual, wanted, 1e-12)
     assert len(results) == len(expected)
     assert not any(tensor.requires_grad for tensor in results)
-
-
-class NoValues(TorchDispatchMode):
-    """A mode that refuses whatever waits for a device: values read by the host, shapes that depend on values, copies from the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"), name
-        result = func(*args, **(kwargs or {}))
-        flat = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
-        places = {one.device.type for one in (*flat, *([result] if isinstance(result, Tensor) else []))}
-        assert places <= {"meta"}, f"{name} on {places}"
-        return result
 
 
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])

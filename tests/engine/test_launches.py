@@ -1,10 +1,11 @@
-"""Count what a step launches on a GPU, with none here: Triton's kernels are recorded, torch's operations counted, on meta tensors."""
+"""Test what a GPU's host code launches, with no GPU here: on meta tensors, Triton's kernels are not run, and torch's operations compute nothing."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iterate
+from mtt_fast.engine.student import InMicrobatches, Student
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.kernels.types import memory_format
+from tests.engine.no_values import NoValues
 
 NET = ConvNet(3, 10, 32, 128, 3)
 
@@ -57,26 +61,24 @@ class CountLaunches(TorchDispatchMode):
         return torch.empty_like(result, memory_format=common)
 
 
-def launches_of(steps: int, batch: int, precision: Precision) -> int:
-    """Return the launches of an iteration of so many steps, by the rows of the table for an H100 or H200."""
+@contextmanager
+def launches_on_meta() -> Iterator[CountLaunches]:
+    """Take Triton's host code for meta tensors, by the rows of the table for an H100 or H200, and count what it launches.
+
+    What waits for the device is an error, and so is a tensor in host memory, in an operation or as an argument of a kernel.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     from mtt_fast.kernels import triton
 
     modules = [
         importlib.import_module(f"{triton.__name__}.{each.name}") for each in pkgutil.iter_modules(triton.__path__)
     ]
-    augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
-    batches = [torch.arange(batch)] * steps
-    generator = torch.Generator().manual_seed(0)
-    draws = draw_steps(batches, torch.Size((3, 32, 32)), torch.float32, augment.draw_parameters, generator)
-
-    def meta(tensor: Tensor) -> Tensor:
-        return tensor.to("meta")
-
-    theta, images = torch.empty(NET.num_parameters, device="meta"), torch.empty(batch, 3, 32, 32, device="meta")
-    labels = torch.zeros(batch, dtype=torch.long, device="meta")
     counter = CountLaunches()
 
-    def launch(*_: Any, **__: Any) -> None:
+    def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        leaves = [getattr(each, "base", each) for each in tree_leaves((arguments, constants))]  # of a TMA descriptor
+        places = {each.device.type for each in leaves if isinstance(each, Tensor)}
+        assert places == {"meta"}, f"{kernel.fn.__name__} on {places}"
         counter.count += 1
 
     with ExitStack() as patches:
@@ -85,12 +87,24 @@ def launches_of(steps: int, batch: int, precision: Precision) -> int:
             for name, value in {"launch": launch, "architecture": lambda *_: "sm_90"}.items():
                 if hasattr(module, name):
                     patches.enter_context(patch.object(module, name, value))
-        student = FusedConvNetStudent(NET, "indices", precision)
-        with counter:
-            iterate(
-                student, augment, (batch,) * steps, theta, theta, images, labels, torch.empty((), device="meta"),
-                *map(meta, draws.tensors()),
-            )  # fmt: skip
+        patches.enter_context(NoValues())
+        patches.enter_context(counter)
+        yield counter
+
+
+def launches_of(
+    student: Student, steps: int, batch: int, net: ConvNet = NET, soft: bool = False, **options: Any
+) -> int:
+    """Return the launches of an iteration of so many steps, with the public code's augmentation."""
+    augment, shape = SiameseAugment("color_crop_cutout_flip_scale_rotate"), torch.Size((net.in_channels, 32, 32))
+    generator = torch.Generator().manual_seed(0)
+    draws = draw_steps([torch.arange(batch)] * steps, shape, torch.float32, augment.draw_parameters, generator)
+    labels = torch.empty(batch, net.num_classes) if soft else torch.arange(batch)
+    theta = torch.empty(net.num_parameters)
+    tensors = (theta, theta, torch.empty(batch, *shape), labels, torch.empty(()), *draws.tensors())
+    on_meta = [tensor.to("meta") for tensor in tensors]
+    with launches_on_meta() as counter:
+        iterate(student, augment, (batch,) * steps, *on_meta, **options)
     return counter.count
 
 
@@ -104,5 +118,25 @@ def launches_of(steps: int, batch: int, precision: Precision) -> int:
     ],
 )  # fmt: skip
 def test_a_step_of_both_sweeps(batch: int, precision: Precision, most: int) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    assert launches_of(3, batch, precision) - launches_of(2, batch, precision) <= most
+    student = FusedConvNetStudent(NET, "indices", precision)
+    assert launches_of(student, 3, batch) - launches_of(student, 2, batch) <= most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_nothing_waits_in_the_host_code(precision: Precision) -> None:
+    """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, and soft labels."""
+    for net, kind, cut, options in (
+        (NET, "logits", False, {"saved_steps": 2, "momentum": 0.5, "weight_decay": 1e-3}),
+        (ConvNet(3, 10, 32, 128, 3, norm="none"), "indices", False, {"saved_steps": 1}),
+        (ConvNet(4, 10, 32, 24, 2), "probabilities", True, {}),
+    ):
+        student: Student = FusedConvNetStudent(net, kind, precision)
+        count = launches_of(InMicrobatches(student, 4) if cut else student, 2, 10, net, kind != "indices", **options)
+        assert count > 0
+
+
+def test_a_tensor_in_host_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the tests above can fail."""
+    monkeypatch.setattr("mtt_fast.kernels.triton.flat.torch.empty", lambda *shape, **_: torch.zeros(*shape))
+    with pytest.raises(AssertionError, match=r"on \{'cpu'\}"):
+        launches_of(FusedConvNetStudent(NET), 1, 10)

@@ -26,7 +26,7 @@ from mtt_fast.engine.matching import MatchStep, path_loss
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
 from mtt_fast.testing import assert_close, module_function, reference_convnet
-from tests.engine.test_iteration import NoValues
+from tests.engine.no_values import NoValues
 
 NET = ConvNet(in_channels=3, num_classes=4, image_size=9, width=6, depth=2)
 ORACLE = module_function(reference_convnet(3, 4, 9, 6, 2))
