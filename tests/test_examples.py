@@ -14,12 +14,14 @@ SIZES = {
     "mtt": "--iterations 12 --steps 5 --experts 1 --epochs 3 --width 8",
     "att": "--iterations 12 --steps 5 --experts 1 --epochs 3 --width 8",
     "truncated": "--iterations 16 --window 3 --longest 8 --ipc 2 --width 8",
+    "frequency": "--iterations 12 --steps 5 --experts 1 --epochs 3 --width 8",
     "few_shot": "--iterations 16 --tasks 1 --shots 2 --steps 2 --width 4",
 }
 ENDS = {
     "mtt": ["trained on ten real images", "trained on ten distilled images"],
     "att": ["trained on ten real images", "trained on ten distilled images"],
     "truncated": ["trained on 20 real images", "trained on 20 distilled images"],
+    "frequency": ["trained on 20 real images", "trained on 20 frequencies"],
     "few_shot": ["from a random start", "from the learned start"],
 }
 
