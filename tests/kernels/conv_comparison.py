@@ -43,8 +43,8 @@ BOX_TILES = [
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 9, "num_warps": 1, "num_stages": 2},
 ]
 BOX_CORRELATIONS = [
-    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 4, "num_warps": 1, "num_stages": 2},
-    {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 1, "PROGRAMS": 30, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 15, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 1, "PROGRAMS": 40, "num_warps": 1, "num_stages": 2},
 ] * 2
 
 

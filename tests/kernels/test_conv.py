@@ -467,6 +467,39 @@ def test_memory_of_the_library_is_planned_where_the_table_takes_it(
 
 
 @needs_triton
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize(("samples", "side"), [(10, 8), (10, 16), (100, 8), (40, 32)])
+def test_memory_beside_planes_is_planned_as_it_is_taken(samples: int, side: int, precision: Any) -> None:
+    from mtt_fast.kernels.triton import dispatch, implicit_gemm, tma_convolve, tma_correlate, tma_descriptors, weights
+
+    x, y = (planes_of(precision, samples, channels, side, side) for channels in (128, 104))
+    weight = meta(104, 128, 3, 3)
+    modules = [dispatch, implicit_gemm, tma_convolve, tma_correlate, tma_descriptors, weights]
+    with recording(modules, "sm_90") as launches:
+
+        def run(operation: str, *operands: Any) -> Any:
+            launches.clear()
+            return dispatch.dispatched(operation)(*operands, 1, precision=precision)
+
+        def copied() -> int:
+            every = [launch.arguments[0] for launch in launches if launch.kernel is tma_correlate._copy_lines]
+            return sum(lines.nbytes for pair in every for lines in pair)
+
+        def in_parts(*results: Any) -> int:
+            return sum(each.parts.nbytes for each in results if isinstance(each, PartialPlanes))
+
+        summands = [run("conv3x3_weight_gradient", x, y).nbytes]
+        copies = [copied()]
+        summands.append(run("conv3x3_dual_weight_gradient", x, x, y, y).nbytes)
+        copies.append(copied())
+        parts = in_parts(run("conv3x3_input_gradient", y, weight))
+        dual_parts = in_parts(*run("conv3x3_dual_input_gradient", y, y, weight, weight))
+        layer = kernels.ConvLayer(128, side, side, 104, 1)
+        (planned,) = dispatch.weight_bytes(samples, [layer], x.dtype, x.device, precision)
+    assert planned[1:] == (max(summands), *copies, parts, dual_parts)
+
+
+@needs_triton
 def test_boxes_refuse_what_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from mtt_fast.kernels.triton import tma, weights
 
