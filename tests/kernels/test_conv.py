@@ -290,6 +290,7 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
         refused("conv3x3_input_gradient", "padding 4 leaves nothing", ZEROS, WEIGHT.transpose(0, 1).contiguous(), 4),
         refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
+        refused("conv3x3_dual_weight_gradient", "x_dot of shape", ZEROS, ZEROS[:1], ZEROS, ZEROS, 1),
         refused("add_planes", "planes 2 of shape", ZEROS, PartialPlanes(PARTS, LAST[:1])),
         refused("add_planes", "planes 2 of floating dtype", LAST, PartialPlanes(PARTS, LAST.half())),
         refused("add_planes", r"parts of planes 1 \(S, B, C, H, W\)", PartialPlanes(PARTS[0], LAST)),
