@@ -44,7 +44,7 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
     if isinstance(results, Tensor):
         return (results,)
     if isinstance(results, PartialPlanes):
-        return add_planes(results)
+        return tuple(add_planes(results))
     return tuple(tensor for each in results for tensor in as_tuple(each))
 
 

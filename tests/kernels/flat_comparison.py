@@ -166,9 +166,10 @@ def packed_parameters(device: str) -> None:
     from mtt_fast.kernels import reference, triton
 
     torch.manual_seed(0)
-    places = (WeightPlace(3, 20, 3), WeightPlace(600, 16, 20))
+    # a part of a tile and whole tiles, of filters and of channels
+    places = (WeightPlace(3, 16, 3), WeightPlace(600, 20, 32))
     for dtype, precision in itertools.product((torch.float32, torch.float64), get_args(Precision)):
-        theta = torch.randn(600 + 9 * 16 * 20 + 5, dtype=dtype, device=device)
+        theta = torch.randn(600 + 9 * 32 * 20 + 5, dtype=dtype, device=device)
         for direction in (None, theta * 1e-7, torch.zeros_like(theta), theta * float("inf")):
             actual = triton.pack_parameters(theta, direction, places, precision, 1.0)
             expected = reference.pack_parameters(theta, direction, places, precision, 1.0)
@@ -221,10 +222,10 @@ def patches_beside_parameters(device: str) -> None:
     from mtt_fast.kernels import triton
 
     torch.manual_seed(0)
-    places, shape = (WeightPlace(3, 20, 3), WeightPlace(600, 16, 20)), (4, 3, 9, 8)
+    places, shape = (WeightPlace(3, 16, 3), WeightPlace(600, 20, 32)), (4, 3, 9, 8)
     kinds = [(torch.float64, "fp32"), *((torch.float32, precision) for precision in get_args(Precision))]
     for dtype, precision in kinds:
-        theta = torch.randn(600 + 9 * 16 * 20 + 5, dtype=dtype, device=device)
+        theta = torch.randn(600 + 9 * 32 * 20 + 5, dtype=dtype, device=device)
         x, rows = torch.randn(shape, dtype=dtype, device=device), torch.tensor([3, 0, 3], device=device)
         warp = warp_rows(shape).to(theta)[:3]
         for direction, batch in ((None, BatchImages(x, 1)), (theta * 1e-7, BatchImages(x, 3, rows, warp))):
