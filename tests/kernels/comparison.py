@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats
+from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, add_planes
 from mtt_fast.testing import added_up, relative_error
 from tests.kernels.sanitizer import watched
 
@@ -40,13 +40,11 @@ def poison() -> None:
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of `results`, also those of nested tuples. Planes in parts are added up."""
+    """Return the tensors of `results`, also those of nested tuples. Planes in parts are checked and added up."""
     if isinstance(results, Tensor):
         return (results,)
     if isinstance(results, PartialPlanes):
-        from mtt_fast.kernels import triton
-
-        return tuple(triton.add_planes(results))
+        return tuple(add_planes(results))
     return tuple(tensor for each in results for tensor in as_tuple(each))
 
 

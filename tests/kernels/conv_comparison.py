@@ -30,11 +30,11 @@ LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64,
 # likewise, of channels that are multiples of 16 bytes
 BOXED = [
     (2, 8, 24, 6, 5, 1),  # odd sides, a box that hangs over on each of them
-    (1, 8, 8, 4, 5, 3),  # the input gradient crops
-    (3, 40, 24, 1, 1, 1),  # 1×1 planes, several samples in a box, more channels than a step of the sum
+    (1, 8, 32, 4, 5, 3),  # the input gradient crops; whole tiles of outputs
+    (3, 64, 24, 1, 1, 1),  # 1×1 planes, several samples in a box, more channels than a step; whole tiles to copy
     (2, 8, 72, 9, 7, 0),  # several tiles in both directions
     (9, 8, 16, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
-    (5, 8, 24, 4, 2, 1),  # powers of two, as weight gradients in 16 bits need; half of the last box is empty
+    (5, 16, 32, 4, 2, 1),  # powers of two, as gradients in 16 bits need; half of the last box is empty; whole tiles
 ]
 BOX_TILES = [
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 2},
@@ -43,8 +43,8 @@ BOX_TILES = [
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 9, "num_warps": 1, "num_stages": 2},
 ]
 BOX_CORRELATIONS = [
-    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 4, "num_warps": 1, "num_stages": 2},
-    {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 1, "PROGRAMS": 30, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 15, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 1, "PROGRAMS": 40, "num_warps": 1, "num_stages": 2},
 ] * 2
 
 

@@ -116,15 +116,16 @@ def powers(device: str) -> None:
     from mtt_fast.kernels import reference, triton
 
     numbers = (0.0, 1e-45, 1e-30, 0.3, 1.0, 64.0, 1e5, 3e38, float("inf"), float("nan"))
-    for number, size in itertools.product(numbers, (1, 70_000)):
+    # a program searches several tiles of many numbers, so the largest comes first or last
+    for number, (size, place) in itertools.product(numbers, ((1, 0), (70_000, 0), (70_000, -1))):
         theta, direction = torch.zeros(size, device=device), torch.full((size,), number / 2, device=device)
-        direction[-1] = -number
+        direction[place] = -number
         actual, expected = (
             back_end.pack_parameters(theta, direction, (), "fp16", 64.0).scale for back_end in (triton, reference)
         )
         assert actual is not None
         assert expected is not None
-        assert torch.equal(actual, expected), (number, size)
+        assert torch.equal(actual, expected), (number, size, place)
     print("passed: powers of two")
 
 
@@ -140,8 +141,11 @@ def partial_sums(device: str) -> None:
         moved = [piece.to(device).permute(0, 1, 4, 2, 3) for piece in products] + [
             each.to(device) for each in pieces[2:]
         ]
-        moved.append(torch.randn(4, 6, 11, dtype=dtype, device=device)[:, 2])  # a summand is part of a row
-        pieces.append(moved[-1].cpu())
+        # a summand is part of a row, of weights too, as the first block leaves them
+        parts_of_rows = torch.randn(4, 6, 11, dtype=dtype), torch.randn(4, 100, dtype=dtype)
+        moved.append(parts_of_rows[0].to(device)[:, 2])
+        moved.append(parts_of_rows[1].to(device)[:, :90].unflatten(1, (2, 5, 3, 3)))
+        pieces += [each.cpu() for each in moved[-2:]]
         scalars = tuple(torch.tensor(factor, dtype=dtype) for factor in factors)
         expected = PartialSums(tuple(pieces), scalars).vector()
         sums = PartialSums(tuple(moved), tuple(scalar.to(device) for scalar in scalars))
@@ -162,9 +166,10 @@ def packed_parameters(device: str) -> None:
     from mtt_fast.kernels import reference, triton
 
     torch.manual_seed(0)
-    places = (WeightPlace(3, 20, 3), WeightPlace(600, 16, 20))
+    # a part of a tile and whole tiles, of filters and of channels
+    places = (WeightPlace(3, 16, 3), WeightPlace(600, 20, 32))
     for dtype, precision in itertools.product((torch.float32, torch.float64), get_args(Precision)):
-        theta = torch.randn(600 + 9 * 16 * 20 + 5, dtype=dtype, device=device)
+        theta = torch.randn(600 + 9 * 32 * 20 + 5, dtype=dtype, device=device)
         for direction in (None, theta * 1e-7, torch.zeros_like(theta), theta * float("inf")):
             actual = triton.pack_parameters(theta, direction, places, precision, 1.0)
             expected = reference.pack_parameters(theta, direction, places, precision, 1.0)
@@ -176,6 +181,9 @@ def packed_parameters(device: str) -> None:
                 rtol = 2**-7 if packed.dtype == torch.bfloat16 else 0  # interpreted, bfloat16 is cut off
                 torch.testing.assert_close(packed.to(dtype), rounded.to(dtype), rtol=rtol, atol=0, equal_nan=True)
             assert {weight.straight.dtype for weight in actual.weights} == {products}
+            copies = [copy for weight in actual.weights for copy in (weight.straight, weight.rotated)]
+            # as TMA needs it: the first begins where memory was allocated
+            assert all((copy.data_ptr() - copies[0].data_ptr()) % 128 == 0 for copy in copies)
             assert all(
                 torch.equal(weight.weight, plain)
                 for weight, plain in zip(actual.weights, expected.weights, strict=True)
@@ -214,10 +222,10 @@ def patches_beside_parameters(device: str) -> None:
     from mtt_fast.kernels import triton
 
     torch.manual_seed(0)
-    places, shape = (WeightPlace(3, 20, 3), WeightPlace(600, 16, 20)), (4, 3, 9, 8)
+    places, shape = (WeightPlace(3, 16, 3), WeightPlace(600, 20, 32)), (4, 3, 9, 8)
     kinds = [(torch.float64, "fp32"), *((torch.float32, precision) for precision in get_args(Precision))]
     for dtype, precision in kinds:
-        theta = torch.randn(600 + 9 * 16 * 20 + 5, dtype=dtype, device=device)
+        theta = torch.randn(600 + 9 * 32 * 20 + 5, dtype=dtype, device=device)
         x, rows = torch.randn(shape, dtype=dtype, device=device), torch.tensor([3, 0, 3], device=device)
         warp = warp_rows(shape).to(theta)[:3]
         for direction, batch in ((None, BatchImages(x, 1)), (theta * 1e-7, BatchImages(x, 3, rows, warp))):

@@ -189,6 +189,10 @@ INDEX, ZEROS, LAST = torch.tensor([1, 0, 1]), torch.zeros(3, 13), IMAGES.contigu
         refused("conv_norm_relu_pool", "gamma of shape", PATCHES, WEIGHT, Affine(WEIGHT[:3, 0, 0, 0], AFFINE.beta), EPS),
         refused("conv_norm_relu_pool_backward", "p_bar of shape", PATCHES, WEIGHT, AFFINE, POOLED[:1], None, EPS),
         refused("conv_norm_relu_pool_backward", "strides", PATCHES, WEIGHT, AFFINE, POOLED.contiguous(), None, EPS),
+        refused(
+            "conv_norm_relu_pool_backward", "a part of p_bar of floating dtype torch.float32",
+            PATCHES, WEIGHT, AFFINE, kernels.PartialPlanes(POOLED[None].half(), POOLED), None, EPS,
+        ),
         refused("conv_norm_relu_pool_dual", "weight_dot of shape", PATCHES, WEIGHT, WEIGHT[:4], AFFINE, AFFINE, EPS),
         refused(
             "conv_norm_relu_pool_dual_backward", "requires grad",

@@ -127,6 +127,7 @@ def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str)
     given["weight"] = draw(35, 9).sign().to(dtype)  # so a logit is ±1e4, exactly
     given["weight"][:, :3] = -1
     given["weight"][2, :3] = 1  # one class alone has all the probability
+    given["weight"][:, 3] = -1  # no exponential of a logit is above zero
     given["bias"] = torch.zeros(35, dtype=dtype)
     if kind == "logits":
         given["labels"] = 1e4 * given["labels"].sign()
@@ -207,6 +208,8 @@ PLANES, WEIGHT = torch.zeros(4, 6, 1, 2), torch.zeros(4, 3)
         refused("linear_cross_entropy", "found 0 … 3", *LINEAR, torch.tensor([0, 1, 2, 3, 0, 1]), "indices"),
         refused("linear_cross_entropy", "found -1 … 0", *LINEAR, torch.tensor([0, -1, 0, 0, 0, 0]), "indices"),
         refused("linear_cross_entropy", "int32", *LINEAR, torch.zeros(6, dtype=torch.int32), "indices"),
+        refused("linear_cross_entropy", "indices .*contiguous", *LINEAR, torch.zeros(12).long()[::2], "indices"),
+        refused("linear_cross_entropy", "indices on meta", *LINEAR, torch.zeros(6).long().to("meta"), "indices"),
         refused("linear_cross_entropy", "int64 indices .*float32", *LINEAR, SOFT, "indices"),
         refused("linear_cross_entropy", "probabilities of shape", *LINEAR, torch.zeros(6), "probabilities"),
         refused("linear_cross_entropy", "probabilities of floating", *LINEAR, SOFT.long(), "probabilities"),
@@ -217,6 +220,7 @@ PLANES, WEIGHT = torch.zeros(4, 6, 1, 2), torch.zeros(4, 3)
             "weight_dot of shape",
             *(*DUAL[:4], torch.zeros(4, 5), torch.zeros(3), SOFT, "logits"),
         ),
+        refused("linear_cross_entropy_dual", "bias_dot of shape", *DUAL[:5], torch.zeros(4), SOFT, "logits"),
         refused(
             "linear_cross_entropy_dual",
             "p_dot contiguous",

@@ -290,6 +290,7 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
         refused("conv3x3_input_gradient", "padding 4 leaves nothing", ZEROS, WEIGHT.transpose(0, 1).contiguous(), 4),
         refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
+        refused("conv3x3_dual_weight_gradient", "x_dot of shape", ZEROS, ZEROS[:1], ZEROS, ZEROS, 1),
         refused("add_planes", "planes 2 of shape", ZEROS, PartialPlanes(PARTS, LAST[:1])),
         refused("add_planes", "planes 2 of floating dtype", LAST, PartialPlanes(PARTS, LAST.half())),
         refused("add_planes", r"parts of planes 1 \(S, B, C, H, W\)", PartialPlanes(PARTS[0], LAST)),
@@ -464,6 +465,39 @@ def test_memory_of_the_library_is_planned_where_the_table_takes_it(
     layers = [kernels.ConvLayer(8, 18, 18, 16, 0)]  # 324 pixels, and 256 of the result
     planned = [dispatch.work_bytes(2, layers, torch.float32, torch.device("cpu"), each) for each in ("fp32", "tf32")]
     assert planned == [5 * 2 * (16 * 256) * 4, 0]
+
+
+@needs_triton
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize(("samples", "side"), [(10, 8), (10, 16), (100, 8), (40, 32)])
+def test_memory_beside_planes_is_planned_as_it_is_taken(samples: int, side: int, precision: Any) -> None:
+    from mtt_fast.kernels.triton import dispatch, implicit_gemm, tma_convolve, tma_correlate, tma_descriptors, weights
+
+    x, y = (planes_of(precision, samples, channels, side, side) for channels in (128, 104))
+    weight = meta(104, 128, 3, 3)
+    modules = [dispatch, implicit_gemm, tma_convolve, tma_correlate, tma_descriptors, weights]
+    with recording(modules, "sm_90") as launches:
+
+        def run(operation: str, *operands: Any) -> Any:
+            launches.clear()
+            return dispatch.dispatched(operation)(*operands, 1, precision=precision)
+
+        def copied() -> int:
+            every = [launch.arguments[0] for launch in launches if launch.kernel is tma_correlate._copy_lines]
+            return sum(lines.nbytes for pair in every for lines in pair)
+
+        def in_parts(*results: Any) -> int:
+            return sum(each.parts.nbytes for each in results if isinstance(each, PartialPlanes))
+
+        summands = [run("conv3x3_weight_gradient", x, y).nbytes]
+        copies = [copied()]
+        summands.append(run("conv3x3_dual_weight_gradient", x, x, y, y).nbytes)
+        copies.append(copied())
+        parts = in_parts(run("conv3x3_input_gradient", y, weight))
+        dual_parts = in_parts(*run("conv3x3_dual_input_gradient", y, y, weight, weight))
+        layer = kernels.ConvLayer(128, side, side, 104, 1)
+        (planned,) = dispatch.weight_bytes(samples, [layer], x.dtype, x.device, precision)
+    assert planned[1:] == (max(summands), *copies, parts, dual_parts)
 
 
 @needs_triton

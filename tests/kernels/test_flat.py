@@ -188,15 +188,18 @@ def of_batch(**changed: Any) -> BatchGradient:
         (adjoint_step, (V, V, V, V, V), "expected scale of shape"),
         (adjoint_step, (V, torch.zeros(12)[::2], V, RATE, V), "expected hessian_v contiguous"),
         (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(y_bar=IMAGES)), r"int64 indices \(4,\)"),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(rows=ROWS.to("meta"))), r"int64 indices \(2,\) on cpu"),
         (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(rows=ROWS + 1)), "indices 0 … 3, found 1 … 4"),
         (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(out=IMAGES.double())), "out of floating dtype"),
         (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(parameters=IMAGES[0, 0])), "parameters of shape"),
+        (pack_parameters, (V.half(), None, (), "fp32"), "expected float32 or float64, found torch.float16"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES[:, :, :1], 1)), "at least 4×4 pixels"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES, 1, ROWS + 1)), "indices 0 … 3, found 1 … 4"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES.double(), 1)), "x of floating dtype"),
         (sgd_step, (V, PartialSums((V[None, :5],)), RATE, V), "expected gradient of 6 numbers, found pieces of 5"),
         (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), RATE, V), "summands of gradient contiguous"),
         (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
+        (sgd_step, (V, PartialSums((V[None].to("meta"),)), RATE, V), "found torch.float32 on meta"),
         (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), RATE, V), "and without a graph"),
         (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a factor of gradient of shape"),
         (sgd_step, (V, PartialSums((V[None],), (RATE, V)), RATE, V), "expected a factor of gradient of shape"),
@@ -253,6 +256,8 @@ def test_a_back_end_gets_the_indices_contiguous(monkeypatch: pytest.MonkeyPatch)
 def test_adding_rows_refuses(index: list[float], rows: Tensor, reason: str) -> None:
     with pytest.raises(ValueError, match=f"^index_add: .*{reason}"):
         index_add(torch.zeros(5, 3), torch.tensor(index), rows)
+    with pytest.raises(ValueError, match=r"^index_add: expected out contiguous"):
+        index_add(torch.zeros(3, 5).T, torch.tensor([0]), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(

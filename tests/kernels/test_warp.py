@@ -207,6 +207,7 @@ IMAGES, ZEROS = torch.zeros(2, 3, 6, 6), torch.zeros(2, 13)
         (IMAGES, ZEROS.clone().requires_grad_(), "parameters that requires grad"),
         (IMAGES, torch.cat([ZEROS[:1], row(row_by_row=-1).float()]), "have an inverse"),
         (IMAGES, torch.cat([ZEROS[:1], row(column_by_column=float("nan")).float()]), "have an inverse"),
+        (IMAGES, torch.cat([ZEROS[:1], row(row_by_column=2, column_by_row=0.5).float()]), "have an inverse"),
     ],
 )
 def test_refuses(op: str, images: Tensor, parameters: Tensor, reason: str) -> None:
