@@ -73,6 +73,10 @@ def test_what_was_evaluated_before_is_not_evaluated_again(tmp_path: Path) -> Non
     assert " ".join(looped(tmp_path, start=2, iterations=3, evaluated=[0, 2])) == "i3 e3 s3 !"
 
 
+def test_what_did_more_iterations_than_it_is_asked_for_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    assert " ".join(looped(tmp_path, start=3, iterations=2, evaluated=[0, 2])) == "e3 s3 !"
+
+
 def test_checkpoints_are_as_often_as_asked_for(tmp_path: Path) -> None:
     assert " ".join(looped(tmp_path, iterations=2, save_seconds=0)) == "e0 s1 i1 s1 i2 s1 e2 s2 !"
 
