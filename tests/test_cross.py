@@ -18,7 +18,7 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.cross import command as cross
-from mtt_fast.cross.table import markdown, quoted_for, save_plot
+from mtt_fast.cross.table import Quoted, markdown, quoted_for, save_plot
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 
@@ -45,6 +45,7 @@ def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPat
     assert cli.run(cross.main, ["run", "random", *TOY]) == 0
     cells = table()
     assert [cell["question"]["network"] for cell in cells] == ["ConvNetD1W4", "MLP"] * 2
+    assert all(0 < cell["seconds"] < 60 for cell in cells)
     assert all(cell["accuracy"]["n"] == 2 and cell["question"]["ipc"] == 2 for cell in cells)
     assert (cells[0]["question"]["lr"], cells[2]["question"]["lr"]) == (pytest.approx(0.02), 0.01)
     lines = Path("table/cross.md").read_text().splitlines()
@@ -145,9 +146,26 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     save_plot("plot.png", cells, quoted)
     with Image.open("plot.png") as picture:
         assert picture.width > 300
+    both = markdown([*cells, at_50[0] | {"set": "larger"}], [], "x").splitlines()
+    assert both[3] == "| larger | 50 | 65.1 ± 0.4 (best epoch) |  |  |"
     (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
     assert line == r"| a\|b | 10 | 65.1 ± 0.4 (best epoch) |"
     assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
+
+
+def test_the_plot_has_quoted_numbers_at_their_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("mtt_fast.cross.table.save_figure", lambda path, figure: figures.append(figure))
+    cells = [
+        {"set": "a", "question": {"network": network}, "accuracy": {"mean": 0.1, "std": 0.0}}
+        for network in ("X", "Y", "Z")
+    ]
+    accuracies = {"Z": {"mean": 0.3, "std": 0.02}, "Y": {"mean": 0.2}, "elsewhere": {"mean": 0.9}}
+    save_plot("plot.png", cells, [Quoted("MTT", "CIFAR10", 1, "a paper", accuracies)])
+    (crosses,) = (each for each in figures[0].axes[0].containers if each.get_label() == "MTT, 1 per class (quoted)")
+    line, _, (spreads,) = crosses.lines
+    assert [*zip(*line.get_data(), strict=True)] == [(1, 20), (2, 30)]
+    assert [high - low for (_, low), (_, high) in spreads.get_segments()] == [0, pytest.approx(4)]
 
 
 def test_the_plot_has_each_accuracy_at_its_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,14 +133,15 @@ def test_wrong_folders_are_refused(
 def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None:
     """Check that a repeated seed is one measurement, and that two folders of one name are two settings."""
 
-    def of_run(mean: float, seed: int, fingerprint: str = "f00d") -> dict[str, Any]:
+    def of_run(mean: float, seed: int, fingerprint: str = "f00d", **diverged: int) -> dict[str, Any]:
         options = {"dataset": "digits", "model": "MLP", "ipc": 1, "seed": seed}
-        accuracy = {"distilled": {"mean": mean, "std": 0.0, "n": 5}}
+        accuracy = {"distilled": {"mean": mean, "std": 0.0, "n": 5} | diverged}
         return {"accuracy": accuracy, "options": options, "data": {"fingerprint": fingerprint}}
 
-    runs = {"a": of_run(0.5, 0), "b": of_run(0.7, 1), "again": of_run(0.9, 1), "other": of_run(0.1, 0, "beef")}
+    runs = {"a": of_run(0.5, 0), "b": of_run(0.7, 1, diverged=3), "again": of_run(0.9, 1)}
+    runs["other"] = of_run(0.1, 0, "beef", diverged=2)
     ((both, other),) = measurements({Path(name): run for name, run in runs.items()}).values()
-    assert (both.runs, both.n) == (("a", "b"), 2)
+    assert (both.runs, both.n, both.diverged) == (("a", "b"), 2, 1)  # in one of two runs
     assert both.mean == pytest.approx(0.6)
     assert both.std == pytest.approx(0.02**0.5)
-    assert (other.runs, other.n, other.mean) == (("other",), 5, 0.1)
+    assert (other.runs, other.n, other.mean, other.diverged) == (("other",), 5, 0.1, 2)  # of five networks

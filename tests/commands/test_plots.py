@@ -65,6 +65,11 @@ def test_a_grid_has_each_picture_at_its_place(classes: int, ipc: int, columns: i
     ]
     assert found == rows + [[number + 100 for number in tiles] for tiles in rows]
     assert pixels.width == 6 + 102 * columns
+    named = [
+        [pixels.crop((left, top, left + 96, top + 20)).getextrema()[0] < 200 for left in range(6, pixels.width, 102)]
+        for top in range(34, 34 + 122 * len(rows), 122)
+    ]
+    assert named == [[(ipc == 1 and column < len(tiles)) or column == 0 for column in range(columns)] for tiles in rows]
 
 
 def test_a_snapshot_has_the_first_picture_of_each_class_at_its_place(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
     monkeypatch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *given: curves.append(given))
     flags = (
         "--Iteration 2 --eval_it 1 --ipc 2 --seed 3 --num_eval 3 --ema_decay 0.9 --max_experts 1 --networks_at_once 5 "
-        "--memory_budget 1GiB --protocol datm --precision fp32"
+        "--memory_budget 1GiB --protocol datm --precision fp32 --lr_per_step"
     ).split()
     assert run(*TOY, *experts, "--out", str(out), *flags) == 0
 
@@ -123,6 +123,11 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
     }
     assert [sets[name].recipe["iterations"] for name in sets] == [2, 2, 1, 2]
     assert (summary["iterations"], summary["learning_rate"]) == (2, pytest.approx(float(sets["synthetic"].lr)))
+    rates = sets["synthetic"].lr_per_step
+    assert rates is not None
+    assert summary["learning_rate_per_step"] == rates.tolist()
+    assert summary["learning_rate"] == pytest.approx(float(rates.mean()), rel=1e-6)
+    assert rates.unique().numel() == 3
     assert (summary["experts"]["number"], summary["options"]["seed"], summary["method"]) == (1, 3, "MTT")
     assert (summary["protocol"]["name"], summary["arithmetic"][:25]) == ("datm", "FusedConvNetStudent, fp32")
     assert summary["data"] == sets["synthetic"].identity.record()
