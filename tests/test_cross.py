@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from matplotlib.container import BarContainer
+from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -162,9 +163,10 @@ def test_the_plot_has_quoted_numbers_at_their_networks(monkeypatch: pytest.Monke
     ]
     accuracies = {"Z": {"mean": 0.3, "std": 0.02}, "Y": {"mean": 0.2}, "elsewhere": {"mean": 0.9}}
     save_plot("plot.png", cells, [Quoted("MTT", "CIFAR10", 1, "a paper", accuracies)])
-    (crosses,) = (each for each in figures[0].axes[0].containers if each.get_label() == "MTT, 1 per class (quoted)")
-    line, _, (spreads,) = crosses.lines
-    assert [*zip(*line.get_data(), strict=True)] == [(1, 20), (2, 30)]
+    crosses = [each for each in figures[0].axes[0].containers if each.get_label() == "MTT, 1 per class (quoted)"]
+    assert isinstance(crosses[0], ErrorbarContainer)
+    points, _, (spreads,) = crosses[0].lines
+    assert np.asarray(points.get_xydata()).tolist() == [[1, 20], [2, 30]]
     assert [high - low for (_, low), (_, high) in spreads.get_segments()] == [0, pytest.approx(4)]
 
 

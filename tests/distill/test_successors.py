@@ -166,12 +166,12 @@ def test_a_run_that_dies_between_two_evaluations_goes_on_with_the_second(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     words = [*TOY, *experts, "--ema_decay", "0.9"]
     assert run(*words, "--out", str(whole)) == 0
-    dies, evaluated = True, list[tuple[str, int]]()
+    dies, evaluated = True, list[tuple[str, tuple[int, ...]]]()
 
     def dying(*arguments: Any, name: str, indices: tuple[int, ...], **options: Any) -> Accuracy:
         if dies and (name[:7], indices) == ("average", (2,)):
             raise SystemExit
-        evaluated.append((name[:7], *indices))
+        evaluated.append((name[:7], indices))
         return measure(*arguments, name=name, indices=indices, **options)
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", dying)
@@ -180,7 +180,7 @@ def test_a_run_that_dies_between_two_evaluations_goes_on_with_the_second(
     dies = False
     evaluated.clear()
     assert run("--out", str(broken), "--resume") == 0
-    assert evaluated == [("average", 2), ("distill", 4), ("average", 4), ("random ",)]
+    assert evaluated == [("average", (2,)), ("distill", (4,)), ("average", (4,)), ("random ", ())]
     assert read_records(broken / "metrics.jsonl") == read_records(whole / "metrics.jsonl")
     accuracies = [summary_of(folder)["accuracy"] for folder in (broken, whole)]
     assert accuracies[0] == accuracies[1]
