@@ -116,13 +116,13 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     assert cli.run(cross.main, ["b.safetensors", "c.safetensors", *TOY, "--models", "MLP"]) == 0
     assert len(table()) == 2
     of_random = ["random", *TOY, "--models", "MLP", "--dataset", "digits"]
-    for count, flags in ((3, []), (4, ["--zca"])):
+    for count, flags in ((3, []), (4, ["--zca"]), (5, ["--lr_teacher", "0.5"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
     load_data = EvaluatedSet.load_data
     monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
-    assert len(table()) == 5
+    assert len(table()) == 6
 
 
 def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
