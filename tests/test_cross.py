@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from matplotlib.container import BarContainer
+from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,7 +19,7 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.cross import command as cross
-from mtt_fast.cross.table import markdown, quoted_for, save_plot
+from mtt_fast.cross.table import Quoted, markdown, quoted_for, save_plot
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 
@@ -45,6 +46,7 @@ def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPat
     assert cli.run(cross.main, ["run", "random", *TOY]) == 0
     cells = table()
     assert [cell["question"]["network"] for cell in cells] == ["ConvNetD1W4", "MLP"] * 2
+    assert all(0 < cell["seconds"] < 60 for cell in cells)
     assert all(cell["accuracy"]["n"] == 2 and cell["question"]["ipc"] == 2 for cell in cells)
     assert (cells[0]["question"]["lr"], cells[2]["question"]["lr"]) == (pytest.approx(0.02), 0.01)
     lines = Path("table/cross.md").read_text().splitlines()
@@ -114,13 +116,13 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     assert cli.run(cross.main, ["b.safetensors", "c.safetensors", *TOY, "--models", "MLP"]) == 0
     assert len(table()) == 2
     of_random = ["random", *TOY, "--models", "MLP", "--dataset", "digits"]
-    for count, flags in ((3, []), (4, ["--zca"])):
+    for count, flags in ((3, []), (4, ["--zca"]), (5, ["--lr_teacher", "0.5"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
     load_data = EvaluatedSet.load_data
     monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
-    assert len(table()) == 5
+    assert len(table()) == 6
 
 
 def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
@@ -145,9 +147,27 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     save_plot("plot.png", cells, quoted)
     with Image.open("plot.png") as picture:
         assert picture.width > 300
+    both = markdown([*cells, at_50[0] | {"set": "larger"}], [], "x").splitlines()
+    assert both[3] == "| larger | 50 | 65.1 ± 0.4 (best epoch) |  |  |"
     (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
     assert line == r"| a\|b | 10 | 65.1 ± 0.4 (best epoch) |"
     assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
+
+
+def test_the_plot_has_quoted_numbers_at_their_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("mtt_fast.cross.table.save_figure", lambda path, figure: figures.append(figure))
+    cells = [
+        {"set": "a", "question": {"network": network}, "accuracy": {"mean": 0.1, "std": 0.0}}
+        for network in ("X", "Y", "Z")
+    ]
+    accuracies = {"Z": {"mean": 0.3, "std": 0.02}, "Y": {"mean": 0.2}, "elsewhere": {"mean": 0.9}}
+    save_plot("plot.png", cells, [Quoted("MTT", "CIFAR10", 1, "a paper", accuracies)])
+    crosses = [each for each in figures[0].axes[0].containers if each.get_label() == "MTT, 1 per class (quoted)"]
+    assert isinstance(crosses[0], ErrorbarContainer)
+    points, _, (spreads,) = crosses[0].lines
+    assert np.asarray(points.get_xydata()).tolist() == [[1, 20], [2, 30]]
+    assert [high - low for (_, low), (_, high) in spreads.get_segments()] == [0, pytest.approx(4)]
 
 
 def test_the_plot_has_each_accuracy_at_its_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def run_to_the_end(
     ):
         try:
             while True:
-                due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
+                due = progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
                     with seconds_of("evaluations"):
                         evaluate(stop)

@@ -87,8 +87,11 @@ def written_out_training(
     return path
 
 
-def test_the_distances_are_those_of_written_out_steps(toy: Path, tmp_path: Path) -> None:
+def test_the_distances_are_those_of_written_out_steps(
+    toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Compare with the paper's definition, in float64: targets after Δt steps on real images, squared errors, the closest step."""
+    caplog.set_level("INFO")
     out = tmp_path / "distance"
     flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --seed 3 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
     assert run("distance", f"short={toy / 'run'}", f"best={toy / 'run' / 'best.safetensors'}", *flags) == 0
@@ -96,19 +99,23 @@ def test_the_distances_are_those_of_written_out_steps(toy: Path, tmp_path: Path)
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
     for label, name in (("short", "synthetic"), ("best", "best")):
         synthetic = SyntheticDataset.load(toy / "run" / f"{name}.safetensors")
-        expected: dict[int, list[float]] = {1: [], 4: [], 7: []}
+        expected: dict[int, list[tuple[float, int]]] = {1: [], 4: [], 7: []}
         for start in (0, 1):
             real = written_out_training(net, toy / "data", generator_for(3, "expert", start), 7, lr=0.1)
             path = written_out_path(net, real[0], synthetic, generator_for(3, "distance", start), 5)
-            for delta, distances in expected.items():
+            for delta, nearest in expected.items():
                 target, moved = real[delta], (real[0] - real[delta]).square().sum()
-                distances.append(min(float((theta - target).square().sum() / moved) for theta in path))
+                nearest.append(min((float((theta - target).square().sum() / moved), k) for k, theta in enumerate(path)))
         points = record["curves"][label]
         assert [(point["real_steps"], point["n"]) for point in points] == [(1, 2), (4, 2), (7, 2)]
         for point in points:
-            values = torch.tensor(expected[point["real_steps"]])
+            values, steps = torch.tensor(expected[point["real_steps"]]).T
+            assert point["student_step"] == float(steps.mean())
             assert point["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
             assert point["std"] == pytest.approx(float(values.std()), rel=1e-2, abs=1e-5)
+        least = min(points, key=lambda point: float(point["mean"]))
+        line = f"{label}: closest {least['mean']:.3f} ± {least['std']:.3f}, Δt = {least['real_steps']}"
+        assert line in caplog.messages
     text = (out / "distance.md").read_text()
     assert "| Δt, steps on real images | 1 | 4 | 7 |" in text
     assert "Least squared distance over 5 steps on the distilled set" in text

@@ -39,6 +39,8 @@ def test_evolution_shows_every_snapshot(toy: Path, tmp_path: Path) -> None:
         assert shown == [100, 100, 500]
     with Image.open(tmp_path / "evolution.png") as strip:
         assert strip.size == (width, 2 * (CAPTION + height))
+        captions = [strip.crop((0, top, width, top + CAPTION)).tobytes() for top in (0, CAPTION + height)]
+        assert captions[0] != captions[1]  # iteration 0, iteration 2
         for place, snapshot in enumerate((snapshots[0], snapshots[2])):
             top = place * (CAPTION + height) + CAPTION
             part = strip.crop((0, top, width, top + height)).resize(snapshot.size, Image.Resampling.NEAREST)

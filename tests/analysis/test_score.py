@@ -22,20 +22,23 @@ def write_evaluation(path: Path, mean: float, **others: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("hard", [None, "40"])
-def test_the_score_follows_from_accuracies(hard: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("hard", "weight"), [(None, 0.5), ("40", 0.8)])
+def test_the_score_follows_from_accuracies(
+    hard: str | None, weight: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     out = tmp_path / "score.json"
     files = ["--distilled", write_evaluation(tmp_path / "set.json", 0.6), "--random"]
     files += [write_evaluation(tmp_path / "random.json", 0.3), "--full", "85", "--out", str(out)]
-    assert run("score", *files, *(["--hard", hard] if hard else [])) == 0
+    assert run("score", *files, *(["--hard", hard, "--weight", str(weight)] if hard else [])) == 0
     record = read(out)
     hlr = 0.85 - (0.4 if hard else 0.6)
     assert (record["hard_label_recovery"], record["improvement_over_random"]) == pytest.approx((hlr, 0.3))
-    score = (math.exp(0.5 * 0.3 - 0.5 * hlr) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
+    score = (math.exp(weight * 0.3 - (1 - weight) * hlr) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
     assert record["label_robust_score"] == pytest.approx(score)
     assert (record["protocol"], record["dataset"], record["model"]) == ("ddranking", "CIFAR10", "ConvNet")
-    assert f"label-robust score {score:.3f} (weight 0.5)" in caplog.text
+    assert record["weight"] == weight
+    assert f"label-robust score {score:.3f} (weight {weight})" in caplog.text
 
 
 def test_the_score_follows_from_the_numbers_of_the_board(caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
         "b": summary(0.30, Iteration=7),
         "datm": summary(0.50, random=0.35, protocol="datm"),
         "best": summary(0.60, best_epoch=True),
-        "vgg": summary(0.70, ipc=50, eval_mode="B") | by_network("ConvNetBN", "VGG11BN"),
+        "vgg": summary(0.70, ipc=50, random=0.21, eval_mode="B") | by_network("ConvNetBN", "VGG11BN"),
         "cross": summary(0.48, ipc=10, eval_mode="C") | by_network("VGG11", accuracy=0.48),
         "dm": summary(0.25, method="DM", ipc=10),
         "nette": summary(0.5, dataset="ImageNet", subset="imagenette", res=128, model="ConvNetD5"),
@@ -59,11 +59,13 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     assert seeds["measured"]["1"]["mean"] == pytest.approx(0.42)
     assert seeds["measured"]["1"]["std"] == pytest.approx(math.sqrt(2) * 0.02)
     assert [Path(path).name for path in seeds["measured"]["1"]["runs"]] == ["seed0", "seed1"]
+    assert seeds["paper"]["whitened"] == ["1", "10"]
     assert seeds["paper"]["accuracy"]["50"] == pytest.approx({"mean": 0.716, "std": 0.002})
     assert other["measured"]["1"]["mean"] == 0.30
     assert other["paper"] is None
-    (random,) = rows("1", "CIFAR10", "Random")
+    random, on_bn = rows("1", "CIFAR10", "Random")
     assert random["measured"]["1"]["mean"] == pytest.approx(0.16)
+    assert (on_bn["model"], on_bn["measured"]["50"]["mean"]) == ("ConvNetBN", 0.21)  # the first of the tested networks
     for method, mean in (("MTT, protocol datm", 0.50), ("Random, protocol datm", 0.35), ("MTT, best epoch", 0.60)):
         (row,) = rows("1", "CIFAR10", method)
         assert (row["measured"]["1"]["mean"], row["paper"]) == (mean, None)
@@ -133,14 +135,15 @@ def test_wrong_folders_are_refused(
 def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None:
     """Check that a repeated seed is one measurement, and that two folders of one name are two settings."""
 
-    def of_run(mean: float, seed: int, fingerprint: str = "f00d") -> dict[str, Any]:
+    def of_run(mean: float, seed: int, fingerprint: str = "f00d", **diverged: int) -> dict[str, Any]:
         options = {"dataset": "digits", "model": "MLP", "ipc": 1, "seed": seed}
-        accuracy = {"distilled": {"mean": mean, "std": 0.0, "n": 5}}
+        accuracy = {"distilled": {"mean": mean, "std": 0.0, "n": 5} | diverged}
         return {"accuracy": accuracy, "options": options, "data": {"fingerprint": fingerprint}}
 
-    runs = {"a": of_run(0.5, 0), "b": of_run(0.7, 1), "again": of_run(0.9, 1), "other": of_run(0.1, 0, "beef")}
+    runs = {"a": of_run(0.5, 0), "b": of_run(0.7, 1, diverged=3), "again": of_run(0.9, 1)}
+    runs["other"] = of_run(0.1, 0, "beef", diverged=2)
     ((both, other),) = measurements({Path(name): run for name, run in runs.items()}).values()
-    assert (both.runs, both.n) == (("a", "b"), 2)
+    assert (both.runs, both.n, both.diverged) == (("a", "b"), 2, 1)  # in one of two runs
     assert both.mean == pytest.approx(0.6)
     assert both.std == pytest.approx(0.02**0.5)
-    assert (other.runs, other.n, other.mean) == (("other",), 5, 0.1)
+    assert (other.runs, other.n, other.mean, other.diverged) == (("other",), 5, 0.1, 2)  # of five networks

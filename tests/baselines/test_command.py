@@ -267,22 +267,24 @@ def test_a_diverged_run_ends_and_its_checkpoints_are_as_often_as_asked_for(
     assert json.loads(metadata["progress"])["iteration"] == iterations
 
 
-@pytest.mark.parametrize("last", [0.4, 0.5])
+@pytest.mark.parametrize(("accuracies", "first"), [((0.3, 0.5, 0.4), 1), ((0.3, 0.5, 0.5), 1), ((0.0, 0.0, 0.0), 0)])
 def test_the_best_set_is_that_of_the_first_of_the_best_evaluations(
-    last: float, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accuracies: tuple[float, ...], first: int, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accuracies = {0: 0.3, 1: 0.5, 2: last}
-    monkeypatch.setattr(
-        "mtt_fast.commands.run_loop.evaluate",
-        lambda *_, indices, **__: Accuracy((accuracies[indices[0]],)),
-    )
-    assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
-    assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1
+    """Check it where the second network, which decides nothing, finds the best set to be the worst."""
+
+    def measured(*_: Any, name: str, indices: tuple[int], **__: Any) -> Accuracy:
+        (iteration,) = indices
+        return Accuracy((accuracies[iteration] if name == "ConvNetD1W4" else 1 - accuracies[iteration],))
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", measured)
+    assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1", "--eval_mode", "C") == 0
+    assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == first
     assert set_of(tmp_path / "run").recipe["iterations"] == 2
     accuracy_records = summary_of(tmp_path / "run")["accuracy"]
-    assert accuracy_records["distilled"]["mean"] == last
+    assert accuracy_records["distilled"]["mean"] == accuracies[2]
     best = accuracy_records["best_evaluation_chosen_on_the_test_images"]
-    assert (best["mean"], best["iteration"]) == (0.5, 1)
+    assert (best["mean"], best["iteration"]) == (accuracies[first], first)
 
 
 MISTAKES = [

@@ -55,7 +55,7 @@ def looped(
 
     try:
         run_to_the_end(
-            run, progress, title="it", iterate=iterate, shown=lambda seconds: {}, evaluate=evaluate, kinds=["evaluation"],
+            run, progress, title="it", iterate=iterate, shown=lambda seconds: {"s": f"{seconds:g}"}, evaluate=evaluate, kinds=["evaluation"],
             save=lambda evaluations: done.append(f"s{len(evaluations)}"), summarise=lambda stop: done.append("!"),
         )  # fmt: skip
     except Stopped as stopped:
@@ -71,6 +71,10 @@ def test_evaluations_are_at_the_start_when_due_and_at_the_end(tmp_path: Path) ->
 
 def test_what_was_evaluated_before_is_not_evaluated_again(tmp_path: Path) -> None:
     assert " ".join(looped(tmp_path, start=2, iterations=3, evaluated=[0, 2])) == "i3 e3 s3 !"
+
+
+def test_what_did_more_iterations_than_it_is_asked_for_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    assert " ".join(looped(tmp_path, start=3, iterations=2, evaluated=[0, 2])) == "e3 s3 !"
 
 
 def test_checkpoints_are_as_often_as_asked_for(tmp_path: Path) -> None:
@@ -115,3 +119,15 @@ def test_the_interval_of_checkpoints_begins_anew_after_each(tmp_path: Path, monk
     monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
     done = looped(tmp_path, eval_it=9, save_seconds=5, seconds=Seconds(lambda: 0.0))
     assert " ".join(done) == "e0 s1 i1 i2 s1 i3 i4 s1 i5 e5 s2 !"
+
+
+def test_the_bar_counts_on_from_where_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count()  # each look at it takes a second
+    monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
+    looped(tmp_path, start=2, iterations=3, evaluated=[0, 2], seconds=Seconds(lambda: 0.0))
+    said = capsys.readouterr().err
+    assert "| 2/3 [" in said
+    assert "| 3/3 [" in said
+    assert "s=1]" in said

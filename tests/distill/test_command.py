@@ -19,10 +19,12 @@ from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.distill.segments import student_batches
+from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
+from mtt_fast.training.protocols import Accuracy
 from tests.distill.command_runs import TOY, images_of, metrics_of, run
 
 
@@ -68,6 +70,91 @@ def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     assert not list(out.glob(".*.partial"))
 
 
+def test_the_summary_and_the_pictures_tell_what_was_evaluated(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put known accuracies in place of those of trained networks, and follow them, and what was asked for, to the end."""
+    out, calls, grids, curves = tmp_path / "run", list[Any](), list[Any](), list[Any]()
+    first = {"distilled, ConvNetD1W4": (0.1, 0.7, 0.4), "average over the iterations, ConvNetD1W4": (0.2, 0.3, 0.8)}
+
+    def evaluated(network: Any, train: Any, test: Any, lr: float, protocol: Any, **options: Any) -> Accuracy:
+        name, indices = options.pop("name"), options.pop("indices")
+        options.pop("stop")
+        calls.append((name, indices, train(torch.Generator()), lr, protocol, options))
+        begin = first[name][indices[0]] if indices else 0.25
+        return Accuracy((begin, begin + 0.1, begin + 0.2), diverged=0 if indices else 1)
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", evaluated)
+    monkeypatch.setattr("mtt_fast.commands.run_loop.save_grid", lambda _, panels, *__: grids.append(panels))
+    monkeypatch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *given: curves.append(given))
+    flags = (
+        "--Iteration 2 --eval_it 1 --ipc 2 --seed 3 --num_eval 3 --ema_decay 0.9 --max_experts 1 --networks_at_once 5 "
+        "--memory_budget 1GiB --protocol datm --precision fp32 --lr_per_step"
+    ).split()
+    assert run(*TOY, *experts, "--out", str(out), *flags) == 0
+
+    summary, store = (
+        json.loads((out / "summary.json").read_text()),
+        TrajectoryStore(next(Path(experts[-1]).glob("*/*"))),
+    )
+    final = torch.tensor([store.metadata(expert).accuracy[-1] for expert in range(2)], dtype=torch.float64)
+    of_experts = {"mean": float(final.mean()), "std": pytest.approx(float(final.std())), "n": 2}
+
+    def accuracy(begin: float, **others: Any) -> dict[str, Any]:
+        return {"mean": pytest.approx(begin + 0.1), "std": pytest.approx(0.1), "n": 3} | others
+
+    assert summary["accuracy"] == {
+        "distilled": accuracy(0.4),
+        "ema": accuracy(0.8),
+        "random_real_images": accuracy(0.25, lr=0.01, diverged=1),
+        "experts": of_experts,
+        "best_evaluation_chosen_on_the_test_images": accuracy(0.7, iteration=1),
+        "best_ema_evaluation_chosen_on_the_test_images": accuracy(0.8, iteration=2),
+    }
+    assert summary["accuracy_by_network"] == {
+        "distilled": {"ConvNetD1W4": accuracy(0.4)}, "ema": {"ConvNetD1W4": accuracy(0.8)}
+    }  # fmt: skip
+    assert summary["text"] == (
+        "distilled 50.00 % ± 10.00, average over the iterations 90.00 % ± 10.00, random real images 35.00 % ± 10.00 "
+        f"(1 of 3 diverged), experts on all the data {100 * final.mean():.2f} % ± {100 * final.std():.2f}"
+    )
+    sets = {
+        name: SyntheticDataset.load(out / f"{name}.safetensors") for name in ("synthetic", "ema", "best", "best_ema")
+    }
+    assert [sets[name].recipe["iterations"] for name in sets] == [2, 2, 1, 2]
+    assert (summary["iterations"], summary["learning_rate"]) == (2, pytest.approx(float(sets["synthetic"].lr)))
+    rates = sets["synthetic"].lr_per_step
+    assert rates is not None
+    assert summary["learning_rate_per_step"] == rates.tolist()
+    assert summary["learning_rate"] == pytest.approx(float(rates.mean()), rel=1e-6)
+    assert rates.unique().numel() == 3
+    assert (summary["experts"]["number"], summary["options"]["seed"], summary["method"]) == (1, 3, "MTT")
+    assert (summary["protocol"]["name"], summary["arithmetic"][:25]) == ("datm", "FusedConvNetStudent, fp32")
+    assert summary["data"] == sets["synthetic"].identity.record()
+
+    names = [(name, indices) for name, indices, *_ in calls]
+    assert names == [*((name, (iteration,)) for iteration in range(3) for name in first), ("random real images", ())]
+    for *_, protocol, options in calls:
+        assert (protocol.name, protocol.batch_size, protocol.epochs) == ("datm", 128, 2)
+        assert options == {"networks": 3, "seed": 3, "precision": "fp32", "at_once": 5, "memory_budget": "1GiB"}
+    trained_on = [calls[number][2:4] for number in (2, -3, -2, -1)]
+    for (images, lr), name in zip(trained_on, ("best", "synthetic", "ema"), strict=False):
+        assert images.pixels.equal(sets[name].images)
+        assert lr == float(sets[name].lr)
+    images, lr = trained_on[-1]
+    assert (images.labels.bincount().tolist(), lr) == ([2] * 10, 0.01)
+
+    titles = [[title for title, _ in panels] for panels in grids]
+    reach = "networks trained on them reach"
+    assert titles[1] == [
+        f"digits, 2 per class, real images: {reach} 20.00 % ± 10.00",
+        f"digits, 2 per class, distilled, 1 iterations: {reach} 80.00 % ± 10.00",
+    ]
+    assert grids[2][0][1].equal(grids[0][0][1])
+    assert grids[2][1][1].equal(sets["synthetic"].pictures())
+    assert [given[2] for given in curves] == [None, None, None, pytest.approx(0.35)]
+
+
 def test_a_finished_run_is_not_repeated(experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "run"
     flags = [*TOY, *experts, "--out", str(out)]
@@ -87,6 +174,49 @@ def test_resumed_is_bit_identical_to_uninterrupted(experts: list[str], tmp_path:
     assert torch.equal(images_of(whole), images_of(parts))
     steps = [[record for record in metrics_of(out) if record["kind"] == "step"] for out in (whole, parts)]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "synthetic.safetensors"])
+def test_a_run_that_dies_while_it_writes_a_set_writes_it_again(
+    name: str, experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Give later sets higher accuracies: the record of an evaluation may stand only where the sets that it is of do."""
+    flags = [*TOY, *experts, "--out", str(tmp_path), "--Iteration", "3"]
+    save = SyntheticDataset.save
+
+    def dying(self: SyntheticDataset, path: Path) -> None:
+        if (path.name, self.recipe["iterations"]) == (name, 3):
+            raise SystemExit
+        save(self, path)
+
+    def evaluated(*_: Any, indices: tuple[int, ...], **__: Any) -> Accuracy:
+        return Accuracy((sum(indices) / 10,))
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", evaluated)
+    monkeypatch.setattr(SyntheticDataset, "save", dying)
+    with pytest.raises(SystemExit):
+        run(*flags)
+    monkeypatch.setattr(SyntheticDataset, "save", save)
+    assert run(*flags) == 0
+    for each in ("best.safetensors", "synthetic.safetensors"):
+        assert SyntheticDataset.load(tmp_path / each).recipe["iterations"] == 3
+
+
+def test_a_run_that_goes_on_with_fewer_iterations_than_it_did_is_evaluated_as_it_is(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(options: Any, state: Any, *others: Any) -> Any:
+        if state.iteration == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return apply_gradients(options, state, *others)
+
+    monkeypatch.setattr("mtt_fast.distill.command.apply_gradients", stopping)
+    assert run(*TOY, *experts, "--out", str(tmp_path)) == 128 + signal.SIGTERM
+    assert run("--out", str(tmp_path), "--resume", "--Iteration", "4") == 0
+    summary, last = json.loads((tmp_path / "summary.json").read_text()), metrics_of(tmp_path)[-2]
+    assert (summary["iterations"], last["kind"], last["iteration"]) == (5, "evaluation", 5)
+    assert summary["accuracy"]["distilled"]["mean"] == last["accuracy_mean"]
+    assert SyntheticDataset.load(tmp_path / "synthetic.safetensors").recipe["iterations"] == 5
 
 
 def test_experts_trained_meanwhile_do_not_change_a_run(

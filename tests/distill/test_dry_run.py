@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,6 +212,24 @@ def test_the_time_is_that_of_every_image_in_every_step() -> None:
     assert times.iterations == 7 * 3 * 4 * 18 * (2 + 5)
     one, other = 3 * (one - 30) + 30, 3 * (other - 60) + 60
     assert times.rest == 2 * (2 * 4 * (one + other) + one)
+
+
+def test_the_time_is_scaled_from_the_fastest_of_some_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Let the fastest step of 16 images take a second, whatever is computed; saved activations leave 9 of 11 passes."""
+    clock = itertools.accumulate(itertools.cycle((0.0, 50.0, 0.0, 3.0, 0.0, 1.0)))  # looks before and after each step
+    monkeypatch.setattr("mtt_fast.distill.dry_run.time.perf_counter", lambda: next(clock))
+    flags = ["--Iteration", "4000", "--eval_it", "4000", "--memory_budget", "1GiB", "--out", f"{tmp_path}/run"]
+    lines = told(capsys, *TOY, *flags, "--buffer_path", f"{tmp_path}/buffers")
+    assert "9.0 convolution passes a step, 9 at least" in lines["memory"]
+    experts = 2 * 3 * (1442 / 16 + 355 / 48) / 60
+    iterations = 4000 * 3 * 10 * 2 / 16 * 9 / 11 / 3600
+    evaluations = 3 * (2 * 10 / 16 + 355 / 48)  # of the initial and the last images, and of random real ones
+    assert lines["time"].startswith(
+        f"about {iterations + experts / 60 + evaluations / 3600:.1f} h: experts {experts:.1f} min, "
+        f"iterations {iterations:.1f} h, evaluations {evaluations:.0f} s; scaled from steps of 16 images on cpu"
+    )
 
 
 def test_the_sizes_are_those_of_every_number() -> None:

@@ -26,6 +26,7 @@ from mtt_fast.storage.metrics import read_records
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.protocols import evaluate as measure
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -195,6 +196,32 @@ def test_the_average_is_evaluated_on_networks_of_its_own(experts: list[str], tmp
     best = max(record["accuracy_mean"] for record in records_of(slow, "ema_evaluation"))
     assert accuracy["best_ema_evaluation_chosen_on_the_test_images"]["mean"] == best
     assert "ema" not in summary_of_a_run_without(experts, tmp_path)["accuracy"]
+
+
+def test_a_run_that_dies_between_two_evaluations_goes_on_with_the_second(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = [*TOY, *experts, "--ema_decay", "0.9"]
+    assert run(*words, "--out", str(whole)) == 0
+    dies, evaluated = True, list[tuple[str, tuple[int, ...]]]()
+
+    def dying(*arguments: Any, name: str, indices: tuple[int, ...], **options: Any) -> Accuracy:
+        if dies and (name[:7], indices) == ("average", (2,)):
+            raise SystemExit
+        evaluated.append((name[:7], indices))
+        return measure(*arguments, name=name, indices=indices, **options)
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", dying)
+    with pytest.raises(SystemExit):
+        run(*words, "--out", str(broken))
+    dies = False
+    evaluated.clear()
+    assert run("--out", str(broken), "--resume") == 0
+    assert evaluated == [("average", (2,)), ("distill", (4,)), ("average", (4,)), ("random ", ())]
+    assert read_records(broken / "metrics.jsonl") == read_records(whole / "metrics.jsonl")
+    accuracies = [summary_of(folder)["accuracy"] for folder in (broken, whole)]
+    assert accuracies[0] == accuracies[1]
 
 
 def summary_of_a_run_without(experts: list[str], folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from mtt_fast.storage.checkpoint import State, experts_of_run, load_checkpoint, save_checkpoint
 from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.run_folder import CHECKPOINT
+from mtt_fast.storage.run_folder import CHECKPOINT, read_config, write_config
 
 
 def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
@@ -38,3 +39,10 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
     old = load_checkpoint(tmp_path, torch.device("cpu"))
     assert old is not None
     assert (old.iteration, old.repeated) == (7, 0)
+
+
+def test_every_option_comes_back_whatever_its_value(tmp_path: Path) -> None:
+    """Check that an option that is off is written: its default may be on, and a run would go on with that."""
+    options: dict[str, Any] = {"dsa": False, "lr_lr": 0.0, "seed": 0, "eval_mode": "", "models": [], "zca": True}
+    write_config(tmp_path, options | {"subset": None}, "a note")
+    assert read_config(tmp_path) == options

@@ -54,15 +54,20 @@ def test_a_run_that_was_killed_after_its_checkpoint_does_those_iterations_again_
         log = MetricsLog(tmp_path, iteration)
         for number in range(iteration + 1, to + 1):
             log.write("step", number, loss=loss, lr=0.5)
+            log.write("gradient", number, cosine=1.0)
         log.close()
         return log
+
+    def losses_in(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+        return [(record["iteration"], record["loss"]) for record in records if record["kind"] == "step"]
 
     went_on(0, 4, 1.0)
     again = went_on(2, 3, 3.0)  # the last checkpoint was that of iteration 2
     losses = [(1, 1.0), (2, 1.0), (3, 3.0)]
-    assert [(record["iteration"], record["loss"]) for record in again.records] == losses
-    assert [(record["iteration"], record["loss"]) for record in read_records(tmp_path / METRICS)] == losses
-    assert scalars_in(tmp_path / "events")["step/loss"] == losses
+    assert losses_in(again.records) == losses_in(read_records(tmp_path / METRICS)) == losses
+    scalars = scalars_in(tmp_path / "events")
+    assert scalars["step/loss"] == losses
+    assert scalars["gradient/cosine"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
 class FullDisk(io.FileIO):

@@ -94,6 +94,22 @@ def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch:
     assert result.diverged == 2
 
 
+def test_a_training_is_judged_by_the_losses_of_all_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def noted(losses: Tensor, *state: Tensor) -> Tensor:
+        seen.append(losses)
+        return has_diverged(losses, *state)
+
+    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", noted)
+    net = network_by_name("MLP", (1, 6, 6), 3)
+    images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    protocol = EvaluationProtocol(epochs=21, augment="none", best_epoch=True)
+    measure(net, lambda _: images, images, 0.01, protocol, networks=1, seed=0)
+    assert [len(losses) for losses in seen] == [10, 20, 22]
+    assert seen[2][:10].equal(seen[0])
+
+
 def test_a_network_that_diverges_after_its_best_epoch_keeps_that_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     tests: list[bool] = []
 
