@@ -183,6 +183,11 @@ class ExpertOptions(ExpertTrainingOptions):
         plain = self.training_at(self.lr_teacher, self.batch_train)
         if self.sort_method is None:
             return plain
+        if not Path(self.sort_method).is_file():
+            raise InputError(
+                f"--sort_method {self.sort_method}: expected a file such as data_indices/CIFAR10_GraNd.pt of PAD's code, found none; "
+                "mend the path"
+            )
         curriculum = Curriculum(
             read_order(self.sort_method),
             init_ratio=self.init_ratio,
