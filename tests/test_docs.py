@@ -15,8 +15,10 @@ import torch
 import mtt_fast
 import mtt_fast.interop
 from mtt_fast import evaluate
+from mtt_fast.commands import cli
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
+from mtt_fast.experts import main as train_experts
 from mtt_fast.testing import assert_close, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +140,29 @@ def test_the_other_blocks_on_porting_do_what_they_say() -> None:
     assert space["images"].grad.any()
     exec(tesla, space)
     torch.testing.assert_close(space["images_ours"], space["images_theirs"])
+
+
+def test_the_order_by_difficulty_is_one_for_a_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = blocks_of("methods.md")
+    for ours, toy in {
+        '"CIFAR10"': '"digits"',
+        "zca=True": "zca=False",
+        "ConvNet()": "ConvNet(1, 10, 8, 4, 1)",
+        "buffers/CIFAR10/ConvNet": "buffers/digits/ConvNetD1W4",
+        "expert, 10": "expert, 2",
+        "range(10)]": "range(2)]",
+    }.items():
+        assert block.count(ours) == 1, ours
+        block = block.replace(ours, toy)
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 2 --lr_teacher 0.1".split()
+    assert cli.run(train_experts, flags) == 0
+    space: dict[str, Any] = {}
+    exec(block, space)
+    assert cli.run(train_experts, [*flags, "--buffer_path", "others", "--sort_method", "order.pt"]) == 0
+    right = space["net"](space["theta"], space["images"].batch(slice(None))[0]).argmax(1) == space["images"].labels
+    first, last = (torch.cat([row[part] for row in torch.load("order.pt")]) for part in (slice(20), slice(-20, None)))
+    assert right[first].double().mean() > right[last].double().mean()
 
 
 def blocks_of(page: str) -> list[str]:
