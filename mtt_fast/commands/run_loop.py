@@ -244,6 +244,11 @@ def draw_set(
         save_snapshot(snapshot, synthetic.pictures(), synthetic.classes)
 
 
+def iterations_in_words(count: int) -> str:
+    """Return `count` with its noun, as "1 iteration"."""
+    return f"{count} iteration{'' if count == 1 else 's'}"
+
+
 def draw_curves(run: LoopRun, baseline: float | None = None) -> None:
     """Write curves.png, where the accuracy of random real images is `baseline`, if it is known."""
     save_curves(run.folder / "curves.png", run.metrics.records, baseline)

@@ -20,6 +20,7 @@ from mtt_fast.commands.run_loop import (
     draw_set,
     evaluate_and_save,
     evaluate_network,
+    iterations_in_words,
     write_summary,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -94,7 +95,7 @@ def _draw(run: DistillRun, state: State, synthetic: SyntheticDataset) -> None:
     first = dataclasses.replace(synthetic, images=run.first_images)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
-        title = _INITIAL_IMAGES[run.options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
+        title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
         if synthetic.canvas:
             title, pictures = f"textures, {title}, each tiled {_TILES} by {_TILES}", tiled(pictures, _TILES)
         panels.append((title, pictures, run.metrics.find("evaluation", iteration)))
