@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
-from mtt_fast.commands.accuracies import accuracy_fields, accuracy_record, percent
+from mtt_fast.commands.accuracies import accuracy_fields, accuracy_in_words, accuracy_record
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
     SET_NAMES,
@@ -161,4 +161,4 @@ def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict
 
 
 def _labelled(record: Record) -> str:
-    return percent(record) + (" (best epoch)" if record.get("best_epoch") else "")
+    return accuracy_in_words(record) + (" (best epoch)" if record.get("best_epoch") else "")
