@@ -45,8 +45,9 @@ from mtt_fast.distill.gradients import (
 )
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_with_given
+from mtt_fast.distill.planning import planned
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import Segment, planned, read_segment, segment_numbers
+from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
