@@ -1,7 +1,7 @@
 """Distil frequencies in place of pixels (FreD): two images for the numbers of one. `python examples/frequency.py --help`.
 
-D. Shin, S. Shin, I.-C. Moon, NeurIPS 2023. Only the frequencies of the cosine transform are learned that differ most between
-real images. The images are computed from them, and autograd carries the exact gradient on.
+D. Shin, S. Shin, I.-C. Moon, NeurIPS 2023. It learns those frequencies of the cosine transform that differ most between real
+images. The images are computed from them, and autograd carries the exact gradient on.
 """
 
 import math

@@ -6,7 +6,6 @@ Expert i depends only on (seed, i), and is written as soon as it is trained, so 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import sys
@@ -85,8 +84,8 @@ class ExpertTraining:
 
     def record(self) -> dict[str, Any]:
         """Return the hyperparameters as the metadata of an expert hold them."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"curriculum": self.curriculum and self.curriculum.record()}
+        record = {name: value for name, value in vars(self).items() if name != "curriculum"}
+        return record | (self.curriculum.record() if self.curriculum else {})
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def test_what_a_page_says_of_the_successors_options(tmp_path: Path) -> None:
         "protocol": {"text": "protocol toy: the BEST epoch"},
         "gradient": {"kind": "truncated (approximate)"},
         "learning_rate": 0.02, "learning_rate_per_step": [0.01, 0.03],
-        "skipped_iterations": 0, "iterations_above_threshold": 17, "options": options,
+        "skipped_iterations": 0, "iterations_repeated_in_tf32": 6, "iterations_above_threshold": 17, "options": options,
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     evaluation = {"iteration": 0, "accuracy_mean": 0.5, "accuracy_std": 0.1, "networks": 2}
@@ -187,6 +187,7 @@ def test_what_a_page_says_of_the_successors_options(tmp_path: Path) -> None:
     assert "Evaluation: protocol toy: the BEST epoch." in text
     assert "gradient truncated (approximate)" in text
     assert "of each step 0.01, 0.03" in text
+    assert "iterations repeated in tf32 6" in text
     assert "iterations above the threshold 17" in text
     assert "not finite" not in text
     assert "Cosine of the approximate gradient to the exact one" in text

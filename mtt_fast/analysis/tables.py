@@ -21,7 +21,7 @@ from mtt_fast.analysis.measured import Measured, Setting, measurements
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked
-from mtt_fast.commands.published import Paper, Published, published
+from mtt_fast.commands.published import Paper, Published, published_numbers
 from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import write_text
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     options = parsing.parse(TablesOptions, argv, PROGRAM)
     if not options.runs:
         raise InputError(f"expected run folders; see {PROGRAM} --help")
-    paper = published()
+    paper = published_numbers()
     tables = rows_by_table(measurements(finished_runs(options.runs)), paper.rows, list(paper.titles))
     folder = Path(options.out)
     text = "\n".join(

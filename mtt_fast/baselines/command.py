@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         return
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
-        _run(name, options, given, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
+        _run(name, options, given, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
 
 
 def _help() -> str:
@@ -112,11 +112,12 @@ def _run(
     name: str,
     options: BaselineOptions,
     given: Set[str],
-    folder: Path,
     device: torch.device,
     command: str,
     seconds: Seconds,
 ) -> None:
+    """Make the set of the method called `name`. `given` are the options on the command line, which is `command`."""
+    folder = options.folder(name)
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)

@@ -145,31 +145,35 @@ class EvaluatedSet:
 
         Raises `InputError` for files that are broken or of another data set.
         """
-        source, options, device = self.source, self.options, real.test.labels.device
-        if self.synthetic is not None:
-            images, learned = as_training_images(self.synthetic, device), float(self.synthetic.lr)
-        elif source == RANDOM:
+        source, options = self.source, self.options
+        if source == RANDOM:
             check_enough(real.data, options.ipc)
             return (
                 lambda generator: random_subset(real, options.ipc, generator),
                 REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
             )
-        else:
-            pair = read_pair(source, options.label_kind)
-            if pair.label_kind != "indices" and options.label_kind is None:
-                log.info("labels are soft; taken as %s", pair.label_kind)
-            for line in doubts(source, pair, zca=options.zca):
-                log.warning("%s", line)
-            labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
-            canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
-            images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
-            learned = REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
+        images, learned = self._images_and_lr(real.test.labels.device)
         check_shape(images, real.data, source)
         classes = real.data.num_classes
         present = check_classes(images.labels, classes, source)
         if present < classes:
             log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
         return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
+
+    def _images_and_lr(self, device: torch.device) -> tuple[Images, float]:
+        """Return the images of the set, and its learning rate; of files without a rate, that of real images."""
+        if self.synthetic is not None:
+            return as_training_images(self.synthetic, device), float(self.synthetic.lr)
+        options = self.options
+        pair = read_pair(self.source, options.label_kind)
+        if pair.label_kind != "indices" and options.label_kind is None:
+            log.info("labels are soft; taken as %s", pair.label_kind)
+        for line in doubts(self.source, pair, zca=options.zca):
+            log.warning("%s", line)
+        labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
+        canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
+        images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
+        return images, REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
 
 
 def check_shape(images: Images, data: ImageData, source: str) -> None:

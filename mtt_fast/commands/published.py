@@ -44,7 +44,7 @@ class Paper(NamedTuple):
     """of the authors' experts, by data set: seconds_per_epoch; gpu_hours of so many experts; megabytes_per_expert"""
 
 
-def published() -> Paper:
+def published_numbers() -> Paper:
     """Return the content of published.toml."""
     with resources.as_file(resources.files(__package__) / "published.toml") as path:
         content = read_toml(path)

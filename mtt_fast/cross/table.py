@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtt_fast.commands.published import published
+from mtt_fast.commands.published import published_numbers
 from mtt_fast.commands.tables import markdown_table, percent, save_figure
 
 
@@ -35,7 +35,7 @@ def quoted_for(cells: Sequence[dict[str, Any]]) -> list[Quoted]:
     """Return the accuracies that Table 3, and later tables like it, report for the data sets and numbers of images in `cells`."""
     settings = {(cell["question"]["dataset"], str(cell["question"]["ipc"])) for cell in cells}
     accuracies_by_set: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
-    for row in published().rows:
+    for row in published_numbers().rows:
         for ipc, accuracy in row.accuracy.items():
             if row.table == "3" and (row.dataset, ipc) in settings:
                 accuracies_by_set.setdefault((row.method, row.dataset, ipc, row.source), {})[row.model] = accuracy

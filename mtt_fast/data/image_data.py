@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtt_fast.data.set_checks import MOST_CLASSES, check_names
+from mtt_fast.data.set_checks import MOST_CLASSES, check_names, check_normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import plain_tensor
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
@@ -116,7 +116,7 @@ def from_tensors(
         computed = channel_statistics(train_split.images)
         mean, std = computed[0] if mean is None else mean, computed[1] if std is None else std
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    check_statistics(name, mean, std, shape[0])
+    check_normalisation(mean, std, shape[0], name)
     digest = fingerprint(train_split, test_split, class_names, mean, std)
     return ImageData(name, tuple(class_names), mean, std, train_split, test_split, digest, None)
 
@@ -168,16 +168,6 @@ def check_several(name: str, class_names: Sequence[str]) -> None:
         raise InputError(
             f"{name}: expected at least two classes, found {'none' if not class_names else 'one'}"
             f"{''.join(f' ({only!r})' for only in class_names)}; add the images of another class"
-        )
-
-
-def check_statistics(name: str, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
-    """Raise `InputError` unless there are one mean and one positive standard deviation a channel, all finite."""
-    if not len(mean) == len(std) == channels or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise InputError(
-            f"{name}: expected {channels} means and {channels} positive deviations, found {tuple(mean)} and "
-            f"{tuple(std)}; "
-            "give one of each per channel"
         )
 
 

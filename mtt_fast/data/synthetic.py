@@ -86,10 +86,7 @@ class SyntheticDataset:
     @property
     def classes(self) -> Tensor:
         """Return the class of each image, (n,) int64; with soft labels by its place, as learned ones may favour another."""
-        if self.label_kind == "indices":
-            return self.labels
-        place = torch.arange(len(self.labels), device=self.labels.device)
-        return place * len(self.class_names) // len(place)
+        return self.labels if self.label_kind == "indices" else classes_by_place(self.labels, len(self.class_names))
 
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
@@ -153,6 +150,11 @@ _RECORD = {
     "fingerprint": str,
 }  # fmt: skip
 """The fields of a set's record, and their types."""
+
+
+def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the class of each image (n,) int64 in class-major order, whatever its label."""
+    return torch.arange(len(labels), device=labels.device) * num_classes // len(labels)
 
 
 def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:

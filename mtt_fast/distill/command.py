@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +45,9 @@ from mtt_fast.distill.gradients import (
 )
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_with_given
+from mtt_fast.distill.planning import planned
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import Segment, planned, read_segment, segment_numbers
+from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
@@ -82,23 +82,23 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     if not options.dry_run and is_finished(folder, options, options.Iteration):
         return
     check_output_folder(folder, "choose another `out`")
-    if options.dry_run:
-        with numerics(device, options.precision):
-            print(dry_run(options, folder, device, requested))
-        return
     with numerics(device, options.precision):
-        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds, precision)
+        if options.dry_run:
+            print(dry_run(options, folder, device, requested))
+        else:
+            _run(options, requested, device, shlex.join([*PROGRAM.split(), *argv]), seconds, precision)
 
 
 def _run(
     options: DistillOptions,
     requested: Mapping[str, Any],
-    folder: Path,
     device: torch.device,
     command: str,
     seconds: Seconds,
     precision: Precision | None,
 ) -> None:
+    """Distil as `options` say. `requested`: see `check_experts`; `command` is the command line; `precision`: see `main`."""
+    folder = options.folder()
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         # before images are fetched and packed
         check_options_fit(options, info, options.network(info), device)

@@ -16,7 +16,7 @@ from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of, otherwise_whitened
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.segments import planned
+from mtt_fast.distill.planning import planned
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
@@ -37,12 +37,20 @@ class SecondsPerImage(NamedTuple):
     tangent: float
 
 
-class _Estimate(NamedTuple):
-    """An estimate of seconds or bytes: of the experts, of the iterations, and of the evaluations or the data."""
+class EstimatedSeconds(NamedTuple):
+    """An estimate of the seconds that the parts of a run take."""
 
     experts: float
     iterations: float
-    rest: float
+    evaluations: float
+
+
+class EstimatedBytes(NamedTuple):
+    """An estimate of the bytes that a run writes."""
+
+    experts: float
+    run_folder: float
+    packed_data: float
 
 
 def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
@@ -64,7 +72,6 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)
-    saved = plan.passes / plan.work.student.passes[0]  # by saved activations
     steps = [(network, precision)] + [
         (each, precision_on(device, each, options.precision))
         for each in (network, *options.evaluated_networks(info).values())
@@ -73,8 +80,15 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         step: _measured_seconds(*step, info.image_shape, device) for step in dict.fromkeys(steps)
     }
     of_student, of_expert, *of_evaluated = (costs[step] for step in steps)
-    of_evaluations = [each.gradient for each in of_evaluated]
-    seconds = estimated_seconds(options, info, inventory.missing, of_student, of_expert.gradient, of_evaluations, saved)
+    seconds = estimated_seconds(
+        options,
+        info,
+        inventory.missing,
+        of_student,
+        share=plan.passes / plan.work.student.passes[0],
+        expert=of_expert.gradient,
+        evaluated=[each.gradient for each in of_evaluated],
+    )
     size = estimated_bytes(options, info, network.num_parameters, inventory.missing, inventory.uncompressed)
     lines = {
         "recipe": _recipe(options),
@@ -89,10 +103,10 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "precision": describe_numerics(device, network, options.precision, iterations=True),
         "memory": str(plan).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
-        f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
+        f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.evaluations)}; scaled from steps of {_SAMPLES} images "
         f"on {device}, one network after another",
-        "disk": f"about {_bytes(sum(size))}: experts {_bytes(size.experts)}, run folder {_bytes(size.iterations)}, "
-        f"packed data set {_bytes(size.rest)}; free {_bytes(_free(folder))}",
+        "disk": f"about {_bytes(sum(size))}: experts {_bytes(size.experts)}, run folder {_bytes(size.run_folder)}, "
+        f"packed data set {_bytes(size.packed_data)}; free {_bytes(_free(folder))}",
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
 
@@ -143,13 +157,15 @@ def estimated_seconds(
     info: DatasetInfo,
     missing: int,
     cost: SecondsPerImage,
+    *,
+    share: float,
     expert: float,
     evaluated: Sequence[float],
-    saved: float,
-) -> _Estimate:
-    """Return the seconds of a run in which an image takes `cost` in the student's steps, and `expert` and `evaluated` in the others'.
+) -> EstimatedSeconds:
+    """Return the seconds of a run which has `missing` experts trained.
 
-    Of `cost`, saved activations leave the share `saved`.
+    An image takes `cost` in a student's step, of which saved activations leave a `share`; `expert` seconds in a step of an
+    expert, and `evaluated` in one of each evaluated network.
     """
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * info.num_classes
@@ -161,11 +177,11 @@ def estimated_seconds(
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
     evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
-    return _Estimate(
+    return EstimatedSeconds(
         experts=missing * options.train_epochs * (info.train * gradients * expert + info.test * forward),
-        iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
+        iterations=steps * batch * (cost.gradient + cost.tangent) * share,
         # of the first network on random real images too
-        rest=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
+        evaluations=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
     )
 
 
@@ -176,18 +192,18 @@ def _set_count(options: DistillOptions) -> int:
 
 def estimated_bytes(
     options: DistillOptions, info: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
-) -> _Estimate:
-    """Return the bytes that a run writes."""
+) -> EstimatedBytes:
+    """Return the bytes that a run writes, which has `missing` experts trained and `uncompressed` ones compressed."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
     images = 4 * options.ipc * info.num_classes * values * options.tiles
     sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
-    return _Estimate(
+    return EstimatedBytes(
         experts=4 * rows * num_parameters,
         # each set and the best one of it; the checkpoint's images with their velocity and their average
-        iterations=2 * sets * (images + whitening) + (1 + sets) * images,
-        rest=info.packed_bytes,
+        run_folder=2 * sets * (images + whitening) + (1 + sets) * images,
+        packed_data=info.packed_bytes,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
-from mtt_fast.commands.accuracies import accuracy_fields, accuracy_record, percent
+from mtt_fast.commands.accuracies import accuracy_fields, accuracy_in_words, accuracy_record
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
     SET_NAMES,
@@ -20,6 +20,7 @@ from mtt_fast.commands.run_loop import (
     draw_set,
     evaluate_and_save,
     evaluate_network,
+    iterations_in_words,
     write_summary,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -94,7 +95,7 @@ def _draw(run: DistillRun, state: State, synthetic: SyntheticDataset) -> None:
     first = dataclasses.replace(synthetic, images=run.first_images)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
-        title = _INITIAL_IMAGES[run.options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
+        title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
         if synthetic.canvas:
             title, pictures = f"textures, {title}, each tiled {_TILES} by {_TILES}", tiled(pictures, _TILES)
         panels.append((title, pictures, run.metrics.find("evaluation", iteration)))
@@ -160,4 +161,4 @@ def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict
 
 
 def _labelled(record: Record) -> str:
-    return percent(record) + (" (best epoch)" if record.get("best_epoch") else "")
+    return accuracy_in_words(record) + (" (best epoch)" if record.get("best_epoch") else "")

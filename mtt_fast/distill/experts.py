@@ -224,8 +224,11 @@ def _remarks(
         )
     if first.imported and requested:
         yield training_unknown(requested)
-    if (augment := hyperparameters_of(first).get("augment", options.strategy)) != options.strategy:
+    trained = hyperparameters_of(first)
+    if (augment := trained.get("augment", options.strategy)) != options.strategy:
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
+    if trained.get("sort_method"):
+        yield "trained on a curriculum of images, easy ones first (PAD)"
 
 
 def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.planning import in_tf32
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import Segment, augmentation, in_tf32, step_indices
+from mtt_fast.distill.segments import Segment, augmentation, step_indices
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -109,8 +110,8 @@ class PendingGradients(NamedTuple):
     plan: Plan
     """the plan whose memory was enough"""
     iteration_for: Callable[..., Iteration]
-    """see `start_gradients`, as `graph`; both are for a repetition"""
     graph: bool = True
+    """arguments of `start_gradients`, for a repetition in tf32"""
 
 
 def start_gradients(

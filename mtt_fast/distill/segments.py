@@ -6,7 +6,6 @@ segment follow from the seed and the segment's number alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,15 +13,11 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy
-from mtt_fast.augmentation.texture import Canvas, CanvasCrops
+from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.engine.draws import draw_steps
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.memory_plan import Plan, plan, plan_for
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import Precision
-from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 
 Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
@@ -121,38 +116,3 @@ def student_batches(count: int, batch: int | None, steps: int, generator: torch.
     while len(batches) < steps:
         batches += reversed(torch.randperm(count, generator=generator).split(batch or count))
     return batches[:steps]
-
-
-def planned(
-    options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
-) -> Plan:
-    """Return the memory plan of an iteration's student steps on `images` (n, C, H, W), or on n canvases of such images.
-
-    Raises `InputError` for a budget that is too small, in fp16 also for one in which tf32 would not fit: see `in_tf32`.
-    """
-    if precision == "fp16":
-        planned(options, network, images, device, "tf32")
-    canvas = options.canvas or Canvas(1)
-    count, channels, height, width = images
-    return plan(
-        network,
-        images=(count, channels, height * canvas.size, width * canvas.size),
-        steps=options.syn_steps,
-        batch=(options.batch_syn or count) * canvas.samples,
-        memory_budget=options.memory_budget,
-        microbatch=options.microbatch,
-        device=device,
-        momentum=options.student_mom,
-        augment=augmentation(options) or False,
-        label_kind=options.label_kind,
-        path_gradient=options.match_step == "nearest",
-        precision=precision,
-    )
-
-
-def in_tf32(plan: Plan) -> Plan:
-    """Return the plan with which an iteration that `plan` does in fp16 is repeated in tf32, in the same memory."""
-    student = plan.work.student
-    assert isinstance(student, FusedConvNetStudent)
-    work = dataclasses.replace(plan.work, student=dataclasses.replace(student, precision="tf32"))
-    return plan_for(work, plan.budget, None if plan.budget else plan.microbatch)

@@ -49,9 +49,8 @@ def update(
 ) -> None:
     """Step by SGD with momentum in pixels, learning rate and labels, if they are learned, in the iteration `state.iteration`.
 
-    Each learning rate of the student stays positive.
-
-    The average of the images, if there is one, moves towards the new images (FTD).
+    Each learning rate of the student stays positive. The average of the images, if there is one, moves towards the new images
+    (FTD).
     """
     lr_img = options.lr_img * (0.5 ** ((state.iteration - 1) // _DECAY_AFTER) if options.lr_decay else 1)
     _descend(state.images, state.images_velocity, images_gradient, lr_img, PIXEL_MOMENTUM)

@@ -152,16 +152,16 @@ class FusedConvNetStudent:
         packed, summands = sum(weight.packed for weight in weights), [weight.summands for weight in weights]
         of_weights = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
         small = each * image_shape.numel() + parameters - of_weights  # channels last; the other results
-        alone = ImageBlockBytes(0, 0, 0, 0, 0)
+        image_block = ImageBlockBytes(0, 0, 0, 0, 0)
         if self._has_image_block(image_shape, device):
             ys[0], convolved = 0, layers[1:]
-            alone = image_block_bytes(layers[0], batch, of_planes, dtype)
+            image_block = image_block_bytes(layers[0], batch, of_planes, dtype)
             packed -= weights[0].packed
             summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
-            small = alone.patches + alone.folded + parameters - of_weights
+            small = image_block.patches + image_block.folded + parameters - of_weights
         small += packed
         # of the direction, which fp16 scales
-        along = packed + alone.folded + (parameters if self.precision == "fp16" else 0)
+        along = packed + image_block.folded + (parameters if self.precision == "fp16" else 0)
         results = sum(summands) + parameters  # and their sum
         left = [sum(summands[block:]) for block in range(len(layers))]  # by the blocks that the backward has passed
         forward_sweep = sum(xs) + sum(ys) + 3 * features
@@ -172,13 +172,13 @@ class FusedConvNetStudent:
         ]
         dual_copies, dual_parts = [weight.dual_copies for weight in weights], [weight.dual_parts for weight in weights]
         backward_sweep = _with_work(backward_sweep, [2 * after for after in pooled], dual_copies, dual_parts)
-        backward_sweep[0] += alone.linear + max(alone.columns, 2 * alone.sums)
+        backward_sweep[0] += image_block.linear + max(image_block.columns, 2 * image_block.sums)
         # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
         backward_sweep[-1] += 3 * features
         backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
         copies, parts = [weight.copies for weight in weights], [weight.parts for weight in weights]
         backward = _with_work(backward, pooled, copies, parts)
-        backward[0] += alone.sums
+        backward[0] += image_block.sums
         backward[-1] = max(forward_sweep, backward[-1])
         # ȳ is not written over y, and p̄ are saved
         saving = [
@@ -186,14 +186,14 @@ class FusedConvNetStudent:
             for block, passed in enumerate(left)
         ]
         saving = _with_work(saving, [0] * len(layers), copies, parts)
-        saving[0] += alone.sums
+        saving[0] += image_block.sums
         both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
         return StepBytes(
             gradient=max(*(planes + passed for planes, passed in zip(backward, left, strict=True)), results) + small,
             gradient_saving=max(forward_sweep, *saving, results) + small,
             gradient_jvp=max(*both_sweeps, results) + small + along,
             gradient_jvp_saved=max(max(both_sweeps) - sum(ys), results) + small + along,
-            saved=sum(ys) + sum(pooled) + alone.patches,
+            saved=sum(ys) + sum(pooled) + image_block.patches,
             work=kernels.work_bytes(batch, convolved, *of_products),
         )
 

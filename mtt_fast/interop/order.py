@@ -36,10 +36,11 @@ def check_order(order: Sequence[Tensor], labels: Tensor, where: object) -> None:
     Raises `InputError` otherwise.
     """
     every = torch.cat(list(order))
-    if len(every) != len(labels) or not torch.equal(every.sort().values, torch.arange(len(labels))):
+    if not torch.equal(every.sort().values, torch.arange(len(labels))):
+        different = len(every[(every >= 0) & (every < len(labels))].unique())
         raise InputError(
-            f"{where}: expected each of the {len(labels)} training images once, found {len(every)} indices that are others; give "
-            "the order of this data set"
+            f"{where}: expected each of the {len(labels)} training images once, found {len(every)} indices, of {different} of them; "
+            "give the order of this data set"
         )
     classes = torch.arange(len(order)).repeat_interleave(torch.tensor([len(row) for row in order]))
     wrong = int((labels.cpu()[every] != classes).sum())

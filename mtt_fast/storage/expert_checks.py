@@ -23,8 +23,8 @@ FLAGS = {
 }  # fmt: skip
 """The option of a distillation for each of an expert's hyperparameters that the student does not share."""
 
-_NOT_RECORDED = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False, "curriculum": None}
-"""The values for experts that do not record them: they were trained by plain SGD, and on all images in each epoch."""
+_NOT_RECORDED = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False, "sort_method": None}
+"""The values where they are not recorded: such experts were trained by plain SGD, and on all images in each epoch."""
 
 
 def hyperparameters_of(metadata: ExpertMetadata) -> dict[str, Any]:
@@ -146,7 +146,8 @@ def check_same_training(
             f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
             "choose another `buffer_path`"
         )
-    expected = dict(hyperparameters) | {
+    expected = _NOT_RECORDED | {
+        **hyperparameters,
         "seed": seed,
         "store_dtype": dtype_name(dtype),
         "precision": _rounding(precision),
@@ -156,8 +157,8 @@ def check_same_training(
     for name, value in expected.items():
         if found.get(name) != value:
             raise InputError(
-                f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or give the "
-                "options that the experts there were trained with"
+                f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or train further ones "
+                "by `python -m mtt_fast.experts` with the options of those there"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,15 +44,15 @@ class Curriculum:
         epochs = [self.add_end_epoch, self.rm_epoch_first, self.rm_epoch_second]
         if epochs != sorted(epochs):
             raise InputError(
-                f"--add_end_epoch {epochs[0]}, --rm_epoch_first {epochs[1]}, --rm_epoch_second {epochs[2]}: expected them in "
-                "this order"
+                f"`add_end_epoch` {epochs[0]}, `rm_epoch_first` {epochs[1]}, `rm_epoch_second` {epochs[2]}: expected none to be less "
+                "than the one before"
             )
-        empty = [number for number, members in enumerate(self.order) if int(self.init_ratio * len(members)) < 1]
-        if empty:
-            raise InputError(
-                f"--init_ratio {self.init_ratio:g}: expected an image of each class in epoch 0, found none of class {empty[0]}, which "
-                f"has {len(self.order[empty[0]])}; raise it"
-            )
+        for label, members in enumerate(self.order):
+            if int(self.init_ratio * len(members)) < 1:
+                raise InputError(
+                    f"`init_ratio` {self.init_ratio:g}: expected an image of each class in epoch 0, found none of class {label}, which "
+                    f"has {len(members)} images; give a larger share"
+                )
 
     def shares(self, epoch: int) -> tuple[float, float]:
         """Return the part of each class's images that `epoch` visits: from which share of their order to which."""
@@ -68,6 +68,8 @@ class Curriculum:
         return torch.cat([members[int(first * len(members)) : int(last * len(members))] for members in self.order])
 
     def record(self) -> dict[str, Any]:
-        """Return the fields for a record, with a checksum in place of the order."""
-        digest = hashlib.sha256(torch.cat(list(self.order)).long().numpy().tobytes())
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"order": digest.hexdigest()}
+        """Return the fields by the names of the flags, with a checksum of the order as `sort_method`."""
+        digest = hashlib.sha256(torch.cat(list(self.order)).long().numpy().tobytes()).hexdigest()
+        return {"sort_method": f"sha256:{digest}"} | {
+            name: value for name, value in vars(self).items() if name != "order"
+        }

@@ -10,7 +10,7 @@ import pytest
 
 from mtt_fast.analysis.measured import Measured, Setting, measurements
 from mtt_fast.analysis.tables import rows_by_table
-from mtt_fast.commands.published import published
+from mtt_fast.commands.published import published_numbers
 from mtt_fast.storage.files import write_json
 from tests.analysis.helpers import read, run
 
@@ -102,7 +102,7 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
 
 
 def test_a_network_that_the_paper_lacks_stands_in_the_table_of_its_subset() -> None:
-    paper = published()
+    paper = published_numbers()
     setting, mine = Setting("imagenette", "ConvNetD4", "MTT", "1"), Measured(("run",), 0.5, 0.1, 5)
     tables = rows_by_table({setting: [mine]}, paper.rows, list(paper.titles))
     where = [(number, row.model) for number, rows in tables.items() for row in rows if row.measured]

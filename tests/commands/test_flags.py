@@ -171,6 +171,8 @@ FLAGS: dict[str, Flags] = {
         "resume": False,
         "dry_run": False,
         "continuous_start": False,
+        "noise_start": 0.0,
+        "lr_decay": False,
         "min_start_epoch": 0,
         "current_max_start_epoch": None,
         "expansion_end_epoch": 0,
@@ -195,7 +197,18 @@ FLAGS: dict[str, Flags] = {
         "microbatch": None,
         "save_seconds": 60.0,
     },
-    "experts": _EXPERTS | ours(PUBLIC_BUFFER) | {"store_dtype": "float32"},
+    "experts": _EXPERTS
+    | ours(PUBLIC_BUFFER)
+    | {
+        "store_dtype": "float32",
+        "sort_method": None,
+        "init_ratio": 0.75,
+        "add_end_epoch": 20,
+        "rm_epoch_first": 40,
+        "rm_epoch_second": 60,
+        "rm_easy_ratio_first": 0.1,
+        "rm_easy_ratio_second": 0.2,
+    },
     "evaluate": _SET | {"source": "", "out": None},
     "cross": _SET | {"eval_mode": "M", "sources": (), "models": (), "out": "runs/cross"},
     "compress": {"folder": "", "num_interpolation": 4, "epochs": None, "smooth": True, "out": None},

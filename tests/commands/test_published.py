@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mtt_fast.commands
-from mtt_fast.commands.published import published
+from mtt_fast.commands.published import published_numbers
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.networks.by_name import network_by_name
 
@@ -126,7 +126,7 @@ def test_every_cell_of_the_papers_tables_and_no_other() -> None:
 
 def test_the_loader_says_what_the_file_says() -> None:
     loaded: dict[Cell, tuple[list[float], bool]] = {}
-    for row in published().rows:
+    for row in published_numbers().rows:
         if row.of_paper:
             assert row.source == f"Table {row.table} of the paper"
             key = (row.table, row.dataset, row.model, row.method)
@@ -139,7 +139,7 @@ def test_the_loader_says_what_the_file_says() -> None:
 
 def test_what_the_text_and_later_papers_say_stands_beside() -> None:
     said: dict[tuple[str, str, str, str], dict[str, float]] = {}
-    for row in published().rows:
+    for row in published_numbers().rows:
         for ipc, accuracy in row.accuracy.items():
             by_source = said.setdefault((row.table, row.dataset, row.method, ipc), {})
             by_source[row.source] = round(100 * accuracy["mean"], 3)
@@ -153,17 +153,17 @@ def test_what_the_text_and_later_papers_say_stands_beside() -> None:
     for dataset, other in zip(SUBSETS, (87.8, 66.5, 64.4, 65.2, 86.4, 83.2), strict=True):
         assert other in said["4", dataset, "all real images", "all"].values()
         assert len(said["4", dataset, "all real images", "all"]) == 2
-    unnamed = [row for row in published().rows if not row.source]
+    unnamed = [row for row in published_numbers().rows if not row.source]
     assert not unnamed
 
 
 def test_shares_are_those_of_the_data_sets() -> None:
-    assert published().shares == {
+    assert published_numbers().shares == {
         "CIFAR10": {"1": 0.02, "10": 0.2, "50": 1},
         "CIFAR100": {"1": 0.2, "10": 2, "50": 10},
         "Tiny": {"1": 0.2, "10": 2, "50": 10},
     }
-    for dataset, shares in published().shares.items():
+    for dataset, shares in published_numbers().shares.items():
         info = dataset_info(dataset)
         for ipc, share in shares.items():
             assert 100 * int(ipc) * info.num_classes / info.train == pytest.approx(share)
@@ -171,7 +171,7 @@ def test_shares_are_those_of_the_data_sets() -> None:
 
 def test_the_costs_are_those_of_the_paper() -> None:
     names = ("seconds_per_epoch", "experts", "gpu_hours", "megabytes_per_expert")
-    assert published().costs == {
+    assert published_numbers().costs == {
         "CIFAR": dict(zip(names, (3, 200, 8, 60), strict=True)),
         "ImageNet subsets": dict(zip(names, (11, 100, 15, 120), strict=True)),
     }
@@ -179,7 +179,7 @@ def test_the_costs_are_those_of_the_paper() -> None:
 
 def test_names_are_those_of_the_options() -> None:
     """Check that a measurement finds its row by these names."""
-    for row in published().rows:
+    for row in published_numbers().rows:
         info = dataset_info(row.dataset)
         if row.model != "not said":
             network_by_name(row.model, info.image_shape, info.num_classes)

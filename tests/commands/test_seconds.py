@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtt_fast.commands import cli
-from mtt_fast.commands.seconds import PARTS, Seconds, counted_in, in_words
+from mtt_fast.commands.seconds import PARTS, Seconds, counted_in, seconds_in_words
 from mtt_fast.distill.command import main as distill
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.files import load_tensors, save_tensors
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_told_and_does_not_stop_a_run(
 
 def test_the_line_at_the_end_leaves_out_short_parts() -> None:
     assert (
-        in_words(counted(first_iteration=8, iterations=55.04, other=0.01))
+        seconds_in_words(counted(first_iteration=8, iterations=55.04, other=0.01))
         == "63.0 s: first iteration 8.0, iterations 55.0"
     )
 
@@ -116,7 +116,7 @@ def test_the_summary_of_a_run_tells_the_wall_clock_of_both_its_parts(
     assert first["iterations"] == both["iterations"] == 0  # one iteration each, the first of its process
     assert sum(both.values()) == pytest.approx(taken, abs=0.1 + 0.1 * taken)
     assert sum(both.values()) < taken
-    assert caplog.text.count(f"run: {in_words(both)}") == 1
+    assert caplog.text.count(f"run: {seconds_in_words(both)}") == 1
 
 
 def test_checkpoints_from_before_go_on(tmp_path: Path) -> None:

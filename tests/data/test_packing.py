@@ -280,8 +280,8 @@ def test_from_tensors_names_classes_by_number() -> None:
         (tensors(), tensors(shape=(3, 5, 5)), {}, "test images: expected shape"),
         (tensors(classes=3), tensors(), {"class_names": ("a", "b")}, "training labels"),
         (tensors(), tensors(classes=3), {}, "test labels"),
-        (tensors(), tensors(), {"mean": (0.5,)}, "3 means"),
-        (tensors(), tensors(), {"std": (1.0, 0.0, 1.0)}, "positive deviations"),
+        (tensors(), tensors(), {"mean": (0.5,)}, "mean: expected a finite number of each of 3 channels"),
+        (tensors(), tensors(), {"std": (1.0, 0.0, 1.0)}, "std: expected a finite number above 0 of each of 3"),
     ],
 )
 def test_from_tensors_refuses_wrong_tensors(train: Any, test: Any, info: dict[str, Any], message: str) -> None:

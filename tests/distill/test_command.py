@@ -148,7 +148,7 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
     reach = "networks trained on them reach"
     assert titles[1] == [
         f"digits, 2 per class, real images: {reach} 20.00 % ± 10.00",
-        f"digits, 2 per class, distilled, 1 iterations: {reach} 80.00 % ± 10.00",
+        f"digits, 2 per class, distilled, 1 iteration: {reach} 80.00 % ± 10.00",
     ]
     assert grids[2][0][1].equal(grids[0][0][1])
     assert grids[2][1][1].equal(sets["synthetic"].pictures())

@@ -200,18 +200,18 @@ OPTIONS = DistillOptions(
 
 def test_the_time_is_that_of_every_image_in_every_step() -> None:
     cost, expert, evaluated = SecondsPerImage(gradient=2.0, tangent=5.0), 3.0, [3.0, 6.0]
-    times = estimated_seconds(OPTIONS, INFO, 2, cost, expert, evaluated, saved=0.5)
+    times = estimated_seconds(OPTIONS, INFO, 2, cost, share=0.5, expert=expert, evaluated=evaluated)
     assert times.experts == 2 * 5 * (100 * 3 + 30 * 1)  # a test is a third of a gradient
     assert times.iterations == 7 * 3 * 4 * 20 * (2 + 5) * 0.5
     one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
-    assert times.rest == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
+    assert times.evaluations == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
 
     more = dataclasses.replace(OPTIONS, rho_max=0.1, ema_decay=0.9, batch_syn=6, texture=True, canvas_samples=3)
-    times = estimated_seconds(more, INFO, 2, cost, expert, evaluated, saved=1.0)
+    times = estimated_seconds(more, INFO, 2, cost, share=1.0, expert=expert, evaluated=evaluated)
     assert times.experts == 2 * 5 * (100 * 2 * 3 + 30 * 1)
     assert times.iterations == 7 * 3 * 4 * 18 * (2 + 5)
     one, other = 3 * (one - 30) + 30, 3 * (other - 60) + 60
-    assert times.rest == 2 * (2 * 4 * (one + other) + one)
+    assert times.evaluations == 2 * (2 * 4 * (one + other) + one)
 
 
 def test_the_time_is_scaled_from_the_fastest_of_some_steps(

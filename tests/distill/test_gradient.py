@@ -18,7 +18,8 @@ from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import PendingGradients, finish_gradients, iteration_of, mean_gradients
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.segments import Segment, in_tf32, log_fields, planned, segment_numbers
+from mtt_fast.distill.planning import in_tf32, planned
+from mtt_fast.distill.segments import Segment, log_fields, segment_numbers
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.engine.memory_plan import Plan, Work, plan

@@ -27,6 +27,7 @@ SHORT: dict[str, Any] = {
     "rm_epoch_first": 3,
     "rm_epoch_second": 4,
     "rm_easy_ratio_first": 0.2,
+    "rm_easy_ratio_second": 0.3,
 }
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
 
@@ -63,14 +64,8 @@ def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealIma
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))
     optimiser = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
-    of_each_class = [
-        (0, 5),
-        (0, 7),
-        (0, 10),
-        (0, 10),
-        (2, 10),
-        (2, 10),
-    ]  # 10 images, whose order is that of falling indices
+    # of 10 images, whose order is that of falling indices
+    of_each_class = [(0, 5), (0, 7), (0, 10), (0, 10), (2, 10), (3, 10)]
     for epoch, (first, last) in enumerate(of_each_class):
         rank = (29 - torch.arange(30)) // 3
         seen = (rank >= first) & (rank < last)
@@ -102,27 +97,42 @@ def order_of_digits() -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("working_folder")
-def test_experts_of_a_curriculum_and_others_are_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_of_a_curriculum_and_others_are_not_mixed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     order = order_of_digits()
     torch.save(order, "order.pt")
     given = [*TOY, "--sort_method", "order.pt", "--add_end_epoch", "2"]
     assert cli.run(main, given) == 0
     store = TrajectoryStore("buffers/digits/ConvNetD1W4")
-    recorded = store.metadata(0).hyperparameters["curriculum"]
+    recorded = store.metadata(0).hyperparameters
     assert recorded["add_end_epoch"] == 2
-    assert len(recorded["order"]) == 64
+    digest = recorded["sort_method"]
+    assert len(digest) == len("sha256:") + 64
     assert cli.run(main, [*given, "--num_experts", "3"]) == 0
     torch.save([members.flip(0) for members in order], "reversed.pt")
-    for other in ([*given, "--sort_method", "reversed.pt"], [*given, "--rm_epoch_first", "30"], TOY):
+    mend = "; choose another --buffer_path, or train further ones by `python -m mtt_fast.experts` with the options of those there"
+    for other, difference in (
+        ([*given, "--sort_method", "reversed.pt"], f"trained with sort_method {digest}, not sha256:"),
+        ([*given, "--rm_epoch_first", "30"], f"trained with rm_epoch_first 40, not 30{mend}"),
+        (TOY, f"trained with sort_method {digest}, not None{mend}"),
+    ):
         assert cli.run(main, [*other, "--num_experts", "4"]) == 2
-        assert "trained with curriculum {" in capsys.readouterr().err
+        assert difference in capsys.readouterr().err
     matched = "--ipc 1 --syn_steps 2 --Iteration 1 --expert_epochs 1 --max_start_epoch 1 --num_eval 1 --epoch_eval_train 1".split()
     shared = [*TOY[:4], "--data_path", "data", "--num_experts", "3"]
+    more = ["--num_experts", "5", "--batch_real", "512"]
+    assert cli.run(distill, [*shared, *matched, "--train_epochs", "3", "--out", "run", *more]) == 2
+    assert f"trained with sort_method {digest}, not None{mend}" in capsys.readouterr().err
     assert cli.run(distill, [*shared, *matched, "--train_epochs", "3", "--out", "run"]) == 0
+    assert f"{store.folder}: trained on a curriculum of images, easy ones first (PAD)" in caplog.messages
     assert (
         cli.run(main, [*TOY[:4], "--buffer_path", "plain", "--num_experts", "1", "--train_epochs", "3", *TOY[8:]]) == 0
     )
     plain = TrajectoryStore("plain/digits/ConvNetD1W4")
+    # as before there were curricula, so that distances that were measured then are found again
+    assert plain.metadata(0).hyperparameters.keys() == recorded.keys() - SHORT.keys() - {"sort_method"}
     assert torch.equal(plain.read(0, 0), store.read(0, 0))
     assert not torch.equal(plain.read(0, 1), store.read(0, 1))
 
@@ -133,9 +143,13 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
     some = order[0].clone()
     some[0] = order[1][0]
     swapped = [order[1], order[0], *order[2:]]
+    count, last = sum(map(len, order)), len(order[9])
     wrong: dict[str, tuple[Any, str]] = {
-        "fewer": (order[:9], "expected each of the "),
-        "twice": ([some, *order[1:]], "expected each of the "),
+        "fewer": (order[:9], f"expected each of the {count} training images once, found {count - last} indices, of "),
+        "twice": (
+            [some, *order[1:]],
+            f"expected each of the {count} training images once, found {count} indices, of {count - 1} ",
+        ),
         "swapped": (swapped, "expected the images of class c in row c, found "),
         "fractions": ([row.float() for row in order], "expected a row of indices for each class"),
         "number": (torch.tensor(3), "expected a row of indices for each class"),
@@ -154,7 +168,7 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
         (
             "--rm_epoch_first",
             "10",
-        ): "--add_end_epoch 20, --rm_epoch_first 10, --rm_epoch_second 60: expected them in this order",
+        ): "--add_end_epoch 20, --rm_epoch_first 10, --rm_epoch_second 60: expected none to be less than the one before",
         (
             "--init_ratio",
             "0.001",

@@ -16,7 +16,13 @@ from mtt_fast import ConvNet, InputError, SyntheticDataset, TrajectoryStore, com
 from mtt_fast.analysis.measured import measurements as grouped
 from mtt_fast.baselines import command as baselines
 from mtt_fast.commands import cli, tables
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, label_of, percent
+from mtt_fast.commands.accuracies import (
+    accuracy_by_network,
+    accuracy_fields,
+    accuracy_in_words,
+    accuracy_record,
+    label_of,
+)
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown
 from mtt_fast.data import load
@@ -136,7 +142,7 @@ def test_records_tell_how_many_networks_diverged() -> None:
     by_network = accuracy_by_network(line, "A")
     assert by_network["A"]["diverged"] == 2
     assert "diverged" not in by_network["B"]
-    assert percent(line).endswith(" (2 of 3 diverged)")
+    assert accuracy_in_words(line).endswith(" (2 of 3 diverged)")
     assert "diverged" not in accuracy_fields({"B": other})
     record = one.record() | {"epoch": "best"}
     assert label_of(record) == " (best epoch, 2 of 3 diverged)"

@@ -1,0 +1,51 @@
+"""Plan the memory of an iteration's student steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.segments import augmentation
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.memory_plan import Plan, plan, plan_for
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.protocol import Trainable
+
+
+def planned(
+    options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
+) -> Plan:
+    """Return the memory plan of an iteration's student steps on `images` (n, C, H, W), or on n canvases of such images.
+
+    Raises `InputError` for a budget that is too small, in fp16 also for one in which tf32 would not fit: see `in_tf32`.
+    """
+    if precision == "fp16":
+        planned(options, network, images, device, "tf32")
+    canvas = options.canvas or Canvas(1)
+    count, channels, height, width = images
+    return plan(
+        network,
+        images=(count, channels, height * canvas.size, width * canvas.size),
+        steps=options.syn_steps,
+        batch=(options.batch_syn or count) * canvas.samples,
+        memory_budget=options.memory_budget,
+        microbatch=options.microbatch,
+        device=device,
+        momentum=options.student_mom,
+        augment=augmentation(options) or False,
+        label_kind=options.label_kind,
+        path_gradient=options.match_step == "nearest",
+        precision=precision,
+    )
+
+
+def in_tf32(plan: Plan) -> Plan:
+    """Return the plan with which an iteration that `plan` does in fp16 is repeated in tf32, in the same memory."""
+    student = plan.work.student
+    assert isinstance(student, FusedConvNetStudent)
+    work = dataclasses.replace(plan.work, student=dataclasses.replace(student, precision="tf32"))
+    return plan_for(work, plan.budget, None if plan.budget else plan.microbatch)
