@@ -9,6 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+try:
+    import mtt_fast.kernels  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "mtt_fast.kernels":
+        raise
+    raise ImportError(
+        f"{__path__[0]}: expected an installed mtt_fast, found its source, which works once it is installed with "
+        "`pip install -e .` there; if mtt_fast is installed elsewhere, start in another folder"
+    ) from None
+
 from mtt_fast.augmentation.adapters import Augmentation, KorniaAugment
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.engine.graphed_loss import GraphedMatchingLoss

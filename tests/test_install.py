@@ -106,12 +106,22 @@ def check(python: Path, folder: Path, *, native: bool, source: Path) -> None:
 
 def check_content(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    kinds = ("**/*.py", "**/*.toml", "**/*.j2", "py.typed")
+    kinds = ("**/*.py", "**/*.toml", "**/*.tsv", "**/*.j2", "py.typed")
     package = [path for kind in kinds for path in (ROOT / "mtt_fast").glob(kind)]
     kernels = [Path("mtt_fast", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("**/*.py")]
     assert {path.as_posix() for path in [*(path.relative_to(ROOT) for path in package), *kernels]} <= names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_a_source_that_is_not_installed_says_so(tmp_path: Path, python: Path) -> None:
+    shutil.copytree(ROOT / "mtt_fast", tmp_path / "mtt_fast", ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    answer = subprocess.run(
+        [python, "-m", "mtt_fast.env"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    *_, last = answer.stderr.splitlines()
+    assert last.startswith(f"ImportError: {tmp_path / 'mtt_fast'}: expected an installed mtt_fast, found its source")
 
 
 @pytest.mark.slow

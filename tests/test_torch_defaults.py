@@ -1,4 +1,4 @@
-"""Check that torch's settings in a program around the library, as another code base makes them, change nothing that it returns."""
+"""Check that torch's settings in a program around the library or a command, as other code makes them, change no result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, Whitening, plan
+from mtt_fast.commands import cli
 from mtt_fast.compress import compress
+from mtt_fast.distill.command import main
 from mtt_fast.interop import as_tensor_set, export_waypoints, import_experts, read_set, read_waypoints, write_set
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
 
@@ -92,3 +94,31 @@ def test_a_setting_of_torch_changes_no_result(
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.device) == (other.dtype, other.device)
         assert torch.equal(one, other)
+
+
+def test_a_command_in_a_process_with_other_settings_leaves_the_same_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a command as a notebook's %run does, after cells that have changed what torch computes with."""
+    monkeypatch.undo()
+    _device_constructors.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    toy = (
+        "--model ConvNetD1W4 --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 "
+        "--Iteration 1 --num_eval 1 --epoch_eval_train 1"
+    ).split()
+
+    def images(name: str) -> Tensor:
+        assert cli.run(main, [*toy, "--out", name, "--buffer_path", f"{name}-experts"]) == 0
+        return SyntheticDataset.load(Path(name, "synthetic.safetensors")).images
+
+    expected = images("without")
+    with contextlib.ExitStack() as stack:
+        for setting in (*SETTINGS.values(), torch.inference_mode):
+            stack.enter_context(setting())
+        found = images("within")
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_default_device() == torch.device("meta")
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(found, expected)

@@ -65,6 +65,7 @@ class SiameseAugment:
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Draws:
         """Choose the operation for one step and draw its numbers for a batch like `images` (b, C, H, W)."""
+        _check_images(images)
         operations = self.operations
         chosen = int(torch.randint(len(operations), (), generator=generator, device=_device(generator)))
         return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
@@ -86,12 +87,22 @@ class SiameseAugment:
 
     def __call__(self, images: Tensor, draws: Draws | Tensor) -> Tensor:
         """Apply the drawn operation, or what `draw_parameters` returned, to `images` (b, C, H, W)."""
+        _check_images(images)
         return augment_with(images, self.warp_parameters(draws, images.shape))
 
 
 def augment_by_strategy(strategy: str) -> SiameseAugment | None:
     """Return the augmentation of `strategy`, or None for "none"."""
     return None if strategy.lower() == "none" else SiameseAugment(strategy)
+
+
+def _check_images(images: Tensor) -> None:
+    """Raise `InputError` unless these are images that the operations are defined for."""
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        found = (
+            f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        )
+        raise InputError(f"SiameseAugment images: expected floating-point images (b, C, H, W), found {found}")
 
 
 # ------------------------------------------------------------------ from draws to parameters

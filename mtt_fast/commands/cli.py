@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from mtt_fast.errors import InputError, one_line, reason_of, remedy_for
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.memory_info import is_out_of_memory
+from mtt_fast.runtime.numerics import torch_defaults
 
 log = logging.getLogger("mtt_fast")
 
@@ -26,12 +28,13 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     _open_closed_streams()
+    _escape_what_the_output_cannot_hold()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("matplotlib", "PIL", "tensorboard"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     _keep_freed_memory()
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), torch_defaults():
             command(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
     except Stopped as stopped:
@@ -62,6 +65,12 @@ def _open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for the life of the process)
+
+
+def _escape_what_the_output_cannot_hold() -> None:
+    """Let the standard output write ± as \\xb1 if its encoding lacks it, as the standard error does, in place of an exception."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _mistake(message: str) -> int:

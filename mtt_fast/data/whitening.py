@@ -159,6 +159,10 @@ def _check_fits(images: Tensor) -> None:
 
 
 def _check_floating(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise InputError(
+            f"images: expected a tensor, found {type(images).__name__}; use torch.as_tensor or torch.stack"
+        )
     if not images.is_floating_point():
         raise InputError(f"images: expected floating point in [0, 1], found {images.dtype}; use images.float() / 255")
 

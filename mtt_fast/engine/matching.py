@@ -67,6 +67,9 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     finite is infinitely far. `path` (N + 1, P) is the student's; its row 0 is no step. No tensor is read on the host.
     Raises `InputError` for shapes that do not fit.
     """
+    for name, value in (("path", path), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"nearest_step {name}: expected a tensor, found {type(value).__name__}")
     if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
         raise InputError(
             f"nearest_step: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "

@@ -47,6 +47,10 @@ def student_for(
             f"`net`: expected a network of one vector of parameters, found {type(network).__name__}; use ConvNet, or "
             "FlatModule of a torch.nn.Module"
         )
+    if loss is not None and not callable(loss):
+        raise InputError(
+            f"`loss`: expected a function of logits and labels, found {loss!r}; leave it out for cross-entropy"
+        )
     if isinstance(network, ConvNet) and loss is None and kernels_for(device):
         return FusedConvNetStudent(network, label_kind, precision)
     default = cross_entropy_from_logits if label_kind == "logits" else cross_entropy

@@ -97,6 +97,7 @@ def _try_gradient(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
 ) -> Tensor:
     """Return the logits of `inputs`. Raises `InputError` for what differs at a second call, and where the loss has no gradient."""
+    theta = theta.clone() if theta.is_inference() else theta  # an expert that was read in torch.inference_mode
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
     # of copies, since a network may write into its images, and a loss, as one with a margin does, into the logits
     logits = _called_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)

@@ -234,6 +234,8 @@ def checked_plan(
         path_gradient=path_gradient,
     )
     if options.plan is not None:
+        if not isinstance(options.plan, Plan):
+            raise InputError(f"unroll plan: expected what mtt_fast.plan returned, found {type(options.plan).__name__}")
         plan = replace(options.plan, work=work)
         if plan.microbatch < 1:
             raise InputError(f"unroll plan: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")

@@ -119,11 +119,11 @@ def _check_pickle(file: IO[bytes], most: int) -> None:
 
 def save_pickle(path: str | os.PathLike[str], value: Any) -> Path:
     """Write `value` with torch.save, atomically, and return the path. Raises `InputError` where the disk is full."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch's own file would not tell what failed
         try:
-            torch.save(value, temporary)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+            torch.save(value, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     return Path(path)
 
 

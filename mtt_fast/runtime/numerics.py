@@ -53,6 +53,26 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
             del os.environ[_WORKSPACE]
 
 
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Compute within the block as in a process that has changed none of torch's dtype, device, autocast and gradient mode.
+
+    A command may run in a notebook's process, whose own networks want other settings.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        if torch.get_default_device() != torch.device("cpu"):  # a mode that every call of torch passes through
+            settings.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        settings.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute in the dtype of the tensors, whatever the caller has chosen for networks of their own."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device

@@ -237,6 +237,24 @@ def test_an_unknown_operation_is_refused() -> None:
     assert augment_by_strategy("none") is None
 
 
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"torch\.uint8 of shape \(2, 3, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"torch\.float32 of shape \(3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8).numpy(), "ndarray"),
+        (list(torch.zeros(2, 3, 8, 8)), "list"),
+    ],
+    ids=["bytes", "one image", "an array", "a list"],
+)
+def test_what_are_no_images_is_refused(images: Any, found: str) -> None:
+    augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
+    draws = augment.draw(torch.zeros(2, 3, 8, 8))
+    for call in (lambda: augment.draw(images), lambda: augment(images, draws)):
+        with pytest.raises(InputError, match=f"expected floating-point images .b, C, H, W., found {found}"):
+            call()
+
+
 def test_a_strategy_that_is_no_text_is_refused() -> None:
     strategy: Any = None
     with pytest.raises(InputError, match="found NoneType; without augmentation leave `augment` out"):

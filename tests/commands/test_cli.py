@@ -341,6 +341,18 @@ def test_closed_streams_do_no_harm(tmp_path: Path, closed: str) -> None:
     assert int((tmp_path / "file").read_text()) > 2
 
 
+@pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.evaluate --help"])
+def test_an_output_without_some_characters_gets_escapes(words: str) -> None:
+    """Print to a terminal or a file of another encoding than UTF-8, as clusters and Windows have."""
+    process = subprocess.run(
+        [sys.executable, "-m", *words.split()],
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}, capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert process.stderr == b""
+    assert b"\\" in process.stdout
+    assert process.stdout.isascii()
+
+
 def test_random_numbers_follow_from_seed_purpose_and_indices() -> None:
     def first(*place: int, purpose: str = "a", seed: int = 0) -> float:
         return float(torch.rand((), generator=generator_for(seed, purpose, *place)))

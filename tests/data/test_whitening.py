@@ -139,6 +139,10 @@ def test_too_few_images_bytes_and_other_shapes_are_refused() -> None:
     whitening = Whitening.fit(pictures())
     with pytest.raises(InputError, match="floating point"):
         whitening.apply((255 * pictures()).byte())
+    for images in (pictures().numpy(), list(pictures())):
+        for call in (Whitening.fit, whitening.apply, whitening.invert):
+            with pytest.raises(InputError, match=r"images: expected a tensor, found (ndarray|list)"):
+                call(images)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"images of 60 values, found 12 \(3x2x2\)"):
         whitening.apply(pictures(2, (3, 2, 2)))
 

@@ -464,6 +464,19 @@ def test_the_default_device_has_no_part_in_it(network: Network) -> None:
     assert images.grad.any()
 
 
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_an_expert_may_be_read_in_inference_mode(network: Network) -> None:
+    with torch.inference_mode():
+        start = START.clone()
+
+    def gradient(theta: Tensor) -> Tensor:
+        images = Distilled().images
+        path = unroll(network, theta, images, LABELS, 0.2, BATCHES, momentum=0.5)
+        return torch.autograd.grad(matching_loss(path[-1], theta, TARGET), images)[0]
+
+    assert torch.equal(gradient(start), gradient(START))
+
+
 @pytest.mark.parametrize(
     "batches", [5, None, torch.tensor(1), ["ab"], [(START, LABELS)], [torch.tensor([1j])]], ids=type
 )

@@ -242,5 +242,7 @@ def test_an_expert_that_did_not_move_is_named() -> None:
     for path in (torch.zeros(1, 3), torch.zeros(4, 2), still):
         with pytest.raises(InputError, match=r"nearest_step: expected a path \(N \+ 1, P\) of at least one step"):
             nearest_step_loss(path, torch.zeros(3), still)
+    with pytest.raises(InputError, match="nearest_step target: expected a tensor, found list"):
+        nearest_step_loss(torch.zeros(4, 3), still, list(still))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="masked_matching_loss: expected three vectors"):
         masked_matching_loss(torch.zeros(4), still, still, 0.3)

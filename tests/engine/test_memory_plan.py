@@ -284,6 +284,8 @@ def test_a_plan_without_pieces_is_refused(size: int) -> None:
     images, labels = torch.randn(4, 3, 2, 2), torch.arange(4) % 2
     with pytest.raises(InputError, match=f"unroll plan: expected a `microbatch` of at least 1 in it, found {size}"):
         unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(4)[None], plan=given)
+    with pytest.raises(InputError, match=r"unroll plan: expected what mtt_fast\.plan returned, found int"):
+        unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(4)[None], plan=size)  # type: ignore[call-overload]
 
 
 def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:

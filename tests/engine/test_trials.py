@@ -284,12 +284,13 @@ def test_a_network_of_several_outputs_is_refused() -> None:
     [
         (nn.CrossEntropyLoss(reduction="none"), r"unroll loss: .* found torch\.float64 of shape \(2,\)"),
         (lambda logits, labels: F.cross_entropy(logits, labels).item(), "unroll loss: .* found float"),
+        ("cross_entropy", "`loss`: expected a function of logits and labels, found 'cross_entropy'"),
         (
             lambda logits, labels: F.cross_entropy(logits, labels).detach(),
             "depends on the parameters, found none of their gradients",
         ),
     ],
-    ids=["a loss a sample", "a number", "without a graph"],
+    ids=["a loss a sample", "a number", "a name", "without a graph"],
 )
 def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
     net = FlatModule(with_layer(nn.Identity()))
