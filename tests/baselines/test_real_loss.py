@@ -119,6 +119,8 @@ def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:
     one, three = (dd(DdOptions(**options, n_nets=n), real, NET) for n in (1, 3))  # type: ignore[arg-type]
     assert one.step(0) == pytest.approx(three.step(0), rel=1e-6)
     assert_close("images", three.images, one.images, 1e-4)
+    single, pair = (dd(DdOptions(dataset="digits", batch_real=64, n_nets=n), real, NET) for n in (1, 2))
+    assert single.step(0) != pytest.approx(pair.step(0), rel=1e-3)  # each is a network of its own
 
 
 def test_dd_decays_its_rate(real: RealImages) -> None:
@@ -217,10 +219,13 @@ def test_ld_begins_a_fresh_network_with_a_fresh_optimiser(real: RealImages, monk
     monkeypatch.setattr("mtt_fast.baselines.ld.patience", lambda images, classes: 2)
     learning = ld(LdOptions(dataset="digits", batch_real=16, inner_batch_size=4), real, NET)
     theta, lengths = learning.carried["theta"], []
+    begun = [theta.clone()]
     for iteration in range(40):
         learning.step(iteration)
         lengths.append(len(learning.carried["errors"]))
         if lengths[-1] == 0:
+            begun.append(theta.clone())
             assert theta not in learning.optimiser.state
             assert float(theta[-10:].abs().max()) <= 1 / 8  # as initialised: ±1/√64
     assert lengths.count(0) > 1
+    assert len(torch.stack(begun).unique(dim=0)) == len(begun)  # never the same one again
