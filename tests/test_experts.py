@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mtt_fast import ConvNet, TrajectoryStore
+from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands import cli
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import from_tensors
 from mtt_fast.data.published_info import dataset_info
-from mtt_fast.experts import ExpertTraining, main, train_expert, train_missing_experts
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.experts import ExpertOptions, ExpertTraining, main, train_expert, train_missing_experts
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
@@ -91,6 +95,19 @@ def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) ->
         across = here - torch.dot(here, there) / torch.dot(there, there) * there
         theta = theta - lr * (there - 0.3 * across)
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], theta - parameters[0], 1e-4)
+
+
+def test_every_command_trains_experts_as_its_options_say() -> None:
+    plain: dict[str, Any] = {"train_epochs": 7, "mom": 0.5, "l2": 0.1, "decay": True, "dsa_strategy": "flip"}
+    flat: dict[str, Any] = {"rho_max": 0.3, "rho_min": 0.2, "alpha": 0.4}
+    expected = ExpertTraining(7, 0.3, 0.5, 0.1, decay=True, batch_size=64, augment="flip")
+    expected_flat = replace(expected, **flat, adaptive=True)
+    assert TrainedNetworkOptions(**plain, expert_lr=0.3, batch_train=64).expert() == expected
+    for more, same in (({}, expected), (flat, expected_flat)):
+        assert ExpertOptions(**plain, **more, lr_teacher=0.3, batch_train=64).training() == same
+        assert DistillOptions(**plain, **more, expert_lr=0.3, batch_real=64).experts() == same
+    assert DistillOptions(rho_max=0.3, adaptive=False).experts() == ExpertTraining(rho_max=0.3, rho_min=0.3)
+    assert TrainedNetworkOptions(dsa=False).expert().augment == "none"
 
 
 def test_experts_lie_where_the_public_code_keeps_them() -> None:
