@@ -97,6 +97,18 @@ def test_a_set_in_another_setting_is_measured_again(flags: str, monkeypatch: pyt
     assert len(measured) == 2
 
 
+def test_a_network_in_bfloat16_is_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
+    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: measured.append(arguments) or cell)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(cross, "save_plot", lambda *_: None)
+    for count, precision in ((1, "fp32"), (1, "tf32"), (2, "bf16"), (2, "bf16"), (2, "fp16")):
+        monkeypatch.setattr(cross, "precision_on", lambda *_, precision=precision: precision)
+        assert cli.run(cross.main, ["run", *TOY, "--models", "MLP"]) == 0
+        assert len(measured) == count
+
+
 def test_a_table_of_another_seed_has_its_networks() -> None:
     flags = "--num_eval 2 --epoch_eval_train 2 --seed 3".split()
     assert cli.run(cross.main, ["run", *flags, "--models", "MLP", "--out", "table"]) == 0
