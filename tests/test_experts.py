@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mtt_fast import ConvNet, TrajectoryStore
 from mtt_fast.baselines.options import TrainedNetworkOptions
@@ -22,6 +24,7 @@ from mtt_fast.data import from_tensors
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions, ExpertTraining, main, train_expert, train_missing_experts
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
@@ -69,6 +72,28 @@ def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
     seen, truth = images.test.batch(slice(None))
     assert accuracies[-1] == pytest.approx(float((module(seen).argmax(1) == truth).float().mean()))
+
+
+def test_the_accuracies_of_an_expert_with_batch_norm_are_of_its_running_statistics() -> None:
+    """Use darker test images, whose own statistics are others."""
+    labels = torch.arange(30) % 3
+    train, dark = torch.randint(0, 256, (30, 1, 6, 6), dtype=torch.uint8), torch.randint(0, 64, (300, 1, 6, 6))
+    data = from_tensors((train, labels), (dark.to(torch.uint8), labels.repeat(10)))
+    images = real_images(data, zca=False, device=torch.device("cpu"))
+    training = ExpertTraining(train_epochs=4, lr=0.1, batch_size=30, augment="none")
+    rows, accuracies = train_expert(images, network_by_name("ConvNetD1W4BN", (1, 6, 6), 3), training, seed=3, index=1)
+    layers = (nn.Conv2d(1, 4, 3, padding=3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    module = nn.Sequential(*layers, nn.Linear(100, 3))
+    (pixels, _), (seen, truth) = images.train.batch(slice(None)), images.test.batch(slice(None))
+    right, in_training = [], []
+    with torch.no_grad():
+        for epoch in range(5):
+            nn.utils.vector_to_parameters(rows[epoch], module.parameters())
+            right.append(float((module.eval()(seen).argmax(1) == truth).float().mean()))
+            module.train()(pixels)  # the batch of the next step
+            in_training.append(float((copy.deepcopy(module)(seen).argmax(1) == truth).float().mean()))
+    assert accuracies == pytest.approx(right, abs=0.5 / 300)
+    assert right != pytest.approx(in_training, abs=0.03)
 
 
 @pytest.mark.parametrize("decay", [False, True])
