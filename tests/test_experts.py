@@ -168,6 +168,19 @@ def test_the_command_and_what_it_records(tmp_path: Path) -> None:
     assert not torch.equal(store.read(0, 1), store.read(0, 2))
 
 
+def test_experts_record_the_seed_and_the_precision_and_the_log_tells_their_last_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mtt_fast.experts.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
+    caplog.set_level("INFO")
+    assert run(tmp_path, "--seed", "3", "--lr_teacher", "0.1") == 0
+    store = TrajectoryStore(buffers(tmp_path))
+    recorded = [store.metadata(expert) for expert in range(3)]
+    assert [(each.seed, each.precision) for each in recorded] == [(3, "tf32")] * 3
+    mean = torch.tensor([each.accuracy[-1] for each in recorded]).mean()
+    assert f"3 experts in {store.folder}, test accuracy {mean:.4f} ± " in caplog.text
+
+
 def test_flat_and_other_experts_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flat = ["--rho_max", "0.01", "--rho_min", "0.01", "--alpha", "0.3"]
     assert run(tmp_path, *flat) == 0
