@@ -20,6 +20,7 @@ from mtt_fast.commands import cli
 from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import Quoted, markdown, quoted_for, save_plot
+from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 
@@ -96,11 +97,46 @@ def test_a_set_in_another_setting_is_measured_again(flags: str, monkeypatch: pyt
     assert len(measured) == 2
 
 
+def test_a_network_in_bfloat16_is_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
+    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: measured.append(arguments) or cell)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(cross, "save_plot", lambda *_: None)
+    for count, precision in ((1, "fp32"), (1, "tf32"), (2, "bf16"), (2, "bf16"), (2, "fp16")):
+        monkeypatch.setattr(cross, "precision_on", lambda *_, precision=precision: precision)
+        assert cli.run(cross.main, ["run", *TOY, "--models", "MLP"]) == 0
+        assert len(measured) == count
+
+
 def test_a_table_of_another_seed_has_its_networks() -> None:
     flags = "--num_eval 2 --epoch_eval_train 2 --seed 3".split()
     assert cli.run(cross.main, ["run", *flags, "--models", "MLP", "--out", "table"]) == 0
     assert cli.run(evaluate.main, ["run", *flags, "--model", "MLP", "--out", "one.json"]) == 0
     assert json.loads(Path("one.json").read_text())["accuracy"] == table()[0]["accuracy"]
+
+
+def test_a_set_brings_its_batch_size_and_the_table_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(
+        network: Any, train: Any, test: Any, lr: float, protocol: EvaluationProtocol, **others: Any
+    ) -> Accuracy:
+        named = ("networks", "seed", "precision", "at_once")
+        asked.append((round(lr, 6), protocol.epochs, protocol.batch_size, *(others[name] for name in named)))
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr(cross, "evaluate", measured)
+    monkeypatch.setattr(cross, "precision_on", lambda *_: "tf32")  # a CPU's is always fp32
+    ours = SyntheticDataset.load("b.safetensors")
+    recipe = ours.recipe | {"seed": 9, "batch_train": 4, "protocol": "datm", "best_epoch": True}
+    replace(ours, recipe=recipe).save("c.safetensors")
+    words = ["c.safetensors", "b.safetensors", "--models", "MLP", "--out", "table"]
+    assert cli.run(cross.main, words) == 0
+    assert asked == [(0.02, 1000, 4, 5, 0, "tf32", None), (0.02, 1000, 256, 5, 0, "tf32", None)]
+    assert cli.run(cross.main, [*words, "--networks_at_once", "2", "--seed", "4"]) == 0
+    assert asked[2:] == [(0.02, 1000, 4, 5, 4, "tf32", 2), (0.02, 1000, 256, 5, 4, "tf32", 2)]
+    assert [cell["question"]["protocol"]["name"] for cell in table()] == ["mtt"] * 4
 
 
 def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,17 @@ def test_textures_in_files_are_cropped() -> None:
     assert train(torch.Generator()).canvas == Canvas(2, 3)
 
 
+def test_each_network_is_trained_on_random_images_of_its_own() -> None:
+    options = EvaluateOptions(dataset="digits", data_path="data", ipc=2, lr_teacher=0.3)
+    evaluated = EvaluatedSet("random", options, None)
+    real = evaluated.real_images(evaluated.load_data(), torch.device("cpu"))
+    train, lr = evaluated.training_images(real)
+    assert lr == 0.3
+    first, other = (train(torch.Generator().manual_seed(seed)).pixels for seed in (1, 2))
+    assert torch.equal(first, random_subset(real, 2, torch.Generator().manual_seed(1)).pixels)
+    assert not torch.equal(first, other)
+
+
 def test_random_real_images_are_evaluated() -> None:
     result = result_of("random", "--dataset", "digits", "--ipc", "2", *TOY)
     assert result["lr"] == 0.01

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mtt_fast import ConvNet, TrajectoryStore
+from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands import cli
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import from_tensors
 from mtt_fast.data.published_info import dataset_info
-from mtt_fast.experts import ExpertTraining, main, train_expert, train_missing_experts
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.experts import ExpertOptions, ExpertTraining, main, train_expert, train_missing_experts
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
@@ -67,6 +74,28 @@ def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
     assert accuracies[-1] == pytest.approx(float((module(seen).argmax(1) == truth).float().mean()))
 
 
+def test_the_accuracies_of_an_expert_with_batch_norm_are_of_its_running_statistics() -> None:
+    """Use darker test images, whose own statistics are others."""
+    labels = torch.arange(30) % 3
+    train, dark = torch.randint(0, 256, (30, 1, 6, 6), dtype=torch.uint8), torch.randint(0, 64, (300, 1, 6, 6))
+    data = from_tensors((train, labels), (dark.to(torch.uint8), labels.repeat(10)))
+    images = real_images(data, zca=False, device=torch.device("cpu"))
+    training = ExpertTraining(train_epochs=4, lr=0.1, batch_size=30, augment="none")
+    rows, accuracies = train_expert(images, network_by_name("ConvNetD1W4BN", (1, 6, 6), 3), training, seed=3, index=1)
+    layers = (nn.Conv2d(1, 4, 3, padding=3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    module = nn.Sequential(*layers, nn.Linear(100, 3))
+    (pixels, _), (seen, truth) = images.train.batch(slice(None)), images.test.batch(slice(None))
+    right, in_training = [], []
+    with torch.no_grad():
+        for epoch in range(5):
+            nn.utils.vector_to_parameters(rows[epoch], module.parameters())
+            right.append(float((module.eval()(seen).argmax(1) == truth).float().mean()))
+            module.train()(pixels)  # the batch of the next step
+            in_training.append(float((copy.deepcopy(module)(seen).argmax(1) == truth).float().mean()))
+    assert accuracies == pytest.approx(right, abs=0.5 / 300)
+    assert right != pytest.approx(in_training, abs=0.03)
+
+
 @pytest.mark.parametrize("decay", [False, True])
 def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) -> None:
     """Check that with --decay the radius falls from rho_max to rho_min, as the learning rate does."""
@@ -91,6 +120,19 @@ def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) ->
         across = here - torch.dot(here, there) / torch.dot(there, there) * there
         theta = theta - lr * (there - 0.3 * across)
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], theta - parameters[0], 1e-4)
+
+
+def test_every_command_trains_experts_as_its_options_say() -> None:
+    plain: dict[str, Any] = {"train_epochs": 7, "mom": 0.5, "l2": 0.1, "decay": True, "dsa_strategy": "flip"}
+    flat: dict[str, Any] = {"rho_max": 0.3, "rho_min": 0.2, "alpha": 0.4}
+    expected = ExpertTraining(7, 0.3, 0.5, 0.1, decay=True, batch_size=64, augment="flip")
+    expected_flat = replace(expected, **flat, adaptive=True)
+    assert TrainedNetworkOptions(**plain, expert_lr=0.3, batch_train=64).expert() == expected
+    for more, same in (({}, expected), (flat, expected_flat)):
+        assert ExpertOptions(**plain, **more, lr_teacher=0.3, batch_train=64).training() == same
+        assert DistillOptions(**plain, **more, expert_lr=0.3, batch_real=64).experts() == same
+    assert DistillOptions(rho_max=0.3, adaptive=False).experts() == ExpertTraining(rho_max=0.3, rho_min=0.3)
+    assert TrainedNetworkOptions(dsa=False).expert().augment == "none"
 
 
 def test_experts_lie_where_the_public_code_keeps_them() -> None:
@@ -124,6 +166,19 @@ def test_the_command_and_what_it_records(tmp_path: Path) -> None:
     assert metadata.layout.startswith("features.0.weight:4x1x3x3;")
     store.verify(2)
     assert not torch.equal(store.read(0, 1), store.read(0, 2))
+
+
+def test_experts_record_the_seed_and_the_precision_and_the_log_tells_their_last_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mtt_fast.experts.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
+    caplog.set_level("INFO")
+    assert run(tmp_path, "--seed", "3", "--lr_teacher", "0.1") == 0
+    store = TrajectoryStore(buffers(tmp_path))
+    recorded = [store.metadata(expert) for expert in range(3)]
+    assert [(each.seed, each.precision) for each in recorded] == [(3, "tf32")] * 3
+    mean = torch.tensor([each.accuracy[-1] for each in recorded]).mean()
+    assert f"3 experts in {store.folder}, test accuracy {mean:.4f} ± " in caplog.text
 
 
 def test_flat_and_other_experts_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,8 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         question_of_row = _question(row, real, train, lr)
         for name, network in networks.items():
             question = question_of_row | {"network": name}
+            if precision_on(device, network, row.options.precision) == "bf16":  # of the others none makes a difference
+                question["precision"] = "bf16"
             cell = next((cell for cell in measured if cell["question"] == question), None)
             if cell is None:
                 cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)

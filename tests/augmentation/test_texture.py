@@ -16,7 +16,8 @@ from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas, CanvasCrops, canvases_of, crop, tiled
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main as distill
-from mtt_fast.distill.options import parse_options
+from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.evaluate import main as evaluate_command
 from mtt_fast.runtime.seeding import generator_for
@@ -327,3 +328,16 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_crops() -> None:
     *_, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(1))
     expected = F.cross_entropy(net(theta, colours.expand(5, 1, 4, 4)), images.labels)
     torch.testing.assert_close(loss, expected)
+
+
+def test_crops_are_augmented_for_students_and_in_evaluations() -> None:
+    options = DistillOptions(texture=True, canvas_size=2, canvas_samples=3, dsa_strategy="flip")
+    assert augmentation(options) == CanvasCrops(2, SiameseAugment("flip"))
+    images = Images(torch.randn(6, 1, 12, 12), torch.arange(6) % 3, canvas=Canvas(2, 3))
+    net = ConvNet(in_channels=1, num_classes=3, image_size=6, width=3, depth=1)
+    start = net.init(torch.Generator().manual_seed(0))
+    plain, flipped = (
+        train_network(net, start, images, 0.1, EvaluationProtocol(epochs=1, augment=strategy), torch.Generator())
+        for strategy in ("none", "flip")
+    )
+    assert not torch.equal(plain, flipped)

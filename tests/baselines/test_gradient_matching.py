@@ -100,7 +100,9 @@ def test_siamese_augmentation_does_the_same_to_every_image() -> None:
 
 
 def test_dc_updates_images_and_network_by_turns(real: RealImages) -> None:
-    options = DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2, lr_net=0.1, lr_img=0.2)
+    options = DcOptions(
+        dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2, lr_net=0.1, lr_img=0.2, batch_train=6
+    )
     learning, function = dc(options, real, NET), plain()
     images, velocity, labels = learning.images.double(), torch.zeros(()), torch.arange(10)
     members, generator = class_members(real, 1), generator_for(0, "gradient matching", 0)
@@ -118,9 +120,10 @@ def test_dc_updates_images_and_network_by_turns(real: RealImages) -> None:
         velocity = 0.5 * velocity + gradient
         images, total = images - 0.2 * velocity, total + float(distance.detach())
         for _ in range(2):
-            torch.randperm(10, generator=generator)  # the order in the one batch of an epoch
-            leaf = theta.clone().requires_grad_()
-            theta = theta - 0.1 * torch.autograd.grad(F.cross_entropy(function(leaf, images), labels), leaf)[0]
+            for index in torch.randperm(10, generator=generator).split(6):
+                leaf = theta.clone().requires_grad_()
+                loss = F.cross_entropy(function(leaf, images[index]), labels[index])
+                theta = theta - 0.1 * torch.autograd.grad(loss, leaf)[0]
     assert learning.step(0) == pytest.approx(total / 30, rel=1e-4)
     assert_close("images", learning.images.double(), images, 1e-3)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from mtt_fast import InputError
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import random_batch, starting_images
-from mtt_fast.training.images import RealImages
+from mtt_fast.experts import ExpertTraining, train_missing_experts
+from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import class_members
 from tests.baselines.network import NET, seeded
 
@@ -47,3 +52,49 @@ def test_an_iteration_depends_on_its_number_alone(name: str, real: RealImages) -
         sets.append(torch.cat([learning.images.flatten(), learning.labels.flatten()]))
     assert losses[0] == losses[1]
     assert torch.equal(*sets)
+
+
+@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "dd", "ld"])
+def test_another_iteration_and_another_seed_draw_other_numbers(name: str, real: RealImages) -> None:
+    """Begin with the same set each time, so that nothing but the iteration's own random numbers can make a difference."""
+    method = METHODS[name]
+
+    def learning(seed: int) -> LearnedSet:
+        made = method.make(method.options(dataset="digits", seed=seed), real, NET)
+        assert isinstance(made, LearnedSet)
+        return made
+
+    def tensors(made: LearnedSet) -> list[Tensor]:
+        return [made.images, made.labels, *made.carried.values()]
+
+    start = [tensor.clone() for tensor in tensors(learning(0))]
+
+    def loss(seed: int, iteration: int) -> float:
+        made = learning(seed)
+        for tensor, first in zip(tensors(made), start, strict=True):
+            tensor.copy_(first)
+        return made.step(iteration)
+
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+    other = learning(1)
+    assert not torch.equal(other.images, start[0])
+    if "theta" in other.carried:
+        assert not torch.equal(other.carried["theta"], start[2])
+
+
+@pytest.mark.parametrize(("name", "options"), [("random", {}), ("forgetting", {}), ("kmeans", {"ipc": 10})])
+def test_the_seed_decides_which_images_are_chosen(
+    name: str, options: dict[str, Any], real: RealImages, tmp_path: Path
+) -> None:
+    if name != "random":
+        train_missing_experts(tmp_path / "digits" / "ConvNet", 1, real, NET, ExpertTraining(2, 0.1), seed=0)
+        options = options | {"buffer_path": str(tmp_path)}
+
+    def chosen(seed: int) -> Tensor:
+        method = METHODS[name]
+        made = method.make(method.options(dataset="digits", seed=seed, **options), real, NET)
+        assert isinstance(made, Images)
+        return made.pixels
+
+    assert torch.equal(chosen(1), chosen(1))
+    assert not torch.equal(chosen(1), chosen(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,6 +290,24 @@ def test_a_class_with_too_few_of_them_is_told(
     assert len(told) == 1
     images = SyntheticDataset.load(tmp_path / "run" / "synthetic.safetensors").images
     assert len(images.flatten(1).unique(dim=0)) == 1400  # no image twice
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lr_y 1 --label_init experts --pix_init samples_predicted_correctly --ipc 140 --Iteration 0", "--teacher_label"],
+)
+def test_a_run_of_few_experts_does_not_look_at_the_others(experts: list[str], tmp_path: Path, flags: str) -> None:
+    folder = Path(experts[-1]) / "digits" / "ConvNetD1W4"
+    alone = tmp_path / "buffers" / "digits" / "ConvNetD1W4"
+    alone.mkdir(parents=True)
+    shutil.copy(folder / "expert_0000.safetensors", alone)
+    words = [*TOY, *experts, "--num_eval", "1", *flags.split()]
+    assert run(*words, "--max_experts", "1", "--out", str(tmp_path / "few")) == 0
+    only = ["--num_experts", "1", "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "only")]
+    assert run(*words, *only) == 0
+    few, one = (SyntheticDataset.load(tmp_path / name / "synthetic.safetensors") for name in ("few", "only"))
+    assert torch.equal(few.images, one.images)
+    assert torch.equal(few.labels, one.labels)
 
 
 EVERYTHING = (

@@ -43,6 +43,8 @@ def test_an_epoch_visits_the_images_of_pads_code() -> None:
     for epoch, (first, last) in first_and_last.items():
         expected = torch.arange(first, last + 1)
         assert torch.equal(curriculum.between(*curriculum.shares(epoch)), torch.cat([expected, expected + 5000])), epoch
+    of_a_class = Curriculum([torch.arange(1289)])  # 20 % are 257.8: rounded down, as in PAD's code
+    assert torch.equal(of_a_class.between(*of_a_class.shares(61)), torch.arange(257, 1289))
     without_a_rise = Curriculum(order, add_end_epoch=0)
     assert [without_a_rise.shares(epoch) for epoch in (0, 1)] == [(0.0, 1.0)] * 2
 

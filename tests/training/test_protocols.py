@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, evaluate
+from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
+from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
@@ -123,6 +124,19 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     tested = accuracies[-1:] if name == "mtt" else [accuracies[1], accuracies[3], accuracies[5], accuracies[6]]
     assert result.values[0] == pytest.approx(max(tested), abs=0.5 / 60)
     assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
+
+
+def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
+    net = ConvNet(1, 3, 6, width=4, depth=1)
+    images, start = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3), net.init(torch.Generator().manual_seed(0))
+    protocol = EvaluationProtocol(epochs=3, batch_size=5, augment="color_flip")
+    theta, generator = start, torch.Generator().manual_seed(1)
+    for lr, epochs in ((0.05, 3), (0.05 * 0.1, 1)):
+        epoch = epoch_on(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
+        velocity = torch.zeros_like(start)
+        for _ in range(epochs):
+            theta, velocity, _ = epoch(theta, velocity, generator)
+    assert torch.equal(train_network(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1)), theta)
 
 
 def test_a_network_is_trained_in_the_precision_that_is_asked_for() -> None:
