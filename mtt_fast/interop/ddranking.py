@@ -120,7 +120,7 @@ def _data_of(distilled: TensorSet, dataset: str | None, subset: str | None, zca:
         raise InputError("the set does not say of which data set it is; say it with `dataset`")
     data = _DATA.get((subset or dataset).casefold())
     if data is None:
-        raise InputError(f"it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not {subset or dataset}")
+        raise InputError(f"it has CIFAR10, CIFAR100, Tiny, ImageNet and six of its subsets, not {subset or dataset}")
     channels, height, width = distilled.images.shape[1:]
     size = data.size or height
     if (channels, height, width) != (3, size, size) or distilled.num_classes != data.classes:

@@ -36,7 +36,8 @@ OF_DRAWING = "dataset_name dataset class_to_indices n_images_per_class class_map
 WHAT_IT_NEEDS = {  # its defaults of these cannot run
     "aug_params", "step_size", "eval_full_data", "random_data_format", "num_workers", "real_data_path", "device",
 }  # fmt: skip
-SIZES = {"CIFAR10": (10, 32), "CIFAR100": (100, 32), "Tiny": (200, 64), **dict.fromkeys(SUBSETS, (10, 128))}
+MTTS_SUBSETS = [subset for subset in SUBSETS if not subset.startswith("imagenet-")]  # the others are GLaD's
+SIZES = {"CIFAR10": (10, 32), "CIFAR100": (100, 32), "Tiny": (200, 64), **dict.fromkeys(MTTS_SUBSETS, (10, 128))}
 
 
 def signature(names: str) -> inspect.Signature:
@@ -182,8 +183,9 @@ def test_the_call_has_the_arguments_of_dd_ranking_where_it_is_installed() -> Non
     ("distilled", "dataset", "zca", "message"),
     [
         (plain(10, 32), None, False, "does not say of which data set it is; say it with `dataset`"),
-        (plain(10, 32), "digits", False, "it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not digits"),
-        (plain(10, 32), "/my/CIFAR10", False, "and its subsets, not /my/CIFAR10"),
+        (plain(10, 32), "digits", False, "it has CIFAR10, CIFAR100, Tiny, ImageNet and six of its subsets, not digits"),
+        (plain(10, 32), "/my/CIFAR10", False, "and six of its subsets, not /my/CIFAR10"),
+        (plain(10, 128), "imagenet-a", False, "and six of its subsets, not imagenet-a"),
         (plain(10, 28), "CIFAR10", False, r"images \(3, 32, 32\) of 10 classes of CIFAR10, found \(3, 28, 28\) of 10"),
         (plain(9, 32), "CIFAR10", False, r"of 10 classes of CIFAR10, found \(3, 32, 32\) of 9"),
         (plain(200, 32, ipc=1), "Tiny", False, r"images \(3, 64, 64\) of 200 classes of TinyImageNet"),
@@ -206,7 +208,7 @@ def test_sets_that_dd_ranking_cannot_take_are_refused(
             "digits",
             32,
             None,
-            "cannot take the set: it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not digits",
+            "cannot take the set: it has CIFAR10, CIFAR100, Tiny, ImageNet and six of its subsets, not digits",
         ),
         (
             "imagenette",
