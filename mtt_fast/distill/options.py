@@ -40,6 +40,8 @@ from mtt_fast.storage.run_folder import CONFIG
 
 PROGRAM = "python -m mtt_fast.distill"
 DEFAULT_RECIPE = "digits"
+HALVED_AFTER = 2000
+"""Iterations after which --lr_decay halves the rate of the images, as in MCT's code."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             remarks.append(
                 f"--expansion_end_epoch {self.expansion_end_epoch} is beyond --Iteration {self.Iteration}: the bound on the start "
                 f"epoch, {first} at first, does not reach --max_start_epoch {self.max_start_epoch}"
+            )
+        if self.lr_decay and (self.Iteration <= HALVED_AFTER or not self.lr_img):
+            remarks.append(
+                f"--lr_decay has no effect at --Iteration {self.Iteration} and --lr_img {self.lr_img:g}: it halves the rate after "
+                f"every {HALVED_AFTER:,} iterations"
             )
         return remarks
 

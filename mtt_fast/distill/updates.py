@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.options import HALVED_AFTER, DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, log_fields
 from mtt_fast.errors import Diverged
@@ -17,7 +17,6 @@ from mtt_fast.storage.checkpoint import State
 log = logging.getLogger(__name__)
 
 PIXEL_MOMENTUM = 0.5
-_DECAY_AFTER = 2000  # iterations of --lr_decay, in MCT's code
 _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
@@ -52,7 +51,7 @@ def update(
     Each learning rate of the student stays positive. The average of the images, if there is one, moves towards the new images
     (FTD).
     """
-    lr_img = options.lr_img * (0.5 ** ((state.iteration - 1) // _DECAY_AFTER) if options.lr_decay else 1)
+    lr_img = options.lr_img * (0.5 ** ((state.iteration - 1) // HALVED_AFTER) if options.lr_decay else 1)
     _descend(state.images, state.images_velocity, images_gradient, lr_img, PIXEL_MOMENTUM)
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
         _descend(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)

@@ -143,6 +143,8 @@ _EXPERTS = {
     "alpha": needs("--rho_max 0.1", "--alpha 0.5"),
     "adaptive": needs("--rho_max 0.1", "--adaptive False"),
 }
+_LEAVING_OUT = "--sort_method order.pt --add_end_epoch 0 --rm_epoch_first 0"
+"""A curriculum that leaves images out from the second epoch on."""
 _ANEW = f"{RUN} --out new --buffer_path new_buffers"
 """A distillation that has to train its experts."""
 
@@ -180,6 +182,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "expert_epochs": changes("--expert_epochs 2"),
         "max_start_epoch": changes("--max_start_epoch 3 --seed 5", "--seed 5"),
         "continuous_start": changes("--continuous_start"),
+        "noise_start": changes("--noise_start 0.1"),
         "min_start_epoch": changes("--min_start_epoch 1"),
         "current_max_start_epoch": Row(
             "--current_max_start_epoch 1 --expansion_end_epoch 9", "", "", f"{RUN} --max_start_epoch 3 --Iteration 8 --out new"
@@ -191,6 +194,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "threshold": changes("--threshold 1e-9"),
         "batch_syn": changes("--batch_syn 3"),
         "lr_img": changes("--lr_img 20"),
+        "lr_decay": says("--lr_decay", "--lr_decay has no effect at --Iteration 2 and --lr_img 10"),
         "lr_lr": changes("--lr_lr 0.1"),
         "lr_teacher": changes("--lr_teacher 0.2"),
         "lr_per_step": changes("--lr_per_step"),
@@ -232,6 +236,13 @@ ROWS: dict[str, dict[str, Row]] = {
         "batch_train": changes("--batch_train 64"),
         "buffer_path": changes("--buffer_path other"),
         "store_dtype": changes("--store_dtype bfloat16"),
+        "sort_method": changes("--sort_method order.pt"),
+        "init_ratio": needs("--sort_method order.pt", "--init_ratio 0.5"),
+        "add_end_epoch": needs("--sort_method order.pt", "--add_end_epoch 1"),
+        "rm_epoch_first": needs("--sort_method order.pt --add_end_epoch 0", "--rm_epoch_first 1"),
+        "rm_epoch_second": needs(f"{_LEAVING_OUT} --rm_epoch_second 0", "--rm_epoch_second 1"),
+        "rm_easy_ratio_first": needs(_LEAVING_OUT, "--rm_easy_ratio_first 0.5"),
+        "rm_easy_ratio_second": needs(f"{_LEAVING_OUT} --rm_epoch_second 0", "--rm_easy_ratio_second 0.5"),
     },
     "evaluate": {
         **_EVALUATION,

@@ -75,6 +75,7 @@ def _save_foreign_files() -> None:
     Path("public").mkdir()
     torch.save([whole], "public/replay_buffer_0.pt")
     data = load("digits", data_path="data", progress=False)
+    torch.save([(data.train.labels == label).nonzero()[:, 0] for label in range(10)], "order.pt")
     for split, images in (("train", data.train), ("test", data.test)):
         for place in range(60):
             of_class = Path("pictures") / split / str(int(images.labels[place]))
