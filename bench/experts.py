@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.training import TrainingOptions, compare
-from mtt_fast.experts import ExpertTraining
+from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.sgd import Sgd
 
 

@@ -22,9 +22,9 @@ from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTraining
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.testing import relative_error
+from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Epoch, Sgd, epoch_on
 

@@ -1,25 +1,22 @@
 """Train experts on real images and record their parameters after every epoch: `python -m mtt_fast.experts`.
 
-The first half of the method ("buffer.py" in the public code): plain SGD with augmentation, constant learning rate.
-Expert i depends only on (seed, i), and is written as soon as it is trained, so a stopped run continues where it was.
+The first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i), and is written as soon as it
+is trained, so a stopped run continues where it was. mtt_fast/training/experts.py trains one.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import Group, Needs, Role
 from mtt_fast.commands.options import (
@@ -40,52 +37,24 @@ from mtt_fast.engine.student_choice import describe_numerics, precision_on, stud
 from mtt_fast.errors import InputError
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.kernels import Precision
-from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.prefetch import download
 from mtt_fast.runtime.provenance import choose_device, versions
-from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, experts_in, write_expert
-from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
-from mtt_fast.training.curriculum import EVERY, Curriculum
+from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
+from mtt_fast.training.curriculum import Curriculum
+from mtt_fast.training.experts import ExpertTraining, expert_job
 from mtt_fast.training.images import RealImages, real_images
-from mtt_fast.training.sgd import Epoch, Sgd, accuracy, chunks_on, count_right, epoch_on
-from mtt_fast.training.sharpness import sharpness_aware
 
 log = logging.getLogger(__name__)
 
 STORE_DTYPES: dict[StoreDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ExpertTraining:
-    """Hyperparameters of the experts' training, the same for all experts of a folder."""
-
-    train_epochs: int = 50
-    lr: float = 0.01
-    mom: float = 0.0
-    l2: float = 0.0
-    decay: bool = False
-    batch_size: int = 256
-    augment: str = "color_crop_cutout_flip_scale_rotate"
-    rho_max: float = 0.0
-    rho_min: float = 0.0
-    alpha: float = 0.0
-    adaptive: bool = False
-    curriculum: Curriculum | None = None
-    """the images of each epoch; None for all"""
-
-    def record(self) -> dict[str, Any]:
-        """Return the hyperparameters as the metadata of an expert hold them."""
-        record = {name: value for name, value in vars(self).items() if name != "curriculum"}
-        return record | (self.curriculum.record() if self.curriculum else {})
 
 
 @dataclass(frozen=True)
@@ -318,7 +287,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
     ):
 
         def job(index: int) -> Job[tuple[Tensor, list[float]]]:
-            return _training(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
+            return expert_job(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
 
         for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
             metadata = ExpertMetadata.of(
@@ -332,136 +301,6 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 precision=precision,
             )
             write_expert(folder, missing[position], parameters, metadata, dtype)
-
-
-def train_expert(
-    images: RealImages,
-    network: Trainable,
-    training: ExpertTraining,
-    *,
-    seed: int,
-    index: int,
-    precision: Precision = "fp32",
-) -> tuple[Tensor, list[float]]:
-    """Return one expert's parameters (train_epochs + 1, P), float32, CPU, and its test accuracy at each of them."""
-    return result_of(_training(images, network, training, precision, seed=seed, index=index))
-
-
-def _training(
-    images: RealImages,
-    network: Trainable,
-    training: ExpertTraining,
-    precision: Precision,
-    *,
-    seed: int,
-    index: int,
-    bar: tqdm | None = None,
-    stop: StopRequest | None = None,
-) -> Job[tuple[Tensor, list[float]]]:
-    """Train an expert as `train_expert` does, an epoch at a time."""
-    generator = generator_for(seed, "expert", index)
-    theta = network.init(generator).to(images.train.labels.device)
-    student = student_for(network, theta.device, precision=precision)
-    augment = augment_by_strategy(training.augment)
-    parameters = torch.empty(training.train_epochs + 1, network.num_parameters)
-    parameters[0] = theta
-    statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
-    accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
-
-    def epoch_in(stage: _Stage) -> Epoch:
-        sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
-        direction = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
-        return epoch_on(direction, images.train, sgd, augment, track_of(network), _visited(stage, training))
-
-    def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
-        trained, right, loss = results()
-        parameters[epoch + 1] = trained
-        accuracies.append(int(right) / len(images.test))
-        if bar is not None:
-            with bar.get_lock():  # several threads count on it
-                bar.set_postfix(
-                    expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
-                )
-                bar.update()
-
-    unread: list[Callable[[], None]] = []
-    last: _Stage | None = None
-    for epoch in range(training.train_epochs):
-        stage = _stage_of(epoch, training)
-        if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimiser
-        if stage != last:
-            run_epoch, last = epoch_in(stage), stage
-        if stop:
-            raise Stopped(
-                f"stopped in expert {index}; those that were finished are saved; the same command continues",
-                stop.signum,
-            )
-        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
-        right = count_right(in_evaluation(network, *statistics), theta, images.test)
-        for read_last in unread:  # of the epoch before, only now that a GPU has this one to work on
-            read_last()
-        unread = [partial(read, epoch, download(theta, right, loss))]
-        yield
-    for read_last in unread:
-        read_last()
-    return parameters, accuracies
-
-
-class _Stage(NamedTuple):
-    """The settings that may change from one epoch to the next."""
-
-    lr: float
-    rho: float  # SAM's radius
-    shares: tuple[float, float]  # of the images, see `Curriculum.shares`
-
-
-def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
-    """Return the stage of a training in an `epoch`, from 0."""
-    shares = EVERY if training.curriculum is None else training.curriculum.shares(epoch)
-    if training.decay and epoch >= training.train_epochs // 2 + 2:  # as in the public code
-        return _Stage(training.lr * 0.1, training.rho_min, shares)
-    return _Stage(training.lr, training.rho_max, shares)
-
-
-def _visited(stage: _Stage, training: ExpertTraining) -> Tensor | None:
-    """Return the indices of the images that an epoch visits; None for all."""
-    if training.curriculum is None or stage.shares == EVERY:
-        return None
-    return training.curriculum.between(*stage.shares)
-
-
-def expert_steps(
-    images: RealImages,
-    network: Trainable,
-    training: ExpertTraining,
-    *,
-    seed: int,
-    index: int,
-    precision: Precision = "fp32",
-) -> Iterator[Tensor]:
-    """Yield the parameters (P,), on the device, before and after each step of expert `index`'s training, without an end.
-
-    After the steps of an epoch the parameters are the row that `train_expert` records.
-    """
-    generator = generator_for(seed, "expert", index)
-    theta = network.init(generator).to(images.train.labels.device)
-    student = student_for(network, theta.device, precision=precision)
-    augment = augment_by_strategy(training.augment)
-    yield theta
-    last: _Stage | None = None
-    for epoch in itertools.count():
-        stage = _stage_of(epoch, training)
-        if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimiser
-        if stage != last:
-            sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
-            direction = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
-            visited, last = _visited(stage, training), stage
-            steps = chunks_on(direction, images.train, sgd, augment, visited=visited, at_once=1)
-        for step in steps(theta, velocity, generator):
-            theta, velocity = step.theta, step.velocity
-            yield theta
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,11 +23,12 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import from_tensors
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.experts import ExpertOptions, ExpertTraining, main, train_expert, train_missing_experts
+from mtt_fast.experts import ExpertOptions, main, train_missing_experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training.experts import ExpertTraining, train_expert
 from mtt_fast.training.images import RealImages, real_images
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 2 --batch_train 512".split()

@@ -42,7 +42,7 @@ from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions, expert_steps
+from mtt_fast.experts import ExpertTrainingOptions
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
@@ -53,6 +53,7 @@ from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_folder import SYNTHETIC, only_user
+from mtt_fast.training.experts import ExpertTraining, expert_steps
 from mtt_fast.training.images import RealImages, as_training_images, real_images
 
 log = logging.getLogger(__name__)

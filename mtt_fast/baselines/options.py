@@ -18,7 +18,8 @@ from mtt_fast.commands.options import (
     Seconds,
     Share,
 )
-from mtt_fast.experts import ExpertTraining, checked
+from mtt_fast.experts import checked
+from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.protocols import EvaluationProtocol
 
 

@@ -31,12 +31,13 @@ from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
+from mtt_fast.experts import ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.storage.files import read_toml
 from mtt_fast.storage.run_folder import CONFIG
+from mtt_fast.training.experts import ExpertTraining
 
 PROGRAM = "python -m mtt_fast.distill"
 DEFAULT_RECIPE = "digits"

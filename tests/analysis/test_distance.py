@@ -24,9 +24,9 @@ from mtt_fast.analysis.distance import (
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.data import load, transform_for
-from mtt_fast.experts import ExpertTraining, expert_steps, train_expert
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.experts import ExpertTraining, expert_steps, train_expert
 from mtt_fast.training.images import real_images
 from tests.analysis.helpers import read, run
 

@@ -15,8 +15,9 @@ from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.trained import trained_parameters
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTraining, train_missing_experts
+from mtt_fast.experts import train_missing_experts
 from mtt_fast.testing import module_function, reference_convnet
+from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import RealImages
 from tests.baselines.network import F64, NET, SHAPE, seeded
 

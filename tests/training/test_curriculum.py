@@ -14,10 +14,11 @@ from mtt_fast import ConvNet, InputError, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors, load
 from mtt_fast.distill.command import main as distill
-from mtt_fast.experts import ExpertTraining, expert_steps, main, train_expert
+from mtt_fast.experts import main
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.curriculum import Curriculum
+from mtt_fast.training.experts import ExpertTraining, expert_steps, train_expert
 from mtt_fast.training.images import RealImages, real_images
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --batch_train 512 --data_path data".split()

@@ -1,0 +1,183 @@
+"""Train an expert: plain SGD on real images, or SAM, with the parameters recorded after every epoch.
+
+The first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.engine.student import Student
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.prefetch import download
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.concurrency import Job, result_of
+from mtt_fast.training.curriculum import EVERY, Curriculum
+from mtt_fast.training.images import RealImages
+from mtt_fast.training.sgd import Epoch, Gradients, Sgd, accuracy, chunks_on, count_right, epoch_on
+from mtt_fast.training.sharpness import sharpness_aware
+
+
+@dataclass(frozen=True)
+class ExpertTraining:
+    """Hyperparameters of the experts' training, the same for all experts of a folder."""
+
+    train_epochs: int = 50
+    lr: float = 0.01
+    mom: float = 0.0
+    l2: float = 0.0
+    decay: bool = False
+    batch_size: int = 256
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+    rho_max: float = 0.0
+    rho_min: float = 0.0
+    alpha: float = 0.0
+    adaptive: bool = False
+    curriculum: Curriculum | None = None
+    """the images of each epoch; None for all"""
+
+    def record(self) -> dict[str, Any]:
+        """Return the hyperparameters as the metadata of an expert hold them."""
+        record = {name: value for name, value in vars(self).items() if name != "curriculum"}
+        return record | (self.curriculum.record() if self.curriculum else {})
+
+
+def train_expert(
+    images: RealImages,
+    network: Trainable,
+    training: ExpertTraining,
+    *,
+    seed: int,
+    index: int,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, list[float]]:
+    """Return one expert's parameters (train_epochs + 1, P), float32, CPU, and its test accuracy at each of them."""
+    return result_of(expert_job(images, network, training, precision, seed=seed, index=index))
+
+
+def expert_job(
+    images: RealImages,
+    network: Trainable,
+    training: ExpertTraining,
+    precision: Precision,
+    *,
+    seed: int,
+    index: int,
+    bar: tqdm | None = None,
+    stop: StopRequest | None = None,
+) -> Job[tuple[Tensor, list[float]]]:
+    """Train an expert as `train_expert` does, an epoch at a time."""
+    generator = generator_for(seed, "expert", index)
+    theta = network.init(generator).to(images.train.labels.device)
+    student = student_for(network, theta.device, precision=precision)
+    augment = augment_by_strategy(training.augment)
+    parameters = torch.empty(training.train_epochs + 1, network.num_parameters)
+    parameters[0] = theta
+    statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
+    accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
+
+    def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
+        trained, right, loss = results()
+        parameters[epoch + 1] = trained
+        accuracies.append(int(right) / len(images.test))
+        if bar is not None:
+            with bar.get_lock():  # several threads count on it
+                bar.set_postfix(
+                    expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
+                )
+                bar.update()
+
+    unread: list[Callable[[], None]] = []
+    last: _Stage | None = None
+    for epoch in range(training.train_epochs):
+        stage = _stage_of(epoch, training)
+        if last is None or stage.lr != last.lr:
+            velocity = torch.zeros_like(theta)  # of a new optimiser
+        if stage != last:
+            gradients, sgd, visited = _in_stage(stage, training, student)
+            run_epoch: Epoch = epoch_on(gradients, images.train, sgd, augment, track_of(network), visited)
+            last = stage
+        if stop:
+            raise Stopped(
+                f"stopped in expert {index}; those that were finished are saved; the same command continues",
+                stop.signum,
+            )
+        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
+        right = count_right(in_evaluation(network, *statistics), theta, images.test)
+        for read_last in unread:  # of the epoch before, only now that a GPU has this one to work on
+            read_last()
+        unread = [partial(read, epoch, download(theta, right, loss))]
+        yield
+    for read_last in unread:
+        read_last()
+    return parameters, accuracies
+
+
+class _Stage(NamedTuple):
+    """The settings that may change from one epoch to the next."""
+
+    lr: float
+    rho: float  # SAM's radius
+    shares: tuple[float, float]  # of the images, see `Curriculum.shares`
+
+
+def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
+    """Return the stage of a training in an `epoch`, from 0."""
+    shares = EVERY if training.curriculum is None else training.curriculum.shares(epoch)
+    if training.decay and epoch >= training.train_epochs // 2 + 2:  # as in the public code
+        return _Stage(training.lr * 0.1, training.rho_min, shares)
+    return _Stage(training.lr, training.rho_max, shares)
+
+
+def _in_stage(stage: _Stage, training: ExpertTraining, student: Student) -> tuple[Gradients, Sgd, Tensor | None]:
+    """Return the gradients and the SGD of a stage, and the indices of the images that its epochs visit, None for all."""
+    gradients = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
+    sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
+    if training.curriculum is None or stage.shares == EVERY:
+        return gradients, sgd, None
+    return gradients, sgd, training.curriculum.between(*stage.shares)
+
+
+def expert_steps(
+    images: RealImages,
+    network: Trainable,
+    training: ExpertTraining,
+    *,
+    seed: int,
+    index: int,
+    precision: Precision = "fp32",
+) -> Iterator[Tensor]:
+    """Yield the parameters (P,), on the device, before and after each step of expert `index`'s training, without an end.
+
+    After the steps of an epoch the parameters are the row that `train_expert` records.
+    """
+    generator = generator_for(seed, "expert", index)
+    theta = network.init(generator).to(images.train.labels.device)
+    student = student_for(network, theta.device, precision=precision)
+    augment = augment_by_strategy(training.augment)
+    yield theta
+    last: _Stage | None = None
+    for epoch in itertools.count():
+        stage = _stage_of(epoch, training)
+        if last is None or stage.lr != last.lr:
+            velocity = torch.zeros_like(theta)  # of a new optimiser
+        if stage != last:
+            gradients, sgd, visited = _in_stage(stage, training, student)
+            steps = chunks_on(gradients, images.train, sgd, augment, visited=visited, at_once=1)
+            last = stage
+        for step in steps(theta, velocity, generator):
+            theta, velocity = step.theta, step.velocity
+            yield theta
