@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -94,6 +95,20 @@ JOBS: list[tuple[str, Callable[..., Any], list[str]]] = [
 ]
 
 
+def says_the_same(text: bytes, other: bytes) -> bool:
+    """Return whether two files of JSON hold the same values: 1e-05 is 1E-05, and a time's 17th digit may round to the same number."""
+    with contextlib.suppress(ValueError):
+        return bool(json.loads(text) == json.loads(other))
+    return False
+
+
+def test_flips_that_leave_a_number_as_it_is_are_no_damage() -> None:
+    assert says_the_same(b'{"seconds": 1E-05}', b'{"seconds": 1e-05}')
+    assert says_the_same(b'{"seconds": 0.10000000000000001}', b'{"seconds": 0.10000000000000000}')
+    assert not says_the_same(b'{"seconds": 0.2}', b'{"seconds": 0.3}')
+    assert not says_the_same(b'{"seconds" 0.2}', b'{"seconds": 0.2}')
+
+
 @pytest.mark.parametrize(("name", "job", "arguments"), JOBS, ids=[f"{name}-{job.__module__}" for name, job, _ in JOBS])
 def test_a_flipped_bit_is_named(
     working_folder: Path, capsys: pytest.CaptureFixture[str], name: str, job: Callable[..., Any], arguments: list[str]
@@ -102,6 +117,8 @@ def test_a_flipped_bit_is_named(
     for bit in bits_of(path, 30):
         path.write_bytes(whole)
         flip_bit(path, bit)
+        if says_the_same(path.read_bytes(), whole):
+            continue
         assert cli.run(job, arguments) == 2, bit
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert re.match(rf"error: (/.*/)?{name}: ", error), bit
