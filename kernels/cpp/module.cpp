@@ -31,6 +31,7 @@ nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>> memory(std::size_t size) {
 }
 
 NB_MODULE(_native, module) {
+    module.attr("sources") = SOURCES;
     module.def("memory", memory, "size"_a);
     module.def("release_memory", [] { results().clear(); });
     define_norm(module);

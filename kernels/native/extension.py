@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -13,15 +15,34 @@ from torch import Tensor
 # Results of at least this many bytes take memory that the extension keeps from one call to the next (cpp/pool.h).
 LARGE = 1 << 20
 
+CPP = Path(__file__).resolve().parents[1] / "cpp"
+
+
+def check_sources(module: ModuleType, folder: Path = CPP) -> None:
+    """Check that the extension `module` was built from the C++ sources in `folder`, where there are any.
+
+    Only an editable install has them: a pull or an edit changes them, and leaves the extension as it was built.
+    Raises `ImportError` where they differ.
+    """
+    files = sorted(path for kind in ("*.cpp", "*.h") for path in folder.glob(kind))
+    digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    if files and getattr(module, "sources", None) != hashlib.sha256(digests.encode()).hexdigest():
+        raise ImportError(
+            f"{folder}: expected the sources that {module.__file__} was built from, found other ones; build it again with "
+            f"`pip install -e .` in {folder.parents[1]}, or run without it: MTT_FAST_NATIVE=0"
+        )
+
 
 def _load() -> ModuleType | None:
     name = f"{__package__.rpartition('.')[0]}._native"
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:  # not installed; one that is there but does not load is an error, not a fallback
             return None
         raise
+    check_sources(module)
+    return module
 
 
 # MTT_FAST_NATIVE=0 turns the compiled code off. It is read here, once, when the package is imported.
