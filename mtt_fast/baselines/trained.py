@@ -15,7 +15,14 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs, training_unknown
+from mtt_fast.storage.expert_checks import (
+    FLAGS,
+    as_trained,
+    check_as_asked,
+    check_belongs,
+    trained_otherwise,
+    training_unknown,
+)
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.training.images import RealImages
@@ -62,9 +69,12 @@ def with_first_expert_training(
         return options
     check_belongs(store, 0, network, real.identity)
     check_as_asked(store, 0, requested, to_the_end=True)
-    if requested and store.metadata(0).imported:
+    expert, training = store.metadata(0), options.expert().record()
+    if requested and expert.imported:
         log.info("%s: %s", store.path(0), training_unknown(requested))
-    return as_trained(options, options.expert().record(), store.metadata(0))
+    if remark := trained_otherwise(expert, training, to_the_end=True):
+        log.info("%s: %s", store.folder, remark)
+    return as_trained(options, training, expert)
 
 
 def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Tensor:

@@ -27,6 +27,7 @@ from mtt_fast.storage.expert_checks import (
     check_belongs,
     check_long_enough,
     hyperparameters_of,
+    trained_otherwise,
     training_unknown,
 )
 from mtt_fast.storage.foreign import names_in
@@ -225,6 +226,8 @@ def _remarks(
     if first.imported and requested:
         yield training_unknown(requested)
     trained = hyperparameters_of(first)
+    if remark := trained_otherwise(first, options.experts().record(), to_the_end=options.uses_last_epochs):
+        yield remark
     if (augment := trained.get("augment", options.strategy)) != options.strategy:
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
     if trained.get("sort_method"):

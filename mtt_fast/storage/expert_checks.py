@@ -167,6 +167,17 @@ def training_unknown(requested: Iterable[str]) -> str:
     return f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in requested)} has no effect"
 
 
+def trained_otherwise(expert: ExpertMetadata, hyperparameters: Mapping[str, Any], *, to_the_end: bool) -> str:
+    """Return a remark on an expert that was trained with other `hyperparameters` than a job would train with; else "".
+
+    Such an expert is used as it is, unless the user asked for others (`check_as_asked`); `to_the_end` as there.
+    """
+    found = hyperparameters_of(expert)
+    differing = _differing({name: hyperparameters[name] for name in FLAGS}, found, to_the_end) if found else []
+    values = ", ".join(f"--{FLAGS[name]} {found[name]} (not {hyperparameters[name]})" for name in differing)
+    return f"used as they are, trained with {values}" if values else ""
+
+
 def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
     """Return `options` with the hyperparameters with which the `expert` was actually trained.
 

@@ -205,6 +205,26 @@ def test_the_students_augmentation_is_not_the_experts(working_folder: Path, capl
     assert told in caplog.text
 
 
+def test_experts_trained_otherwise_are_used_and_the_log_says_so(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Use experts with SAM and momentum in a run that would train without, and leave out what does not reach that far."""
+    caplog.set_level("INFO")
+    flags = ["--dataset", "digits", *MODEL, "--train_epochs", "4", "--batch_train", "128", "--num_experts", "1"]
+    assert cli.run(experts, [*flags, "--rho_max", "0.01", "--mom", "0.5", "--buffer_path", "sharp"]) == 0
+    assert cli.run(distill, distil("--buffer_path", "sharp", "--num_experts", "1", "--batch_real", "128")) == 0
+    told = (
+        "sharp/digits/ConvNetD1W4: used as they are, trained with --mom 0.5 (not 0.0), --rho_max 0.01 (not 0.0), "
+        "--rho_min 0.01 (not 0.0), --adaptive True (not False)"
+    )
+    assert told in caplog.messages
+    caplog.clear()
+    asked = ["--mom", "0.5", "--rho_max", "0.01", "--batch_real", "128"]
+    assert cli.run(distill, distil("--buffer_path", "sharp", "--num_experts", "1", *asked, out="asked")) == 0
+    assert cli.run(distill, ["--out", "new", "--resume", "--Iteration", "3"]) == 0
+    assert "used as they are" not in caplog.text
+
+
 def test_one_process_writes_experts(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {path: path.read_bytes() for path in EXPERTS.iterdir()}
     trains = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128"]
