@@ -89,6 +89,7 @@ METHODS = {
     ),
     "mtt-att": _mtt("MTT with ATT's nearest step", "--match_step nearest"),
     "mtt-pad": _mtt("MTT with PAD's mask", "--loss_ratio 0.25"),
+    "mtt-edf": _mtt("MTT with EDF's weights of the pixels", "--cam_model ConvNetD2W32 --cam_interval 50"),
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
 }
 """The rows in the table's order. DD's and LD's rates here are for hundreds of iterations; the papers' for tens of thousands."""

@@ -9,6 +9,7 @@ import torch
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network
 from mtt_fast.distill.experts import ExpertInventory, check_experts
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
@@ -35,6 +36,7 @@ def check_options_fit(
             f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
             "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
         )
+    check_cam_network(options, data)
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
 
@@ -56,3 +58,4 @@ def check_fits(
     if isinstance(data, ImageData):
         check_enough(data, options.ipc, options.canvas_size if options.texture else 1)
     check_experts(options, inventory, data, network, requested)
+    check_cam_expert(options, data)

@@ -22,6 +22,7 @@ from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
+from mtt_fast.distill.cam_network import prepare_cam_network, weighed
 from mtt_fast.distill.checks import check_fits, check_options_fit
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
@@ -124,6 +125,7 @@ def _run(
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(folder, state, experts)
+            cam = prepare_cam_network(options, real, state)
         options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
@@ -136,13 +138,14 @@ def _run(
             log.info("%s", line)
         if state is None:
             state = initial_state(options, real, network, experts, matched_experts(options, experts))
+            state.cam_digest = "" if cam is None else cam.digest
         else:
             log.info("continuing at iteration %d", state.iteration)
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=state.experts, metrics=MetricsLog(folder, state.iteration), numerics=numerics_in_words, seconds=seconds,
+            matched_experts=state.experts, cam=cam, metrics=MetricsLog(folder, state.iteration), numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 
@@ -167,6 +170,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
+            gradients = weighed(options, run.cam, state, gradients)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # there may be room for those of one iteration only
             if state.iteration < options.Iteration:

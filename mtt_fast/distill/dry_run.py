@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
+from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of, otherwise_whitened
 from mtt_fast.distill.options import DistillOptions
@@ -72,14 +73,15 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)
-    steps = [(network, precision)] + [
-        (each, precision_on(device, each, options.precision))
-        for each in (network, *options.evaluated_networks(info).values())
-    ]
-    costs = {  # equal steps are measured once
-        step: _measured_seconds(*step, info.image_shape, device) for step in dict.fromkeys(steps)
+    cam, to_train = options.cam_network(info), cam_expert(options, info) is None
+    trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
+    steps = [(network, precision)] + [(each, precision_on(device, each, options.precision)) for each in trained]
+    costs = {  # equal steps are measured once, and the derivative of the student's alone
+        step: _measured_seconds(*step, info.image_shape, device, tangent=step == steps[0])
+        for step in dict.fromkeys(steps)
     }
     of_student, of_expert, *of_evaluated = (costs[step] for step in steps)
+    of_cam = None if cam is None else of_evaluated.pop().gradient
     seconds = estimated_seconds(
         options,
         info,
@@ -88,14 +90,23 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         share=plan.passes / plan.work.student.passes[0],
         expert=of_expert.gradient,
         evaluated=[each.gradient for each in of_evaluated],
+        cam=of_cam,
+        train_cam=to_train,
     )
-    size = estimated_bytes(options, info, network.num_parameters, inventory.missing, inventory.uncompressed)
+    size = estimated_bytes(
+        options, info, network.num_parameters, inventory.missing, inventory.uncompressed,
+        cam_parameters=cam.num_parameters if cam is not None and to_train else 0,
+    )  # fmt: skip
     lines = {
         "recipe": _recipe(options),
         "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
+        "maps": ""
+        if cam is None
+        else f"by {options.cam_model}, {'to be trained first' if to_train else 'trained'}, "
+        f"every {options.cam_interval} iterations",
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
@@ -161,28 +172,38 @@ def estimated_seconds(
     share: float,
     expert: float,
     evaluated: Sequence[float],
+    cam: float | None = None,
+    train_cam: bool = False,
 ) -> EstimatedSeconds:
     """Return the seconds of a run which has `missing` experts trained.
 
     An image takes `cost` in a student's step, of which saved activations leave a `share`; `expert` seconds in a step of an
-    expert, and `evaluated` in one of each evaluated network.
+    expert, and `evaluated` in one of each evaluated network. It takes `cam` in one of the network that makes maps, if there is
+    any; with `train_cam` this network is trained first.
     """
-    gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
     batch = (options.batch_syn or count) * crops
-    forward = expert / 3  # a backward pass is two forward ones
     epochs = options.evaluation_protocol().total_epochs
     trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
     evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
+    maps = 0 if cam is None else math.ceil(options.Iteration / options.cam_interval) * count * cam
     return EstimatedSeconds(
-        experts=missing * options.train_epochs * (info.train * gradients * expert + info.test * forward),
-        iterations=steps * batch * (cost.gradient + cost.tangent) * share,
+        experts=missing * _seconds_to_train(options, info, expert)
+        + (0 if cam is None or not train_cam else _seconds_to_train(options, info, cam)),
+        iterations=steps * batch * (cost.gradient + cost.tangent) * share + maps,
         # of the first network on random real images too
         evaluations=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
     )
+
+
+def _seconds_to_train(options: DistillOptions, info: DatasetInfo, gradient: float) -> float:
+    """Return the seconds that an expert takes whose network takes `gradient` seconds for an image in a step."""
+    gradients = 2 if options.rho_max else 1  # of a step
+    forward = gradient / 3  # a backward pass is two forward ones
+    return options.train_epochs * (info.train * gradients * gradient + info.test * forward)
 
 
 def _set_count(options: DistillOptions) -> int:
@@ -191,16 +212,25 @@ def _set_count(options: DistillOptions) -> int:
 
 
 def estimated_bytes(
-    options: DistillOptions, info: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
+    options: DistillOptions,
+    info: DatasetInfo,
+    num_parameters: int,
+    missing: int,
+    uncompressed: int,
+    *,
+    cam_parameters: int = 0,
 ) -> EstimatedBytes:
-    """Return the bytes that a run writes, which has `missing` experts trained and `uncompressed` ones compressed."""
+    """Return the bytes that a run writes, which has `missing` experts trained and `uncompressed` ones compressed.
+
+    `cam_parameters` are those of the network that makes maps, if it is trained too.
+    """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
     images = 4 * options.ipc * info.num_classes * values * options.tiles
     sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return EstimatedBytes(
-        experts=4 * rows * num_parameters,
+        experts=4 * (rows * num_parameters + (options.train_epochs + 1) * cam_parameters),
         # each set and the best one of it; the checkpoint's images with their velocity and their average
         run_folder=2 * sets * (images + whitening) + (1 + sets) * images,
         packed_data=info.packed_bytes,
@@ -208,16 +238,16 @@ def estimated_bytes(
 
 
 def _measured_seconds(
-    network: Network, precision: Precision, image_shape: tuple[int, int, int], device: torch.device
+    network: Network, precision: Precision, image_shape: tuple[int, int, int], device: torch.device, *, tangent: bool
 ) -> SecondsPerImage:
-    """Return the measured seconds of an image in a student's gradient and in the gradient's derivative."""
+    """Return the measured seconds of an image in a student's gradient and, for `tangent`, in the gradient's derivative, else 0."""
     student = student_for(network, device, "indices", precision=precision)
     theta = torch.randn(network.num_parameters, device=device) / 100
     images = torch.randn(_SAMPLES, *image_shape, device=device)
     labels = torch.zeros(_SAMPLES, dtype=torch.long, device=device)
     return SecondsPerImage(
         _timed(lambda: student.gradient(theta, images, labels), device) / _SAMPLES,
-        _timed(lambda: student.gradient_jvp(theta, images, labels, theta), device) / _SAMPLES,
+        _timed(lambda: student.gradient_jvp(theta, images, labels, theta), device) / _SAMPLES if tangent else 0.0,
     )
 
 

@@ -27,12 +27,16 @@ from mtt_fast.commands.options import (
     Share,
     ShareOrNone,
 )
+from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.protocol import Trainable
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.storage.files import read_toml
@@ -125,6 +129,12 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     --max_start_epoch epochs"""
     ema_decay: ShareOrNone = None
     """decay of an exponential moving average of the images (FTD); the average is evaluated too"""
+    cam_model: str | None = None
+    """weigh the gradients of the pixels by Grad-CAM maps of this network, such as ResNet18, which is trained as the experts are (EDF)"""
+    cam_interval: Annotated[Count, Needs("cam_model")] = 100
+    """iterations after which the maps of --cam_model are made anew"""
+    cam_beta: Annotated[RateOrZero, Needs("cam_model")] = 1.0
+    """factor of a pixel's gradient where a map of --cam_model is at least its mean; the map, from 0 to 1, is added to the factor"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """do not augment during distillation; evaluations still augment"""
     texture: Annotated[bool, Group.TEXTURE] = False
@@ -177,6 +187,12 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     def experts(self) -> ExpertTraining:
         """Return the hyperparameters with which missing experts are trained."""
         return self.training_at(self.expert_lr, self.batch_real)
+
+    def cam_network(self, data: ImageData | DatasetInfo) -> Trainable | None:
+        """Return the network whose Grad-CAM maps weigh the pixels' gradients, for `data`, or None."""
+        if self.cam_model is None:
+            return None
+        return network_by_name(self.cam_model, data.image_shape, data.num_classes, option="cam_model")
 
     @property
     def label_kind(self) -> LabelKind:
@@ -275,6 +291,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             "--zca": self.zca,
             "--teacher_label": self.teacher_label,
             "--label_init experts": self.label_init == "experts",
+            "--cam_model": self.cam_model is not None,
         }
         for other, given in others.items():
             if given:

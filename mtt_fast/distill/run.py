@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from mtt_fast.commands.run_loop import LoopRun
+from mtt_fast.distill.cam_network import CamNetwork
 from mtt_fast.distill.initial import initial_images
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.storage.trajectories import TrajectoryStore
@@ -21,6 +22,8 @@ class DistillRun(LoopRun):
     experts: TrajectoryStore
     matched_experts: int
     """how many of `experts`, from the first on, are matched"""
+    cam: CamNetwork | None = None
+    """the network whose Grad-CAM maps weigh the pixels' gradients"""
 
     @cached_property
     def first_images(self) -> Tensor:

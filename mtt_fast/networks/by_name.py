@@ -56,7 +56,9 @@ class NamedNetwork(FlatModule):
         return {"kind": self._name}
 
 
-def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: int) -> Trainable:
+def network_by_name(
+    name: str, image_shape: tuple[int, int, int], num_classes: int, *, option: str = "model"
+) -> Trainable:
     """Return the network called `name` for images (C, H, W).
 
     The name is ConvNet with depth, width, activation, norm and pooling, each of them optional, in this order: ConvNetD4,
@@ -66,12 +68,13 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
     (average pooled), all with instance norm where they have a norm, and AlexNetBN, VGG11BN, ResNet18BN, ResNet18BN_AP.
 
     `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
-    all others are modules in a `FlatModule`. Raises `InputError` for any other name, or images too small for it.
+    all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images
+    too small for it.
     """
     match = _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
     if match is None and name not in _OTHERS:
         raise InputError(
-            f"`model` {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
+            f"`{option}` {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
             f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, or one of {', '.join(_OTHERS)}"
         )
     if match is None:
@@ -83,7 +86,7 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
         size = height if height == side else (height, side)
         return ConvNet(channels, num_classes, size, width, depth, norm="instance" if norm == "IN" else "none")
     if min(depth, width) < 1:
-        raise InputError(f"`model` {name}: expected a depth and a width of at least 1")
+        raise InputError(f"`{option}` {name}: expected a depth and a width of at least 1")
     variant = partial(
         convnet_variant, image_shape, num_classes, width=width, depth=depth, activation=_ACTIVATIONS[activation],
         norm=_NORMS[norm], pooling=_POOLINGS[pooling],

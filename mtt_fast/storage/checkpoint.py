@@ -37,6 +37,7 @@ class State:
     lr_velocity: Tensor
     labels_velocity: Tensor | None = None  # of learned labels
     ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
+    pixel_weights: Tensor | None = None  # (n, 1, H, W): factors of the images' gradient, where they are asked for (EDF)
     skipped: int = 0  # iterations whose loss or gradient was not finite
     repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
@@ -44,6 +45,7 @@ class State:
     data: DatasetIdentity = UNKNOWN  # of the real images
     digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
     imported: bool = False  # whether these experts come from other software, so that none can be trained in their place
+    cam_digest: str = ""  # of the expert of --cam_model
 
     @property
     def mean_lr(self) -> float:
@@ -53,12 +55,14 @@ class State:
 
 _CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, does not name itself
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
-_OPTIONAL_TENSORS = ("labels_velocity", "ema")
+_OPTIONAL_TENSORS = ("labels_velocity", "ema", "pixel_weights")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
 _REPEATED = "repeated"
 """A further number, which old checkpoints lack."""
 _IMPORTED = "imported"
 """The field of the metadata for `State.imported`; old checkpoints lack it."""
+_CAM_DIGEST = "cam_digest"
+"""The field of the metadata for `State.cam_digest`; old checkpoints lack it."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Fields of old checkpoints, which seconds.json has replaced."""
 
@@ -76,6 +80,7 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
             "data": json.dumps(state.data.record()),
             "digests": json.dumps(state.digests),
             _IMPORTED: json.dumps(state.imported),
+            _CAM_DIGEST: state.cam_digest,
             EVALUATIONS: json.dumps(evaluations),
         },
     )
@@ -103,6 +108,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             data=DatasetIdentity.from_record(data),
             digests=tuple(digests),
             imported=_says_imported(metadata),
+            cam_digest=metadata.get(_CAM_DIGEST, ""),
         )
     except MALFORMED as error:
         raise _of_another_version(path) from error

@@ -206,6 +206,15 @@ def test_the_time_is_that_of_every_image_in_every_step() -> None:
     one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
     assert times.evaluations == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
 
+    of_maps = dataclasses.replace(OPTIONS, cam_model="ResNet18", cam_interval=3)
+    with_maps = estimated_seconds(
+        of_maps, INFO, 2, cost, share=0.5, expert=expert, evaluated=evaluated, cam=6.0, train_cam=True
+    )
+    assert with_maps.experts - times.experts == 5 * (100 * 6 + 30 * 2)
+    assert with_maps.iterations - times.iterations == 3 * 20 * 6  # before iterations 1, 4 and 7
+    there = estimated_seconds(of_maps, INFO, 2, cost, share=0.5, expert=expert, evaluated=evaluated, cam=6.0)
+    assert there == with_maps._replace(experts=times.experts)
+
     more = dataclasses.replace(OPTIONS, rho_max=0.1, ema_decay=0.9, batch_syn=6, texture=True, canvas_samples=3)
     times = estimated_seconds(more, INFO, 2, cost, share=1.0, expert=expert, evaluated=evaluated)
     assert times.experts == 2 * 5 * (100 * 2 * 3 + 30 * 1)
@@ -235,6 +244,7 @@ def test_the_time_is_scaled_from_the_fastest_of_some_steps(
 def test_the_sizes_are_those_of_every_number() -> None:
     images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
     assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
+    assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0, cam_parameters=700).experts == 4 * 6 * (3 * 1000 + 700)
     more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
     experts, run, _ = estimated_bytes(more, INFO, 1000, 3, 5)
     assert experts == 4 * (3 * 6 + 5 * 4) * 1000

@@ -1,0 +1,108 @@
+"""Find or train the network whose Grad-CAM maps weigh the pixels' gradients (EDF), and keep the weights up to date."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtt_fast.commands.options import buffer_folder
+from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.errors import InputError
+from mtt_fast.experts import train_missing_experts
+from mtt_fast.networks.protocol import Network
+from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.expert_checks import check_belongs
+from mtt_fast.storage.outputs import check_output_folder
+from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
+from mtt_fast.training.images import RealImages
+
+log = logging.getLogger(__name__)
+
+
+class CamNetwork(NamedTuple):
+    """A network that makes Grad-CAM maps: the first expert after its last epoch."""
+
+    network: Network
+    theta: Tensor  # (P,)
+    digest: str  # of the expert, see `TrajectoryStore.digest`
+
+
+def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> TrajectoryStore | None:
+    """Return the store whose first expert makes the maps of `cam_model`, or None if it has to be trained."""
+    return None if options.cam_model is None else experts_in(_folder(options, data))
+
+
+def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
+    """Raise `InputError` if `cam_model` is no network that can make maps of single images."""
+    network = options.cam_network(data)
+    if network is None:
+        return
+    if network.mixes_samples:
+        raise InputError(
+            f"`cam_model` {options.cam_model}: expected a network without batch norm, since maps of single images take running "
+            "statistics, which trajectories do not hold; take ResNet18"
+        )
+    image = torch.zeros(1, *data.image_shape)
+    grad_cam(network, torch.zeros(network.num_parameters), image, torch.zeros(1, dtype=torch.long))
+
+
+def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
+    """Raise `InputError` if the expert of `cam_model` is of other images, or is missing and cannot be written."""
+    network, store = options.cam_network(data), cam_expert(options, data)
+    if network is not None and store is not None:
+        check_belongs(store, 0, network, data.identity(zca=options.zca), other_data=options.other_data)
+    elif network is not None:
+        check_output_folder(_folder(options, data), "choose another `buffer_path`")
+
+
+def prepare_cam_network(options: DistillOptions, real: RealImages, began_with: State | None) -> CamNetwork | None:
+    """Return the network of `cam_model`, which is trained now if its expert is missing; None without the option.
+
+    `began_with` is the state of a run that goes on. Raises `InputError` if it began with another expert, and `Stopped` on
+    Ctrl-C or SIGTERM.
+    """
+    network, device = options.cam_network(real.data), real.train.labels.device
+    if network is None:
+        return None
+    store, folder = cam_expert(options, real.data), _folder(options, real.data)
+    if began_with is not None and (store is None or store.digest(0) != began_with.cam_digest):
+        raise InputError(
+            f"{folder}: expected the expert of `cam_model` with which the run began, found {'another' if store else 'none'}; restore "
+            "it, or choose another `out`"
+        )
+    if store is None:
+        store = train_missing_experts(
+            folder, 1, real, network, options.experts(), seed=options.seed,
+            precision=precision_on(device, network, options.precision), memory_budget=options.memory_budget,
+        )  # fmt: skip
+    log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
+    return CamNetwork(network, store.read(0, store.epochs(0)).to(device), store.digest(0))
+
+
+def _folder(options: DistillOptions, data: ImageData | DatasetInfo) -> Path:
+    return buffer_folder(options.buffer_path, data, str(options.cam_model), zca=options.zca)
+
+
+def weighed(
+    options: DistillOptions, cam: CamNetwork | None, state: State, gradients: list[Tensor] | None
+) -> list[Tensor] | None:
+    """Return the `gradients` of the iteration after `state`, with that of the images multiplied by the state's pixel weights.
+
+    The weights are made anew from the state's images where `cam_interval` says so. Gradients that are not finite (None), and
+    those of a run without a `cam` network, are returned as they are.
+    """
+    if cam is None or gradients is None:
+        return gradients
+    if state.pixel_weights is None or state.iteration % options.cam_interval == 0:
+        classes = torch.arange(len(state.images), device=state.images.device) // options.ipc
+        state.pixel_weights = pixel_weights(cam.network, cam.theta, state.images, classes, options.cam_beta)
+    of_images, *others = gradients
+    return [of_images * state.pixel_weights, *others]
