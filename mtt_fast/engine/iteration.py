@@ -7,7 +7,6 @@ The iteration depends on no tensor's value and draws no random number, so that i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.runtime.cuda_graphs import graphed
 
 Iteration = Callable[..., tuple[Tensor, ...]]
-"""`iterate` with its first three arguments given: from start, target, images, labels, lr and `StepDraws.tensors`."""
+"""A function of the tensors start, target, images, labels, lr and `StepDraws.tensors`."""
 
 PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function from the student's path (N + 1, P) and the expert's start and target (P,) to a loss (), which reads no tensor on the host."""
@@ -38,29 +37,22 @@ def planned_iteration(
     gradient: Gradient = "exact",
     graph: bool = True,
 ) -> Iteration:
-    """Return `iterate` as `plan` says, for steps on `lengths` images each; on CUDA it replays a graph.
+    """Return `iteration` as `plan` says, for steps on `lengths` images each; on CUDA it replays a graph.
 
     Nothing is recorded where the path is in host memory, which a graph cannot reach, nor without `graph`, for iterations that
     are too rare to hold a graph's memory.
     """
-    run = partial(
-        iterate, plan.student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
+    run = iteration(
+        plan.student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
         saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,
     )  # fmt: skip
     return graphed(run, plan.work.device, kernels.compile_ahead) if graph and not plan.path_on_host else run
 
 
-def iterate(
+def iteration(
     student: Student,
     augment: Apply | None,
     lengths: tuple[int, ...],
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    indices: Tensor,
-    parameters: Tensor | None = None,
     *,
     loss: PathLoss = path_loss,
     momentum: float = 0.0,
@@ -68,8 +60,8 @@ def iterate(
     gradient: Gradient = "exact",
     saved_steps: int = 0,
     path_on_host: bool = False,
-) -> tuple[Tensor, ...]:
-    """Return `loss` () in float64, and its gradients to images, lr and soft labels.
+) -> Iteration:
+    """Return the function that computes `loss` () in float64, and its gradients to images, lr and soft labels.
 
     The steps see `lengths` images each, through `augment`, and `student` computes them. `momentum`, `weight_decay`
     and `gradient` are those of `unroll`; `saved_steps` and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
@@ -78,22 +70,33 @@ def iterate(
     synthetic images (n, C, H, W), and those of `StepDraws`, ΣB = Σ `lengths`. Nothing is checked: indices were drawn in
     range, and `augment` takes the rows of one step. Gradients that are not finite are returned as well.
     """
-    draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
-    steps = StudentSteps(
-        student=student,
-        batches=indices.split(lengths),
-        saved_steps=saved_steps,
-        path_on_host=path_on_host,
-        augment=augment,
-        draws=draws,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        gradient=gradient,
-        has_velocity=momentum != 0,
-    )
-    learned = [images, lr, *([labels] if labels.is_floating_point() else [])]
-    with torch.enable_grad():
-        images, lr, *soft = (tensor.detach().requires_grad_() for tensor in learned)
-        path, _ = path_of(steps, start, images, soft[0] if soft else labels, lr)
-        value = loss(path, start, target)
-        return value.detach(), *torch.autograd.grad(value, (images, lr, *soft))
+
+    def iterate(
+        start: Tensor,
+        target: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        lr: Tensor,
+        indices: Tensor,
+        parameters: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        steps = StudentSteps(
+            student=student,
+            batches=indices.split(lengths),
+            saved_steps=saved_steps,
+            path_on_host=path_on_host,
+            augment=augment,
+            draws=(None,) * len(lengths) if parameters is None else parameters.split(lengths),
+            momentum=momentum,
+            weight_decay=weight_decay,
+            gradient=gradient,
+            has_velocity=momentum != 0,
+        )
+        learned = [images, lr, *([labels] if labels.is_floating_point() else [])]
+        with torch.enable_grad():
+            images, lr, *soft = (tensor.detach().requires_grad_() for tensor in learned)
+            path, _ = path_of(steps, start, images, soft[0] if soft else labels, lr)
+            value = loss(path, start, target)
+            return value.detach(), *torch.autograd.grad(value, (images, lr, *soft))
+
+    return iterate

@@ -18,9 +18,10 @@ from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.iteration import Iteration, iterate, planned_iteration
+from mtt_fast.engine.iteration import Iteration, iteration, planned_iteration
 from mtt_fast.engine.student import GenericStudent, InMicrobatches, StepGradient, Student
 from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
 from mtt_fast.testing import assert_close
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def tensors(kind: str = "indices", seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Return all arguments of `iterate` except the random ones of its steps."""
+    """Return all arguments of an iteration except the random ones of its steps."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -76,7 +77,7 @@ def test_equals_the_engine_called_plainly(
     )
     if microbatch is not None:
         student = InMicrobatches(student, microbatch)
-    run = partial(iterate, student, applied, lengths_of(batches))
+    run = iteration(student, applied, lengths_of(batches))
     results = run(*given.values(), *draws.tensors())
 
     images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
@@ -108,7 +109,7 @@ def test_nothing_waits_for_a_value(student: Student, augment: Apply, microbatch:
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     cut = student if microbatch is None else InMicrobatches(student, microbatch)
     with NoValues():
-        actual = iterate(cut, augment, lengths_of(batches), *inputs)
+        actual = iteration(cut, augment, lengths_of(batches))(*inputs)
     assert [tensor.shape for tensor in actual] == [(), given["images"].shape, ()]
 
 
@@ -119,7 +120,7 @@ def test_nothing_waits_for_the_place_of_a_crop() -> None:
     draws = draw_steps(batches, (3, 16, 16), torch.float64, crops.draw_parameters, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     with NoValues():
-        actual = iterate(FusedConvNetStudent(NET), crops, lengths_of(batches), *inputs)
+        actual = iteration(FusedConvNetStudent(NET), crops, lengths_of(batches))(*inputs)
     assert [tensor.shape for tensor in actual] == [(), (10, 3, 16, 16), ()]
 
 
@@ -189,7 +190,7 @@ def repeating(run: Any) -> Recording:
 
 
 def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return the arguments of `iterate`, drawn from `seed`."""
+    """Return the arguments of an iteration, drawn from `seed`."""
     given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
     batches = student_batches(10, 4, 3, generator)
     draws = draw_steps(batches, (3, 8, 8), dtype, SiameseAugment().draw_parameters, generator)
@@ -197,7 +198,7 @@ def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.flo
 
 
 def fresh(device: torch.device = CPU) -> Iteration:
-    return partial(iterate, student_for(NET, device), augment_with, (2, 4, 4))
+    return iteration(student_for(NET, device), augment_with, (2, 4, 4))
 
 
 def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
@@ -214,9 +215,7 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
     from mtt_fast.runtime.numerics import numerics
 
     device = torch.device("cuda")
-    eager = partial(
-        iterate, student_for(NET, device) if student == "chosen" else GenericStudent(NET), augment_with, (2, 4, 4)
-    )
+    eager = iteration(student_for(NET, device) if student == "chosen" else GenericStudent(NET), augment_with, (2, 4, 4))
     with numerics(device, "tf32"):
         run = graphed(eager, device)
         for seed in (0, 1, 2, 0):
@@ -240,8 +239,15 @@ def test_nothing_waits_on_a_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_iteration_keeps_what_its_plan_says() -> None:
-    planned = replace(plan(NET, images=(6, 3, 8, 8), steps=3), saved_steps=2, path_on_host=True)
-    run = planned_iteration(planned, None, (6, 6, 6))
-    assert isinstance(run, partial)
-    assert (run.keywords["saved_steps"], run.keywords["path_on_host"]) == (2, True)
+def test_an_iteration_keeps_what_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[StudentSteps] = []
+
+    def watched(steps: StudentSteps, *tensors: Tensor) -> Any:
+        seen.append(steps)
+        return path_of(steps, *tensors)
+
+    monkeypatch.setattr("mtt_fast.engine.iteration.path_of", watched)
+    planned = replace(plan(NET, images=(10, 3, 8, 8), steps=3), saved_steps=2, path_on_host=True)
+    planned_iteration(planned, None, (2, 4, 4))(*inputs(0)[:-1])
+    (steps,) = seen
+    assert (steps.student, steps.saved_steps, steps.path_on_host) == (planned.student, 2, True)

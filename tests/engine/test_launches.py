@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.iteration import iterate
+from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.student import InMicrobatches, Student
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.kernels.types import memory_format
@@ -104,7 +104,7 @@ def launches_of(
     tensors = (theta, theta, torch.empty(batch, *shape), labels, torch.empty(()), *draws.tensors())
     on_meta = [tensor.to("meta") for tensor in tensors]
     with launches_on_meta() as counter:
-        iterate(student, augment, (batch,) * steps, *on_meta, **options)
+        iteration(student, augment, (batch,) * steps, **options)(*on_meta)
     return counter.count
 
 

@@ -21,7 +21,7 @@ from mtt_fast import (
     unroll,
 )
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.iteration import iterate, planned_iteration
+from mtt_fast.engine.iteration import iteration, planned_iteration
 from mtt_fast.engine.matching import MatchStep, path_loss
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
@@ -35,7 +35,7 @@ NEAREST = 4  # the step that the cases' target is near to
 
 
 def case(per_step: bool = False, soft: bool = False) -> dict[str, Tensor]:
-    """Return the arguments of `iterate`, in float64; the target lies near the path's row `NEAREST`."""
+    """Return the arguments of an iteration, in float64; the target lies near the path's row `NEAREST`."""
     generator = torch.Generator().manual_seed(5)
 
     def randn(*shape: int) -> Tensor:
@@ -87,7 +87,7 @@ def test_iterate_equals_autograd(match_step: MatchStep, loss_ratio: float, soft:
     expected = torch.autograd.grad(expected_loss, leaves)
     loss = partial(path_loss, match_step=match_step, loss_ratio=loss_ratio)
     for student in (GenericStudent(NET), FusedConvNetStudent(NET, "probabilities" if soft else "indices")):
-        results = iterate(student, None, LENGTHS, *given.values(), loss=loss)
+        results = iteration(student, None, LENGTHS, loss=loss)(*given.values())
         assert len(results) == 1 + len(expected)
         for name, actual, wanted in zip(
             ("loss", "images", "lr", "labels"), results, (expected_loss, *expected), strict=False
@@ -179,8 +179,8 @@ def test_nothing_waits_for_a_value(student: Any) -> None:
     inputs = [tensor.to("meta") for tensor in case(per_step=True).values()]
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     with NoValues():
-        actual = iterate(
-            student, None, LENGTHS, *inputs, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated"
+        actual = iteration(student, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated")(
+            *inputs
         )
     assert [tensor.shape for tensor in actual] == [(), (10, 3, 9, 9), (STEPS,)]
 
@@ -211,7 +211,7 @@ def test_a_path_in_host_memory() -> None:
     given = case()
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     runs = [
-        iterate(GenericStudent(NET), None, LENGTHS, *given.values(), loss=loss, momentum=0.5, path_on_host=on_host)
+        iteration(GenericStudent(NET), None, LENGTHS, loss=loss, momentum=0.5, path_on_host=on_host)(*given.values())
         for on_host in (False, True)
     ]
     for actual, expected in zip(*runs, strict=True):

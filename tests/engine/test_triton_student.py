@@ -21,7 +21,7 @@ from safetensors import safe_open
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent, image_block_bytes
-from mtt_fast.engine.iteration import iterate
+from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import Affine, Precision, dispatch
@@ -189,7 +189,8 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
             augment=augment, precision="tf32",
         )  # fmt: skip
         with CountLiveBytes() as counted, torch.autograd.set_multithreading_enabled(False):
-            iterate(planned.student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
+            run = iteration(planned.student, augment, (batch,) * steps)
+            run(theta, theta, images, labels, lr, indices, parameters)
         expected = sum(planned.parts.values()) - planned.parts["rest"]
     assert counted.peak == pytest.approx(expected, rel=0.15)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mtt_fast import ConvNet
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.iteration import iterate
+from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.student import GenericStudent, InMicrobatches, Student
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
@@ -128,13 +128,13 @@ def compare_iterations(net: ConvNet, dtype: torch.dtype, precision: Any, microba
     given = (start, start + draw(net.num_parameters) / 10, images, torch.arange(4) % net.num_classes)
     inputs = (*given, torch.tensor(0.05, dtype=torch.float64), torch.cat(batches), torch.cat(parameters))
     with patch.object(kernels_dispatch, "_INTERPRETED", False):
-        expected = iterate(GenericStudent(net), augment_with, lengths, *inputs)
+        expected = iteration(GenericStudent(net), augment_with, lengths)(*inputs)
     student: Student = FusedConvNetStudent(net, "indices", precision)
     if microbatch is not None:
         student = InMicrobatches(student, microbatch)
     with patch.object(dispatch, "backend_of", lambda *_: "triton"):
         at = [each.to(device, dtype if each.is_floating_point() else each.dtype) for each in inputs]
-        results = iterate(student, SiameseAugment(), lengths, *at)
+        results = iteration(student, SiameseAugment(), lengths)(*at)
     for name, actual, wanted in zip(("loss", "images", "lr"), results, expected, strict=True):
         error = relative_error(actual.cpu().double(), wanted, floor=1e-4)
         # errors of a step grow over six of them
