@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -150,16 +151,30 @@ class _Evaluated:
         return id(self)
 
 
+class _Absent(Tensor):
+    """The place of a layer's tensor between calls. A backward pass that reads the layer again would find other values there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InputError(
+            "FlatModule: expected a module that reads its parameters and buffers in its forward pass alone, found one that reads them "
+            "again in the backward pass, as torch.utils.checkpoint does; take the checkpoint out, and save memory by "
+            "`microbatch` or `memory_budget`"
+        )
+
+
 class _Stateless:
     """A module as a pure function of its parameters, and of those of its buffers that are given.
 
-    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself; the
-    copies share the layers' own tensors.
+    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._idle: list[nn.Module] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_idle": []}
 
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         like = next(iter(tensors.values()), images)
@@ -172,7 +187,7 @@ class _Stateless:
         try:
             module = self._idle.pop()  # atomic, as is append
         except IndexError:
-            module = _with_the_same_tensors(self.module)
+            module = _without_tensors(self.module)
         try:
             output = functional_call(module, tensors | constants, (images,))
         finally:
@@ -224,6 +239,16 @@ def _with_the_same_tensors(module: nn.Module) -> nn.Module:
     """Return a copy of the layers alone, which shares the parameters and buffers."""
     own = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
+
+
+def _without_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of the layers alone, for `functional_call`. Parameters that are tied stay so."""
+    module = _with_the_same_tensors(module)
+    absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
+    return module
 
 
 def _without_running_statistics(module: nn.Module) -> nn.Module:

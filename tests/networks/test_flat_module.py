@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mtt_fast import FlatModule, InputError, matching_loss, plan, unroll
 from mtt_fast.testing import assert_close, whole_graph
@@ -126,6 +128,38 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         InputError, match=r"FlatModule: Linear cannot be copied .* use those of torch\.nn\.utils\.parametrizations"
     ):
         FlatModule(module)
+
+
+class Checkpointed(nn.Module):
+    """A module that computes `part` again in the backward pass, when its tensors are no longer those of the call."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.last = part, nn.Linear(4 * 16, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = checkpoint(self.part, images, use_reentrant=False)
+        return self.last(features.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize(
+    "part", [nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4))]
+)
+def test_a_module_that_reads_its_parameters_in_the_backward_pass_is_refused(
+    part: nn.Module, options: dict[str, Any]
+) -> None:
+    net = FlatModule(Checkpointed(part).double())
+    images = torch.randn(5, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(InputError, match=r"again in the backward pass.*checkpoint"):
+        unroll(net, net.init(), images, torch.tensor([0, 1, 2, 0, 1]), 0.3, [[0, 1, 2], [2, 3, 4]], **options)
+
+
+def test_a_used_module_can_be_copied_and_pickled() -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    logits = net(net.init(), images)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(net.init(), images), logits)
 
 
 def test_the_embedding_is_what_the_last_linear_layer_sees() -> None:
