@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.errors import InputError
@@ -162,30 +164,30 @@ def draws_of(
 ) -> Sequence[Any]:
     """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; None for each without it.
 
+    Tensors and arrays in them are copies, so that the same ones may be filled again, for another step or before the backward sweep.
     Raises `InputError` for `draws` of another number of steps, or of no augmentation, and where a gradient would have to flow to
     them.
     """
     if draws is None:
-        return [augment.draw(images.detach()[index], generator) if augment else None for index in batches]
-    draws = list(draws)
-    if augment is None or len(draws) != len(batches):
-        raise InputError(
-            f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
-            + (" and no augment" if augment is None else "")
-        )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_in(draws)):
+        given = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
+    else:
+        given = [_copy_of(of_step) for of_step in draws]
+        if augment is None or len(given) != len(batches):
+            raise InputError(
+                f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(given)}"
+                + (" and no augment" if augment is None else "")
+            )
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(given)):
         raise InputError(
             "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )
-    return draws
+    return given
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors_in(each)
+def _copy_of(draws: Any) -> Any:
+    return tree_map_only(
+        (Tensor, np.ndarray), lambda each: each.clone() if isinstance(each, Tensor) else each.copy(), draws
+    )
 
 
 def check_number(name: str, value: Any) -> None:

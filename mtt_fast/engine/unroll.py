@@ -106,7 +106,7 @@ def unroll(
             micro-batches add up to it. It is given the labels as they are, whatever `label_kind` says; floating ones may have any
             number of columns, such as a teacher's logits beside a temperature, and each gets its gradient.
         generator: source of the augmentation's random numbers.
-        draws: the random numbers themselves, for each step what `augment.draw` returned.
+        draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
         precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
             are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks follow torch's own
             settings.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
@@ -332,6 +333,39 @@ def test_batches_may_be_filled_again_before_the_backward_pass(network: Network, 
         return torch.autograd.grad(matching_loss(path[-1], START, TARGET), images)[0]
 
     assert torch.equal(gradient(refill=True), gradient(refill=False))
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("hold", [torch.clone, lambda numbers: {"by": [numbers]}, lambda numbers: (numbers.numpy(),)])
+@pytest.mark.parametrize("refilled", ["before the backward pass", "at each draw"])
+def test_draws_may_be_filled_again(network: Network, hold: Callable[[Tensor], Any], refilled: str) -> None:
+    """Draw into the same numbers in every step, and give draws that are overwritten as soon as the call is over."""
+
+    def shifted(images: Tensor, draws: Any) -> Tensor:
+        (by,) = tree_leaves(draws)
+        return images + torch.as_tensor(by) * images.roll(1, 3)
+
+    def fill(draws: Any, value: float) -> Any:
+        for numbers in tree_leaves(draws):
+            numbers[...] = value
+        return draws
+
+    def gradient(**options: Any) -> Tensor:
+        images = Distilled().images
+        path = unroll(network, START, images, LABELS, 0.2, BATCHES, **options)
+        if "draws" in options:
+            fill(options["draws"], 9.0)
+        return torch.autograd.grad(matching_loss(path[-1], START, TARGET), images)[0]
+
+    numbers = torch.tensor([[0.5], [1.0], [-0.5]], dtype=torch.float64)
+    values, one, apart = iter(numbers), hold(numbers[0].clone()), Augmentation(lambda *_: None, shifted)
+    if refilled == "at each draw":
+        found = gradient(augment=Augmentation(lambda *_: fill(one, float(next(values))), shifted))
+    else:
+        found = gradient(augment=apart, draws=[hold(each.clone()) for each in numbers])
+    steps = iter([*numbers.tolist()])
+    drawn = Augmentation(lambda *_: torch.tensor(next(steps), dtype=torch.float64), shifted)
+    assert torch.equal(found, gradient(augment=drawn))
 
 
 def test_a_saved_path_is_an_ordinary_tensor(tmp_path: Path) -> None:

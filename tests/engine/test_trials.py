@@ -346,16 +346,28 @@ def test_a_learned_number_besides_the_arguments_is_refused(reader: str) -> None:
 
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("entry", ["a tensor", "a tuple"])
-def test_learned_draws_are_refused_in_every_step(step: int, entry: str) -> None:
+@pytest.mark.parametrize("source", ["given", "drawn"])
+def test_learned_draws_are_refused_in_every_step(step: int, entry: str, source: str) -> None:
     """Check what would leave the strength of an augmentation without a gradient, where only one step's numbers are learned."""
     net, augment = FlatModule(with_layer(nn.Identity())), SiameseAugment("brightness")
     draw = augment.draw if entry == "a tuple" else lambda images: augment.draw_parameters([images])
     draws: list[Any] = [draw(torch.zeros(len(index), 2, 6, 6)) for index in BATCHES]
     (draws[step].numbers[0] if entry == "a tuple" else draws[step]).requires_grad_()
+
+    def options() -> dict[str, Any]:
+        if source == "given":
+            return {"augment": augment, "draws": draws}
+        drawn = iter(draws)
+        return {
+            "augment": Augmentation(
+                lambda *_: {"of a step": next(drawn)}, lambda images, of_step: augment(images, of_step["of a step"])
+            )
+        }
+
     with pytest.raises(InputError, match="unroll draws: expected no tensor that requires a gradient"):
-        gradient(net, net.init(), augment=augment, draws=draws)
+        gradient(net, net.init(), **options())
     with torch.no_grad():  # a training of which no gradient is asked for
-        unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, augment=augment, draws=draws)
+        unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, **options())
 
 
 def test_a_learned_temperature_may_be_a_column_of_the_labels() -> None:
