@@ -80,6 +80,9 @@ def unroll(
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device on access.
 
+    The rows are outputs of one operation: a hook or `retain_grad` on a row sees the gradient that the loss has by itself to this
+    row, without what flows through the steps after it.
+
     Rows are views of the path. Of a row that outlives the iteration, is saved by `torch.save`, or is written into (as by training a
     module that has it from `vector_to_parameters`) take `path[n].clone()`; safetensors needs `path.contiguous()`.
 
@@ -141,6 +144,7 @@ def unroll(
         weight_decay=weight_decay,
         gradient=gradient,
         has_velocity=has_velocity,
+        compares=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
     )
     path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path

@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +213,11 @@ def _check_kind(module: nn.Module) -> None:
             raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
     if not any(True for _ in module.parameters()):
         raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
+    if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:
+        raise InputError(
+            f"FlatModule: expected real parameters, found {complex_ones[0]} complex; keep it as real numbers, and take "
+            "torch.view_as_complex of them in the forward pass"
+        )
     if any(nn.parameter.is_lazy(value) for value in module.parameters()):
         raise InputError(
             "FlatModule: expected a module that knows its sizes, found a lazy layer before its first call; call the module once"
@@ -246,7 +251,7 @@ def _without_tensors(module: nn.Module) -> nn.Module:
     module = _with_the_same_tensors(module)
     absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
             tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
     return module
 

@@ -313,6 +313,38 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(loss_of_unroll(distilled), distilled.images, create_graph=True)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("way", ["is_grads_batched", "vectorize", "vmap"])
+def test_several_vectors_at_once_are_refused(way: str, momentum: float) -> None:
+    images, vectors = Distilled().images, torch.eye(len(START), dtype=torch.float64)[:2]
+
+    def end(images: Tensor) -> Tensor:
+        return unroll(NETWORK, START, images, LABELS, 0.2, BATCHES, momentum=momentum)[-1]
+
+    row = end(images)
+    ways: dict[str, Callable[[], Any]] = {
+        "is_grads_batched": lambda: torch.autograd.grad(row, images, vectors, is_grads_batched=True),
+        "vectorize": lambda: torch.autograd.functional.jacobian(end, images.detach(), vectorize=True),
+        "vmap": lambda: torch.func.vmap(lambda vector: torch.autograd.grad(row, images, vector)[0])(vectors),
+    }
+    with pytest.raises(InputError, match="one vector, found several at once"):
+        ways[way]()
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_anomalies_may_be_looked_for(network: Network) -> None:
+    """Look for NaN in a call that plans its memory, which is counted on tensors without values."""
+
+    def gradient() -> Tensor:
+        images = Distilled().images
+        path = unroll(copy.copy(network), START, images, LABELS, 0.2, BATCHES, memory_budget="64MiB")
+        return torch.autograd.grad(matching_loss(path[-1], START, TARGET), images)[0]
+
+    with torch.autograd.set_detect_anomaly(True):
+        found = gradient()
+    assert torch.equal(found, gradient())
+
+
 def test_the_matching_loss_alone_has_second_derivatives() -> None:
     """Use a path that the caller records: the loss's Hessian is 2 / |θ_0 − θ*|² times the identity."""
     end = torch.randn(len(START), dtype=torch.float64, requires_grad=True)
@@ -382,6 +414,13 @@ def test_a_row_may_be_chosen_by_a_number_of_numpy() -> None:
     """Check what would give the row a gradient as large as the path, and leave it in host memory where the path is there."""
     path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
     assert path[np.random.default_rng(0).integers(1, 4)].grad_fn is path[1].grad_fn is path[np.int64(-1)].grad_fn
+
+
+def test_a_row_is_not_chosen_by_a_truth_value() -> None:
+    """Index by True as torch does, which adds a dimension: it is a number to Python alone."""
+    path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
+    assert path[True].shape == (1, 4, len(START))
+    assert torch.equal(path[True][0], path)
 
 
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])

@@ -104,6 +104,10 @@ def compiled(module: nn.Module) -> nn.Module:
         (nn.DataParallel(nn.Linear(2, 2)), "the module is DataParallel, .* wrap its .module"),
         (torch.jit.script(nn.Linear(2, 2)), "the module is compiled by torch.jit"),
         (nn.Sequential(nn.LazyLinear(2)), ".* lazy layer before its first call; call the module once"),
+        (
+            nn.Linear(2, 2, dtype=torch.complex64),
+            "expected real parameters, found weight complex; .* torch.view_as_complex",
+        ),
         (nn.Flatten(), "expected a module with parameters, found Flatten without any"),
         (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
     ],
@@ -150,9 +154,12 @@ def test_a_module_that_reads_its_parameters_in_the_backward_pass_is_refused(
     part: nn.Module, options: dict[str, Any]
 ) -> None:
     net = FlatModule(Checkpointed(part).double())
-    images = torch.randn(5, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    images, batches = (
+        torch.randn(5, 2, 6, 6, dtype=torch.float64, requires_grad=True),
+        torch.tensor([[0, 1, 2], [2, 3, 4]]),
+    )
     with pytest.raises(InputError, match=r"again in the backward pass.*checkpoint"):
-        unroll(net, net.init(), images, torch.tensor([0, 1, 2, 0, 1]), 0.3, [[0, 1, 2], [2, 3, 4]], **options)
+        unroll(net, net.init(), images, torch.tensor([0, 1, 2, 0, 1]), 0.3, batches, **options)
 
 
 def test_a_used_module_can_be_copied_and_pickled() -> None:
