@@ -184,17 +184,23 @@ class _Stateless:
             for name, value in (*self.module.named_parameters(), *self.module.named_buffers())
             if name not in tensors
         }
+        if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
+            output = functional_call(self.module, tensors | constants, (images,))
+        else:
+            output = self._called(tensors | constants, images)
+        if not isinstance(output, Tensor):
+            raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
+        return output
+
+    def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
         try:
             module = self._idle.pop()  # atomic, as is append
         except IndexError:
             module = _without_tensors(self.module)
         try:
-            output = functional_call(module, tensors | constants, (images,))
+            return functional_call(module, tensors, (images,))
         finally:
             self._idle.append(module)
-        if not isinstance(output, Tensor):
-            raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
-        return output
 
 
 def _check_kind(module: nn.Module) -> None:

@@ -169,6 +169,21 @@ def test_a_used_module_can_be_copied_and_pickled() -> None:
         assert torch.equal(other(net.init(), images), logits)
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_function_that_calls_it_can_be_compiled(called_before: bool) -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    compiled_call = torch.compile(lambda theta, images: net(theta, images).sin().sum(), backend="aot_eager")
+    if called_before:
+        net(net.init(), images)
+    thetas = [net.init().requires_grad_() for _ in range(2)]
+    compiled_call(thetas[0], images).backward()
+    net(thetas[1], images).sin().sum().backward()
+    first, second = (theta.grad for theta in thetas)
+    assert first is not None
+    assert second is not None
+    assert_close("gradient", first, second, 1e-12)
+
+
 def test_the_embedding_is_what_the_last_linear_layer_sees() -> None:
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
     net, images = FlatModule(module), torch.randn(4, 3, 2, 2)
