@@ -238,7 +238,9 @@ class _Unroll(torch.autograd.Function):
             del batch, tangent, of_batch
 
         if marks:
-            check_repeated(*(torch.stack(of_sweep) for of_sweep in zip(*marks, strict=True)))
+            check_repeated(
+                *(torch.stack([mark.double() for mark in of_sweep]) for of_sweep in zip(*marks, strict=True))
+            )
         grad_rates = torch.zeros_like(rates)
         if slopes:
             grad_rates[:last] = -torch.stack(slopes[::-1])
@@ -247,9 +249,9 @@ class _Unroll(torch.autograd.Function):
 
 
 def _marks(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
-    """Return numbers () in float64 that show whether a caller's own augmentation, network or loss has changed between the sweeps."""
-    of_images = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs).double()]
-    return of_images if loss is None else [*of_images, loss.double()]
+    """Return numbers () that show whether a caller's own augmentation, network or loss has changed between the sweeps."""
+    of_images = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
+    return of_images if loss is None else [*of_images, loss]
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
