@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.errors import InputError
@@ -40,6 +42,29 @@ def check_differentiated_once() -> None:
         raise InputError(
             "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
             "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
+        )
+
+
+def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
+    """Raise `InputError` in a backward pass of several vectors at once, which the sweep's steps cannot read."""
+    kinds = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
+    if any(is_batched(each) for each in gradients if each is not None for is_batched in kinds):
+        raise InputError(
+            "unroll: expected a backward pass of one vector, found several at once, as of vectorize=True, is_grads_batched=True or "
+            "torch.func.vmap; take one after the other"
+        )
+
+
+def check_repeated(first: Tensor, again: Tensor) -> None:
+    """Raise `InputError` if the backward sweep found other losses and images (k,) than the forward sweep, beyond rounding."""
+    rounding = 1e-2 if first.is_cuda else 1e-3  # a GPU may take other kernels, with factors in half precision
+    same = torch.isclose(again, first, rtol=rounding, atol=1e-3) | ~(first.isfinite() & again.isfinite())
+    if not bool(same.all()):
+        was, now = (float(numbers[~same][0]) for numbers in (first, again))
+        raise InputError(
+            f"unroll: expected in the backward pass the network, loss, augmentation and path of the call, found {now:.6g} in place of "
+            f"{was:.6g}; before the backward pass leave alone what they read: attributes, `.data` of images and of rows of the path, "
+            "and the variable of a loop in a lambda (`lambda logits, labels, t=t: …`)"
         )
 
 
@@ -130,9 +155,12 @@ def _are_in_range(indices: Tensor, end: int) -> bool:
 def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
     """Raise `InputError` unless shapes, dtypes and devices fit each other and the network."""
     if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
+        remedy = (
+            "" if theta.dtype in (torch.float32, torch.float64) else "; use .float(), of a module before it is wrapped"
+        )
         raise InputError(
             f"unroll theta: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
-            f"found {theta.dtype} of shape {tuple(theta.shape)}"
+            f"found {theta.dtype} of shape {tuple(theta.shape)}{remedy}"
         )
     if not images.is_floating_point() or len(labels) != len(images):
         raise InputError(
@@ -162,30 +190,30 @@ def draws_of(
 ) -> Sequence[Any]:
     """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; None for each without it.
 
+    Tensors and arrays in them are copies, so that the same ones may be filled again, for another step or before the backward sweep.
     Raises `InputError` for `draws` of another number of steps, or of no augmentation, and where a gradient would have to flow to
     them.
     """
     if draws is None:
-        return [augment.draw(images.detach()[index], generator) if augment else None for index in batches]
-    draws = list(draws)
-    if augment is None or len(draws) != len(batches):
-        raise InputError(
-            f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
-            + (" and no augment" if augment is None else "")
-        )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_in(draws)):
+        given = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
+    else:
+        given = [_copy_of(of_step) for of_step in draws]
+        if augment is None or len(given) != len(batches):
+            raise InputError(
+                f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(given)}"
+                + (" and no augment" if augment is None else "")
+            )
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(given)):
         raise InputError(
             "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )
-    return draws
+    return given
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors_in(each)
+def _copy_of(draws: Any) -> Any:
+    return tree_map_only(
+        (Tensor, np.ndarray), lambda each: each.clone() if isinstance(each, Tensor) else each.copy(), draws
+    )
 
 
 def check_number(name: str, value: Any) -> None:

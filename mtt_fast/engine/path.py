@@ -30,7 +30,8 @@ class StudentPath(Tensor):
         return held
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.rows[index].to(self.home) if isinstance(index, Integral) else super().__getitem__(index)
+        chooses_row = isinstance(index, Integral) and not isinstance(index, bool)
+        return self.rows[index].to(self.home) if chooses_row else super().__getitem__(index)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a file of a path is a file of an ordinary tensor
         return self.as_subclass(Tensor).__reduce_ex__(protocol)

@@ -79,6 +79,7 @@ class GradientTangent(NamedTuple):
     sums: PartialSums  # of H v
     images: Tensor  # (b, C, H, W): ∂(v·g)/∂x
     labels: Tensor | None  # (b, classes): ∂(v·g)/∂y; None for class indices
+    loss: Tensor | None = None  # (): that of `gradient` once more, for a network and a loss of the caller's own
 
     @property
     def hessian_v(self) -> Tensor:
@@ -192,7 +193,8 @@ class GenericStudent:
         hessian_v, images_bar_dot, *labels_bar_dot = torch.autograd.grad(
             step.gradient, step.leaves, v, materialize_grads=True
         )
-        return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, *labels_bar_dot or (None,))
+        to_labels = labels_bar_dot[0] if labels_bar_dot else None
+        return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, to_labels, step.loss.detach())
 
     def _recorded(self, theta: Tensor, images: Inputs, labels: Tensor) -> _RecordedStep:
         inputs = gathered(images)
@@ -261,7 +263,7 @@ class InMicrobatches:
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
+        v_dot_g, hessian_v, loss = theta.new_zeros(()), torch.zeros_like(theta), None
         to_images = theta.new_empty(images.shape)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
         for piece, weight in self._pieces(len(images)):
@@ -272,7 +274,9 @@ class InMicrobatches:
             torch.mul(part.images, weight, out=to_images[piece])
             if to_labels is not None and part.labels is not None:
                 torch.mul(part.labels, weight, out=to_labels[piece])
-        return GradientTangent(v_dot_g, as_sums(hessian_v), to_images, to_labels)
+            if part.loss is not None:
+                loss = torch.add(theta.new_zeros(()) if loss is None else loss, part.loss, alpha=weight)
+        return GradientTangent(v_dot_g, as_sums(hessian_v), to_images, to_labels, loss)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -301,12 +305,20 @@ def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: tor
     """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
 
     Nothing is computed: the steps run on the meta device, with a loss that stands for any other. Raises `InputError` for a network
-    that does not run there.
+    that does not run there, and for one that cannot be noted.
     """
-    known, shapes = _LIVE_BYTES.setdefault(network, {}), (batch, image_shape, dtype)
+    try:
+        known = _LIVE_BYTES.setdefault(network, {})
+    except TypeError as error:
+        raise InputError(
+            f"`net`: expected a network with a hash and weak references, under which the memory of its steps is noted, found {error}; "
+            "make a dataclass with eq=False, or leave `memory_budget` out"
+        ) from error
+    shapes = (batch, image_shape, dtype)
     if shapes not in known:
         try:
-            known[shapes] = _counted_live_bytes(network, *shapes)
+            with torch.autograd.set_detect_anomaly(False):  # which reads values, for NaN
+                known[shapes] = _counted_live_bytes(network, *shapes)
         except RuntimeError as error:
             raise InputError(
                 "`net`: expected a network that runs on tensors without data, which count the memory of a step, found "

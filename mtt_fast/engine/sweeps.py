@@ -16,8 +16,8 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
-from mtt_fast.engine.arguments import check_differentiated_once
-from mtt_fast.engine.batch import AugmentedBatch, Batch
+from mtt_fast.engine.arguments import check_differentiated_once, check_one_gradient, check_repeated
+from mtt_fast.engine.batch import AugmentedBatch, Batch, Inputs
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Student
@@ -42,6 +42,7 @@ class StudentSteps:
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
     has_velocity: bool = False  # always true with momentum
+    compares: bool = False  # whether both sweeps are compared, which waits for the device
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` if their gradient will be needed.
@@ -77,8 +78,8 @@ def path_of(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
 
-    No tensor is read on the host, so on a GPU nothing waits for the device, and both sweeps can be recorded
-    (mtt_fast/runtime/cuda_graphs.py).
+    Unless the `steps` compare, no tensor is read on the host, so on a GPU nothing waits for the device, and both sweeps can be
+    recorded (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
@@ -91,6 +92,7 @@ def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         check_differentiated_once()
+        check_one_gradient(gradients)
         with without_autocast(ctx.device):
             return function(ctx, *gradients)
 
@@ -119,11 +121,13 @@ class _Unroll(torch.autograd.Function):
         # with momentum the update is no longer a function of one step, so the velocities are kept as well
         velocities = Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
-        saved, targets = {}, steps.targets(labels, theta.dtype)
+        saved, targets, seen = {}, steps.targets(labels, theta.dtype), []
         for n in range(count):
             inputs = steps.batch(images, n, theta.dtype).inputs
             save = n >= count - steps.saved_steps
-            _, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
+            loss, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
+            if steps.compares:
+                seen.append(_marks(inputs, loss))
             if activations:
                 saved[n] = activations
             after = None if velocities is None else velocities.near(n)
@@ -143,7 +147,7 @@ class _Unroll(torch.autograd.Function):
             before = after
         if steps.path_on_host and theta.is_cuda:  # a reader of the rows in host memory must find them written
             torch.cuda.current_stream(theta.device).synchronize()
-        ctx.steps, ctx.saved, ctx.device = steps, saved, theta.device
+        ctx.steps, ctx.saved, ctx.seen, ctx.device = steps, saved, seen, theta.device
         ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
         # a copy, so that a caller who keeps it keeps neither the other velocities nor this backward sweep's tensors
@@ -171,6 +175,7 @@ class _Unroll(torch.autograd.Function):
             for each, wanted in ((images, wants_images), (labels, wants_labels))
         )
         slopes: list[Tensor] = []  # the losses' derivatives by −α_n, from the last step on
+        marks: list[tuple[Tensor, Tensor]] = []  # of both sweeps
 
         def incoming(n: int) -> Tensor | None:
             """Return the loss's own gradient to row n, both as a row of the path and as a row by itself, or None."""
@@ -199,6 +204,8 @@ class _Unroll(torch.autograd.Function):
             # saved activations are used up: a second backward through the same graph computes them again
             saved = ctx.saved.pop(n, None)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, saved)
+            if steps.compares:
+                marks += zip(ctx.seen[n], _marks(batch.inputs, tangent.loss), strict=False)
 
             if velocities is None:
                 slope = tangent.v_dot_g
@@ -230,11 +237,21 @@ class _Unroll(torch.autograd.Function):
                 velocity_adjoint.mul_(steps.momentum)  # π_n
             del batch, tangent, of_batch
 
+        if marks:
+            check_repeated(
+                *(torch.stack([mark.double() for mark in of_sweep]) for of_sweep in zip(*marks, strict=True))
+            )
         grad_rates = torch.zeros_like(rates)
         if slopes:
             grad_rates[:last] = -torch.stack(slopes[::-1])
         grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
         return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+
+
+def _marks(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
+    """Return numbers () that show whether a caller's own augmentation, network or loss has changed between the sweeps."""
+    of_images = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
+    return of_images if loss is None else [*of_images, loss]
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:

@@ -80,6 +80,9 @@ def unroll(
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device on access.
 
+    The rows are outputs of one operation: a hook or `retain_grad` on a row sees the gradient that the loss has by itself to this
+    row, without what flows through the steps after it.
+
     Rows are views of the path. Of a row that outlives the iteration, is saved by `torch.save`, or is written into (as by training a
     module that has it from `vector_to_parameters`) take `path[n].clone()`; safetensors needs `path.contiguous()`.
 
@@ -106,7 +109,7 @@ def unroll(
             micro-batches add up to it. It is given the labels as they are, whatever `label_kind` says; floating ones may have any
             number of columns, such as a teacher's logits beside a temperature, and each gets its gradient.
         generator: source of the augmentation's random numbers.
-        draws: the random numbers themselves, for each step what `augment.draw` returned.
+        draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
         precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
             are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks follow torch's own
             settings.
@@ -141,6 +144,7 @@ def unroll(
         weight_decay=weight_decay,
         gradient=gradient,
         has_velocity=has_velocity,
+        compares=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
     )
     path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path

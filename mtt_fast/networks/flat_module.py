@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,16 +151,30 @@ class _Evaluated:
         return id(self)
 
 
+class _Absent(Tensor):
+    """The place of a layer's tensor between calls. A backward pass that reads the layer again would find other values there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InputError(
+            "FlatModule: expected a module that reads its parameters and buffers in its forward pass alone, found one that reads them "
+            "again in the backward pass, as torch.utils.checkpoint does; take the checkpoint out, and save memory by "
+            "`microbatch` or `memory_budget`"
+        )
+
+
 class _Stateless:
     """A module as a pure function of its parameters, and of those of its buffers that are given.
 
-    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself; the
-    copies share the layers' own tensors.
+    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._idle: list[nn.Module] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_idle": []}
 
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         like = next(iter(tensors.values()), images)
@@ -169,17 +184,23 @@ class _Stateless:
             for name, value in (*self.module.named_parameters(), *self.module.named_buffers())
             if name not in tensors
         }
-        try:
-            module = self._idle.pop()  # atomic, as is append
-        except IndexError:
-            module = _with_the_same_tensors(self.module)
-        try:
-            output = functional_call(module, tensors | constants, (images,))
-        finally:
-            self._idle.append(module)
+        if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
+            output = functional_call(self.module, tensors | constants, (images,))
+        else:
+            output = self._called(tensors | constants, images)
         if not isinstance(output, Tensor):
             raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
         return output
+
+    def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
+        try:
+            module = self._idle.pop()  # atomic, as is append
+        except IndexError:
+            module = _without_tensors(self.module)
+        try:
+            return functional_call(module, tensors, (images,))
+        finally:
+            self._idle.append(module)
 
 
 def _check_kind(module: nn.Module) -> None:
@@ -198,6 +219,11 @@ def _check_kind(module: nn.Module) -> None:
             raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
     if not any(True for _ in module.parameters()):
         raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
+    if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:
+        raise InputError(
+            f"FlatModule: expected real parameters, found {complex_ones[0]} complex; keep it as real numbers, and take "
+            "torch.view_as_complex of them in the forward pass"
+        )
     if any(nn.parameter.is_lazy(value) for value in module.parameters()):
         raise InputError(
             "FlatModule: expected a module that knows its sizes, found a lazy layer before its first call; call the module once"
@@ -224,6 +250,16 @@ def _with_the_same_tensors(module: nn.Module) -> nn.Module:
     """Return a copy of the layers alone, which shares the parameters and buffers."""
     own = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
+
+
+def _without_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of the layers alone, for `functional_call`. Parameters that are tied stay so."""
+    module = _with_the_same_tensors(module)
+    absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
+    for part in module.modules():
+        for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
+            tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
+    return module
 
 
 def _without_running_statistics(module: nn.Module) -> nn.Module:

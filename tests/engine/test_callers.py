@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
@@ -312,6 +313,38 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(loss_of_unroll(distilled), distilled.images, create_graph=True)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("way", ["is_grads_batched", "vectorize", "vmap"])
+def test_several_vectors_at_once_are_refused(way: str, momentum: float) -> None:
+    images, vectors = Distilled().images, torch.eye(len(START), dtype=torch.float64)[:2]
+
+    def end(images: Tensor) -> Tensor:
+        return unroll(NETWORK, START, images, LABELS, 0.2, BATCHES, momentum=momentum)[-1]
+
+    row = end(images)
+    ways: dict[str, Callable[[], Any]] = {
+        "is_grads_batched": lambda: torch.autograd.grad(row, images, vectors, is_grads_batched=True),
+        "vectorize": lambda: torch.autograd.functional.jacobian(end, images.detach(), vectorize=True),
+        "vmap": lambda: torch.func.vmap(lambda vector: torch.autograd.grad(row, images, vector)[0])(vectors),
+    }
+    with pytest.raises(InputError, match="one vector, found several at once"):
+        ways[way]()
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_anomalies_may_be_looked_for(network: Network) -> None:
+    """Look for NaN in a call that plans its memory, which is counted on tensors without values."""
+
+    def gradient() -> Tensor:
+        images = Distilled().images
+        path = unroll(copy.copy(network), START, images, LABELS, 0.2, BATCHES, memory_budget="64MiB")
+        return torch.autograd.grad(matching_loss(path[-1], START, TARGET), images)[0]
+
+    with torch.autograd.set_detect_anomaly(True):
+        found = gradient()
+    assert torch.equal(found, gradient())
+
+
 def test_the_matching_loss_alone_has_second_derivatives() -> None:
     """Use a path that the caller records: the loss's Hessian is 2 / |θ_0 − θ*|² times the identity."""
     end = torch.randn(len(START), dtype=torch.float64, requires_grad=True)
@@ -334,6 +367,39 @@ def test_batches_may_be_filled_again_before_the_backward_pass(network: Network, 
     assert torch.equal(gradient(refill=True), gradient(refill=False))
 
 
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("hold", [torch.clone, lambda numbers: {"by": [numbers]}, lambda numbers: (numbers.numpy(),)])
+@pytest.mark.parametrize("refilled", ["before the backward pass", "at each draw"])
+def test_draws_may_be_filled_again(network: Network, hold: Callable[[Tensor], Any], refilled: str) -> None:
+    """Draw into the same numbers in every step, and give draws that are overwritten as soon as the call is over."""
+
+    def shifted(images: Tensor, draws: Any) -> Tensor:
+        (by,) = tree_leaves(draws)
+        return images + torch.as_tensor(by) * images.roll(1, 3)
+
+    def fill(draws: Any, value: float) -> Any:
+        for numbers in tree_leaves(draws):
+            numbers[...] = value
+        return draws
+
+    def gradient(**options: Any) -> Tensor:
+        images = Distilled().images
+        path = unroll(network, START, images, LABELS, 0.2, BATCHES, **options)
+        if "draws" in options:
+            fill(options["draws"], 9.0)
+        return torch.autograd.grad(matching_loss(path[-1], START, TARGET), images)[0]
+
+    numbers = torch.tensor([[0.5], [1.0], [-0.5]], dtype=torch.float64)
+    values, one, apart = iter(numbers), hold(numbers[0].clone()), Augmentation(lambda *_: None, shifted)
+    if refilled == "at each draw":
+        found = gradient(augment=Augmentation(lambda *_: fill(one, float(next(values))), shifted))
+    else:
+        found = gradient(augment=apart, draws=[hold(each.clone()) for each in numbers])
+    steps = iter([*numbers.tolist()])
+    drawn = Augmentation(lambda *_: torch.tensor(next(steps), dtype=torch.float64), shifted)
+    assert torch.equal(found, gradient(augment=drawn))
+
+
 def test_a_saved_path_is_an_ordinary_tensor(tmp_path: Path) -> None:
     """Save a path as trajectories are saved: in files that torch.load reads without this library."""
     with torch.no_grad():
@@ -348,6 +414,13 @@ def test_a_row_may_be_chosen_by_a_number_of_numpy() -> None:
     """Check what would give the row a gradient as large as the path, and leave it in host memory where the path is there."""
     path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
     assert path[np.random.default_rng(0).integers(1, 4)].grad_fn is path[1].grad_fn is path[np.int64(-1)].grad_fn
+
+
+def test_a_row_is_not_chosen_by_a_truth_value() -> None:
+    """Index by True as torch does, which adds a dimension: it is a number to Python alone."""
+    path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
+    assert path[True].shape == (1, 4, len(START))
+    assert torch.equal(path[True][0], path)
 
 
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])

@@ -258,6 +258,19 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert live_bytes(net, 1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
+def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
+    @dataclasses.dataclass
+    class Linear:
+        num_parameters: int = 10
+        mixes_samples: bool = False
+
+        def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+            return images.flatten(1) @ theta.view(5, 2)
+
+    with pytest.raises(InputError, match=r"`net`: expected a network with a hash.*unhashable type.*eq=False"):
+        live_bytes(Linear(), 1, torch.Size((5,)), torch.float64)
+
+
 @pytest.mark.parametrize("reading", ["a tensor of its own", "a value"])
 def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: str) -> None:
     class Reading(torch.nn.Module):

@@ -346,16 +346,28 @@ def test_a_learned_number_besides_the_arguments_is_refused(reader: str) -> None:
 
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("entry", ["a tensor", "a tuple"])
-def test_learned_draws_are_refused_in_every_step(step: int, entry: str) -> None:
+@pytest.mark.parametrize("source", ["given", "drawn"])
+def test_learned_draws_are_refused_in_every_step(step: int, entry: str, source: str) -> None:
     """Check what would leave the strength of an augmentation without a gradient, where only one step's numbers are learned."""
     net, augment = FlatModule(with_layer(nn.Identity())), SiameseAugment("brightness")
     draw = augment.draw if entry == "a tuple" else lambda images: augment.draw_parameters([images])
     draws: list[Any] = [draw(torch.zeros(len(index), 2, 6, 6)) for index in BATCHES]
     (draws[step].numbers[0] if entry == "a tuple" else draws[step]).requires_grad_()
+
+    def options() -> dict[str, Any]:
+        if source == "given":
+            return {"augment": augment, "draws": draws}
+        drawn = iter(draws)
+        return {
+            "augment": Augmentation(
+                lambda *_: {"of a step": next(drawn)}, lambda images, of_step: augment(images, of_step["of a step"])
+            )
+        }
+
     with pytest.raises(InputError, match="unroll draws: expected no tensor that requires a gradient"):
-        gradient(net, net.init(), augment=augment, draws=draws)
+        gradient(net, net.init(), **options())
     with torch.no_grad():  # a training of which no gradient is asked for
-        unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, augment=augment, draws=draws)
+        unroll(net, net.init(), torch.zeros(6, 2, 6, 6).double(), LABELS, 0.3, BATCHES, **options())
 
 
 def test_a_learned_temperature_may_be_a_column_of_the_labels() -> None:
@@ -400,3 +412,49 @@ def test_a_student_that_has_diverged_is_not_taken_for_one_that_changes() -> None
     start = torch.full((net.num_parameters,), torch.nan)
     path = unroll(net, start, torch.randn(6, 3, 2, 2), LABELS, 0.1, BATCHES, microbatch=2)
     assert path.isnan().all()
+
+
+class Changing:
+    """A network, a loss and an augmentation that read an attribute, which may change after the call."""
+
+    mixes_samples = False
+
+    def __init__(self) -> None:
+        self.net, self.factor = FlatModule(with_layer(nn.Identity())), 1.0
+        self.num_parameters = self.net.num_parameters
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        return self.net(theta, images) * self.factor
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize("part", ["net", "loss", "augment"])
+def test_what_changes_before_the_backward_pass_is_refused(part: str, options: dict[str, Any]) -> None:
+    """Sum the losses of several calls, one for each factor, as of several experts: each call's steps are computed again at the last one."""
+    changing, images = Changing(), torch.randn(6, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    loss = (lambda logits, labels: F.cross_entropy(logits * changing.factor, labels)) if part == "loss" else None
+    augment = Augmentation(lambda *_: None, lambda rows, _: rows * changing.factor) if part == "augment" else None
+    net: Any = changing if part == "net" else ConvNet(2, 3, 6, 4, 1)
+    start = changing.net.init() if part == "net" else net.init(torch.Generator().manual_seed(0)).double()
+
+    def end(factor: float) -> Tensor:
+        changing.factor = factor
+        path: Tensor = unroll(net, start, images, LABELS, 0.3, BATCHES, loss=loss, augment=augment, **options)
+        return path[-1].sum()
+
+    end(1.0).backward()
+    (end(1.0) + end(1.0)).backward()
+    with pytest.raises(InputError, match="expected in the backward pass the network, loss, augmentation and path"):
+        (end(1.0) + end(1.5)).backward()
+
+
+def test_a_row_that_is_trained_further_before_the_backward_pass_is_noticed() -> None:
+    """Write into a row by the parameters of a module, which torch does not notice."""
+    module = with_layer(nn.Identity())
+    net, images = FlatModule(module), torch.randn(6, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    path = unroll(net, net.init(), images, LABELS, 0.3, BATCHES)
+    nn.utils.vector_to_parameters(path[1], module.parameters())
+    with torch.no_grad():
+        next(module.parameters()).mul_(3)
+    with pytest.raises(InputError, match="in the backward pass"):
+        path[-1].sum().backward()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mtt_fast import FlatModule, InputError, matching_loss, plan, unroll
 from mtt_fast.testing import assert_close, whole_graph
@@ -102,6 +104,10 @@ def compiled(module: nn.Module) -> nn.Module:
         (nn.DataParallel(nn.Linear(2, 2)), "the module is DataParallel, .* wrap its .module"),
         (torch.jit.script(nn.Linear(2, 2)), "the module is compiled by torch.jit"),
         (nn.Sequential(nn.LazyLinear(2)), ".* lazy layer before its first call; call the module once"),
+        (
+            nn.Linear(2, 2, dtype=torch.complex64),
+            "expected real parameters, found weight complex; .* torch.view_as_complex",
+        ),
         (nn.Flatten(), "expected a module with parameters, found Flatten without any"),
         (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
     ],
@@ -126,6 +132,56 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         InputError, match=r"FlatModule: Linear cannot be copied .* use those of torch\.nn\.utils\.parametrizations"
     ):
         FlatModule(module)
+
+
+class Checkpointed(nn.Module):
+    """A module that computes `part` again in the backward pass, when its tensors are no longer those of the call."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.last = part, nn.Linear(4 * 16, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = checkpoint(self.part, images, use_reentrant=False)
+        return self.last(features.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize(
+    "part", [nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4))]
+)
+def test_a_module_that_reads_its_parameters_in_the_backward_pass_is_refused(
+    part: nn.Module, options: dict[str, Any]
+) -> None:
+    net = FlatModule(Checkpointed(part).double())
+    images, batches = (
+        torch.randn(5, 2, 6, 6, dtype=torch.float64, requires_grad=True),
+        torch.tensor([[0, 1, 2], [2, 3, 4]]),
+    )
+    with pytest.raises(InputError, match=r"again in the backward pass.*checkpoint"):
+        unroll(net, net.init(), images, torch.tensor([0, 1, 2, 0, 1]), 0.3, batches, **options)
+
+
+def test_a_used_module_can_be_copied_and_pickled() -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    logits = net(net.init(), images)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(net.init(), images), logits)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_function_that_calls_it_can_be_compiled(called_before: bool) -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    compiled_call = torch.compile(lambda theta, images: net(theta, images).sin().sum(), backend="aot_eager")
+    if called_before:
+        net(net.init(), images)
+    thetas = [net.init().requires_grad_() for _ in range(2)]
+    compiled_call(thetas[0], images).backward()
+    net(thetas[1], images).sin().sum().backward()
+    first, second = (theta.grad for theta in thetas)
+    assert first is not None
+    assert second is not None
+    assert_close("gradient", first, second, 1e-12)
 
 
 def test_the_embedding_is_what_the_last_linear_layer_sees() -> None:
