@@ -67,7 +67,7 @@ class ExpertTrainingOptions(TrainingOptions):
         "load_all": "trajectories are memory-mapped; nothing is loaded whole",
         "max_files": "there is one file an expert; limit them with --max_experts",
         "save_interval": "every expert is saved as soon as it is trained",
-        "force_save": "every evaluation is saved",
+        "force_save": "pictures are drawn, however many images there are",
         "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
     }
     """Flags of the public code that do nothing here, with the reasons: accepted, and named in the log."""

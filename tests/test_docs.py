@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ import torch
 
 import mtt_fast
 import mtt_fast.interop
-from mtt_fast import evaluate
-from mtt_fast.commands import cli
+from mtt_fast import __main__, evaluate
+from mtt_fast.commands import cli, parsing
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.experts import main as train_experts
+from mtt_fast.recipes import recipe_options
 from mtt_fast.testing import assert_close, relative_error
+from tests.commands.test_flags import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -182,3 +186,52 @@ def test_flags_that_are_said_to_be_the_same_are_there() -> None:
     assert len(experts) > 5
     assert fields[0] >= {*both, *distill}
     assert fields[1] >= {*both, *experts}
+
+
+def test_the_commands_in_the_table_are_those_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/running.md").read_text()
+    first_column = re.findall(
+        r"^\| (.*?) \|", page[page.index("| command |") : page.index("Options are read")], re.MULTILINE
+    )
+    monkeypatch.setattr(sys, "argv", ["mtt_fast", "--help"])
+    assert __main__.main() == 0
+    accepted = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_column))) == sorted(accepted)
+
+
+def commands_in(page: Path) -> list[str]:
+    """Return the printed command lines of this package that are whole: without … or a list of choices."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = [*blocks.splitlines(), *re.findall(r"`([^`\n]+)`", text.replace(blocks, ""))]
+    return [
+        line for line in lines if re.match(r" *(python -m )?mtt_fast[ .]\w+ ", line) and not re.search(r"…|\\\|", line)
+    ]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_command_lines_are_accepted() -> None:
+    """Parse them all: flags, values and recipes are there."""
+    parsed = []
+    for line in (line for page in PAGES for line in commands_in(page)):
+        words = shlex.split(line.replace("$lr", "0.01"), comments=True)
+        name, *words = " ".join(words).removeprefix("python -m ").removeprefix("mtt_fast")[1:].split()
+        if name == "analysis":
+            name, *words = words
+        if name != "env" and "--help" not in words:
+            parsed.append(name)
+            options = parsing.preview(COMMANDS[name], words, "")
+            if recipe := getattr(options, "recipe", None):
+                assert recipe_options(recipe)
+    assert {"distill", "evaluate", "experts", "convert", "score", "recipes"} <= set(parsed)
+
+
+def test_the_plan_on_the_page_keeps_to_its_budget() -> None:
+    (block,) = blocks_of("running.md")
+    space: dict[str, Any] = {"mtt_fast": mtt_fast, "net": mtt_fast.ConvNet(image_size=128, depth=5)}
+    exec(block.replace("print(", "plan = (", 1), space)
+    assert 0 < space["plan"].peak_bytes <= 4 << 30

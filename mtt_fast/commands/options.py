@@ -216,7 +216,7 @@ def _known_name(dataset: str) -> str:
 
 
 def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, *, zca: bool) -> Path:
-    """Return the folder of the experts, named as the public code names it: PATH/CIFAR10_NO_ZCA/ConvNet."""
+    """Return the folder of the experts, such as PATH/CIFAR10_NO_ZCA/ConvNet; that of an ImageNet subset is PATH/imagenette-128/ConvNetD5."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"
     else:

@@ -162,9 +162,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """batch size of experts that this command trains"""
 
     memory_budget: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_budget)] = AUTO
-    """memory limit of an iteration, e.g. 6GiB: student batches are cut into pieces that fit; auto: most of the free memory. The result is the same"""
+    """memory limit of an iteration, e.g. 6GiB: student batches are cut into pieces that fit; auto: most of the free memory. The result is the same up
+    to rounding"""
     microbatch: Annotated[CountOrNone, Role.MACHINE, Group.MACHINE] = None
-    """cut student batches into pieces of this many images. The result is the same"""
+    """cut student batches into pieces of this many images. The result is the same up to rounding"""
     save_seconds: Seconds = 60.0
     """seconds between checkpoints; inf: save only at evaluations and at the end"""
 

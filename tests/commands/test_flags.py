@@ -77,7 +77,7 @@ PUBLIC_DISTILL: dict[str, Row] = {
     "canvas_samples": ("3", 1, 1, "has no effect without --texture"),
     "max_files": ("1", None, ..., "--max_files is ignored: there is one file an expert; limit them with --max_experts"),
     "max_experts": ("5", None, None, "--max_experts 5: of all experts, where the public code takes as many of each"),
-    "force_save": ("", False, ..., "--force_save is ignored: every evaluation is saved"),
+    "force_save": ("", False, ..., "--force_save is ignored: pictures are drawn, however many images"),
 }
 PUBLIC_BUFFER: dict[str, Row] = {
     **{
