@@ -224,7 +224,7 @@ def test_the_command_lines_are_accepted() -> None:
             name, *words = words
         if name != "env" and "--help" not in words:
             parsed.append(name)
-            options = parsing.preview(COMMANDS[name], words, "")
+            options: Any = parsing.preview(COMMANDS[name], words, "")
             if recipe := getattr(options, "recipe", None):
                 assert recipe_options(recipe)
     assert {"distill", "evaluate", "experts", "convert", "score", "recipes"} <= set(parsed)

@@ -18,6 +18,7 @@ from mtt_fast.commands.option_fields import (
     NETWORKS,
     POSITIVE_SHARE,
     RATE,
+    RATE_OR_INFINITY,
     RATE_OR_ZERO,
     SEED,
     SHARE,
@@ -55,6 +56,7 @@ Rate = Annotated[float, RATE, _hint(RATE)]
 RateOrNone = Annotated[float | None, RATE, _hint(RATE)]
 RateOrZero = Annotated[float, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
 RateOrZeroOrNone = Annotated[float | None, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
+RateOrInfinityOrNone = Annotated[float | None, RATE_OR_INFINITY, _hint(RATE_OR_INFINITY)]
 Share = Annotated[float, SHARE, _hint(SHARE)]
 ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
 PositiveShare = Annotated[float, POSITIVE_SHARE, _hint(POSITIVE_SHARE)]

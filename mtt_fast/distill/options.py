@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, earlier_options
-from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Remark, Role
+from mtt_fast.commands.option_fields import Checked, Group, Needs, Remark, Role
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
     Count,
@@ -21,6 +21,7 @@ from mtt_fast.commands.options import (
     Networks,
     NetworksOrNone,
     Rate,
+    RateOrInfinityOrNone,
     RateOrZero,
     RateOrZeroOrNone,
     Seconds,
@@ -83,7 +84,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T: upper bound of the start epoch in the first iteration; it grows linearly to --max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
     """iteration at which the bound of --current_max_start_epoch has grown to --max_start_epoch"""
-    threshold: Annotated[float | None, Range(0, above=True, infinite=True)] = None
+    threshold: RateOrInfinityOrNone = None
     """skip the update of an iteration with a matching loss above this (DATM); if not given, or inf, no update is skipped"""
     batch_syn: CountOrNone = None
     """synthetic images per student step; if not given, all synthetic images"""
