@@ -26,6 +26,7 @@ from mtt_fast.testing import assert_close, relative_error
 from tests.commands.test_flags import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_public_name_is_in_the_reference() -> None:
@@ -39,6 +40,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     interop = (ROOT / "docs/reference/interop.md").read_text()
     for name in mtt_fast.interop.__all__:
         assert re.search(rf"^::: mtt_fast\.interop\.\w+\.{name}$", interop, re.MULTILINE), name
+
+
+def test_what_the_pages_call_comes_with_the_import() -> None:
+    """A module below is an attribute of the package only once something has imported it."""
+    called = {name for page in PAGES for name in re.findall(r"\bmtt_fast\.([\w.]+)\(", page.read_text())}
+    assert {"unroll", "ConvNet", "plan"} <= called <= set(mtt_fast.__all__)
 
 
 def test_the_example_of_an_augmentation_mirrors_half_of_the_images() -> None:
@@ -209,9 +216,6 @@ def commands_in(page: Path) -> list[str]:
     return [
         line for line in lines if re.match(r" *(python -m )?mtt_fast[ .]\w+ ", line) and not re.search(r"…|\\\|", line)
     ]
-
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_command_lines_are_accepted() -> None:
