@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import shlex
@@ -18,10 +19,10 @@ import mtt_fast
 import mtt_fast.interop
 from mtt_fast import __main__, evaluate
 from mtt_fast.commands import cli, parsing
-from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.options import DistillOptions, parse_options
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.experts import main as train_experts
-from mtt_fast.recipes import recipe_options
+from mtt_fast.recipes import recipe_about, recipe_names, recipe_options
 from mtt_fast.testing import assert_close, relative_error
 from tests.commands.test_flags import COMMANDS
 
@@ -209,29 +210,29 @@ def test_the_commands_in_the_table_are_those_of_the_command_line(
 
 
 def commands_in(page: Path) -> list[str]:
-    """Return the printed command lines of this package that are whole: without … or a list of choices."""
+    """Return the printed command lines of this project that are whole: without … or a list of choices."""
     text = page.read_text().replace("\\\n", " ")
     blocks = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     lines = [*blocks.splitlines(), *re.findall(r"`([^`\n]+)`", text.replace(blocks, ""))]
-    return [
-        line for line in lines if re.match(r" *(python -m )?mtt_fast[ .]\w+ ", line) and not re.search(r"…|\\\|", line)
-    ]
+    whole = [line for line in lines if not re.search(r"…|\\\||STAGE|--help", line)]
+    return [line for line in whole if re.match(r" *(python -m )?(mtt_fast[ .]|bench )\w+ ", line)]
 
 
 def test_the_command_lines_are_accepted() -> None:
     """Parse them all: flags, values and recipes are there."""
-    parsed = []
+    parsed = set()
     for line in (line for page in PAGES for line in commands_in(page)):
-        words = shlex.split(line.replace("$lr", "0.01"), comments=True)
-        name, *words = " ".join(words).removeprefix("python -m ").removeprefix("mtt_fast")[1:].split()
+        words = shlex.split(line.replace("mtt_fast.", "mtt_fast ").replace("$lr", "0.01"), comments=True)
+        package, name, *words = words[2:] if words[0] == "python" else words
         if name == "analysis":
             name, *words = words
-        if name != "env" and "--help" not in words:
-            parsed.append(name)
-            options: Any = parsing.preview(COMMANDS[name], words, "")
+        if words:
+            kind = COMMANDS[name] if package == "mtt_fast" else importlib.import_module(f"bench.{name}").Options
+            options: Any = parsing.preview(kind, words, "")
             if recipe := getattr(options, "recipe", None):
                 assert recipe_options(recipe)
-    assert {"distill", "evaluate", "experts", "convert", "score", "recipes"} <= set(parsed)
+            parsed.add(name)
+    assert {"distill", "evaluate", "experts", "convert", "score", "recipes", "meta_step", "precision"} <= parsed
 
 
 def test_the_plan_on_the_page_keeps_to_its_budget() -> None:
@@ -239,3 +240,21 @@ def test_the_plan_on_the_page_keeps_to_its_budget() -> None:
     space: dict[str, Any] = {"mtt_fast": mtt_fast, "net": mtt_fast.ConvNet(image_size=128, depth=5)}
     exec(block.replace("print(", "plan = (", 1), space)
     assert 0 < space["plan"].peak_bytes <= 4 << 30
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_what_its_description_says(name: str) -> None:
+    options, description = parse_options(["--recipe", name, "--dry-run"]), recipe_about(name)["description"]
+    for words, value in {
+        "nearest step": options.match_step == "nearest",
+        "without the parameters of lowest loss": options.loss_ratio,
+        "with all parameters": not options.loss_ratio,
+        "EMA of the images": options.ema_decay,
+        "flat experts": options.rho_max,
+        "learned labels": options.lr_y,
+        "labels of a teacher": options.teacher_label,
+        "truncated gradient (approximate)": options.gradient == "truncated",
+    }.items():
+        assert value or words not in description
+    for pattern, value in {r"(\d+) images? per class": options.ipc, r"at (\d+)×": options.res}.items():
+        assert all(int(number) == value for number in re.findall(pattern, description))
