@@ -206,6 +206,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     def remarks(self, given: Container[str]) -> list[str]:
         """See `CommonOptions.remarks`."""
         remarks, first = super().remarks(given), self.current_max_start_epoch
+        if self.recipe == DEFAULT_RECIPE and not self.resume and "recipe" not in given and "dataset" not in given:
+            remarks.append("without --dataset and --recipe: the digits recipe; the public code takes CIFAR10")
         if "no_aug" in given and not self.no_aug:
             remarks.append(
                 "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"
