@@ -44,7 +44,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_what_the_pages_call_comes_with_the_import() -> None:
-    """A module below is an attribute of the package only once something has imported it."""
+    """Check that no page calls a module below the package as an attribute, which it is only once something has imported it."""
     called = {name for page in PAGES for name in re.findall(r"\bmtt_fast\.([\w.]+)\(", page.read_text())}
     assert {"unroll", "ConvNet", "plan"} <= called <= set(mtt_fast.__all__)
 
