@@ -12,6 +12,7 @@ from mtt_fast.errors import InputError, did_you_mean
 
 _COMMANDS = {
     "experts": "train experts on real images and record their trajectories",
+    "buffer": "the same, by the public code's name",
     "distill": "distil a data set into a few synthetic images per class",
     "compress": "compress experts to a few waypoints each",
     "evaluate": "train fresh networks on a distilled set and test them",

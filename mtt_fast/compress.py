@@ -41,7 +41,7 @@ class CompressOptions:
     num_interpolation: AtLeastTwo = 4
     """waypoints per expert, including the first and the last"""
     epochs: Annotated[tuple[int, ...] | None, COUNT_FROM_ZERO] = None
-    """epochs of the waypoints, such as 0 6 25 50; if not given, evenly spaced"""
+    """epochs of the waypoints, such as 0 6 25 50 (each at least 0); if not given, evenly spaced"""
     smooth: TrueOrFalse = True
     """smooth the waypoints: use the mean of the epochs before and after each, and of the last two epochs for the last waypoint"""
     out: Annotated[str | None, Checked(check_output_folder)] = None

@@ -67,7 +67,7 @@ class ExpertTrainingOptions(TrainingOptions):
         "load_all": "trajectories are memory-mapped; nothing is loaded whole",
         "max_files": "there is one file an expert; limit them with --max_experts",
         "save_interval": "every expert is saved as soon as it is trained",
-        "force_save": "every evaluation is saved",
+        "force_save": "pictures are drawn, however many images there are",
         "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
     }
     """Flags of the public code that do nothing here, with the reasons: accepted, and named in the log."""
@@ -79,7 +79,7 @@ class ExpertTrainingOptions(TrainingOptions):
     l2: RateOrZero = 0.0
     """weight decay of the experts"""
     decay: bool = False
-    """divide the experts' learning rate by ten after half of the epochs"""
+    """divide the experts' learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
     rho_max: RateOrZero = 0.0
     """radius of SAM for the experts at the full learning rate; 0: plain SGD. FTD and DATM use 0.01"""
     rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
@@ -141,7 +141,7 @@ class ExpertOptions(ExpertTrainingOptions):
     rm_easy_ratio_first: Annotated[Share, Needs("sort_method")] = 0.1
     """share of each class's images, the easiest, that epochs after --rm_epoch_first leave out"""
     rm_easy_ratio_second: Annotated[Share, Needs("sort_method")] = 0.2
-    """likewise, after --rm_epoch_second"""
+    """share of each class's images, the easiest, that epochs after --rm_epoch_second leave out"""
 
     def training(self) -> ExpertTraining:
         """Return the hyperparameters of an expert's training, with the curriculum's file read.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
+import shlex
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,17 @@ import torch
 
 import mtt_fast
 import mtt_fast.interop
-from mtt_fast import evaluate
-from mtt_fast.commands import cli
-from mtt_fast.distill.options import DistillOptions
+from mtt_fast import __main__, evaluate
+from mtt_fast.commands import cli, parsing
+from mtt_fast.distill.options import DistillOptions, parse_options
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.experts import main as train_experts
+from mtt_fast.recipes import recipe_about, recipe_names, recipe_options
 from mtt_fast.testing import assert_close, relative_error
+from tests.commands.test_flags import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_public_name_is_in_the_reference() -> None:
@@ -35,6 +41,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     interop = (ROOT / "docs/reference/interop.md").read_text()
     for name in mtt_fast.interop.__all__:
         assert re.search(rf"^::: mtt_fast\.interop\.\w+\.{name}$", interop, re.MULTILINE), name
+
+
+def test_what_the_pages_call_comes_with_the_import() -> None:
+    """Check that no page calls a module below the package as an attribute, which it is only once something has imported it."""
+    called = {name for page in PAGES for name in re.findall(r"\bmtt_fast\.([\w.]+)\(", page.read_text())}
+    assert {"unroll", "ConvNet", "plan"} <= called <= set(mtt_fast.__all__)
 
 
 def test_the_example_of_an_augmentation_mirrors_half_of_the_images() -> None:
@@ -182,3 +194,67 @@ def test_flags_that_are_said_to_be_the_same_are_there() -> None:
     assert len(experts) > 5
     assert fields[0] >= {*both, *distill}
     assert fields[1] >= {*both, *experts}
+
+
+def test_the_commands_in_the_table_are_those_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/running.md").read_text()
+    first_column = re.findall(
+        r"^\| (.*?) \|", page[page.index("| command |") : page.index("Options are read")], re.MULTILINE
+    )
+    monkeypatch.setattr(sys, "argv", ["mtt_fast", "--help"])
+    assert __main__.main() == 0
+    accepted = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_column))) == sorted(accepted)
+
+
+def commands_in(page: Path) -> list[str]:
+    """Return the printed command lines of this project that are whole: without … or a list of choices."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    lines = [*blocks.splitlines(), *re.findall(r"`([^`\n]+)`", text.replace(blocks, ""))]
+    whole = [line for line in lines if not re.search(r"…|\\\||STAGE|--help", line)]
+    return [line for line in whole if re.match(r" *(python -m )?(mtt_fast[ .]|bench )\w+ ", line)]
+
+
+def test_the_command_lines_are_accepted() -> None:
+    """Parse them all: flags, values and recipes are there."""
+    parsed = set()
+    for line in (line for page in PAGES for line in commands_in(page)):
+        words = shlex.split(line.replace("mtt_fast.", "mtt_fast ").replace("$lr", "0.01"), comments=True)
+        package, name, *words = words[2:] if words[0] == "python" else words
+        if name == "analysis":
+            name, *words = words
+        if words:
+            kind = COMMANDS[name] if package == "mtt_fast" else importlib.import_module(f"bench.{name}").Options
+            options: Any = parsing.preview(kind, words, "")
+            if recipe := getattr(options, "recipe", None):
+                assert recipe_options(recipe)
+            parsed.add(name)
+    assert {"distill", "evaluate", "experts", "convert", "score", "recipes", "meta_step", "precision"} <= parsed
+
+
+def test_the_plan_on_the_page_keeps_to_its_budget() -> None:
+    (block,) = blocks_of("running.md")
+    space: dict[str, Any] = {"mtt_fast": mtt_fast, "net": mtt_fast.ConvNet(image_size=128, depth=5)}
+    exec(block.replace("print(", "plan = (", 1), space)
+    assert 0 < space["plan"].peak_bytes <= 4 << 30
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_what_its_description_says(name: str) -> None:
+    options, description = parse_options(["--recipe", name, "--dry-run"]), recipe_about(name)["description"]
+    for words, value in {
+        "nearest step": options.match_step == "nearest",
+        "without the parameters of lowest loss": options.loss_ratio,
+        "with all parameters": not options.loss_ratio,
+        "EMA of the images": options.ema_decay,
+        "flat experts": options.rho_max,
+        "learned labels": options.lr_y,
+        "labels of a teacher": options.teacher_label,
+        "truncated gradient (approximate)": options.gradient == "truncated",
+    }.items():
+        assert value or words not in description
+    for pattern, value in {r"(\d+) images? per class": options.ipc, r"at (\d+)×": options.res}.items():
+        assert all(int(number) == value for number in re.findall(pattern, description))

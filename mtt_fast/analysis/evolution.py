@@ -47,7 +47,7 @@ class EvolutionOptions:
     out: Annotated[str | None, Checked(check_output_folder)] = None
     """folder for the two pictures; if not given, the run folder"""
     seconds: Annotated[float, Range(0.02, 600)] = 0.3
-    """seconds per picture of the GIF, from 0.02 to 600; the last picture stays five times as long"""
+    """seconds per picture of the GIF (at least 0.02 and at most 600); the last picture stays five times as long"""
     rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 

@@ -11,7 +11,6 @@ set converted with --hard_labels, and of the word "random".
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from typing import Annotated, Any, NamedTuple
 from mtt_fast.commands import parsing
 from mtt_fast.commands.evaluated_set import RANDOM
 from mtt_fast.commands.option_fields import Checked
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError
 from mtt_fast.interop import label_robust_score
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.files import parse_json, write_json
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import unsealed
+from mtt_fast.storage.regular import read_text
 
 log = logging.getLogger(__name__)
 
@@ -117,18 +117,16 @@ def _accuracy(option: str, text: str) -> _Accuracy:
 
 def _of_file(option: str, path: Path) -> _Accuracy:
     try:
-        record = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        record = unsealed(parse_json(read_text(path)))
         mean = float(record["accuracy"]["mean"])
         setting = {name: str(record[name]) for name in ("dataset", "model")}
         protocol, data = record["protocol"], record.get("data", {})
         setting["protocol"] = str(protocol["name"])
         setting |= {"best_epoch": str(protocol["best_epoch"])} if "best_epoch" in protocol else {}
         setting |= {"fingerprint": str(data["fingerprint"])} if "fingerprint" in data else {}
-    except OSError as error:
-        raise InputError(
-            f"{option} {path}: expected a number in per cent or a file ({reason_of(error)}); {remedy_for(error)}"
-        ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except InputError as error:
+        raise InputError(f"{option}: expected a number in per cent or a file; {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{option} {path}: expected what mtt_fast.evaluate writes with --out FILE.json, found "
             + (f"no field {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}")

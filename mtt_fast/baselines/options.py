@@ -70,7 +70,7 @@ class TrainedNetworkOptions(BaselineOptions):
     l2: RateOrZero = 0.0
     """weight decay of the first expert"""
     decay: bool = False
-    """divide the first expert's learning rate by ten after half of the epochs"""
+    """divide the first expert's learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
 
     @property
     def asks_network(self) -> bool:

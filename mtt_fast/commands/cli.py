@@ -53,7 +53,9 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _mistake("out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result")
+        return _mistake(
+            "out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result up to rounding"
+        )
     return 0
 
 

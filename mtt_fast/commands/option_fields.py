@@ -80,6 +80,7 @@ NETWORKS = Range(1, largest=10**6)
 """Numbers of experts or networks: each is listed, in memory or in a folder."""
 RATE = Range(0, above=True)
 RATE_OR_ZERO = Range(0)
+RATE_OR_INFINITY = Range(0, above=True, infinite=True)
 SHARE = Range(0, 1, below=True)
 POSITIVE_SHARE = Range(0, 1, above=True)
 SEED = Range(0, largest=2**63 - 1)

@@ -18,6 +18,7 @@ from mtt_fast.commands.option_fields import (
     NETWORKS,
     POSITIVE_SHARE,
     RATE,
+    RATE_OR_INFINITY,
     RATE_OR_ZERO,
     SEED,
     SHARE,
@@ -55,6 +56,7 @@ Rate = Annotated[float, RATE, _hint(RATE)]
 RateOrNone = Annotated[float | None, RATE, _hint(RATE)]
 RateOrZero = Annotated[float, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
 RateOrZeroOrNone = Annotated[float | None, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
+RateOrInfinityOrNone = Annotated[float | None, RATE_OR_INFINITY, _hint(RATE_OR_INFINITY)]
 Share = Annotated[float, SHARE, _hint(SHARE)]
 ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
 PositiveShare = Annotated[float, POSITIVE_SHARE, _hint(POSITIVE_SHARE)]
@@ -216,7 +218,7 @@ def _known_name(dataset: str) -> str:
 
 
 def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, *, zca: bool) -> Path:
-    """Return the folder of the experts, named as the public code names it: PATH/CIFAR10_NO_ZCA/ConvNet."""
+    """Return the folder of the experts, such as PATH/CIFAR10_NO_ZCA/ConvNet; that of an ImageNet subset is PATH/imagenette-128/ConvNetD5."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"
     else:

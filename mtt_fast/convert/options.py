@@ -33,7 +33,7 @@ class ConvertOptions:
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
     """file or folder to write. For a set: a new one; for experts: the --buffer_path of the command that will read them, which may exist"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """kind of the source, if its file names do not show it; the same kinds as for --to"""
+    """kind of the source, if its file names do not show it: those of --to, or convexified (MCT)"""
     to: str | None = None
     """kind of the destination. Sets: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts: experts, buffer, waypoints. If not
     given: the kind that the destination's name shows; else the public code's kind for a source of this software, and this software's kind

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, earlier_options
-from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Remark, Role
+from mtt_fast.commands.option_fields import Checked, Group, Needs, Remark, Role
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
     Count,
@@ -21,6 +21,7 @@ from mtt_fast.commands.options import (
     Networks,
     NetworksOrNone,
     Rate,
+    RateOrInfinityOrNone,
     RateOrZero,
     RateOrZeroOrNone,
     Seconds,
@@ -87,7 +88,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T: upper bound of the start epoch in the first iteration; it grows linearly to --max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
     """iteration at which the bound of --current_max_start_epoch has grown to --max_start_epoch"""
-    threshold: Annotated[float | None, Range(0, above=True, infinite=True)] = None
+    threshold: RateOrInfinityOrNone = None
     """skip the update of an iteration with a matching loss above this (DATM); if not given, or inf, no update is skipped"""
     batch_syn: CountOrNone = None
     """synthetic images per student step; if not given, all synthetic images"""
@@ -172,9 +173,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """batch size of experts that this command trains"""
 
     memory_budget: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_budget)] = AUTO
-    """memory limit of an iteration, e.g. 6GiB: student batches are cut into pieces that fit; auto: most of the free memory. The result is the same"""
+    """memory limit of an iteration, e.g. 6GiB: student batches are cut into pieces that fit; auto: most of the free memory. The result is the same up
+    to rounding"""
     microbatch: Annotated[CountOrNone, Role.MACHINE, Group.MACHINE] = None
-    """cut student batches into pieces of this many images. The result is the same"""
+    """cut student batches into pieces of this many images. The result is the same up to rounding"""
     save_seconds: Seconds = 60.0
     """seconds between checkpoints; inf: save only at evaluations and at the end"""
 
@@ -220,6 +222,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     def remarks(self, given: Container[str]) -> list[str]:
         """See `CommonOptions.remarks`."""
         remarks, first = super().remarks(given), self.current_max_start_epoch
+        if self.recipe == DEFAULT_RECIPE and not self.resume and "recipe" not in given and "dataset" not in given:
+            remarks.append("without --dataset and --recipe: the digits recipe; the public code takes CIFAR10")
         if "no_aug" in given and not self.no_aug:
             remarks.append(
                 "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"

@@ -164,7 +164,8 @@ def check_same_training(
 
 def training_unknown(requested: Iterable[str]) -> str:
     """Return the remark on imported experts that the `requested` hyperparameters have no effect."""
-    return f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in requested)} has no effect"
+    flags = ", ".join(f"--{FLAGS[name]}" for name in requested)
+    return f"how they were trained is not known, so there is no effect of {flags}"
 
 
 def trained_otherwise(expert: ExpertMetadata, hyperparameters: Mapping[str, Any], *, to_the_end: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
         ("--hlr 20 --ior 30 --weight 2", "--weight 2.0: expected 0 to 1"),
         (
             "--full 85 --distilled no.json --random 30",
-            "--distilled no.json: expected a number in per cent or a file (No such",
+            "--distilled: expected a number in per cent or a file; no.json: cannot be read (No such",
         ),
         (
             "--full 85 --distilled list.json --random 30",
@@ -94,6 +95,9 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
             "--hard random.json: expected the accuracy on a dis",
         ),
         ("--full 85 --distilled damaged.json --random 30", "damaged.json: expected what mtt_fast.evaluate writes"),
+        ("--full 85 --distilled pipe --random 30", "pipe: expected a file, found a FIFO; check the path"),
+        ("--full 85 --distilled long.json --random 30", "long.json: expected at most 4,194,304 bytes, found 4,194,305"),
+        ("--full 85 --distilled deep.json --random 30", "deep.json: expected what mtt_fast.evaluate writes"),
     ],
 )
 def test_wrong_numbers_are_refused(
@@ -102,6 +106,9 @@ def test_wrong_numbers_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[1]")
     Path("run.json").write_text('{"accuracy": {}}')
+    Path("long.json").write_text(" " * ((4 << 20) + 1))
+    Path("deep.json").write_text("[" * 10**5)
+    os.mkfifo("pipe")
     write_evaluation(Path("a.json"), 0.6, data={"fingerprint": "1"})
     write_evaluation(Path("other.json"), 0.3, data={"fingerprint": "2"})
     write_evaluation(Path("last.json"), 0.3, best_epoch=False)

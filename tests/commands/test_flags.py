@@ -21,7 +21,7 @@ from mtt_fast.analysis.tables import TablesOptions
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands import parsing
 from mtt_fast.commands.help_page import help_texts, print_help
-from mtt_fast.commands.option_fields import Group, fields_of
+from mtt_fast.commands.option_fields import Group, Range, fields_of
 from mtt_fast.compress import CompressOptions
 from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.cross.command import CrossOptions
@@ -77,7 +77,7 @@ PUBLIC_DISTILL: dict[str, Row] = {
     "canvas_samples": ("3", 1, 1, "has no effect without --texture"),
     "max_files": ("1", None, ..., "--max_files is ignored: there is one file an expert; limit them with --max_experts"),
     "max_experts": ("5", None, None, "--max_experts 5: of all experts, where the public code takes as many of each"),
-    "force_save": ("", False, ..., "--force_save is ignored: every evaluation is saved"),
+    "force_save": ("", False, ..., "--force_save is ignored: pictures are drawn, however many images"),
 }
 PUBLIC_BUFFER: dict[str, Row] = {
     **{
@@ -346,6 +346,16 @@ def test_help_shows_every_flag_in_the_box_of_its_group(
     assert sorted(shown) == sorted((field.flag, titles[field.group]) for field in fields)
     in_order = list(dict.fromkeys(title for _, title in shown))
     assert in_order == [title for title in titles.values() if title in in_order]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_range(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # one box beside no other
+    entries = re.split(r"^│ --", page(lambda: print_help(COMMANDS[command](), "python -m x")), flags=re.MULTILINE)
+    shown = {re.split(r"\W", entry)[0]: " ".join(re.sub("│", " ", entry).split()) for entry in entries}
+    for field in fields_of(COMMANDS[command]).values():
+        for numbers in field.declarations(Range):
+            assert str(numbers) in shown[field.flag], field.flag
 
 
 def test_help_shows_the_defaults_that_the_other_flags_leave() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -51,12 +52,16 @@ def test_a_file_of_options_names_no_other(tmp_path: Path) -> None:
     ],
 )
 def test_without_a_data_set_it_is_the_digits_recipe(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
     Path("mine.toml").write_text("syn_steps = 7\nnum_eval = 2\n")
     Path("out.toml").write_text('out = "elsewhere"\n')
-    options, recipe = parse_options(words.split()), parse_options(["--recipe", "digits"])
+    recipe = parse_options(["--recipe", "digits"])
+    assert "the digits recipe" not in caplog.text
+    options = parse_options(words.split())
+    assert "without --dataset and --recipe: the digits recipe; the public code takes CIFAR10" in caplog.text
     given = {"device", "out", "dry_run", "ipc", "lr_img", "config", "model"} & parsing.given(
         DistillOptions, words.split()
     )
@@ -68,11 +73,15 @@ def test_without_a_data_set_it_is_the_digits_recipe(
 @pytest.mark.parametrize(
     "words", ["--dataset digits --out elsewhere", "--config mine.toml", "--config mine.toml --ipc 2"]
 )
-def test_with_a_data_set_it_is_no_recipe(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_data_set_it_is_no_recipe(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
     Path("mine.toml").write_text('dataset = "digits"\n')
     options = parse_options(words.split())
     assert (options.recipe, options.dataset, options.syn_steps, options.lr_img) == (None, "digits", 20, 1000.0)
+    assert "the digits recipe" not in caplog.text
 
 
 @pytest.mark.parametrize("words", ["--out run --resume", "--config mine.toml --resume"])

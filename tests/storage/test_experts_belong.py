@@ -288,7 +288,7 @@ def test_imported_experts_are_used_as_they_are(
     number = flags[flags.index("--num_experts") + 1] if "--num_experts" in flags else "100"
     used = f"used as they are: all 2 that are there; --num_experts {number} trains none beside them"
     assert used in caplog.text
-    assert ("not known: --expert_lr, --mom has no effect" in caplog.text) == ("--mom" in flags)
+    assert ("not known, so there is no effect of --expert_lr, --mom" in caplog.text) == ("--mom" in flags)
     summary = json.loads(Path("new/summary.json").read_text())
     assert summary["experts"]["number"] == (1 if flags == ["--max_experts", "1"] else 2)
     assert "imported_from" in summary["experts"]["hyperparameters"]
@@ -311,7 +311,10 @@ def test_no_flag_brings_back_imported_experts(
         )
         == 0
     )
-    assert f"{imported}/expert_0000.safetensors: how they were trained is not known: --mom has no effect" in caplog.text
+    assert (
+        f"{imported}/expert_0000.safetensors: how they were trained is not known, so there is no effect of --mom"
+        in caplog.text
+    )
 
 
 def test_none_is_trained_in_place_of_imported_experts(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
