@@ -64,7 +64,11 @@ def test_a_run_keeps_its_precision_unless_one_is_given(tmp_path: Path) -> None:
         ({"zca": True}, {}, "with --zca, not without --zca"),
         ({}, {"zca": True}, "without --zca, not with --zca"),
         ({"threshold": 2.0}, {}, "with --threshold 2.0, not without --threshold"),
-        ({}, {"threshold": 2.0}, "without --threshold, not with --threshold 2.0"),  # the option may be younger than the run
+        (
+            {},
+            {"threshold": 2.0},
+            "without --threshold, not with --threshold 2.0",
+        ),  # the option may be younger than the run
         ({}, {"lr_img": 2.0}, "with --lr_img 1.0, not 2.0"),
     ],
 )

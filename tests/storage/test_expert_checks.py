@@ -68,7 +68,9 @@ def test_a_network_that_does_not_tell_is_compared_by_its_layout(tmp_path: Path) 
     layout = NET.layout.describe()
     shorter = store_of(tmp_path / "shorter", replace(metadata_for(), layout=layout.rpartition(";")[0]))
     count = len(layout.split(";"))
-    with pytest.raises(InputError, match=f"another network: expected {count} parameter tensors, found {count - 1}; give"):
+    with pytest.raises(
+        InputError, match=f"another network: expected {count} parameter tensors, found {count - 1}; give"
+    ):
         check_belongs(shorter, 0, NET, DATA)
 
 
@@ -146,7 +148,9 @@ def test_the_first_experts_are_those_of_plain_sgd_on_all_images(tmp_path: Path) 
         with pytest.raises(InputError, match=f"trained with {name} {plain}, not {value}"):
             check_same_training(store, 0, TRAINED | {name: value}, 7, torch.float32, "fp32")
         if name in TRAINED:
-            with pytest.raises(InputError, match=f"trained with {name} {value}, not {plain}; .* say `{name}` {value} to"):
+            with pytest.raises(
+                InputError, match=f"trained with {name} {value}, not {plain}; .* say `{name}` {value} to"
+            ):
                 check_as_asked(store, 2, {name: plain}, to_the_end=False)
     without = {name: value for name, value in LATER.items() if name != "sort_method"}
     with pytest.raises(InputError, match=r"trained with sort_method sha256:f00d, not None"):
@@ -188,7 +192,9 @@ def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path
         match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors with 0\.01; .*`max_experts` 2",
     ):
         check_alike(store, range(3), to_the_end=False)
-    with pytest.raises(InputError, match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors"
+    ):
         check_one_kind(store)
 
 

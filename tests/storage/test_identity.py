@@ -107,7 +107,7 @@ def test_whitened_images_are_the_same_whatever_they_would_be_normalised_by() -> 
 
 
 def test_other_images_that_are_whitened_are_no_others_that_are_normalised() -> None:
-    with pytest.raises(InputError, match="made from another data set: expected pets, found toys; .* made from$"):
+    with pytest.raises(InputError, match=r"made from another data set: expected pets, found toys; .* made from$"):
         check_same_data(replace(OTHER, name="toys", whitening="zca"), PETS, "here", other_data=False)
     with pytest.raises(InputError, match="whitened otherwise"):
         check_same_data(replace(OTHER, name="toys", whitening="zca"), PETS, "here", other_data=True)

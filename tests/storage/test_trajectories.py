@@ -317,6 +317,13 @@ def test_broken_metadata_is_named(name: str, text: str | None) -> None:
         ExpertMetadata.from_text(record, "here")
 
 
+def test_the_first_format_lacks_what_was_not_recorded_then() -> None:
+    record = metadata_for().to_text() | {"format": "mtt_fast expert 1"}
+    for name in ("precision", "made_of", "data"):
+        del record[name]
+    assert ExpertMetadata.from_text(record, "here") == metadata_for()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
