@@ -133,7 +133,7 @@ def test_the_number_of_epochs_counts_where_the_rate_decays(tmp_path: Path) -> No
         check_as_asked(store, 0, {"train_epochs": 2}, to_the_end=False)
 
 
-LATER = {"rho_max": 0.1, "rho_min": 0.2, "alpha": 0.3, "adaptive": True, "sort_method": "sha256:f00d"}
+LATER: dict[str, Any] = {"rho_max": 0.1, "rho_min": 0.2, "alpha": 0.3, "adaptive": True, "sort_method": "sha256:f00d"}
 """Hyperparameters that the first experts do not record, with values that they do not have."""
 
 
