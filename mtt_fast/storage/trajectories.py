@@ -150,7 +150,7 @@ def write_expert(
     path = expert_path(folder, index)
     if dtype not in _DTYPES.values():
         raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
-    stored = parameters.detach().to("cpu", dtype).contiguous()
+    stored = parameters.to("cpu", dtype)
     complaint = _unfit(stored, course, metadata)
     if complaint:
         raise InputError(f"{path}: not written: {complaint}")

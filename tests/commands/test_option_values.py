@@ -18,7 +18,17 @@ from mtt_fast import InputError, SyntheticDataset, evaluate, experts
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.option_fields import COUNT, SHARE, Range, Role, check_values, fields_of, names_of, outside_result
+from mtt_fast.commands.option_fields import (
+    COUNT,
+    POSITIVE_SHARE,
+    SHARE,
+    Range,
+    Role,
+    check_values,
+    fields_of,
+    names_of,
+    outside_result,
+)
 from mtt_fast.commands.options import TrueOrFalse
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
@@ -105,13 +115,20 @@ def test_no_text_is_empty(command: str, option: str) -> None:
     [
         (COUNT, 1, None),
         (COUNT, 0, "expected at least 1"),
+        (COUNT, 10**9, None),
+        (COUNT, 10**9 + 1, "expected at most 1000000000"),
         (COUNT, 10**10, "expected at most 1000000000"),
+        (POSITIVE_SHARE, 1.0, None),
+        (POSITIVE_SHARE, 0.0, "expected more than 0 and at most 1"),
+        (Range(0.25), 0.2, "expected at least 0.25"),
         (SHARE, 0.0, None),
         (SHARE, 1.0, "expected at least 0 and less than 1"),
         (SHARE, math.nan, "expected a finite number, at least 0 and less than 1"),
         (Range(0, above=True), 0.0, "expected more than 0"),
         (Range(0, above=True), 1e-300, "expected more than 0 in float32, which begins at 1.2e-38"),
         (Range(0, above=True), 1e39, "expected at most 3.4e+38, the largest number of float32"),
+        (Range(), -1e39, "expected at most 3.4e+38, the largest number of float32"),
+        (Range(-1, above=True), 1e-300, None),  # a number that may be 0 as well
         (Range(0, above=True, infinite=True), math.inf, None),
         (Range(), -math.inf, "expected a finite number"),
     ],

@@ -7,6 +7,7 @@ import json
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,15 @@ from torch import Tensor
 from mtt_fast import ConvNet, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
-from mtt_fast.distill.gradients import PendingGradients, finish_gradients, iteration_of, mean_gradients
+from mtt_fast.distill.gradients import (
+    PendingGradients,
+    compare_with_exact,
+    finish_gradients,
+    held_iterations,
+    iteration_of,
+    mean_gradients,
+    start_gradients,
+)
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import in_tf32, planned
 from mtt_fast.distill.segments import Segment, log_fields, segment_numbers
@@ -28,6 +37,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision, native
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.testing import assert_close
 from mtt_fast.training.protocols import Accuracy
 
@@ -259,10 +269,11 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
     assert float(SyntheticDataset.load(tmp_path / "synthetic.safetensors").lr) == pytest.approx(asked[2][0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
 @pytest.mark.parametrize("place", range(4))
-def test_a_loss_or_a_gradient_that_is_not_finite_makes_no_update(place: int) -> None:
+def test_a_loss_or_a_gradient_that_is_not_finite_makes_no_update(place: int, precision: Precision) -> None:
     made, magnitudes = (
-        plan(ConvNet(width=4, depth=1), images=(2, 3, 32, 32), steps=1),
+        plan(ConvNet(width=4, depth=1), images=(2, 3, 32, 32), steps=1, precision=precision),
         torch.ones(4, dtype=torch.float64),
     )
     unasked: Any = None
@@ -270,6 +281,69 @@ def test_a_loss_or_a_gradient_that_is_not_finite_makes_no_update(place: int) -> 
         magnitudes[place] = value  # of the loss, or of the gradient to images, rate or labels
         pending = PendingGradients([], [], magnitudes, made, unasked)
         assert finish_gradients(unasked, pending).gradients == gradients
+
+
+def test_the_plan_that_was_enough_is_returned_with_the_gradients_it_gave() -> None:
+    first = plan(ConvNet(width=4, depth=1), images=(4, 3, 32, 32), steps=1, memory_budget=None)
+    enough, made = first.smaller().smaller(), []
+    gradients = [torch.tensor([3.0, -4.0]), torch.tensor(-0.5), torch.tensor([[1.0], [-7.0]])]
+
+    def iteration_for(plan: Plan, *, graph: bool) -> Any:
+        made.append((plan.microbatch, graph))
+
+        def iteration(*_: Tensor) -> tuple[Tensor, ...]:
+            if plan != enough:
+                raise MemoryError
+            return torch.tensor(2.0), *(gradient.clone() for gradient in gradients)
+
+        return iteration
+
+    images = torch.zeros(4, 3, 32, 32)
+    state = State(0, 1, images, torch.arange(4), torch.tensor(0.1), images, torch.tensor(0.0))
+    pending = start_gradients(state, [Segment(0, 0, lambda: (images, images))], first, iteration_for, graph=False)
+    assert made == [(4, False), (2, False), (1, False)]
+    assert (pending.plan, pending.graph) == (enough, False)
+    assert pending.magnitudes.dtype == torch.float64
+    assert pending.magnitudes.tolist() == [2.0, 4.0, 0.5, 7.0]
+    finished = finish_gradients(state, pending)
+    assert (finished.loss, finished.plan, finished.repeated) == (2.0, enough, False)
+    assert finished.gradients is not None
+    assert all(map(torch.equal, finished.gradients, gradients))
+
+
+@pytest.mark.parametrize(("room", "both_are_held"), [(0, True), (-1, False), (None, False)])
+def test_iterations_are_held_where_the_budget_has_room_for_all(room: int | None, both_are_held: bool) -> None:
+    net, made = ConvNet(width=4, depth=1), []
+    one, other = (plan(net, images=(4, 3, 32, 32), steps=steps, memory_budget=None) for steps in (1, 2))
+    budget = None if room is None else one.peak_bytes + other.peak_bytes + room
+    one, other = (dataclasses.replace(each, budget=budget) for each in (one, other))
+    smaller = one.smaller()
+
+    def make(plan: Plan, *, graph: bool) -> Any:
+        made.append((plan, graph))
+        return lambda: (plan, graph)  # a new one each time
+
+    iteration_for = held_iterations(make)
+    first = iteration_for(one)
+    assert iteration_for(one) is first
+    iteration_for(other)
+    assert (iteration_for(one) is first) == both_are_held
+    assert made == [(one, True), (other, True)] + [(one, True)] * (not both_are_held)
+    iteration_for(smaller)  # for the same work, so the larger one is never needed again
+    del made[:]
+    iteration_for(one, graph=False)
+    iteration_for(one)
+    assert made == [(one, False), (one, True)]
+
+
+def test_a_comparison_that_is_recorded_is_not_made_again(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(metrics=MetricsLog(tmp_path, 2))
+    state: Any = SimpleNamespace(iteration=2)
+    run.metrics.write("gradient", 2, cosine=0.5)
+    unasked: Any = None
+    compare_with_exact(run, state, unasked, unasked)
+    run.metrics.close()
+    assert [record["cosine"] for record in records_of(tmp_path, "gradient")] == [0.5]
 
 
 def test_networks_are_evaluated_as_the_run_says(

@@ -1,4 +1,4 @@
-"""Check how an iteration without a finite gradient ends."""
+"""Check how an iteration ends: with an update, without a finite gradient, above the threshold, or with a rate that is kept."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import pytest
 import torch
 
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.updates import apply_gradients, check_converges
+from mtt_fast.distill.segments import Segment
+from mtt_fast.distill.updates import apply_gradients, check_converges, update
 from mtt_fast.errors import Diverged
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import MetricsLog
 
 
-def apply_all(folder: Path, finite: Sequence[bool]) -> State:
-    """Return the state after iterations of which each has finite gradients or none."""
-    images, lr = torch.zeros(2, 1, 4, 4), torch.tensor(0.5)
-    state = State(0, 1, images, torch.arange(2), lr, torch.zeros_like(images), torch.zeros_like(lr))
-    run: Any = SimpleNamespace(options=DistillOptions(), metrics=MetricsLog(folder, 0), folder=folder)
+def state_of(lr: torch.Tensor) -> State:
+    images = torch.zeros(2, 1, 4, 4)
+    return State(0, 1, images, torch.arange(2), lr, torch.zeros_like(images), torch.zeros_like(lr))
+
+
+def apply_all(folder: Path, finite: Sequence[bool], above: int | None = None) -> State:
+    """Return the state after iterations of which each has finite gradients or none; number `above` is above the threshold."""
+    state = state_of(torch.tensor(0.5))
+    options = DistillOptions(threshold=1.5)
+    run: Any = SimpleNamespace(options=options, metrics=MetricsLog(folder, 0), folder=folder)
     try:
-        for is_finite in finite:
-            gradients = [torch.ones_like(images), torch.zeros(())] if is_finite else None
-            kind, values = apply_gradients(run.options, state, [], 1.0, gradients)
+        for number, is_finite in enumerate(finite):
+            gradients = [torch.ones_like(state.images), torch.zeros(())] if is_finite else None
+            kind, values = apply_gradients(run.options, state, [], 2.0 if number == above else 1.0, gradients)
             run.metrics.write(kind, state.iteration, **values)
             check_converges(run, state)
     finally:
@@ -33,12 +39,52 @@ def apply_all(folder: Path, finite: Sequence[bool]) -> State:
     return state
 
 
-def test_a_run_is_given_up_after_25_iterations_in_a_row_without_a_finite_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [[], [True], [False, True]])
+def test_a_run_is_given_up_after_25_iterations_in_a_row_without_a_finite_gradient(
+    tmp_path: Path, before: list[bool]
+) -> None:
     with pytest.raises(Diverged, match=r"25 iterations in a row diverged at a student's learning rate of 0\.5"):
-        apply_all(tmp_path, [False] * 25)
+        apply_all(tmp_path, before + [False] * 25)
 
 
-def test_a_run_goes_on_where_an_iteration_in_between_has_a_finite_gradient(tmp_path: Path) -> None:
-    state = apply_all(tmp_path, [False] * 24 + [True] + [False] * 24)
-    assert (state.iteration, state.skipped) == (49, 48)
-    assert state.images.unique().tolist() == [-DistillOptions().lr_img]
+@pytest.mark.parametrize("above", [None, 24])
+def test_a_run_goes_on_where_an_iteration_in_between_has_a_finite_gradient(tmp_path: Path, above: int | None) -> None:
+    state = apply_all(tmp_path, [False] * 24 + [True] + [False] * 24, above)
+    assert (state.iteration, state.skipped, state.above_threshold) == (49, 48, int(above is not None))
+    assert state.images.unique().tolist() == [0 if above else -DistillOptions().lr_img]
+
+
+def test_each_iteration_is_recorded_and_counted_as_what_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    state, options = state_of(torch.tensor([0.5, 1.5])), DistillOptions(threshold=2.0, lr_img=1.0)
+    gradients = [torch.ones_like(state.images), torch.zeros(2)]
+    matched = {"start_epoch": 3, "expert": 7, "start_epoch_2": 4, "expert_2": 8}
+    for loss, given, kind, values in (
+        (2.0, gradients, "step", {"loss": 2.0, "lr": 1.0} | matched),
+        (2.5, gradients, "above_threshold", {"loss": 2.5} | matched),
+        (float("inf"), None, "skip", {"skipped": 1}),  # not above the threshold: the student diverged
+        (float("nan"), None, "skip", {"skipped": 2}),
+        (3.5, gradients, "above_threshold", {"loss": 3.5} | matched),
+    ):
+        segments = [Segment(7, 3, tuple), Segment(8, 4, tuple)]
+        assert apply_gradients(options, state, segments, loss, given) == (kind, values)
+    assert (state.iteration, state.skipped, state.above_threshold) == (5, 2, 2)
+    assert state.images.unique().tolist() == [-1.0]  # of the one step
+    above, skipped = caplog.messages  # each kind is told once
+    assert above.startswith("iteration 2: the matching loss 2.5 is above --threshold 2 and no update is made")
+    assert skipped.startswith("iteration 3: the student diverged (loss inf) and the step is skipped")
+
+
+def test_a_rate_that_would_not_stay_positive_is_kept_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    state, images = state_of(torch.tensor([0.25, 0.5, 2.0])), torch.zeros(2, 1, 4, 4)
+    state.iteration = 6
+    for gradient, rates, velocity, kept in (
+        ([0.0, 0.75, 0.5], [0.25, 0.5, 1.5], [0, 0, 0.5], 1),
+        ([0.25, 0.0, 0.25], [0.25, 0.5, 1.0], [0, 0, 0.5], 2),  # the first would be 0
+        ([0.125, 0.25, 0.25], [0.125, 0.25, 0.5], [0.125, 0.25, 0.5], 2),
+    ):
+        update(DistillOptions(lr_lr=1.0), state, images, torch.tensor(gradient))
+        assert (state.lr.tolist(), state.lr_velocity.tolist(), state.lr_kept) == (rates, velocity, kept)
+    (told,) = caplog.messages
+    assert told.startswith(
+        "iteration 6: the update would make the student's learning rate negative (-0.25); it is kept at 0.5. If"
+    )

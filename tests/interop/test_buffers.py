@@ -426,6 +426,25 @@ def test_waypoints_of_mct_are_read_and_written(tmp_path: Path, ends: tuple[int, 
         list(export_waypoints(store, tmp_path / "back"))
 
 
+def test_each_expert_is_written_at_its_own_waypoints(tmp_path: Path) -> None:
+    experts, ends = [trained(seed, epochs=6) for seed in range(2)], [(0, 2, 6), (0, 5, 6)]
+    file = tmp_path / "waypoint_buffer_ip3_0.pt"
+    waypoints = [[expert[end] for end in own] for expert, own in zip(experts, ends, strict=True)]
+    torch.save(waypoints, file)
+    pieces = [
+        [mct_steps(expert[begin : end + 1]) for begin, end in itertools.pairwise(own)]
+        for expert, own in zip(experts, ends, strict=True)
+    ]
+    torch.save(pieces, tmp_path / "step_buffer_ip3_0.pt")
+    assert [expert.place for expert in read_waypoints(file)] == [0, 1]
+    store = import_experts(lambda: read_waypoints(file), tmp_path / "ours", NET.layout, metadata(), unmeasured)
+    (written,) = export_waypoints(store, tmp_path / "back")
+    for before, after in zip(waypoints, torch.load(written, weights_only=True), strict=True):
+        assert all(torch.equal(*map(nn.utils.parameters_to_vector, pair)) for pair in zip(before, after, strict=True))
+    lengths = [[len(piece) for piece in own] for own in torch.load(written.with_name("step_buffer_ip3_0.pt"))]
+    assert lengths == [[3, 5], [6, 2]]
+
+
 def test_a_tensor_that_stands_still_keeps_its_value(tmp_path: Path) -> None:
     trajectory = trained(0, epochs=4)
     for epoch in trajectory:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from mtt_fast import TrajectoryStore
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import full_name, network_by_name
 from mtt_fast.storage.expert_checks import (
+    as_trained,
     check_alike,
     check_as_asked,
     check_belongs,
@@ -23,6 +25,7 @@ from mtt_fast.storage.expert_checks import (
 )
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.training.experts import ExpertTraining
 
 SHAPE = (3, 16, 16)
 NET = network_by_name("ConvNetD1W4", SHAPE, 2)
@@ -58,6 +61,19 @@ def test_an_expert_of_the_same_setting_passes(tmp_path: Path) -> None:
     check_one_kind(store)
 
 
+def test_a_network_that_does_not_tell_is_compared_by_its_layout(tmp_path: Path) -> None:
+    store = store_of(tmp_path, replace(metadata_for(), network={}), metadata_for())
+    check_belongs(store, 0, NET, DATA)
+    check_one_kind(store)
+    layout = NET.layout.describe()
+    shorter = store_of(tmp_path / "shorter", replace(metadata_for(), layout=layout.rpartition(";")[0]))
+    count = len(layout.split(";"))
+    with pytest.raises(
+        InputError, match=f"another network: expected {count} parameter tensors, found {count - 1}; give"
+    ):
+        check_belongs(shorter, 0, NET, DATA)
+
+
 @pytest.mark.parametrize(
     ("expert", "reason"),
     [
@@ -77,7 +93,8 @@ def test_an_expert_of_another_setting_is_refused(tmp_path: Path, expert: ExpertM
     store = store_of(tmp_path, metadata_for(), expert)
     with pytest.raises(InputError, match=rf"^{re.escape(str(store.path(1)))}: .*{reason}"):
         check_belongs(store, 1, NET, DATA)
-    with pytest.raises(InputError, match=rf"^{re.escape(str(store.path(1)))}: "):
+    difference, mend = reason.partition(";")[0], r"; keep those of one (network|data set) in the folder$"
+    with pytest.raises(InputError, match=rf"^{re.escape(str(store.path(1)))}: .*{difference}.*{mend}"):
         check_one_kind(store)
 
 
@@ -116,11 +133,51 @@ def test_the_number_of_epochs_counts_where_the_rate_decays(tmp_path: Path) -> No
         check_as_asked(store, 0, {"train_epochs": 2}, to_the_end=False)
 
 
+LATER: dict[str, Any] = {"rho_max": 0.1, "rho_min": 0.2, "alpha": 0.3, "adaptive": True, "sort_method": "sha256:f00d"}
+"""Hyperparameters that the first experts do not record, with values that they do not have."""
+
+
+def test_the_first_experts_are_those_of_plain_sgd_on_all_images(tmp_path: Path) -> None:
+    few = {name: value for name, value in TRAINED.items() if name not in LATER}
+    store = store_of(tmp_path, replace(metadata_for(), hyperparameters=few), metadata_for(), metadata_for(**LATER))
+    check_alike(store, range(2), to_the_end=True)
+    check_alike(store, (1, 0), to_the_end=True)
+    check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
+    for name, value in LATER.items():
+        plain = None if name == "sort_method" else TRAINED[name]
+        with pytest.raises(InputError, match=f"trained with {name} {plain}, not {value}"):
+            check_same_training(store, 0, TRAINED | {name: value}, 7, torch.float32, "fp32")
+        if name in TRAINED:
+            with pytest.raises(
+                InputError, match=f"trained with {name} {value}, not {plain}; .* say `{name}` {value} to"
+            ):
+                check_as_asked(store, 2, {name: plain}, to_the_end=False)
+    without = {name: value for name, value in LATER.items() if name != "sort_method"}
+    with pytest.raises(InputError, match=r"trained with sort_method sha256:f00d, not None"):
+        check_same_training(store, 2, few | without, 7, torch.float32, "fp32")
+
+
+def test_a_run_records_the_hyperparameters_of_its_experts() -> None:
+    given = DistillOptions()
+    trained: dict[str, Any] = {
+        "train_epochs": 3, "lr": 0.5, "mom": 0.6, "l2": 0.7, "decay": True, "batch_size": 64, "rho_max": 0.1,
+        "rho_min": 0.2, "alpha": 0.3, "adaptive": True, "augment": "flip",
+    }  # fmt: skip
+    renamed = {"lr": "expert_lr", "batch_size": "batch_real"}
+    options = as_trained(given, given.experts().record(), metadata_for(**trained))
+    del trained["augment"]  # which the student shares
+    assert options == replace(given, **{renamed.get(name, name): value for name, value in trained.items()})
+    used = as_trained(ExpertTraining(), ExpertTraining().record(), metadata_for(mom=0.5, lr=0.5))
+    assert (used.mom, used.lr) == (0.5, 0.01)  # these options have no `expert_lr`
+    assert as_trained(given, given.experts().record(), replace(metadata_for(), hyperparameters={})) == given
+
+
 def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
     imported = replace(metadata_for(), hyperparameters={"imported_from": "replay_buffer_0.pt, expert 0"})
     store = store_of(tmp_path, imported, metadata_for(lr=0.5), imported)
     check_as_asked(store, 0, {"lr": 0.9}, to_the_end=True)
     check_alike(store, range(3), to_the_end=True)
+    check_alike(store, (1, 2), to_the_end=True)
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: comes from elsewhere"):
         check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
 
@@ -135,6 +192,10 @@ def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path
         match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors with 0\.01; .*`max_experts` 2",
     ):
         check_alike(store, range(3), to_the_end=False)
+    with pytest.raises(
+        InputError, match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors"
+    ):
+        check_one_kind(store)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +203,7 @@ def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path
     [
         ({}, ""),
         ({"precision": "tf32"}, ""),  # rounds no worse than the order of a sum
+        ({"precision": "fp16"}, ""),
         ({"precision": "bf16"}, "trained with precision fp32, tf32 or fp16, not bf16"),
         ({"seed": 8}, "trained with seed 7, not 8"),
         ({"dtype": torch.bfloat16}, "trained with store_dtype float32, not bfloat16"),
@@ -156,6 +218,12 @@ def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str,
         return check_same_training(store, 0, **training | changes)
     with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
         check_same_training(store, 0, **training | changes)
+
+
+def test_an_unknown_precision_is_any(tmp_path: Path) -> None:
+    store = store_of(tmp_path, replace(metadata_for(), precision=""))
+    for precision in ("fp32", "bf16"):
+        check_same_training(store, 0, TRAINED, 7, torch.float32, precision)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, layer_sizes, write_expert
 
 EPOCHS = 3
 LAYOUT = "features.0.weight:4x3x3x3;features.0.bias:4;classifier.weight:10x64"
@@ -61,6 +61,16 @@ def test_float32_comes_back_bit_for_bit(store: TrajectoryStore, parameters: Tens
     assert store.epochs(0) == EPOCHS
     for epoch in range(EPOCHS + 1):
         assert torch.equal(store.read(0, epoch).view(torch.int32), parameters[epoch].view(torch.int32))
+
+
+def test_parameters_may_lie_in_any_order_and_have_a_graph(tmp_path: Path, parameters: Tensor) -> None:
+    write_expert(tmp_path, 0, parameters.t().contiguous().t().requires_grad_(), metadata_for())
+    store = TrajectoryStore(tmp_path)
+    assert torch.equal(torch.stack([store.read(0, epoch) for epoch in range(EPOCHS + 1)]), parameters)
+
+
+def test_a_parameter_without_sides_is_one_number() -> None:
+    assert layer_sizes("scale:;features.0.weight:4x3x3x3;bias:5") == [1, 108, 5]
 
 
 @given(
@@ -102,6 +112,7 @@ def test_positions_follow_the_numbers_present(tmp_path: Path, parameters: Tensor
         write_expert(tmp_path, index, parameters + index, metadata_for())
     (tmp_path / "expert_0004.safetensors.bak").touch()
     (tmp_path / ".expert_0005.safetensors.abc.partial").touch()
+    (tmp_path / "expert_6.safetensors").touch()
     store = TrajectoryStore(tmp_path)
     assert store.indices == (3, 10, 12345)
     assert len(store) == 3
@@ -237,7 +248,7 @@ def test_verify_finds_one_changed_bit(store: TrajectoryStore) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: damaged"):
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: damaged: row {EPOCHS}: "):
         store.verify(0)
 
 
@@ -295,7 +306,7 @@ def test_another_stored_type_is_refused(tmp_path: Path, parameters: Tensor) -> N
         write_expert(tmp_path, 0, parameters, metadata_for(), torch.float16)
 
 
-@pytest.mark.parametrize("name", ["network", "layout", "accuracy"])
+@pytest.mark.parametrize("name", ["network", "layout", "accuracy", "precision", "made_of", "data"])
 @pytest.mark.parametrize("text", [None, "{broken"])
 def test_broken_metadata_is_named(name: str, text: str | None) -> None:
     record = metadata_for().to_text()
@@ -304,6 +315,13 @@ def test_broken_metadata_is_named(name: str, text: str | None) -> None:
         record[name] = text
     with pytest.raises(InputError, match=r"^here: expected an expert's metadata"):
         ExpertMetadata.from_text(record, "here")
+
+
+def test_the_first_format_lacks_what_was_not_recorded_then() -> None:
+    record = metadata_for().to_text() | {"format": "mtt_fast expert 1"}
+    for name in ("precision", "made_of", "data"):
+        del record[name]
+    assert ExpertMetadata.from_text(record, "here") == metadata_for()
 
 
 @pytest.mark.parametrize(
@@ -315,6 +333,8 @@ def test_broken_metadata_is_named(name: str, text: str | None) -> None:
         {"accuracy": [0.5]},
         {"seed": "seven"},
         {"network": []},
+        {"data": {"colour": "red"}},
+        {"data": {"mean": "half"}},
     ],
     ids=str,
 )

@@ -108,6 +108,34 @@ def test_the_course_survives_its_text() -> None:
     assert (again.epochs, again.sizes, again.smooth) == (course.epochs, course.sizes, False)
 
 
+def test_a_layer_that_stands_still_moves_with_the_epochs() -> None:
+    still = convexified(trajectory(), SIZES, (0, 4, 10))[1].positions[:, 1]
+    expected = [epoch / 4 if epoch <= 4 else 1 + (epoch - 4) / 6 for epoch in range(EPOCHS + 1)]
+    torch.testing.assert_close(still, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "positions", "fits"),
+    [
+        ((0, 1, 3), [0, 1, 1.5, 2], True),
+        ((0, 1, 3), [0, 1, 1 - 1e-6, 2], True),  # as float32 rounds it
+        ((0, 1, 3), [0, 1, 0.999, 2], False),
+        ((0, 1, 3), [-0.5, 1, 1.5, 2], False),
+        ((0, 1, 3), [0, 1, math.nan, 2], False),
+        ((0, 1, 3), [0, 1, 2], False),
+        ((0, 1, 1, 3), [0, 1, 1.5, 2], False),
+        ((1, 3), [0, 1, 1.5, 2], False),
+        ((0,), [0], False),
+    ],
+)
+def test_a_course_goes_from_waypoint_to_waypoint(epochs: tuple[int, ...], positions: list[float], fits: bool) -> None:
+    course = Course(epochs, (5,), torch.tensor(positions, dtype=torch.float64)[:, None], smooth=False)
+    if fits:
+        return course.check()
+    with pytest.raises(ValueError, match="its positions"):
+        course.check()
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs /proc/self/io to count the bytes read")
 def test_a_read_touches_two_rows_alone(tmp_path: Path) -> None:
     size = 1 << 18  # 1 MiB a row

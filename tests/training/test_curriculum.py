@@ -155,6 +155,7 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
         ),
         "swapped": (swapped, "expected the images of class c in row c, found "),
         "fractions": ([row.float() for row in order], "expected a row of indices for each class"),
+        "masks": ([row > 0 for row in order], "expected a row of indices for each class"),
         "number": (torch.tensor(3), "expected a row of indices for each class"),
         "empty": ([], "expected a row of indices for each class"),
         "words": ({"a": 1}, "expected a tensor, found a dictionary"),
@@ -191,5 +192,11 @@ def test_a_rectangle_is_an_order_too(tmp_path: Path) -> None:
     order = read_order(tmp_path / "order.pt")
     check_order(order, torch.tensor([0, 1, 0, 1]), "order.pt")
     assert [row.tolist() for row in order] == [[2, 0], [1, 3]]
+    assert {row.dtype for row in order} == {torch.int64}
     with pytest.raises(InputError, match="found 4 of 4 in the row of another class"):
         check_order(order, torch.tensor([1, 0, 1, 0]), "order.pt")
+    with pytest.raises(InputError, match="found 2 of 4 in the row of another class"):
+        check_order(order, torch.tensor([0, 0, 1, 1]), "order.pt")
+    for other in (-1, 4):  # beyond the images on either side
+        with pytest.raises(InputError, match="each of the 4 training images once, found 4 indices, of 3 of them"):
+            check_order([order[0], torch.tensor([1, other])], torch.tensor([0, 1, 0, 1]), "order.pt")
