@@ -131,6 +131,8 @@ def run_to_the_end(
         tqdm(total=options.Iteration, initial=progress.iteration, desc=title, unit="it", smoothing=0.05) as bar,
     ):
         try:
+            if progress.iteration == 0:
+                keep()  # with it the run knows its experts, whatever stops the first evaluation
             while True:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):

@@ -357,6 +357,22 @@ def test_a_run_that_goes_on_elsewhere_trains_no_experts_anew(
     assert cli.run(distill, [*more, "--buffer_path", str(working_folder / "buffers")]) == 0
 
 
+def test_a_run_that_died_in_its_first_evaluation_trains_no_experts_anew(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dies(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mtt_fast.distill.command.evaluate_sets", dies)
+        with pytest.raises(ZeroDivisionError):
+            cli.run(distill, distil())
+    EXPERTS.rename("away")
+    assert "expected the 2 experts with which the run in new began, found none" in refused(capsys, distill, *distil())
+    Path("away").rename(EXPERTS)
+    assert cli.run(distill, distil()) == 0
+
+
 def test_experts_of_the_other_whitening_are_pointed_out(
     imported: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
