@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -50,6 +50,13 @@ class EvaluateOptions(SetOptions):
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
         return super().without_effect() | self.without_effect_on([self.source])
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        remarks = super().remarks(given)
+        if "dataset" not in given and (self.source == RANDOM or self.source.endswith(".pt")):
+            remarks.append(f"without --dataset: {self.dataset}, the public code's default")
+        return remarks
 
 
 def main(argv: Sequence[str]) -> None:

@@ -310,3 +310,12 @@ def test_the_distilled_set_survives_its_file() -> None:
     real = torch.rand(3, 1, 8, 8)
     shown = distilled(whitening=whitening, images=whitening.apply(real)).pictures()
     torch.testing.assert_close(shown, real, rtol=0, atol=1e-3)
+
+
+def test_the_default_data_set_is_said_where_the_set_names_none() -> None:
+    """CIFAR10 is the public code's default; a file of images of the same shape from elsewhere would be tested on it silently."""
+    said = ["without --dataset: CIFAR10, the public code's default"]
+    for source in ("random", "images_best.pt"):
+        assert EvaluateOptions(source=source).remarks(()) == said
+        assert EvaluateOptions(source=source).remarks({"dataset"}) == []
+    assert EvaluateOptions(source="runs/digits").remarks(()) == []
