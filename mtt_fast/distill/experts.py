@@ -66,7 +66,7 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
     experts, ready = _indices(stores[whole]), _indices(stores[used])
     needed = options.max_experts or options.num_experts
     imported = any(map(_imported, stores.values()))
-    enough = len(ready) >= needed or (imported and not experts)
+    enough = len(ready) >= needed
     untrained = set(range(options.num_experts)) - experts
     missing = set() if enough or imported or len(experts) >= needed else untrained
     uncompressed = set() if enough or count is None else (experts | missing) - ready

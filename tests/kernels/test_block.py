@@ -176,6 +176,7 @@ INDEX, ZEROS, LAST = torch.tensor([1, 0, 1]), torch.zeros(3, 13), IMAGES.contigu
     [
         refused("image_patches", "at least 4×4 pixels", IMAGES[:, :, :1], 1),
         refused("image_patches", "at least 4×4 pixels", IMAGES[0], 1),
+        refused("image_patches", "padding -1", IMAGES.repeat(1, 1, 2, 2), -1),
         refused("image_patches", "float32 or float64", IMAGES.bfloat16(), 1),
         refused("image_patches", "strides", IMAGES[:, :, :, ::2], 3),
         refused("image_patches", "indices 0 … 1, found 1 … 2", IMAGES, 1, "fp32", INDEX + 1),

@@ -136,6 +136,17 @@ def test_every_expert_is_looked_at(
     assert cli.run(distill, distil("--max_experts", "1")) == 0  # it does not take turns
 
 
+def test_a_longer_expert_is_another_one_to_a_run_that_uses_last_epochs(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = rewrite(
+        EXPERTS, 1, hyperparameters=TrajectoryStore(EXPERTS).metadata(1).hyperparameters | {"train_epochs": 4}
+    )
+    assert cli.run(distill, distil("--dry_run")) == 0
+    error = refused(capsys, distill, *distil("--dry_run", "--label_init", "experts", "--lr_y", "1"))
+    assert f"{odd}: trained with train_epochs 4, but expert_0000.safetensors with 3" in error
+
+
 def test_experts_of_other_images_may_be_used_on_purpose(
     working_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
