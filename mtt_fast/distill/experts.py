@@ -120,6 +120,13 @@ def _check_others_can_be_made(
         check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
     if inventory.missing and whole is None:
         _check_nothing_to_convert(inventory.whole)
+    ready = _indices(experts_in(inventory.used))
+    if inventory.missing and not ready <= _indices(whole):  # they would be trained again, and perhaps be others
+        raise InputError(
+            f"{inventory.whole}: expected the whole experts of those in {inventory.used.name}, to train others beside them, found "
+            f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or say "
+            f"`max_experts` {len(ready)} to use those that are compressed"
+        )
 
 
 def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:

@@ -149,11 +149,12 @@ def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
     assert len(TrajectoryStore(experts(trained_folder))) == 2
 
 
-def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path) -> None:
+def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run without the whole experts, which are no longer needed; a resumed run has the same bits as an uninterrupted one."""
     few = tmp_path / "few"
     shutil.copytree(experts(trained_folder) / "waypoints_3", experts(few) / "waypoints_3")
-    torch.save([], experts(few) / "replay_buffer_0.pt")  # need not be converted, since no expert is missing
+    buffer = experts(few) / "replay_buffer_0.pt"
+    torch.save([], buffer)  # need not be converted, since no expert is missing
     (few / "data").symlink_to(trained_folder / "data")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(few, whole, *MCT) == 0
@@ -163,6 +164,15 @@ def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path) -> No
     assert steps(whole) == steps(parts)
     starts = [record["start_epoch"] for record in steps(whole)]
     assert all(0 < start < 4 and start != int(start) for start in starts)
+    buffer.unlink()
+    more = [*MCT, "--num_experts", "3"]
+    for dry in (["--dry-run"], []):
+        assert run(few, tmp_path / "more", *more, *FLAT, *dry) == 2
+        assert (
+            f"{experts(few)}: expected the whole experts of those in waypoints_3, to train others beside them, found none of 2; "
+            "restore them, choose another --buffer_path, or say --max_experts 2 to use those that are compressed"
+        ) in capsys.readouterr().err
+    assert run(few, tmp_path / "more", *more, "--max_experts", "2", "--Iteration", "0") == 0
     assert not list(experts(few).glob("*.safetensors"))
 
 
