@@ -241,6 +241,13 @@ def _remarks(
         yield "trained on a curriculum of images, easy ones first (PAD)"
 
 
+def check_same_experts_so_far(folder: Path, state: State, inventory: ExpertInventory) -> None:
+    """Check the experts that are there as `check_same_experts` does, before others are trained or compressed beside them."""
+    store = experts_in(inventory.used)
+    if store is not None and (len(store) >= state.experts or not (inventory.missing or inventory.uncompressed)):
+        check_same_experts(folder, state, store)
+
+
 def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:
     """Check that the run in `folder`, whose state is `state`, still has the experts with which it was started.
 

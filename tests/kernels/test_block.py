@@ -101,6 +101,7 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
     patches = kernels.image_patches(given["x"].float(), 1, precision)
     assert patches.images.dtype == HALF_PRECISIONS.get(precision, torch.float32)
     assert patches.gram.dtype == torch.float32
+    assert kernels.image_patches(given["x"], 1, precision).images.dtype == torch.float64  # at any precision
     weights = [weight.float() for weight in given["weights"]]
     affine = [Affine(each.gamma.float(), each.beta.float()) for each in given["affine"]]
     p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *weights, *affine, EPS, precision)

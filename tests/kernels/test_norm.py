@@ -98,6 +98,25 @@ def test_native_is_the_reference(
         assert_close(name, actual, expected[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
+@needs_native
+@pytest.mark.parametrize("dual", [False, True])
+def test_gradients_take_the_memory_of_what_they_may_reuse(dual: bool) -> None:
+    given = plane_arguments((2, 20, 4, 5), torch.float32, torch.channels_last)
+    affine, affine_dot = Affine(given["gamma"], given["beta"]), Affine(given["gamma_dot"], given["beta_dot"])
+    bars, planes = (given["p_bar"], given["p_bar_dot"]), (given["y"], given["y_dot"]) if dual else (given["y"],)
+    _, _, stats = kernels.norm_relu_pool_dual(given["y"], given["y_dot"], affine, affine_dot, EPS)
+    operation: Any = kernels.norm_relu_pool_dual_backward if dual else kernels.norm_relu_pool_backward
+    arguments = (stats, affine, affine_dot, *bars) if dual else (stats.mean, stats.rstd, affine, bars[0])
+    versions, before = [each._version for each in planes], [each.clone() for each in planes]
+    kept = operation(*planes, *arguments)
+    assert all(map(torch.equal, planes, before))
+    reused = operation(*planes, *arguments, reuse=True)
+    for plane, version, new, old in zip(planes, versions, reused, kept, strict=False):
+        assert new.data_ptr() == plane.data_ptr() != old.data_ptr()
+        assert plane._version > version  # autograd must see that it is no longer what it was
+    assert all(map(torch.equal, kept, reused))
+
+
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_the_relu_passes_nothing_at_zero(layout: torch.memory_format) -> None:

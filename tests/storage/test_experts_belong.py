@@ -185,6 +185,13 @@ def test_a_run_goes_on_with_its_own_experts(working_folder: Path, capsys: pytest
     assert f"error: {EXPERTS}/expert_0001.safetensors: another expert" in refused(capsys, distill, *more)
     assert cli.run(experts, [*flags, "--buffer_path", "same"]) == 0
     assert cli.run(distill, [*more, "--buffer_path", "same"]) == 0  # the same experts, elsewhere
+    store = TrajectoryStore("same/digits/ConvNetD1W4")
+    rows = torch.stack([store.read(1, epoch) for epoch in range(4)])
+    write_expert(store.folder, 1, rows + 0.01, store.metadata(1))  # the same training gives others on another machine
+    for dry in ([], ["--dry_run"]):
+        words = ["--Iteration", "5", "--buffer_path", "same", "--num_experts", "3", *dry]
+        assert f"error: {store.path(1)}: another expert" in refused(capsys, distill, *more[:-2], *words)
+    assert len(TrajectoryStore(store.folder)) == 2  # none was trained beside them
 
 
 def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
