@@ -149,6 +149,7 @@ def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None])
 
 ZEROS, CHANNEL, STATISTIC = torch.zeros(2, 4, 6, 6), torch.zeros(4), torch.zeros(2, 4)
 LAST, AFFINE = ZEROS.contiguous(memory_format=torch.channels_last), Affine(CHANNEL, CHANNEL)
+POOLED, STATS = torch.zeros(2, 4, 3, 3), PlaneStats(*[STATISTIC] * 4)
 PARTS = PartialPlanes(ZEROS[None], LAST[:, :, :3, :3].contiguous(memory_format=torch.channels_last))  # of another size
 
 
@@ -165,9 +166,21 @@ PARTS = PartialPlanes(ZEROS[None], LAST[:, :, :3, :3].contiguous(memory_format=t
         refused("norm_relu_pool", "one device", ZEROS, Affine(CHANNEL.to("meta"), CHANNEL), EPS),
         refused("norm_relu_pool", "requires grad", ZEROS, Affine(CHANNEL.clone().requires_grad_(), CHANNEL), EPS),
         refused("norm_relu_pool_backward", "p_bar of shape", ZEROS, STATISTIC, STATISTIC, AFFINE, ZEROS),
+        refused("norm_relu_pool_backward", "rstd of shape", ZEROS, STATISTIC, CHANNEL, AFFINE, POOLED),
         refused("norm_relu_pool_backward", "a part of p_bar", LAST, STATISTIC, STATISTIC, AFFINE, PARTS),
         refused("norm_relu_pool_dual", "y_dot channels_last", LAST, ZEROS, AFFINE, AFFINE, EPS),
         refused("norm_relu_pool_dual", "gamma_dot of shape", ZEROS, ZEROS, AFFINE, Affine(STATISTIC, CHANNEL), EPS),
+        refused(
+            "norm_relu_pool_dual_backward", "y_dot of shape", ZEROS, ZEROS[:1], STATS, AFFINE, AFFINE, POOLED, POOLED
+        ),
+        refused(
+            "norm_relu_pool_dual_backward",
+            "beta_dot of shape",
+            *(ZEROS, ZEROS, STATS, AFFINE, Affine(CHANNEL, STATISTIC), POOLED, POOLED),
+        ),
+        refused(
+            "norm_relu_pool_dual_backward", "p_bar_dot of shape", ZEROS, ZEROS, STATS, AFFINE, AFFINE, POOLED, ZEROS
+        ),
         refused(
             "norm_relu_pool_dual_backward",
             "k2 of shape",
