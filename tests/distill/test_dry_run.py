@@ -260,7 +260,7 @@ def test_each_network_is_timed_in_its_own_precision(
         return estimated_seconds(options, info, missing, cost, **others)
 
     monkeypatch.setattr(dry_run, "precision_on", lambda *_, iterations=False: "fp16" if iterations else "tf32")
-    monkeypatch.setattr(dry_run, "planned", lambda options, *_: planned(options, *_[:-1], "fp32"))
+    monkeypatch.setattr(dry_run, "planned", lambda *given: planned(given[0], given[1], given[2], given[3], "fp32"))
     monkeypatch.setattr(dry_run, "_measured_seconds", seconds)
     monkeypatch.setattr(dry_run, "estimated_seconds", estimated)
     lines = told(capsys, *TOY, "--eval_mode", "C", "--cam_model", "ConvNetD2W4", "--batch_syn", "7")
