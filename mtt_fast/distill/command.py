@@ -30,6 +30,7 @@ from mtt_fast.distill.experts import (
     check_experts,
     check_missing_experts,
     check_same_experts,
+    check_same_experts_so_far,
     inventory_of,
     matched_experts,
     prepare_experts,
@@ -119,6 +120,7 @@ def _run(
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
+            check_same_experts_so_far(folder, state, inventory_of(options, data))
         with seconds.of("experts"):
             # looked for again, here and after training: other processes may write into the same folder
             experts = prepare_experts(options, inventory_of(options, data), real, network, requested)

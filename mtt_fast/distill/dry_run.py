@@ -15,7 +15,7 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of, otherwise_whitened
+from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, otherwise_whitened
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import planned
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
@@ -24,7 +24,6 @@ from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_folder import SUMMARY, read_config
-from mtt_fast.storage.trajectories import TrajectoryStore
 
 _SAMPLES = 16  # images in the steps that are measured
 _CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # how often a step is measured; seconds
@@ -68,8 +67,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     check_fits(options, inventory, info, network, device, requested)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
         check_same_images(folder, state.data, info.identity(zca=options.zca))
-        if not (inventory.missing or inventory.uncompressed):
-            check_same_experts(folder, state, TrajectoryStore(inventory.used))
+        check_same_experts_so_far(folder, state, inventory)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)

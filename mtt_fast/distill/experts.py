@@ -66,7 +66,7 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
     experts, ready = _indices(stores[whole]), _indices(stores[used])
     needed = options.max_experts or options.num_experts
     imported = any(map(_imported, stores.values()))
-    enough = len(ready) >= needed or (imported and not experts)
+    enough = len(ready) >= needed
     untrained = set(range(options.num_experts)) - experts
     missing = set() if enough or imported or len(experts) >= needed else untrained
     uncompressed = set() if enough or count is None else (experts | missing) - ready
@@ -120,6 +120,13 @@ def _check_others_can_be_made(
         check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
     if inventory.missing and whole is None:
         _check_nothing_to_convert(inventory.whole)
+    ready = _indices(experts_in(inventory.used))
+    if inventory.missing and not ready <= _indices(whole):  # they would be trained again, and perhaps be others
+        raise InputError(
+            f"{inventory.whole}: expected the whole experts of those in {inventory.used.name}, to train others beside them, found "
+            f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or say "
+            f"`max_experts` {len(ready)} to use those that are compressed"
+        )
 
 
 def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
@@ -232,6 +239,13 @@ def _remarks(
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
     if trained.get("sort_method"):
         yield "trained on a curriculum of images, easy ones first (PAD)"
+
+
+def check_same_experts_so_far(folder: Path, state: State, inventory: ExpertInventory) -> None:
+    """Check the experts that are there as `check_same_experts` does, before others are trained or compressed beside them."""
+    store = experts_in(inventory.used)
+    if store is not None and (len(store) >= state.experts or not (inventory.missing or inventory.uncompressed)):
+        check_same_experts(folder, state, store)
 
 
 def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:

@@ -203,7 +203,8 @@ def draws_of(
                 f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(given)}"
                 + (" and no augment" if augment is None else "")
             )
-    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(given)):
+    # without grad mode a copy requires no gradient
+    if any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(given)):
         raise InputError(
             "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )

@@ -20,6 +20,8 @@ from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
 from mtt_fast.distill.dry_run import SecondsPerImage, estimated_bytes, estimated_seconds
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.planning import planned
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.recipes import recipe_names, recipe_options
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -239,6 +241,40 @@ def test_the_time_is_scaled_from_the_fastest_of_some_steps(
         f"about {iterations + experts / 60 + evaluations / 3600:.1f} h: experts {experts:.1f} min, "
         f"iterations {iterations:.1f} h, evaluations {evaluations:.0f} s; scaled from steps of 16 images on cpu"
     )
+
+
+def test_each_network_is_timed_in_its_own_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Let an image take as many seconds as the network has parameters, and half a second more in the precision of iterations."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[dict[str, Any]] = []
+    measured: list[tuple[int, str, bool]] = []
+
+    def seconds(network: Any, precision: str, *_: Any, tangent: bool) -> SecondsPerImage:
+        measured.append((network.num_parameters, precision, tangent))
+        return SecondsPerImage(network.num_parameters + 0.5 * (precision == "fp16"), 1.0 if tangent else 0.0)
+
+    def estimated(options: Any, info: Any, missing: int, cost: SecondsPerImage, **others: Any) -> Any:
+        asked.append({"missing": missing, "cost": cost} | others)
+        return estimated_seconds(options, info, missing, cost, **others)
+
+    monkeypatch.setattr(dry_run, "precision_on", lambda *_, iterations=False: "fp16" if iterations else "tf32")
+    monkeypatch.setattr(dry_run, "planned", lambda *given: planned(given[0], given[1], given[2], given[3], "fp32"))
+    monkeypatch.setattr(dry_run, "_measured_seconds", seconds)
+    monkeypatch.setattr(dry_run, "estimated_seconds", estimated)
+    lines = told(capsys, *TOY, "--eval_mode", "C", "--cam_model", "ConvNetD2W4", "--batch_syn", "7")
+    small, wide, maps = (
+        network_by_name(name, (1, 8, 8), 10).num_parameters for name in ("ConvNetD1W4", "ConvNet", "ConvNetD2W4")
+    )
+    expected = [(small, "fp16", True), (small, "tf32", False), (wide, "tf32", False), (maps, "tf32", False)]
+    assert measured == expected  # equal steps once, and the derivative of the student's alone
+    (given,) = asked
+    assert given.pop("share") == pytest.approx(1, abs=0.3)
+    assert given == {
+        "missing": 2, "cost": (small + 0.5, 1.0), "expert": small, "evaluated": [small, wide], "cam": maps, "train_cam": True,
+    }  # fmt: skip
+    assert "3 student steps on 7 of 10 synthetic images" in lines["run"]
 
 
 def test_the_sizes_are_those_of_every_number() -> None:

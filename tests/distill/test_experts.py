@@ -13,8 +13,13 @@ import torch
 from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.compress import main as compress
+from mtt_fast.compress import waypoint_folder
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
+from mtt_fast.distill.experts import inventory_of, matched_experts
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -82,6 +87,55 @@ def test_missing_experts_are_trained_as_the_run_says(tmp_path: Path, monkeypatch
     assert asked == [(4, 7, "tf32", 2, "1GiB")]
 
 
+def write_experts(folder: Path, numbers: str) -> None:
+    """Write experts of the given `numbers`; those in brackets come from other software."""
+    for number in filter(str.isdigit, numbers):
+        known = {} if number in numbers.partition("(")[2] else {"lr": 0.01}
+        metadata = ExpertMetadata({}, "weight:2", "digits", "", "none", known, 0, [0.5] * 4, {})
+        write_expert(folder, int(number), torch.randn(4, 2), metadata)
+
+
+@pytest.mark.parametrize(
+    ("whole", "ready", "options", "expected"),
+    [
+        ("", "", {"num_experts": 3}, (0, 3, 0, False)),
+        ("01", "", {"num_experts": 3}, (2, 1, 0, False)),
+        ("02", "", {"num_experts": 3}, (2, 1, 0, False)),  # number 1 alone is trained
+        ("012", "", {"num_experts": 2}, (3, 0, 0, False)),
+        ("01", "", {"num_experts": 5, "max_experts": 2}, (2, 0, 0, False)),
+        ("01", "", {"num_experts": 5, "max_experts": 3}, (2, 3, 0, False)),  # more than are matched, as asked for
+        ("01", "", {"num_experts": 5, "max_experts": 2, "num_interpolation": 3}, (2, 0, 2, False)),
+        ("01", "0", {"num_experts": 2, "num_interpolation": 3}, (2, 0, 1, False)),
+        ("01", "", {"num_experts": 4, "num_interpolation": 3}, (2, 2, 4, False)),
+        ("012", "01", {"num_experts": 2, "num_interpolation": 3}, (3, 0, 0, False)),
+        ("", "01", {"num_experts": 2, "num_interpolation": 3}, (2, 0, 0, False)),
+        ("(01)", "", {"num_experts": 5}, (2, 0, 0, True)),
+        ("0(1)", "", {"num_experts": 5}, (2, 0, 0, True)),
+        ("(01)", "", {"num_experts": 5, "num_interpolation": 3}, (2, 0, 2, True)),
+        ("(01)", "(0)", {"num_experts": 5, "num_interpolation": 3}, (2, 0, 1, True)),
+        ("", "(01)", {"num_experts": 5, "num_interpolation": 3}, (2, 0, 0, True)),
+    ],
+)
+def test_the_experts_that_are_there_and_those_that_are_missing_are_counted(
+    tmp_path: Path, whole: str, ready: str, options: dict[str, int], expected: tuple[int, int, int, bool]
+) -> None:
+    write_experts(experts(tmp_path), whole)
+    write_experts(waypoint_folder(experts(tmp_path), 3), ready)
+    given = DistillOptions(model="ConvNetD1W4", buffer_path=str(tmp_path / "buffers"), **options)  # type: ignore[arg-type]
+    used = waypoint_folder(experts(tmp_path), 3) if given.num_interpolation else experts(tmp_path)
+    assert inventory_of(given, dataset_info("digits")) == (experts(tmp_path), used, *expected)
+
+
+@pytest.mark.parametrize(("max_experts", "expected"), [(None, 3), (2, 2), (5, 3)])
+def test_all_experts_that_are_there_are_matched_unless_fewer_are_asked_for(
+    tmp_path: Path, max_experts: int | None, expected: int
+) -> None:
+    write_experts(tmp_path, "012")
+    assert (
+        matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path)) == expected
+    )
+
+
 def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
     trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,10 +149,12 @@ def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
     assert len(TrajectoryStore(experts(trained_folder))) == 2
 
 
-def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path) -> None:
+def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Run without the whole experts, which are no longer needed; a resumed run has the same bits as an uninterrupted one."""
     few = tmp_path / "few"
     shutil.copytree(experts(trained_folder) / "waypoints_3", experts(few) / "waypoints_3")
+    buffer = experts(few) / "replay_buffer_0.pt"
+    torch.save([], buffer)  # need not be converted, since no expert is missing
     (few / "data").symlink_to(trained_folder / "data")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(few, whole, *MCT) == 0
@@ -108,6 +164,15 @@ def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path) -> No
     assert steps(whole) == steps(parts)
     starts = [record["start_epoch"] for record in steps(whole)]
     assert all(0 < start < 4 and start != int(start) for start in starts)
+    buffer.unlink()
+    more = [*MCT, "--num_experts", "3"]
+    for dry in (["--dry-run"], []):
+        assert run(few, tmp_path / "more", *more, *FLAT, *dry) == 2
+        assert (
+            f"{experts(few)}: expected the whole experts of those in waypoints_3, to train others beside them, found none of 2; "
+            "restore them, choose another --buffer_path, or say --max_experts 2 to use those that are compressed"
+        ) in capsys.readouterr().err
+    assert run(few, tmp_path / "more", *more, "--max_experts", "2", "--Iteration", "0") == 0
     assert not list(experts(few).glob("*.safetensors"))
 
 
@@ -151,6 +216,20 @@ def test_mistakes_are_told(
     assert run(trained_folder, tmp_path / "run", *flags) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--num_interpolation", "4"]])
+def test_a_place_where_experts_cannot_be_written_is_told_before_any_work(
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Find a file in place of the folder of experts to train, or of the waypoints to make of those that are there."""
+    other = shutil.copytree(trained_folder, tmp_path / "other")
+    folder = experts(other) / "waypoints_4" if flags else experts(other)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.touch()
+    assert run(other, tmp_path / "run", *flags, "--dry-run") == 2
+    expected = f"{folder}: expected a folder to write in, found a file; choose another --buffer_path"
+    assert expected in capsys.readouterr().err
 
 
 def test_buffers_of_the_public_code_are_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast.engine.arguments import check_repeated
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close, whole_graph
 
@@ -458,3 +459,16 @@ def test_a_row_that_is_trained_further_before_the_backward_pass_is_noticed() -> 
         next(module.parameters()).mul_(3)
     with pytest.raises(InputError, match="in the backward pass"):
         path[-1].sum().backward()
+
+
+def test_sweeps_differ_by_no_more_than_rounding() -> None:
+    first = torch.tensor([0.0, 100.0, torch.nan, 1.0, torch.inf], dtype=torch.float64)
+    again = torch.tensor(
+        [0.0009, 100.09, 3.0, torch.nan, 5.0], dtype=torch.float64
+    )  # what is not finite is told elsewhere
+    check_repeated(first, again)
+    for position, now, told in ((0, 0.002, "0.002 in place of 0;"), (1, 100.2, "100.2 in place of 100;")):
+        other = again.clone()
+        other[position] = now
+        with pytest.raises(InputError, match=f"of the call, found {told}"):
+            check_repeated(first, other)

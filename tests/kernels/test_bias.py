@@ -132,6 +132,7 @@ ZEROS, CHANNEL = torch.zeros(2, 4, 6, 6), torch.zeros(4)
         refused("bias_relu_pool", "at least 2×2", ZEROS[:, :, :, :1].contiguous(), CHANNEL),
         refused("bias_relu_pool", "requires grad", ZEROS.clone().requires_grad_(), CHANNEL),
         refused("bias_relu_pool_backward", "p_bar of shape", ZEROS, CHANNEL, ZEROS),
+        refused("bias_relu_pool_dual", "y_dot of shape", ZEROS, ZEROS[:1], CHANNEL, CHANNEL),
         refused("bias_relu_pool_dual", "beta_dot of floating dtype", ZEROS, ZEROS, CHANNEL, CHANNEL.double()),
         refused(
             "bias_relu_pool_dual_backward",

@@ -101,6 +101,7 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
     patches = kernels.image_patches(given["x"].float(), 1, precision)
     assert patches.images.dtype == HALF_PRECISIONS.get(precision, torch.float32)
     assert patches.gram.dtype == torch.float32
+    assert kernels.image_patches(given["x"], 1, precision).images.dtype == torch.float64  # at any precision
     weights = [weight.float() for weight in given["weights"]]
     affine = [Affine(each.gamma.float(), each.beta.float()) for each in given["affine"]]
     p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *weights, *affine, EPS, precision)
@@ -176,6 +177,7 @@ INDEX, ZEROS, LAST = torch.tensor([1, 0, 1]), torch.zeros(3, 13), IMAGES.contigu
     [
         refused("image_patches", "at least 4×4 pixels", IMAGES[:, :, :1], 1),
         refused("image_patches", "at least 4×4 pixels", IMAGES[0], 1),
+        refused("image_patches", "padding -1", IMAGES.repeat(1, 1, 2, 2), -1),
         refused("image_patches", "float32 or float64", IMAGES.bfloat16(), 1),
         refused("image_patches", "strides", IMAGES[:, :, :, ::2], 3),
         refused("image_patches", "indices 0 … 1, found 1 … 2", IMAGES, 1, "fp32", INDEX + 1),

@@ -271,6 +271,13 @@ def test_what_follows_a_convolution_takes_its_parts(operation: str) -> None:
         assert torch.equal(each.planes, whole[place]), "the sum is stored for those that read it afterwards"
 
 
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_a_layer_tells_the_size_of_its_result(padding: int) -> None:
+    layer = kernels.ConvLayer(4, 9, 6, 5, padding)
+    y = F.conv2d(torch.zeros(2, layer.channels, layer.height, layer.width), torch.zeros(5, 4, 3, 3), padding=padding)
+    assert y.shape == (2, layer.filters, layer.out_height, layer.out_width)
+
+
 ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
 LAST = ZEROS.contiguous(memory_format=torch.channels_last)
 PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
@@ -283,6 +290,7 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("conv3x3", "strides", ZEROS.transpose(2, 3), WEIGHT, 1),
         refused("conv3x3", "strides", ZEROS, WEIGHT.contiguous(memory_format=torch.channels_last), 1),
         refused("conv3x3", "as many channels", ZEROS, torch.zeros(4, 5, 3, 3), 1),
+        refused("conv3x3", "3×3 weights", ZEROS, torch.zeros(*WEIGHT.shape[:2], 5, 5), 1),
         refused("conv3x3", "leaves nothing", ZEROS[:, :, :2].contiguous(), WEIGHT, 0),
         refused("conv3x3", "padding -1 leaves nothing", ZEROS, WEIGHT, -1),
         refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),

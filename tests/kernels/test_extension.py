@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from mtt_fast.kernels.native.extension import CPP, LOADED, check_sources, extension
+from mtt_fast.kernels.native.extension import CPP, LOADED, _load, check_sources, extension
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "cpp"
 
@@ -34,11 +35,40 @@ def test_other_sources_are_refused(folder: Path, change: str) -> None:
         check_sources(extension(), folder)
 
 
-def test_an_extension_that_does_not_know_its_sources_is_refused(folder: Path) -> None:
-    older = ModuleType("_native")
-    older.__file__ = "_native.so"
-    with pytest.raises(ImportError, match=r"that _native.so was built from.* build it again with `pip install -e .`"):
+@pytest.fixture
+def older() -> ModuleType:
+    """Return an extension that does not know its sources."""
+    module = ModuleType("_native")
+    module.__file__ = "_native.so"
+    return module
+
+
+def test_an_extension_that_does_not_know_its_sources_is_refused(folder: Path, older: ModuleType) -> None:
+    mend = f"that _native.so was built from.* build it again with `pip install -e .` in {folder.parents[1]}, or"
+    with pytest.raises(ImportError, match=mend):
         check_sources(older, folder)
+
+
+@pytest.mark.skipif(not CPP.exists(), reason="needs an editable install")
+def test_the_sources_are_compared_before_the_extension_is_used(
+    older: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda _: older)
+    with pytest.raises(ImportError, match="found other ones"):
+        _load()
+
+
+@pytest.mark.parametrize("missing", ["the extension", "what it needs"])
+def test_an_extension_that_does_not_load_is_not_passed_over(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> ModuleType:
+        raise ModuleNotFoundError(name=name if missing == "the extension" else "numbers_of_another")
+
+    monkeypatch.setattr(importlib, "import_module", find)
+    if missing == "the extension":
+        assert _load() is None
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            _load()
 
 
 def test_a_wheel_has_no_sources_to_compare(tmp_path: Path) -> None:

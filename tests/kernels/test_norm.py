@@ -98,6 +98,25 @@ def test_native_is_the_reference(
         assert_close(name, actual, expected[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
+@needs_native
+@pytest.mark.parametrize("dual", [False, True])
+def test_gradients_take_the_memory_of_what_they_may_reuse(dual: bool) -> None:
+    given = plane_arguments((2, 20, 4, 5), torch.float32, torch.channels_last)
+    affine, affine_dot = Affine(given["gamma"], given["beta"]), Affine(given["gamma_dot"], given["beta_dot"])
+    bars, planes = (given["p_bar"], given["p_bar_dot"]), (given["y"], given["y_dot"]) if dual else (given["y"],)
+    _, _, stats = kernels.norm_relu_pool_dual(given["y"], given["y_dot"], affine, affine_dot, EPS)
+    operation: Any = kernels.norm_relu_pool_dual_backward if dual else kernels.norm_relu_pool_backward
+    arguments = (stats, affine, affine_dot, *bars) if dual else (stats.mean, stats.rstd, affine, bars[0])
+    versions, before = [each._version for each in planes], [each.clone() for each in planes]
+    kept = operation(*planes, *arguments)
+    assert all(map(torch.equal, planes, before))
+    reused = operation(*planes, *arguments, reuse=True)
+    for plane, version, new, old in zip(planes, versions, reused, kept, strict=False):
+        assert new.data_ptr() == plane.data_ptr() != old.data_ptr()
+        assert plane._version > version  # autograd must see that it is no longer what it was
+    assert all(map(torch.equal, kept, reused))
+
+
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_the_relu_passes_nothing_at_zero(layout: torch.memory_format) -> None:
@@ -130,6 +149,7 @@ def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None])
 
 ZEROS, CHANNEL, STATISTIC = torch.zeros(2, 4, 6, 6), torch.zeros(4), torch.zeros(2, 4)
 LAST, AFFINE = ZEROS.contiguous(memory_format=torch.channels_last), Affine(CHANNEL, CHANNEL)
+POOLED, STATS = torch.zeros(2, 4, 3, 3), PlaneStats(*[STATISTIC] * 4)
 PARTS = PartialPlanes(ZEROS[None], LAST[:, :, :3, :3].contiguous(memory_format=torch.channels_last))  # of another size
 
 
@@ -146,9 +166,21 @@ PARTS = PartialPlanes(ZEROS[None], LAST[:, :, :3, :3].contiguous(memory_format=t
         refused("norm_relu_pool", "one device", ZEROS, Affine(CHANNEL.to("meta"), CHANNEL), EPS),
         refused("norm_relu_pool", "requires grad", ZEROS, Affine(CHANNEL.clone().requires_grad_(), CHANNEL), EPS),
         refused("norm_relu_pool_backward", "p_bar of shape", ZEROS, STATISTIC, STATISTIC, AFFINE, ZEROS),
+        refused("norm_relu_pool_backward", "rstd of shape", ZEROS, STATISTIC, CHANNEL, AFFINE, POOLED),
         refused("norm_relu_pool_backward", "a part of p_bar", LAST, STATISTIC, STATISTIC, AFFINE, PARTS),
         refused("norm_relu_pool_dual", "y_dot channels_last", LAST, ZEROS, AFFINE, AFFINE, EPS),
         refused("norm_relu_pool_dual", "gamma_dot of shape", ZEROS, ZEROS, AFFINE, Affine(STATISTIC, CHANNEL), EPS),
+        refused(
+            "norm_relu_pool_dual_backward", "y_dot of shape", ZEROS, ZEROS[:1], STATS, AFFINE, AFFINE, POOLED, POOLED
+        ),
+        refused(
+            "norm_relu_pool_dual_backward",
+            "beta_dot of shape",
+            *(ZEROS, ZEROS, STATS, AFFINE, Affine(CHANNEL, STATISTIC), POOLED, POOLED),
+        ),
+        refused(
+            "norm_relu_pool_dual_backward", "p_bar_dot of shape", ZEROS, ZEROS, STATS, AFFINE, AFFINE, POOLED, ZEROS
+        ),
         refused(
             "norm_relu_pool_dual_backward",
             "k2 of shape",

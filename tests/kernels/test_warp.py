@@ -193,7 +193,7 @@ IMAGES, ZEROS = torch.zeros(2, 3, 6, 6), torch.zeros(2, 13)
 @pytest.mark.parametrize(
     ("images", "parameters", "reason"),
     [
-        (IMAGES[0], ZEROS, r"\(B, C, H, W\), found \(3, 6, 6\)"),
+        (IMAGES[0], ZEROS, r"expected NAME \(B, C, H, W\), found \(3, 6, 6\)"),
         (IMAGES[:, :, :0], ZEROS, r"found \(2, 3, 0, 6\)"),
         (IMAGES.transpose(2, 3), ZEROS, "strides"),
         (IMAGES.long(), ZEROS, "int64"),
@@ -211,7 +211,8 @@ IMAGES, ZEROS = torch.zeros(2, 3, 6, 6), torch.zeros(2, 13)
     ],
 )
 def test_refuses(op: str, images: Tensor, parameters: Tensor, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
+    name = "images" if op == "colour_warp_mask" else "y_bar"
+    with pytest.raises(ValueError, match=f"^{op}: .*{reason.replace('NAME', name)}"):
         getattr(kernels, op)(images, parameters)
 
 

@@ -22,6 +22,7 @@ from mtt_fast.storage.expert_checks import (
     check_long_enough,
     check_one_kind,
     check_same_training,
+    trained_otherwise,
 )
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
@@ -170,6 +171,19 @@ def test_a_run_records_the_hyperparameters_of_its_experts() -> None:
     used = as_trained(ExpertTraining(), ExpertTraining().record(), metadata_for(mom=0.5, lr=0.5))
     assert (used.mom, used.lr) == (0.5, 0.01)  # these options have no `expert_lr`
     assert as_trained(given, given.experts().record(), replace(metadata_for(), hyperparameters={})) == given
+
+
+def test_what_experts_were_trained_with_otherwise_is_told() -> None:
+    expert = metadata_for(lr=0.5, train_epochs=9, augment="none")  # a remark of its own tells the augmentation
+    assert (
+        trained_otherwise(expert, TRAINED, to_the_end=False)
+        == "used as they are, trained with --expert_lr 0.5 (not 0.01)"
+    )
+    told = "used as they are, trained with --train_epochs 9 (not 3), --expert_lr 0.5 (not 0.01)"
+    assert trained_otherwise(expert, TRAINED, to_the_end=True) == told
+    assert trained_otherwise(metadata_for(), TRAINED, to_the_end=True) == ""
+    imported = replace(metadata_for(), hyperparameters={"imported_from": "replay_buffer_0.pt, expert 0"})
+    assert trained_otherwise(imported, TRAINED, to_the_end=True) == ""
 
 
 def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:

@@ -136,6 +136,17 @@ def test_every_expert_is_looked_at(
     assert cli.run(distill, distil("--max_experts", "1")) == 0  # it does not take turns
 
 
+def test_a_longer_expert_is_another_one_to_a_run_that_uses_last_epochs(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = rewrite(
+        EXPERTS, 1, hyperparameters=TrajectoryStore(EXPERTS).metadata(1).hyperparameters | {"train_epochs": 4}
+    )
+    assert cli.run(distill, distil("--dry_run")) == 0
+    error = refused(capsys, distill, *distil("--dry_run", "--label_init", "experts", "--lr_y", "1"))
+    assert f"{odd}: trained with train_epochs 4, but expert_0000.safetensors with 3" in error
+
+
 def test_experts_of_other_images_may_be_used_on_purpose(
     working_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +185,13 @@ def test_a_run_goes_on_with_its_own_experts(working_folder: Path, capsys: pytest
     assert f"error: {EXPERTS}/expert_0001.safetensors: another expert" in refused(capsys, distill, *more)
     assert cli.run(experts, [*flags, "--buffer_path", "same"]) == 0
     assert cli.run(distill, [*more, "--buffer_path", "same"]) == 0  # the same experts, elsewhere
+    store = TrajectoryStore("same/digits/ConvNetD1W4")
+    rows = torch.stack([store.read(1, epoch) for epoch in range(4)])
+    write_expert(store.folder, 1, rows + 0.01, store.metadata(1))  # the same training gives others on another machine
+    for dry in ([], ["--dry_run"]):
+        words = ["--Iteration", "5", "--buffer_path", "same", "--num_experts", "3", *dry]
+        assert f"error: {store.path(1)}: another expert" in refused(capsys, distill, *more[:-2], *words)
+    assert len(TrajectoryStore(store.folder)) == 2  # none was trained beside them
 
 
 def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
