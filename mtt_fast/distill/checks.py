@@ -37,8 +37,9 @@ def check_options_fit(
             "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
         )
     check_cam_network(options, data)
-    for evaluated in options.evaluated_networks(data).values():
-        precision_on(device, evaluated, options.precision)
+    cam = options.cam_network(data)
+    for trained in (*options.evaluated_networks(data).values(), *([] if cam is None else [cam])):
+        precision_on(device, trained, options.precision)
 
 
 def check_fits(

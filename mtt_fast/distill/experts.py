@@ -119,7 +119,7 @@ def _check_others_can_be_made(
         precision = whole.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
     if inventory.missing and whole is None:
-        _check_nothing_to_convert(inventory.whole)
+        check_nothing_to_convert(inventory.whole)
 
 
 def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
@@ -160,7 +160,7 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
         )
 
 
-def _check_nothing_to_convert(folder: Path) -> None:
+def check_nothing_to_convert(folder: Path) -> None:
     """Raise `InputError` if `folder`, which has no experts, holds some of the public code: they are to be converted, not trained again."""
     names = names_in(folder) if folder.is_dir() else []
     if buffers := [name for name in names if re.fullmatch(f"{BUFFER}|{CONVEXIFIED}", name)]:
