@@ -21,6 +21,7 @@ from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.expert_checks import check_belongs, trained_otherwise
+from mtt_fast.storage.identity import other_data_in_words
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.training.images import RealImages
@@ -93,8 +94,13 @@ def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork
             precision=precision_on(device, network, options.precision), memory_budget=options.memory_budget,
         )  # fmt: skip
     log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
-    if remark := trained_otherwise(store.metadata(0), options.experts().record(), to_the_end=True):
-        log.info("%s: %s", store.folder, remark)
+    expert = store.metadata(0)
+    for remark in (
+        other_data_in_words(expert.identity, real.identity),
+        trained_otherwise(expert, options.experts().record(), to_the_end=True),
+    ):
+        if remark:
+            log.info("%s: %s", store.folder, remark)
     return CamNetwork(network, store.read(0, store.epochs(0)).to(device), store.digest(0))
 
 

@@ -216,7 +216,7 @@ def _remarks(
     first = store.metadata(0)
     if other := other_data_in_words(first.identity, real.identity):
         yield other
-    elif options.other_data:
+    elif options.other_data and options.cam_model is None:  # whose network may be of other images
         yield "--other_data: has no effect, as the experts were trained on these images"
     if first.imported and len(store) < options.num_experts:
         yield (
