@@ -42,8 +42,8 @@ def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> Trajec
     return None if options.cam_model is None else experts_in(_folder(options, data))
 
 
-def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
-    """Raise `InputError` if `cam_model` is no network that can make maps of single images."""
+def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> None:
+    """Raise `InputError` if `cam_model` cannot be trained on `device` as the options say, or makes no maps of single images."""
     network = options.cam_network(data)
     if network is None:
         return
@@ -52,6 +52,7 @@ def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo) ->
             f"`cam_model` {options.cam_model}: expected a network without batch norm, since maps of single images take running "
             "statistics, which trajectories do not hold; take ResNet18"
         )
+    precision_on(device, network, options.precision)
     image = torch.zeros(1, *data.image_shape)
     grad_cam(network, torch.zeros(network.num_parameters), image, torch.zeros(1, dtype=torch.long))
 

@@ -36,10 +36,9 @@ def check_options_fit(
             f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
             "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
         )
-    check_cam_network(options, data)
-    cam = options.cam_network(data)
-    for trained in (*options.evaluated_networks(data).values(), *([] if cam is None else [cam])):
-        precision_on(device, trained, options.precision)
+    check_cam_network(options, data, device)
+    for evaluated in options.evaluated_networks(data).values():
+        precision_on(device, evaluated, options.precision)
 
 
 def check_fits(
