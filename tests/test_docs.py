@@ -249,6 +249,8 @@ def test_a_recipe_is_what_its_description_says(name: str) -> None:
         "nearest step": options.match_step == "nearest",
         "without the parameters of lowest loss": options.loss_ratio,
         "with all parameters": not options.loss_ratio,
+        "dropped parameters": options.loss_ratio,
+        "Grad-CAM weights": options.cam_model,
         "EMA of the images": options.ema_decay,
         "flat experts": options.rho_max,
         "learned labels": options.lr_y,

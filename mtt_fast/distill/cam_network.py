@@ -12,6 +12,7 @@ from torch import Tensor
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.experts import check_nothing_to_convert, inventory_of
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
@@ -19,7 +20,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.expert_checks import check_belongs
+from mtt_fast.storage.expert_checks import check_belongs, trained_otherwise
+from mtt_fast.storage.identity import other_data_in_words
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.training.images import RealImages
@@ -40,8 +42,8 @@ def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> Trajec
     return None if options.cam_model is None else experts_in(_folder(options, data))
 
 
-def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
-    """Raise `InputError` if `cam_model` is no network that can make maps of single images."""
+def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> None:
+    """Raise `InputError` if `cam_model` cannot be trained on `device` as the options say, or makes no maps of single images."""
     network = options.cam_network(data)
     if network is None:
         return
@@ -50,6 +52,7 @@ def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo) ->
             f"`cam_model` {options.cam_model}: expected a network without batch norm, since maps of single images take running "
             "statistics, which trajectories do not hold; take ResNet18"
         )
+    precision_on(device, network, options.precision)
     image = torch.zeros(1, *data.image_shape)
     grad_cam(network, torch.zeros(network.num_parameters), image, torch.zeros(1, dtype=torch.long))
 
@@ -61,34 +64,45 @@ def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> 
         check_belongs(store, 0, network, data.identity(zca=options.zca), other_data=options.other_data)
     elif network is not None:
         check_output_folder(_folder(options, data), "choose another `buffer_path`")
+        check_nothing_to_convert(_folder(options, data))
 
 
-def prepare_cam_network(options: DistillOptions, real: RealImages, began_with: State | None) -> CamNetwork | None:
+def check_same_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo, began_with: State) -> None:
+    """Raise `InputError` unless the expert of `cam_model` is the one with which the run began that goes on from a state."""
+    if options.cam_model is None:
+        return
+    store = cam_expert(options, data)
+    if store is None or store.digest(0) != began_with.cam_digest:
+        raise InputError(
+            f"{_folder(options, data)}: expected the expert of `cam_model` with which the run began, found "
+            f"{'another' if store else 'none'}; restore it, or choose another `out`"
+        )
+
+
+def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork | None:
     """Return the network of `cam_model`, which is trained now if its expert is missing; None without the option.
 
-    `began_with` is the state of a run that goes on. Raises `InputError` if it began with another expert, and `Stopped` on
-    Ctrl-C or SIGTERM.
+    Raises `Stopped` on Ctrl-C or SIGTERM.
     """
     network, device = options.cam_network(real.data), real.train.labels.device
     if network is None:
         return None
-    store, folder = cam_expert(options, real.data), _folder(options, real.data)
-    if began_with is not None and (store is None or store.digest(0) != began_with.cam_digest):
-        raise InputError(
-            f"{folder}: expected the expert of `cam_model` with which the run began, found {'another' if store else 'none'}; restore "
-            "it, or choose another `out`"
-        )
+    check_cam_expert(options, real.data)  # once more, since other processes may have written it
+    store = cam_expert(options, real.data)
     if store is None:
         store = train_missing_experts(
-            folder, 1, real, network, options.experts(), seed=options.seed,
+            _folder(options, real.data), 1, real, network, options.experts(), seed=options.seed,
             precision=precision_on(device, network, options.precision), memory_budget=options.memory_budget,
         )  # fmt: skip
     log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
+    expert = store.metadata(0)
+    for remark in (
+        other_data_in_words(expert.identity, real.identity),
+        trained_otherwise(expert, options.experts().record(), to_the_end=True),
+    ):
+        if remark:
+            log.info("%s: %s", store.folder, remark)
     return CamNetwork(network, store.read(0, store.epochs(0)).to(device), store.digest(0))
-
-
-def _folder(options: DistillOptions, data: ImageData | DatasetInfo) -> Path:
-    return buffer_folder(options.buffer_path, data, str(options.cam_model), zca=options.zca)
 
 
 def weighed(
@@ -99,10 +113,19 @@ def weighed(
     The weights are made anew from the state's images where `cam_interval` says so. Gradients that are not finite (None), and
     those of a run without a `cam` network, are returned as they are.
     """
-    if cam is None or gradients is None:
+    if cam is None:
         return gradients
     if state.pixel_weights is None or state.iteration % options.cam_interval == 0:
         classes = torch.arange(len(state.images), device=state.images.device) // options.ipc
         state.pixel_weights = pixel_weights(cam.network, cam.theta, state.images, classes, options.cam_beta)
+    if gradients is None:
+        return None
     of_images, *others = gradients
     return [of_images * state.pixel_weights, *others]
+
+
+def _folder(options: DistillOptions, data: ImageData | DatasetInfo) -> Path:
+    """Return the folder with the expert of `cam_model`: that of the matched ones, if they are of the same network."""
+    if options.cam_model == options.model:
+        return inventory_of(options, data).used  # waypoints may have outlived the experts that they were made of
+    return buffer_folder(options.buffer_path, data, str(options.cam_model), zca=options.zca)

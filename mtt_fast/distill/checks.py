@@ -36,7 +36,7 @@ def check_options_fit(
             f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
             "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
         )
-    check_cam_network(options, data)
+    check_cam_network(options, data, device)
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
 

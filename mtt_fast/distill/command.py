@@ -22,7 +22,7 @@ from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
-from mtt_fast.distill.cam_network import prepare_cam_network, weighed
+from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network, weighed
 from mtt_fast.distill.checks import check_fits, check_options_fit
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
@@ -121,14 +121,15 @@ def _run(
         if state is not None:
             check_same_images(folder, state.data, real.identity)
             check_same_experts_so_far(folder, state, inventory_of(options, data))
+            check_same_cam_expert(options, data, state)
         with seconds.of("experts"):
             # looked for again, here and after training: other processes may write into the same folder
             experts = prepare_experts(options, inventory_of(options, data), real, network, requested)
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(folder, state, experts)
-            cam = prepare_cam_network(options, real, state)
-        options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record
+            options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
+            cam = prepare_cam_network(options, real)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(

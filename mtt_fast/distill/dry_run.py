@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
-from mtt_fast.distill.cam_network import cam_expert
+from mtt_fast.distill.cam_network import cam_expert, check_same_cam_expert
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, otherwise_whitened
 from mtt_fast.distill.options import DistillOptions
@@ -68,10 +68,12 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
         check_same_images(folder, state.data, info.identity(zca=options.zca))
         check_same_experts_so_far(folder, state, inventory)
+        check_same_cam_expert(options, info, state)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)
-    cam, to_train = options.cam_network(info), cam_expert(options, info) is None
+    cam = options.cam_network(info)
+    to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None
     trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
     steps = [(network, precision)] + [(each, precision_on(device, each, options.precision)) for each in trained]
     costs = {  # equal steps are measured once, and the derivative of the student's alone
@@ -101,10 +103,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
-        "maps": ""
-        if cam is None
-        else f"by {options.cam_model}, {'to be trained first' if to_train else 'trained'}, "
-        f"every {options.cam_interval} iterations",
+        "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
@@ -141,6 +140,13 @@ def _recipe(options: DistillOptions) -> str:
         return ""
     about = recipe_about(options.recipe)
     return f"{options.recipe}: {about['description']} ({about['source']})"
+
+
+def _maps(options: DistillOptions, *, to_train: bool) -> str:
+    if options.cam_model is None:
+        return ""
+    known = "the first expert" if options.cam_model == options.model else "trained"
+    return f"by {options.cam_model}, {'to be trained first' if to_train else known}, every {options.cam_interval} iterations"
 
 
 def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory) -> str:
@@ -225,12 +231,13 @@ def estimated_bytes(
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
     images = 4 * options.ipc * info.num_classes * values * options.tiles
+    weights = 0 if options.cam_model is None else images // info.image_shape[0]
     sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return EstimatedBytes(
         experts=4 * (rows * num_parameters + (options.train_epochs + 1) * cam_parameters),
-        # each set and the best one of it; the checkpoint's images with their velocity and their average
-        run_folder=2 * sets * (images + whitening) + (1 + sets) * images,
+        # each set and the best one of it; the checkpoint's images with their velocity, their average and their weights
+        run_folder=2 * sets * (images + whitening) + (1 + sets) * images + weights,
         packed_data=info.packed_bytes,
     )
 

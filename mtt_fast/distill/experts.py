@@ -119,7 +119,7 @@ def _check_others_can_be_made(
         precision = whole.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
     if inventory.missing and whole is None:
-        _check_nothing_to_convert(inventory.whole)
+        check_nothing_to_convert(inventory.whole)
     ready = _indices(experts_in(inventory.used))
     if inventory.missing and not ready <= _indices(whole):  # they would be trained again, and perhaps be others
         raise InputError(
@@ -167,7 +167,7 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
         )
 
 
-def _check_nothing_to_convert(folder: Path) -> None:
+def check_nothing_to_convert(folder: Path) -> None:
     """Raise `InputError` if `folder`, which has no experts, holds some of the public code: they are to be converted, not trained again."""
     names = names_in(folder) if folder.is_dir() else []
     if buffers := [name for name in names if re.fullmatch(f"{BUFFER}|{CONVEXIFIED}", name)]:
@@ -223,7 +223,7 @@ def _remarks(
     first = store.metadata(0)
     if other := other_data_in_words(first.identity, real.identity):
         yield other
-    elif options.other_data:
+    elif options.other_data and options.cam_model is None:  # whose network may be of other images
         yield "--other_data: has no effect, as the experts were trained on these images"
     if first.imported and len(store) < options.num_experts:
         yield (

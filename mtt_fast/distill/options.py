@@ -135,7 +135,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     cam_interval: Annotated[Count, Needs("cam_model")] = 100
     """iterations after which the maps of --cam_model are made anew"""
     cam_beta: Annotated[RateOrZero, Needs("cam_model")] = 1.0
-    """factor of a pixel's gradient where a map of --cam_model is at least its mean; the map, from 0 to 1, is added to the factor"""
+    """the gradient of a pixel is multiplied by this plus the map of --cam_model, from 0 to 1, where the map is at least its mean"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """do not augment during distillation; evaluations still augment"""
     texture: Annotated[bool, Group.TEXTURE] = False

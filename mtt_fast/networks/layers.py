@@ -20,7 +20,8 @@ def norm_2d(channels: int, *, batch_norm: bool) -> nn.Module:
 def too_small(name: str, image_shape: tuple[int, int, int]) -> InputError:
     """Return the error that the network called `name` leaves nothing of images (C, H, W)."""
     return InputError(
-        f"{name}: nothing is left of images {image_shape}; use larger images, or another `model`, `models` or `eval_mode`"
+        f"{name}: nothing is left of images {image_shape}; use larger images, or another `model`, `models`, `eval_mode` or "
+        "`cam_model`"
     )
 
 

@@ -155,7 +155,7 @@ WASTED = [
     (["--batch_syn", "11"], "--batch_syn 11: expected at most the 10 synthetic images"),
     (
         ["--eval_mode", "M"],
-        "VGG11: nothing is left of images (1, 8, 8); use larger images, or another --model, --models or --eval_mode",
+        "VGG11: nothing is left of images (1, 8, 8); use larger images, or another --model, --models, --eval_mode or --cam_model",
     ),
 ]
 

@@ -281,6 +281,8 @@ def test_the_sizes_are_those_of_every_number() -> None:
     images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
     assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
     assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0, cam_parameters=700).experts == 4 * 6 * (3 * 1000 + 700)
+    with_maps = estimated_bytes(dataclasses.replace(OPTIONS, cam_model="ResNet18"), INFO, 1000, 3, 0)
+    assert with_maps.run_folder == 4 * images + images / INFO.image_shape[0]
     more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
     experts, run, _ = estimated_bytes(more, INFO, 1000, 3, 5)
     assert experts == 4 * (3 * 6 + 5 * 4) * 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,15 +14,20 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.commands import cli
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.cam_network import CamNetwork, weighed
+from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command import main
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.engine import student_choice
+from mtt_fast.errors import InputError
 from mtt_fast.experts import main as experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.resnets import resnet18
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import reference_convnet
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -119,9 +126,10 @@ def test_weights_are_made_anew_after_an_interval() -> None:
     state.images = images.flip(2)
     for state.iteration in (1, 2):
         assert weights() is first
-    assert weighed(options, cam, state, None) is None
     state.iteration = 3
-    assert not torch.equal(weights(), first)
+    assert weighed(options, cam, state, None) is None
+    state.iteration = 4
+    assert not torch.equal(weights(), first)  # an iteration without finite gradients has made them, too
     assert weighed(options, None, state, [of_images]) == [of_images]
 
 
@@ -155,13 +163,74 @@ def test_a_run_goes_on_with_its_weights_and_the_network_that_made_them(
     folder = Path("buffers/digits/ConvNetD2W4")
     shutil.rmtree(folder)
     go_on = ["--out", "parts", "--resume", "--Iteration", "6"]
-    assert cli.run(main, go_on) == 2
     told = f"{folder}: expected the expert of --cam_model with which the run began, found"
-    assert f"{told} none; restore it, or choose another --out" in capsys.readouterr().err
+    for flags in ([], ["--dry-run"]):
+        assert cli.run(main, [*go_on, *flags]) == 2
+        assert f"{told} none; restore it, or choose another --out" in capsys.readouterr().err
     trained = "--dataset digits --model ConvNetD2W4 --num_experts 1 --train_epochs 3 --seed 1".split()
     assert cli.run(experts, trained) == 0
     assert cli.run(main, go_on) == 2
     assert f"{told} another" in capsys.readouterr().err
+
+
+def test_the_network_is_trained_as_the_experts_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    trained = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --lr_teacher 0.02".split()
+    assert cli.run(experts, trained) == 0
+    plain = [flag for flag in TOY if flag not in ("--batch_real", "128", "--train_epochs", "3")]
+    assert cli.run(main, [*plain, *MAPS, "--Iteration", "0", "--out", "run"]) == 0
+    of_experts, of_maps = (
+        TrajectoryStore(f"buffers/digits/{name}").metadata(0) for name in ("ConvNetD1W4", "ConvNetD2W4")
+    )
+    assert of_maps.hyperparameters == of_experts.hyperparameters
+    assert "digits/ConvNetD2W4: used as they are" not in caplog.text
+    assert (
+        cli.run(
+            main,
+            [*TOY, *MAPS, "--Iteration", "0", "--buffer_path", "buffers", "--model", "ConvNetD1W5", "--out", "other"],
+        )
+        == 0
+    )
+    assert "digits/ConvNetD2W4: used as they are, trained with --expert_lr 0.02 (not 0.01)" in caplog.text
+
+
+def test_the_network_may_be_that_of_the_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*TOY, "--num_interpolation", "2", "--cam_model", "ConvNetD1W4", "--out", "run"]
+    assert cli.run(main, [*flags, "--dry-run"]) == 0
+    assert "maps      by ConvNetD1W4, the first expert, every 100 iterations" in capsys.readouterr().out
+    assert cli.run(main, [*TOY, "--num_interpolation", "2", "--Iteration", "0", "--out", "first"]) == 0
+    folder = Path("buffers/digits/ConvNetD1W4")
+    for expert in folder.glob("*.safetensors"):
+        expert.unlink()  # their waypoints are enough for a run, and no expert is trained beside these
+    assert cli.run(main, [*flags, "--seed", "5", "--Iteration", "1"]) == 0
+    assert not list(folder.glob("*.safetensors"))
+    assert cli.run(main, ["--out", "run", "--resume", "--Iteration", "2"]) == 0
+
+
+def test_what_the_network_cannot_be_is_known_before_the_experts_are_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(student_choice, "kernels_for", lambda device: True)
+    info, gpu = dataset_info("ImageNet", "imagenette", 32), torch.device("cuda")
+    options = DistillOptions(dataset="ImageNet", ipc=1, precision="fp16", cam_model="ConvNetD2W4")
+    check_options_fit(options, info, options.network(info), gpu)
+    options = dataclasses.replace(options, cam_model="ResNet18")
+    with pytest.raises(InputError, match="`precision` fp16: only the fused step of ConvNet knows it"):
+        check_options_fit(options, info, options.network(info), gpu)
+
+    monkeypatch.chdir(tmp_path)
+    buffers = Path("buffers/digits/ConvNetD2W4")
+    buffers.mkdir(parents=True)
+    (buffers / "replay_buffer_0.pt").write_bytes(b"of the public code")
+    assert cli.run(main, [*TOY, *MAPS, "--out", "run"]) == 2
+    assert f"{buffers}: expected experts (expert_0000.safetensors, …), found buffers" in capsys.readouterr().err
+    assert not Path("buffers/digits/ConvNetD1W4").exists()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +239,7 @@ def test_a_run_goes_on_with_its_weights_and_the_network_that_made_them(
         ("--cam_model Foo", "--cam_model Foo: expected ConvNet, with depth"),
         ("--cam_model ConvNetD0MP", "--cam_model ConvNetD0MP: expected a depth"),
         ("--cam_model MLP", "--cam_model: expected a network with a pooling, whose input is the map, found none; take"),
+        ("--cam_model ResNet18", "use larger images, or another --model, --models, --eval_mode or --cam_model"),
         ("--cam_model ConvNetBN", "--cam_model ConvNetBN: expected a network without batch norm"),
         ("--cam_model ConvNet --texture", "--texture, --cam_model: expected one of them, found both"),
         ("--cam_interval 3", "--cam_interval 3: has no effect without --cam_model"),

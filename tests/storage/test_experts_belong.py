@@ -171,6 +171,23 @@ def test_experts_of_other_images_may_be_used_on_purpose(
     assert "expert_0000.safetensors: made from another data set: expected folder-words, found folder-pets" in error
 
 
+def test_the_network_of_grad_cam_may_be_of_other_images_on_purpose(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree("buffers/folder-pets", "buffers/folder-toys")
+    toys = distil("--model", "ConvNetD1W5", "--cam_model", "ConvNetD1W4", data=("--dataset", "./toys"))
+    error = refused(capsys, distill, *toys)
+    assert (
+        "ConvNetD1W4/expert_0000.safetensors: made from another data set: expected folder-toys, found folder-pets"
+        in error
+    )
+    caplog.set_level("INFO")
+    assert cli.run(distill, [*toys, "--other_data"]) == 0
+    told = "ConvNetD1W4: made from another data set: folder-pets, used with folder-toys, as other data are allowed"
+    assert told in caplog.text
+    assert "--other_data: has no effect" not in caplog.text
+
+
 def test_a_run_goes_on_with_its_own_experts(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--out", "run", "--resume", "--Iteration", "4"]
     flags = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128", "--num_experts", "2"]
