@@ -33,7 +33,8 @@ def check_sources(module: ModuleType, folder: Path = CPP) -> None:
         )
 
 
-def _load() -> ModuleType | None:
+def load_extension() -> ModuleType | None:
+    """Return the extension module, or None where it is not installed. Raises `ImportError` for one that cannot be used."""
     name = f"{__package__.rpartition('.')[0]}._native"
     try:
         module = importlib.import_module(name)
@@ -46,7 +47,7 @@ def _load() -> ModuleType | None:
 
 
 # MTT_FAST_NATIVE=0 turns the compiled code off. It is read here, once, when the package is imported.
-_extension = _load() if os.environ.get("MTT_FAST_NATIVE", "1") != "0" else None
+_extension = load_extension() if os.environ.get("MTT_FAST_NATIVE", "1") != "0" else None
 LOADED = _extension is not None
 
 

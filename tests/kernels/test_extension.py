@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from mtt_fast.kernels.native.extension import CPP, LOADED, _load, check_sources, extension
+from mtt_fast.kernels.native.extension import CPP, LOADED, check_sources, extension, load_extension
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "cpp"
 
@@ -55,7 +55,7 @@ def test_the_sources_are_compared_before_the_extension_is_used(
 ) -> None:
     monkeypatch.setattr(importlib, "import_module", lambda _: older)
     with pytest.raises(ImportError, match="found other ones"):
-        _load()
+        load_extension()
 
 
 @pytest.mark.parametrize("missing", ["the extension", "what it needs"])
@@ -65,10 +65,10 @@ def test_an_extension_that_does_not_load_is_not_passed_over(missing: str, monkey
 
     monkeypatch.setattr(importlib, "import_module", find)
     if missing == "the extension":
-        assert _load() is None
+        assert load_extension() is None
     else:
         with pytest.raises(ModuleNotFoundError):
-            _load()
+            load_extension()
 
 
 def test_a_wheel_has_no_sources_to_compare(tmp_path: Path) -> None:
