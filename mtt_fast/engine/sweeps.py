@@ -239,7 +239,8 @@ class _Unroll(torch.autograd.Function):
 
         def forward_marks(n: int) -> Tensor:
             inputs = steps.batch(images, n, start.dtype).inputs
-            return _numbers([_marks(inputs, steps.student.gradient(path.load(n), inputs, targets(n)).loss)])[0, :compared]
+            loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
+            return _numbers([_marks(inputs, loss)])[0, :compared]
 
         if compared := len(again[0]) if again else 0:  # a fused student has no second loss
             check_repeated(_numbers(ctx.seen[:last])[:, :compared], _numbers(again[::-1]), forward_marks)

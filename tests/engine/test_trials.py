@@ -459,7 +459,8 @@ def test_attention_in_half_precision_is_not_taken_for_a_change() -> None:
         def forward(self, images: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
                 query, key, value = self.scores(self.pieces(images).flatten(2).mT)[:, None].chunk(3, -1)
-                return self.logits(F.scaled_dot_product_attention(8 * query, key, value)[:, 0].mean(1))
+                logits: Tensor = self.logits(F.scaled_dot_product_attention(8 * query, key, value)[:, 0].mean(1))
+                return logits
 
     torch.manual_seed(0)
     net, images = FlatModule(Attention()), (4 * torch.randn(6, 2, 6, 6)).requires_grad_()
