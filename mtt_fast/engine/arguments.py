@@ -59,7 +59,7 @@ def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]
     """Raise `InputError` if steps in the backward sweep have other losses and images (N, k) than `first`, in the forward sweep.
 
     Rounding may differ by more than is allowed here, as that of attention in half precision, for which the sweeps take other kernels.
-    So `repeat` computes the numbers (k,) of a step that seems to differ as the forward sweep did, and these decide.
+    So `repeat` computes the loss of a step that seems to differ as the forward sweep did; its numbers (k,) decide.
     """
     for n in _differ(first, again).any(1).nonzero().flatten().tolist():
         now = repeat(n)

@@ -238,7 +238,8 @@ class _Unroll(torch.autograd.Function):
             del batch, tangent, of_batch
 
         def forward_marks(n: int) -> Tensor:
-            inputs = steps.batch(images, n, start.dtype).inputs
+            """Return the marks (k,) that the forward sweep's operations find for step n and the images of this sweep."""
+            inputs = steps.batch(images, n, start.dtype, tracked=wants_images).inputs
             loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
             return _numbers([_marks(inputs, loss)])[0, :compared]
 

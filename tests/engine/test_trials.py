@@ -448,6 +448,14 @@ def test_what_changes_before_the_backward_pass_is_refused(part: str, options: di
         (end(1.0) + end(1.5)).backward()
 
 
+def test_an_augmentation_that_is_another_where_images_are_learned_is_refused() -> None:
+    augment = Augmentation(lambda *_: None, lambda rows, _: 1.5 * rows if rows.requires_grad else rows)
+    for net in (ConvNet(2, 3, 6, 4, 1), FlatModule(with_layer(nn.Identity()))):
+        start = net.init(torch.Generator().manual_seed(0)).double()
+        with pytest.raises(InputError, match="in the backward pass"):
+            gradient(net, start, augment=augment)
+
+
 def test_attention_in_half_precision_is_not_taken_for_a_change() -> None:
     """Take other kernels in the two sweeps: a second derivative has that of attention by its definition alone."""
 
