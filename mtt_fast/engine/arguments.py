@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -55,17 +55,26 @@ def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
         )
 
 
-def check_repeated(first: Tensor, again: Tensor) -> None:
-    """Raise `InputError` if the backward sweep found other losses and images (k,) than the forward sweep, beyond rounding."""
+def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]) -> None:
+    """Raise `InputError` if steps in the backward sweep have other losses and images (N, k) than `first`, in the forward sweep.
+
+    Rounding may differ by more than is allowed here, as that of attention in half precision, for which the sweeps take other kernels.
+    So `repeat` computes the loss of a step that seems to differ as the forward sweep did; its numbers (k,) decide.
+    """
+    for n in _differ(first, again).any(1).nonzero().flatten().tolist():
+        now = repeat(n)
+        if bool((differs := _differ(first[n], now)).any()):
+            raise InputError(
+                f"unroll: expected in the backward pass the network, loss, augmentation and path of the call, found "
+                f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; before the backward pass leave "
+                "alone what they read: attributes, `.data` of images and of rows of the path, and the variable of a loop in a lambda "
+                "(`lambda logits, labels, t=t: …`)"
+            )
+
+
+def _differ(first: Tensor, again: Tensor) -> Tensor:
     rounding = 1e-2 if first.is_cuda else 1e-3  # a GPU may take other kernels, with factors in half precision
-    same = torch.isclose(again, first, rtol=rounding, atol=1e-3) | ~(first.isfinite() & again.isfinite())
-    if not bool(same.all()):
-        was, now = (float(numbers[~same][0]) for numbers in (first, again))
-        raise InputError(
-            f"unroll: expected in the backward pass the network, loss, augmentation and path of the call, found {now:.6g} in place of "
-            f"{was:.6g}; before the backward pass leave alone what they read: attributes, `.data` of images and of rows of the path, "
-            "and the variable of a loop in a lambda (`lambda logits, labels, t=t: …`)"
-        )
+    return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()
 
 
 def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:

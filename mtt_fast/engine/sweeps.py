@@ -175,7 +175,7 @@ class _Unroll(torch.autograd.Function):
             for each, wanted in ((images, wants_images), (labels, wants_labels))
         )
         slopes: list[Tensor] = []  # the losses' derivatives by −α_n, from the last step on
-        marks: list[tuple[Tensor, Tensor]] = []  # of both sweeps
+        again: list[list[Tensor]] = []  # the marks of the steps, from the last one on
 
         def incoming(n: int) -> Tensor | None:
             """Return the loss's own gradient to row n, both as a row of the path and as a row by itself, or None."""
@@ -205,7 +205,7 @@ class _Unroll(torch.autograd.Function):
             saved = ctx.saved.pop(n, None)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, saved)
             if steps.compares:
-                marks += zip(ctx.seen[n], _marks(batch.inputs, tangent.loss), strict=False)
+                again.append(_marks(batch.inputs, tangent.loss))
 
             if velocities is None:
                 slope = tangent.v_dot_g
@@ -237,10 +237,14 @@ class _Unroll(torch.autograd.Function):
                 velocity_adjoint.mul_(steps.momentum)  # π_n
             del batch, tangent, of_batch
 
-        if marks:
-            check_repeated(
-                *(torch.stack([mark.double() for mark in of_sweep]) for of_sweep in zip(*marks, strict=True))
-            )
+        def forward_marks(n: int) -> Tensor:
+            """Return the marks (k,) that the forward sweep's operations find for step n and the images of this sweep."""
+            inputs = steps.batch(images, n, start.dtype, tracked=wants_images).inputs
+            loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
+            return _numbers([_marks(inputs, loss)])[0, :compared]
+
+        if compared := len(again[0]) if again else 0:  # a fused student has no second loss
+            check_repeated(_numbers(ctx.seen[:last])[:, :compared], _numbers(again[::-1]), forward_marks)
         grad_rates = torch.zeros_like(rates)
         if slopes:
             grad_rates[:last] = -torch.stack(slopes[::-1])
@@ -252,6 +256,11 @@ def _marks(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
     """Return numbers () that show whether a caller's own augmentation, network or loss has changed between the sweeps."""
     of_images = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
     return of_images if loss is None else [*of_images, loss]
+
+
+def _numbers(marks: list[list[Tensor]]) -> Tensor:
+    """Return the marks of N steps (N, k)."""
+    return torch.stack([mark.double() for of_step in marks for mark in of_step]).view(len(marks), -1)
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ def unroll(
         loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
             micro-batches add up to it. It is given the labels as they are, whatever `label_kind` says; floating ones may have any
             number of columns, such as a teacher's logits beside a temperature, and each gets its gradient.
-        generator: source of the augmentation's random numbers.
+        generator: source of the augmentation's random numbers. Give `draws` instead within torch.utils.checkpoint, which repeats the
+            call and does not put this generator back.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
         precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
             are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks follow torch's own

@@ -449,6 +449,36 @@ def test_what_changes_before_the_backward_pass_is_refused(part: str, options: di
         (end(1.0) + end(1.5)).backward()
 
 
+def test_an_augmentation_that_is_another_where_images_are_learned_is_refused() -> None:
+    augment = Augmentation(lambda *_: None, lambda rows, _: 1.5 * rows if rows.requires_grad else rows)
+    for net in (ConvNet(2, 3, 6, 4, 1), FlatModule(with_layer(nn.Identity()))):
+        start = net.init(torch.Generator().manual_seed(0)).double()
+        with pytest.raises(InputError, match="in the backward pass"):
+            gradient(net, start, augment=augment)
+
+
+def test_attention_in_half_precision_is_not_taken_for_a_change() -> None:
+    """Take other kernels in the two sweeps: a second derivative has that of attention by its definition alone."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pieces, self.scores, self.logits = nn.Conv2d(2, 8, 1), nn.Linear(8, 24), nn.Linear(8, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                query, key, value = self.scores(self.pieces(images).flatten(2).mT)[:, None].chunk(3, -1)
+                logits: Tensor = self.logits(F.scaled_dot_product_attention(8 * query, key, value)[:, 0].mean(1))
+                return logits
+
+    torch.manual_seed(0)
+    net, images = FlatModule(Attention()), (4 * torch.randn(6, 2, 6, 6)).requires_grad_()
+    path = unroll(net, 2 * net.init(), images, LABELS, 0.1, BATCHES)
+    matching_loss(path[-1], net.init(), 1.1 * net.init()).backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
+
+
 def test_a_row_that_is_trained_further_before_the_backward_pass_is_noticed() -> None:
     """Write into a row by the parameters of a module, which torch does not notice."""
     module = with_layer(nn.Identity())
