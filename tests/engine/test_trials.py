@@ -492,13 +492,15 @@ def test_a_row_that_is_trained_further_before_the_backward_pass_is_noticed() -> 
 
 
 def test_sweeps_differ_by_no_more_than_rounding() -> None:
-    first = torch.tensor([0.0, 100.0, torch.nan, 1.0, torch.inf], dtype=torch.float64)
-    again = torch.tensor(
-        [0.0009, 100.09, 3.0, torch.nan, 5.0], dtype=torch.float64
-    )  # what is not finite is told elsewhere
-    check_repeated(first, again)
-    for position, now, told in ((0, 0.002, "0.002 in place of 0;"), (1, 100.2, "100.2 in place of 100;")):
+    first = torch.tensor([[0.0], [100.0], [torch.nan], [1.0], [torch.inf]], dtype=torch.float64)
+    again = torch.tensor([[0.0009], [100.09], [3.0], [torch.nan], [5.0]], dtype=torch.float64)
+    check_repeated(first, again, lambda n: pytest.fail(f"step {n} is repeated"))  # what is not finite is told elsewhere
+    for step, now, told in (
+        (0, 0.002, "0.002 in place of 0 in step 0;"),
+        (1, 100.2, "100.2 in place of 100 in step 1;"),
+    ):
         other = again.clone()
-        other[position] = now
+        other[step] = now
         with pytest.raises(InputError, match=f"of the call, found {told}"):
-            check_repeated(first, other)
+            check_repeated(first, other, other.__getitem__)
+        check_repeated(first, other, first.__getitem__)  # the forward sweep's operations find the same again
