@@ -485,13 +485,13 @@ def test_all_jobs_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         for job in re.findall(r"\n  (\w+) ", listed):
             assert (package / f"{job}.py").exists() or (package / job / "__main__.py").exists()
         runs = 'if __name__ == "__main__"'
-        jobs = {path.stem for path in package.glob("*.py") if runs in path.read_text()} - {"__main__", "buffer"}
+        jobs = {path.stem for path in package.glob("*.py") if runs in path.read_text()} - {"__main__"}
         jobs |= {path.parent.name for path in package.glob("*/__main__.py")}
         assert set(re.findall(r"\n  (\w+) ", listed)) == jobs
     assert command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.strip() == mtt_fast.__version__
     assert command(monkeypatch, "destill") == 2
-    assert "error: destill: expected one of experts, distill" in capsys.readouterr().err
+    assert "error: destill: expected one of experts, buffer, distill" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests import the jobs

@@ -66,7 +66,7 @@ def looped(
 
 
 def test_evaluations_are_at_the_start_when_due_and_at_the_end(tmp_path: Path) -> None:
-    assert " ".join(looped(tmp_path)) == "e0 s1 i1 i2 e2 s2 i3 i4 e4 s3 i5 e5 s4 !"
+    assert " ".join(looped(tmp_path)) == "s0 e0 s1 i1 i2 e2 s2 i3 i4 e4 s3 i5 e5 s4 !"
 
 
 def test_what_was_evaluated_before_is_not_evaluated_again(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_what_did_more_iterations_than_it_is_asked_for_is_evaluated_as_it_is(tmp
 
 
 def test_checkpoints_are_as_often_as_asked_for(tmp_path: Path) -> None:
-    assert " ".join(looped(tmp_path, iterations=2, save_seconds=0)) == "e0 s1 i1 s1 i2 s1 e2 s2 !"
+    assert " ".join(looped(tmp_path, iterations=2, save_seconds=0)) == "s0 e0 s1 i1 s1 i2 s1 e2 s2 !"
 
 
 def test_a_signal_ends_it_after_the_iteration_with_everything_saved(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     folder.mkdir()
     *done, said = looped(folder, stop_at=3)
-    assert " ".join(done) == "e0 s1 i1 i2 e2 s2 i3 s2"
+    assert " ".join(done) == "s0 e0 s1 i1 i2 e2 s2 i3 s2"
     assert said == (
         f"stopped at iteration 3 of 5, everything is saved; continue with: python -m it --out '{folder}' --resume "
         f"({int(signal.SIGTERM)})"
@@ -118,7 +118,7 @@ def test_the_interval_of_checkpoints_begins_anew_after_each(tmp_path: Path, monk
     clock = itertools.count()  # each look at it takes a second, and an iteration takes three
     monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
     done = looped(tmp_path, eval_it=9, save_seconds=5, seconds=Seconds(lambda: 0.0))
-    assert " ".join(done) == "e0 s1 i1 i2 s1 i3 i4 s1 i5 e5 s2 !"
+    assert " ".join(done) == "s0 e0 s1 i1 i2 s1 i3 i4 s1 i5 e5 s2 !"
 
 
 def test_the_bar_counts_on_from_where_the_run_goes_on(
