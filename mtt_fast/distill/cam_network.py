@@ -12,6 +12,7 @@ from torch import Tensor
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data.synthetic import classes_by_place
 from mtt_fast.distill.experts import check_nothing_to_convert, inventory_of
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.options import DistillOptions
@@ -116,7 +117,7 @@ def weighed(
     if cam is None:
         return gradients
     if state.pixel_weights is None or state.iteration % options.cam_interval == 0:
-        classes = torch.arange(len(state.images), device=state.images.device) // options.ipc
+        classes = classes_by_place(state.labels, len(state.labels) // options.ipc)
         state.pixel_weights = pixel_weights(cam.network, cam.theta, state.images, classes, options.cam_beta)
     if gradients is None:
         return None
