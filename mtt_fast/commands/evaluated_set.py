@@ -45,7 +45,7 @@ class SetOptions(EvaluationOptions):
     ipc: Count = 1
     """random real images per class, if the set is the word "random" """
     lr_teacher: RateOrNone = None
-    """learning rate of the networks; if not given, that of the set, or 0.01 if the set has none"""
+    """learning rate of the networks; if not given, that of --protocol, of the set, or 0.01 if the set has none"""
     texture: Annotated[bool, Group.TEXTURE] = False
     """treat the images of a .pt file as textures; networks use random crops of them"""
     canvas_size: Annotated[Count, Needs("texture"), Group.TEXTURE] = 2
@@ -148,17 +148,19 @@ class EvaluatedSet:
         source, options = self.source, self.options
         if source == RANDOM:
             check_enough(real.data, options.ipc)
-            return (
-                lambda generator: random_subset(real, options.ipc, generator),
-                REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
-            )
+            return lambda generator: random_subset(real, options.ipc, generator), self._rate(REAL_IMAGES_LR)
         images, learned = self._images_and_lr(real.test.labels.device)
         check_shape(images, real.data, source)
         classes = real.data.num_classes
         present = check_classes(images.labels, classes, source)
         if present < classes:
             log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
-        return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
+        return lambda _: images, self._rate(learned)
+
+    def _rate(self, of_set: float) -> float:
+        """Return the networks' learning rate: that of --lr_teacher, of the protocol, or else `of_set`."""
+        given = self.options.lr_teacher
+        return self.options.evaluation_protocol().rate(of_set) if given is None else given
 
     def _images_and_lr(self, device: torch.device) -> tuple[Images, float]:
         """Return the images of the set, and its learning rate; of files without a rate, that of real images."""

@@ -177,7 +177,8 @@ class EvaluationOptions(TrainingOptions):
     """networks to evaluate. S: --model with instance norm instead of batch norm; SS: --model; C: --model and ConvNet; M: architectures;
     W: widths; D: depths; A: activations; P: poolings; N: norms; B, BN: batch norm"""
     protocol: Annotated[str, Role.EVALUATION, Checked(published_protocol)] = "mtt"
-    """evaluation protocol: mtt, datm (batches of 128) or ddranking (reports the best epoch)"""
+    """evaluation protocol: mtt, datm (batches of 128), ddranking (reports the best epoch) or selmatch (learning rate 0.1, falling
+    along a cosine)"""
     best_epoch: Annotated[bool, Role.EVALUATION, HARMLESS] = False
     """report the best epoch of each evaluated network, chosen on the test images, instead of the last"""
 

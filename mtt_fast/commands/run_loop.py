@@ -219,10 +219,10 @@ def evaluate_network(
     indices: Sequence[int] = (),
 ) -> Accuracy:
     """Return the accuracy that `mtt_fast.training.protocols.evaluate` measures with the run's options."""
-    options, test = run.options, run.real.test
+    options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
     with run.seconds.of("evaluations"):
         return evaluate(
-            network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+            network, train, test, protocol.rate(lr), protocol, networks=options.num_eval, seed=options.seed,
             indices=indices, name=name, stop=stop,
             precision=precision_on(test.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=run.memory_budget,

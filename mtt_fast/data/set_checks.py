@@ -47,6 +47,9 @@ def check_set(synthetic: SyntheticDataset, where: Where) -> None:
     for name in ("recipe", "versions"):
         if not isinstance(getattr(synthetic, name), dict):
             raise InputError(f"{where}: {name}: expected a dictionary, found {shown(getattr(synthetic, name))}")
+    share = synthetic.recipe.get("distilled_share", 1.0)
+    if not isinstance(share, float) or not 0 < share <= 1:
+        raise InputError(f"{where}: recipe: expected a distilled_share above 0 and at most 1, found {shown(share)}")
 
 
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:

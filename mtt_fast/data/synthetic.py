@@ -88,6 +88,13 @@ class SyntheticDataset:
         """Return the class of each image, (n,) int64; with soft labels by its place, as learned ones may favour another."""
         return self.labels if self.label_kind == "indices" else classes_by_place(self.labels, len(self.class_names))
 
+    @property
+    def real(self) -> Tensor | None:
+        """Return which images are real ones that were not distilled, (n,) bool on the CPU, or None if there are none (SelMatch)."""
+        share, ipc = self.recipe.get("distilled_share", 1.0), len(self.labels) // len(self.class_names)
+        real = real_in_class(ipc, share)
+        return torch.arange(len(self.labels)) % ipc < real if real else None
+
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
         return self.transform.invert(self.images).clamp(0, 1)
@@ -150,6 +157,11 @@ _RECORD = {
     "fingerprint": str,
 }  # fmt: skip
 """The fields of a set's record, and their types."""
+
+
+def real_in_class(ipc: int, distilled_share: float) -> int:
+    """Return how many of the `ipc` images of a class are real ones that are not distilled, the first ones in the class."""
+    return ipc - int(ipc * distilled_share)
 
 
 def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:

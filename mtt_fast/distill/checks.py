@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network
 from mtt_fast.distill.experts import ExpertInventory, check_experts
+from mtt_fast.distill.initial import hardness
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
@@ -41,6 +43,15 @@ def check_options_fit(
         precision_on(device, evaluated, options.precision)
 
 
+def check_scores_are_there(options: DistillOptions) -> None:
+    """Raise `InputError` for a `score_path` without a file."""
+    if options.score_path is not None and not Path(options.score_path).is_file():
+        raise InputError(
+            f"--score_path {options.score_path}: expected a file such as scores/forgetting_CIFAR10.npy of SelMatch's code, found "
+            "none; mend the path"
+        )
+
+
 def check_fits(
     options: DistillOptions,
     inventory: ExpertInventory,
@@ -56,6 +67,8 @@ def check_fits(
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
-        check_enough(data, options.ipc, options.canvas_size if options.texture else 1)
+        check_enough(data, options.ipc + options.window_start_image, options.canvas_size if options.texture else 1)
+        if options.pix_init == "window":
+            hardness(options, data)
     check_experts(options, inventory, data, network, requested)
     check_cam_expert(options, data)

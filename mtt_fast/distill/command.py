@@ -23,7 +23,7 @@ from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network, weighed
-from mtt_fast.distill.checks import check_fits, check_options_fit
+from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
 from mtt_fast.distill.experts import (
@@ -50,7 +50,7 @@ from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_with_given
 from mtt_fast.distill.planning import planned
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
-from mtt_fast.distill.updates import apply_gradients, check_converges
+from mtt_fast.distill.updates import apply_gradients, check_converges, of_distilled
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.kernels import Precision
@@ -101,6 +101,7 @@ def _run(
 ) -> None:
     """Distil as `options` say. `requested`: see `check_experts`; `command` is the command line; `precision`: see `main`."""
     folder = options.folder()
+    check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         # before images are fetched and packed
         check_options_fit(options, info, options.network(info), device)
@@ -173,7 +174,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
-            gradients = weighed(options, run.cam, state, gradients)
+            gradients = of_distilled(options, weighed(options, run.cam, state, gradients))
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # there may be room for those of one iteration only
             if state.iteration < options.Iteration:

@@ -103,6 +103,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
+        "scores": _scores(options),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
@@ -122,7 +123,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
 _SHOWN_ELSEWHERE = {
     "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
     "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
-    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "precision", "memory_budget",
+    "dry_run", "data_path", "packed_path", "buffer_path", "download", "score_path", "device", "precision", "memory_budget",
     "microbatch",
 }  # fmt: skip
 """Options that another line shows, or that only name files and folders."""
@@ -140,6 +141,12 @@ def _recipe(options: DistillOptions) -> str:
         return ""
     about = recipe_about(options.recipe)
     return f"{options.recipe}: {about['description']} ({about['source']})"
+
+
+def _scores(options: DistillOptions) -> str:
+    if options.score_path is None:
+        return ""
+    return f"{options.score_path}, {'there' if Path(options.score_path).is_file() else 'to be put there first'}"
 
 
 def _maps(options: DistillOptions, *, to_train: bool) -> str:

@@ -40,6 +40,7 @@ _INITIAL_IMAGES = {
     "real": "real images",
     "noise": "noise",
     "samples_predicted_correctly": "real images that experts classify correctly",
+    "window": "real images of a window of difficulty",
 }
 
 
@@ -114,7 +115,8 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
         f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     accuracies = {
-        "random_real_images": accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
+        "random_real_images": accuracy_record(baseline)
+        | {"lr": run.options.evaluation_protocol().rate(REAL_IMAGES_LR)},
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import canvases_of
+from mtt_fast.data import ImageData
 from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.subsets import random_subset, shuffled_classes
+from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ def initial_images(
         finished = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
         chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
+    elif options.pix_init == "window":
+        images = window_of_difficulty(real, hardness(options, real.data), ipc, options.window_start_image)
     else:
         images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
@@ -69,6 +73,15 @@ def initial_images(
     if options.canvas is not None:
         images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles])
     return images, wrong
+
+
+def hardness(options: DistillOptions, data: ImageData) -> Tensor:
+    """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
+
+    Raises `InputError` for a file that is missing, broken, or of other images.
+    """
+    scores = read_scores(str(options.score_path), data.train.labels)
+    return -scores if options.score == "cscore" else scores
 
 
 def predicted_correctly(

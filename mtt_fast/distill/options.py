@@ -20,6 +20,7 @@ from mtt_fast.commands.options import (
     EvaluationOptions,
     Networks,
     NetworksOrNone,
+    PositiveShare,
     Rate,
     RateOrInfinityOrNone,
     RateOrZero,
@@ -30,6 +31,7 @@ from mtt_fast.commands.options import (
 )
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data.synthetic import real_in_class
 from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget
 from mtt_fast.engine.sweeps import Gradient
@@ -114,8 +116,18 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """fraction of the parameters, those with the lowest loss, to leave out of the matching loss (PAD)"""
     num_trajectories: Count = 1
     """number of segments that each iteration matches, each of the next expert; the gradients are averaged"""
-    pix_init: Literal["real", "noise", "samples_predicted_correctly"] = "real"
-    """initial images: random real images, noise, or real images that experts classify correctly (DATM)"""
+    pix_init: Literal["real", "noise", "samples_predicted_correctly", "window"] = "real"
+    """initial images: random real images, noise, real images that experts classify correctly (DATM), or real images of a window of
+    difficulty (SelMatch)"""
+    score_path: Annotated[str | None, Role.LOCATION] = None
+    """file with the difficulty of each training image, for --pix_init window: .npy, or .npz with an array "scores", as in SelMatch's
+    scores/"""
+    score: Annotated[Literal["cscore", "forgetting"], Needs("score_path")] = "cscore"
+    """meaning of --score_path. cscore: hard images have low scores; forgetting: high ones"""
+    window_start: Annotated[RateOrZero, Needs("score_path")] = 0.0
+    """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
+    distilled_share: PositiveShare = 1.0
+    """share of each class's images that is distilled; the others, the first ones, stay as they are (SelMatch's alpha)"""
     lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
@@ -210,6 +222,16 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return last_start + self.expert_epochs
 
     @property
+    def real_images(self) -> int:
+        """Return how many images of each class, the first ones, are real ones that are not distilled."""
+        return real_in_class(self.ipc, self.distilled_share)
+
+    @property
+    def window_start_image(self) -> int:
+        """Return how many images of each class, the hardest, come before the window of `pix_init`."""
+        return int(self.ipc * self.window_start) if self.pix_init == "window" else 0
+
+    @property
     def canvas(self) -> Canvas | None:
         """Return the canvas whose crops are the steps' inputs with --texture, else None."""
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
@@ -253,6 +275,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             raise InputError("--microbatch, --memory_budget: expected one of them, found both")
         if self.texture:
             self._check_texture()
+        self._check_window()
         self.experts()
         self.evaluation_protocol()
 
@@ -289,6 +312,26 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         if earliest >= bound:
             raise InputError(f"--min_start_epoch {earliest}: expected less than --{name}_start_epoch {bound}")
 
+    def _check_window(self) -> None:
+        """Raise `InputError` unless a window has scores, and each class an image that is distilled."""
+        if self.pix_init == "window" and self.score_path is None:
+            raise InputError(
+                "--pix_init window: expected --score_path with it, the file with the difficulty of each training image"
+            )
+        if self.pix_init != "window" and self.score_path is not None:
+            raise InputError(
+                f"--score_path {self.score_path}: expected --pix_init window with it, found {self.pix_init}"
+            )
+        if self.real_images == self.ipc:
+            raise InputError(
+                f"--distilled_share {self.distilled_share:g}: expected a share that leaves an image of {self.ipc} in each class, found "
+                "none; give a larger one"
+            )
+        if self.real_images and self.pix_init == "noise":
+            raise InputError(
+                f"--distilled_share {self.distilled_share:g}, --pix_init noise: expected real images to keep; leave one of them out"
+            )
+
     def _check_texture(self) -> None:
         """Raise `InputError` for options that need images of the networks' input size, which canvases do not have."""
         others = {
@@ -296,6 +339,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             "--teacher_label": self.teacher_label,
             "--label_init experts": self.label_init == "experts",
             "--cam_model": self.cam_model is not None,
+            "--pix_init window": self.pix_init == "window",
+            "--distilled_share": self.distilled_share < 1,
         }
         for other, given in others.items():
             if given:

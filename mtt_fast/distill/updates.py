@@ -39,6 +39,15 @@ def apply_gradients(
     return "step", {"loss": loss, "lr": state.mean_lr, **log_fields(segments)}
 
 
+def of_distilled(options: DistillOptions, gradients: list[Tensor] | None) -> list[Tensor] | None:
+    """Return the `gradients` of an iteration with zeros for the real images that are not distilled (SelMatch)."""
+    if gradients is None or not options.real_images:
+        return gradients
+    of_images, *others = gradients
+    distilled = torch.arange(len(of_images), device=of_images.device) % options.ipc >= options.real_images
+    return [of_images * distilled[:, None, None, None], *others]
+
+
 def update(
     options: DistillOptions,
     state: State,

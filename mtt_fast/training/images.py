@@ -19,7 +19,7 @@ def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Ima
     """Return a distilled set as images to train on; label logits become probabilities."""
     moved = synthetic.to(device)
     labels = moved.labels.softmax(dim=1) if synthetic.label_kind == "logits" else moved.labels
-    return Images(moved.images, labels, canvas=moved.canvas)
+    return Images(moved.images, labels, canvas=moved.canvas, real=synthetic.real)
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,15 @@ class Images:
 
     `pixels` (n, C, H, W) are uint8 with `transform` from [0, 1] to the network's inputs, or floating-point inputs and
     `transform` None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` the images are textures, of
-    which each step of a training sees random crops.
+    which each step of a training sees random crops. `real` (n,) bool, on the CPU, says which images of a distilled set are real
+    ones that were not distilled (SelMatch); None where there are none.
     """
 
     pixels: Tensor
     labels: Tensor
     transform: Callable[[Tensor], Tensor] | None = None
     canvas: Canvas | None = None
+    real: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

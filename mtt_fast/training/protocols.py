@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.student_choice import student_for
@@ -35,13 +36,15 @@ log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
 _TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best one, as in DD-Ranking
+_LEAST_RATE = 0.01  # the last factor of the loop cosine, as in SelMatch's code
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
     """A protocol to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
 
-    Training is SGD at the set's own learning rate, which is divided by ten once, at half of the epochs.
+    Training is SGD at the set's own learning rate, which is divided by ten once, at half of the epochs, unless `lr` or `loop` say
+    otherwise.
     """
 
     epochs: int = 1000
@@ -50,9 +53,15 @@ class EvaluationProtocol:
     batch_size: int = 256
     augment: str = "color_crop_cutout_flip_scale_rotate"
     name: str = "mtt"
-    loop: Literal["public", "scheduler"] = "public"
+    loop: Literal["public", "scheduler", "cosine"] = "public"
     """public: `epochs` + 1 epochs, and after number `epochs` // 2 + 1 (from 0) a new optimiser at a tenth of the rate;
-    scheduler: `epochs` epochs, and after the first `epochs` // 2 a tenth of the rate in the same optimiser"""
+    scheduler: `epochs` epochs, and after the first `epochs` // 2 a tenth of the rate in the same optimiser;
+    cosine: `epochs` + 1 epochs, in which the rate falls to a hundredth along half a period of the cosine"""
+    lr: float | None = None
+    """learning rate in place of the set's, see `rate`"""
+    combined: bool = False
+    """augment each distilled image by an operation of its own, and real images in the set by a crop and a flip
+    (mtt_fast/augmentation/combined.py)"""
     best_epoch: bool = False
     """report the highest accuracy on the test images of every tenth epoch (twentieth where the labels are soft) and the last
     one, in place of the last"""
@@ -60,12 +69,22 @@ class EvaluationProtocol:
     @property
     def total_epochs(self) -> int:
         """Return the number of epochs of a training."""
-        return self.epochs + (self.loop == "public")
+        return self.epochs + (self.loop != "scheduler")
 
     @property
     def epochs_before_drop(self) -> int:
-        """Return the number of epochs before the rate is divided by ten."""
+        """Return the number of epochs before the rate is divided by ten; with the loop cosine it never is."""
         return self.epochs // 2 + (2 if self.loop == "public" else 0)
+
+    def rate(self, of_set: float) -> float:
+        """Return the first learning rate for a set whose own rate is `of_set`."""
+        return of_set if self.lr is None else self.lr
+
+    def rate_factor(self, epoch: int) -> float:
+        """Return the rate in `epoch`, counted from 0, as a multiple of the first one."""
+        if self.loop == "cosine":
+            return _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * epoch / max(self.epochs, 1))) / 2
+        return 1.0 if epoch < self.epochs_before_drop else 0.1
 
     def is_tested(self, epoch: int, *, soft: bool) -> bool:
         """Return whether the network is tested after `epoch`, counted from 1, where labels are `soft` or not."""
@@ -75,7 +94,15 @@ class EvaluationProtocol:
     def describe(self) -> str:
         """Return the protocol in words, on one line."""
         optimiser = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
-        drop = "in a new optimiser" if self.loop == "public" else "in the same optimiser"
+        drop = {
+            "public": f"a tenth of it after {self.epochs_before_drop} epochs in a new optimiser",
+            "scheduler": f"a tenth of it after {self.epochs_before_drop} epochs in the same optimiser",
+            "cosine": f"which falls to {_LEAST_RATE:g} of it along a cosine",
+        }[self.loop]
+        rate = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
+        combined = (
+            " by an operation of its own for each image, for real images in the set a crop and a flip" * self.combined
+        )
         reported = (
             f"the BEST of every {_TESTED_EVERY}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels) and the last is reported, "
             "chosen on the test images"
@@ -83,8 +110,8 @@ class EvaluationProtocol:
             else "the last epoch is reported"
         )
         return (
-            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimiser}, the set's learning "
-            f"rate, a tenth of it after {self.epochs_before_drop} epochs {drop}, augmentation {self.augment}; {reported}"
+            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimiser}, {rate}, "
+            f"{drop}, augmentation {self.augment}{combined}; {reported}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -96,6 +123,7 @@ PROTOCOLS = {
     "mtt": EvaluationProtocol(),
     "datm": EvaluationProtocol(name="datm", batch_size=128),
     "ddranking": EvaluationProtocol(name="ddranking", loop="scheduler", best_epoch=True),
+    "selmatch": EvaluationProtocol(name="selmatch", batch_size=128, loop="cosine", lr=0.1, combined=True),
 }
 """Protocols by name.
 
@@ -104,6 +132,8 @@ datm: the same loop in batches of 128, as DATM's configurations say (soft labels
     Its authors' numbers are of the set with the highest accuracy on the test images: `best.safetensors` of a run.
 ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set has no learning rate it tries five
     and keeps the one best on the test images; here the caller gives the rate.
+selmatch: SelMatch's code, for its sets of hundreds of images per class, on ResNet18BN. Its authors' numbers are of the set with
+    the highest accuracy on the test images, as DATM's.
 """
 
 
@@ -183,7 +213,7 @@ def train_network(
     precision: Precision = "fp32",
     stop: StopRequest | None = None,
 ) -> Tensor:
-    """Train from `theta` (P,) on `images` by the protocol; return the final parameters (P,)."""
+    """Train from `theta` (P,) on `images` by the protocol, at first at `lr`; return the final parameters (P,)."""
     return result_of(_training(network, theta, images, lr, protocol, generator, precision=precision, stop=stop))
 
 
@@ -206,8 +236,10 @@ def _training(
     """
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
-    augment, track = augment_by_strategy(protocol.augment), track_of(network)
-    velocity, run = torch.zeros_like(theta), epochs_on(student, images, sgd, augment, track)
+    augment = augment_by_strategy(protocol.augment)
+    if augment is not None and protocol.combined:
+        augment = CombinedAugment(augment.strategy)
+    velocity, run = torch.zeros_like(theta), epochs_on(student, images, sgd, augment, track_of(network))
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     losses: list[Tensor] = []
     soft, most, epoch = images.labels.is_floating_point(), _epochs_at_once(images, sgd.batch_size), 0
@@ -215,15 +247,15 @@ def _training(
         if stop:
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
         epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft)
-        theta, velocity, means, *statistics = run(theta, velocity, generator, *statistics, epochs=epochs)
+        theta, velocity, means, *statistics = run(
+            theta, velocity, generator, *statistics, epochs=epochs, factor=protocol.rate_factor(epoch)
+        )
         losses.append(means)
         epoch += epochs
         if protocol.is_tested(epoch, soft=soft):
             test(in_evaluation(network, *statistics), theta, has_diverged(torch.cat(losses), theta, *statistics))
-        if epoch == protocol.epochs_before_drop:
-            if protocol.loop == "public":
-                velocity = torch.zeros_like(theta)
-            run = epochs_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment, track)
+        if epoch == protocol.epochs_before_drop and protocol.loop == "public":
+            velocity = torch.zeros_like(theta)
         yield
     return theta
 
@@ -238,9 +270,9 @@ def _epochs_at_once(images: Images, batch_size: int) -> int:
 
 
 def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool) -> int:
-    """Return how many epochs, at most `most`, follow the first `epoch` until a test, a drop of the rate or the end."""
+    """Return how many epochs, at most `most`, follow the first `epoch` until a test, another rate or the end."""
     for following in range(epoch + 1, min(epoch + most, protocol.total_epochs)):
-        if protocol.is_tested(following, soft=soft) or following == protocol.epochs_before_drop:
+        if protocol.is_tested(following, soft=soft) or protocol.rate_factor(following) != protocol.rate_factor(epoch):
             return following - epoch
     return min(most, protocol.total_epochs - epoch)
 

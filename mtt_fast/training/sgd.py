@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.engine.batch import Batch, Inputs, gathered
@@ -53,7 +54,10 @@ after the epoch.
 """
 
 Epochs = Callable[..., tuple[Tensor, ...]]
-"""A function like an `Epoch` that does as many epochs as its keyword `epochs` says; the mean losses are (epochs,)."""
+"""A function like an `Epoch` that does as many epochs as its keyword `epochs` says, at the learning rate times its keyword `factor`.
+
+The mean losses are (epochs,).
+"""
 
 
 class Chunk(NamedTuple):
@@ -106,10 +110,15 @@ def epochs_on(
     count = images.crops * (len(images) if visited is None else len(visited))
 
     def run(
-        theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
+        theta: Tensor,
+        velocity: Tensor,
+        generator: torch.Generator,
+        *statistics: Tensor,
+        epochs: int = 1,
+        factor: float = 1.0,
     ) -> tuple[Tensor, ...]:
         losses = []
-        for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs):
+        for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs, factor=factor):
             losses.append(chunk.losses)
         means = torch.cat(losses).view(epochs, -1).sum(1) / count
         return chunk.theta, chunk.velocity, means, *chunk.statistics
@@ -136,14 +145,23 @@ def chunks_on(
     steps = graphed(run, device, kernels.compile_ahead)
 
     def chunks(
-        theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
+        theta: Tensor,
+        velocity: Tensor,
+        generator: torch.Generator,
+        *statistics: Tensor,
+        epochs: int = 1,
+        factor: float = 1.0,
     ) -> Iterator[Chunk]:
+        rate = theta.new_full((), sgd.lr * factor)
         draw = None if augmentation is None else augmentation.draw_parameters
         batches = map(images.expand_crops, _batches(every, sgd.batch_size, generator, epochs))
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
+        if isinstance(augment, CombinedAugment) and images.real is not None and draws.parameters is not None:
+            real = images.real[draws.indices]
+            draws.parameters[real] = augment.draw_of_real(int(real.sum()), generator).to(draws.parameters)
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
-            theta, velocity, losses, *statistics_after = steps(theta, velocity, *statistics, *rows)
+            theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *rows)
             statistics = tuple(statistics_after)
             yield Chunk(theta, velocity, losses, statistics_after)
 
@@ -177,11 +195,12 @@ def training_steps(
     length: int,
     theta: Tensor,
     velocity: Tensor,
+    rate: Tensor,
     *rest: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return parameters and velocity (P,) after steps on `length` images each, and the sums of the images' losses (steps,).
 
-    `rest` are the running statistics (S,) if `track` is given, which come back last, the indices (Σb,) of all steps' images,
+    `rate` () is the learning rate in place of that of `sgd`, so that a recording serves all rates. `rest` are the running statistics (S,) if `track` is given, which come back last, the indices (Σb,) of all steps' images,
     and the parameters (Σb, K) of `augment`. A pure function of its tensors, none of whose values is read on the host.
     """
     statistics, (index, *parameters) = (rest[:1], rest[1:]) if track is not None else ((), rest)
@@ -191,21 +210,21 @@ def training_steps(
         if track is not None:
             inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
-        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets)
+        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets, rate)
         losses.append(loss * len(targets))
     return theta, velocity, torch.stack(losses), *statistics
 
 
 def training_step(
-    student: Gradients, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor
+    student: Gradients, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor, rate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters and velocity (P,) after a step on a batch, and the loss () before the step. A pure function."""
+    """Return parameters and velocity (P,) after a step at learning rate `rate` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
     theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
     kernels.sgd_step(
         theta,
         sums,
-        theta.new_full((), sgd.lr),
+        rate,
         out=theta_out,
         velocity=velocity if sgd.momentum else None,
         velocity_out=velocity_out,

@@ -40,6 +40,16 @@ def shuffled_classes(real: RealImages, ipc: int, generator: torch.Generator) -> 
     return [members[torch.randperm(len(members), generator=generator)] for members in class_members(real, ipc)]
 
 
+def window_of_difficulty(real: RealImages, hardness: Tensor, ipc: int, start: int) -> Images:
+    """Return `ipc` training images of each class, class-major, from place `start` of the order of difficulty on, the hardest first.
+
+    `hardness` (n,) is on the CPU; among equals the first comes first. Raises `InputError` if a class has too few images.
+    """
+    members = class_members(real, start + ipc)
+    by_hardness = (each[hardness[each].argsort(descending=True, stable=True)] for each in members)
+    return real.train.subset(torch.cat([each[start : start + ipc] for each in by_hardness]))
+
+
 def random_subset(real: RealImages, ipc: int, generator: torch.Generator) -> Images:
     """Return `ipc` random training images of each class, class-major, as inputs of networks (floating point).
 

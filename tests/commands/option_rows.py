@@ -145,6 +145,7 @@ _EXPERTS = {
 }
 _LEAVING_OUT = "--sort_method order.pt --add_end_epoch 0 --rm_epoch_first 0"
 """A curriculum that leaves images out from the second epoch on."""
+_WINDOW = "--pix_init window --score_path scores.npy"
 _ANEW = f"{RUN} --out new --buffer_path new_buffers"
 """A distillation that has to train its experts."""
 
@@ -205,6 +206,10 @@ ROWS: dict[str, dict[str, Row]] = {
         "loss_ratio": changes("--loss_ratio 0.5"),
         "num_trajectories": changes("--num_trajectories 2"),
         "pix_init": changes("--pix_init noise"),
+        "score_path": changes(_WINDOW),
+        "score": needs(_WINDOW, "--score forgetting"),
+        "window_start": needs(_WINDOW, "--window_start 2"),
+        "distilled_share": changes("--distilled_share 0.5", "--ipc 2"),
         "lr_y": changes("--lr_y 10"),
         "mom_y": needs("--lr_y 10", "--mom_y 0.1"),
         "label_init": needs("--lr_y 10", "--label_init experts"),

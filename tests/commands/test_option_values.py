@@ -264,7 +264,7 @@ def test_what_a_file_may_say_in_another_type() -> None:
     [
         (
             'pix_init = "zz"',
-            "option pix_init: expected one of 'real', 'noise', 'samples_predicted_correctly', found 'zz'",
+            "option pix_init: expected one of 'real', 'noise', 'samples_predicted_correctly', 'window', found 'zz'",
         ),
         ("ipc = true", "option ipc: expected a whole number, found True"),
         ("ipc = 1.5", "option ipc: expected a whole number, found 1.5"),
@@ -443,6 +443,7 @@ def test_what_options_decide() -> None:
     """Check the role that each option declares; a new option belongs in one of these lists on purpose, or decides the result."""
     assert names_of(DistillOptions, Role.LOCATION) == {
         "recipe", "config", "out", "resume", "dry_run", "download", "data_path", "packed_path", "buffer_path",
+        "score_path",
     }  # fmt: skip
     assert names_of(DistillOptions, Role.MACHINE) == {
         "device", "networks_at_once", "memory_budget", "microbatch", "save_seconds",

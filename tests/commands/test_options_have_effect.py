@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -76,6 +77,7 @@ def _save_foreign_files() -> None:
     torch.save([whole], "public/replay_buffer_0.pt")
     data = load("digits", data_path="data", progress=False)
     torch.save([(data.train.labels == label).nonzero()[:, 0] for label in range(10)], "order.pt")
+    np.save("scores.npy", np.arange(len(data.train.labels)))
     for split, images in (("train", data.train), ("test", data.test)):
         for place in range(60):
             of_class = Path("pictures") / split / str(int(images.labels[place]))

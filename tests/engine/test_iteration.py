@@ -133,7 +133,7 @@ def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
             return super().gradient(theta, images, labels, save)
 
     augment, index, sgd = SiameseAugment("rotate"), torch.tensor([3, 0, 3]), Sgd(0.1)
-    theta = torch.randn(NET.num_parameters) / 3
+    theta, rate = torch.randn(NET.num_parameters) / 3, torch.tensor(0.1)
     floats, bytes_ = torch.randn(10, 3, 8, 8), torch.randint(256, (10, 3, 8, 8)).byte()
     labels, scaled = torch.arange(10) % 4, Normalisation((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)).apply
     parameters = augment.draw_parameters([floats[index]], torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
         expected = images.batch(index)[0]
         if applied is not None:
             expected = augment_with(expected, parameters)
-        actual = training_steps(Watched(NET), images, sgd, applied, None, len(index), theta, theta, *rows)[0]
+        actual = training_steps(Watched(NET), images, sgd, applied, None, len(index), theta, theta, rate, *rows)[0]
         gradient = GenericStudent(NET).gradient(theta, expected, labels[index]).theta
         assert_close("theta", actual, theta - 0.1 * gradient, 1e-6)
     assert [isinstance(images, Batch) for images in handed] == [True, True, False, False]
@@ -164,7 +164,7 @@ def test_nothing_waits_in_a_step_of_training(pixels: str) -> None:
     parameters = torch.empty(7, len(WARP_PARAMETERS), device="meta")
     run = partial(training_steps, FusedConvNetStudent(NET), images, Sgd(0.1, 0.9, 5e-4), augment_with, None, 4)
     with NoValues():
-        actual = run(theta, theta, index, parameters)
+        actual = run(theta, theta, theta.new_empty(()), index, parameters)
     assert [tensor.shape for tensor in actual] == [theta.shape, theta.shape, (2,)]
 
 

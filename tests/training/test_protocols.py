@@ -84,7 +84,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> No
     assert_close("logits", net(net.init(), images), module(images), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mtt", "ddranking"])
+@pytest.mark.parametrize("name", ["mtt", "ddranking", "selmatch"])
 @pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
 def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use one batch, whose order does not matter. The best of every second epoch stands for every tenth."""
@@ -103,8 +103,12 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     nn.utils.vector_to_parameters(start.double(), module.parameters())
     lr, accuracies = 0.05, []
     optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [7 // 2], gamma=0.1)
-    for epoch in range(8 if name == "mtt" else 7):
+    schedule: torch.optim.lr_scheduler.LRScheduler = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 7, eta_min=lr * 0.01)
+        if name == "selmatch"
+        else torch.optim.lr_scheduler.MultiStepLR(optimiser, [7 // 2], gamma=0.1)
+    )
+    for epoch in range(7 if name == "ddranking" else 8):
         module.train()
         optimiser.zero_grad()
         nn.functional.cross_entropy(module(in_double.pixels), train.labels).backward()
@@ -112,7 +116,7 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
         with torch.no_grad():
             predictions = module.eval()(test.pixels.double()).argmax(1)
         accuracies.append(float((predictions == test.labels).double().mean()))
-        if name == "ddranking":
+        if name != "mtt":
             schedule.step()
         elif epoch == 7 // 2 + 1:
             lr *= 0.1
@@ -121,7 +125,7 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     assert_close("parameters", end - start, plain - start, 1e-10)
 
     result = measure(net, lambda _: train, test, 0.05, protocol, networks=1, seed=0)
-    tested = accuracies[-1:] if name == "mtt" else [accuracies[1], accuracies[3], accuracies[5], accuracies[6]]
+    tested = [accuracies[1], accuracies[3], accuracies[5], accuracies[6]] if name == "ddranking" else accuracies[-1:]
     assert result.values[0] == pytest.approx(max(tested), abs=0.5 / 60)
     assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
 
@@ -163,7 +167,10 @@ def test_protocols_say_what_they_do() -> None:
         "the BEST of every 10th epoch (20th with soft labels) and the last is reported, chosen on the test images"
         in said["ddranking"]
     )
-    assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm"))
+    assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm", "selmatch"))
+    assert "1001 epochs in batches of 128" in said["selmatch"]
+    assert "learning rate 0.1, which falls to 0.01 of it along a cosine" in said["selmatch"]
+    assert "an operation of its own for each image, for real images in the set a crop and a flip" in said["selmatch"]
     tested = [
         [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft)]
         for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
@@ -176,7 +183,7 @@ def test_options_choose_the_protocol() -> None:
     datm = EvaluationOptions(protocol="datm", epoch_eval_train=30, best_epoch=True, dsa=False).evaluation_protocol()
     assert (datm.batch_size, datm.epochs, datm.best_epoch, datm.augment) == (128, 30, True, "none")
     assert EvaluationOptions(protocol="datm", batch_train=64).evaluation_protocol().batch_size == 64
-    with pytest.raises(InputError, match="`protocol` kip: expected mtt, datm, ddranking"):
+    with pytest.raises(InputError, match="`protocol` kip: expected mtt, datm, ddranking, selmatch"):
         EvaluationOptions(protocol="kip").evaluation_protocol()
     with pytest.raises(InputError, match="`epoch_eval_train` 0: expected at least 1 with `protocol` ddranking"):
         EvaluationOptions(protocol="ddranking", epoch_eval_train=0).evaluation_protocol()
@@ -201,6 +208,9 @@ def a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "set.safetensors"
 
 
+ONE_EPOCH = "--model ConvNetD1W4 --num_eval 1 --epoch_eval_train 1".split()
+
+
 def result_of(*arguments: str) -> dict[str, Any]:
     assert cli.run(evaluate.main, [*arguments, "--out", "result.json"]) == 0
     result: dict[str, Any] = json.loads(Path("result.json").read_text())
@@ -219,6 +229,13 @@ def test_a_set_is_evaluated_on_the_networks_of_a_pool(a_set: Path) -> None:
     best = result_of(str(a_set), "--best_epoch")
     assert best["accuracy"]["epoch"] == "best"
     assert best["accuracy"]["values"] == alone["accuracy"]["values"]  # of three epochs only the last is tested
+
+
+def test_the_protocols_rate_stands_in_for_that_of_the_set(a_set: Path) -> None:
+    assert result_of(str(a_set))["lr"] == pytest.approx(0.02)
+    assert result_of(str(a_set), "--protocol", "selmatch")["lr"] == 0.1
+    assert result_of(str(a_set), "--protocol", "selmatch", "--lr_teacher", "0.3")["lr"] == 0.3
+    assert result_of("random", "--dataset", "digits", *ONE_EPOCH, "--protocol", "selmatch")["lr"] == 0.1
 
 
 def test_evaluations_come_back_from_their_records() -> None:

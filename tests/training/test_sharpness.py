@@ -76,8 +76,9 @@ def test_steps_are_those_of_the_definition(
     start = flat(list(module.parameters()))
     theta, velocity = start, torch.zeros_like(start)
     sgd = Sgd(0.1, momentum, decay)
-    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd)
-    plain = partial(training_step, student, sgd)
+    rate = torch.tensor(sgd.lr, dtype=torch.float64)
+    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd, rate=rate)
+    plain = partial(training_step, student, sgd, rate=rate)
     for number in range(3):
         before = F.cross_entropy(module(images.pixels[number:]), images.labels[number:])
         reference_step(module, optimiser, images.pixels[number:], images.labels[number:], rho, alpha, adaptive)

@@ -1,0 +1,166 @@
+"""Check SelMatch's window of difficulty and its distillation of a part of the images, against its steps in plain torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mtt_fast import SyntheticDataset
+from mtt_fast.commands import cli
+from mtt_fast.data import ImageData, load
+from mtt_fast.distill.command import main
+from mtt_fast.distill.initial import hardness
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.updates import of_distilled
+from mtt_fast.errors import InputError
+from mtt_fast.interop.scores import read_scores
+from mtt_fast.storage.checkpoint import load_checkpoint
+from mtt_fast.training.images import as_training_images, real_images
+from mtt_fast.training.subsets import window_of_difficulty
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4BN --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 --eval_mode SS "
+    "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --lr_img 100 --ipc 5 --save_seconds 0"
+).split()
+WINDOW = (
+    "--pix_init window --score_path scores.npz --window_start 0.5 --distilled_share 0.7 --protocol selmatch".split()
+)
+
+
+@pytest.fixture
+def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    monkeypatch.chdir(tmp_path)
+    data = load("digits", data_path="data", progress=False)
+    scores = np.random.default_rng(0).integers(0, 30, len(data.train.labels))  # with many equal ones
+    np.savez("scores.npz", scores=scores / 30, labels=data.train.labels.numpy())
+    np.save("scores.npy", scores)
+    return data
+
+
+def expected_window(data: ImageData, *, reverse: bool, first: int, last: int) -> list[int]:
+    """Return the places of a window's images, as SelMatch's code finds them."""
+    scores, labels = np.load("scores.npy"), data.train.labels.tolist()
+    chosen = []
+    for label in range(10):
+        of_class = [place for place, other in enumerate(labels) if other == label]
+        chosen += sorted(of_class, key=lambda place: scores[place], reverse=reverse)[first:last]
+    return chosen
+
+
+@pytest.mark.parametrize(("score", "path"), [("cscore", "scores.npz"), ("forgetting", "scores.npy")])
+def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: ImageData) -> None:
+    options = DistillOptions(
+        dataset="digits",
+        ipc=7,
+        pix_init="window",
+        score=score,
+        score_path=path,
+        window_start=0.5,
+    )
+    assert options.window_start_image == 3
+    real = real_images(digits, torch.device("cpu"), zca=False)
+    window = window_of_difficulty(real, hardness(options, digits), 7, 3)
+    expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
+    assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
+    assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
+
+
+def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits: ImageData) -> None:
+    assert cli.run(main, [*TOY, *WINDOW, "--ema_decay", "0.5", "--out", "run"]) == 0
+    real = real_images(digits, torch.device("cpu"), zca=False)
+    first = real.train.subset(torch.tensor(expected_window(digits, reverse=False, first=2, last=7))).pixels
+    for name in ("synthetic.safetensors", "ema.safetensors"):
+        distilled = SyntheticDataset.load(Path("run") / name)
+        kept = torch.arange(50) % 5 < 2  # 5 − ⌊5 · 0.7⌋ of each class
+        assert torch.equal(distilled.images[kept], first[kept])
+        assert (distilled.images != first)[~kept].flatten(1).any(1).all()
+        real_ones = as_training_images(distilled, torch.device("cpu")).real
+        assert real_ones is not None
+        assert torch.equal(real_ones, kept)
+    state = load_checkpoint(Path("run"), torch.device("cpu"))
+    assert state is not None
+    assert not state.images_velocity[kept].any()
+    assert state.images_velocity[~kept].any()
+
+
+def test_the_gradients_of_the_other_images_are_untouched() -> None:
+    images, rate = torch.randn(6, 1, 2, 2), torch.randn(())
+    masked = of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate])
+    assert masked is not None
+    assert [bool(image.any()) for image in masked[0]] == [False, True, True] * 2
+    assert torch.equal(masked[0][[1, 2, 4, 5]], images[[1, 2, 4, 5]])
+    assert masked[1] is rate
+    assert of_distilled(DistillOptions(ipc=3), [images, rate]) == [images, rate]
+
+
+def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
+    assert cli.run(main, [*TOY, *WINDOW, "--out", "whole"]) == 0
+    assert cli.run(main, [*TOY, *WINDOW, "--Iteration", "2", "--out", "halves"]) == 0
+    shutil.move("scores.npz", "moved.npz")
+    assert cli.run(main, "--resume --out halves --Iteration 4 --score_path moved.npz".split()) == 0
+    whole, halves = (SyntheticDataset.load(f"{name}/synthetic.safetensors") for name in ("whole", "halves"))
+    assert torch.equal(whole.images, halves.images)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--pix_init window", "--pix_init window: expected --score_path with it"),
+        ("--score_path scores.npz", "--score_path scores.npz: expected --pix_init window with it, found real"),
+        ("--distilled_share 0.1", "--distilled_share 0.1: expected a share that leaves an image of 5 in each class"),
+        ("--distilled_share 0.5 --pix_init noise", "--distilled_share 0.5, --pix_init noise: expected real images"),
+        ("--distilled_share 0.5 --texture", "--texture, --distilled_share: expected one of them"),
+        ("--pix_init window --score_path none.npz", "--score_path none.npz: expected a file such as"),
+        ("--pix_init window --score_path scores.npz --window_start 50", "class"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_the_experts(
+    words: str, message: str, digits: ImageData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(main, [*TOY, *words.split(), "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not Path("buffers").exists()
+
+
+def written(name: str, **arrays: Any) -> Path:
+    """Write arrays, or the one called scores to a .npy file."""
+    if name.endswith(".npy"):
+        np.save(name, arrays["scores"])
+    else:
+        np.savez(name, **arrays)
+    return Path(name)
+
+
+def test_scores_are_one_number_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = torch.tensor([1, 0, 1])
+    for name, dtype in (("a.npy", np.uint8), ("b.npz", np.float32)):
+        read = read_scores(written(name, scores=np.array([3, 1, 2], dtype=dtype)), labels)
+        assert read.dtype == torch.float64
+        assert read.tolist() == [3, 1, 2]
+    wrong: list[tuple[str, Any, str]] = [
+        ("long.npy", [1.0, 2, 3, 4], r"one finite score for each of the 3 training images, found an array \(4,\)"),
+        ("square.npz", [[1.0], [2], [3]], r"found an array \(3, 1\)"),
+        ("nan.npy", [1.0, np.nan, 3], "found other values"),
+        ("text.npy", ["a", "b", "c"], "expected a numpy array, found a broken or foreign file"),
+    ]
+    for name, scores, words in wrong:
+        with pytest.raises(InputError, match=f"{name}: .*{words}"):
+            read_scores(written(name, scores=scores), labels)
+    with pytest.raises(InputError, match=r"other\.npz: expected scores in the order of the training images"):
+        read_scores(written("other.npz", scores=[1.0, 2, 3], labels=np.array([1, 1, 0])), labels)
+    with pytest.raises(InputError, match=r"names\.npz: expected arrays scores"):
+        read_scores(written("names.npz", score=[1.0, 2, 3]), labels)
+    Path("cut.npy").write_bytes(Path("a.npy").read_bytes()[:-1])
+    for name in ("cut.npy", "absent.npy"):
+        with pytest.raises(InputError, match=name):
+            read_scores(name, labels)
