@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ import mtt_fast
 import mtt_fast.interop
 from mtt_fast import __main__, evaluate
 from mtt_fast.commands import cli, parsing
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.options import DistillOptions, parse_options
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.experts import main as train_experts
@@ -155,17 +158,7 @@ def test_the_other_blocks_on_porting_do_what_they_say() -> None:
 
 
 def test_the_order_by_difficulty_is_one_for_a_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = blocks_of("methods.md")
-    for ours, toy in {
-        '"CIFAR10"': '"digits"',
-        "zca=True": "zca=False",
-        "ConvNet()": "ConvNet(1, 10, 8, 4, 1)",
-        "buffers/CIFAR10/ConvNet": "buffers/digits/ConvNetD1W4",
-        "expert, 10": "expert, 2",
-        "range(10)]": "range(2)]",
-    }.items():
-        assert block.count(ours) == 1, ours
-        block = block.replace(ours, toy)
+    block = on_digits(blocks_of("methods.md")[1], {"expert, 10": "expert, 2", "range(10)]": "range(2)]"})
     monkeypatch.chdir(tmp_path)
     flags = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 2 --lr_teacher 0.1".split()
     assert cli.run(train_experts, flags) == 0
@@ -175,6 +168,40 @@ def test_the_order_by_difficulty_is_one_for_a_curriculum(tmp_path: Path, monkeyp
     right = space["net"](space["theta"], space["images"].batch(slice(None))[0]).argmax(1) == space["images"].labels
     first, last = (torch.cat([row[part] for row in torch.load("order.pt")]) for part in (slice(20), slice(-20, None)))
     assert right[first].double().mean() > right[last].double().mean()
+
+
+def test_forgetting_events_are_scores_for_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = on_digits(blocks_of("methods.md")[0], {})
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 6".split()
+    assert cli.run(train_experts, [*flags, "--lr_teacher", "0.1"]) == 0
+    space: dict[str, Any] = {}
+    exec(block, space)
+    assert 0 < np.load("forgetting.npy").max() <= 3  # right and wrong in turn, in six epochs
+    flags += "--max_start_epoch 2 --Iteration 0 --num_eval 1 --epoch_eval_train 1 --expert_lr 0.1 --out run".split()
+    assert (
+        cli.run(distill, [*flags, "--pix_init", "window", "--score_path", "forgetting.npy", "--score", "forgetting"])
+        == 0
+    )
+    hardest, images = SyntheticDataset.load("run/synthetic.safetensors").images, space["images"]
+    events = torch.from_numpy(np.load("forgetting.npy"))
+    for label in range(10):
+        (place,) = (images.batch(slice(None))[0] == hardest[label]).flatten(1).all(1).nonzero()[0]
+        assert events[place] == events[images.labels == label].max()
+
+
+def on_digits(block: str, further: dict[str, str]) -> str:
+    """Return Python code of a page with toy settings in place of CIFAR-10's."""
+    toys = {
+        '"CIFAR10"': '"digits"',
+        "zca=True": "zca=False",
+        "ConvNet()": "ConvNet(1, 10, 8, 4, 1)",
+        "buffers/CIFAR10/ConvNet": "buffers/digits/ConvNetD1W4",
+    }
+    for ours, toy in (toys | further).items():
+        assert block.count(ours) == 1, ours
+        block = block.replace(ours, toy)
+    return block
 
 
 def blocks_of(page: str) -> list[str]:

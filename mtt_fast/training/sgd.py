@@ -156,9 +156,8 @@ def chunks_on(
         draw = None if augmentation is None else augmentation.draw_parameters
         batches = map(images.expand_crops, _batches(every, sgd.batch_size, generator, epochs))
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        if isinstance(augment, CombinedAugment) and images.real is not None and draws.parameters is not None:
-            real = images.real[draws.indices]
-            draws.parameters[real] = augment.draw_of_real(int(real.sum()), generator).to(draws.parameters)
+        if isinstance(augmentation, CombinedAugment) and draws.parameters is not None:
+            draws = draws._replace(parameters=augmentation.select(draws.parameters, images.is_real(draws.indices)))
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *rows)
