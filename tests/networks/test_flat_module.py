@@ -85,8 +85,9 @@ def test_active_dropout_is_refused() -> None:
     ids=["attention", "lstm"],
 )
 def test_dropout_inside_a_layer_is_refused_too(layer: nn.Module) -> None:
-    with pytest.raises(InputError, match="layer 0 draws random numbers"):
-        FlatModule(nn.Sequential(layer))
+    for module, name in ((nn.Sequential(layer), "0"), (layer, type(layer).__name__)):
+        with pytest.raises(InputError, match=f"layer {name} draws random numbers"):
+            FlatModule(module)
     FlatModule(nn.Sequential(layer).eval())
     FlatModule(nn.Sequential(nn.MultiheadAttention(4, 2)))
 
