@@ -385,6 +385,7 @@ class Spelled:
     no_aug: bool = False
     dsa: TrueOrFalse = True
     models: tuple[str, ...] = ()
+    maybe: int | None = 3
     place: tyro.conf.Positional[str] = ""
 
 
@@ -392,6 +393,7 @@ class Spelled:
     ("words", "changed"),
     [
         ("--lr-img 3", {"lr_img": 3.0}),
+        ("--maybe None None", {"maybe": None, "place": "None"}),
         ("--lr_img=3", {"lr_img": 3.0}),
         ("--lr-img=3 --lr_img 4", {"lr_img": 4.0}),
         ("--zca", {"zca": True}),

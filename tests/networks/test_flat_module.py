@@ -51,7 +51,10 @@ def test_wrapping_leaves_the_module_alone() -> None:
     before = copy.deepcopy(module.state_dict())
     net = FlatModule(module)
     net(net.init(), torch.randn(3, 2, 6, 6, dtype=torch.float64))
+    net.init().zero_()  # whose own it is
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(net.init(), nn.utils.parameters_to_vector(module.parameters()))
+    assert net.describe() == {"kind": "Sequential"}
 
 
 def test_the_function_equals_the_module_in_evaluation_mode() -> None:
@@ -64,12 +67,32 @@ def test_the_function_equals_the_module_in_evaluation_mode() -> None:
 def test_batch_statistics_cannot_be_cut() -> None:
     net = FlatModule(small_module(nn.BatchNorm2d(4)))
     assert net.mixes_samples
+    assert FlatModule(small_module(nn.BatchNorm2d(4, track_running_stats=False)).eval()).mixes_samples
     images, cut = torch.randn(4, 2, 6, 6), plan(FlatModule(small_module()), images=(4, 2, 6, 6), steps=1, microbatch=2)
     given: Any = (net, net.init(), images, torch.zeros(4, dtype=torch.long), torch.tensor(0.1), [torch.arange(4)])
     for limit in ({"microbatch": 2}, {"plan": cut}):  # a plan may have been made for another network
         limits: Any = limit
         with pytest.raises(InputError, match="batch norm uses batch statistics"):
             unroll(*given, **limits)
+
+
+def test_torch_func_takes_several_parameters_of_a_module_with_batch_statistics() -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    thetas = torch.stack([net.init(), 1.1 * net.init()])
+    for function in (net, net.embed):
+        expected = torch.stack([function(theta, images) for theta in thetas])
+        actual = torch.func.vmap(lambda theta, function=function: function(theta, images))(thetas)
+        assert_close("outputs", actual, expected, 1e-12)
+
+
+def test_running_statistics_are_constants() -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    assert net.statistics is not None
+    before = net.statistics.clone()
+    after = net.track(net.init().requires_grad_(), images, net.statistics)
+    assert not after.requires_grad
+    assert torch.equal(net.statistics, before)
+    assert not torch.equal(after, before)
 
 
 def test_active_dropout_is_refused() -> None:
