@@ -20,11 +20,14 @@ from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import (
     COUNT,
+    HARMLESS,
     MAY_BE_EMPTY,
     POSITIVE_SHARE,
     SHARE,
+    Needs,
     Range,
     Role,
+    check_effects,
     check_values,
     fields_of,
     names_of,
@@ -450,6 +453,37 @@ def test_what_is_given_is_known_whatever_its_value() -> None:
     words = "--lr-img=1.0 --no_zca --dsa True x --what 3".split()
     assert parsing.preview(Spelled, ["--zca", "True", "x"], "").place == "x"
     assert parsing.given(Spelled, words) == {"lr_img", "zca", "dsa"}
+
+
+# ------------------------------------------------------------------ effects
+
+
+@dataclasses.dataclass(frozen=True)
+class Dependent:
+    size: int | None = None
+    count: Annotated[int, Needs("size", " or --large")] = 1
+    fast: Annotated[bool, Needs("size")] = False
+    speed: Annotated[int, Needs("size"), HARMLESS] = 1
+
+
+@pytest.mark.parametrize(
+    ("given", "reasons", "message"),
+    [
+        ({"count": 2}, {}, "--count 2: has no effect without --size or --large; give that too, or leave it out"),
+        ({"fast": True}, {}, "--fast: has no effect without --size; give that too, or leave it out"),
+        ({"count": 2}, {"count": "on Sundays"}, "--count 2: has no effect on Sundays; leave it out"),
+    ],
+)
+def test_an_option_without_effect_is_refused_with_the_reason(
+    given: dict[str, Any], reasons: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        check_effects(Dependent(**given), given, reasons)
+
+
+def test_an_option_that_changes_no_result_is_named_where_it_has_no_effect() -> None:
+    assert check_effects(Dependent(speed=2), {"speed"}) == ["--speed 2 has no effect without --size"]
+    assert check_effects(Dependent(size=1, speed=2), {"size", "speed"}) == []
 
 
 # ------------------------------------------------------------------ roles

@@ -311,7 +311,10 @@ def test_a_custom_loss() -> None:
         ({"batches": []}, "expected at least one step"),
         ({"batches": torch.tensor([[0, 1], [6, 2]])}, "expected indices 0 … 5, found 2 … 6 in step 1"),
         ({"batches": [torch.tensor([])]}, "expected a vector of indices for step 0"),
-        ({"batches": [torch.tensor([0]), torch.tensor([], dtype=torch.long)]}, "for step 1, found torch.int64 of shape .0"),
+        (
+            {"batches": [torch.tensor([0]), torch.tensor([], dtype=torch.long)]},
+            "for step 1, found torch.int64 of shape .0",
+        ),
         ({"batches": [torch.tensor([[0, 1]])]}, "for step 0, found torch.int64 of shape .1, 2"),
         ({"batches": [torch.tensor([True, False])]}, "for step 0, found torch.bool"),
         ({"start": torch.zeros(5)}, r"expected .* parameters of the network, .* found torch.float32 of shape \(5,\)$"),
@@ -335,7 +338,10 @@ def test_a_custom_loss() -> None:
         ({"velocity": 0.0}, "unroll velocity: expected a tensor, found float"),
         ({"microbatch": 2, "memory_budget": "1GiB"}, "expected one of `microbatch`, `memory_budget` and `plan`"),
         ({"label_kind": "logits"}, "does not fit labels"),
-        ({"label_kind": "indices", "labels": torch.zeros(6, 4)}, "label_kind 'indices': does not fit labels of dtype torch.float32"),
+        (
+            {"label_kind": "indices", "labels": torch.zeros(6, 4)},
+            "label_kind 'indices': does not fit labels of dtype torch.float32",
+        ),
         ({"label_kind": "soft", "labels": torch.zeros(6, 4)}, "`label_kind` soft: expected indices, probabilities"),
         ({"precision": "auto"}, "`precision` auto: expected fp32, tf32, fp16, bf16"),
         ({"net": torch.nn.Linear(2, 2)}, "one vector of parameters, found Linear; use ConvNet, or FlatModule"),

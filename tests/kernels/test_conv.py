@@ -176,6 +176,16 @@ def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None
         assert_close("result", actual.float(), expected, 4e-3 if rounded else 1e-6)
 
 
+def test_every_convolution_rounds_all_its_factors() -> None:
+    given = convolution_arguments((2, 40, 6, 5, 33, 1), torch.float32)
+    rounded = {name: value if name == "padding" else value.bfloat16().float() for name, value in given.items()}
+    names = [name for name in dir(kernels) if name.startswith("conv3x3")]
+    in_bf16 = SimpleNamespace(**{name: functools.partial(getattr(kernels, name), precision="bf16") for name in names})
+    expected = convolution_results(reference, rounded)
+    for name, actual in convolution_results(in_bf16, given).items():
+        assert_close(name, actual, expected[name], 1e-6)
+
+
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("padding", [1, 3])
 def test_cudnn_makes_one_product_of_batches_that_lie_one_behind_the_other(
