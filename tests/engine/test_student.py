@@ -44,10 +44,11 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     labels = torch.randn(7, 3, dtype=torch.float64).softmax(1) if soft else torch.arange(7) % 3
     student = InMicrobatches(GenericStudent(NET), size)
     of_pieces = student.gradient(theta, images, labels, save)
-    before = theta.clone()
+    saved, before = list(of_pieces.saved or ()), theta.clone()
     theta.mul_(2 if save else 1)  # the saved activations belong to the old parameters
     actual = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
     theta = before
+    assert not any(saved), "they are used up"
 
     leaves = [images.clone().requires_grad_(), *([labels.clone().requires_grad_()] if soft else [])]
     at = theta.clone().requires_grad_()

@@ -348,6 +348,7 @@ def test_a_custom_loss() -> None:
         ({"start": [0.0, 1.0]}, "unroll theta: expected a tensor, found list"),
         ({"images": np.zeros((6, 3, 8, 8))}, "unroll images: expected a tensor, found ndarray"),
         ({"labels": [0] * 6}, "unroll labels: expected a tensor, found list"),
+        ({"augment": torch.relu}, "expected an augmentation, such as SiameseAugment, found builtin_function_or_method"),
         ({"augment": "color_crop"}, "expected an augmentation, such as SiameseAugment, found str"),
     ],
 )

@@ -64,6 +64,12 @@ def test_the_function_equals_the_module_in_evaluation_mode() -> None:
     assert not net.mixes_samples
 
 
+def test_buffers_follow_the_parameters_where_images_are_numbers_of_tokens() -> None:
+    module = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 2)).eval()
+    net, tokens = FlatModule(module), torch.tensor([[0, 6], [2, 1]])
+    assert_close("logits", net(net.init().double(), tokens), module.double()(tokens), 1e-6)
+
+
 def test_batch_statistics_cannot_be_cut() -> None:
     net = FlatModule(small_module(nn.BatchNorm2d(4)))
     assert net.mixes_samples
