@@ -70,6 +70,38 @@ def test_buffers_follow_the_parameters_where_images_are_numbers_of_tokens() -> N
     assert_close("logits", net(net.init().double(), tokens), module.double()(tokens), 1e-6)
 
 
+class Reordered(nn.Module):
+    """A module of two results, by an order that it keeps in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(2, 2)
+        self.register_buffer("order", torch.tensor([1, 0]))
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return self.last(rows[:, self.order]), rows
+
+
+class First(nn.Module):
+    """A module that returns the first of several results."""
+
+    def forward(self, results: Any) -> Any:
+        return results[0]
+
+
+def test_buffers_of_whole_numbers_stay_so() -> None:
+    rows = torch.randn(3, 2)
+    net = FlatModule(nn.Sequential(Reordered(), First()))
+    weight, bias = net.init()[:4].view(2, 2), net.init()[4:]
+    torch.testing.assert_close(net(net.init(), rows), rows.flip(1) @ weight.T + bias)
+
+
+def test_a_module_of_several_results_is_refused() -> None:
+    net = FlatModule(Reordered())
+    with pytest.raises(InputError, match="FlatModule: expected the module to return logits, found tuple"):
+        net(net.init(), torch.randn(3, 2))
+
+
 def test_batch_statistics_cannot_be_cut() -> None:
     net = FlatModule(small_module(nn.BatchNorm2d(4)))
     assert net.mixes_samples
