@@ -73,6 +73,8 @@ def test_buffers_follow_the_parameters_where_images_are_numbers_of_tokens() -> N
 class Reordered(nn.Module):
     """A module of two results, by an order that it keeps in a buffer."""
 
+    order: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.last = nn.Linear(2, 2)
