@@ -54,7 +54,7 @@ class Range:
             return f"expected {self}"
         if self.largest is not None and value > self.largest:
             return f"expected at most {self.largest}"
-        if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+        if abs(value) > FLOAT32_MAX:
             return f"expected at most {FLOAT32_MAX:.2g}, the largest number of float32"
         if isinstance(value, float) and self.above and self.low == 0 and value < FLOAT32_TINY:
             return f"expected more than 0 in float32, which begins at {FLOAT32_TINY:.2g}"
@@ -64,7 +64,7 @@ class Range:
         """Return the range in words: "at least 0 and less than 1"."""
         low = f"{'more than' if self.above else 'at least'} {_number(self.low)}" if self.low > -math.inf else ""
         high = f"{'less than' if self.below else 'at most'} {_number(self.high)}" if self.high < math.inf else ""
-        return " and ".join(filter(None, (low, high))) or "a number"
+        return " and ".join(filter(None, (low, high)))
 
     def _of(self) -> str:
         return f", {self}" if self.low > -math.inf or self.high < math.inf else ""
@@ -280,7 +280,7 @@ def _as(annotation: Any, value: Any) -> Any:
         return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
-        if type(value) is str and value in arguments:
+        if value in arguments:
             return value
         raise InvalidValue(f"expected one of {', '.join(map(repr, arguments))}")
     if origin is tuple:
@@ -325,7 +325,7 @@ _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 def _check_one(field: Field, value: Any) -> None:
     """Raise `InvalidValue` if a value of the right type is out of the option's range."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float):
         ranges = field.declarations(Range) or [_ANY_INTEGER if isinstance(value, int) else _ANY]
         for complaint in filter(None, (each.complaint(value) for each in ranges)):
             raise InvalidValue(complaint)

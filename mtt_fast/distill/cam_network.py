@@ -39,8 +39,8 @@ class CamNetwork(NamedTuple):
 
 
 def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> TrajectoryStore | None:
-    """Return the store whose first expert makes the maps of `cam_model`, or None if it has to be trained."""
-    return None if options.cam_model is None else experts_in(_folder(options, data))
+    """Return the store whose first expert makes the maps of `cam_model`, which is given, or None if it has to be trained."""
+    return experts_in(_folder(options, data))
 
 
 def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> None:
@@ -60,10 +60,12 @@ def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, de
 
 def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` if the expert of `cam_model` is of other images, or is missing and cannot be written."""
-    network, store = options.cam_network(data), cam_expert(options, data)
-    if network is not None and store is not None:
+    network = options.cam_network(data)
+    if network is None:
+        return
+    if (store := cam_expert(options, data)) is not None:
         check_belongs(store, 0, network, data.identity(zca=options.zca), other_data=options.other_data)
-    elif network is not None:
+    else:
         check_output_folder(_folder(options, data), "choose another `buffer_path`")
         check_nothing_to_convert(_folder(options, data))
 
@@ -93,7 +95,7 @@ def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork
     if store is None:
         store = train_missing_experts(
             _folder(options, real.data), 1, real, network, options.experts(), seed=options.seed,
-            precision=precision_on(device, network, options.precision), memory_budget=options.memory_budget,
+            precision=precision_on(device, network, options.precision),
         )  # fmt: skip
     log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
     expert = store.metadata(0)

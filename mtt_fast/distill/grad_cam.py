@@ -26,7 +26,6 @@ def pixel_weights(network: Network, theta: Tensor, images: Tensor, classes: Tens
     return torch.where(maps < maps.mean(dim=(2, 3), keepdim=True), 1, beta + maps)
 
 
-@torch.enable_grad()
 def grad_cam(network: Network, theta: Tensor, images: Tensor, classes: Tensor) -> Tensor:
     """Return how much each pixel of `images` (n, C, H, W) says for the image's class (n,), from 0 to 1: maps (n, 1, H, W).
 

@@ -185,7 +185,7 @@ def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, ste
         raise InputError(
             f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
         )
-    devices = {tensor.device for tensor in (theta, images, labels, lr)}
+    devices = {tensor.device for tensor in (theta, images, labels)}  # rates are moved to that of theta
     if len(devices) > 1:
         raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
 

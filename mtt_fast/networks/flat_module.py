@@ -147,9 +147,6 @@ class _Evaluated:
         network = self.network
         return network._tested(network._parameters(theta) | network._statistics(self.statistics.to(theta)), images)
 
-    def __hash__(self) -> int:
-        return id(self)
-
 
 class _Absent(Tensor):
     """The place of a layer's tensor between calls. A backward pass that reads the layer again would find other values there."""
@@ -177,7 +174,7 @@ class _Stateless:
         return vars(self) | {"_idle": []}
 
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-        like = next(iter(tensors.values()), images)
+        like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
             name: value.detach().to(like.device, like.dtype if value.is_floating_point() else None, copy=True)

@@ -20,10 +20,14 @@ from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import (
     COUNT,
+    HARMLESS,
+    MAY_BE_EMPTY,
     POSITIVE_SHARE,
     SHARE,
+    Needs,
     Range,
     Role,
+    check_effects,
     check_values,
     fields_of,
     names_of,
@@ -91,7 +95,8 @@ def test_every_whole_number_is_in_range(command: str, option: str) -> None:
     flag = f"--{option}"
     assert "expected at least" in refused(command, flag, "-1")
     assert "expected at most" in refused(command, flag, str(10**30))
-    assert "expected" in refused(command, flag, "9" * 5000)
+    for sign in ("", "-", "+"):
+        assert "expected a number of fewer digits" in refused(command, f"{flag}={sign}{'9' * 5000}")
     assert "expected a whole number" in refused(command, flag, "1.5")
     from_zero = {"seed", "Iteration", "epoch_eval_train", "min_start_epoch", "expansion_end_epoch", "epochs"}
     from_zero |= {"add_end_epoch", "rm_epoch_first", "rm_epoch_second"}
@@ -106,8 +111,11 @@ def test_no_text_is_empty(command: str, option: str) -> None:
     field = fields_of(KINDS[command])[option]
     if field.default in ("", ()):  # what stands without a flag
         return
-    assert "expected a text, found an empty one" in refused(command, f"--{field.flag}", "")
-    assert "UTF-8" in refused(command, f"--{field.flag}", "a\udcff")
+    flag = f"--{field.flag}"
+    assert refused(command, flag, "").startswith(f"{flag} '': expected a text, found an empty one")
+    assert refused(command, flag, "a\udcff").startswith(
+        f"{flag} 'a\\udcff': expected a text of Unicode characters (UTF-8)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,6 +208,7 @@ def test_a_device_is_checked_by_every_command(command: str, option: str) -> None
 @dataclasses.dataclass(frozen=True)
 class Everything:
     count: Annotated[int, COUNT] = 1
+    whole: int = 0
     maybe: Annotated[int | None, COUNT] = None
     rate: float = 0.5
     maybe_rate: float | None = None
@@ -207,6 +216,7 @@ class Everything:
     switch: bool = False
     name: str = "a"
     maybe_name: str | None = None
+    note: Annotated[str, MAY_BE_EMPTY] = "a"
     choice: typing.Literal["a", "b"] = "a"
     maybe_choice: typing.Literal["a", "b"] | None = None
     names: tuple[str, ...] = ()
@@ -221,7 +231,11 @@ class Everything:
         ("count", "2", "expected a whole number, found '2'"),
         ("count", 0, "expected at least 1, found 0"),
         pytest.param("count", 10**5000, r"expected at most 1000000000, found \(a number of 5001 digits\)", id="huge"),
+        pytest.param("count", -(10**5000), r"expected at least 1, found \(a number of 5001 digits\)", id="below"),
         ("count", [1], "expected a whole number, found 1"),
+        ("count", None, "expected a whole number, found None"),
+        ("whole", 2**63, "expected at most 9223372036854775807, found 9223372036854775808"),
+        ("whole", -(2**63) - 1, "expected at least -9223372036854775808, found -9223372036854775809"),
         ("maybe", "a", "expected a whole number, found 'a'"),
         ("maybe", 2.0, "expected a whole number, found 2.0"),
         ("maybe", 0, "expected at least 1, found 0"),
@@ -229,6 +243,7 @@ class Everything:
         ("rate", math.nan, "expected a finite number, found nan"),
         ("rate", math.inf, "expected a finite number, found inf"),
         ("rate", 10**390, "expected at most 3.4e.38, the largest number of float32"),
+        ("rate", -(10**390), "expected at most 3.4e.38, the largest number of float32"),
         ("maybe_rate", "fast", "expected a number, found 'fast'"),
         ("limit", -math.inf, "expected a finite number, found -inf"),
         ("switch", 1, "expected true or false, found 1"),
@@ -243,6 +258,7 @@ class Everything:
         ("names", "a", "expected a list, found 'a'"),
         ("names", [1], "expected a text, found 1"),
         ("epochs", [1, -1], "expected at least 0, found 1 -1"),
+        pytest.param("epochs", [-(10**5000)], r"expected at least 0, found \(a number of 5001 digits\)", id="huge one"),
         ("epochs", [], "expected at least one value"),
         ("epochs", [1.0], "expected a whole number"),
         ("name", {"a": 1}, "expected a text"),
@@ -254,9 +270,10 @@ def test_a_file_is_checked_as_strictly_as_flags(name: str, value: object, messag
 
 
 def test_what_a_file_may_say_in_another_type() -> None:
-    options = parsing.apply(Everything(), {"rate": 2, "limit": math.inf, "epochs": [0, 3], "names": ["x"]}, "mine.toml")
-    assert (options.rate, type(options.rate), options.limit) == (2.0, float, math.inf)
-    assert (options.epochs, options.names) == ((0, 3), ("x",))
+    values = {"rate": 2, "limit": math.inf, "epochs": [0, 3], "names": ["x"], "whole": -(2**63), "note": ""}
+    options = parsing.apply(Everything(), values, "mine.toml")
+    assert (options.rate, type(options.rate), options.limit, options.whole) == (2.0, float, math.inf, -(2**63))
+    assert (options.epochs, options.names, options.note) == ((0, 3), ("x",), "")
 
 
 @pytest.mark.parametrize(
@@ -371,6 +388,7 @@ class Spelled:
     no_aug: bool = False
     dsa: TrueOrFalse = True
     models: tuple[str, ...] = ()
+    maybe: int | None = 3
     place: tyro.conf.Positional[str] = ""
 
 
@@ -378,6 +396,7 @@ class Spelled:
     ("words", "changed"),
     [
         ("--lr-img 3", {"lr_img": 3.0}),
+        ("--maybe None None", {"maybe": None, "place": "None"}),
         ("--lr_img=3", {"lr_img": 3.0}),
         ("--lr-img=3 --lr_img 4", {"lr_img": 4.0}),
         ("--zca", {"zca": True}),
@@ -434,6 +453,37 @@ def test_what_is_given_is_known_whatever_its_value() -> None:
     words = "--lr-img=1.0 --no_zca --dsa True x --what 3".split()
     assert parsing.preview(Spelled, ["--zca", "True", "x"], "").place == "x"
     assert parsing.given(Spelled, words) == {"lr_img", "zca", "dsa"}
+
+
+# ------------------------------------------------------------------ effects
+
+
+@dataclasses.dataclass(frozen=True)
+class Dependent:
+    size: int | None = None
+    count: Annotated[int, Needs("size", " or --large")] = 1
+    fast: Annotated[bool, Needs("size")] = False
+    speed: Annotated[int, Needs("size"), HARMLESS] = 1
+
+
+@pytest.mark.parametrize(
+    ("given", "reasons", "message"),
+    [
+        ({"count": 2}, {}, "--count 2: has no effect without --size or --large; give that too, or leave it out"),
+        ({"fast": True}, {}, "--fast: has no effect without --size; give that too, or leave it out"),
+        ({"count": 2}, {"count": "on Sundays"}, "--count 2: has no effect on Sundays; leave it out"),
+    ],
+)
+def test_an_option_without_effect_is_refused_with_the_reason(
+    given: dict[str, Any], reasons: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        check_effects(Dependent(**given), given, reasons)
+
+
+def test_an_option_that_changes_no_result_is_named_where_it_has_no_effect() -> None:
+    assert check_effects(Dependent(speed=2), {"speed"}) == ["--speed 2 has no effect without --size"]
+    assert check_effects(Dependent(size=1, speed=2), {"size", "speed"}) == []
 
 
 # ------------------------------------------------------------------ roles

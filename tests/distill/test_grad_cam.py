@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.commands import cli
+from mtt_fast.data import load
 from mtt_fast.data.published_info import dataset_info
-from mtt_fast.distill.cam_network import CamNetwork, weighed
+from mtt_fast.distill.cam_network import CamNetwork, prepare_cam_network, weighed
 from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command import main
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
@@ -24,11 +25,13 @@ from mtt_fast.engine import student_choice
 from mtt_fast.errors import InputError
 from mtt_fast.experts import main as experts
 from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.resnets import resnet18
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import reference_convnet
+from mtt_fast.training.images import real_images
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -64,13 +67,19 @@ def expected_map(module: nn.Module, layer: nn.Module, image: Tensor, label: int)
     return scaled
 
 
-@pytest.mark.parametrize("name", ["resnet", "convnet"])
+@pytest.mark.parametrize("name", ["resnet", "convnet", "max pooling"])
 def test_maps_are_those_of_the_last_features_before_a_pooling(name: str) -> None:
     torch.manual_seed(0)
     shape = (3, 16, 24) if name == "resnet" else (3, 16, 16)
+    module: nn.Module
+    network: Network
     if name == "resnet":
         module, network = resnet18(shape, 4).double(), network_by_name("ResNet18", shape, 4)
         layer = module.get_submodule("layer4")
+    elif name == "max pooling":
+        layer = nn.Conv2d(3, 5, 3)
+        module = nn.Sequential(layer, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5 * 49, 4)).double()
+        network = FlatModule(module)
     else:
         module = reference_convnet(3, 4, 16, 8, 2).double()
         network = ConvNet(3, 4, 16, width=8, depth=2)
@@ -80,6 +89,7 @@ def test_maps_are_those_of_the_last_features_before_a_pooling(name: str) -> None
     maps = grad_cam(network, theta, images, labels)
     assert maps.shape == (5, 1, *shape[1:])
     assert bool(maps.any())
+    assert not images.requires_grad
     for image, label, actual in zip(images, labels, maps, strict=True):
         np.testing.assert_allclose(actual[0].numpy(), expected_map(module, layer, image, int(label)), atol=1e-9)
 
@@ -133,6 +143,17 @@ def test_weights_are_made_anew_after_an_interval() -> None:
     assert weighed(options, None, state, [of_images]) == [of_images]
 
 
+def test_an_image_is_weighed_for_the_class_of_its_place_whatever_its_learned_label() -> None:
+    network, images = brightness(), torch.randn(4, 1, 4, 4)
+    logits = torch.tensor([[0.0, 1.0]]).repeat(4, 1)
+    state = State(0, 1, images, logits, torch.tensor(0.01), torch.zeros_like(images), torch.tensor(0.0))
+    options = DistillOptions(ipc=2, cam_model="any", cam_beta=2.0)
+    weighed(options, CamNetwork(network, network.init(), ""), state, None)
+    assert state.pixel_weights is not None
+    expected = pixel_weights(network, network.init(), images, torch.tensor([0, 0, 1, 1]), 2.0)
+    torch.testing.assert_close(state.pixel_weights, expected)
+
+
 def state_in(folder: str) -> dict[str, Tensor]:
     return load_tensors(Path(folder, "checkpoint.safetensors"))[0]
 
@@ -178,23 +199,21 @@ def test_the_network_is_trained_as_the_experts_are(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    trained = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --lr_teacher 0.02".split()
+    trained = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --lr_teacher 0.02 --seed 4".split()
     assert cli.run(experts, trained) == 0
     plain = [flag for flag in TOY if flag not in ("--batch_real", "128", "--train_epochs", "3")]
-    assert cli.run(main, [*plain, *MAPS, "--Iteration", "0", "--out", "run"]) == 0
-    of_experts, of_maps = (
-        TrajectoryStore(f"buffers/digits/{name}").metadata(0) for name in ("ConvNetD1W4", "ConvNetD2W4")
-    )
+    assert cli.run(main, [*plain, *MAPS, "--seed", "4", "--Iteration", "0", "--out", "run"]) == 0
+    with_experts, with_network = (TrajectoryStore(f"buffers/digits/{name}") for name in ("ConvNetD1W4", "ConvNetD2W4"))
+    of_experts, of_maps = with_experts.metadata(0), with_network.metadata(0)
     assert of_maps.hyperparameters == of_experts.hyperparameters
+    assert of_maps.seed == of_experts.seed == 4
+    assert len(with_network) == 1  # no more than are used
+    assert f"Grad-CAM maps by {with_network.path(0)} after 3 epochs" in caplog.text
     assert "digits/ConvNetD2W4: used as they are" not in caplog.text
-    assert (
-        cli.run(
-            main,
-            [*TOY, *MAPS, "--Iteration", "0", "--buffer_path", "buffers", "--model", "ConvNetD1W5", "--out", "other"],
-        )
-        == 0
-    )
-    assert "digits/ConvNetD2W4: used as they are, trained with --expert_lr 0.02 (not 0.01)" in caplog.text
+    others = "--Iteration 0 --model ConvNetD1W5 --train_epochs 4 --out other".split()
+    assert cli.run(main, [*TOY, *MAPS, *others]) == 0
+    told = "digits/ConvNetD2W4: used as they are, trained with --train_epochs 3 (not 4), --expert_lr 0.02 (not 0.01)"
+    assert told in caplog.text
 
 
 def test_the_network_may_be_that_of_the_experts(
@@ -230,6 +249,13 @@ def test_what_the_network_cannot_be_is_known_before_the_experts_are_trained(
     (buffers / "replay_buffer_0.pt").write_bytes(b"of the public code")
     assert cli.run(main, [*TOY, *MAPS, "--out", "run"]) == 2
     assert f"{buffers}: expected experts (expert_0000.safetensors, …), found buffers" in capsys.readouterr().err
+    shutil.rmtree(buffers)
+    buffers.touch()
+    assert cli.run(main, [*TOY, *MAPS, "--out", "run"]) == 2
+    assert (
+        f"{buffers}: expected a folder to write in, found a file; choose another --buffer_path"
+        in capsys.readouterr().err
+    )
     assert not Path("buffers/digits/ConvNetD1W4").exists()
 
 
@@ -264,6 +290,32 @@ def test_the_network_of_other_images_is_refused_before_any_work(
     assert cli.run(main, [*TOY, *MAPS, "--buffer_path", "other", "--out", "run"]) == 2
     assert "other/digits/ConvNetD2W4/expert_0000.safetensors: whitened otherwise" in capsys.readouterr().err
     assert not Path("other/digits/ConvNetD1W4").exists()
+
+
+def test_the_network_of_other_images_of_the_same_classes_is_used_on_purpose_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    assert cli.run(experts, "--dataset digits --model ConvNetD2W4 --num_experts 1 --train_epochs 2".split()) == 0
+    other = dataclasses.replace(load("digits", data_path="data", progress=False), fingerprint="another")
+    real, options = real_images(other, torch.device("cpu"), zca=False), DistillOptions(cam_model="ConvNetD2W4")
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: made from other images: .* say `other_data`"):
+        prepare_cam_network(options, real)
+    cam = prepare_cam_network(dataclasses.replace(options, other_data=True), real)
+    assert cam is not None
+    assert torch.equal(cam.theta, TrajectoryStore("buffers/digits/ConvNetD2W4").read(0, 2))
+    assert "buffers/digits/ConvNetD2W4: made from other images" in caplog.text
+
+
+def test_the_network_of_whitened_images_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=True)
+    options = DistillOptions(cam_model="ConvNetD2W4", zca=True, train_epochs=1)
+    first, again = (prepare_cam_network(options, real) for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert first.digest == again.digest == TrajectoryStore("buffers/digits_ZCA/ConvNetD2W4").digest(0)
 
 
 def test_the_dry_run_counts_the_network_that_makes_maps(

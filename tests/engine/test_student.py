@@ -44,10 +44,11 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     labels = torch.randn(7, 3, dtype=torch.float64).softmax(1) if soft else torch.arange(7) % 3
     student = InMicrobatches(GenericStudent(NET), size)
     of_pieces = student.gradient(theta, images, labels, save)
-    before = theta.clone()
+    saved, before = list(of_pieces.saved or ()), theta.clone()
     theta.mul_(2 if save else 1)  # the saved activations belong to the old parameters
     actual = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
     theta = before
+    assert not any(saved), "they are used up"
 
     leaves = [images.clone().requires_grad_(), *([labels.clone().requires_grad_()] if soft else [])]
     at = theta.clone().requires_grad_()
@@ -63,6 +64,10 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     assert (of_pieces.saved is not None) == save
     assert_close("loss", of_pieces.loss, loss, 1e-12)
     assert_close("gradient", of_pieces.theta, gradient, 1e-12)
+    assert actual.loss is not None
+    assert_close("loss again", actual.loss, loss, 1e-12)
+    results = (of_pieces.loss, of_pieces.theta, actual.v_dot_g, actual.hessian_v, actual.images, actual.loss)
+    assert not any(result.requires_grad for result in results)
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "logits"])
@@ -76,3 +81,11 @@ def test_a_modules_loss_is_the_cross_entropy_of_its_kind_of_labels(kind: Any) ->
     torch.testing.assert_close(
         student_for(network, torch.device("cpu"), kind).gradient(theta, images, labels).loss, expected
     )
+
+
+def test_a_gradient_may_have_any_strides() -> None:
+    """Use a network of the sum of its parameters alone, whose gradient autograd expands from one number."""
+    network: Any = lambda theta, images: theta.sum() * images.flatten(1)  # noqa: E731
+    theta, images, labels = torch.randn(5), torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 2, 0])
+    step = GenericStudent(network).gradient(theta, images, labels)
+    assert_close("gradient", step.theta, step.theta[:1].expand(5), 0)

@@ -503,4 +503,7 @@ def test_sweeps_differ_by_no_more_than_rounding() -> None:
         other[step] = now
         with pytest.raises(InputError, match=f"of the call, found {told}"):
             check_repeated(first, other, other.__getitem__)
+        one, another = (torch.cat([torch.ones_like(each), each], dim=1) for each in (first, other))
+        with pytest.raises(InputError, match=f"of the call, found {told}"):
+            check_repeated(one, another, another.__getitem__)  # beside a number that is the same
         check_repeated(first, other, first.__getitem__)  # the forward sweep's operations find the same again

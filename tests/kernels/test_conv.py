@@ -176,6 +176,16 @@ def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None
         assert_close("result", actual.float(), expected, 4e-3 if rounded else 1e-6)
 
 
+def test_every_convolution_rounds_all_its_factors() -> None:
+    given = convolution_arguments((2, 40, 6, 5, 33, 1), torch.float32)
+    rounded = {name: value if name == "padding" else value.bfloat16().float() for name, value in given.items()}
+    names = [name for name in dir(kernels) if name.startswith("conv3x3")]
+    in_bf16 = SimpleNamespace(**{name: functools.partial(getattr(kernels, name), precision="bf16") for name in names})
+    expected = convolution_results(reference, rounded)
+    for name, actual in convolution_results(in_bf16, given).items():
+        assert_close(name, actual, expected[name], 1e-6)
+
+
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("padding", [1, 3])
 def test_cudnn_makes_one_product_of_batches_that_lie_one_behind_the_other(
@@ -278,7 +288,7 @@ def test_a_layer_tells_the_size_of_its_result(padding: int) -> None:
     assert y.shape == (2, layer.filters, layer.out_height, layer.out_width)
 
 
-ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
+ZEROS, BAR, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(2, 5, 6, 6), torch.zeros(5, 4, 3, 3)
 LAST = ZEROS.contiguous(memory_format=torch.channels_last)
 PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
 
@@ -295,10 +305,19 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("conv3x3", "padding -1 leaves nothing", ZEROS, WEIGHT, -1),
         refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_tangent", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
+        refused("conv3x3_dual", "weight_dot of shape", ZEROS, ZEROS, WEIGHT, WEIGHT[:1], 1),
+        refused("conv3x3_tangent", "weight_dot of shape", ZEROS, ZEROS, WEIGHT, WEIGHT[:1], 1),
+        refused("conv3x3_dual_input_gradient", "y_bar_dot of shape", BAR, BAR[:1], WEIGHT, WEIGHT, 1),
+        refused("conv3x3_dual_input_gradient", "weight_dot of shape", BAR, BAR, WEIGHT, WEIGHT[:, :1].contiguous(), 1),
+        refused("conv3x3_input_gradient_tangent", "y_bar_dot of shape", BAR, BAR[:1], WEIGHT, WEIGHT, 1),
+        refused(
+            "conv3x3_input_gradient_tangent", "weight_dot of shape", BAR, BAR, WEIGHT, WEIGHT[:, :1].contiguous(), 1
+        ),
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
         refused("conv3x3_input_gradient", "padding 4 leaves nothing", ZEROS, WEIGHT.transpose(0, 1).contiguous(), 4),
         refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
         refused("conv3x3_dual_weight_gradient", "x_dot of shape", ZEROS, ZEROS[:1], ZEROS, ZEROS, 1),
+        refused("conv3x3_dual_weight_gradient", "y_bar_dot of shape", ZEROS, ZEROS, BAR, BAR[:1], 1),
         refused("add_planes", "planes 2 of shape", ZEROS, PartialPlanes(PARTS, LAST[:1])),
         refused("add_planes", "planes 2 of floating dtype", LAST, PartialPlanes(PARTS, LAST.half())),
         refused("add_planes", r"parts of planes 1 \(S, B, C, H, W\)", PartialPlanes(PARTS[0], LAST)),

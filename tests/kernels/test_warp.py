@@ -80,6 +80,18 @@ def test_values_and_transpose_are_those_of_torchs_sampler(shape: tuple[int, int,
 
 
 @pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("alone", ["brightness", "saturation", "contrast"])
+def test_one_change_of_colour_alone_has_its_transpose(alone: str) -> None:
+    images, y_bar = torch.randn(2, 1, 3, 6, 5, dtype=torch.float64)
+    images.requires_grad_()
+    parameters = row(**{alone: 0.3})
+    expected = plain(images, parameters)
+    (expected_bar,) = torch.autograd.grad(expected, images, y_bar)
+    assert_close("y", kernels.colour_warp_mask(images.detach(), parameters), expected, 1e-12)
+    assert_close("x_bar", kernels.colour_warp_mask_transpose(y_bar, parameters), expected_bar, 1e-12)
+
+
+@pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("augmented", [True, False])
 @each_shape
 def test_the_transpose_is_added_to_the_rows_that_were_gathered(

@@ -51,7 +51,10 @@ def test_wrapping_leaves_the_module_alone() -> None:
     before = copy.deepcopy(module.state_dict())
     net = FlatModule(module)
     net(net.init(), torch.randn(3, 2, 6, 6, dtype=torch.float64))
+    net.init().zero_()  # whose own it is
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(net.init(), nn.utils.parameters_to_vector(module.parameters()))
+    assert net.describe() == {"kind": "Sequential"}
 
 
 def test_the_function_equals_the_module_in_evaluation_mode() -> None:
@@ -61,15 +64,75 @@ def test_the_function_equals_the_module_in_evaluation_mode() -> None:
     assert not net.mixes_samples
 
 
+def test_buffers_follow_the_parameters_where_images_are_numbers_of_tokens() -> None:
+    module = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 2)).eval()
+    net, tokens = FlatModule(module), torch.tensor([[0, 6], [2, 1]])
+    assert_close("logits", net(net.init().double(), tokens), module.double()(tokens), 1e-6)
+
+
+class Reordered(nn.Module):
+    """A module of two results, by an order that it keeps in a buffer."""
+
+    order: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(2, 2)
+        self.register_buffer("order", torch.tensor([1, 0]))
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return self.last(rows[:, self.order]), rows
+
+
+class First(nn.Module):
+    """A module that returns the first of several results."""
+
+    def forward(self, results: Any) -> Any:
+        return results[0]
+
+
+def test_buffers_of_whole_numbers_stay_so() -> None:
+    rows = torch.randn(3, 2)
+    net = FlatModule(nn.Sequential(Reordered(), First()))
+    weight, bias = net.init()[:4].view(2, 2), net.init()[4:]
+    torch.testing.assert_close(net(net.init(), rows), rows.flip(1) @ weight.T + bias)
+
+
+def test_a_module_of_several_results_is_refused() -> None:
+    net = FlatModule(Reordered())
+    with pytest.raises(InputError, match="FlatModule: expected the module to return logits, found tuple"):
+        net(net.init(), torch.randn(3, 2))
+
+
 def test_batch_statistics_cannot_be_cut() -> None:
     net = FlatModule(small_module(nn.BatchNorm2d(4)))
     assert net.mixes_samples
+    assert FlatModule(small_module(nn.BatchNorm2d(4, track_running_stats=False)).eval()).mixes_samples
     images, cut = torch.randn(4, 2, 6, 6), plan(FlatModule(small_module()), images=(4, 2, 6, 6), steps=1, microbatch=2)
     given: Any = (net, net.init(), images, torch.zeros(4, dtype=torch.long), torch.tensor(0.1), [torch.arange(4)])
     for limit in ({"microbatch": 2}, {"plan": cut}):  # a plan may have been made for another network
         limits: Any = limit
         with pytest.raises(InputError, match="batch norm uses batch statistics"):
             unroll(*given, **limits)
+
+
+def test_torch_func_takes_several_parameters_of_a_module_with_batch_statistics() -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    thetas = torch.stack([net.init(), 1.1 * net.init()])
+    for function in (net, net.embed):
+        expected = torch.stack([function(theta, images) for theta in thetas])
+        actual = torch.func.vmap(lambda theta, function=function: function(theta, images))(thetas)
+        assert_close("outputs", actual, expected, 1e-12)
+
+
+def test_running_statistics_are_constants() -> None:
+    net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    assert net.statistics is not None
+    before = net.statistics.clone()
+    after = net.track(net.init().requires_grad_(), images, net.statistics)
+    assert not after.requires_grad
+    assert torch.equal(net.statistics, before)
+    assert not torch.equal(after, before)
 
 
 def test_active_dropout_is_refused() -> None:
@@ -85,8 +148,9 @@ def test_active_dropout_is_refused() -> None:
     ids=["attention", "lstm"],
 )
 def test_dropout_inside_a_layer_is_refused_too(layer: nn.Module) -> None:
-    with pytest.raises(InputError, match="layer 0 draws random numbers"):
-        FlatModule(nn.Sequential(layer))
+    for module, name in ((nn.Sequential(layer), "0"), (layer, type(layer).__name__)):
+        with pytest.raises(InputError, match=f"layer {name} draws random numbers"):
+            FlatModule(module)
     FlatModule(nn.Sequential(layer).eval())
     FlatModule(nn.Sequential(nn.MultiheadAttention(4, 2)))
 

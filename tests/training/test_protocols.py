@@ -64,7 +64,11 @@ def test_running_statistics_are_those_of_a_plain_training_loop(momentum: float |
         assert_close("parameters", theta - net.init(), plain - net.init(), 1e-10)
         running = [buffer.double().reshape(-1) for buffer in module.buffers()]
         assert_close("statistics", statistics[0], torch.cat(running), 1e-12)
-        assert_close("logits", in_evaluation(net, *statistics)(theta, unseen), module.eval()(unseen), 1e-10)
+        tested = in_evaluation(net, *statistics)
+        assert not tested.mixes_samples
+        assert_close("logits", tested(theta, unseen), module.eval()(unseen), 1e-10)
+        in_float32 = in_evaluation(net, *(each.float() for each in statistics))  # which follow the parameters
+        assert_close("logits", in_float32(theta, unseen), module.eval()(unseen), 1e-5)
 
 
 def test_a_network_without_batch_norm_keeps_no_statistics() -> None:
