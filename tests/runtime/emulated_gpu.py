@@ -43,11 +43,11 @@ VIEWS_OF_INDICES = frozenset("index index_put index_put_ _index_put_impl_ _unsaf
 
 
 class Refused(RuntimeError):
-    """What a GPU would refuse."""
+    """Says what a GPU would refuse."""
 
 
 class Log:
-    """What the host waited for, and what was refused."""
+    """Collects what the host waited for, and what was refused."""
 
     def __init__(self) -> None:
         self.waits: list[str] = []

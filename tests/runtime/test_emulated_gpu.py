@@ -27,7 +27,7 @@ TOY = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a process on the device left."""
+    """Holds what a process on the device left."""
 
     waits: list[str]
     refused: list[str]
