@@ -132,7 +132,7 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.refused == []
     assert "not recorded" not in report.output
-    assert report.waits_below("run") == []  # the steps of an epoch
+    assert report.waits_below("chunks", "count_right") == []
 
 
 def test_what_a_gpu_refuses_is_found(run: Run) -> None:
