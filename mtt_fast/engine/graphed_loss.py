@@ -202,7 +202,7 @@ def _parameters(
     draw_all: Draw | None = getattr(augment, "draw_parameters", None)
     if draws is None and draw_all is not None:  # the same random numbers, and less work
         drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator)
-        return None if drawn.parameters is None else _on_device_of(images, drawn.parameters)
+        return None if drawn.parameters is None else upload(drawn.parameters, images.device)
     draws = arguments.draws_of(draws, augment, images, batches, generator)
     if augment is None:
         return None
@@ -213,12 +213,7 @@ def _parameters(
             f"GraphedMatchingLoss augment: expected draws of one dtype and shape in all steps, found {sorted(kinds)}; use `unroll`, which "
             "takes any"
         )
-    return _on_device_of(images, torch.cat(rows))
-
-
-def _on_device_of(images: Tensor, parameters: Tensor) -> Tensor:
-    """Return `parameters` on the device of `images`; a copy from the host is waited for by the device alone."""
-    return upload(parameters, images.device) if parameters.device.type == "cpu" else parameters.to(images.device)
+    return upload(torch.cat(rows), images.device)
 
 
 def _row_for_each(augment: Augment, draws: Any, images: Tensor, index: Tensor) -> Tensor:

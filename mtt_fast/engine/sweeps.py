@@ -23,6 +23,7 @@ from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Student
 from mtt_fast.kernels import PartialSums
 from mtt_fast.runtime.numerics import without_autocast
+from mtt_fast.runtime.prefetch import upload
 
 Gradient = Literal["exact", "truncated"]
 """The gradient is exact, or leaves out the steps' Hessians as TESLA does, an approximation (docs/adjoint.md)."""
@@ -54,7 +55,7 @@ class StudentSteps:
         as_pictures = images.dim() == 4 and images.dtype == dtype and images.is_contiguous()
         if (augment is None or warp is not None) and as_pictures:
             if warp is not None:
-                warp = warp.to(images.device, torch.float64 if dtype == torch.float64 else torch.float32)
+                warp = upload(warp.to(torch.float64 if dtype == torch.float64 else torch.float32), images.device)
             return Batch(images.detach(), index, warp)
 
         def augmented(rows: Tensor) -> Tensor:

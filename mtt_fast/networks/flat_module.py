@@ -169,15 +169,16 @@ class _Stateless:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._idle: list[nn.Module] = []
+        self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_idle": []}
+        return vars(self) | {"_idle": [], "_on_devices": {}}
 
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
-            name: value.detach().to(like.device, like.dtype if value.is_floating_point() else None, copy=True)
+            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
             for name, value in (*self.module.named_parameters(), *self.module.named_buffers())
             if name not in tensors
         }
@@ -188,6 +189,16 @@ class _Stateless:
         if not isinstance(output, Tensor):
             raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
         return output
+
+    def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """Return `value` on the device of `like`. It is kept there: a copy from the host waits, and cannot be recorded."""
+        if value.device == like.device or like.is_meta:
+            return value.detach().to(like.device)
+        place = name, like.device
+        if place not in self._on_devices:
+            with torch._C._DisableFuncTorch():  # the tensors of a transform end with it
+                self._on_devices[place] = value.detach().to(like.device)
+        return self._on_devices[place]
 
     def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
         try:

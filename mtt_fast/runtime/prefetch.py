@@ -100,5 +100,6 @@ def download(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on `device`; on CUDA the copy only starts, on the current stream, and nothing waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """Return `tensor` on `device`. From the host to CUDA the copy only starts, on the current stream, and nothing waits."""
+    to_cuda = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if to_cuda else tensor.to(device)

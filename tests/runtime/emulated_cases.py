@@ -1,0 +1,77 @@
+"""Unroll steps and match their path on a GPU that is not there (tests/runtime/emulated_gpu.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtt_fast import ConvNet, FlatModule, GraphedMatchingLoss, SiameseAugment, matching_loss, unroll
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.testing import assert_close
+
+NET = ConvNet(3, 4, 8, width=5, depth=2)
+STEPS = [torch.tensor([3, 1, 0, 7]), torch.tensor([2, 2, 9]), torch.tensor([5, 8, 6, 4])]
+
+
+def module_with_buffers() -> FlatModule:
+    """Return a module whose buffers and frozen parameters are on the host."""
+    norm = nn.BatchNorm2d(4).eval()
+    frozen = nn.Conv2d(3, 3, 1).requires_grad_(requires_grad=False)
+    return FlatModule(nn.Sequential(frozen, nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 4)))
+
+
+def tensors(net: Trainable, device: str) -> list[Tensor]:
+    """Return start, target, images, labels and lr."""
+    generator = torch.Generator().manual_seed(0)
+    start = net.init(generator)
+    target = start + 0.1 * torch.randn(len(start), generator=generator)
+    labels = torch.randn(10, 4, generator=generator).softmax(1)
+    every = [start, target, torch.randn(10, 3, 8, 8, generator=generator), labels, torch.tensor(0.1)]
+    return [tensor.to(device) for tensor in every]
+
+
+def result(net: Trainable, device: str, **options: object) -> list[Tensor]:
+    """Return loss and gradients of `unroll`."""
+    start, target, images, labels, lr = tensors(net, device)
+    learned = [each.requires_grad_() for each in (images, labels, lr)]
+    draws = torch.Generator().manual_seed(1)
+    path = unroll(net, start, images, labels, lr, STEPS, SiameseAugment(), generator=draws, **options)  # type: ignore[call-overload]
+    loss = matching_loss(path[-1], start, target)
+    return [loss.detach(), *torch.autograd.grad(loss, learned)]
+
+
+def graphed_result(loss_of: GraphedMatchingLoss, net: Trainable, device: str) -> list[Tensor]:
+    """Return loss and gradients of a call of `loss_of`."""
+    start, target, images, labels, lr = tensors(net, device)
+    learned = [each.requires_grad_() for each in (images, labels, lr)]
+    loss = loss_of(start, target, images, labels, lr, STEPS, generator=torch.Generator().manual_seed(1))
+    return [loss.detach(), *torch.autograd.grad(loss, learned)]
+
+
+def mix() -> None:
+    """Do what a GPU refuses, and what the host waits for."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(3, device="cuda").add(torch.ones(3))
+    float(torch.ones((), device="cuda"))
+
+
+def compare() -> None:
+    """Compare results on the device with those on the CPU."""
+    for net in (NET, module_with_buffers()):
+        for options in ({}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}):
+            for actual, expected in zip(result(net, "cuda", **options), result(net, "cpu", **options), strict=True):
+                assert_close("unroll", actual.cpu(), expected, 1e-4)
+        graphed = GraphedMatchingLoss(net, augment=SiameseAugment())
+        for _ in range(2):
+            actuals = graphed_result(graphed, net, "cuda")
+        assert graphed.problem is None, graphed.problem
+        for actual, expected in zip(actuals, result(net, "cpu"), strict=True):
+            assert_close("graphed", actual.cpu(), expected, 1e-4)
+
+
+if __name__ == "__main__":
+    {"mix": mix, "compare": compare}[sys.argv[1]]()

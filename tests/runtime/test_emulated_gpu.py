@@ -1,0 +1,142 @@
+"""Run the engine and the commands on a GPU that is not there: operands on two devices, waits in recordings, waits at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from mtt_fast.data import load
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(__file__).with_name("emulated_gpu.cpp")
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 "
+    "--Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 2 --batch_real 512 --ipc 2 --device cuda"
+).split()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Holds what a process on the device left."""
+
+    waits: list[str]
+    refused: list[str]
+    output: str
+
+    def waits_below(self, *functions: str) -> list[str]:
+        """Return the waits within one of the functions, each as "file.py:line function"."""
+        return [wait for wait in self.waits if any(f"{name} <" in wait for name in functions)]
+
+
+Run = Callable[..., Report]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function that runs a module with arguments on the device, and checks that it ends well."""
+    compiler = shutil.which("g++")
+    if compiler is None or not sys.platform.startswith("linux") or torch.version.cuda is not None:
+        pytest.skip("needs g++, Linux and torch without CUDA")
+    folder = tmp_path_factory.mktemp("device")
+    library, (libraries, *_) = folder / "device.so", cpp_extension.library_paths()
+    places = [f"-I{path}" for path in cpp_extension.include_paths()] + [f"-L{libraries}"]
+    build = [
+        compiler,
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        str(SOURCE),
+        "-o",
+        str(library),
+        *places,
+        "-lc10",
+        "-ltorch_cpu",
+    ]
+    subprocess.run(build, check=True)
+    environment = os.environ | {
+        "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+
+    def run_module(*words: str) -> Report:
+        report = folder / "report.json"
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.runtime.emulated_gpu", str(report), *words], cwd=ROOT, env=environment, text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        found = json.loads(report.read_text())
+        output = process.stdout + process.stderr
+        assert process.returncode == 0, output
+        assert found["status"] in (0, None), output
+        return Report(found["waits"], found["refused"], output)
+
+    return run_module
+
+
+def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
+    report = run("tests.runtime.emulated_cases", "compare")
+    assert report.refused == []
+    # a caller's own network and loss are tried before the first step, and compared after the last one
+    known = ("try_step", "check_repeated", "_checked_loss")
+    engine = [wait for wait in report.waits if "mtt_fast/engine" in wait and wait not in report.waits_below(*known)]
+    assert engine == []
+    assert report.waits_below("_called_twice")
+    # a buffer or frozen parameter is copied once: of the convolution two, of the norm three
+    networks = [wait for wait in report.waits if "mtt_fast/networks" in wait]
+    assert len(networks) == 5
+    assert all("_near" in wait for wait in networks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--lr_y 1 --label_init experts --pix_init samples_predicted_correctly --ema_decay 0.9 --threshold 5 --batch_syn 7",
+        "--cam_model ConvNetD2W4 --cam_interval 1 --loss_ratio 0.25 --lr_per_step --student_mom 0.5 --lr_decay --best_epoch",
+        "--match_step nearest --zca --num_trajectories 2 --noise_start 0.1 --continuous_start --precision fp32",
+        "--texture --canvas_size 2 --canvas_samples 2 --rho_max 0.01 --decay --precision tf32",
+        "--teacher_label --gradient truncated --microbatch 3 --no_aug --pix_init noise",
+        "--model ConvNetD1W4BN --lr_y 1 --num_interpolation 2 --memory_budget 2GiB",
+    ],
+)
+def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
+    words = ["mtt_fast.distill", *TOY, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
+    for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
+        report = run(*words, *options.split(), *more)
+        assert report.refused == []
+        assert "not recorded" not in report.output
+        # of an iteration the loss and the largest magnitudes are read, and the rate after the update
+        known = ("finish_gradients", "apply_gradients", "teacher_labels")
+        iterations = report.waits_below("iterations")
+        assert [wait for wait in iterations if wait not in report.waits_below(*known)] == []
+        assert report.waits_below("finish_gradients")
+
+
+@pytest.mark.slow
+def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
+    labels = load("digits", data_path=str(tmp_path)).train.labels
+    torch.save([(labels == label).nonzero().flatten() for label in range(10)], tmp_path / "order.pt")
+    report = run(
+        "mtt_fast.experts", *"--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 5 --device cuda".split(),
+        "--sort_method", str(tmp_path / "order.pt"), *"--add_end_epoch 1 --rm_epoch_first 2 --rm_epoch_second 3".split(),
+        "--buffer_path", str(tmp_path / "buffers"),
+    )  # fmt: skip
+    assert report.refused == []
+    assert "not recorded" not in report.output
+    assert report.waits_below("chunks", "count_right") == []
+
+
+def test_what_a_gpu_refuses_is_found(run: Run) -> None:
+    """Check that the tests here can fail."""
+    report = run("tests.runtime.emulated_cases", "mix")
+    assert [reason.partition(": ")[0] for reason in report.refused] == ["add on ['cpu', 'cuda:0']"]
+    assert [wait.partition(": ")[0] for wait in report.waits] == ["_local_scalar_dense"]
