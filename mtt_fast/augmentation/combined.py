@@ -14,7 +14,7 @@ _REACH = 4  # pixels that a real image is shifted by at most, along each axis
 
 
 class CombinedAugment(SiameseAugment):
-    """For a distilled image an operation of its own, chosen uniformly from `strategy`; for a real one a crop and a flip.
+    """Augment each distilled image by an operation of its own, chosen uniformly from `strategy`, and a real one by a crop and a flip.
 
     It is "combined" in SelMatch's code.
     """

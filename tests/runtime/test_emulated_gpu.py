@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import cpp_extension
@@ -105,13 +106,16 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
         "--match_step nearest --zca --num_trajectories 2 --noise_start 0.1 --continuous_start --precision fp32",
         "--texture --canvas_size 2 --canvas_samples 2 --rho_max 0.01 --decay --precision tf32",
         "--teacher_label --gradient truncated --microbatch 3 --no_aug --pix_init noise",
-        "--model ConvNetD1W4BN --lr_y 1 --num_interpolation 2 --memory_budget 2GiB",
+        "--model ConvNetD1W4BN --lr_y 1 --num_interpolation 2 --memory_budget 2GiB --pix_init window --score_path {scores} "
+        "--distilled_share 0.5 --protocol selmatch",
     ],
 )
 def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.npy"
+    np.save(scores, np.arange(len(load("digits", data_path=str(tmp_path)).train.labels)))
     words = ["mtt_fast.distill", *TOY, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
-        report = run(*words, *options.split(), *more)
+        report = run(*words, *options.format(scores=scores).split(), *more)
         assert report.refused == []
         assert "not recorded" not in report.output
         # of an iteration the loss and the largest magnitudes are read, and the rate after the update
