@@ -117,7 +117,7 @@ class _Unroll(torch.autograd.Function):
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
         path = Rows.empty(count + 1, theta, on_host=steps.path_on_host)
-        path.near(0).copy_(theta)
+        path.on_device(0).copy_(theta)
         path.save(0)
         # the gradient with respect to the learning rates needs the velocities
         velocities = Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
@@ -126,17 +126,17 @@ class _Unroll(torch.autograd.Function):
         for n in range(count):
             inputs = steps.batch(images, n, theta.dtype).inputs
             save = n >= count - steps.saved_steps
-            loss, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
+            loss, sums, activations = steps.student.gradient(path.on_device(n), inputs, targets(n), save=save)
             if steps.compares:
                 fingerprints.append(_fingerprint(inputs, loss))
             if activations:
                 saved[n] = activations
-            after = None if velocities is None else velocities.near(n)
+            after = None if velocities is None else velocities.on_device(n)
             kernels.sgd_step(
-                path.near(n),
+                path.on_device(n),
                 sums,
                 rates[n],
-                out=path.near(n + 1),
+                out=path.on_device(n + 1),
                 velocity=before,
                 velocity_out=after,
                 momentum=steps.momentum,
@@ -166,7 +166,7 @@ class _Unroll(torch.autograd.Function):
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
         velocities = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
-        start = path.near(0)
+        start = path.on_device(0)
         rates = _rates(lr, len(steps.batches), start)
         # ν = scale · direction: the direction below is λ, and ν = −α λ; with momentum the direction is ν itself
         scales = -rates if velocities is None else torch.ones_like(rates)
