@@ -181,7 +181,9 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
 def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
     """Raise `InputError` if `of_path` reads another tensor that requires a gradient, since no gradient would flow to it."""
     start = steps.theta.detach()
-    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)  # laid out like a student's path
+    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(
+        start
+    )  # laid out like a student's path
     loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(

@@ -42,7 +42,9 @@ class StudentSteps:
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
     has_velocity: bool = False  # always true with momentum
-    compares: bool = False  # whether to check that the backward sweep repeats the forward one, which waits for the device
+    compares: bool = (
+        False  # whether to check that the backward sweep repeats the forward one, which waits for the device
+    )
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
