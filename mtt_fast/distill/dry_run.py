@@ -15,9 +15,9 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert, check_same_cam_expert
 from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, otherwise_whitened
+from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, whitening_remark
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.planning import planned
+from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
@@ -71,7 +71,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         check_same_cam_expert(options, info, state)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
-    plan = planned(options, network, (count, *info.image_shape), device, precision)
+    plan = plan_steps(options, network, (count, *info.image_shape), device, precision)
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None
     trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
@@ -153,7 +153,7 @@ def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInvent
     kind = "experts from elsewhere, used as they are" if inventory.imported else ""
     to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remark = otherwise_whitened(options, info) if inventory.missing else ""
+    remark = whitening_remark(options, info) if inventory.missing else ""
     return (
         f"{to_train}, {inventory.available} in {inventory.whole}"
         + (to_compress if inventory.uncompressed else "")

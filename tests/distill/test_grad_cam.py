@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.commands import cli
 from mtt_fast.data.published_info import dataset_info
-from mtt_fast.distill.cam_network import CamNetwork, weighed
+from mtt_fast.distill.cam_network import CamNetwork, weigh_gradients
 from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command import main
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
@@ -114,7 +114,7 @@ def test_weights_are_made_anew_after_an_interval() -> None:
     of_images, of_lr = torch.randn_like(images), torch.tensor(3.0)
 
     def weights() -> Tensor:
-        gradients = weighed(options, cam, state, [of_images, of_lr])
+        gradients = weigh_gradients(options, cam, state, [of_images, of_lr])
         assert gradients is not None
         assert gradients[1] is of_lr
         assert state.pixel_weights is not None
@@ -127,10 +127,10 @@ def test_weights_are_made_anew_after_an_interval() -> None:
     for state.iteration in (1, 2):
         assert weights() is first
     state.iteration = 3
-    assert weighed(options, cam, state, None) is None
+    assert weigh_gradients(options, cam, state, None) is None
     state.iteration = 4
     assert not torch.equal(weights(), first)  # an iteration without finite gradients has made them, too
-    assert weighed(options, None, state, [of_images]) == [of_images]
+    assert weigh_gradients(options, None, state, [of_images]) == [of_images]
 
 
 def state_in(folder: str) -> dict[str, Tensor]:
