@@ -98,8 +98,8 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--lr_y", "2", "--texture", "--protocol", "datm", "--out", f"{tmp_path}/run"]
-    told_besides = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["besides"]
-    assert told_besides == "--protocol datm --lr_y 2.0 --texture"
+    told_options = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["options"]
+    assert told_options == "--protocol datm --lr_y 2.0 --texture"
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
