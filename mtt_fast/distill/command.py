@@ -57,7 +57,7 @@ from mtt_fast.kernels import Precision
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.prefetch import called, prefetched, sender, started
+from mtt_fast.runtime.prefetch import prefetched, run_now, run_now_on_gpu, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS, as_trained
@@ -167,19 +167,17 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     def iterations() -> Iterator[None]:
         nonlocal plan
-        result = started(device, partial(start, called(next_segments)))
+        result = run_now_on_gpu(device, partial(start, run_now(next_segments)))
         while True:
             pending = result()
-            segments = called(next_segments)  # read and drawn while a GPU computes
+            segments = run_now(next_segments)  # read and drawn while a GPU computes
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
             gradients = weigh_gradients(options, run.cam, state, gradients)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # memory may suffice for the gradients of one iteration only
             if state.iteration < options.Iteration:
-                result = started(
-                    device, partial(start, segments)
-                )  # before the log and the progress bar, so that a GPU is busy
+                result = run_now_on_gpu(device, partial(start, segments))  # a GPU does not wait for the log
             run.metrics.write(kind, state.iteration, **values)
             if kind == "skip":
                 check_converges(run, state)
