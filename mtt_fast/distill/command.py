@@ -197,7 +197,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     with contextlib.closing(ahead):
         run_to_the_end(
-            run, state, title="distil", iterate=partial(next, iterations()), shown=partial(_progress_fields, run, state), evaluate=evaluate,
+            run, state, title="distil", iterate=partial(next, iterations()), progress_fields=partial(_progress_fields, run, state), evaluate=evaluate,
             kinds=evaluated_kinds(state), save=partial(save_checkpoint, run.folder, state),
             summarise=partial(summarise, run, state),
         )  # fmt: skip
@@ -208,11 +208,11 @@ def _progress_fields(run: DistillRun, state: State, seconds: float) -> dict[str,
     options, record = run.options, run.metrics.records[-1]
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
     # the rate is read from the record: to read `state.lr` would wait for the next iteration on a GPU
-    shown = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
-    shown |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
-    shown |= {"images/s": f"{images / seconds:.0f}"}
+    fields = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
+    fields |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
+    fields |= {"images/s": f"{images / seconds:.0f}"}
     if state.skipped or state.lr_kept:
-        shown |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
+        fields |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
     if options.threshold is not None:
-        shown |= {"above threshold": str(state.above_threshold)}
-    return shown
+        fields |= {"above threshold": str(state.above_threshold)}
+    return fields

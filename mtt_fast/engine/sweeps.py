@@ -7,7 +7,7 @@ the parameters. It needs one directional derivative of each step's gradient (doc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -179,12 +179,7 @@ class _Unroll(torch.autograd.Function):
         )
         grad_negated_rates: list[Tensor] = []  # dL/d(−α_n), the last step first
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
-
-        def incoming(n: int) -> Tensor | None:
-            """Return e_n, the direct gradient of the loss with respect to θ_n (P,), from `path` and from `path[n]`, or None."""
-            from_path, from_row = None if grad_path is None else grad_path[n], grad_rows[n]
-            parts = [part.to(lr.device).contiguous() for part in (from_path, from_row) if part is not None]
-            return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
+        direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
         # steps after the last row that the loss depends on contribute nothing
         needs_all = grad_path is not None or grad_velocity is not None
@@ -192,8 +187,8 @@ class _Unroll(torch.autograd.Function):
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
         adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
-        if (gradient_to_last := incoming(last)) is not None:
-            adjoint.copy_(gradient_to_last)
+        if (last_gradient := direct_gradient(last)) is not None:
+            adjoint.copy_(last_gradient)
         velocity_adjoint = None if velocities is None else torch.zeros_like(adjoint)  # π_{n+1}, then ν
         if velocity_adjoint is not None and grad_velocity is not None:
             velocity_adjoint.copy_(grad_velocity)
@@ -232,7 +227,7 @@ class _Unroll(torch.autograd.Function):
                 direction,
                 scales[n],
                 out=adjoint,
-                incoming=incoming(n),
+                incoming=direct_gradient(n),
                 weight_decay=steps.weight_decay,
                 batch=batch_gradient,
             )
@@ -255,6 +250,15 @@ class _Unroll(torch.autograd.Function):
             grad_rates[:last] = -torch.stack(grad_negated_rates[::-1])
         grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
         return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+
+
+def _direct_gradient(
+    grad_path: Tensor | None, grad_rows: Sequence[Tensor | None], device: torch.device, n: int
+) -> Tensor | None:
+    """Return e_n (P,), the direct gradient of the loss with respect to θ_n, from uses of `path` and of `path[n]`; None for zero."""
+    from_path, from_row = None if grad_path is None else grad_path[n], grad_rows[n]
+    parts = [part.to(device).contiguous() for part in (from_path, from_row) if part is not None]
+    return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
 
 
 def _fingerprint(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
