@@ -16,7 +16,7 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 
 @dataclass(frozen=True, kw_only=True)
 class DistillRun(LoopRun):
-    """What all iterations of a distillation share."""
+    """The constants of a distillation."""
 
     options: DistillOptions
     experts: TrajectoryStore

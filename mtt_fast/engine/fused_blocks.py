@@ -248,7 +248,7 @@ class PlaneBlock:
 
 
 class ImageActivations(NamedTuple):
-    """What an `ImageBlock` keeps from its forward for its backward: nothing as large as the planes."""
+    """The tensors that an `ImageBlock` keeps from its forward for its backward, none as large as the planes."""
 
     patches: Patches
     folded: Folded | None

@@ -56,7 +56,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an unroll cuts its batches, which activations it saves, and the memory that this takes. `str` describes it for a log."""
+    """The cut of an unroll's batches, the activations that it saves, and the memory that this takes. `str` describes it for a log."""
 
     work: Work
     microbatch: int
