@@ -33,10 +33,8 @@ def dispatched(operation: str) -> Callable[..., Any]:
 
     @wraps(getattr(cudnn, operation))
     def run(*arguments: Any, **named: Precision) -> Any:
-        *operands, precision = [
-            *arguments,
-            *named.values(),
-        ]  # the precision is last, whether it is passed by name or not
+        given: list[Any] = [*arguments, *named.values()]
+        operands, precision = given[:-1], given[-1]  # the precision is last, whether it is passed by name or not
         result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
         backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes[0], planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
