@@ -28,7 +28,7 @@ def check_options_fit(
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
         raise InputError(
-            f"--batch_syn {options.batch_syn}: expected at most {images}, the number of synthetic images ({options.ipc} for "
+            f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images ({options.ipc} for "
             f"each of {data.num_classes} classes); leave it out to use all"
         )
     if network.mixes_samples and (option := options.option_using_experts()):

@@ -185,7 +185,7 @@ def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch_syn 11", "--batch_syn 11: expected at most 10, the number of synthetic images"),
+        ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images"),
         ("--model ConvNetD1W4BN --teacher_label", "--teacher_label: expected a network without batch norm"),
     ],
 )
