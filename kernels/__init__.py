@@ -1,12 +1,14 @@
-"""Offer the operations that the engine is made of: functions of tensors that know nothing of distillation.
+"""The operations on tensors from which the engine is built.
 
-`ops/` has the signatures, contracts and checks. `reference/` defines each operation in plain torch, on any device;
-`native/` (compiled from `cpp/`) and `triton/` compute the same faster on a CPU and on CUDA. `dispatch` chooses.
+`ops/` has the signatures, contracts and checks. `reference/` defines each operation in plain torch, on any device.
+`native/` (compiled from `cpp/`) and `triton/` compute the same faster on a CPU and on CUDA. `dispatch` chooses between them.
 """
 
 from __future__ import annotations
 
-if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which would be a second set of modules
+if (
+    __name__ != "mtt_fast.kernels"
+):  # in the repository it could also be imported as `kernels`, a second copy of all modules
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from .dispatch import (

@@ -15,7 +15,7 @@ from .types import ConvLayer, Convolved, Precision, WeightBytes, accumulator, pl
 
 Implementation = Callable[..., Any]
 
-# Triton's own switch: its kernels then run on the CPU, interpreted and slow, in place of the native ones.
+# with Triton's own switch, its kernels run on the CPU in Triton's interpreter, in place of the native ones
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
@@ -25,9 +25,9 @@ def native_available() -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Return whether a back end other than the reference computes on `device`.
+    """Return whether `device` has a back end other than the reference.
 
-    Raises `ImportError` for a CUDA device where Triton is missing: a GPU is never left idle in silence.
+    Raises `ImportError` for a CUDA device if Triton is missing, so that a GPU is never left idle without a message.
     """
     if _runs_triton(device):
         triton.load()
@@ -36,10 +36,9 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def implementation_of(operation: str, tensor: Tensor, precision: Precision | None = None) -> Implementation:
-    """Return the fastest implementation of `operation` that a back end has for tensors like `tensor`.
+    """Return the fastest implementation of `operation` for tensors like `tensor`.
 
-    `precision` is that of a product's factors, for the operations that have any, and is passed on to the implementation.
-    The native back end knows `fp32` alone.
+    `precision`, for operations with matrix products, is bound to the implementation. The native back end has only `fp32`.
     """
     if operation in triton.OPERATIONS and _runs_triton(tensor.device):
         implementation: Implementation = getattr(triton, operation)
@@ -51,7 +50,7 @@ def implementation_of(operation: str, tensor: Tensor, precision: Precision | Non
 
 
 def has_image_block(layer: ConvLayer, device: torch.device) -> bool:
-    """Return whether a back end fuses the first block with its instance norm, and so stores no planes before the pooled ones.
+    """Return whether a back end computes the first block, with instance norm, without storing planes before the pool.
 
     Triton's does, for at most 3 channels and a multiple of 16 filters.
     """
@@ -61,26 +60,23 @@ def has_image_block(layer: ConvLayer, device: torch.device) -> bool:
 def block_implementation_of(
     operation: str, channels: int, filters: int | None, device: torch.device, precision: Precision
 ) -> Implementation:
-    """Return the implementation of an `operation` of the first block: Triton's kernels where they fit, else the reference.
+    """Return the implementation of an `operation` of the first block: Triton's if `has_image_block`, else the reference.
 
-    `filters` is None for the patches, which depend on the images alone.
+    `filters` is None for `image_patches`, which depends only on the images.
     """
     has_kernels = _runs_triton(device) and triton.has_image_block(channels, filters)
     return partial(getattr(triton if has_kernels else reference, operation), precision=precision)
 
 
 def readable(planes: Convolved) -> Convolved:
-    """Return planes as the back end of their device takes them.
-
-    Triton's kernels add parts up as they read them; for the other back ends they are added up here.
-    """
+    """Return planes in a form that the back end of their device takes: partial sums only for Triton, else added up."""
     return planes if _runs_triton(planes_of(planes).device) else reference.add_planes(planes)[0]
 
 
 def compile_ahead(call: Callable[[], object]) -> None:
     """Compile the kernels that `call` launches on a GPU, in parallel, and run none of them.
 
-    The tensors in `call` hold no meaningful values, so it must not depend on any. Raises what `call` does.
+    Tensors that `call` computes are uninitialised, so it must not depend on their values. Raises what `call` raises.
     """
     triton.compile_ahead(call)
 
@@ -88,10 +84,10 @@ def compile_ahead(call: Callable[[], object]) -> None:
 def work_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> int:
-    """Return the bytes of scratch memory that a step's convolutions of planes of `dtype` take, in all operations on all `layers`.
+    """Return the bytes of work space that the convolutions of a step take, in all operations on all `layers` of planes of `dtype`.
 
-    On the CPU this memory is kept from one call to the next, some of it for each of torch's threads. On CUDA the number is
-    an allowance for the convolutions that cuDNN computes. That of the reference is not known, and 0 is returned.
+    On a CPU the work space is kept from one call to the next, a part of it for each of torch's threads. On CUDA the number is an
+    allowance for convolutions by cuDNN. For the reference it is unknown, and 0 is returned.
     """
     if _runs_triton(device):
         return triton.work_bytes(batch, layers, dtype, device, precision)
@@ -103,17 +99,17 @@ def work_bytes(
 def weight_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> list[WeightBytes]:
-    """Return, for each of `layers`, the bytes that its convolution takes in a step in addition to planes of `dtype` and weight."""
+    """Return the `WeightBytes` of each of `layers`, with planes of `dtype`."""
     if _runs_triton(device):
         return triton.weight_bytes(batch, layers, dtype, device, precision)
     return [WeightBytes(0, 9 * layer.channels * layer.filters * accumulator(dtype).itemsize) for layer in layers]
 
 
 def release_memory() -> None:
-    """Return to the system the memory that the native kernels keep from one call to the next and that is not in use."""
+    """Free the work space that the native kernels keep from one call to the next, as far as it is not in use."""
     native.release_memory()
 
 
 def _runs_triton(device: torch.device) -> bool:
-    """Return whether Triton's kernels run on `device`: on a GPU, and on a CPU where Triton interprets them."""
+    """Return whether Triton's kernels run on `device`: a GPU, or a CPU with Triton's interpreter."""
     return device.type == "cuda" or (_INTERPRETED and device.type == "cpu")

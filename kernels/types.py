@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 LabelKind = Literal["indices", "probabilities", "logits"]
-"""Labels are class indices (B,), probabilities (B, K), or logits (B, K), whose softmax is taken."""
+"""Labels are class indices (B,), probabilities (B, K), or logits (B, K), whose softmax are the probabilities."""
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
-"""Format to which the float32 factors of a product are rounded. Sums are float32, and float64 tensors stay float64.
+"""Format to which the float32 factors of matrix products are rounded. Sums are float32, and float64 tensors stay float64.
 
-Planes may themselves be float16 or bfloat16. Their products are then fp16 or bf16, and tensors without pixels are float32:
-see `accumulator`.
+With fp16 and bf16 the planes are themselves float16 or bfloat16; parameters, statistics and sums are float32 (`accumulator`).
 """
 
 HALF_PRECISIONS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-"""Precisions whose planes take two bytes a number, with the dtype of these planes."""
+"""Precisions with planes of 16 bits, and the dtype of these planes."""
 
 LARGEST_COTANGENT = 64.0
-"""Largest magnitude of the gradient to float16 features after it was scaled by a power of two.
+"""Magnitude below which the gradient of float16 features is scaled by a power of two.
 
-It is far below the range of float16, since the layers that the backward reaches next make gradients larger.
+It is far below the range of float16, since gradients may grow on the way back through the layers.
 """
 
 
@@ -35,7 +34,7 @@ class Affine(NamedTuple):
 
 
 class PlaneStats(NamedTuple):
-    """Statistics of the planes of y (B, C, H, W) and of ẏ that the backward of a norm takes from its forward.
+    """Statistics of the planes of y (B, C, H, W) and ẏ, computed in the forward of a norm for its backward.
 
     With h = (y − mean) · rstd the normalised plane, k1 = E[ẏ] and k2 = E[h ẏ] over the plane's pixels.
     """
@@ -47,18 +46,18 @@ class PlaneStats(NamedTuple):
 
 
 class Patches(NamedTuple):
-    """Images laid out for the first block, and the sums from which its statistics follow for any weights.
+    """Images for the first block, and the sums from which the statistics of its planes follow for any weights.
 
-    A patch x̃ is the 9·C numbers that a pixel of a 3×3 convolution sees, in the order (3, 3, C), and a one.
+    A patch x̃ consists of the 9·C numbers under the 3×3 filter at one pixel, in the order (3, 3, C), followed by a one.
     """
 
-    images: Tensor  # (B, H + 2·padding, W + 2·padding, C), less a shift of each channel; their dtype is that of planes
+    images: Tensor  # (B, H + 2·padding, W + 2·padding, C), minus a shift of each channel; of the planes' dtype
     gram: Tensor  # (B, parts, 9·C + 1, 9·C + 1): sums of x̃x̃ᵀ over parts of the pixels; not bfloat16
     padding: int
 
 
 class Folded(NamedTuple):
-    """A norm folded into the weights, for each sample. The layout is private to the back end that made it."""
+    """The weights of each sample with the norm folded in. The layout is private to the back end."""
 
     weight: Tensor
     weight_dot: Tensor | None
@@ -66,13 +65,13 @@ class Folded(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """A flat vector (P,) whose last sum, over samples or parts of them, is left for one pass over all parameters.
+    """A flat vector (P,) as partial sums over samples, or parts of samples, which one later pass over all parameters adds up.
 
-    Each piece holds summands (S, …), and S may be 0. The vector is the pieces' sums over S, flattened, one after the other.
+    The vector is the concatenation of the pieces (S, …), each summed over its axis S and flattened. S may be 0, for zeros.
     """
 
     pieces: tuple[Tensor, ...]
-    factors: tuple[Tensor, ...] = ()  # () each: powers of two that all summands are multiplied with; the vector is not
+    factors: tuple[Tensor, ...] = ()  # () each: powers of two by which the sums are divided
 
     def vector(self) -> Tensor:
         """Return the vector (P,), computed in plain torch."""
@@ -87,19 +86,19 @@ class PartialSums(NamedTuple):
 class PartialPlanes(NamedTuple):
     """Planes (B, C, H, W) as partial sums of a convolution, which the first operation that reads them adds up.
 
-    That operation adds the parts in their order, rounds the sum once, and stores it in `planes` for all later readers.
+    It adds the parts in their order, rounds the sum once, and stores it in `planes` for later operations.
     """
 
-    parts: Tensor  # (S, B, C, H, W), float32: each part in the memory format of the planes
-    planes: Tensor  # (B, C, H, W): memory without values until then
+    parts: Tensor  # (S, B, C, H, W), float32, each part in the memory format of the planes
+    planes: Tensor  # (B, C, H, W), uninitialised until the parts are added up
 
 
 Convolved = Tensor | PartialPlanes
-"""Result of a convolution: planes (B, C, H, W), or parts of them from a back end that cuts the sum."""
+"""Result of a convolution: planes (B, C, H, W), or their partial sums."""
 
 
 def planes_of(convolved: Convolved) -> Tensor:
-    """Return planes (B, C, H, W) as a tensor. For planes in parts it is the memory that their first reader fills."""
+    """Return the tensor (B, C, H, W) of planes; for partial sums that are not added up yet it is uninitialised."""
     return convolved.planes if isinstance(convolved, PartialPlanes) else convolved
 
 
@@ -109,33 +108,33 @@ def vector_of(sums: Tensor | PartialSums) -> Tensor:
 
 
 class BatchImages(NamedTuple):
-    """The images of a batch for the first block: rows of all images, which are neither gathered nor augmented yet."""
+    """The images of a batch for the first block, neither gathered nor augmented yet."""
 
-    x: Tensor  # (n, C, H, W), float32 or float64; contiguous if they are augmented, else perhaps channels_last
+    x: Tensor  # (n, C, H, W), float32 or float64; contiguous, or channels_last without `parameters`
     padding: int  # of the convolution
     rows: Tensor | None = None  # (B,) int64, of `x`; None for all
     parameters: Tensor | None = None  # (B, 13), of `colour_warp_mask`; None for rows that are not augmented
 
 
 class BatchGradient(NamedTuple):
-    """Gradient to the images of a batch, which a later operation adds to the gradient to all images."""
+    """The gradient of the augmented images of a batch, to be added to the gradient of all images."""
 
-    out: Tensor  # (n, C, H, W), contiguous: the gradient to all images
-    rows: Tensor  # (B,) int64, of `out`
-    y_bar: Tensor  # (B, C, H, W), contiguous: the gradient to the augmented rows
-    parameters: Tensor | None  # (B, 13), of `colour_warp_mask`; None for rows that were not augmented
+    out: Tensor  # (n, C, H, W), contiguous: the gradient of all images
+    rows: Tensor  # (B,) int64: the images of the batch
+    y_bar: Tensor  # (B, C, H, W), contiguous: the gradient of the augmented images
+    parameters: Tensor | None  # (B, 13), of `colour_warp_mask`; None without augmentation
 
 
 class PackedWeight(NamedTuple):
-    """A convolution's weight, with copies in the layouts and the precision that a back end's products read."""
+    """A convolution's weight, with copies in the layouts and the precision of a back end's matrix products."""
 
     weight: Tensor  # (K, C, 3, 3)
     straight: Tensor  # (K, 3, 3, C)
-    rotated: Tensor  # (C, 3, 3, K): for the input gradient, each 3×3 rotated by 180°
+    rotated: Tensor  # (C, 3, 3, K): for the input gradient, each 3×3 filter rotated by 180°
 
 
 Weight = Tensor | PackedWeight
-"""A convolution's weight (K, C, 3, 3), packed or as it is."""
+"""A convolution's weight (K, C, 3, 3), packed or not."""
 
 
 def weight_of(weight: Weight) -> Tensor:
@@ -144,13 +143,13 @@ def weight_of(weight: Weight) -> Tensor:
 
 
 class PackedParameters(NamedTuple):
-    """Parameters of a step as its products read them, and a direction of them if there is one."""
+    """The packed weights of a step, of its parameters and of their direction."""
 
-    weights: tuple[Weight, ...]  # of the layers that were asked for, in their order
-    weights_dot: tuple[Weight, ...]  # () without a direction
+    weights: tuple[Weight, ...]  # of the layers in `places`
+    weights_dot: tuple[Weight, ...]  # of the direction; empty without one
     direction: Tensor | None  # (P,): the direction times `scale`
     scale: Tensor | None  # (): a power of two; None for 1
-    patches: Patches | None = None  # of the batch that was given
+    patches: Patches | None = None  # of the `batch`, if one was given
 
 
 class WeightBytes(NamedTuple):
@@ -158,14 +157,14 @@ class WeightBytes(NamedTuple):
 
     packed: int  # copies of the weight
     summands: int  # summands of the weight's gradient
-    copies: int = 0  # copies of planes, while the weight's gradient is computed from them
-    dual_copies: int = 0  # likewise, in a direction
-    parts: int = 0  # parts of the gradient to the input, until it is read
-    dual_parts: int = 0  # likewise, with the gradient's derivative
+    copies: int = 0  # copies of planes, while the weight's gradient is computed
+    dual_copies: int = 0  # the same, while the derivative of the weight's gradient is computed
+    parts: int = 0  # partial sums of the input's gradient, until they are added up
+    dual_parts: int = 0  # the same, with the derivative of the input's gradient
 
 
 class WeightPlace(NamedTuple):
-    """Place of a convolution's weight (filters, channels, 3, 3) in the flat vector of parameters."""
+    """Position of a convolution's weight (filters, channels, 3, 3) in the flat vector of parameters."""
 
     offset: int
     filters: int
@@ -173,12 +172,12 @@ class WeightPlace(NamedTuple):
 
 
 def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
-    """Return the dtype of planes, and of the factors of their products, for images and parameters of `dtype`."""
+    """Return the dtype of planes for parameters of `dtype`."""
     return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums over planes of `dtype`: of their statistics, of parameters, and of gradients to parameters."""
+    """Return the dtype of statistics, parameters and their gradients for planes of `dtype`."""
     return torch.float32 if dtype in HALF_PRECISIONS.values() else dtype
 
 
@@ -221,7 +220,7 @@ class ConvLayer(NamedTuple):
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """Return the memory format of `tensor` (B, C, H, W): channels_last where both fit. Raises `ValueError` if neither fits."""
+    """Return the memory format of `tensor` (B, C, H, W), channels_last if it has both. Raises `ValueError` if it has neither."""
     for candidate in (torch.channels_last, torch.contiguous_format):
         if tensor.is_contiguous(memory_format=candidate):
             return candidate
@@ -231,5 +230,5 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor` in the memory format of `like`; it is copied only where its format is another."""
+    """Return `tensor` in the memory format of `like`, copied only if it has another."""
     return tensor.contiguous(memory_format=memory_format(like))

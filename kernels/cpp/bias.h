@@ -1,5 +1,5 @@
-// bias_relu_pool with its three derivatives on channels-last tensors: (B, H, W, C) in memory. The formulas are those of
-// kernels/reference/bias.py. One call does one sample and one group of channels; those are independent of each other.
+// bias_relu_pool and its three derivatives on channels-last tensors, (B, H, W, C) in memory. The formulas are those of
+// kernels/reference/bias.py. One call computes one sample and one group of channels, which are independent.
 #pragma once
 
 #include "planes.h"
@@ -20,5 +20,5 @@ struct BiasBackward {
     const T* beta;               // (C,)
     const T *p_bar, *p_bar_dot;  // (B, H/2, W/2, C)
     T *y_bar, *y_bar_dot;        // (B, H, W, C)
-    T* beta_sum;                 // (B, C): each sample's part of the gradient (dual: of its derivative) to beta
+    T* beta_sum;                 // (B, C): summands, per sample, of the gradient (dual: its derivative)
 };

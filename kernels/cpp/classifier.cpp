@@ -11,9 +11,9 @@
 namespace {
 
 template <typename T>
-constexpr T kNothing = -std::numeric_limits<T>::infinity();  // the logit of a class that is not there
+constexpr T kNothing = -std::numeric_limits<T>::infinity();  // the logit of lanes past the last class
 
-// body(first, n): n neighbouring classes from the first one on.
+// Call body(first, n) for packs of n consecutive classes.
 template <typename T, typename Body>
 INLINE void for_each_pack(std::size_t classes, const Body& body) {
     for (std::size_t first = 0; first < classes; first += Pack<T>::lanes) {
@@ -21,7 +21,7 @@ INLINE void for_each_pack(std::size_t classes, const Body& body) {
     }
 }
 
-// The softmax of a row of logits. The maximum is taken out first, so nothing overflows.
+// The softmax of a row of logits. The maximum is subtracted first, so nothing overflows.
 template <typename T>
 struct Softmax {
     T max, log_sum;
@@ -40,7 +40,7 @@ Softmax<T> softmax_of(const T* row, std::size_t classes) {
     return {max, std::log(sum_of_lanes(sum))};
 }
 
-// The distribution that a sample's softmax is compared with. Probabilities that are being learned need not sum to one.
+// The target distribution of a sample. Probabilities that are being learned need not sum to one.
 template <typename T>
 class Target {
   public:

@@ -1,5 +1,5 @@
 // Softmax and cross-entropy of a batch of logits, their gradient, and its tangent. The formulas are those of
-// kernels/reference/classifier.py. One call does one sample; samples are independent of each other.
+// kernels/reference/classifier.py. One call computes one sample; samples are independent.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,6 @@ struct CrossEntropy {
     const T* labels;              // (B, K), or null where they are indices
     bool of_logits;               // the target is the softmax of `labels`
     T *logits, *logits_dot;       // (B, K), without the bias; overwritten by o_bar and o_bar_dot
-    T* losses;                    // (B,): each sample's part of the loss (dual: of its derivative)
+    T* losses;                    // (B,): summands, per sample, of the loss (dual: its derivative)
     T* labels_bar_dot;            // (B, K), or null
 };

@@ -6,10 +6,10 @@
 
 namespace {
 
-// Rows of a matrix product that are summed in registers: two registers a row, with room for a row of the right factor.
+// Rows of a matrix product that are accumulated in registers: two registers per row, and two for the right factor.
 constexpr std::size_t kRows = VECTOR_BYTES == 64 ? 12 : 6;
 
-// sums[r] += Σ_k a[r, k] b[k, :], with the strides of a free, so that either factor can be read transposed.
+// sums[r] += Σ_k a[r, k] b[k, :]. `a` has any strides, so that it can be transposed.
 template <std::size_t rows, typename T>
 INLINE void multiply(const T* a, std::size_t a_row, std::size_t a_depth, const T* b, std::size_t b_depth,
                      std::size_t count, std::size_t depth, Pack<T> (&sums)[rows]) {
@@ -20,7 +20,7 @@ INLINE void multiply(const T* a, std::size_t a_row, std::size_t a_depth, const T
     }
 }
 
-// use(row, Rows<n>): kRows at once as long as they last, then the rest in few pieces.
+// Call use(row, Rows<n>) for blocks of n rows from `row` on: blocks of kRows, then of 8, 4, 2 and 1.
 template <std::size_t n>
 struct Rows {
     static constexpr std::size_t value = n;
@@ -37,15 +37,17 @@ INLINE void for_rows(std::size_t rows, const Use& use) {
 
 // ---------------------------------------------------------------------------------------------- Winograd
 
-// The 16 places of a tile in a (B, height, width, channels) tensor whose first pixel is (row, column); zeros outside.
+// Pointers to the pixels of a tile in a (B, height, width, channels) tensor, whose first pixel is (row, column).
+// Outside of the planes they point to `zeros`.
 template <std::size_t side, typename T>
-INLINE void places(const T* tensor, std::size_t sample, std::ptrdiff_t row, std::ptrdiff_t column, std::size_t height,
-                   std::size_t width, std::size_t channels, const T* zeros, const T* (&found)[side * side]) {
+INLINE void tile_pixels(const T* tensor, std::size_t sample, std::ptrdiff_t row, std::ptrdiff_t column,
+                        std::size_t height, std::size_t width, std::size_t channels, const T* zeros,
+                        const T* (&pixels)[side * side]) {
     for (std::size_t i = 0; i < side; ++i) {
         for (std::size_t j = 0; j < side; ++j) {
             const std::ptrdiff_t r = row + std::ptrdiff_t(i), c = column + std::ptrdiff_t(j);
             const bool inside = r >= 0 && c >= 0 && r < std::ptrdiff_t(height) && c < std::ptrdiff_t(width);
-            found[i * side + j] =
+            pixels[i * side + j] =
                 inside ? tensor + ((sample * height + std::size_t(r)) * width + std::size_t(c)) * channels : zeros;
         }
     }
@@ -60,14 +62,14 @@ INLINE Tile tile_at(const ConvShape& shape, std::size_t index) {
     return {index / each, 2 * std::ptrdiff_t(index % each / columns), 2 * std::ptrdiff_t(index % columns)};
 }
 
-// v[:, at] = Bᵀ d B of one input tile, all channels
+// v = Bᵀ d B of one input tile d, for all channels; `stride` is the distance of the 16 numbers of a tile.
 template <typename T>
 INLINE void transform_input(const ConvShape& shape, const T* x, const T* zeros, std::size_t index, T* v,
                             std::size_t stride) {
     const Tile tile = tile_at(shape, index);
     const T* from[16];
-    places<4>(x, tile.sample, tile.row - shape.padding, tile.column - shape.padding, shape.height, shape.width,
-              shape.channels, zeros, from);
+    tile_pixels<4>(x, tile.sample, tile.row - shape.padding, tile.column - shape.padding, shape.height, shape.width,
+                   shape.channels, zeros, from);
     for (std::size_t c = 0; c < shape.channels; c += Pack<T>::lanes) {
         const std::size_t n = shape.channels - c < Pack<T>::lanes ? shape.channels - c : Pack<T>::lanes;
         Pack<T> half[16];
@@ -92,13 +94,14 @@ INLINE void transform_input(const ConvShape& shape, const T* x, const T* zeros, 
     }
 }
 
-// z[:, at] = A d Aᵀ of one tile of y_bar; lanes past the last filter become zero
+// z = A d Aᵀ of one tile d of y_bar; lanes past the last filter become zero.
 template <typename T>
 INLINE void transform_output_gradient(const ConvShape& shape, const T* y_bar, const T* zeros, std::size_t index, T* z,
                                       std::size_t stride) {
     const Tile tile = tile_at(shape, index);
     const T* from[4];
-    places<2>(y_bar, tile.sample, tile.row, tile.column, shape.out_height, shape.out_width, shape.filters, zeros, from);
+    tile_pixels<2>(y_bar, tile.sample, tile.row, tile.column, shape.out_height, shape.out_width, shape.filters, zeros,
+                   from);
     for (std::size_t k = 0; k < shape.filters; k += Pack<T>::lanes) {
         const std::size_t n = shape.filters - k < Pack<T>::lanes ? shape.filters - k : Pack<T>::lanes;
         const Pack<T> d[4] = {load(from[0] + k, n), load(from[1] + k, n), load(from[2] + k, n), load(from[3] + k, n)};
@@ -116,7 +119,7 @@ INLINE void transform_output_gradient(const ConvShape& shape, const T* y_bar, co
     }
 }
 
-// y = Aᵀ m A of one tile and one panel of filters
+// y = Aᵀ m A of one tile and one panel of filters.
 template <typename T>
 INLINE void transform_output(const ConvShape& shape, const T* m, std::size_t stride, std::size_t index,
                              std::size_t filter, T* y) {
@@ -222,7 +225,7 @@ void winograd_sum(const WinogradSum<T>& a, std::size_t part, T* scratch) {
 
 // ---------------------------------------------------------------------------------------------- patches
 
-// patches[pixel] = the 9 C numbers under the kernel at each pixel of one row of y
+// patches[pixel] = the 9 C numbers under the filter at each pixel of one row of y.
 template <typename T>
 INLINE void gather_row(const Patches<T>& a, std::size_t sample, std::size_t row, T* patches) {
     const ConvShape& s = a.shape;

@@ -1,5 +1,5 @@
-// The convolutions as Python functions: weights are transformed, blocks shared among threads. Tensors are
-// channels-last, so (B, H, W, C) and contiguous in memory; those that hold results were allocated by the caller.
+// The convolutions as Python functions, which transform weights and distribute blocks over threads. Tensors are
+// channels-last: contiguous (B, H, W, C) in memory. The caller allocates results.
 #include "conv_module.h"
 
 #include <nanobind/ndarray.h>
@@ -31,15 +31,15 @@ void expect(bool condition) {
     if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
 }
 
-// Memory that stays between calls, in elements: one calling thread's, and each thread's scratch.
+// Memory that is kept between calls, in elements: of the calling thread, and of each thread.
 struct Work {
     std::size_t shared, scratch;
 };
 
 std::size_t rounded(std::size_t count, std::size_t lanes) { return (count + lanes - 1) / lanes * lanes; }
 
-// The nine weights from channel c to filter k of the convolution that is computed: that of the gradient to the input is
-// the given one rotated by 180 degrees, from filters to channels.
+// The nine weights from channel c to filter k. For the input gradient they are rotated by 180 degrees, and channels and
+// filters are swapped.
 template <typename T>
 struct Weights {
     const T* values;  // (K, C, 3, 3), or (C, K, 3, 3) if rotated

@@ -1,11 +1,12 @@
-// Flat vectors: sgd_step and adjoint_step in one pass, a call doing the elements [begin, end), and squared_distance.
+// Operations on flat vectors: sgd_step and adjoint_step, of which a call computes elements [begin, end), and
+// squared_distance.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-// A vector that does not take part is null.
+// Vectors that are not used are null.
 template <typename T>
 struct SgdStep {
     const T *theta, *gradient, *velocity;
@@ -20,7 +21,7 @@ struct AdjointStep {
     T* out;
 };
 
-// The upper half of a float. A double holds it exactly, as it does a float.
+// The upper half of a float. The conversion to double is exact.
 struct BFloat16 {
     std::uint16_t bits;
 
@@ -32,7 +33,6 @@ struct BFloat16 {
     }
 };
 
-// |a - b|^2 of two vectors, accumulated in double. The result depends on the values and the size alone, not on
-// `threads`.
+// |a - b|^2 of two vectors, accumulated in double. The result does not depend on `threads`.
 template <typename T>
 double squared_distance(const T* a, const T* b, std::size_t size, int threads);

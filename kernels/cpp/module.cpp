@@ -19,7 +19,7 @@ Pool& results() {
     return pool;
 }
 
-// A tensor of `size` bytes without a value, which goes back to the pool when nobody holds it any more.
+// Return an uninitialised tensor of `size` bytes, whose memory goes back to the pool when the tensor is freed.
 nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>> memory(std::size_t size) {
     struct Held {
         Pool::Block block;

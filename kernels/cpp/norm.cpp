@@ -9,7 +9,7 @@
 
 namespace {
 
-// Statistics and parameters of one plane, a lane a channel.
+// Statistics and parameters of planes, one lane per channel.
 template <typename T>
 struct Norm {
     Pack<T> mean, rstd, gamma, beta;      // primal
@@ -32,7 +32,8 @@ INLINE Pack<T> inverse_root(Pack<T> value) {
     return value;
 }
 
-// A sum of row sums: each is short, so the rounding errors stay small. `term(pixel)` is a pair.
+// Sum two values per pixel over the plane: term(pixel, row) adds them to row. Rows are summed first, so that rounding
+// errors stay small.
 template <typename T, typename Term>
 INLINE void sum_plane(const PlaneShape& shape, Pack<T> (&sums)[2], const Term& term) {
     sums[0] = sums[1] = Pack<T>{};
@@ -106,7 +107,7 @@ void backward(const NormBackward<T>& a, std::size_t sample, std::size_t group) {
         norm.beta_dot = load(a.beta_dot + first, n);
     }
 
-    // sums over the plane: the primal's of u_bar and u_bar h, and the derivatives of the two
+    // sums of u_bar and u_bar h over the plane, and their derivatives
     Pack<T> u_sum{}, uh_sum{}, u_dot_sum{}, uh_dot_sum{};
     for (std::size_t i = 0; i < 2 * rows; ++i) {
         Pack<T> u_row{}, uh_row{}, u_dot_row{}, uh_dot_row{};
@@ -133,7 +134,7 @@ void backward(const NormBackward<T>& a, std::size_t sample, std::size_t group) {
     const Pack<T> mean_h_bar = norm.gamma * u_sum * share, along = norm.gamma * uh_sum * share;
     const Pack<T> mean_h_bar_dot = (norm.gamma_dot * u_sum + norm.gamma * u_dot_sum) * share;
     const Pack<T> along_dot = (norm.gamma_dot * uh_sum + norm.gamma * uh_dot_sum) * share;
-    const Pack<T> rstd_dot = norm.rstd * norm.k2;  // of either sign: d rstd = −rstd² k2
+    const Pack<T> rstd_dot = norm.rstd * norm.k2;  // −(the derivative of rstd) / rstd
     for (std::size_t i = 0; i < height; ++i) {
         for (std::size_t j = 0; j < width; ++j) {
             const std::size_t pixel = (i * width + j) * channels, pooled = (i / 2 * columns + j / 2) * channels;

@@ -1,5 +1,5 @@
-// norm_relu_pool with its three derivatives on channels-last tensors: (B, H, W, C) in memory. The formulas are those of
-// kernels/reference/norm.py. One call does one sample and one group of channels; those are independent of each other.
+// norm_relu_pool and its three derivatives on channels-last tensors, (B, H, W, C) in memory. The formulas are those of
+// kernels/reference/norm.py. One call computes one sample and one group of channels, which are independent.
 #pragma once
 
 #include "planes.h"
@@ -23,5 +23,5 @@ struct NormBackward {
     const T *gamma, *beta, *gamma_dot, *beta_dot;  // (C,)
     const T *p_bar, *p_bar_dot;                    // (B, H/2, W/2, C)
     T *y_bar, *y_bar_dot;                          // (B, H, W, C)
-    T *gamma_sum, *beta_sum;  // (B, C): each sample's part of the gradient (dual: of its derivative) to gamma and beta
+    T *gamma_sum, *beta_sum;  // (B, C): summands, per sample, of the gradients (dual: their derivatives)
 };

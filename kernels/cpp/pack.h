@@ -1,5 +1,5 @@
-// Pack<T>: two vector registers of neighbouring numbers, as wide as this translation unit's instruction set has them.
-// Only for files that are compiled once for each vector unit (CMakeLists.txt): everything is internal to the file.
+// Pack<T>: two vector registers of consecutive numbers, as wide as the instruction set of the translation unit.
+// Only for files that are compiled once for each vector unit (CMakeLists.txt), so everything has internal linkage.
 #pragma once
 
 #include <cstddef>
@@ -102,7 +102,7 @@ INLINE Pack<T> where_positive(const Pack<T>& condition, const Pack<T>& value) {
     return {condition.low > zero ? value.low : zero, condition.high > zero ? value.high : zero};
 }
 
-// The larger of the two; `b` where they do not compare.
+// The larger of the two; `b` where one is NaN.
 template <typename T>
 INLINE Pack<T> larger(const Pack<T>& a, const Pack<T>& b) {
     return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
@@ -133,7 +133,7 @@ INLINE T largest_lane(const Pack<T>& pack) {
     return largest;
 }
 
-// Constants of eˣ in T. A float plus `rounder` has the nearest integer to it in its last bits.
+// Constants of eˣ in T. The last bits of x + `rounder` are the integer nearest to x.
 template <typename T>
 struct Exponential;
 template <>
@@ -153,8 +153,8 @@ struct Exponential<double> {
     static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
 };
 
-// eˣ for x ≤ 0: 2ⁿ eʳ with |r| ≤ ln 2 / 2, whose series ends where it no longer counts. 0 below the least x whose eˣ is
-// a normal number; NaN stays NaN.
+// eˣ for x ≤ 0, computed as 2ⁿ eʳ with |r| ≤ ln 2 / 2, and eʳ by its Taylor series to the precision of T. It is 0 where
+// eˣ would be subnormal. NaN stays NaN.
 template <typename T>
 INLINE Vector<T> exp_of(Vector<T> x) {
     using E = Exponential<T>;

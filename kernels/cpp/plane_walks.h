@@ -1,4 +1,4 @@
-// Walks over the planes of a group of channels. Only for files that are compiled once for each vector unit; see simd.h.
+// Loops over the planes of a group of channels. Only for files that are compiled once for each vector unit; see simd.h.
 #pragma once
 
 #include "pack.h"
@@ -6,8 +6,7 @@
 
 namespace {
 
-// One group of channels of one sample, whose planes a block walks through: `first` is its first channel, `count` how
-// many there are. Offsets are from the beginning of a tensor.
+// One group of channels of one sample: its first channel and the number of channels, and offsets into tensors.
 template <typename T>
 struct Group {
     std::size_t first, count;
@@ -22,7 +21,8 @@ struct Group {
           pooled(sample * (shape.height / 2) * (shape.width / 2) * shape.channels + first) {}
 };
 
-// 2×2 means to `p`, and to `p_dot` of a dual. `add(pixel, z, z_dot)` adds a pixel's value and its derivative.
+// Store the means of 2×2 pixels in `p` (dual: and `p_dot`). `add(pixel, z, z_dot)` adds the value of a pixel to z, and
+// its derivative to z_dot.
 template <bool dual, typename T, typename Add>
 INLINE void pool(const PlaneShape& shape, const Group<T>& at, T* p, T* p_dot, const Add& add) {
     const std::size_t rows = shape.height / 2, columns = shape.width / 2;

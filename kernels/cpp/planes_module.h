@@ -23,7 +23,7 @@ PlaneShape shape_of(const Input<T>& y) {
     return {y.shape(0), y.shape(1), y.shape(2), y.shape(3)};
 }
 
-// Sizes are checked by the caller in Python; this is the last line of defence against memory that is not ours.
+// Python checks sizes; this check only prevents access to foreign memory.
 template <typename T, typename... Arrays>
 void expect_size(std::size_t size, const Arrays&... arrays) {
     if (((arrays.size() != size) || ...)) throw std::invalid_argument("planes: sizes differ");

@@ -1,5 +1,5 @@
-// Memory for large results, kept for the next one of its size. The system would take back what is freed and fault in
-// every page of the next allocation, which costs more than the kernels that write it.
+// A caching allocator for large results. Without it freed memory goes back to the system, and the page faults of the
+// next allocation cost more than the kernels that write to it.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #endif
 
-// Straight from the system where that is possible, so that dropped memory is free for others at once.
+// Directly from the system if possible, so that released memory is available to other processes at once.
 inline void* from_system(std::size_t size) {
 #if defined(__unix__) || defined(__APPLE__)
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -32,7 +32,7 @@ inline void to_system(void* memory, [[maybe_unused]] std::size_t size) {
 #endif
 }
 
-// Blocks that are kept and blocks in use are together never more bytes than were once in use at the same time.
+// Cached blocks and blocks in use together take at most the bytes that were once in use at the same time.
 class Pool {
   public:
     struct Block {
@@ -40,9 +40,9 @@ class Pool {
         std::size_t size;
     };
 
-    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one; a block that
-    // is far too large is left for a request of its size. Of several, the one that was given back last, which may still
-    // be in the cache.
+    // Return at least `size` uninitialised bytes: the smallest free block that is large enough, but at most kMostOver
+    // times too large, or a new one. Of several equal blocks take the one that was given back last, which may still be
+    // in the CPU's cache.
     Block take(std::size_t size) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto smallest = free_.lower_bound(size);
@@ -68,7 +68,7 @@ class Pool {
         free_.emplace(block.size, block.memory);
     }
 
-    // Keep nothing, and forget what was once in use: after a step that was too large, or a last one.
+    // Release all cached blocks, and reset the limit, after a step that was too large, or after the last one.
     void clear() {
         const std::lock_guard<std::mutex> lock(mutex_);
         while (!free_.empty()) drop_one();
@@ -76,7 +76,7 @@ class Pool {
     }
 
   private:
-    static constexpr std::size_t kMostOver = 4;  // a pooled tensor is a quarter of what it comes from
+    static constexpr std::size_t kMostOver = 4;  // pooled planes are a quarter of the planes before the pool
 
     void* fresh(std::size_t size) {
         try {

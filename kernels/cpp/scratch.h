@@ -1,11 +1,11 @@
-// Memory of one thread that a kernel needs beside its arguments.
+// Thread-local scratch memory of the kernels.
 #pragma once
 
 #include <cstddef>
 #include <memory>
 #include <new>
 
-// Memory without a value that starts a cache line and is kept for the next call.
+// Uninitialised memory, aligned to a cache line, that is kept for the next call.
 template <typename T>
 class Buffer {
   public:

@@ -1,6 +1,5 @@
-// Some files are compiled once for each vector unit, with UNIT defined as its name (CMakeLists.txt). Each puts out a
-// table of its functions; simd.cpp takes the table of the widest unit that the processor has. So one binary is fast
-// on a new machine and still starts on an old one.
+// Some files are compiled once for each vector unit, with UNIT defined as its name (CMakeLists.txt). Each exports a
+// table of its functions, and simd.cpp selects the table of the widest unit of the processor at run time.
 #pragma once
 
 #include <cstddef>

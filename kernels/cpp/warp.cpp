@@ -59,7 +59,8 @@ T mean(const T* values, std::size_t count) {
     return total / T(count);
 }
 
-// For the targets in row `i`. The remainders are never added to a pixel's number, which would round them.
+// Compute `place`, `down` and `right` for the targets in row `i`. The fractions are never added to a pixel's number,
+// which would round them.
 template <typename T>
 INLINE void place_row(const WarpShape& shape, const WarpNumbers<T>& number, std::size_t i,
                       const WarpScratch<T>& scratch) {
@@ -82,7 +83,7 @@ INLINE void place_row(const WarpShape& shape, const WarpNumbers<T>& number, std:
     }
 }
 
-// body(begin, end) for the columns of row `i` that the mask leaves.
+// Call body(begin, end) for the ranges of columns of row `i` that are not masked.
 template <typename T, typename Body>
 INLINE void visible(const WarpShape& shape, const WarpNumbers<T>& number, std::size_t i, const Body& body) {
     const bool masked = T(i) >= number.top && T(i) < number.bottom;
@@ -109,7 +110,7 @@ INLINE void separate(const T* __restrict from, std::size_t width, const WarpScra
     }
 }
 
-// body(c, row) for the channels of a group and their rows in the scratch memory.
+// Call body(c, row) for the channels of a group and their rows in the scratch memory.
 template <typename T, typename Body>
 INLINE void each_row(const WarpShape& shape, std::size_t group, const WarpScratch<T>& scratch, const Body& body) {
     const std::size_t first = group * kLanes, last = std::min(first + kLanes, shape.channels);

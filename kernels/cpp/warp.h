@@ -1,13 +1,13 @@
 // colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference/warp.py. One
-// call does one image; images are independent of each other.
+// call computes one image; images are independent.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 struct WarpShape {
-    // An image is stored as pixels of four channels, one vector each, with a border of zeros. A place outside is
-    // clamped to the border, so that no read needs a test.
+    // In the scratch memory an image is pixels of four channels, one vector each, with a border of zeros. Positions
+    // outside are clamped to the border, so that reads need no test.
     static constexpr std::size_t lanes = 4, margin = 2;
 
     std::size_t batch, channels, height, width;
@@ -39,7 +39,7 @@ struct WarpScratch {
     T* image;   // (groups, H + 4, W + 4, 4)
     T* pixels;  // (W, 4): a row of one group, pixel by pixel
     T* rows;    // (4, W): the same, channel by channel
-    // of each target pixel of a row: where its source lies in a group, and how far past the pixel there
+    // for each target pixel of a row: the offset of the source pixel in a group, and the fractions beyond that pixel
     std::int32_t* place;
     T *down, *right;  // (W,)
 };

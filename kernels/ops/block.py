@@ -27,8 +27,8 @@ def image_patches(
     With `index` (B,) int64 the images are those rows of `x` (n, C, H, W). With `parameters` (B, 13) `colour_warp_mask`
     augments them, and `x` is contiguous. `padding` is that of the convolution. The block's planes have the images' dtype; with
     fp16 or bf16, those of float32 images are float16 or bfloat16.
-    Raises `ValueError` for anything else, and for images too small to convolve and pool. On an accelerator an index out of
-    range is not noticed, since nothing waits for the values.
+    Raises `ValueError` for anything else, and for images too small to convolve and pool, but not for an index out of range on a
+    GPU, since the check would wait.
     """
     op = "image_patches"
     check_batch_images(op, BatchImages(x, padding, index, parameters))
@@ -64,8 +64,8 @@ def conv_norm_relu_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return summands of the gradients W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K), given the gradient `p_bar`.
 
-    `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and may be in parts (`PartialPlanes`), which are
-    added up. `folded` is what `conv_norm_relu_pool` returned for the same arguments. Errors: `conv_norm_relu_pool`.
+    `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and may be partial sums (`PartialPlanes`), which are
+    added up. `folded` is the result of `conv_norm_relu_pool` for the same arguments. Errors: `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})

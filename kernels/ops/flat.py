@@ -1,4 +1,4 @@
-"""Take steps along flat vectors of parameters, measure their distance, lay out weights, and add rows to rows."""
+"""Operations on flat vectors of parameters: steps of SGD and of its adjoint, distance, packed weights; and `index_add`."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def adjoint_step(
     and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of them.
     `hessian_v` may be partial sums, as `add_up` takes them.
 
-    With a `batch` its gradient times `scale` is added to that of all images, as `colour_warp_mask_transpose_add` does. On a
-    GPU the same launch does both. Raises `ValueError` for anything else.
+    With a `batch`, its gradient times `scale` is added to that of all images, as by `colour_warp_mask_transpose_add`. On a GPU
+    the same launch computes both. Raises `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})
@@ -107,9 +107,8 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
     """Add `alpha` · `rows` to the rows `index` of `out`, in place, and return `out`: torch.Tensor.index_add_ along axis 0.
 
     `out` (n, …) and `rows` (b, …), contiguous, of one shape after the first axis, `index` (b,) int64, 0 … n − 1; all on one
-    device, `out` and `rows` of one floating dtype. An index may come again; its rows are added in their order, so the result
-    is the same each time. Raises `ValueError` for anything else; on an accelerator, where nothing waits for the values, an
-    index out of range is not noticed.
+    device, `out` and `rows` of one floating dtype. An index may repeat; its rows are added in their order, so the result is
+    deterministic. Raises `ValueError` for anything else, but not for an index out of range on a GPU, since the check would wait.
     """
     check_tensors("index_add", out, {"out": out}, out.shape)
     check_tensors("index_add", out, {"rows": rows}, (len(rows), *out.shape[1:]))
@@ -126,16 +125,15 @@ def pack_parameters(
     largest: float = 1.0,
     batch: BatchImages | None = None,
 ) -> PackedParameters:
-    """Return parameters `theta` (P,), and a `direction` (P,) of them if there is one, as a step's products read them.
+    """Return the weights at `places` of `theta` (P,), and of a `direction` (P,), in the layout that the convolutions read.
 
-    The weights at `places` are laid out, and rounded, for products with planes of the dtype that `precision` stands for. If
-    that is float16, the direction is multiplied with a power of two that brings its largest magnitude to at most `largest`,
-    a power of two itself, and over half of it. The exponent of a magnitude counts as at most 60, so that the product of two
-    such factors is a float32. The factor is 1 if all numbers are zero, or one is not finite. The vectors are contiguous,
-    float32 or float64, on one device.
+    The weights are rounded to the dtype of the planes (`plane_dtype`). If that is float16, the direction is first scaled by a power
+    of two such that its largest magnitude is in [`largest` / 2, `largest`), where `largest` is a power of two. The exponent of the
+    scale is at most 60, so that the product of two scales is finite in float32. The scale is 1 if all numbers are zero, or one is
+    not finite. The vectors are contiguous, float32 or float64, on one device.
 
-    With a `batch` of images, of the dtype and device of `theta`, its patches are returned as well, as `image_patches` makes
-    them. On a GPU the same launch does both. Raises `ValueError` for anything else.
+    With a `batch` of images, of the dtype and device of `theta`, their patches are returned too, as by `image_patches`. On a GPU
+    the same launch computes both. Raises `ValueError` for anything else.
     """
     if theta.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"pack_parameters: expected float32 or float64, found {theta.dtype}")

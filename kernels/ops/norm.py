@@ -15,9 +15,9 @@ def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Te
     `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); γ, β (C,) are `affine`; mean, rstd (B, C).
     rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
 
-    Planes from a convolution, here y, may be in parts (`PartialPlanes`): they are added up, and the sum is stored in the
-    tensor that `planes_of` returns. All of one floating dtype and device; if planes are float16 or bfloat16, the statistics,
-    γ and β are float32. Raises `ValueError` for anything else.
+    Planes from a convolution, here y, may be partial sums (`PartialPlanes`), which are added up and stored in the tensor that
+    `planes_of` returns. All are of one floating dtype and device; if planes are float16 or bfloat16, the statistics, γ and β are
+    float32. Raises `ValueError` for anything else.
     """
     check_planes("norm_relu_pool", planes_of(y), planes={"y": y}, channels=affine._asdict())
     implementation = dispatch.implementation_of("norm_relu_pool", planes_of(y))
@@ -30,7 +30,7 @@ def norm_relu_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient ȳ (B, C, H, W) and summands (S, C) of γ̄ and β̄, given the gradient `p_bar` (B, C, H//2, W//2).
 
-    The other arguments are the arguments and the results of `norm_relu_pool`. `p_bar` may be in parts. ReLU's derivative
+    The other arguments are the arguments and the results of `norm_relu_pool`. `p_bar` may be partial sums. ReLU's derivative
     at 0 is 0. With `reuse`, ȳ may be written over `y`. Raises `ValueError` as `norm_relu_pool` does.
     """
     op, stats = "norm_relu_pool_backward", {"mean": mean, "rstd": rstd}
@@ -43,9 +43,9 @@ def norm_relu_pool_backward(
 def norm_relu_pool_dual(
     y: Convolved, y_dot: Convolved, affine: Affine, affine_dot: Affine, eps: float
 ) -> tuple[Tensor, Tensor, PlaneStats]:
-    """Return p, its derivative ṗ in the direction (`y_dot`, `affine_dot`), and the statistics that the backward takes.
+    """Return p, its derivative ṗ in the direction (`y_dot`, `affine_dot`), and the statistics for the backward.
 
-    `y` and `y_dot` may be in parts. Shapes, formats, errors: `norm_relu_pool`.
+    `y` and `y_dot` may be partial sums. Shapes, formats, errors: `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual"
     check_planes(op, planes_of(y), {"y": y, "y_dot": y_dot}, with_dots(affine, affine_dot))
@@ -68,8 +68,8 @@ def norm_relu_pool_dual_backward(
     """Return the gradient ȳ and its derivative ȳ̇ (B, C, H, W), and summands (S, C) of γ̄̇ and β̄̇.
 
     The arguments are those of `norm_relu_pool_dual`, the statistics that it returned, and the gradient `p_bar`
-    (B, C, H//2, W//2) with its derivative `p_bar_dot`, each perhaps in parts. With `reuse`, ȳ and ȳ̇ may be written over `y`
-    and `y_dot`. Shapes, formats, errors: `norm_relu_pool`.
+    (B, C, H//2, W//2) with its derivative `p_bar_dot`, which may be partial sums. With `reuse`, ȳ and ȳ̇ may be written over
+    `y` and `y_dot`. Shapes, formats, errors: `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual_backward"
     check_planes(

@@ -233,7 +233,7 @@ def _sum_patches(
         *(patches.images, folded.weight, *bars, sums, sums_dot, parts, tiles),
         *part_arguments(p_bar, p_bar_dot),
         **counts,
-        TOGETHER=math.gcd(3, *counts.values()),
+        PARTS_AT_ONCE=math.gcd(3, *counts.values()),
         **vars(block),
         **row,
     )
@@ -269,8 +269,8 @@ def _parameter_gradients(
         **vars(block),
         **row,
     )
-    of_weight, of_gamma, of_beta = gradients.split([weight.numel(), block.K, block.K], dim=1)
-    return (of_weight.unflatten(1, weight.shape), of_gamma, of_beta), linear
+    weight_bar, gamma_bar, beta_bar = gradients.split([weight.numel(), block.K, block.K], dim=1)
+    return (weight_bar.unflatten(1, weight.shape), gamma_bar, beta_bar), linear
 
 
 def _image_gradient(

@@ -131,7 +131,7 @@ def sum_patches(
     size: tl.tensor | None,  # elements of a part of p̄
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
-    TOGETHER: tl.constexpr,  # parts that are loaded at the same time: more would not fit in registers
+    PARTS_AT_ONCE: tl.constexpr,  # parts that are loaded at the same time: more would not fit in registers
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -166,10 +166,10 @@ def sum_patches(
         window = tl.minimum(window, ALL - 1)
         row, column = window // PW * 2, window % PW * 2
         offsets = window[:, None] * K + c[None, :]
-        p_bars = load_planes(p_bar, p_bar_parts, offsets, mask, size, COUNT, TOGETHER)
+        p_bars = load_planes(p_bar, p_bar_parts, offsets, mask, size, COUNT, PARTS_AT_ONCE)
         share = _pixel_share(p_bars, ACC, PRECISION)
         if p_bar_dot is not None:
-            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, offsets, mask, size, COUNT_DOT, TOGETHER)
+            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, offsets, mask, size, COUNT_DOT, PARTS_AT_ONCE)
             share_dot = _pixel_share(p_bars_dot, ACC, PRECISION)
         if p_bar_parts is not None:
             tl.store(p_bar + offsets, p_bars, mask)
@@ -248,31 +248,31 @@ def finish(
     beta_bar = tl.sum(tl.where(one, total, 0), 0)  # Σ ū
     gamma_bar = r * (tl.sum(w * total, 0) - mu * beta_bar)  # Σ ūh
     covariance_w = _precise_product(covariance, w, ACC, PRECISION)
-    # ȳ = of_u ū + constant + of_h h
+    # ȳ = c0 ū + c1 + c2 h, as in norm_three_passes.py
     scale = -r / PIXELS
-    of_u = r * g
-    constant = scale * g * beta_bar
-    of_h = scale * g * gamma_bar
+    c0 = r * g
+    c1 = scale * g * beta_bar
+    c2 = scale * g * gamma_bar
     if weight_dot is None:
-        weight_bar = of_u[None, :] * total + (PIXELS * constant)[None, :] * mean
-        weight_bar += (PIXELS * r * of_h)[None, :] * covariance_w
+        weight_bar = c0[None, :] * total + (PIXELS * c1)[None, :] * mean
+        weight_bar += (PIXELS * r * c2)[None, :] * covariance_w
     else:
         beta_bar_dot = tl.sum(tl.where(one, total_dot, 0), 0)
         u_bar_h_dot = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
         gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + u_bar_h_dot)
-        # ȳ̇ = of_u ū̇ + dot_of_u ū + dot_constant + dot_of_h h + of_h r (ẏ − k1)
-        dot_of_u = r * (g_dot - k2 * of_u)
-        dot_constant = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * constant
-        dot_of_h = scale * (g_dot * gamma_bar + g * gamma_bar_dot) - 2 * r * k2 * of_h
+        # ȳ̇ = c0 ū̇ + d0 ū + d1 + d2 h + c2 r (ẏ − k1)
+        d0 = r * (g_dot - k2 * c0)
+        d1 = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * c1
+        d2 = scale * (g_dot * gamma_bar + g * gamma_bar_dot) - 2 * r * k2 * c2
         covariance_w_dot = _precise_product(covariance, w_dot, ACC, PRECISION)
-        weight_bar = of_u[None, :] * total_dot + dot_of_u[None, :] * total + (PIXELS * dot_constant)[None, :] * mean
-        weight_bar += PIXELS * r * (dot_of_h[None, :] * covariance_w + of_h[None, :] * covariance_w_dot)
+        weight_bar = c0[None, :] * total_dot + d0[None, :] * total + (PIXELS * d1)[None, :] * mean
+        weight_bar += PIXELS * r * (d2[None, :] * covariance_w + c2[None, :] * covariance_w_dot)
         # the terms of Ẇᵀȳ + Wᵀȳ̇ without ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
-        by_weight = r * (of_h[None, :] * w_dot + dot_of_h[None, :] * w)
+        by_weight = r * (c2[None, :] * w_dot + d2[None, :] * w)
         m = _precise_product(w, tl.trans(by_weight), ACC, PRECISION)
-        m += _precise_product(w_dot, tl.trans(of_h * r * w), ACC, PRECISION)
-        at_one = w_dot * (constant - of_h * r * mu)[None, :]
-        at_one += w * (dot_constant - dot_of_h * r * mu - of_h * r * k1)[None, :]
+        m += _precise_product(w_dot, tl.trans(c2 * r * w), ACC, PRECISION)
+        at_one = w_dot * (c1 - c2 * r * mu)[None, :]
+        at_one += w * (d1 - d2 * r * mu - c2 * r * k1)[None, :]
         m += tl.where(one, tl.sum(at_one, 1)[None, :], 0)
         tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
         beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot

@@ -2,7 +2,7 @@
 
 The four pixels of a window lie in four tiles of the same layout, so that one thread holds them all and adds them up.
 Quarters 0 and 1 are the upper pixels of a window, 2 and 3 the lower ones. A plane that fits in one tile stays in the
-registers of one program (`launch_held`). A larger plane is cut into parts of TILES tiles, one for each program
+registers of one program (`launch_whole_planes`). A larger plane is cut into parts of TILES tiles, one for each program
 (`launch_parts`), and another kernel adds up the parts' sums in a fixed order (`combine_parts`). An odd last row or column
 makes incomplete windows, which have no pooled value.
 """
@@ -22,7 +22,7 @@ from .planes import Planes
 COMBINED_C = 16
 """Channels of a program that combines parts: few, so that there are many programs."""
 COMBINED_PARTS = 64
-"""Most parts that such a program reads at once."""
+"""Most parts that a program of `combine_parts` reads at once."""
 
 
 @triton.jit
@@ -83,9 +83,9 @@ def sum_four(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return the sums of four tiles, reduced together as by `sum_two`."""
     first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0, keep_dims=True))
-    of_a, of_b = tl.split(first)
-    of_c, of_d = tl.split(second)
-    return of_a, of_b, of_c, of_d
+    a_sum, b_sum = tl.split(first)
+    c_sum, d_sum = tl.split(second)
+    return a_sum, b_sum, c_sum, d_sum
 
 
 def shape_classes(planes: Planes, dtype: torch.dtype, partial: bool) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def fits(planes: Planes, tile: Configuration) -> bool:
     return _windows(planes) <= tile["WINDOWS"]
 
 
-def launch_held(
+def launch_whole_planes(
     kernel: Any, planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | int | None, **more: Any
 ) -> None:
     """Run `kernel` for each block of channels of each sample. A program holds whole planes in registers."""

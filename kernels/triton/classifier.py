@@ -82,7 +82,7 @@ def _launch(
     channels, pixels = (planes.channels, planes.height * planes.width) if planes.channels_last else (1, width)
     shape = {"KIND": label_kind, "CLASSES": classes}
     plane_sizes = {"CHANNELS": channels, "PIXELS": pixels}
-    partial_sizes = {"BLOCKS": blocks, "EVERY": triton.next_power_of_2(blocks)}
+    partial_sizes = {"BLOCKS": blocks, "PADDED_BLOCKS": triton.next_power_of_2(blocks)}
 
     launch(
         score, score_programs, p, p_dot, weight, weight_dot, bias, bias_dot, labels, z, z_dot, partials,

@@ -1,4 +1,4 @@
-"""Choose how a GPU computes a convolution: Triton kernels with pointer or TMA loads, or cuDNN. The checked-in table decides."""
+"""Choose how a GPU computes a convolution, by the table configurations.toml: Triton with pointer or TMA loads, or cuDNN."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ With tf32 it took no more than its tensors.
 
 
 def dispatched(operation: str) -> Callable[..., Any]:
-    """Return a function that computes `operation`, a convolution, with the back end that the table names for its arguments."""
+    """Return a function that computes the convolution `operation` with the table's back end for its arguments."""
 
     @wraps(getattr(cudnn, operation))
     def run(*arguments: Any, **named: Precision) -> Any:
-        every: list[Any] = [*arguments, *named.values()]
-        operands, precision = every[:-1], every[-1]  # the precision is last, whether it is passed by name or not
+        given: list[Any] = [*arguments, *named.values()]
+        operands, precision = given[:-1], given[-1]  # the precision is last, whether it is passed by name or not
         result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
         backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes[0], planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
@@ -46,7 +46,7 @@ def weight_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> list[WeightBytes]:
     """See `mtt_fast.kernels.weight_bytes`."""
-    x, every = torch.empty(0, dtype=dtype, device=device), []
+    x, layer_bytes = torch.empty(0, dtype=dtype, device=device), []
     products = plane_dtype(dtype, precision)
     for layer in layers:
         inputs, outputs = _planes_of_layer(batch, layer)
@@ -61,12 +61,12 @@ def weight_bytes(
         parts = []
         for operation, count in (("conv3x3_input_gradient", 1), ("conv3x3_dual_input_gradient", 3)):
             planes = (operation, outputs, inputs, precision)
-            boxes = _backend(*planes, x, [x]) == "tma"
-            parts.append(tma_convolve.part_bytes(*planes, x, count) if boxes else 0)
+            uses_tma = _backend(*planes, x, [x]) == "tma"
+            parts.append(tma_convolve.part_bytes(*planes, x, count) if uses_tma else 0)
         size = 9 * layer.channels * layer.filters
         summands = max(counts) * size * accumulator(dtype).itemsize
-        every.append(WeightBytes(2 * size * products.itemsize, summands, *copies, *parts))
-    return every
+        layer_bytes.append(WeightBytes(2 * size * products.itemsize, summands, *copies, *parts))
+    return layer_bytes
 
 
 def work_bytes(
@@ -87,7 +87,7 @@ def work_bytes(
 
 
 def _planes_of_layer(batch: int, layer: ConvLayer) -> tuple[Planes, Planes]:
-    """Return the shapes of the input and of the output of a layer."""
+    """Return the shapes of the input planes and of the output planes of a layer."""
     inputs = Planes(batch, layer.channels, layer.height, layer.width, torch.channels_last)
     return inputs, Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)
 
@@ -95,26 +95,26 @@ def _planes_of_layer(batch: int, layer: ConvLayer) -> tuple[Planes, Planes]:
 def _backend(
     operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, planes: list[Tensor]
 ) -> str:
-    """Return the table's back end for dtype and device of `x`; where TMA cannot load `planes`, `triton` in place of `tma`."""
+    """Return the table's back end for the dtype and device of `x`, but `triton` in place of `tma` if TMA cannot load `planes`."""
     closest, *looser = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
     backend = backend_of(operation, closest, architecture(x.device), *looser)
     return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 
 def _plane_operands(operation: str, operands: list[Any]) -> list[Tensor]:
-    """Return the operands that are planes. The last operand is the padding; of a convolution's others, half are weights."""
+    """Return the operands that are planes: all but the padding for a weight gradient, else the first half (the others are weights)."""
     tensors = operands[:-1]
     planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]
     return [each for each in planes if each is not None]
 
 
 def _result_planes(operation: str, *arguments: Any) -> Planes:
-    """Return the shape of a convolution's result, or, for a weight gradient, of the planes ȳ that x is correlated with."""
+    """Return the shape of a convolution's result; for a weight gradient, that of the planes ȳ with which x is correlated."""
     planes, (factor, padding) = Planes.from_tensors(arguments[0]), arguments[-2:]
     if operation.endswith("weight_gradient"):
         return Planes.from_tensors(factor)
-    back = "input_gradient" in operation
-    grown = (2 - 2 * padding) if back else (2 * padding - 2)
-    filters, of_images, *_ = weight_of(factor).shape
-    channels = of_images if back else filters
-    return Planes(planes.samples, channels, planes.height + grown, planes.width + grown, planes.memory_format)
+    is_input_gradient = "input_gradient" in operation
+    growth = (2 - 2 * padding) if is_input_gradient else (2 * padding - 2)
+    filters, input_channels, *_ = weight_of(factor).shape
+    channels = input_channels if is_input_gradient else filters
+    return Planes(planes.samples, channels, planes.height + growth, planes.width + growth, planes.memory_format)

@@ -1,7 +1,7 @@
-"""Step along flat vectors of parameters, compute their squared distance, and add rows to rows.
+"""Compute the steps of SGD and of its adjoint on flat vectors of parameters, their squared distance, and index_add.
 
-Each operation passes over its vectors once. A gradient may come as partial sums: the pass that steps along it adds them up.
-The adjoint's step also ends a step of the images' gradient, in programs of its own that run beside those of the vectors.
+Each operation passes over its vectors once. A gradient may be partial sums, which the same pass adds up. The adjoint's step also
+adds the gradient of a batch to that of all images, in additional programs of the same launch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .configurations import Configuration, configuration
 from .launch import architecture, launch, tl, triton
 from .planes import Planes
 from .powers import magnitude_bits, power_of_two
-from .warp import pixel_blocks, samples_at_once, transpose_add
+from .warp import padded_batch, pixel_blocks, transpose_add
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def _adjoint_step(
                 W=IMAGES[3],
                 BLOCK_C=IMAGES[4],
                 BLOCK_M=IMAGES[5],
-                EVERY=IMAGES[6],
+                PADDED_BATCH=IMAGES[6],
             )
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
@@ -183,19 +183,19 @@ def _index_add(
     batch: tl.tensor,
     WIDTH: tl.constexpr,
     ALPHA: tl.constexpr,
-    EVERY: tl.constexpr,  # b rounded up to a power of two
+    PADDED_BATCH: tl.constexpr,  # b rounded up to a power of two
     SIZE: tl.constexpr,
 ) -> None:
     """Add SIZE elements of a row, and of all later rows with the same index, unless an earlier row has that index too."""
     BLOCKS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
     own, column = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * SIZE + tl.arange(0, SIZE)
-    every, mask = tl.arange(0, EVERY), column < WIDTH
+    samples, mask = tl.arange(0, PADDED_BATCH), column < WIDTH
     target = tl.load(index + own)
-    same = tl.load(index + every, every < batch, -1) == target
-    if tl.min(tl.where(same, every, EVERY), 0) == own:
+    same = tl.load(index + samples, samples < batch, -1) == target
+    if tl.min(tl.where(same, samples, PADDED_BATCH), 0) == own:
         pointers = out + target * WIDTH + column
         total = tl.load(pointers, mask, 0)
-        last = tl.max(tl.where(same, every, 0), 0)
+        last = tl.max(tl.where(same, samples, 0), 0)
         source = rows + own.to(tl.int64) * WIDTH + column
         for row in range(own, last + 1):
             if tl.load(index + row) == target:
@@ -260,13 +260,13 @@ def adjoint_step(
     """See `mtt_fast.kernels.adjoint_step`. The scale is read on the device, so nothing waits for its value."""
     row = _row("adjoint_step", adjoint)
     elements, programs, sizes = row.pop("ELEMENTS"), 0, None
-    of_images: tuple[Any, ...] = (None,) * 5
+    batch_arguments: tuple[Any, ...] = (None,) * 5
     if batch is not None:
-        programs, of_pixels = pixel_blocks(Planes.from_tensors(batch.y_bar), elements)
-        sizes = (programs, *of_pixels.values(), samples_at_once(len(batch.y_bar)))
-        of_images = (*batch, len(batch.y_bar))
+        programs, pixel_sizes = pixel_blocks(Planes.from_tensors(batch.y_bar), elements)
+        sizes = (programs, *pixel_sizes.values(), padded_batch(len(batch.y_bar)))
+        batch_arguments = (*batch, len(batch.y_bar))
         torch.autograd.graph.increment_version(batch.out)
-    vectors = (direction, scale, out, incoming, *of_images)
+    vectors = (direction, scale, out, incoming, *batch_arguments)
     constants: dict[str, Any] = {"WEIGHT_DECAY": weight_decay, "IMAGES": sizes, **row}
     _launch_step(_adjoint_step, adjoint, hessian_v, *vectors, first_program=programs, **constants)
     torch.autograd.graph.increment_version(out)
@@ -287,9 +287,9 @@ def _launch_step(
     first_program: int = 0,
     **constants: Any,
 ) -> None:
-    """Launch `kernel`, from `first_program` on a program for each tile, of SIZE summands, of each piece of `gradient`.
+    """Launch `kernel` with one program for each tile of SIZE summands of each piece of `gradient`, after `first_program` others.
 
-    The kernel's arguments are `first`, the pieces and factors of the gradient, then `rest`.
+    The kernel's arguments are `first`, the pieces and factors of the gradient, and `rest`.
     """
     sums = PartialSums((gradient[None],)) if isinstance(gradient, Tensor) else gradient
     pieces, begin, programs = [], 0, first_program
@@ -323,7 +323,7 @@ class _Piece(NamedTuple):
 def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
     """Return the layout of a piece (S, …) that begins at `begin` in the vector and at program `first`, in tiles of `size`.
 
-    Many summands take many rows of a tile, and so more programs.
+    The more summands, the more rows has a tile, and the more programs there are.
     """
     summands, numbers = len(piece), piece.shape[1:].numel()
     channels_last = piece.dim() == 5 and not piece[:1].is_contiguous()
@@ -350,7 +350,7 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     """See `mtt_fast.kernels.index_add`. torch's deterministic one sorts the indices, in ten kernels."""
     row, batch, width = configuration("index_add", "", architecture(out.device)), len(rows), math.prod(out.shape[1:])
     programs = batch * triton.cdiv(width, row["SIZE"])
-    constants = {"WIDTH": width, "ALPHA": alpha, "EVERY": triton.next_power_of_2(max(batch, 1))}
+    constants = {"WIDTH": width, "ALPHA": alpha, "PADDED_BATCH": triton.next_power_of_2(max(batch, 1))}
     launch(_index_add, programs, out, index, rows, batch, **constants, **row)
     torch.autograd.graph.increment_version(out)
     return out

@@ -38,10 +38,10 @@ def architecture(device: torch.device) -> str:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` with a one-dimensional grid of so many `programs`, on the device of its first argument.
+    """Run `kernel` with a one-dimensional grid of `programs`, on the device of its first argument.
 
     The first argument is a tensor, a tuple of tensors, or a TMA descriptor. `constants` are the kernel's constexpr parameters
-    and launch options. Raises `ValueError` if the device is no GPU, unless Triton's interpreter runs.
+    and launch options. Raises `ValueError` if the device is not a GPU, except in Triton's interpreter.
     """
     first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     first = first if isinstance(first, Tensor) else first.base
@@ -55,19 +55,19 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
                 kernel[(programs,)](*arguments, **constants)
 
 
-_COMPILES_ONLY = ContextVar("launches of this context compile kernels and run none", default=False)
+_COMPILES_ONLY = ContextVar("compiles_only", default=False)  # whether launches compile kernels and do not run them
 
 
 def compile_ahead(call: Callable[[], object]) -> None:
-    """Run `call` so that its launches compile their kernels, several at a time, and run none of them.
+    """Run `call` so that its launches only compile their kernels, several at a time.
 
-    The results of `call` have no meaning, so it must not depend on any value. Its backward passes run in this thread, since
-    only here launches know that they must not run. A kernel that does not compile raises its error at its first launch.
+    Tensors that `call` computes are uninitialised, so it must not depend on their values. Backward passes run in this thread,
+    since the context variable is set only here. A kernel that does not compile raises its error at its first real launch.
     """
 
     def compiling() -> None:
         _COMPILES_ONLY.set(True)
-        # threads are enough: a compilation holds Python's lock for a seventh of its time, and LLVM and ptxas take the rest
+        # threads suffice: a compilation holds the GIL for a seventh of its time, and LLVM and ptxas take the rest
         with _no_collection(), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             call()
 
@@ -77,7 +77,7 @@ def compile_ahead(call: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect no garbage.
+    """Turn off garbage collection within the block.
 
     Before Python 3.11.8 the parser fails if a collection switches to another thread that parses (python/cpython#106905).
     """

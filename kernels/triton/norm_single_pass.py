@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, accumulator, planes_of
-from .channels_last_planes import launch_held, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
+from .channels_last_planes import launch_whole_planes, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
 from .configurations import Configuration
 from .launch import tl, triton
 from .norm_three_passes import coefficients, coefficients_dot
@@ -146,8 +146,8 @@ def _forward(
     if y_dot is not None:
         h_y_dot = r * (square_dot / (H * W))
         g_dot, b_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC), tl.load(beta_dot + c, channel_mask, 0).to(ACC)
-        of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
-        of_h = g_dot - of_y_dot * h_y_dot
+        y_dot_factor = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
+        h_factor = g_dot - y_dot_factor * h_y_dot
         tl.store(k1 + plane, mu_dot, channel_mask)
         tl.store(k2 + plane, h_y_dot, channel_mask)
     for quarter in tl.static_range(4):
@@ -156,7 +156,7 @@ def _forward(
         pooled += tl.where(u > 0, u, 0)
         if y_dot is not None:
             deviation_dot = yds[quarter].to(ACC) - mu_dot
-            pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
+            pooled_dot += tl.where(u > 0, h_factor * h + (y_dot_factor * deviation_dot + b_dot), 0)
     pixel, mask = pooled_pixels(window, H, W, WHOLE)
     offsets = sample * ((H // 2) * (W // 2) * C) + pixel * C + c
     tl.store(p + offsets, pooled * 0.25, mask & channel_mask)
@@ -267,7 +267,7 @@ def forward(
 ) -> None:
     """Write the same results as `norm_three_passes.forward`. The kernel itself adds up partial sums of y and ẏ."""
     arguments = (None if y_dot is None else planes_of(y_dot), *rest, *part_arguments(y, y_dot))
-    launch_held(_forward, planes, tile, planes_of(y), *arguments, **part_counts(y, y_dot), EPS=eps)
+    launch_whole_planes(_forward, planes, tile, planes_of(y), *arguments, **part_counts(y, y_dot), EPS=eps)
 
 
 def backward(
@@ -285,5 +285,5 @@ def backward(
     sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
     bars = (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
     arguments = (*rest, *bars, sums, y_bar, y_bar_dot, *part_arguments(p_bar, p_bar_dot))
-    launch_held(_backward, planes, tile, y, *arguments, **part_counts(p_bar, p_bar_dot))
+    launch_whole_planes(_backward, planes, tile, y, *arguments, **part_counts(p_bar, p_bar_dot))
     return sums

@@ -191,8 +191,8 @@ def _pool(
     if y_dot is not None:
         mu_dot, h_y_dot = tl.load(k1 + plane, channel_mask, 0), tl.load(k2 + plane, channel_mask, 0)
         b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
-        of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
-        of_h = tl.load(gamma_dot + c, channel_mask, 0).to(ACC) - of_y_dot * h_y_dot
+        y_dot_factor = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
+        h_factor = tl.load(gamma_dot + c, channel_mask, 0).to(ACC) - y_dot_factor * h_y_dot
         y_dot += sample * (H * W * C)
         p_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
@@ -206,7 +206,7 @@ def _pool(
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
                 deviation_dot = tl.load(y_dot + pixel * C + c, mask & channel_mask, 0).to(ACC) - mu_dot
-                pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
+                pooled_dot += tl.where(u > 0, h_factor * h + (y_dot_factor * deviation_dot + b_dot), 0)
         pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + pooled_pixel * C + c, pooled * 0.25, mask & channel_mask)
         if y_dot is not None:
@@ -281,13 +281,15 @@ def _sums(
                     gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
     pointers = parts + (sample * PARTS + part) * (SUMS * C) + c
     if y_dot is None:
-        of_beta, of_gamma = sum_two(beta_sum, gamma_sum)
+        beta_total, gamma_total = sum_two(beta_sum, gamma_sum)
     else:
-        of_beta, of_gamma, of_beta_dot, of_gamma_dot = sum_four(beta_sum, gamma_sum, beta_sum_dot, gamma_sum_dot)
-        tl.store(pointers + 2 * C, of_beta_dot, channel_mask)
-        tl.store(pointers + 3 * C, of_gamma_dot, channel_mask)
-    tl.store(pointers, of_beta, channel_mask)
-    tl.store(pointers + C, of_gamma, channel_mask)
+        beta_total, gamma_total, beta_total_dot, gamma_total_dot = sum_four(
+            beta_sum, gamma_sum, beta_sum_dot, gamma_sum_dot
+        )
+        tl.store(pointers + 2 * C, beta_total_dot, channel_mask)
+        tl.store(pointers + 3 * C, gamma_total_dot, channel_mask)
+    tl.store(pointers, beta_total, channel_mask)
+    tl.store(pointers + C, gamma_total, channel_mask)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Add up the partial sums of planes that a convolution left: in the kernel that reads them first, or in a kernel of its own."""
+"""Add up the partial sums of a convolution, in the kernel that reads the planes first, or in a separate kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_planes(
     mask: tl.tensor,
     size: tl.tensor | None,  # elements of a part, which is the step from part to part
     COUNT: tl.constexpr,
-    TOGETHER: tl.constexpr,  # parts that are loaded at the same time: a divisor of COUNT
+    PARTS_AT_ONCE: tl.constexpr,  # parts that are loaded at the same time: a divisor of COUNT
 ) -> tl.tensor:
     """Return elements of planes at `offsets`, zero where masked.
 
@@ -29,8 +29,8 @@ def load_planes(
         value = tl.load(planes + offsets, mask, 0)
     else:
         total = tl.zeros(offsets.shape, tl.float32)
-        for _ in range(COUNT // TOGETHER):
-            for _ in tl.static_range(TOGETHER):
+        for _ in range(COUNT // PARTS_AT_ONCE):
+            for _ in tl.static_range(PARTS_AT_ONCE):
                 total += tl.load(parts + offsets, mask, 0)
                 parts += size
         value = total.to(planes.dtype.element_ty)
@@ -72,12 +72,12 @@ def add_pair(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor, T
 
 
 def part_arguments(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor | int | None, ...]:
-    """Return the arguments of a kernel that adds up both: their parts and the elements of a part, None where there are none."""
+    """Return the arguments of a kernel that adds up both: their parts, or None for tensors, and the elements of a part, or None."""
     parts = [each.parts if isinstance(each, PartialPlanes) else None for each in (planes, planes_dot)]
     return *parts, None if parts[0] is parts[1] is None else planes_of(planes).numel()
 
 
 def part_counts(planes: Convolved, planes_dot: Convolved | None) -> dict[str, int]:
-    """Return COUNT and COUNT_DOT of a kernel that adds up both: their numbers of parts, 0 where there are none."""
+    """Return COUNT and COUNT_DOT of a kernel that adds up both: their numbers of parts, or 0 for tensors."""
     counts = [len(each.parts) if isinstance(each, PartialPlanes) else 0 for each in (planes, planes_dot)]
     return dict(zip(("COUNT", "COUNT_DOT"), counts, strict=True))

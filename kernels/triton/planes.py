@@ -55,7 +55,7 @@ class Planes:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
 
     def empty_pair(self, like: Tensor, channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Allocate planes twice, as `empty` does, in one piece of memory, so that `stacked` can make one batch of them.
+        """Allocate planes twice, as `empty` does, adjacent in memory, so that `stacked` can view them as one batch.
 
         The memory is freed when both tensors are.
         """
@@ -65,7 +65,7 @@ class Planes:
 
 
 def stacked(first: Tensor, second: Tensor) -> Tensor | None:
-    """Return a view (2 B, …) of both batches (B, …) if `second` begins in memory where `first` ends, else None."""
+    """Return a view (2 B, …) of both batches (B, …) if they are adjacent in memory, else None."""
     shares_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     distance = second.storage_offset() - first.storage_offset()
     alike = first.dtype == second.dtype and first.shape == second.shape and first.stride() == second.stride()

@@ -220,8 +220,8 @@ def convolve(
     parts = parts.permute(0, 1, 4, 2, 3)
     if y is None:
         return None, PartialPlanes(parts, y_dot)
-    of_y = 9 // taps
-    return PartialPlanes(parts[:of_y], y), PartialPlanes(parts[of_y:], y_dot)
+    y_parts = 9 // taps
+    return PartialPlanes(parts[:y_parts], y), PartialPlanes(parts[y_parts:], y_dot)
 
 
 def part_bytes(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, products: int) -> int:

@@ -93,8 +93,8 @@ def count_boxes(planes: Planes, box: tuple[int, int, int]) -> int:
 
 def describe_planes(planes: Tensor, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
     """Return a descriptor (B, H, W, C) of channels_last planes (B, C, H, W), with boxes of `box` pixels × `channels`."""
-    samples, every, height, width = planes.shape
-    return describe(planes, (samples, height, width, every), (*box, channels))
+    samples, all_channels, height, width = planes.shape
+    return describe(planes, (samples, height, width, all_channels), (*box, channels))
 
 
 def describe_weights(weight: Tensor, outputs: int, inputs: int) -> TensorDescriptor:

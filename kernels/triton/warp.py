@@ -1,10 +1,10 @@
-"""Change the colours of images, warp them and mask them in one kernel. Apply the transpose of that, and add it to rows.
+"""Change the colours of images, warp and mask them in one kernel; apply the transpose, and add it to the gradient of all images.
 
 A program computes a block of pixels of one image, with all their channels. It gathers the pixels that it needs, so that no
-two programs write to the same memory. Colours are changed after the warp and not before. Both orders give the same result,
-since one map is linear in the channels and the other samples pixels; only constants must be scaled by the share of the
-sample that lies inside the image. Only a change of contrast needs the mean of a sample. Then each program of the sample
-computes that mean, since a launch for it would cost time in every step.
+two programs write to the same memory. Colours are changed after the warp, not before. Both orders give the same result, since
+colour changes are linear in the channels and the warp samples pixels; only constants must be scaled by the share of a sampled
+pixel that lies inside the image. Only a change of contrast needs the mean of an image. Then each program of the image computes
+the mean, since a launch for it would cost time in every step.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def transpose_add(
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    EVERY: tl.constexpr,  # B rounded up to a power of two
+    PADDED_BATCH: tl.constexpr,  # B rounded up to a power of two
 ) -> None:
     """Add pixels of a sample, and of all later samples with the same index, unless an earlier sample has that index too.
 
@@ -280,15 +280,15 @@ def transpose_add(
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
-    every, valid = tl.arange(0, EVERY), (c < C) & (row < H)
+    samples, valid = tl.arange(0, PADDED_BATCH), (c < C) & (row < H)
     target = tl.load(index + own)
-    same = tl.load(index + every, every < batch, -1) == target
-    if tl.min(tl.where(same, every, EVERY), 0) == own:
+    same = tl.load(index + samples, samples < batch, -1) == target
+    if tl.min(tl.where(same, samples, PADDED_BATCH), 0) == own:
         pixel = c * (H * W) + row * W + column
         pointers = out + target * (C * H * W) + pixel
         total = tl.load(pointers, valid, 0).to(ACC)
         scale = tl.load(factor).to(ACC)
-        for sample in range(own, tl.max(tl.where(same, every, 0), 0) + 1):
+        for sample in range(own, tl.max(tl.where(same, samples, 0), 0) + 1):
             if tl.load(index + sample) == target:
                 source = y_bar + sample * (C * H * W)
                 if parameters is None:
@@ -317,17 +317,17 @@ def colour_warp_mask_transpose_add(
     out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
 ) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
-    planes, every = Planes.from_tensors(y_bar), samples_at_once(len(y_bar))
+    planes, padded = Planes.from_tensors(y_bar), padded_batch(len(y_bar))
     arguments = (out, index, y_bar, parameters, factor, len(y_bar))
-    _launch(transpose_add, "colour_warp_mask_transpose", planes, *arguments, EVERY=every)
+    _launch(transpose_add, "colour_warp_mask_transpose", planes, *arguments, PADDED_BATCH=padded)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-def samples_at_once(batch: int) -> int:
-    """Return EVERY, the size of a tile of all samples of a batch."""
-    every: int = triton.next_power_of_2(max(1, batch))
-    return every
+def padded_batch(batch: int) -> int:
+    """Return PADDED_BATCH, the batch size rounded up to a power of two."""
+    padded: int = triton.next_power_of_2(max(1, batch))
+    return padded
 
 
 def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:

@@ -156,12 +156,12 @@ def pack_parameters(
         programs += triton.cdiv(theta.numel(), row["SIZE"])
     parts = 0 if partials is None else partials.numel()
     constants: dict[str, Any] = {"TILES": tiles, "LARGEST": largest, "PARTIALS": parts, "PATCHES": None, **row}
-    patches, gathers, of_patches = None, 0, (None,) * 7
+    patches, gathers, patch_arguments = None, 0, (None,) * 7
     if batch is not None:
-        patches, gathers, of_patches, sizes, options = gathering_of(batch, precision)
+        patches, gathers, patch_arguments, sizes, options = gathering_of(batch, precision)
         constants |= {"PATCHES": tuple(sizes.values()), **options}
     tensors = (theta, packed, direction, packed_dot, partials, scaled, scale)
-    launch(_pack, gathers + programs, *tensors, theta.numel(), *of_patches, gathers, WEIGHTS=shapes, **constants)
+    launch(_pack, gathers + programs, *tensors, theta.numel(), *patch_arguments, gathers, WEIGHTS=shapes, **constants)
     moved = direction if scaled is None else scaled
     weights_dot = () if moved is None or packed_dot is None else _views(moved, packed_dot, shapes)
     return PackedParameters(_views(theta, packed, shapes), weights_dot, moved, scale, patches)

@@ -40,7 +40,7 @@ def learn(run: Run, learned: LearnedSet) -> None:
     looped = LoopRun(**vars(run), metrics=MetricsLog(run.folder, progress.iteration))
     run_to_the_end(
         looped, progress, title=run.method, iterate=partial(_iterate, looped, learned, progress),
-        shown=lambda _: {"loss": f"{looped.metrics.records[-1]['loss']:.4g}"},
+        progress_fields=lambda _: {"loss": f"{looped.metrics.records[-1]['loss']:.4g}"},
         evaluate=partial(_evaluate, looped, learned, progress, first), kinds=["evaluation"],
         save=partial(save_checkpoint, run.folder, learned, progress),
         summarise=partial(_summarise, looped, learned, progress),

@@ -1,4 +1,4 @@
-"""Run the loop of every run that makes a set in iterations, and write its results: sets, metrics, pictures, the summary."""
+"""The loop that distillations and baselines share: iterate, evaluate, save, and write sets, metrics, pictures and the summary."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The options, data and networks of a run, which stay the same while a set is made."""
+    """The constants of a run: options, data and networks."""
 
     program: str
     """the command that continues the run, without its arguments"""
@@ -48,7 +48,7 @@ class Run:
     """the command line, for the summary"""
     method: str
     options: Any
-    """options of the method's own class"""
+    """the options, of a class of the method"""
     folder: Path
     real: RealImages
     network: Trainable
@@ -57,14 +57,14 @@ class Run:
     memory_budget: str = AUTO
     """memory for the networks that an evaluation trains at the same time"""
     numerics: str
-    """the student and its precision, in words"""
+    """description of the student and its precision"""
     seconds: Seconds = field(default_factory=Seconds)
-    """the clock of what the run's time is spent on"""
+    """the run's time by purpose"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopRun(Run):
-    """A run in iterations, whose options name `Iteration`, `eval_it` and `save_seconds`."""
+    """A run in iterations, whose options have `Iteration`, `eval_it` and `save_seconds`."""
 
     metrics: MetricsLog
 
@@ -76,11 +76,11 @@ class LoopRun(Run):
 class Progress(Protocol):
     """The counter that every run keeps in its checkpoint."""
 
-    iteration: int  # completed ones
+    iteration: int  # number of completed iterations
 
 
 class SetNames(NamedTuple):
-    """The names of a set that is evaluated, and of the best one so far: in words, in the summary, and as files."""
+    """The names of an evaluated set, and of the best one so far, in the log, in the summary and as files."""
 
     words: str
     name: str
@@ -95,7 +95,7 @@ SET_NAMES = {
         "average over the iterations", "ema", "best_ema_evaluation_chosen_on_the_test_images", EMA, BEST_EMA
     ),
 }
-"""The names by the kind of the set's evaluations in metrics.jsonl."""
+"""The names of each set by the kind of its evaluation records in metrics.jsonl."""
 
 
 def run_to_the_end(
@@ -104,15 +104,15 @@ def run_to_the_end(
     *,
     title: str,
     iterate: Callable[[], None],
-    shown: Callable[[float], Mapping[str, str]],
+    progress_fields: Callable[[float], Mapping[str, str]],
     evaluate: Callable[[StopRequest], None],
     kinds: Sequence[str],
     save: Callable[[Sequence[Record]], None],
     summarise: Callable[[StopRequest], None],
 ) -> None:
-    """Run iterations from `progress` to the end: evaluate when it is due, save at intervals, and summarise.
+    """Run iterations from `progress` to the last; evaluate every `eval_it` iterations, save at intervals, and summarise.
 
-    `iterate` does the next iteration and counts it; `shown` returns the fields of the progress bar after an iteration of so
+    `iterate` does the next iteration and counts it; `progress_fields` returns the fields of the progress bar after an iteration of so
     many seconds. `evaluate` writes a record of each of `kinds`. `save` writes the checkpoint with the evaluations' records.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and what these functions raise.
     """
@@ -147,7 +147,7 @@ def run_to_the_end(
                 with seconds_of(part):
                     iterate()
                 part = "iterations"
-                bar.set_postfix(shown(time.monotonic() - start), refresh=False)
+                bar.set_postfix(progress_fields(time.monotonic() - start), refresh=False)
                 bar.update()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)

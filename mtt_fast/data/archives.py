@@ -1,4 +1,4 @@
-"""Read archives to their end, so that their checksums are compared, but no further than the data set needs."""
+"""Read files from archives, with limits on their size, and to the end, so that checksums are verified."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mtt_fast.storage.foreign import shortened
 from mtt_fast.storage.regular import check_regular
 
 _BLOCK = 1 << 20
-_BESIDES = 1 << 20  # bytes of an archive beside the content of the files: headers, other small files
+_OVERHEAD = 1 << 20  # bytes of an archive besides the content of the files: headers, other small files
 _MOST_MEMBERS = 1000
 
 
 def is_file_or_link(path: Path) -> bool:
-    """Return whether `path` exists and is no folder: a file, or something that a reader refuses by name."""
+    """Return whether `path` exists and is not a folder. (A reader refuses all but regular files by name.)"""
     return os.path.lexists(path) and not path.is_dir()
 
 
 def read_tar(archive: Path, limits: Mapping[str, int], mend: str) -> dict[str, bytes]:
-    """Return the content of some files in a .tar.gz; `limits` are their paths in it, and the bytes each may have at most.
+    """Return the content of some files in a .tar.gz. `limits` maps their paths to the largest number of bytes of each.
 
-    Nothing is written, and no link in it is followed. A folder around the paths does not matter.
-    Raises `InputError`, which ends in `mend`, for a broken archive, for one that lacks a file or holds it twice, and for
-    one that unpacks to much more than the files; reading ends there.
+    Paths are compared by their last two parts. Nothing is written, and links are not followed.
+    Raises `InputError`, which ends in `mend`, for a damaged archive, for one that lacks a file or holds it twice, and for one that
+    unpacks to much more than the files.
     """
-    most = sum(limits.values()) + _BESIDES
+    most = sum(limits.values()) + _OVERHEAD
     check_regular(archive, most, mend)
     try:
         with gzip.open(archive) as stream:
@@ -52,7 +52,7 @@ def read_tar(archive: Path, limits: Mapping[str, int], mend: str) -> dict[str, b
 
 def read_gzip(path: Path, most: int, mend: str) -> bytes:
     """Return the content of a .gz file, of at most `most` bytes. Raises `InputError` for a broken or longer one."""
-    check_regular(path, most + _BESIDES, mend)
+    check_regular(path, most + _OVERHEAD, mend)
     try:
         with gzip.open(path) as stream:
             content = stream.read(most + 1)  # up to the end, if it is no longer
@@ -64,7 +64,7 @@ def read_gzip(path: Path, most: int, mend: str) -> bytes:
 
 
 def _read_members(tar: tarfile.TarFile, limits: Mapping[str, int]) -> dict[str, bytes]:
-    """Return the content of the members of these paths. Raises `TarError` for members that no honest archive holds."""
+    """Return the content of the members at the paths in `limits`. Raises `TarError` for suspicious members."""
     files: dict[str, bytes] = {}
     for count, member in enumerate(tar):
         if count > _MOST_MEMBERS:
@@ -84,7 +84,7 @@ def _read_members(tar: tarfile.TarFile, limits: Mapping[str, int]) -> dict[str, 
 
 
 def _path_in(name: str, limits: Mapping[str, int]) -> str | None:
-    """Return the path in `limits` that a member's name ends in, or None."""
+    """Return the path in `limits` with which the name of a member ends, or None."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         return None
@@ -100,11 +100,11 @@ class _Limited(io.RawIOBase):
         self._left = most
 
     def readable(self) -> bool:
-        """Return True: the stream does nothing but read."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as the stream goes, and return the count. Raises `OSError` beyond its limit."""
+        """Read up to `len(buffer)` bytes into `buffer`, and return their number. Raises `OSError` beyond the limit."""
         count = self._stream.readinto(buffer)
         self._left -= count
         if self._left < 0:

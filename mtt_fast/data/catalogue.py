@@ -24,14 +24,14 @@ def load(
     packed_path: str | Path | None = None,
     progress: bool = True,
 ) -> ImageData:
-    """Return the data set `dataset`, looked for below `data_path`.
+    """Return the data set called `dataset`, whose files are in `data_path`.
 
-    `dataset` is one of `NAMES`, in any case, or the path of an image folder; "folder" is the image folder `data_path`.
-    `subset` picks ten classes of ImageNet. `res` is the side to which images are resized; data sets of one fixed size
-    do without. `download` fetches CIFAR10, CIFAR100, MNIST and FashionMNIST where they are missing.
-    The images are decoded once, with a progress bar, into `packed_path`/NAME.safetensors, and memory-mapped from then
-    on, until the names, sizes or times of the source files change; without `packed_path`, into `data_path`/packed.
-    Raises `InputError` for an unknown name, and for files that are missing, broken or do not fit together.
+    `dataset` is one of `NAMES`, in upper or lower case, or the path of an image folder; "folder" is the image folder `data_path`.
+    `subset` selects ten classes of ImageNet. `res` is the side length to which images are resized; data sets of one fixed size
+    do not need it. `download` downloads CIFAR10, CIFAR100, MNIST and FashionMNIST if they are missing.
+    The images are decoded once, with a progress bar, into `packed_path`/NAME.safetensors (by default `data_path`/packed). From
+    then on this file is memory-mapped, until names, sizes or modification times of the source files change.
+    Raises `InputError` for an unknown name, and for files that are missing, damaged or do not fit together.
     """
     packed_root = Path(packed_path or Path(data_path) / "packed").expanduser().absolute()
     source = find(dataset, data_path=data_path, subset=subset, res=res, download=download, progress=progress)
@@ -47,9 +47,9 @@ def find(
     download: bool = False,
     progress: bool = False,
 ) -> Source:
-    """Return the data set, found but not read; the arguments are those of `load`.
+    """Return the `Source` of a data set, whose images are not read yet; the arguments are those of `load`.
 
-    Raises `NotFound` where it is in none of the places it was looked for, and `InputError` as `load`.
+    Raises `NotFound` if its files are in none of the usual places, and `InputError` as `load` does.
     """
     data_path = Path(data_path).expanduser().absolute()
     name = name_of(dataset)
@@ -83,7 +83,7 @@ def find(
 
 
 def name_of(dataset: str) -> str | None:
-    """Return the one of `NAMES` that `dataset` is, in any case of letters, or None."""
+    """Return the name in `NAMES` that equals `dataset` in upper or lower case, or None."""
     return {known.casefold(): known for known in NAMES}.get(dataset.casefold())
 
 

@@ -43,7 +43,7 @@ class _Distribution:
     train: tuple[str, ...]
     test: str
     names: str
-    # key of the labels in a pickle; or the number of label bytes before an image, the last of which counts
+    # key of the labels in a pickle; or the number of label bytes before an image, of which the last is used
     labels: str | int
     names_key: str = ""
 
@@ -61,12 +61,12 @@ class DatasetSpec:
 
     @property
     def info(self) -> DatasetInfo:
-        """Return the data set in numbers."""
+        """Return the sizes of the data set."""
         in_file, test = self.images
         return DatasetInfo(self.name, _SHAPE, len(self.class_names), len(self.python.train) * in_file, test)
 
     def most_bytes(self, kind: _Distribution) -> dict[str, int]:
-        """Return the size that each file may have: pixels, labels, and in a pickle the names of the images."""
+        """Return the largest size of each file: pixels, labels, and in a pickle the names of the images."""
         train, test = (images * (_PIXELS + _MOST_BESIDES) for images in self.images)
         return {**dict.fromkeys(kind.train, train), kind.test: test, kind.names: _MOST_NAMES}
 
@@ -123,10 +123,10 @@ SPECS = {spec.name: spec for spec in (_CIFAR10, _CIFAR100)}
 def source(name: str, data_path: Path, res: int | None, *, download: bool, progress: bool, url: str = URL) -> Source:
     """Describe CIFAR10 or CIFAR100 (`name`; fine labels), 3x32x32, below `data_path`; `url` holds the archives.
 
-    Looked for in `data_path` and its sub-folder `name`: the python distribution, the binary one, their archives, and
-    an image folder (train/CLASS/…, test/CLASS/…). An image folder of JPEGs is not the original data: compression has
-    changed its pixels a little, which costs a little accuracy; class order, mean and std are the same.
-    Raises `InputError` if there is none of them, or the first one found is broken.
+    In `data_path` and its sub-folder `name` are searched, in this order: the python distribution, the binary one, their archives,
+    and an image folder (train/CLASS/, test/CLASS/). JPEGs in an image folder differ a little from the original pixels, which costs a
+    little accuracy; class order, mean and std are the same. Raises `NotFound` if there is none of these, and `InputError` if the
+    first one found is damaged.
     """
     spec = SPECS[name]
     copy = _find(spec, data_path, res)
@@ -144,7 +144,7 @@ def source(name: str, data_path: Path, res: int | None, *, download: bool, progr
 
 
 def _find(spec: DatasetSpec, data_path: Path, res: int | None) -> Source | None:
-    """Describe the first copy in one of the likely places, or return None."""
+    """Return the first copy in one of the usual places, or None."""
     roots = (data_path, data_path / spec.name, data_path / spec.name.lower())
     for root in roots:
         for kind in (spec.python, spec.binary):

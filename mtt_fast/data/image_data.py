@@ -1,4 +1,4 @@
-"""A data set ready to use: two splits of uint8 images with labels, and the properties that belong to them."""
+"""A data set ready to use: two splits of uint8 images with labels, class names, and channel statistics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import plain_tensor
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
-_BLOCK = 4096  # images looked at together, so that a memory-mapped data set is never copied whole
+_BLOCK = 4096  # images processed at once, so that a memory-mapped data set is never copied whole
 
 
 @dataclass(frozen=True)
 class Split:
     """Images and their classes, in one fixed order."""
 
-    images: Tensor  # uint8 (n, C, H, W), memory-mapped where the data set has a packed file: read it, do not write it
+    images: Tensor  # uint8 (n, C, H, W), read-only: memory-mapped if the data set has a packed file
     labels: Tensor  # int64 (n,), each in [0, num_classes)
 
 
@@ -32,9 +32,8 @@ class Split:
 class ImageData:
     """A data set ready to use.
 
-    `mean` and `std`, one value a channel, are those of images scaled to [0, 1]. `fingerprint` is a digest of the
-    content (images, labels, class names, mean, std): equal on every machine for equal data, different as soon as a
-    byte differs. `path` is the packed safetensors file, or None where there is none.
+    `mean` and `std`, one value per channel, are those of images scaled to [0, 1]. `fingerprint` is a digest of the content
+    (images, labels, class names, mean, std). It is the same on every machine. `path` is the packed safetensors file, or None.
     """
 
     name: str
@@ -67,7 +66,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set in numbers. `name` is that of the `ImageData` it will be."""
+    """The sizes of a data set that need not be read yet. `name` is that of its `ImageData`."""
 
     name: str
     image_shape: tuple[int, int, int]  # (C, H, W)
@@ -77,12 +76,12 @@ class DatasetInfo:
 
     @property
     def packed_bytes(self) -> int:
-        """Return the size of its packed file: a byte a value, eight a label."""
+        """Return the size of its packed file: one byte per value, eight per label."""
         channels, height, width = self.image_shape
         return (self.train + self.test) * (channels * height * width + 8)
 
     def identity(self, *, zca: bool) -> DatasetIdentity:
-        """Return the part of `ImageData.identity` that is known beforehand: an image folder may have been renamed since."""
+        """Return the part of `ImageData.identity` that is known without reading images; the name of an image folder is left out."""
         name = "" if self.name.startswith("folder-") else self.name
         return DatasetIdentity(name, image_shape=self.image_shape, whitening=WHITENED if zca else NORMALISED)
 
@@ -96,9 +95,9 @@ def from_tensors(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageData:
-    """Wrap (images uint8 (n, C, H, W), integer labels (n,)) of two splits, without a file.
+    """Return a data set in memory from the (images uint8 (n, C, H, W), integer labels (n,)) of two splits.
 
-    Without `class_names` the classes are called "0", "1", …; without `mean` and `std` they are computed from `train`.
+    By default the classes are called "0", "1", …, and `mean` and `std` are computed from `train`.
     Raises `InputError` if dtypes, shapes or labels do not fit together.
     """
     train_split, test_split = _split("train", *train), _split("test", *test)
@@ -143,7 +142,7 @@ def _split(part: str, images: Tensor, labels: Tensor) -> Split:
 
 
 def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
-    """Raise `InputError` unless all labels name a class, both splits hold images, and there are classes that can be learnt."""
+    """Raise `InputError` unless all labels are class indices, both splits have images, and every class has training images."""
     check_several(name, class_names)
     for part, labels in (("training", train), ("test", test)):
         if not len(labels):
@@ -163,7 +162,7 @@ def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[s
 
 
 def check_several(name: str, class_names: Sequence[str]) -> None:
-    """Raise `InputError`, which begins with `name`, for fewer than two classes: a network would have nothing to tell apart."""
+    """Raise `InputError` that begins with `name` for fewer than two classes."""
     if len(class_names) < 2:
         raise InputError(
             f"{name}: expected at least two classes, found {'none' if not class_names else 'one'}"
@@ -174,7 +173,7 @@ def check_several(name: str, class_names: Sequence[str]) -> None:
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, standard deviation) of each channel of uint8 `images` (n, C, H, W), scaled to [0, 1].
 
-    Counted, and computed in whole numbers up to one division, so the result is exact and the same on every machine.
+    They are computed from histograms in integers, with one division at the end, so that they are the same on every machine.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64, device=images.device)
     for block in torch.split(images, _BLOCK):

@@ -22,7 +22,7 @@ _RES = 128  # the papers' resolution for the subsets
 
 
 def info(subset: str | None, res: int | None) -> DatasetInfo:
-    """Return ImageNet, or one of `SUBSETS`, in numbers: those that are published."""
+    """Return the published sizes of ImageNet, or of one of `SUBSETS`."""
     size = res or _RES
     name = f"{subset or 'ImageNet'}-{size}"
     if subset is None:
@@ -33,12 +33,11 @@ def info(subset: str | None, res: int | None) -> DatasetInfo:
 def source(data_path: Path, subset: str | None, res: int | None) -> Source:
     """Describe ImageNet, or one of `SUBSETS`, as 3 x res x res (default 128).
 
-    Looked for in `data_path` and its sub-folders ImageNet/ and imagenet/, for a subset also in those that fastai's
-    archives unpack to (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/): train/WNID/… and val/WNID/…; the
-    latter is the test split. The shorter side is resized to `res`, bilinear and antialiased, on bytes; then
-    the centre is cropped. (The public code resizes the normalised tensors: the same up to rounding to whole grey
-    values, if its torchvision antialiases tensors, as it does by default since 0.17.)
-    Folders may bear WordNet ids, the classes' names, or their numbers. Raises `InputError` if classes are missing.
+    The folders train/WNID/ and val/WNID/ (the test split) are searched in `data_path` and its sub-folders ImageNet/ and imagenet/;
+    for a subset also in those of fastai's archives (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/). Class folders
+    may be named by WordNet id, class name or class number. The shorter side is resized to `res`, bilinear and antialiased, on
+    bytes; then the centre is cropped. (The public code resizes normalised tensors. The result is the same up to rounding to bytes
+    if torchvision antialiases tensors, the default since 0.17.) Raises `InputError` if classes are missing.
     """
     root = _find(data_path, subset)
     train, test = (
@@ -61,7 +60,7 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
 
 
 def _all_classes(root: Path, split: Path) -> Listing:
-    """List the images of a split by WordNet id, in the order of the ids; folders may bear other names of the classes."""
+    """List the images of a split by WordNet id, in the order of the ids. Folders may have other names of the classes."""
     places = class_folders(split)
     if len(places) != _CLASSES:
         raise InputError(
@@ -72,19 +71,19 @@ def _all_classes(root: Path, split: Path) -> Listing:
 
 
 def _subset_classes(root: Path, split: Path, subset: str) -> Listing:
-    """List the images of the subset's classes by WordNet id, in the subset's order, in a tree that may hold others."""
-    class_folders(split)  # there are some
+    """List the images of the subset's classes by WordNet id, in the subset's order. `split` may have other classes too."""
+    class_folders(split)  # raises if there are none
     places = _places(split, subset)
     listing = list_classes(root, split, places.values())
     return Listing({wnid: listing.classes[place] for wnid, place in places.items()}, listing.skipped)
 
 
 def _places(split: Path, subset: str) -> dict[str, str]:
-    """Return the names of the folders in `split` that hold classes of the subset, by WordNet id, in its order."""
+    """Return the names of the folders in `split` with classes of the subset, by WordNet id, in the subset's order."""
     names = sorted(folder_names(split))
     places: dict[str, str] = {}
     if len(names) > len(SUBSETS[subset]):
-        # a larger tree, where numbers are ImageNet's and words may be another class's
+        # a larger tree: numbers are those of ImageNet, and a word may be the name of a class outside the subset
         places = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
     if not set(SUBSETS[subset]) <= set(places):
         places = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)

@@ -1,4 +1,4 @@
-"""List the image files in class folders, each once and under one label, whichever links lead to it."""
+"""List the image files in class folders. Each file is listed once, under one label, however many links lead to it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mtt_fast.errors import InputError, reason_of, remedy_for
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 _LOOP = "link(s) to a folder around them"
-_MOST_KINDS = 8  # of things that are not taken, in a line of the log
+_MOST_KINDS = 8  # of skipped files, in a line of the log
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split: by class folder, in the order of the classes, and what else lies there."""
+    """The image files of one split by class folder, in the order of the classes, and the number of skipped entries."""
 
     classes: Mapping[str, list[str]]
-    skipped: Counter[str] = field(default_factory=Counter)  # kind of thing -> how many
+    skipped: Counter[str] = field(default_factory=Counter)  # number of skipped entries by kind
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -45,12 +45,12 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) -> Listing:
-    """List the images below each class folder in `folder`, or in those `chosen` by name, in this order.
+    """List the images in each class folder of `folder` and its sub-folders; with `chosen`, in those class folders, in this order.
 
-    `root` is the data set's. It, `folder` and the class folders may be links to anywhere; below them links may only
-    lead to something in one of these. A file that is reached in two ways counts once.
-    Raises `InputError` for a link that leaves the data set or leads nowhere, for an image that is no regular file, and
-    for one under two labels.
+    `root` is the folder of the data set. `root`, `folder` and the class folders may be links to any place. Links below them must
+    lead to a place in one of them. A file that is reached in two ways is listed once.
+    Raises `InputError` for a link that leaves the data set or is broken, for an image that is not a regular file, and for an image
+    under two labels.
     """
     folders = class_folders(folder) if chosen is None else [folder / name for name in chosen]
     homes = {os.path.realpath(place) for place in (root, folder, *folders)}
@@ -69,9 +69,9 @@ def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) 
 
 
 def listed_by_wnid(listing: Listing, wnids: list[str], where: Path) -> Listing:
-    """Return the images by WordNet id, in the order of `wnids`, where folders may bear other names of these classes.
+    """Return the images by WordNet id, in the order of `wnids`. The folders may have other names of these classes.
 
-    A listing by ids is returned as it is. Raises `InputError`, which names the folder `where`, for names of other classes.
+    A listing by ids is returned unchanged. Raises `InputError` that names the folder `where` for names of other classes.
     """
     places = list(listing.classes)
     if all(map(is_wnid, places)):
@@ -81,7 +81,7 @@ def listed_by_wnid(listing: Listing, wnids: list[str], where: Path) -> Listing:
 
 
 def tell_skipped(name: str, *listings: Listing) -> None:
-    """Log in one line what was not taken from the folders of the data set `name`."""
+    """Log in one line which entries of the folders of the data set `name` were skipped."""
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if skipped:
         counts = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_MOST_KINDS))
@@ -89,12 +89,12 @@ def tell_skipped(name: str, *listings: Listing) -> None:
 
 
 def folder_names(folder: Path) -> set[str]:
-    """Return the names of the folders in `folder`, and of links to folders, but not the hidden ones."""
+    """Return the names of the folders in `folder`, and of links to folders, without hidden ones."""
     return {child.name for child in _children(folder) if not child.name.startswith(".") and os.path.isdir(child.path)}
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file name ends as those of images do."""
+    """Return whether a file name has the suffix of an image."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -114,7 +114,7 @@ def _is_class(folder: Path, child: os.DirEntry[str]) -> bool:
 
 
 def _loose(folder: Path, folders: list[Path]) -> Counter[str]:
-    """Count what lies in `folder` beside its class folders."""
+    """Count the entries of `folder` that are not class folders, by kind."""
     names = {place.name for place in folders}
     return Counter(_loose_kind(child) for child in _children(folder) if child.name not in names)
 
@@ -128,7 +128,7 @@ def _loose_kind(child: os.DirEntry[str]) -> str:
 
 
 class _Walk:
-    """A walk through the folders below a class folder, which finds each image once and counts all else as skipped."""
+    """Walk through the folders below a class folder, find each image once, and count all other entries as skipped."""
 
     def __init__(self, homes: set[str], skipped: Counter[str]) -> None:
         self.homes, self.skipped = homes, skipped
@@ -139,9 +139,9 @@ class _Walk:
     def files_below(self, top: str) -> dict[str, str]:
         """Return the images below the folder `top`, by identity.
 
-        Links come last, so that a file is known by its own place where it has one here.
+        Links are followed last, so that a file is listed by its own path, if that is in these folders.
         """
-        links: list[tuple[os.DirEntry[str], str]] = []  # and the true path of the folder that each is in
+        links: list[tuple[os.DirEntry[str], str]] = []  # with the real path of the folder that each link is in
         self.folders.append((top, os.path.realpath(top)))
         while self.folders or links:
             if not self.folders:
@@ -163,7 +163,7 @@ class _Walk:
         return self.files
 
     def _follow(self, link: os.DirEntry[str], parent: str) -> None:
-        """Add the image that `link` leads to, or the folder to those that are to be walked."""
+        """Add the image that `link` leads to, or queue the folder that it leads to."""
         is_folder = os.path.isdir(link.path)
         if not is_image_name(link.name) and not is_folder:
             self.skipped[_kind(link)] += 1
@@ -191,7 +191,7 @@ class _Walk:
             raise _unreadable(child.path, error) from error
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
-        # Only a file of several names is told by its number: not every file system numbers its files reliably.
+        # by inode only for files with several hard links, since not every file system has reliable inode numbers
         identity = real if status.st_nlink == 1 else f"{status.st_dev}:{status.st_ino}"
         if self.files.setdefault(identity, child.path) != child.path:
             self.skipped["further name(s) of an image"] += 1
@@ -202,7 +202,7 @@ def _is_within(path: str, homes: set[str]) -> bool:
 
 
 def _check_target(link: str) -> None:
-    """Raise `InputError` for a link that leads nowhere, or to itself."""
+    """Raise `InputError` for a broken link, and for one that leads to itself."""
     try:
         os.stat(link)
     except OSError as error:

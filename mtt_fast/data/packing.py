@@ -1,7 +1,7 @@
-"""One data set, one file: decoded once into safetensors, afterwards only memory-mapped, and checked at each opening.
+"""Pack a data set into one safetensors file: it is decoded once, and then memory-mapped, with its checksums checked.
 
-A reader (cifar.py, folder.py, …) describes its data set as a `Source`: a key that is cheap to compute from the files it
-would read, and a function that reads them. `packed` opens the file if it was made from that key, or makes it.
+A reader (cifar.py, folder.py, …) describes its data set as a `Source`: a function that reads its files, and a key that changes if
+they do and is cheap to compute. `packed` opens the packed file if it has this key, and packs the source otherwise.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tenso
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import remove_leftovers
 
-VERSION = 1  # of the packed files; raise it when the same source packs to something else
-_FORMAT = "mtt_fast data set 2"  # those from before there were checksums say nothing
+VERSION = 1  # of the packed content; raise it when the same source is packed differently
+_FORMAT = "mtt_fast data set 2"  # files without checksums have no format field
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split while it is read: all labels, and the images in blocks, decoded as they are asked for."""
+    """One split while it is read: all labels, and the images in blocks, which are decoded lazily."""
 
     labels: np.ndarray[Any, np.dtype[np.int64]]  # (n,)
     blocks: Iterable[np.ndarray[Any, np.dtype[np.uint8]]]  # (k, C, H, W) each, n images in all
@@ -53,10 +53,10 @@ class Contents:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set whose files are known, but not read yet.
+    """A data set whose files are found, but not read yet.
 
-    `stem` names its packed file; `key` tells its content from any other. `mean` and `std` None: computed from the training
-    images. `info` counts the images, decoding nothing; without it their numbers are the published ones.
+    `stem` is the name of its packed file without suffix. `key` identifies its content. If `mean` and `std` are None, they are
+    computed from the training images. `info` counts the images without decoding them; without it the published numbers hold.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Source:
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
-    """Return a digest of the names (below `root`), sizes and modification times of `files`, and of `settings`.
+    """Return a digest of the names (relative to `root`), sizes and modification times of `files`, and of `settings`.
 
-    No file is opened. Raises `InputError` if one cannot be found.
+    No file is opened. Raises `InputError` if one is missing.
     """
     digest = hashlib.blake2b(json.dumps([VERSION, *map(str, settings)]).encode(), digest_size=16)
     prefix = len(str(root)) + 1
@@ -88,10 +88,10 @@ def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
 
 
 def packed(source: Source, folder: Path, *, progress: bool) -> ImageData:
-    """Return the data set of `source` from its packed file in `folder`, made first if it is missing, broken or out of date.
+    """Return the data set of `source` from its packed file in `folder`, which is written first if missing, damaged or out of date.
 
-    Two processes may do so at once: each writes a file of its own, and the last to finish gives it the name.
-    Raises `InputError` if the source is bad or the file cannot be written; then nothing is left half-written.
+    Two processes may pack at the same time: each writes a temporary file, and the last one to finish replaces the other's.
+    Raises `InputError` if the source is damaged or the file cannot be written; then no partial file is left.
     """
     path = folder / f"{source.stem}.safetensors"
     remove_leftovers(folder)
@@ -136,12 +136,12 @@ def _open(path: Path, key: str) -> ImageData | None:
 
 
 def _pack(source: Source, path: Path, *, progress: bool) -> None:
-    """Stream the source into a safetensors file: labels, then images, then the header, for which room was left.
+    """Stream the source into a safetensors file: labels, images, and at last the header, for which space is reserved.
 
-    The checksums are of what was given to be written, so that an error of the disk shows when the file is opened.
-    Nothing but a few blocks is ever in memory, so the 63 GB of ImageNet at 128 pixels need no more of it than MNIST.
+    The checksums are computed before writing, so that an error of the disk is found when the file is opened. Only a few blocks are
+    in memory at once: ImageNet at 128 pixels (63 GB) needs no more memory than MNIST.
     """
-    check_output_folder(path.parent, "choose another `packed_path`")  # the source may take long to read
+    check_output_folder(path.parent, "choose another `packed_path`")  # before the source is read, which may take long
     contents = source.read()
     parts = {"train": contents.train, "test": contents.test}
     labels = {name: torch.from_numpy(part.labels) for name, part in parts.items()}
@@ -153,7 +153,7 @@ def _pack(source: Source, path: Path, *, progress: bool) -> None:
         "format": _FORMAT, "name": source.name, "key": source.key, "class_names": json.dumps(contents.class_names)
     }  # fmt: skip
     digests = {name: xxhash.xxh3_128() for name in shapes}
-    # mean, std, fingerprint are known last; a multiple of 8, as the format wants aligned data
+    # with space for mean, std and fingerprint, which are known last; a multiple of 8, as the format requires
     room = len(header_of(shapes, info, _checksums(digests))) + 1024 + 64 * contents.image_shape[0]
 
     total = sum(len(part.labels) for part in parts.values())
@@ -190,13 +190,13 @@ def _checksums(digests: Mapping[str, xxhash.xxh3_128]) -> dict[str, list[str]]:
 
 
 def _write_header(file: BinaryIO, header: bytes, room: int) -> None:
-    text = header[8:].ljust(room - 8)  # the format allows spaces after the JSON
+    text = header[8:].ljust(room - 8)  # the format allows trailing spaces
     file.seek(0)
     file.write(struct.pack("<Q", len(text)) + text)
 
 
 def _splits(path: Path, offset: int, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Split]:
-    """Return the splits, memory-mapped, of a file whose header is still to be written."""
+    """Return the memory-mapped splits of a file whose header is not written yet; `offset` is the size of the header."""
     arrays = {}
     for name, (dtype, shape) in shapes.items():
         arrays[name] = torch.from_numpy(np.memmap(path, "<i8" if dtype == "I64" else np.uint8, "c", offset, shape))

@@ -1,4 +1,4 @@
-"""The properties of a data set before it is read: shape, classes, number of images."""
+"""The sizes of a data set before it is read: image shape, number of classes, number of images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["DatasetInfo", "dataset_info", "published"]
 def dataset_info(
     dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data"
 ) -> DatasetInfo:
-    """Return the properties of a data set by the names that `load` takes: of the images that are there, without decoding.
+    """Return the sizes of a data set, without decoding its images; the arguments are those of `load`.
 
-    Of one that is not there yet, and of the original files, they are those that are published.
-    Raises `InputError` as `load` would for a wrong name, and for image folders that are incomplete or whose images have
-    no one size where `res` is not given.
+    The images of an image folder are counted. For other data sets, also if they are not downloaded yet, the published numbers are
+    returned. Raises `InputError` as `load` does for an unknown name, and for an image folder that is incomplete, or whose images
+    have different sizes and no `res` is given.
     """
     known = published(dataset, subset, res)
     place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
-    is_word = os.sep not in str(place)  # a misspelt name then: find says which
+    is_word = os.sep not in str(place)  # a misspelt name; `find` suggests the right one
     if known is None and not is_word and not place.is_dir():
         raise InputError(f"`dataset` {place}: expected a data set by name or an image folder, found no folder")
     try:
@@ -33,12 +33,12 @@ def dataset_info(
             raise
         return known
     info = source.info() if source.info else known
-    assert info, "image folders count what is there, all others are published"
+    assert info, "image folders count their images, all other data sets have published numbers"
     return info
 
 
 def published(dataset: str, subset: str | None = None, res: int | None = None) -> DatasetInfo | None:
-    """Return the published properties of a data set that has a name of its own, looking at no file; None for an image folder.
+    """Return the published sizes of a data set, without reading any file; None for an image folder.
 
     Raises `InputError` for an unknown `subset`.
     """

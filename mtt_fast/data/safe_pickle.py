@@ -1,4 +1,4 @@
-"""Pickles as CIFAR's: dicts of text, numbers, lists and byte arrays. Nothing in them is run, and nothing grows."""
+"""Read the pickles of CIFAR: dicts of text, numbers, lists and byte arrays. No code in them is run, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ import numpy as np
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import shortened
 
-# Opcodes by which plain values and numpy's arrays of bytes are written, in any protocol. What else there is makes
-# objects of other kinds, or copies what it holds.
+# Opcodes of plain values and of numpy's byte arrays, in any protocol. All others make other objects, or copy values.
 _OPCODES = frozenset(
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT "
     "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
     "EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD".split()
 )
-_MOST_OPCODES = 1_000_000  # the 50,000 images of CIFAR-100 take 200,000, in text 350,000
-# Tuples, calls and states; an array takes 13. Each further array might hold as much, and hashing a deep tuple would
-# overflow the stack.
+_MOST_OPCODES = 1_000_000  # the 50,000 images of CIFAR-100 take 200,000, or 350,000 in protocol 0
+# Tuples, calls and states; an array takes 13. More would allow many arrays, and tuples so deep that hashing overflows the stack.
 _MOST_OBJECTS = 30
 _NESTING = frozenset("TUPLE TUPLE1 TUPLE2 TUPLE3 REDUCE BUILD GLOBAL STACK_GLOBAL".split())
 
@@ -38,7 +36,7 @@ def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
     """
     try:
         _check_opcodes(raw)
-        # Python 2 wrote the files: its strings are bytes, and "latin1" is the decoding that can be turned back.
+        # Python 2 wrote the files, so strings may be bytes; "latin1" decodes them reversibly
         value = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         if isinstance(value, dict):
             return {key: item.array if isinstance(item, _Array) else item for key, item in value.items()}
@@ -50,7 +48,7 @@ def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
 
 
 def _check_opcodes(raw: bytes) -> None:
-    """Raise `UnpicklingError` for a pickle that would take more memory, or a deeper stack, than its size lets expect."""
+    """Raise `UnpicklingError` for a pickle that could take much more memory, or a deeper stack, than one of CIFAR."""
     objects = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
         if opcode.name not in _OPCODES:
@@ -63,7 +61,7 @@ def _check_opcodes(raw: bytes) -> None:
 
 
 class _Array:
-    """A stand-in for a numpy array of bytes: keeps its state, and makes the array of it where the state fits together."""
+    """Stand in for a numpy array of bytes: keep its pickled state, and make the array from it if the state is consistent."""
 
     def __init__(self, *_: object) -> None:
         self._state: tuple[Any, ...] = ()
@@ -82,18 +80,18 @@ class _Array:
 
 
 class _ByteType:
-    """A stand-in for numpy's dtype of unsigned bytes, the only one admitted."""
+    """Stand in for numpy's dtype of unsigned bytes, the only one that is allowed."""
 
     def __init__(self, code: object, *_: object) -> None:
         if code not in ("u1", "|u1"):
             raise pickle.UnpicklingError(f"an array of {str(code)[:20]!r} is not admitted")
 
     def __setstate__(self, state: object) -> None:
-        """Leave out byte order and the like: bytes have none."""
+        """Ignore byte order and the like, which bytes do not have."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that admits the three names by which numpy pickles an array, with a stand-in for each."""
+    """Unpickle with only the three names by which numpy pickles an array, each replaced by a stand-in."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):

@@ -1,4 +1,4 @@
-"""The distilled set: images, labels and learning rate, with all that is needed to use them, in one file."""
+"""The distilled set: images, labels and learning rate, and what is needed to use them, in one file."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """A distilled set, class-major: equally many images of each class, those of the first class first.
+    """A distilled set, sorted by class, with the same number of images of each class.
 
-    `images` (n, C, H, W) float32 are in the networks' input space: normalised, or whitened if `whitening` is there.
+    `images` (n, C, H, W) float32 are inputs of networks: whitened if `whitening` is given, else normalised with `mean` and `std`.
     `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
-    `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
-    learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
-    With a `canvas` the images are textures, and networks see random crops of them (mtt_fast/augmentation/texture.py).
-    `recipe` holds the options that the set was made with; `versions` those of the software. `dataset` and `fingerprint` are
-    the name and the fingerprint of the real images that the set was made from (`ImageData`), "" where they are not known.
-    `python -m mtt_fast.evaluate` takes the options in `recipe` as its defaults, so that a set with these two needs no others.
+    `lr` () is the learned learning rate, with which networks are trained. If one was learned for each of the N student steps, these
+    are `lr_per_step` (N,), and `lr` is their mean. With a `canvas` the images are textures, and networks are trained on random crops
+    of them (mtt_fast/augmentation/texture.py).
+    `recipe` holds the options that the set was made with, `versions` the versions of the software. `dataset` and `fingerprint` are
+    the name and the fingerprint of the real images that the set was made from (`ImageData`), or "" if not known.
+    `python -m mtt_fast.evaluate` takes the options in `recipe` as its defaults. With `dataset` and `model` there, it needs no others.
 
     Example:
         ```python
         from mtt_fast.data import load, transform_for
 
         data = load("digits")
-        images = transform_for(data, zca=False).apply(data.train.images[:10] / 255)  # and what a loop of one's own makes of them
-        made = mtt_fast.SyntheticDataset(
+        images = transform_for(data, zca=False).apply(data.train.images[:10] / 255)  # then distil them in your own loop
+        distilled = mtt_fast.SyntheticDataset(
             images, data.train.labels[:10], torch.tensor(0.02), data.class_names, data.mean, data.std,
             recipe={"dataset": "digits", "model": "ConvNetD2W16"}, dataset=data.name, fingerprint=data.fingerprint,
         )
-        made.save("set.safetensors")
+        distilled.save("set.safetensors")
         ```
     """
 
@@ -80,12 +80,12 @@ class SyntheticDataset:
 
     @property
     def transform(self) -> Normalisation | Whitening:
-        """Return the map from pictures in [0, 1] to the space of the set's images, and back."""
+        """Return the transform from images in [0, 1] to inputs of networks, which also has the inverse."""
         return self.whitening or Normalisation(self.mean, self.std)
 
     @property
     def classes(self) -> Tensor:
-        """Return the class of each image, (n,) int64; with soft labels by its place, as learned ones may favour another."""
+        """Return the class of each image, (n,) int64. With soft labels it follows from the image's position, not from its label."""
         return self.labels if self.label_kind == "indices" else classes_by_place(self.labels, len(self.class_names))
 
     @property
@@ -96,13 +96,13 @@ class SyntheticDataset:
         return torch.arange(len(self.labels)) % ipc < real if real else None
 
     def pictures(self) -> Tensor:
-        """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
+        """Return the images (n, C, H, W) in [0, 1] for display: normalisation or whitening is undone, and the result clipped."""
         return self.transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically.
 
-        Raises `InputError` for a set that `mtt_fast.data.set_checks.check_set` finds fault with; then nothing is written.
+        Raises `InputError`, before anything is written, for a set that fails `mtt_fast.data.set_checks.check_set`.
         """
         check_set(self, f"{os.fspath(path)}: not written")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
@@ -165,7 +165,7 @@ def real_in_class(ipc: int, distilled_share: float) -> int:
 
 
 def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the class of each image (n,) int64 in class-major order, whatever its label."""
+    """Return the class of each image (n,) int64 of a set that is sorted by class, whatever its labels."""
     return torch.arange(len(labels), device=labels.device) * num_classes // len(labels)
 
 

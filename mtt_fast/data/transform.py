@@ -1,4 +1,4 @@
-"""The map from images in [0, 1] to what networks see: normalised by channel, or ZCA-whitened."""
+"""The transform from images in [0, 1] to the inputs of networks: normalisation by channel, or ZCA whitening."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import read_header
 
-_FORMAT = "mtt_fast whitening 2"  # those from before there were checksums say nothing
+_FORMAT = "mtt_fast whitening 2"  # files without checksums have no format field
 _CPU = torch.device("cpu")
-_EPS = 0.1  # the public code's; a distilled set can be compared with others only at the same value
+_EPS = 0.1  # as in the public code; distilled sets can only be compared at the same value
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """(x − mean) / std with one value a channel; the interface is that of `Whitening`."""
+    """Compute (x − mean) / std with one mean and std per channel. The interface is that of `Whitening`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def apply(self, images: Tensor) -> Tensor:
-        """Normalise `images` (n, C, H, W), floating point in [0, 1], on any device; dtype and device stay."""
+        """Return `images` (n, C, H, W), floating point in [0, 1], normalised, in the same dtype and on the same device."""
         mean, std = self._columns(images)
         return (images - mean) / std
 
     def invert(self, images: Tensor) -> Tensor:
-        """Undo `apply`: back to pictures in [0, 1]."""
+        """Return the images in [0, 1] of which `images` are the result of `apply`."""
         mean, std = self._columns(images)
         return images * std + mean
 
@@ -44,7 +44,7 @@ class Normalisation:
                 f"images: expected floating point in [0, 1] with {len(self.mean)} channels, found {images.dtype} "
                 f"{tuple(images.shape)}; use images.float() / 255, of the data set that the normalisation belongs to"
             )
-        # filled on the device: a copy from the host would make it wait, and could not be part of a CUDA graph
+        # filled on the device: a copy from the host would synchronise, and cannot be captured in a CUDA graph
         mean, std = (
             torch.stack([images.new_full((1, 1), value) for value in values]) for values in (self.mean, self.std)
         )
@@ -52,11 +52,11 @@ class Normalisation:
 
 
 def transform_for(data: ImageData, *, zca: bool, device: torch.device | None = None) -> Normalisation | Whitening:
-    """Return the map from [0, 1] images of `data` to what its networks are trained on.
+    """Return the transform from [0, 1] images of `data` to the inputs of its networks.
 
-    With `zca`, a whitening fitted on the un-normalised training images in [0, 1], on `device` (None: the CPU); it takes a while, so it is
-    kept beside the packed file, as NAME.zca.safetensors, and read the next time if data and eps are still those it was
-    fitted on. Raises `InputError` for images too large to whiten.
+    With `zca` it is a whitening, fitted to the training images in [0, 1] on `device` (None: the CPU). The fit is saved beside the
+    packed file, as NAME.zca.safetensors, and read the next time if data and eps are the same. Raises `InputError` for images that
+    are too large to whiten.
     """
     if not zca:
         return Normalisation(data.mean, data.std)
@@ -69,7 +69,7 @@ def transform_for(data: ImageData, *, zca: bool, device: torch.device | None = N
     if path:
         try:
             whitening.save(path, belongs_to)
-        except InputError as error:  # the whitening itself is good: the next run only has to fit it again
+        except InputError as error:  # the whitening is usable, only the next run has to fit it again
             log.warning("%s", error)
     return whitening
 

@@ -1,4 +1,4 @@
-"""ZCA whitening of images: the fit, and the two matrix products that use it."""
+"""Fit, apply and invert a ZCA whitening of images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.identity import WHITENING_TOLERANCE
 
-# A covariance of 12,288 values an image (3x64x64) takes 1.2 GB, and its decomposition minutes; one of 3x128x128 takes
-# 19 GB, and hours.
+# The covariance of images of 12,288 values (3x64x64) takes 1.2 GB, and its decomposition minutes; with 3x128x128 19 GB, and hours.
 LARGEST_IMAGE = 12_288
-_BLOCK = 4096  # images that are in memory as numbers at once
+_BLOCK = 4096  # images in floating point at once
 
 
 @dataclass(frozen=True)
 class Whitening:
     """A fitted ZCA transform of images with D = C·H·W values. All fields are floating point and on one device.
 
-    The public code of trajectory matching whitens with kornia's `ZCAWhitening(eps=0.1, compute_inv=True)`, fitted on
-    the un-normalised training images in [0, 1]. `fit` returns the same matrices, so images made there can be used here.
+    The public MTT code whitens with kornia's `ZCAWhitening(eps=0.1, compute_inv=True)`, fitted to the training images in [0, 1]
+    before normalisation. `fit` returns the same matrices, so images of the public code can be used here.
     """
 
     mean: Tensor  # (D,)
@@ -34,18 +33,18 @@ class Whitening:
 
     @classmethod
     def fit(cls, images: Tensor, eps: float = 0.1) -> Whitening:
-        """Fit to `images` (n, C, H, W), floating point in [0, 1], on their device; needs about 5·D² float64 values besides.
+        """Fit to `images` (n, C, H, W), floating point in [0, 1], on their device. This takes about 5·D² float64 values of memory.
 
-        The fields are of the dtype of `images`, float32 at least.
+        The fields have the dtype of `images`, at least float32.
         Raises `InputError` for fewer than two images, for images of more than `LARGEST_IMAGE` values or with values that are
-        not finite, and for an `eps` that leaves nothing to divide by.
+        not finite, and for an `eps` that would lead to a division by zero.
         """
         _check_floating(images)
         return cls._fit(images, images.device, torch.promote_types(images.dtype, torch.float32), eps)
 
     @classmethod
     def fit_bytes(cls, images: Tensor, device: torch.device, eps: float = 0.1) -> Whitening:
-        """Fit to uint8 `images` (n, C, H, W), scaled to [0, 1], on `device`, block by block; the fields are float32 there.
+        """Fit to uint8 `images` (n, C, H, W), scaled to [0, 1], block by block on `device`. The fields are float32, on `device`.
 
         Raises `InputError` as `fit` does.
         """
@@ -55,9 +54,9 @@ class Whitening:
     def _fit(cls, images: Tensor, device: torch.device, dtype: torch.dtype, eps: float, scale: int = 1) -> Whitening:
         """Fit to `images` / `scale` on `device`; the fields are of `dtype`.
 
-        Blocks are multiplied in float32 on a CPU, summed and decomposed in float64. Of CIFAR-10, the products' rounding moves
-        the matrix by 2e-7 of its norm, that of a decomposition in float32 would by 5e-5. In a run on CUDA float32 products
-        are rounded to tf32, so there all is float64.
+        On a CPU blocks are multiplied in float32; sums and decomposition are in float64. For CIFAR-10 the rounding of the products
+        changes the matrix by 2e-7 of its norm; a decomposition in float32 would change it by 5e-5. On CUDA all is in float64, since
+        float32 products may be rounded to tf32.
         """
         _check_fits(images)
         products = torch.float64 if device.type == "cuda" else dtype
@@ -70,7 +69,7 @@ class Whitening:
         if not covariance.isfinite().all():
             raise InputError("ZCA whitening: expected finite images, found infinite values or NaN in them")
         values, vectors = torch.linalg.eigh(covariance)
-        deviations = (values.clamp_(min=0) + eps).sqrt_()  # rounding leaves what is zero a little below
+        deviations = (values.clamp_(min=0) + eps).sqrt_()  # rounding can make zero eigenvalues negative
         if not deviations.gt(0).all():
             raise InputError(
                 f"ZCA whitening: expected an `eps` above 0 for images that do not vary in all directions, found {eps}"
@@ -80,13 +79,13 @@ class Whitening:
         return cls(mean.to(dtype), matrix.to(dtype), inverse.to(dtype))
 
     def apply(self, images: Tensor) -> Tensor:
-        """Whiten `images` (n, C, H, W), in [0, 1]; the result has their shape, dtype and device."""
+        """Return `images` (n, C, H, W), in [0, 1], whitened, in the same shape, dtype and device."""
         rows = self._rows(images)
         with without_autocast(images.device):
             return ((rows - self.mean.to(rows)) @ self.matrix.to(rows)).to(images.dtype).reshape(images.shape)
 
     def invert(self, images: Tensor) -> Tensor:
-        """Undo `apply`: whitened `images` (n, C, H, W) to pictures, [0, 1] where they came from such."""
+        """Return the images, in [0, 1], of which `images` (n, C, H, W) are the result of `apply`."""
         rows = self._rows(images)
         with without_autocast(images.device):
             return (rows @ self.inverse.to(rows) + self.mean.to(rows)).to(images.dtype).reshape(images.shape)
@@ -97,7 +96,7 @@ class Whitening:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Whitening:
-        """Read what `save` wrote (memory-mapped, CPU). Raises `InputError` for a missing, broken or other file."""
+        """Read a file of `save`, memory-mapped, on the CPU. Raises `InputError` for a file that is missing, damaged or not a whitening."""
         tensors, _ = load_tensors(path)
         try:
             whitening = cls(tensors["mean"], tensors["matrix"], tensors["inverse"])
@@ -123,7 +122,7 @@ class Whitening:
         return Whitening(self.mean.to(device), self.matrix.to(device), self.inverse.to(device))
 
     def _rows(self, images: Tensor) -> Tensor:
-        """Return `images` as rows (n, D), in at least the precision of the fit, as kornia computes."""
+        """Return `images` as (n, D), in at least the dtype of the fit, as kornia does."""
         _check_floating(images)
         rows = images.flatten(1)
         if rows.shape[1] != self.mean.numel():
@@ -136,7 +135,7 @@ class Whitening:
 
 
 def _moments(blocks: Callable[[], Iterable[Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Return mean (D,) and unbiased covariance (D, D), in float64, of the `count` rows of `blocks` (k, D), read twice."""
+    """Return mean (D,) and unbiased covariance (D, D), in float64, of the `count` rows of `blocks` (k, D), which are read twice."""
     mean = torch.stack([block.sum(dim=0, dtype=torch.float64) for block in blocks()]).sum(dim=0).div_(count)
     covariance = mean.new_zeros(len(mean), len(mean))
     for block in blocks():
@@ -172,10 +171,7 @@ def _shape(images: Tensor) -> str:
 
 
 def check_same_whitening(whitening: Whitening, expected: Whitening, where: str | os.PathLike[str]) -> None:
-    """Check that two whitenings do the same, up to what rounding makes of one fit on two machines.
-
-    Raises `InputError` that names the file `where`, which holds `whitening`.
-    """
+    """Raise `InputError` that names the file `where` of `whitening` unless it equals `expected` up to rounding."""
     for name in ("mean", "matrix"):
         theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (whitening, expected))
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > WHITENING_TOLERANCE * float(ours.norm()):

@@ -1,4 +1,4 @@
-"""Find or train the network whose Grad-CAM maps weigh the pixels' gradients (EDF), and keep the weights up to date."""
+"""Find or train the network of the Grad-CAM maps (EDF), and weigh the gradients of pixels by its maps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class CamNetwork(NamedTuple):
-    """A network that makes Grad-CAM maps: the first expert after its last epoch."""
+    """The network of the Grad-CAM maps, with the parameters of its first expert after the last epoch."""
 
     network: Network
     theta: Tensor  # (P,)
@@ -39,12 +39,12 @@ class CamNetwork(NamedTuple):
 
 
 def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> TrajectoryStore | None:
-    """Return the store whose first expert makes the maps of `cam_model`, which is given, or None if it has to be trained."""
+    """Return the store whose first expert is that of `cam_model`, which is given, or None if it must be trained."""
     return experts_in(_folder(options, data))
 
 
 def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> None:
-    """Raise `InputError` if `cam_model` cannot be trained on `device` as the options say, or makes no maps of single images."""
+    """Raise `InputError` if `cam_model` cannot be trained on `device` with the options, or cannot make maps of single images."""
     network = options.cam_network(data)
     if network is None:
         return
@@ -71,7 +71,7 @@ def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> 
 
 
 def check_same_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo, began_with: State) -> None:
-    """Raise `InputError` unless the expert of `cam_model` is the one with which the run began that goes on from a state."""
+    """Raise `InputError` unless the expert of `cam_model` is the one with which the run of the state `began_with` began."""
     if options.cam_model is None:
         return
     store = cam_expert(options, data)
@@ -83,14 +83,14 @@ def check_same_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo
 
 
 def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork | None:
-    """Return the network of `cam_model`, which is trained now if its expert is missing; None without the option.
+    """Return the network of `cam_model`, after training its expert if that is missing; None without the option.
 
     Raises `Stopped` on Ctrl-C or SIGTERM.
     """
     network, device = options.cam_network(real.data), real.train.labels.device
     if network is None:
         return None
-    check_cam_expert(options, real.data)  # once more, since other processes may have written it
+    check_cam_expert(options, real.data)  # again, since other processes may have written it
     store = cam_expert(options, real.data)
     if store is None:
         store = train_missing_experts(
@@ -108,13 +108,13 @@ def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork
     return CamNetwork(network, store.read(0, store.epochs(0)).to(device), store.digest(0))
 
 
-def weighed(
+def weigh_gradients(
     options: DistillOptions, cam: CamNetwork | None, state: State, gradients: list[Tensor] | None
 ) -> list[Tensor] | None:
-    """Return the `gradients` of the iteration after `state`, with that of the images multiplied by the state's pixel weights.
+    """Return `gradients`, with that of the images multiplied by `state.pixel_weights`.
 
-    The weights are made anew from the state's images where `cam_interval` says so. Gradients that are not finite (None), and
-    those of a run without a `cam` network, are returned as they are.
+    Every `cam_interval` iterations the weights are first computed again from the state's images. Gradients that are not finite
+    (None) are returned as they are, and so are all gradients without a `cam` network.
     """
     if cam is None:
         return gradients
@@ -123,12 +123,12 @@ def weighed(
         state.pixel_weights = pixel_weights(cam.network, cam.theta, state.images, classes, options.cam_beta)
     if gradients is None:
         return None
-    of_images, *others = gradients
-    return [of_images * state.pixel_weights, *others]
+    images_gradient, *others = gradients
+    return [images_gradient * state.pixel_weights, *others]
 
 
 def _folder(options: DistillOptions, data: ImageData | DatasetInfo) -> Path:
-    """Return the folder with the expert of `cam_model`: that of the matched ones, if they are of the same network."""
+    """Return the folder of the expert of `cam_model`. With the same network it is the folder of the matched experts."""
     if options.cam_model == options.model:
-        return inventory_of(options, data).used  # waypoints may have outlived the experts that they were made of
+        return inventory_of(options, data).used  # perhaps waypoints, whose whole experts may have been deleted
     return buffer_folder(options.buffer_path, data, str(options.cam_model), zca=options.zca)

@@ -23,14 +23,14 @@ from mtt_fast.training.subsets import check_enough
 def check_options_fit(
     options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, device: torch.device
 ) -> None:
-    """Raise `InputError` for options that do not fit each other, or the images' shape and number of classes.
+    """Raise `InputError` for options that do not fit each other, or the shape and the number of classes of the images.
 
-    No image and no expert is looked at. `network` is the one that `options` name, for `data`.
+    No image or expert is read. `network` is the network of `options` for `data`.
     """
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
         raise InputError(
-            f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images there are ({options.ipc} for "
+            f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images ({options.ipc} for "
             f"each of {data.num_classes} classes); leave it out to use all"
         )
     if network.mixes_samples and (option := options.option_using_experts()):
@@ -62,8 +62,8 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    `inventory` and `requested`: see `check_experts`. With a `DatasetInfo`, for images that are not there yet, the number of
-    images in each class is not checked, and of the experts' images only the size is compared.
+    For `inventory` and `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then the
+    number of images in each class is not checked, and of the images of the experts only the size.
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):

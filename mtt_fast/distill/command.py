@@ -1,7 +1,7 @@
 """Distil a data set by matching training trajectories: `python -m mtt_fast.distill`.
 
-The paper's algorithm 1. Missing experts are trained first. Everything is written to a run folder from which the run
-continues, whatever stopped it.
+This is the paper's algorithm 1. Missing experts are trained first. The run folder holds all that is needed to resume the run after
+any interruption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
-from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network, weighed
+from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network, weigh_gradients
 from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
@@ -39,15 +39,15 @@ from mtt_fast.distill.experts import (
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
     PendingGradients,
+    cached_iterations,
     compare_with_exact,
     finish_gradients,
-    held_iterations,
     iteration_of,
     start_gradients,
 )
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_with_given
-from mtt_fast.distill.planning import planned
+from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients, check_converges, of_distilled
@@ -57,7 +57,7 @@ from mtt_fast.kernels import Precision
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.prefetch import called, prefetched, sender, started
+from mtt_fast.runtime.prefetch import prefetched, run_now, run_now_on_gpu, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS, as_trained
@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     """Run the command with the arguments `argv`.
 
-    With a `precision` the iterations are in it, whatever `--precision` says; on a CPU the reference emulates it.
+    `precision` overrides `--precision` for the iterations; on a CPU the reference kernels emulate it.
     """
     seconds = Seconds()
     options, given = parse_with_given(argv)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     device = choose_device(options.device)
     check_same_method(folder, None)
     options = in_precision_of_run(options, folder, given)
-    # the experts' options need not be repeated: where one is not given, the experts that the run started with count
+    # options of the experts need not be repeated: those not given keep the values of the run's experts
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not options.dry_run and is_finished(folder, options, options.Iteration):
         return
@@ -99,11 +99,11 @@ def _run(
     seconds: Seconds,
     precision: Precision | None,
 ) -> None:
-    """Distil as `options` say. `requested`: see `check_experts`; `command` is the command line; `precision`: see `main`."""
+    """Distil with `options`. `command` is the command line; for `requested` see `check_experts`, for `precision` see `main`."""
     folder = options.folder()
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
-        # before images are fetched and packed
+        # fail early, before images are downloaded and packed
         check_options_fit(options, info, options.network(info), device)
         check_missing_experts(options, inventory_of(options, info))
     with seconds.of("data"):
@@ -112,11 +112,11 @@ def _run(
     check_fits(options, inventory_of(options, data), data, network, device, requested)
     if precision is None:
         precision = precision_on(device, network, options.precision, iterations=True)
-        numerics_in_words = describe_numerics(device, network, options.precision, iterations=True)
+        numerics_text = describe_numerics(device, network, options.precision, iterations=True)
     else:
-        numerics_in_words = f"iterations in {precision}"
+        numerics_text = f"iterations in {precision}"
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    plan = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
+    plan = plan_steps(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder), counted_in(folder, seconds):
         state = load_checkpoint(folder, device)
         if state is not None:
@@ -124,7 +124,7 @@ def _run(
             check_same_experts_so_far(folder, state, inventory_of(options, data))
             check_same_cam_expert(options, data, state)
         with seconds.of("experts"):
-            # looked for again, here and after training: other processes may write into the same folder
+            # the inventory is taken again here and after training, since other processes may write into the same folder
             experts = prepare_experts(options, inventory_of(options, data), real, network, requested)
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
@@ -135,7 +135,7 @@ def _run(
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
-            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_in_words,
+            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
             len(experts), device_name(device),
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
@@ -149,36 +149,36 @@ def _run(
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=state.experts, cam=cam, metrics=MetricsLog(folder, state.iteration), numerics=numerics_in_words, seconds=seconds,
+            matched_experts=state.experts, cam=cam, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 
 
 def distill(run: DistillRun, state: State, plan: Plan) -> None:
-    """Run iterations of the paper's algorithm 1 from `state` to the end; write everything to the run's folder.
+    """Run iterations of the paper's algorithm 1 from `state` to the last, and write the results to the run's folder.
 
-    Each matches a segment of an expert, or several. Student steps are done as `plan` says, or in smaller pieces from where
-    memory runs out. Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved;
-    `InputError` if the distillation has diverged for good.
+    Each iteration matches one or several segments. Student steps follow `plan`; if memory runs out, smaller pieces are used from
+    then on. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration is finished and saved, and `Diverged` if many
+    iterations in a row are not finite.
     """
     options, device = run.options, state.lr.device
-    iteration_for = held_iterations(partial(iteration_of, options, run.network))
+    iteration_for = cached_iterations(partial(iteration_of, options, run.network))
     segment = partial(read_segment, run, sender(device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
     def iterations() -> Iterator[None]:
         nonlocal plan
-        result = started(device, partial(start, called(next_segments)))
+        result = run_now_on_gpu(device, partial(start, run_now(next_segments)))
         while True:
             pending = result()
-            segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
+            segments = run_now(next_segments)  # read and drawn while a GPU computes
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
-            gradients = of_distilled(options, weighed(options, run.cam, state, gradients))
+            gradients = of_distilled(options, weigh_gradients(options, run.cam, state, gradients))
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
-            del result, pending, gradients  # there may be room for those of one iteration only
+            del result, pending, gradients  # memory may suffice for the gradients of one iteration only
             if state.iteration < options.Iteration:
-                result = started(device, partial(start, segments))  # a GPU does not wait for the files and the bar
+                result = run_now_on_gpu(device, partial(start, segments))  # a GPU does not wait for the log
             run.metrics.write(kind, state.iteration, **values)
             if kind == "skip":
                 check_converges(run, state)
@@ -198,22 +198,22 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     with contextlib.closing(ahead):
         run_to_the_end(
-            run, state, title="distil", iterate=partial(next, iterations()), shown=partial(_shown, run, state), evaluate=evaluate,
+            run, state, title="distil", iterate=partial(next, iterations()), progress_fields=partial(_progress_fields, run, state), evaluate=evaluate,
             kinds=evaluated_kinds(state), save=partial(save_checkpoint, run.folder, state),
             summarise=partial(summarise, run, state),
         )  # fmt: skip
 
 
-def _shown(run: DistillRun, state: State, seconds: float) -> dict[str, str]:
-    """Return what the bar shows of an iteration that took so many seconds."""
+def _progress_fields(run: DistillRun, state: State, seconds: float) -> dict[str, str]:
+    """Return the fields of the progress bar after an iteration that took `seconds`."""
     options, record = run.options, run.metrics.records[-1]
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
-    # from the record, since a GPU that is asked for the rate would end the next iteration first
-    shown = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
-    shown |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
-    shown |= {"images/s": f"{images / seconds:.0f}"}
+    # the rate is read from the record: to read `state.lr` would wait for the next iteration on a GPU
+    fields = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
+    fields |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
+    fields |= {"images/s": f"{images / seconds:.0f}"}
     if state.skipped or state.lr_kept:
-        shown |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
+        fields |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
     if options.threshold is not None:
-        shown |= {"above threshold": str(state.above_threshold)}
-    return shown
+        fields |= {"above threshold": str(state.above_threshold)}
+    return fields

@@ -15,9 +15,9 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert, check_same_cam_expert
 from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, otherwise_whitened
+from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, whitening_remark
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.planning import planned
+from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
@@ -25,20 +25,20 @@ from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_folder import SUMMARY, read_config
 
-_SAMPLES = 16  # images in the steps that are measured
-_CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # how often a step is measured; seconds
-_WHITENING = 2  # matrices of D² in a distilled set
+_SAMPLES = 16  # images in a timed step
+_CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # least and most calls of a timed step; total seconds that are enough
+_WHITENING = 2  # matrices (D, D) in a distilled set
 
 
 class SecondsPerImage(NamedTuple):
-    """The seconds that one image takes in a step."""
+    """The seconds that one image takes in a step: in the gradient, and in its derivative."""
 
     gradient: float
     tangent: float
 
 
 class EstimatedSeconds(NamedTuple):
-    """An estimate of the seconds that the parts of a run take."""
+    """The estimated seconds of a run, by purpose."""
 
     experts: float
     iterations: float
@@ -46,7 +46,7 @@ class EstimatedSeconds(NamedTuple):
 
 
 class EstimatedBytes(NamedTuple):
-    """An estimate of the bytes that a run writes."""
+    """The estimated bytes that a run writes, by purpose."""
 
     experts: float
     run_folder: float
@@ -54,12 +54,11 @@ class EstimatedBytes(NamedTuple):
 
 
 def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
-    """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk space.
+    """Return lines of text: what the run will do, its memory plan, and an estimate of its time and disk space.
 
-    Nothing is written, downloaded or decoded. Student steps on a few random images are timed on `device` and scaled, as if
-    networks were trained one after another, and reading and drawing took no time.
-    `requested`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
-    folder, the experts that are there, or the run's checkpoint.
+    Nothing is written, downloaded or decoded. The time is extrapolated from student steps on a few random images on `device`; it
+    assumes one network after another, and leaves out reading and drawing. For `requested` see `check_experts`. Raises `InputError`
+    as the run itself would for its options, memory budget, image folder, existing experts, or checkpoint.
     """
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
@@ -71,26 +70,26 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         check_same_cam_expert(options, info, state)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
-    plan = planned(options, network, (count, *info.image_shape), device, precision)
+    plan = plan_steps(options, network, (count, *info.image_shape), device, precision)
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None
     trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
     steps = [(network, precision)] + [(each, precision_on(device, each, options.precision)) for each in trained]
-    costs = {  # equal steps are measured once, and the derivative of the student's alone
+    costs = {  # equal steps are timed once; only the student's needs the derivative
         step: _measured_seconds(*step, info.image_shape, device, tangent=step == steps[0])
         for step in dict.fromkeys(steps)
     }
-    of_student, of_expert, *of_evaluated = (costs[step] for step in steps)
-    of_cam = None if cam is None else of_evaluated.pop().gradient
+    student_cost, expert_cost, *evaluated_costs = (costs[step] for step in steps)
+    cam_seconds = None if cam is None else evaluated_costs.pop().gradient
     seconds = estimated_seconds(
         options,
         info,
         inventory.missing,
-        of_student,
+        student_cost,
         share=plan.passes / plan.work.student.passes[0],
-        expert=of_expert.gradient,
-        evaluated=[each.gradient for each in of_evaluated],
-        cam=of_cam,
+        expert=expert_cost.gradient,
+        evaluated=[each.gradient for each in evaluated_costs],
+        cam=cam_seconds,
         train_cam=to_train,
     )
     size = estimated_bytes(
@@ -108,7 +107,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
-        "besides": _other_options(options),
+        "options": _other_options(options),
         "precision": describe_numerics(device, network, options.precision, iterations=True),
         "memory": str(plan).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
@@ -126,11 +125,11 @@ _SHOWN_ELSEWHERE = {
     "dry_run", "data_path", "packed_path", "buffer_path", "download", "score_path", "device", "precision", "memory_budget",
     "microbatch",
 }  # fmt: skip
-"""Options that another line shows, or that only name files and folders."""
+"""Options that other lines show, or that only name files and folders."""
 
 
 def _other_options(options: DistillOptions) -> str:
-    """Return the other options whose values are not the defaults, as flags."""
+    """Return all other options that are not at their defaults, as flags."""
     plain, given = dataclasses.asdict(DistillOptions()), dataclasses.asdict(options)
     others = {name: value for name, value in given.items() if name not in _SHOWN_ELSEWHERE and value != plain[name]}
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in others.items())
@@ -160,7 +159,7 @@ def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInvent
     kind = "experts from elsewhere, used as they are" if inventory.imported else ""
     to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remark = otherwise_whitened(options, info) if inventory.missing else ""
+    remark = whitening_remark(options, info) if inventory.missing else ""
     return (
         f"{to_train}, {inventory.available} in {inventory.whole}"
         + (to_compress if inventory.uncompressed else "")
@@ -186,11 +185,11 @@ def estimated_seconds(
     cam: float | None = None,
     train_cam: bool = False,
 ) -> EstimatedSeconds:
-    """Return the seconds of a run which has `missing` experts trained.
+    """Return the estimated seconds of a run that trains `missing` experts.
 
-    An image takes `cost` in a student's step, of which saved activations leave a `share`; `expert` seconds in a step of an
-    expert, and `evaluated` in one of each evaluated network. It takes `cam` in one of the network that makes maps, if there is
-    any; with `train_cam` this network is trained first.
+    All costs are seconds per image: `cost` in a step of the student, `expert` in a step of an expert, `evaluated` in a step of each
+    evaluated network, and `cam` in a step of the network of the Grad-CAM maps, if there is one. `share` is the part of `cost` that
+    remains with saved activations. With `train_cam` the network of the maps is trained too.
     """
     count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
@@ -198,27 +197,27 @@ def estimated_seconds(
     epochs = options.evaluation_protocol().total_epochs
     trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
-    # of the initial images and of those after them, for each set
+    # of the initial images, and every `eval_it` iterations, for each set
     evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
     maps = 0 if cam is None else math.ceil(options.Iteration / options.cam_interval) * count * cam
     return EstimatedSeconds(
         experts=missing * _seconds_to_train(options, info, expert)
         + (0 if cam is None or not train_cam else _seconds_to_train(options, info, cam)),
         iterations=steps * batch * (cost.gradient + cost.tangent) * share + maps,
-        # of the first network on random real images too
+        # the first network is also evaluated on random real images
         evaluations=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
     )
 
 
 def _seconds_to_train(options: DistillOptions, info: DatasetInfo, gradient: float) -> float:
-    """Return the seconds that an expert takes whose network takes `gradient` seconds for an image in a step."""
+    """Return the seconds to train an expert whose steps take `gradient` seconds per image."""
     gradients = 2 if options.rho_max else 1  # of a step
-    forward = gradient / 3  # a backward pass is two forward ones
+    forward = gradient / 3  # a backward pass costs two forward passes
     return options.train_epochs * (info.train * gradients * gradient + info.test * forward)
 
 
 def _set_count(options: DistillOptions) -> int:
-    """Return the number of sets that are evaluated and saved: the images, and their average if there is one."""
+    """Return the number of sets that are evaluated and saved: the images, and their moving average if there is one."""
     return 1 if options.ema_decay is None else 2
 
 
@@ -231,9 +230,9 @@ def estimated_bytes(
     *,
     cam_parameters: int = 0,
 ) -> EstimatedBytes:
-    """Return the bytes that a run writes, which has `missing` experts trained and `uncompressed` ones compressed.
+    """Return the estimated bytes written by a run that trains `missing` experts and compresses `uncompressed` ones.
 
-    `cam_parameters` are those of the network that makes maps, if it is trained too.
+    `cam_parameters` is the number of parameters of the network of the Grad-CAM maps, or 0 if it is not trained.
     """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
@@ -243,7 +242,7 @@ def estimated_bytes(
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return EstimatedBytes(
         experts=4 * (rows * num_parameters + (options.train_epochs + 1) * cam_parameters),
-        # each set and the best one of it; the checkpoint's images with their velocity, their average and their weights
+        # the last and the best of each set; the checkpoint's images, their velocity, moving average and pixel weights
         run_folder=2 * sets * (images + whitening) + (1 + sets) * images + weights,
         packed_data=info.packed_bytes,
     )
@@ -252,7 +251,7 @@ def estimated_bytes(
 def _measured_seconds(
     network: Network, precision: Precision, image_shape: tuple[int, int, int], device: torch.device, *, tangent: bool
 ) -> SecondsPerImage:
-    """Return the measured seconds of an image in a student's gradient and, for `tangent`, in the gradient's derivative, else 0."""
+    """Return the measured seconds per image of a student's gradient and, with `tangent`, of its derivative (else 0)."""
     student = student_for(network, device, "indices", precision=precision)
     theta = torch.randn(network.num_parameters, device=device) / 100
     images = torch.randn(_SAMPLES, *image_shape, device=device)
@@ -264,9 +263,9 @@ def _measured_seconds(
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of the fastest of some calls, after a first one that allocates memory and compiles code.
+    """Return the seconds of the fastest of several calls, without the first one, which allocates memory and compiles kernels.
 
-    Other processes can make a call many times as long, but never shorter.
+    Other processes can only make a call slower, so the fastest is the best estimate.
     """
     seconds: list[float] = []
     while len(seconds) < _CALLS or (sum(seconds) < _LONG_ENOUGH and len(seconds) < _MOST_CALLS):

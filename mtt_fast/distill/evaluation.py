@@ -1,4 +1,4 @@
-"""Evaluate the distilled set on fresh networks, draw its pictures, and write the summary at the end."""
+"""Evaluate the distilled set by training networks on it, draw its images, and write the summary at the end."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _INITIAL_IMAGES = {
 
 
 def evaluated_kinds(state: State) -> list[str]:
-    """Return the kinds of evaluations: of the images, and of their average if there is one."""
+    """Return the kinds of evaluation records: of the images, and of their moving average if there is one."""
     return ["evaluation"] if state.ema is None else list(SET_NAMES)
 
 
 def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
-    """Train fresh networks on the current images, others on their average, test them, and write sets and pictures.
+    """Train and test new networks on the current images, and on their moving average; write both sets, and pictures.
 
-    Raises `Diverged` where images, labels or rates are no longer finite: no network can learn from such a set.
+    Raises `Diverged` if images, labels or learning rates are no longer finite.
     """
     _check_finite(run, state)
     images = {"evaluation": state.images, "ema_evaluation": state.ema}
@@ -76,10 +76,9 @@ def _check_finite(run: DistillRun, state: State) -> None:
 
 
 def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDataset:
-    """Return the distilled set of `images` (n, C, H, W), with the labels and the learning rate for training networks.
+    """Return the distilled set: `images` (n, C, H, W) with labels, and the learning rate to train networks with.
 
-    With --teacher_label, the labels are the mean of the experts' predictions after max_start_epoch epochs, whichever expert
-    was matched last.
+    With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
     """
     options, labels = run.options, state.labels
     if options.teacher_label:
@@ -104,7 +103,7 @@ def _draw(run: DistillRun, state: State, synthetic: SyntheticDataset) -> None:
 
 
 def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
-    """Compare with random real images and the experts, and write summary.json: the run is finished."""
+    """Write summary.json, with the accuracies of the set, of random real images and of the experts. The run is then finished."""
     baseline = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop)
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: run.records(kind) for kind, names in SET_NAMES.items() if kind in evaluated_kinds(state)}
@@ -127,10 +126,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
 
 
 def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
-    """Return the fields of the summary that only a distillation has.
-
-    They include the number of the matched experts, their folder, their hyperparameters and the identity of their images.
-    """
+    """Return the fields of the summary that only a distillation has, those of its experts included."""
     options, first = run.options, run.experts.metadata(0)
     return {
         "skipped_iterations": state.skipped,
@@ -152,7 +148,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
 
 
 def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict[str, Any]:
-    """Evaluate as many random real images, drawn anew for each network, and return the record."""
+    """Evaluate as many random real images as there are distilled ones, new ones for each network; return the record."""
     real, ipc, (network, *_) = run.real, run.options.ipc, run.evaluated.values()
     accuracy = evaluate_network(
         run, network, lambda generator: random_subset(real, ipc, generator),

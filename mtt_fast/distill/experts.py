@@ -41,24 +41,24 @@ log = logging.getLogger(__name__)
 
 
 class ExpertInventory(NamedTuple):
-    """The folders of a run's experts, and the numbers of experts that are there or are missing."""
+    """The folders of a run's experts, and how many experts exist, and how many are to be trained and compressed."""
 
     whole: Path
-    """folder of whole experts"""
+    """folder of the whole (uncompressed) experts"""
     used: Path
-    """folder of the experts that are matched: the same, or that of the waypoints made from the whole experts"""
+    """folder of the experts that are matched: `whole`, or the folder of waypoints made from them"""
     available: int
-    """whole experts that are there, or compressed experts where there are no whole ones"""
+    """number of whole experts, or of compressed ones if there are no whole ones"""
     missing: int
-    """whole experts to train"""
+    """number of whole experts to train"""
     uncompressed: int
-    """experts to compress to waypoints"""
+    """number of experts to compress to waypoints"""
     imported: bool
-    """whether there are experts of other software, to which none is added"""
+    """whether there are experts of other software; none is trained in addition to these"""
 
 
 def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> ExpertInventory:
-    """Count the experts that are there and those that are missing. Raises `InputError` for a broken one."""
+    """Count the experts that exist and those that are missing. Raises `InputError` for a damaged one."""
     whole = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
     count = options.num_interpolation
     used = whole if count is None else waypoint_folder(whole, count)
@@ -80,11 +80,11 @@ def check_experts(
     network: Trainable,
     requested: Mapping[str, Any],
 ) -> None:
-    """Check that the run can use the experts of `inventory` that are there, and those that will be trained or compressed.
+    """Check that the run can use the experts of `inventory` that exist, and can train or compress the missing ones.
 
-    `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, for images that are not there yet,
-    few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
-    a folder where experts are missing that cannot be written, or that a continued run began with.
+    `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
+    yet; then few properties of the images are compared. Raises `InputError` that names the file of an expert, the options that do
+    not fit, a folder that cannot be written, or a folder that lacks experts with which a resumed run began.
     """
     check_missing_experts(options, inventory)
     whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
@@ -109,19 +109,19 @@ def _check_others_can_be_made(
     network: Trainable,
     identity: DatasetIdentity,
 ) -> None:
-    """Raise `InputError` unless those experts and waypoints that are missing can be made, beside the `whole` experts."""
+    """Raise `InputError` unless the missing experts can be trained, and waypoints compressed, beside the existing `whole` ones."""
     if inventory.uncompressed and options.num_interpolation is not None:
         evenly_spaced(whole.epochs(0) if whole else options.train_epochs, options.num_interpolation)
     for folder, written in ((inventory.whole, inventory.missing), (inventory.used, inventory.uncompressed)):
         if written:
             check_output_folder(folder, "choose another `buffer_path`")
     if inventory.missing and whole is not None:
-        precision = whole.metadata(0).precision or options.precision  # the device decides which precision it is
+        precision = whole.metadata(0).precision or options.precision
         check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
     if inventory.missing and whole is None:
         check_nothing_to_convert(inventory.whole)
     ready = _indices(experts_in(inventory.used))
-    if inventory.missing and not ready <= _indices(whole):  # they would be trained again, and perhaps be others
+    if inventory.missing and not ready <= _indices(whole):  # they would be trained again, perhaps with other results
         raise InputError(
             f"{inventory.whole}: expected the whole experts of those in {inventory.used.name}, to train others beside them, found "
             f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or say "
@@ -130,12 +130,12 @@ def _check_others_can_be_made(
 
 
 def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
-    """Return how many of the experts in `store`, from the first on, the run matches."""
+    """Return the number n such that the run matches the first n experts of `store`."""
     return min(options.max_experts or len(store), len(store))
 
 
 def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -> None:
-    """Raise `InputError` for missing experts that must not be trained, or would end before the last epoch of a segment."""
+    """Raise `InputError` if missing experts must not be trained, or would be trained for too few epochs."""
     if not inventory.missing:
         return
     _check_experts_of_run_remain(options.folder(), inventory)
@@ -150,7 +150,7 @@ def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -
 def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> None:
     """Raise `InputError` if experts with which the run in `folder` began are gone.
 
-    To train them again takes hours and gives others, unless the machine, its number of threads and all versions are the same.
+    To train them again would take hours, and give other experts unless machine, number of threads and all versions are the same.
     """
     began_with, imported = experts_of_run(folder)
     if imported:
@@ -168,7 +168,7 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
 
 
 def check_nothing_to_convert(folder: Path) -> None:
-    """Raise `InputError` if `folder`, which has no experts, holds some of the public code: they are to be converted, not trained again."""
+    """Raise `InputError` if `folder`, which has no experts, holds buffers of the public code, which should be converted."""
     names = names_in(folder) if folder.is_dir() else []
     if buffers := [name for name in names if re.fullmatch(f"{BUFFER}|{CONVEXIFIED}", name)]:
         raise InputError(
@@ -185,12 +185,13 @@ def prepare_experts(
     network: Trainable,
     requested: Mapping[str, Any],
 ) -> TrajectoryStore:
-    """Train and compress the missing experts of `inventory`; return the store of those that are matched, and log remarks on them.
+    """Train and compress the missing experts of `inventory`, log remarks, and return the store of the experts to match.
 
-    Experts of other software are used unchanged, all that are there, as the public code does. `requested`: see `check_experts`.
+    Converted experts are used as they are, and none is trained in addition, as in the public code. For `requested` see
+    `check_experts`.
     """
     if inventory.missing:
-        if remark := otherwise_whitened(options, real.data):
+        if remark := whitening_remark(options, real.data):
             log.info("%s", remark)
         train_missing_experts(
             inventory.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
@@ -205,8 +206,8 @@ def prepare_experts(
     return store
 
 
-def otherwise_whitened(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
-    """Return a remark on experts with the other value of --zca if the run has none with its own; else ""."""
+def whitening_remark(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
+    """Return a remark if the run has no experts for its value of --zca, but there are some for the other value; else ""."""
     own, other = (
         buffer_folder(options.buffer_path, data, options.model, zca=zca) for zca in (options.zca, not options.zca)
     )
@@ -242,17 +243,14 @@ def _remarks(
 
 
 def check_same_experts_so_far(folder: Path, state: State, inventory: ExpertInventory) -> None:
-    """Check the experts that are there as `check_same_experts` does, before others are trained or compressed beside them."""
+    """Check the existing experts as `check_same_experts` does, before others are trained or compressed."""
     store = experts_in(inventory.used)
     if store is not None and (len(store) >= state.experts or not (inventory.missing or inventory.uncompressed)):
         check_same_experts(folder, state, store)
 
 
 def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:
-    """Check that the run in `folder`, whose state is `state`, still has the experts with which it was started.
-
-    Raises `InputError` that names the first expert that is another one.
-    """
+    """Raise `InputError` unless the run in `folder` with `state` still has the experts with which it began."""
     if len(store) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "
@@ -268,11 +266,11 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
 
 
 def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the experts' hyperparameters that the options in `given` set. Defaults are left out: they are for missing experts."""
+    """Return the hyperparameters of experts that the user gave, by the options in `given`. Defaults are left out."""
     training = options.experts().record()
     names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
-    if names & sharpness:  # each has a meaning only with the others
+    if names & sharpness:  # these have a meaning only together
         names |= sharpness
     return {name: training[name] for name in FLAGS if name in names}
 

@@ -1,4 +1,4 @@
-"""Weigh the gradients of pixels by Grad-CAM maps of the images (EDF, CVPR 2025; Grad-CAM: Selvaraju et al., ICCV 2017)."""
+"""Compute the weights of pixels from Grad-CAM maps of the images (EDF, CVPR 2025; Grad-CAM: Selvaraju et al., ICCV 2017)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from torch.overrides import TorchFunctionMode
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 
-_AT_ONCE = 4  # images: ResNet18 takes a tenth of a gigabyte for one of 128×128
+_BATCH = 4  # images in a pass; ResNet18 takes 0.1 GB for one of 128×128
 
 
 def pixel_weights(network: Network, theta: Tensor, images: Tensor, classes: Tensor, beta: float) -> Tensor:
-    """Return EDF's factors (n, 1, H, W) of the pixels' gradients, for `images` (n, C, H, W) of `classes` (n,).
+    """Return EDF's weights (n, 1, H, W) for the gradients of pixels, for `images` (n, C, H, W) of `classes` (n,).
 
-    A factor is `beta` plus the map of `grad_cam` where that is at least its mean over the image, and 1 elsewhere.
+    A weight is `beta` plus the map of `grad_cam` where the map is at least its mean over the image, and 1 elsewhere.
     """
-    parts = zip(images.split(_AT_ONCE), classes.split(_AT_ONCE), strict=True)
-    maps = torch.cat([grad_cam(network, theta, *part) for part in parts])
+    batches = zip(images.split(_BATCH), classes.split(_BATCH), strict=True)
+    maps = torch.cat([grad_cam(network, theta, *batch) for batch in batches])
     return torch.where(maps < maps.mean(dim=(2, 3), keepdim=True), 1, beta + maps)
 
 
 def grad_cam(network: Network, theta: Tensor, images: Tensor, classes: Tensor) -> Tensor:
-    """Return how much each pixel of `images` (n, C, H, W) says for the image's class (n,), from 0 to 1: maps (n, 1, H, W).
+    """Return Grad-CAM maps (n, 1, H, W), from 0 to 1, of `images` (n, C, H, W) for their `classes` (n,).
 
-    The features are those before the network's last pooling (of ResNet18 those of `layer4`), under the parameters `theta`
-    (P,). Channels are weighed by the mean gradient of the class's logit, and the positive part of their sum is
-    interpolated and scaled. The map of an image without a positive part is 0. Raises `InputError` for a network without
-    a pooling.
+    The features are the input of the network's last pooling (of ResNet18 the output of `layer4`), at the parameters `theta` (P,).
+    Each channel is weighed by the mean gradient of the class's logit. The positive part of the sum over channels is interpolated
+    to (H, W) and scaled to [0, 1]; without a positive part the map is 0. Raises `InputError` for a network without pooling.
     """
     with _LastPooling() as pooling:
         logits = network(theta, images.detach().requires_grad_())
@@ -49,7 +48,7 @@ def grad_cam(network: Network, theta: Tensor, images: Tensor, classes: Tensor) -
 
 
 class _LastPooling(TorchFunctionMode):
-    """Keeps the input of the pooling that is called last."""
+    """Keep the input of the last pooling that is called."""
 
     input: Tensor | None = None
 

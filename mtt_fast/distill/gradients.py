@@ -1,4 +1,4 @@
-"""Compute an iteration's gradients, the mean over its segments: exact, or truncated and then compared with the exact ones."""
+"""Compute the gradients of an iteration, and compare truncated gradients with exact ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.planning import in_tf32
+from mtt_fast.distill.planning import plan_in_tf32
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, augmentation, step_indices
 from mtt_fast.engine.fused import FusedConvNetStudent
@@ -36,11 +36,11 @@ DESCRIPTIONS: dict[Gradient, str] = {
 
 
 def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph: bool = True) -> Iteration:
-    """Return the function that computes one segment's part of an iteration as `plan` says.
+    """Return the function that computes loss and gradients of one segment with `plan`.
 
-    With --teacher_label the segment's target labels the images, in place of the labels that are given.
+    With --teacher_label the expert at the segment's target labels the images, and the function ignores its `labels`.
     """
-    # each segment starts a permutation of its own, so the steps of all segments have the same lengths
+    # each segment starts a new permutation, so the steps have the same batch sizes in all segments
     batches = step_indices(options, plan.work.images[0], torch.Generator())
     augment = augmentation(options)
     iteration = planned_iteration(
@@ -65,32 +65,32 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
     return labelled
 
 
-def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
-    """Return a function like `make(plan, graph=…)`, such as `iteration_of`, which keeps iterations for later calls.
+def cached_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
+    """Return `make(plan, graph=…)` with a cache of its iterations. `make` is a partial of `iteration_of`.
 
-    On a GPU an iteration takes its plan's memory for as long as it is kept. So several are kept only where the budget has room for
-    all of them, and a new plan for the same work replaces the last one.
+    On a GPU a cached iteration holds the memory of its plan. So several are cached only if the budget has room for all of them,
+    and a new plan for the same work replaces the others.
     """
-    held: dict[tuple[Plan, bool], Iteration] = {}
+    cache: dict[tuple[Plan, bool], Iteration] = {}
 
     def iteration_for(plan: Plan, *, graph: bool = True) -> Iteration:
-        if (plan, graph) not in held:
-            others = [other for other, _ in held]
+        if (plan, graph) not in cache:
+            others = [other for other, _ in cache]
             if any(other.work == plan.work for other in others) or not fit_together(plan, *others):
-                held.clear()
-            held[plan, graph] = make(plan, graph=graph)
-        return held[plan, graph]
+                cache.clear()
+            cache[plan, graph] = make(plan, graph=graph)
+        return cache[plan, graph]
 
     return iteration_for
 
 
 def fit_together(plan: Plan, *others: Plan) -> bool:
-    """Return whether the budget of `plan` has room for all the plans at the same time."""
+    """Return whether the budget of `plan` has room for all plans at the same time."""
     return plan.budget is not None and sum(each.peak_bytes for each in (plan, *others)) <= plan.budget
 
 
 def mean_gradients(iteration: Iteration, state: State, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
-    """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other."""
+    """Return the mean of the results of `iteration`, a loss and its gradients, over `segments`."""
     total: list[Tensor] = []
     for segment in segments:
         start, target, *draws = segment.tensors()
@@ -100,18 +100,17 @@ def mean_gradients(iteration: Iteration, state: State, segments: Sequence[Segmen
 
 
 class PendingGradients(NamedTuple):
-    """The gradients of an iteration that matches `segments`; a GPU may still be computing them."""
+    """The gradients of an iteration, which a GPU may still be computing, and the arguments to repeat it."""
 
     segments: Sequence[Segment]
     gradients: list[Tensor]
-    """of images, rate and, if they are learned, labels"""
+    """with respect to images, learning rate and, if they are learned, labels"""
     magnitudes: Tensor
-    """the loss, and the largest magnitude in each of the gradients, in float64"""
+    """the loss, and the largest magnitude of each gradient, in float64"""
     plan: Plan
-    """the plan whose memory was enough"""
+    """the plan that fitted into memory"""
     iteration_for: Callable[..., Iteration]
     graph: bool = True
-    """arguments of `start_gradients`, for a repetition in tf32"""
 
 
 def start_gradients(
@@ -122,9 +121,9 @@ def start_gradients(
     *,
     graph: bool = True,
 ) -> PendingGradients:
-    """Start to compute the gradients of `mean_gradients`. A GPU is waited for in `finish_gradients`.
+    """Start to compute `mean_gradients`. `finish_gradients` waits for a GPU.
 
-    `iteration_for(plan, graph=…)` returns the iteration, which is recorded with `graph`: see `iteration_of`, `held_iterations`.
+    `iteration_for(plan, graph=…)` returns the iteration (see `cached_iterations`); with `graph` a CUDA graph records it.
     """
 
     def attempt(plan: Plan) -> tuple[list[Tensor], Tensor]:
@@ -137,14 +136,14 @@ def start_gradients(
 
 
 class FinishedGradients(NamedTuple):
-    """The gradients of an iteration, on the device that has computed them."""
+    """The computed gradients of an iteration."""
 
     loss: float
     """the mean over the iteration's segments"""
     gradients: list[Tensor] | None
-    """see `PendingGradients`; None where a number is not finite"""
+    """see `PendingGradients`; None if any number is not finite"""
     plan: Plan
-    """the plan whose memory was enough"""
+    """the plan that fitted into memory"""
     repeated: bool = False
     """whether the iteration was repeated in tf32"""
 
@@ -152,8 +151,8 @@ class FinishedGradients(NamedTuple):
 def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradients:
     """Wait for the gradients of a `pending` iteration.
 
-    Where a number may only be too large for fp16, the iteration is repeated in tf32, with a line in the log. The repetition is
-    recorded too if the budget has room for both.
+    If a number is not finite in fp16, the iteration is repeated in tf32, with a line in the log. The repetition gets its own CUDA
+    graph if the budget has room for both.
     """
     plan, student = pending.plan, pending.plan.work.student
     loss, *largest = pending.magnitudes.tolist()  # waits for a GPU, once
@@ -162,8 +161,8 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
     if not isinstance(student, FusedConvNetStudent) or student.precision != "fp16":
         return FinishedGradients(loss, None, plan)
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
-    again = in_tf32(plan)
-    # without room the repetition takes the memory of fp16's graph, which is dropped, and is not worth a recording of its own
+    again = plan_in_tf32(plan)
+    # without room for both, the graph in fp16 is dropped from the cache, and a graph for one repetition is not worth its recording
     graph = pending.graph and fit_together(plan, again)
     repeated = start_gradients(state, pending.segments, again, pending.iteration_for, graph=graph)
     return finish_gradients(state, repeated)._replace(plan=plan, repeated=True)

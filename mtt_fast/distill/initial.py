@@ -1,4 +1,4 @@
-"""Make the initial state of a distillation: images, and their labels."""
+"""Make the initial state of a distillation: images, labels and learning rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # images of a class that an expert classifies together: at one image per class, few have to be looked at
+_BATCH = 64  # images of a class in a forward pass; more would be a waste, since one image per class needs few
 
 
 def initial_state(
@@ -53,16 +53,17 @@ def initial_state(
 def initial_images(
     options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
 ) -> tuple[Images, int]:
-    """Return the first synthetic images, class-major, with their classes, and how many of them are not as `pix_init` says.
+    """Return the initial synthetic images with their labels, sorted by class, and the number of them that no expert gets right.
 
-    The latter fill up classes of which the first `matched` of `experts` get too few images right. A canvas is tiled from images.
+    That number is 0 unless `pix_init` is "samples_predicted_correctly". It counts the images that fill up classes of which the
+    first `matched` of `experts` classify too few images correctly. A canvas is tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
-        finished = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
-        chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
+        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
+        chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
         images = window_of_difficulty(real, hardness(options, real.data), ipc, options.window_start_image)
@@ -87,10 +88,11 @@ def hardness(options: DistillOptions, data: ImageData) -> Tensor:
 def predicted_correctly(
     network: Network, experts: Iterable[Tensor], real: Images, members: Sequence[Tensor], ipc: int
 ) -> tuple[list[Tensor], int]:
-    """Return the first `ipc` of each class's `members`, indices into `real`, that an expert gets right (DATM).
+    """Return, for each class, the first `ipc` of its `members` that an expert classifies correctly (DATM), and a number.
 
-    The first of `experts`, parameters (P,), classifies; then the next, for classes that have too few images yet, and so on.
-    Images that no expert gets right fill up the rest, and their number is returned as well.
+    `members` are indices into `real` for each class, `experts` are parameters (P,). The first expert classifies the members, the
+    next one those that are wrong so far of classes with too few images, and so on. Images that no expert gets right fill up the rest;
+    the number counts them.
     """
     right, remaining = [rows[:0] for rows in members], list(members)
     for theta in experts:
@@ -108,9 +110,9 @@ def predicted_correctly(
 def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the first `count` of `rows` that the network gets right under `theta`, and the wrong ones before them."""
     right, wrong = rows[:0], rows[:0]
-    for part in rows.split(_AT_ONCE):
+    for batch in rows.split(_BATCH):
         if len(right) < count:
-            inputs, labels = real.batch(part.to(real.labels.device))
-            hit = (network(theta, inputs).argmax(dim=1) == labels).cpu()
-            right, wrong = torch.cat([right, part[hit]]), torch.cat([wrong, part[~hit]])
+            inputs, labels = real.batch(batch.to(real.labels.device))
+            correct = (network(theta, inputs).argmax(dim=1) == labels).cpu()
+            right, wrong = torch.cat([right, batch[correct]]), torch.cat([wrong, batch[~correct]])
     return right[:count], wrong

@@ -1,4 +1,4 @@
-"""Make soft labels: the initial values of learned labels, and labels that experts give."""
+"""Compute soft labels: initial values of learned labels, and predictions of experts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 log = logging.getLogger(__name__)
 
 OWN_CLASS = 0.9
-"""The probability of an image's own class in `class_logits`; at 1 the softmax has no gradient, and nothing is learned."""
+"""Probability of an image's own class in `class_logits`; with 1 the gradient of the softmax would be zero."""
 
-_AT_ONCE = 64
+_BATCH = 64  # images in a forward pass
 
 
 def class_logits(classes: Tensor, num_classes: int) -> Tensor:
@@ -33,38 +33,38 @@ def class_logits(classes: Tensor, num_classes: int) -> Tensor:
 def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, initial: Tensor) -> Tensor:
     """Return each image's mean logits (n, num_classes) over the `experts` that classify the image correctly (DATM).
 
-    `experts` are parameters (P,), `images` (n, C, H, W). An image's class is that of its largest logit in `initial`. Where
-    no expert is right, DATM's mean is not defined and the image keeps its `initial` logits; the log says how often.
+    `experts` are parameters (P,), `images` (n, C, H, W). The class of an image is that of its largest logit in `initial`. An image
+    that no expert classifies correctly keeps its `initial` logits; the log says how many do.
     """
     classes = initial.argmax(dim=1)
-    total, times = torch.zeros_like(initial), torch.zeros_like(initial[:, :1])
+    total, count = torch.zeros_like(initial), torch.zeros_like(initial[:, :1])
     for theta in experts:
         logits = predict(network, theta, images)
-        right = (logits.argmax(dim=1) == classes)[:, None]
-        total += logits * right
-        times += right
-    never = times == 0
+        correct = (logits.argmax(dim=1) == classes)[:, None]
+        total += logits * correct
+        count += correct
+    never = count == 0
     if bool(never.any()):
         log.warning(
             "--label_init experts: no expert gets %d of the %d images right; their labels begin as with --label_init classes",
             int(never.sum()), len(images),
         )  # fmt: skip
-    return torch.where(never, initial, total / times.clamp(min=1))
+    return torch.where(never, initial, total / count.clamp(min=1))
 
 
-def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, at_once: int) -> Tensor:
-    """Return softmax of the logits (n, num_classes) under `theta` (P,): TESLA's labels in an iteration.
+def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, batch: int) -> Tensor:
+    """Return the predictions (n, num_classes), probabilities, under `theta` (P,): TESLA's labels in an iteration.
 
-    Only the images (n, C, H, W) at `index`, which may repeat, get labels; the rows of the others are zero. A forward pass takes
-    `at_once` images, for which a plan of student steps has room.
+    Only the images (n, C, H, W) at `index`, which may repeat, are classified; the rows of the others are zero. A forward pass takes
+    at most `batch` images.
     """
-    rows = index.unique()
-    probabilities = predict(network, theta, images[rows], at_once).softmax(dim=1)
-    return images.new_zeros(len(images), probabilities.shape[1]).index_copy_(0, rows, probabilities)
+    used = index.unique()
+    probabilities = predict(network, theta, images[used], batch).softmax(dim=1)
+    return images.new_zeros(len(images), probabilities.shape[1]).index_copy_(0, used, probabilities)
 
 
 def mean_teacher_labels(network: Network, experts: Iterable[Tensor], images: Tensor) -> Tensor:
-    """Return the mean over `experts`, parameters (P,), of their softmax for `images`: probabilities (n, num_classes)."""
+    """Return the mean predictions (n, num_classes), probabilities, of `experts` (parameters (P,)) for `images`."""
     mean = torch.zeros((), device=images.device)
     for number, theta in enumerate(experts, start=1):
         mean = mean + (predict(network, theta, images).softmax(dim=1) - mean) / number
@@ -72,9 +72,9 @@ def mean_teacher_labels(network: Network, experts: Iterable[Tensor], images: Ten
 
 
 @torch.no_grad()
-def predict(network: Network, theta: Tensor, images: Tensor, at_once: int = _AT_ONCE) -> Tensor:
-    """Return the logits (n, num_classes) of `images` under `theta` (P,), `at_once` images at a time."""
-    return torch.cat([network(theta, part) for part in images.split(at_once)])
+def predict(network: Network, theta: Tensor, images: Tensor, batch: int = _BATCH) -> Tensor:
+    """Return the logits (n, num_classes) of `images` under `theta` (P,), in forward passes of at most `batch` images."""
+    return torch.cat([network(theta, part) for part in images.split(batch)])
 
 
 def experts_at(store: TrajectoryStore, count: int, epoch: int | None, device: torch.device) -> Iterable[Tensor]:

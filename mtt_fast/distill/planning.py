@@ -16,15 +16,16 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 
 
-def planned(
+def plan_steps(
     options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
 ) -> Plan:
-    """Return the memory plan of an iteration's student steps on `images` (n, C, H, W), or on n canvases of such images.
+    """Return the memory plan of the student steps of an iteration. `images` is the shape (n, C, H, W), before it is a canvas.
 
-    Raises `InputError` for a budget that is too small, in fp16 also for one in which tf32 would not fit: see `in_tf32`.
+    Raises `InputError` for a budget that is too small. In fp16 it must also suffice for tf32, since an iteration that overflows is
+    repeated in tf32.
     """
     if precision == "fp16":
-        planned(options, network, images, device, "tf32")
+        plan_steps(options, network, images, device, "tf32")
     canvas = options.canvas or Canvas(1)
     count, channels, height, width = images
     return plan(
@@ -43,8 +44,8 @@ def planned(
     )
 
 
-def in_tf32(plan: Plan) -> Plan:
-    """Return the plan with which an iteration that `plan` does in fp16 is repeated in tf32, in the same memory."""
+def plan_in_tf32(plan: Plan) -> Plan:
+    """Return the plan that repeats in tf32 an iteration of `plan`, which is in fp16, within the same budget."""
     student = plan.work.student
     assert isinstance(student, FusedConvNetStudent)
     work = dataclasses.replace(plan.work, student=dataclasses.replace(student, precision="tf32"))

@@ -16,12 +16,12 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 
 @dataclass(frozen=True, kw_only=True)
 class DistillRun(LoopRun):
-    """The parts of a distillation that stay the same over its iterations."""
+    """The constants of a distillation."""
 
     options: DistillOptions
     experts: TrajectoryStore
     matched_experts: int
-    """how many of `experts`, from the first on, are matched"""
+    """the first so many of `experts` are matched"""
     cam: CamNetwork | None = None
     """the network whose Grad-CAM maps weigh the pixels' gradients"""
 

@@ -1,7 +1,7 @@
 """Draw the segments that iterations match.
 
-There is one sequence of segments, of which an iteration matches the next k (--num_trajectories). The random numbers of a
-segment follow from the seed and the segment's number alone.
+Segments are numbered 0, 1, 2, …, and each iteration matches the next k (--num_trajectories). The random numbers of a segment depend
+only on the seed and on its number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
 
 
 def augmentation(options: DistillOptions) -> SiameseAugment | CanvasCrops | None:
-    """Return the augmentation of the student's steps; where the images are canvases, it crops them first."""
+    """Return the augmentation of the student's steps, or None. For canvases of textures it begins with a crop."""
     siamese = None if options.no_aug else augment_by_strategy(options.strategy)
     return siamese if options.canvas is None else options.canvas.crops(siamese)
 
@@ -44,7 +44,7 @@ def segment_numbers(options: DistillOptions, iterations: range) -> range:
 
 
 def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Segment:
-    """Read and draw the segment with this number. Only the shape and the dtype of `images` are used. Called in a thread."""
+    """Return the segment with this number, read and drawn in the calling thread. Of `images` only shape and dtype are used."""
     options = run.options
     generator = generator_for(options.seed, "iteration", number)
     expert = _expert_of(options.seed, run.matched_experts, number)
@@ -66,17 +66,17 @@ def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Se
 
 
 def _start_epoch(options: DistillOptions, epochs: range, generator: torch.Generator) -> float:
-    """Draw the epoch at which the student starts, uniformly among `epochs`, or with --continuous_start from their interval."""
+    """Draw the epoch at which the student starts, uniformly from `epochs`; with --continuous_start it may be fractional."""
     if options.continuous_start:
         return epochs.start + len(epochs) * float(torch.rand((), dtype=torch.float64, generator=generator))
     return int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
 
 
 def start_epochs(options: DistillOptions, iteration: int) -> range:
-    """Return the expert epochs, T- to T - 1, at one of which the student starts in `iteration`, counted from 0.
+    """Return the expert epochs from T- to T - 1, from which the start of the student is drawn in `iteration` (counted from 0).
 
-    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which is reached at `expansion_end_epoch` (DATM).
-    Without `current_max_start_epoch` T is T+ throughout, as in the paper.
+    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which it reaches in iteration `expansion_end_epoch` (DATM).
+    Without `current_max_start_epoch` T is always T+, as in the paper.
     """
     upper = options.max_start_epoch
     if options.current_max_start_epoch is not None and iteration < options.expansion_end_epoch:
@@ -86,7 +86,7 @@ def start_epochs(options: DistillOptions, iteration: int) -> range:
 
 
 def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
-    """Return start epoch and expert of `segments` as numbers for a log: start_epoch, expert, start_epoch_2, expert_2, …"""
+    """Return the start epochs and experts of `segments` for the log: start_epoch, expert, start_epoch_2, expert_2, …"""
     named: dict[str, float] = {}
     for number, segment in enumerate(segments, 1):
         suffix = f"_{number}" if number > 1 else ""
@@ -95,13 +95,13 @@ def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
 
 
 def _expert_of(seed: int, count: int, number: int) -> int:
-    """Return the expert of the segment `number`: each of `count` experts comes once, in random order, before any is repeated."""
+    """Return the expert of segment `number`: all `count` experts are used once, in random order, before any is repeated."""
     order = torch.randperm(count, generator=generator_for(seed, "expert order", number // count))
     return int(order[number % count])
 
 
 def step_indices(options: DistillOptions, count: int, generator: torch.Generator) -> list[Tensor]:
-    """Return the indices into `count` images of each student step's inputs; of canvases, one index for each crop."""
+    """Return, for each student step, indices into `count` images. A canvas has one index for each of its crops."""
     batches = student_batches(count, options.batch_syn, options.syn_steps, generator)
     return batches if options.canvas is None else [options.canvas.batch(index) for index in batches]
 
@@ -109,8 +109,8 @@ def step_indices(options: DistillOptions, count: int, generator: torch.Generator
 def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
     """Return the indices of each student step as the public code draws them.
 
-    A random permutation of all `count` images is cut into chunks of `batch` (all if None) which are used from the end,
-    so that a shorter last chunk comes first; a new permutation follows when they are used up.
+    A random permutation of all `count` images is cut into chunks of `batch` (all if None). The chunks are used from the last,
+    which may be shorter, to the first. Then follows a new permutation.
     """
     batches: list[Tensor] = []
     while len(batches) < steps:

@@ -23,10 +23,10 @@ _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 def apply_gradients(
     options: DistillOptions, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor] | None
 ) -> tuple[str, dict[str, float]]:
-    """Update images, labels and rate by the `gradients` of an iteration that matched `segments`, or skip or reject these.
+    """Update images, labels and learning rate by the `gradients` of an iteration that matched `segments`.
 
-    `loss` and `gradients` are as `finish_gradients` returns them. Return the kind and the values of the iteration's record in
-    metrics.jsonl.
+    Nothing is updated if `gradients` is None (not finite), or if `loss` is above the threshold. Return the kind ("step", "skip" or
+    "above_threshold") and the values of the iteration's record in metrics.jsonl.
     """
     state.iteration += 1
     if gradients is None:
@@ -55,10 +55,10 @@ def update(
     lr_gradient: Tensor,
     labels_gradient: Tensor | None = None,
 ) -> None:
-    """Step by SGD with momentum in pixels, learning rate and labels, if they are learned, in the iteration `state.iteration`.
+    """Update pixels, learning rate and learned labels by one step of SGD with momentum, in iteration `state.iteration`.
 
-    Each learning rate of the student stays positive. The average of the images, if there is one, moves towards the new images
-    (FTD).
+    An update that would make a learning rate of the student negative is left out. The moving average of the images is updated too,
+    if there is one (FTD).
     """
     lr_img = options.lr_img * (0.5 ** ((state.iteration - 1) // HALVED_AFTER) if options.lr_decay else 1)
     _descend(state.images, state.images_velocity, images_gradient, lr_img, PIXEL_MOMENTUM)
@@ -89,7 +89,7 @@ def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, mo
 
 
 def _reject_above_threshold(state: State, loss: float, threshold: float) -> None:
-    """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM."""
+    """Count an iteration whose loss is above the threshold. As in DATM neither values nor velocities are updated."""
     state.above_threshold += 1
     if state.above_threshold == 1:
         log.warning(

@@ -1,4 +1,4 @@
-"""Check the arguments of `unroll`, so that a mistake is an error and not a wrong path, and complete them."""
+"""Check the arguments of `unroll`, and convert them to tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mtt_fast.runtime.prefetch import upload
 
 
 def check_context() -> None:
-    """Raise `InputError` where no gradient of a student can be taken: in inference mode, a `torch.func` transform or a compiler."""
+    """Raise `InputError` in `torch.inference_mode`, in a `torch.func` transform and in `torch.compile`, where gradients cannot be taken."""
     if torch.is_inference_mode_enabled():
         raise InputError(
             "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
@@ -37,7 +37,7 @@ def check_context() -> None:
 
 
 def check_differentiated_once() -> None:
-    """Raise `InputError` in a backward pass with create_graph=True: its results would be constants to a second derivative."""
+    """Raise `InputError` in a backward pass with create_graph=True, since second derivatives would silently be zero."""
     if torch.is_grad_enabled():
         raise InputError(
             "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
@@ -46,7 +46,7 @@ def check_differentiated_once() -> None:
 
 
 def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
-    """Raise `InputError` in a backward pass of several vectors at once, which the sweep's steps cannot read."""
+    """Raise `InputError` in a batched backward pass (vmap over gradients), which the backward sweep does not support."""
     kinds = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
     if any(is_batched(each) for each in gradients if each is not None for is_batched in kinds):
         raise InputError(
@@ -56,10 +56,10 @@ def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
 
 
 def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]) -> None:
-    """Raise `InputError` if steps in the backward sweep have other losses and images (N, k) than `first`, in the forward sweep.
+    """Raise `InputError` if the fingerprints `again` (N, k) of the backward sweep differ from `first`, those of the forward sweep.
 
-    Rounding may differ by more than is allowed here, as that of attention in half precision, for which the sweeps take other kernels.
-    So `repeat` computes the loss of a step that seems to differ as the forward sweep did; its numbers (k,) decide.
+    The two sweeps may use different kernels (for attention in half precision), whose rounding can differ by more than the tolerance. So
+    for a step that differs `repeat` computes the fingerprint (k,) as the forward sweep did, and this one decides.
     """
     for n in _differ(first, again).any(1).nonzero().flatten().tolist():
         now = repeat(n)
@@ -73,7 +73,8 @@ def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]
 
 
 def _differ(first: Tensor, again: Tensor) -> Tensor:
-    rounding = 1e-2 if first.is_cuda else 1e-3  # a GPU may take other kernels, with factors in half precision
+    """Return where two tensors differ by more than rounding, as booleans. Numbers that are not finite do not differ."""
+    rounding = 1e-2 if first.is_cuda else 1e-3  # a GPU may use different kernels, with factors in half precision
     return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()
 
 
@@ -89,7 +90,7 @@ def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment 
 
 
 def check_target(target: Tensor, start: Tensor) -> None:
-    """Raise `InputError` unless `target` is a vector on the device of `start`, and as long."""
+    """Raise `InputError` unless `target` has the shape and the device of `start`."""
     if not isinstance(target, Tensor) or (target.shape, target.device) != (start.shape, start.device):
         found = f"{tuple(target.shape)} on {target.device}" if isinstance(target, Tensor) else type(target).__name__
         raise InputError(
@@ -98,7 +99,7 @@ def check_target(target: Tensor, start: Tensor) -> None:
 
 
 def check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
-    """Raise `InputError` unless the velocity, if there is one, is a tensor of the kind of `theta`."""
+    """Raise `InputError` unless `velocity` is None, or has the shape, dtype and device of `theta`."""
     if velocity is None:
         return
     if not isinstance(velocity, Tensor):
@@ -110,7 +111,7 @@ def check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
 
 
 def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
-    """Return the kind of `labels`, which by default follows from their dtype. Raises `InputError` for a `kind` that does not fit."""
+    """Return `kind`, or by default the kind that follows from the dtype of `labels`. Raises `InputError` if they do not fit."""
     soft = labels.is_floating_point()
     if kind is None:
         return "probabilities" if soft else "indices"
@@ -120,9 +121,9 @@ def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
 
 
 def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
-    """Return one vector of indices a step, int64, on the device of `images`. Raises `InputError` for anything else.
+    """Return the indices (b,) int64 of each step, on the device of `images`. Raises `InputError` for anything else.
 
-    They are copies, so that a caller may fill the same `batches` again before the backward sweep.
+    They are copies, so that a caller may overwrite `batches` before the backward pass.
     """
     try:
         rows = tuple(row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu") for row in batches)
@@ -138,22 +139,22 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
             raise InputError(
                 f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
             )
-    # on an accelerator the labels' look-up checks, without a wait for the device
+    # indices on a GPU are checked by the look-up of the labels, without waiting for the device
     on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}
     if on_host and not _are_in_range(torch.cat([row.long() for row in on_host.values()]), len(images)):
         n, row = next((n, row) for n, row in on_host.items() if not _are_in_range(row, len(images)))
         raise InputError(
             f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
         )
-    alike = len(on_host) == len(rows)  # then they are copied to the device together
-    indices = torch.cat([row.long() if alike else row.to(images.device, torch.long) for row in rows])
-    indices = upload(indices, images.device) if alike else for_checked_lookup(indices, len(images))
+    all_on_host = len(on_host) == len(rows)  # then one copy moves them to the device
+    indices = torch.cat([row.long() if all_on_host else row.to(images.device, torch.long) for row in rows])
+    indices = upload(indices, images.device) if all_on_host else for_checked_lookup(indices, len(images))
     split: tuple[Tensor, ...] = indices.split([len(row) for row in rows])
     return split
 
 
 def for_checked_lookup(indices: Tensor, end: int) -> Tensor:
-    """Return `indices` with `end` in place of each negative one, so that a look-up raises where it would count from the end."""
+    """Return `indices` with each negative one replaced by `end`, so that a look-up raises and does not count from the end."""
     return indices.where(indices >= 0, end)
 
 
@@ -197,27 +198,26 @@ def draws_of(
     batches: Sequence[Tensor],
     generator: torch.Generator | None,
 ) -> Sequence[Any]:
-    """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; None for each without it.
+    """Return a copy of `draws`, or draw the random numbers of `augment` for each of the `batches` (None without `augment`).
 
-    Tensors and arrays in them are copies, so that the same ones may be filled again, for another step or before the backward sweep.
-    Raises `InputError` for `draws` of another number of steps, or of no augmentation, and where a gradient would have to flow to
-    them.
+    Tensors and arrays are copied, so that a caller may overwrite them before the backward pass. Raises `InputError` for `draws` of
+    another number of steps, for `draws` without `augment`, and for draws that require a gradient.
     """
     if draws is None:
-        given = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
+        copies = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
     else:
-        given = [_copy_of(of_step) for of_step in draws]
-        if augment is None or len(given) != len(batches):
+        copies = [_copy_of(step_draws) for step_draws in draws]
+        if augment is None or len(copies) != len(batches):
             raise InputError(
-                f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(given)}"
-                + (" and no augment" if augment is None else "")
+                f"unroll draws: expected the draws of an augmentation for each of {len(batches)} steps, found {len(copies)}"
+                + (" and no `augment`" if augment is None else "")
             )
-    # without grad mode a copy requires no gradient
-    if any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(given)):
+    # under no_grad a copy requires no gradient
+    if any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(copies)):
         raise InputError(
             "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )
-    return given
+    return copies
 
 
 def _copy_of(draws: Any) -> Any:
@@ -227,7 +227,7 @@ def _copy_of(draws: Any) -> Any:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise `InputError` unless `value`, a setting of SGD, is a finite number of at least 0, as torch.optim.SGD asks."""
+    """Raise `InputError` unless `value` is a finite number of at least 0, as torch.optim.SGD does."""
     if not isinstance(value, Real):
         raise InputError(f"unroll {name}: expected a number, found {value!r}")
     if not (math.isfinite(value) and float(value) >= 0):
@@ -235,9 +235,9 @@ def check_number(name: str, value: Any) -> None:
 
 
 def rates_of(lr: Any, theta: Tensor) -> Tensor:
-    """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are no learning rates.
+    """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are negative or not finite.
 
-    A tensor's values are not checked: a learned rate may become any number, and a GPU would have to be waited for.
+    The values of a tensor are not checked: a learned rate may become any number, and the check would wait for a GPU.
     """
     if isinstance(lr, Tensor):
         if lr.is_complex():

@@ -1,6 +1,6 @@
-"""The images of a step: rows of all synthetic images, augmented, and the way back for their gradient.
+"""The images of a step, selected from all synthetic images and augmented, and the transpose for their gradient.
 
-A student is given a `Batch`, which it may gather itself, or a tensor. An augmentation that is no warp goes through autograd.
+A student gets a `Batch`, which it may gather itself, or a tensor. Augmentations other than warps are differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import mtt_fast.kernels as kernels
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows `index` of images with the parameters of their warps, not gathered yet. Its shape and slices are those of the result."""
+    """A batch that is not gathered yet: images, indices into them, and the parameters of a warp.
+
+    Shape, length and slices are those of the gathered batch.
+    """
 
     images: Tensor  # (n, C, H, W), contiguous, without a graph
     index: Tensor  # (b,) int64
@@ -40,18 +43,18 @@ class Batch:
 
     @property
     def inputs(self) -> Batch:
-        """Return what a student is given: the batch itself."""
+        """Return the argument for a student: the batch itself."""
         return self
 
     def gathered(self) -> Tensor:
         """Return the batch as a tensor (b, C, H, W)."""
-        rows = self.images[self.index]
-        return rows if self.parameters is None else kernels.colour_warp_mask(rows, self.parameters)
+        selected = self.images[self.index]
+        return selected if self.parameters is None else kernels.colour_warp_mask(selected, self.parameters)
 
     def gradient_to_add(self, out: Tensor, inputs_bar: Tensor) -> kernels.BatchGradient:
-        """Return the gradient to the images, from that to the batch (b, C, H, W), in the form that `kernels.adjoint_step` takes.
+        """Return the argument with which `kernels.adjoint_step` adds the gradient of the images to `out` (n, C, H, W).
 
-        It is added there to `out` (n, C, H, W), times a scale.
+        `inputs_bar` is the gradient of the gathered batch (b, C, H, W).
         """
         return kernels.BatchGradient(out, self.index, inputs_bar.contiguous(), self.parameters)
 
@@ -62,9 +65,9 @@ Inputs = Tensor | Batch
 
 @dataclass(frozen=True)
 class AugmentedBatch:
-    """Rows `index` of images, and what an augmentation made of them under autograd."""
+    """A gathered batch, and its augmentation recorded by autograd."""
 
-    rows: Tensor  # (b, C, H, W)
+    selected: Tensor  # (b, C, H, W)
     augmented: Tensor  # (b, C', H', W')
     index: Tensor  # (b,)
 
@@ -72,25 +75,28 @@ class AugmentedBatch:
     def of(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
-        """Return the batch with its augmented images, of `dtype`; `tracked` if their gradient will be needed."""
+        """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed."""
         with torch.set_grad_enabled(tracked):
-            rows = images[index].detach().requires_grad_(tracked)
-            return cls(rows, augment(rows).contiguous().to(dtype), index)
+            selected = images[index].detach().requires_grad_(tracked)
+            return cls(selected, augment(selected).contiguous().to(dtype), index)
 
     @property
     def inputs(self) -> Tensor:
-        """Return what a student is given, without a graph."""
+        """Return the argument for a student: the augmented images, detached."""
         return self.augmented.detach()
 
     def add_gradient(self, out: Tensor, inputs_bar: Tensor, factor: Tensor) -> None:
-        """Add `factor` () times the gradient to the images to `out` (n, …); `inputs_bar` is that to the batch (b, …)."""
-        (rows_bar,) = torch.autograd.grad(self.augmented, self.rows, -factor * inputs_bar)
-        # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
-        kernels.index_add(out, self.index, rows_bar.contiguous(), alpha=-1)
+        """Add the gradient of the images, times `factor` (), to `out` (n, …).
+
+        `inputs_bar` is the gradient of the augmented images (b, …).
+        """
+        (selected_bar,) = torch.autograd.grad(self.augmented, self.selected, -factor * inputs_bar)
+        # with alpha=1 torch uses a scatter that starts threads and waits for them, however few the numbers
+        kernels.index_add(out, self.index, selected_bar.contiguous(), alpha=-1)
 
 
 def batch_images(images: Inputs, padding: int) -> kernels.BatchImages:
-    """Return the images of a step for a first block of this padding that gathers and augments them itself."""
+    """Return the images of a step for a first block with this padding that gathers and augments them itself."""
     if isinstance(images, Tensor):
         return kernels.BatchImages(images.contiguous(), padding)
     return kernels.BatchImages(images.images, padding, images.index, images.parameters)

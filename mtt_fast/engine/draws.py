@@ -13,13 +13,13 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 """A function from a step's images (b, C, H, W) and parameters (b, K) to the augmented images."""
 
 Draw = Callable[[Iterable[Tensor], torch.Generator | None], Tensor]
-"""A function from placeholders for the images of each step, of which it reads shape and dtype, to the parameters (ΣB, K) of all."""
+"""A function that draws the parameters (ΣB, K) of all steps. It takes, for each step, a tensor (b, C, H, W) of the right shape and dtype."""
 
 
 class StepDraws(NamedTuple):
-    """The draws of some steps, the rows of all one after the other."""
+    """The draws of several steps, concatenated."""
 
-    lengths: list[int]  # of the steps
+    lengths: list[int]  # batch sizes b of the steps
     indices: Tensor  # (ΣB,) int64, into the images
     parameters: Tensor | None  # (ΣB, K), of the augmentation; None without one
 
@@ -35,9 +35,10 @@ def draw_steps(
     draw: Draw | None,
     generator: torch.Generator | None,
 ) -> StepDraws:
-    """Draw, on the CPU, for steps that see images of `image_shape` (C, H, W) and `dtype` at `batches`, index vectors (b,).
+    """Draw the parameters of all steps on the CPU, for images of `image_shape` (C, H, W) and `dtype`.
 
-    `generator` is used step by step: each batch is asked for before its parameters are drawn.
+    `batches` are the index vectors (b,) of the steps. It may be a generator that draws from `generator` too: the next batch is
+    taken just before the parameters of its step are drawn.
     """
     like, indices = torch.empty((), dtype=dtype), []
 
@@ -46,7 +47,7 @@ def draw_steps(
             indices.append(index)
             yield like.expand(len(index), *image_shape)
 
-    every = images_of_steps()
-    parameters = draw(every, generator) if draw is not None else None
-    deque(every, maxlen=0)
+    images = images_of_steps()
+    parameters = draw(images, generator) if draw is not None else None
+    deque(images, maxlen=0)  # without `draw`, take the batches
     return StepDraws([len(index) for index in indices], torch.cat(indices), parameters)

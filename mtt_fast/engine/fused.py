@@ -1,12 +1,11 @@
-"""ConvNet's gradient and its directional derivative, scheduled by hand over `mtt_fast.kernels`: no autograd graph.
+"""ConvNet's gradient and its directional derivative by hand-written formulas over `mtt_fast.kernels`, without autograd.
 
-The formulas are derived in docs/adjoint.md. Of each block a step saves the input x, the convolution's output y, their
-tangents, and the statistics of the planes; nothing else that is as large as an image. Of the first block it saves no y
-where a back end needs none. A dot is the derivative in direction v, a bar the gradient of the loss. fused_blocks.py has
-the blocks.
+docs/adjoint.md derives the formulas; fused_blocks.py has the blocks. A name with `_dot` is the derivative in direction v, one with
+`_bar` the gradient of the loss. From its forward part to its backward part a step keeps of each block only the input x, the
+convolution's output y, their tangents, and the statistics of the planes. Some back ends need no y of the first block.
 
-On request `gradient` saves for `gradient_jvp` each block's y, and the gradient of the loss to the block's result p. With
-these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
+With `save=True`, `gradient` saves for `gradient_jvp` the y of each block, and p̄, the gradient of the block's output p. Then
+`gradient_jvp` computes no convolution of the primal again, and costs 6 F in place of 8 F.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ from mtt_fast.kernels import (
 )
 from mtt_fast.networks.convnet import ConvNet
 
-_LARGEST_DIRECTION = 1.0
+_LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
 
 
 @dataclass(frozen=True)
 class FusedConvNetStudent:
-    """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64.
+    """Compute a step of `ConvNet` with cross-entropy, in float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With fp16 or bf16 all planes
-    but the given images and their gradient are float16 or bfloat16, in half the memory. With fp16 the direction and the
-    cotangents are scaled by powers of two; all results are linear in them, so the scales are removed exactly. A number that is
-    still too large makes the results not finite. float64 stays float64.
+    `precision` is that of the factors of float32 convolutions; on a CPU only fp32 has an effect. With fp16 or bf16 all planes but
+    the given images and their gradient are float16 or bfloat16, in half the memory. With fp16 the direction and the cotangents are
+    scaled by powers of two. All results are linear in them, so the scales are removed exactly. A number that is still too large
+    makes the results not finite. float64 stays float64.
     """
 
     network: ConvNet
@@ -65,8 +64,8 @@ class FusedConvNetStudent:
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`. Raises `InputError` for tensors that do not fit the network or each other."""
         check_step(self.network, self.label_kind, images, labels, theta)
-        packed, x = self._begin(theta, None, images)
-        parameters, classifier = self._parts(theta, packed.weights)
+        packed, x = self._pack(theta, None, images)
+        parameters, classifier = self._layer_parameters(theta, packed.weights)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
         activations = []
         for block in blocks:
@@ -93,24 +92,24 @@ class FusedConvNetStudent:
     def gradient_jvp(
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
-        """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and activations that are used up."""
+        """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and activations that are consumed."""
         check_step(self.network, self.label_kind, images, labels, theta, v=v)
         check_saved(saved, self.network, images)
-        packed, x = self._begin(theta, v, images, None if saved is None else saved[-1][0])
-        parameters, classifier = self._parts(theta, packed.weights)
-        directions, classifier_dot = self._parts(packed.direction, packed.weights_dot)
+        packed, x = self._pack(theta, v, images, None if saved is None else saved[-1][0])
+        parameters, classifier = self._layer_parameters(theta, packed.weights)
+        directions, classifier_dot = self._layer_parameters(packed.direction, packed.weights_dot)
         blocks = self._blocks(images, parameters, directions)
         x_dot, activations, saved_bars = None, [], []
         for block in blocks:
-            of_block, saved_bar = saved.pop() if saved is not None else (None, None)
+            saved_of_block, saved_bar = saved.pop() if saved is not None else (None, None)
             saved_bars.append(saved_bar)
-            x, x_dot, held = block.dual(x, x_dot, of_block)
+            x, x_dot, held = block.dual(x, x_dot, saved_of_block)
             activations.append(held)
-            del of_block, held
+            del saved_of_block, held
 
         assert isinstance(x, Tensor)
         assert x_dot is not None
-        # p̄ that were saved have the factor of the step that saved them, and their derivatives need the same
+        # the saved p̄ were scaled by the step that saved them, so their derivatives need the same scale
         scale = None if saved is None else saved.pop()
         x_bar: Convolved | None
         x_bar_dot: Convolved
@@ -134,71 +133,72 @@ class FusedConvNetStudent:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """See `Student.passes`: 3 F and 8 F, of which two are the primal's."""
+        """See `Student.passes`: 3 + 8, of which the backward sweep repeats 2 of the primal unless they were saved."""
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`. The sums follow the schedule above."""
+        """See `Student.step_bytes`. Lists have one entry per block: the bytes while the backward part is at that block."""
         layers = self.layers(image_shape)
-        of_planes = plane_dtype(dtype, self.precision).itemsize
-        each, parameters = batch * of_planes, dtype.itemsize * self.network.num_parameters
-        features = each * self.network.width * math.prod(self.network.feature_size)
-        # of each block: x (of the first, the images, which are not counted), y, and the epilogue's output
-        xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
-        ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
+        planes = plane_dtype(dtype, self.precision)
+        number, parameters = batch * planes.itemsize, dtype.itemsize * self.network.num_parameters
+        features = number * self.network.width * math.prod(self.network.feature_size)
+        # of each block: x (not the images, which are arguments), y, and the epilogue's output p
+        xs = [0, *(number * layer.channels * layer.height * layer.width for layer in layers[1:])]
+        ys = [number * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
-        of_products = (plane_dtype(dtype, self.precision), device, self.precision)
-        weights, convolved = kernels.weight_bytes(batch, layers, *of_products), layers
+        weights, convolved = kernels.weight_bytes(batch, layers, planes, device, self.precision), layers
         packed, summands = sum(weight.packed for weight in weights), [weight.summands for weight in weights]
-        of_weights = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
-        small = each * image_shape.numel() + parameters - of_weights  # channels last; the other results
+        weight_bytes = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
+        # the images in channels_last, and the gradients of all parameters but the weights
+        small = number * image_shape.numel() + parameters - weight_bytes
         image_block = ImageBlockBytes(0, 0, 0, 0, 0)
         if self._has_image_block(image_shape, device):
             ys[0], convolved = 0, layers[1:]
-            image_block = image_block_bytes(layers[0], batch, of_planes, dtype)
+            image_block = image_block_bytes(layers[0], batch, planes.itemsize, dtype)
             packed -= weights[0].packed
             summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
-            small = image_block.patches + image_block.folded + parameters - of_weights
+            small = image_block.patches + image_block.folded + parameters - weight_bytes
         small += packed
-        # of the direction, which fp16 scales
-        along = packed + image_block.folded + (parameters if self.precision == "fp16" else 0)
-        results = sum(summands) + parameters  # and their sum
-        left = [sum(summands[block:]) for block in range(len(layers))]  # by the blocks that the backward has passed
-        forward_sweep = sum(xs) + sum(ys) + 3 * features
+        # the direction's packed weights, and its copy that fp16 scales
+        direction = packed + image_block.folded + (parameters if self.precision == "fp16" else 0)
+        results = sum(summands) + parameters  # the summands of the gradient, and their sum
+        finished = [sum(summands[block:]) for block in range(len(layers))]  # summands of this block and later ones
+        forward_part = sum(xs) + sum(ys) + 3 * features
         tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not saved
-        backward_sweep = [
+        dual_backward = [
             2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
             for block in range(len(layers))
         ]
         dual_copies, dual_parts = [weight.dual_copies for weight in weights], [weight.dual_parts for weight in weights]
-        backward_sweep = _with_work(backward_sweep, [2 * after for after in pooled], dual_copies, dual_parts)
-        backward_sweep[0] += image_block.linear + max(image_block.columns, 2 * image_block.sums)
-        # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
-        backward_sweep[-1] += 3 * features
+        dual_backward = _add_convolution_bytes(dual_backward, [2 * after for after in pooled], dual_copies, dual_parts)
+        dual_backward[0] += image_block.linear + max(image_block.columns, 2 * image_block.sums)
+        # the classifier's p and p̄ with their tangents; on a CPU also a copy of one of them in the public code's order
+        dual_backward[-1] += 3 * features
         backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
         copies, parts = [weight.copies for weight in weights], [weight.parts for weight in weights]
-        backward = _with_work(backward, pooled, copies, parts)
+        backward = _add_convolution_bytes(backward, pooled, copies, parts)
         backward[0] += image_block.sums
-        backward[-1] = max(forward_sweep, backward[-1])
-        # ȳ is not written over y, and p̄ are saved
+        backward[-1] = max(forward_part, backward[-1])
+        # with save=True, ȳ is not written over y, and all p̄ are saved
         saving = [
-            sum(xs[: block + 1]) + sum(ys) + ys[block] + sum(pooled[block:]) + passed
-            for block, passed in enumerate(left)
+            sum(xs[: block + 1]) + sum(ys) + ys[block] + sum(pooled[block:]) + summed
+            for block, summed in enumerate(finished)
         ]
-        saving = _with_work(saving, [0] * len(layers), copies, parts)
+        saving = _add_convolution_bytes(saving, [0] * len(layers), copies, parts)
         saving[0] += image_block.sums
-        both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
+        dual_peaks = [at_block + summed for at_block, summed in zip(dual_backward, finished, strict=True)]
         return StepBytes(
-            gradient=max(*(planes + passed for planes, passed in zip(backward, left, strict=True)), results) + small,
-            gradient_saving=max(forward_sweep, *saving, results) + small,
-            gradient_jvp=max(*both_sweeps, results) + small + along,
-            gradient_jvp_saved=max(max(both_sweeps) - sum(ys), results) + small + along,
+            gradient=max(*(at_block + summed for at_block, summed in zip(backward, finished, strict=True)), results)
+            + small,
+            gradient_saving=max(forward_part, *saving, results) + small,
+            gradient_jvp=max(*dual_peaks, results) + small + direction,
+            gradient_jvp_saved=max(max(dual_peaks) - sum(ys), results) + small + direction,
             saved=sum(ys) + sum(pooled) + image_block.patches,
-            work=kernels.work_bytes(batch, convolved, *of_products),
+            work=kernels.work_bytes(batch, convolved, planes, device, self.precision),
         )
 
     def layers(self, image_shape: torch.Size) -> list[ConvLayer]:
-        """Return the convolutions of the blocks, on images (C, H, W)."""
+        """Return the convolution of each block, for images (C, H, W)."""
         channels, height, width = image_shape
         layers = []
         for block in range(self.network.depth):
@@ -211,11 +211,11 @@ class FusedConvNetStudent:
     def _blocks(
         self, images: Inputs, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
     ) -> list[Block]:
-        """Return the blocks at their parameters; the first one without planes where a back end has that."""
+        """Return the blocks with their parameters and directions. The first is an `ImageBlock` if a back end has one."""
         epilogue, precision = EPILOGUES[self.network.norm], self.precision
         blocks: list[Block] = [
-            PlaneBlock(epilogue, at, along, self._padding(number), precision, number == 0)
-            for number, (at, along) in enumerate(zip(parameters, directions, strict=True))
+            PlaneBlock(epilogue, *each, self._padding(number), precision, number == 0)
+            for number, each in enumerate(zip(parameters, directions, strict=True))
         ]
         if self._has_image_block(images.shape[1:], images.device):
             blocks[0] = ImageBlock(parameters[0], directions[0], precision)
@@ -224,31 +224,33 @@ class FusedConvNetStudent:
     def _has_image_block(self, image_shape: torch.Size, device: torch.device) -> bool:
         return self.network.norm == "instance" and kernels.has_image_block(self.layers(image_shape)[0], device)
 
-    def _begin(
+    def _pack(
         self, theta: Tensor, v: Tensor | None, images: Inputs, saved: Any = None
     ) -> tuple[PackedParameters, Tensor | Patches]:
-        """Return the weights of all blocks with planes, and of the direction `v` if there is one, as products read them.
+        """Return the weights of `theta` and of the direction `v` in the layout of the convolutions, and the images for the first block.
 
-        Return also the images as the first block takes them: patches, unless they are `saved`, or channels_last planes.
+        An `ImageBlock` takes its weight unpacked, and the images as patches, the `saved` ones if there are any. Another first block
+        takes the images in channels_last.
         """
-        without_planes = self._has_image_block(images.shape[1:], images.device)
+        has_image_block = self._has_image_block(images.shape[1:], images.device)
         places = [
             WeightPlace(block[0].storage_offset() - theta.storage_offset(), *block[0].shape[:2])
-            for block in self.network.split(theta)[int(without_planes) : self.network.depth]
+            for block in self.network.split(theta)[int(has_image_block) : self.network.depth]
         ]
         batch = None
-        if without_planes and saved is None:
+        if has_image_block and saved is None:
             batch = batch_images(images, self.network.first_padding)
         packed = kernels.pack_parameters(theta, v, places, self.precision, _LARGEST_DIRECTION, batch)
-        if without_planes:
+        if has_image_block:
             return packed, saved if packed.patches is None else packed.patches
         dtype = plane_dtype(theta.dtype, self.precision)
         return packed, gathered(images).to(dtype, memory_format=torch.channels_last)
 
-    def _parts(self, vector: Tensor | None, packed: Sequence[Weight]) -> tuple[list[Parameters], Tensors]:
-        """Return the parameters of each block that have an effect, the last blocks' weights `packed`, and the classifier's two.
+    def _layer_parameters(self, vector: Tensor | None, packed: Sequence[Weight]) -> tuple[list[Parameters], Tensors]:
+        """Return the parameters of each block, and the weight and bias of the classifier, from a `vector` (P,).
 
-        In front of an instance norm the convolution's bias has none, so its gradient is exactly zero.
+        `packed` are the weights of the last blocks. The bias of a convolution before an instance norm is left out: it has no effect,
+        and its gradient is exactly zero.
         """
         assert vector is not None
         *blocks, classifier = self.network.split(vector)
@@ -257,9 +259,9 @@ class FusedConvNetStudent:
         return [Parameters(weight, block[affine:]) for weight, block in zip(weights, blocks, strict=True)], classifier
 
     def _sums(self, layers: Sequence[Sequence[Tensor]], scales: Tensors) -> PartialSums:
-        """Return the sums of the vector (P,) of all parameters from those of the layers, the last layer's first, less their factors."""
+        """Return the partial sums of the gradient (P,) from those of the `layers`, in reverse order; `scales` are to be divided out."""
         classifier, *blocks = layers
-        # a bias before an instance norm has no summand
+        # the gradient of a bias before an instance norm is zero: no summands
         biases = (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()
         pieces = [piece for weight, *affine in reversed(blocks) for piece in (weight, *biases, *affine)]
         pieces += [piece[None] for piece in classifier]
@@ -269,38 +271,38 @@ class FusedConvNetStudent:
         return self.network.first_padding if block == 0 else 1
 
 
-def _with_work(bars: list[int], gone: list[int], copies: list[int], parts: list[int]) -> list[int]:
-    """Return the bytes of each block on the way back: its `bars`, and what its convolution allocates.
+def _add_convolution_bytes(blocks: list[int], freed: list[int], copies: list[int], parts: list[int]) -> list[int]:
+    """Return the bytes of each block in the backward part, with those that its convolution allocates.
 
-    The gradient to the weight may need `copies`, after what is `gone` has been freed. The gradient to the input may be left in
-    `parts`, which live until the block before this one has read them.
+    The gradient of the weight may need `copies`, after `freed` bytes have been freed. The gradient of the input may be left in
+    `parts`, which live until the previous block has read them.
     """
-    read = [*parts[1:], 0]
+    parts_to_read = [*parts[1:], 0]
     return [
-        max(whole + left, whole - after + copied) + taken
-        for whole, after, copied, left, taken in zip(bars, gone, copies, parts, read, strict=True)
+        max(block + written, block - gone + copied) + read
+        for block, gone, copied, written, read in zip(blocks, freed, copies, parts, parts_to_read, strict=True)
     ]
 
 
 class ImageBlockBytes(NamedTuple):
-    """Bytes that a first block without planes takes, and for how long."""
+    """Bytes that an `ImageBlock` takes, and for how long."""
 
     patches: int  # to the end of the step
-    folded: int  # the weights with the norm in them, to the end of the step; as many again in a direction
-    sums: int  # U, while the gradients to the parameters are computed; as many again for U̇
-    linear: int  # M, for the images' gradient alone
-    columns: int  # the patches of x̄̇, likewise, after U
+    folded: int  # the weights with the norm folded in, to the end of the step; twice with a direction
+    sums: int  # U, while the parameters' gradients are computed; twice with U̇
+    linear: int  # M, while the images' gradient is computed
+    columns: int  # T, the patches of x̄̇, while the images' gradient is computed, after U
 
 
-def image_block_bytes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> ImageBlockBytes:
-    """Return the bytes of a first block without planes, whose planes would have `of_planes` bytes a number."""
+def image_block_bytes(layer: ConvLayer, batch: int, plane_itemsize: int, dtype: torch.dtype) -> ImageBlockBytes:
+    """Return the bytes of an `ImageBlock` with parameters of `dtype`, and images and folded weights of `plane_itemsize`."""
     terms = 16 if layer.channels == 1 else 32
     padded = layer.channels * (layer.out_height + 2) * (layer.out_width + 2)
-    of_sample = ImageBlockBytes(
-        patches=of_planes * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2,
-        folded=of_planes * terms * layer.filters,
+    sample = ImageBlockBytes(
+        patches=plane_itemsize * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2,
+        folded=plane_itemsize * terms * layer.filters,
         sums=dtype.itemsize * terms * layer.filters,
         linear=dtype.itemsize * terms**2 * (layer.filters // 16),  # one for each block of filters, of 16 or more
-        columns=of_planes * terms * layer.out_height * layer.out_width,
+        columns=plane_itemsize * terms * layer.out_height * layer.out_width,
     )
-    return ImageBlockBytes(*(batch * size for size in of_sample))
+    return ImageBlockBytes(*(batch * size for size in sample))

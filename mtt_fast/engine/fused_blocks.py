@@ -1,7 +1,7 @@
-"""The blocks of ConvNet, convolution, norm if any, ReLU and pool, and their derivatives, over `mtt_fast.kernels`.
+"""The blocks of ConvNet (convolution, norm or bias, ReLU, pool) and their derivatives, over `mtt_fast.kernels`.
 
-A dot is the derivative in the direction of the parameters, a bar the gradient of the loss. Two classes are a `Block`: one
-stores the planes between convolution and pool, and one, for images where a back end has it, does not.
+A name with `_dot` is the derivative in the direction of the parameters, one with `_bar` the gradient of the loss. `PlaneBlock` stores
+the planes between convolution and pool. `ImageBlock`, a first block that some back ends have, does not.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Tensors = tuple[Tensor, ...]
 
 
 class Parameters(NamedTuple):
-    """A block's weight (K, C, 3, 3), and what follows the convolution and has an effect: γ, β of a norm, else its bias."""
+    """A block's weight (K, C, 3, 3), and either γ and β of its norm, or the convolution's bias."""
 
     weight: Weight
     affine: Tensors
 
 
 class Block(Protocol):
-    """One block at its parameters, and where `dual` is called in their direction. Only it knows its activations.
+    """One block with its parameters, and with their direction for `dual`. The format of its activations is private.
 
     Its input x is planes (B, C, H, W), or the patches of images.
     """
@@ -47,25 +47,25 @@ class Block(Protocol):
         ...
 
     def to_save(self, activations: Any) -> Any:
-        """Return the part of the activations of `forward` that `dual` takes as `saved`, and then does not compute again."""
+        """Return the part of the activations of `forward` that `dual` takes as `saved`, and does not compute again."""
         ...
 
     def backward(self, activations: Any, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
-        """Return x̄, None of images, and summands of the parameters' gradients. With `reuse` what was to save may be overwritten.
+        """Return x̄ (None for images), and summands of the parameters' gradients. With `reuse`, y may be overwritten.
 
-        The activations are used up: each tensor is freed after its last use. x̄ may be in parts (`kernels.PartialPlanes`), and a
-        p̄ in parts is whole afterwards. All of this also holds for `dual_backward`, and there for x̄̇ and p̄̇.
+        The activations are consumed: each tensor is freed after its last use. x̄ may be partial sums (`kernels.PartialPlanes`). If
+        `p_bar` is, its sum is stored in `p_bar.planes`. The same holds in `dual_backward`, for the derivatives too.
         """
         ...
 
     def dual(self, x: Any, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
-        """Return p, ṗ and the activations. `x_dot` is None of images, `saved` where nothing was."""
+        """Return p, ṗ and the activations. `x_dot` is None for images, `saved` is None or the result of `to_save`."""
         ...
 
     def dual_backward(
         self, activations: Any, p_bar: Convolved, p_bar_dot: Convolved, wants_x_bar: bool, divisors: Tensors = ()
     ) -> tuple[Convolved | None, Convolved, Tensors]:
-        """Return x̄, None of images or if it is not wanted, x̄̇, and summands of the parameters' gradients' derivatives.
+        """Return x̄ (None for images, and unless `wants_x_bar`), x̄̇, and summands of the derivatives of the parameters' gradients.
 
         x̄̇ of images is contiguous, of the parameters' dtype, and divided by the `divisors`, powers of two ().
         """
@@ -74,37 +74,37 @@ class Block(Protocol):
 
 @dataclass(repr=False, eq=False)
 class Activations:
-    """Tensors that the forward of a block with planes hands to its backward."""
+    """Tensors that a `PlaneBlock` keeps from its forward for its backward."""
 
     x: Tensor  # (B, C, H, W)
-    x_dot: Tensor | None  # None of images, which do not move with the parameters
+    x_dot: Tensor | None  # None for images, which do not depend on the parameters
     y: Tensor  # (B, K, H', W')
-    y_dot: Tensor | None  # None where it moves no gradient
+    y_dot: Tensor | None  # None if the backward does not need it
     stats: Tensors
 
     def take(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensors]:
-        """Return the fields, and forget them here, so that whoever takes them holds the only references."""
+        """Return the fields and delete them here, so that the caller holds the only references and can free them."""
         fields = (self.x, self.x_dot, self.y, self.y_dot, self.stats)
         del self.x, self.x_dot, self.y, self.y_dot, self.stats
         return fields
 
 
 class Epilogue(NamedTuple):
-    """Compute what follows a convolution to y (B, K, H', W'), norm or bias, ReLU and pool: four functions.
+    """The four functions that compute norm or bias, ReLU and pool after a convolution with output y (B, K, H', W').
 
-    Arguments in parts, as convolutions leave them, are whole afterwards.
+    y, p̄ and their derivatives may be partial sums (`kernels.PartialPlanes`); the functions add them up in their `planes`.
     """
 
     forward: Callable[[Convolved, Tensors], tuple[Tensor, Tensors]]
-    """y, affine -> p, statistics"""
+    """(y, affine) -> (p, stats)"""
     backward: Callable[[Tensor, Tensors, Tensors, Convolved, bool], tuple[Tensor, Tensors]]
-    """y, statistics, affine, p̄, may y be overwritten -> ȳ, the gradients of affine"""
+    """(y, stats, affine, p̄, reuse) -> (ȳ, gradients of affine); with `reuse`, ȳ overwrites y"""
     dual: Callable[[Convolved, Convolved, Tensors, Tensors], tuple[Tensor, Tensor, Tensor | None, Tensors]]
-    """y, ẏ, affine, its direction -> p, ṗ, ẏ if the backward needs it, statistics"""
+    """(y, ẏ, affine, affine_dot) -> (p, ṗ, ẏ or None if the backward does not need it, stats)"""
     dual_backward: Callable[
         [Tensor, Tensor | None, Tensors, Tensors, Tensors, Convolved, Convolved], tuple[Tensor, Tensor, Tensors]
     ]
-    """y, ẏ, statistics, affine, its direction, p̄, p̄̇ -> ȳ, ȳ̇ over y, ẏ, the derivatives of affine's gradients"""
+    """(y, ẏ, stats, affine, affine_dot, p̄, p̄̇) -> (ȳ, ȳ̇, derivatives of the gradients of affine); ȳ and ȳ̇ overwrite y and ẏ"""
 
 
 def _norm_forward(y: Convolved, affine: Tensors) -> tuple[Tensor, Tensors]:
@@ -154,7 +154,7 @@ def _bias_dual(
     y: Convolved, y_dot: Convolved, affine: Tensors, affine_dot: Tensors
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
     p, p_dot = kernels.bias_relu_pool_dual(y, y_dot, *affine, *affine_dot)
-    return p, p_dot, None, ()  # ẏ moves no gradient: the block is linear between the kinks
+    return p, p_dot, None, ()  # without a norm the block is piecewise linear, so the backward does not need ẏ
 
 
 def _bias_dual_backward(
@@ -181,16 +181,16 @@ class PlaneBlock:
     """A block that stores the planes between its convolution and its pool."""
 
     epilogue: Epilogue
-    at: Parameters
-    along: Parameters | None
+    parameters: Parameters
+    direction: Parameters | None
     padding: int
     precision: Precision
-    of_images: bool
+    is_first: bool  # its input are the images
 
     def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""
-        y = kernels.conv3x3(x, self.at.weight, self.padding, self.precision)
-        p, stats = self.epilogue.forward(y, self.at.affine)
+        y = kernels.conv3x3(x, self.parameters.weight, self.padding, self.precision)
+        p, stats = self.epilogue.forward(y, self.parameters.affine)
         return p, Activations(x, None, planes_of(y), None, stats)
 
     def to_save(self, activations: Activations) -> Tensor:
@@ -200,21 +200,21 @@ class PlaneBlock:
     def backward(self, activations: Activations, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
         """See `Block.backward`."""
         x, _, y, _, stats = activations.take()
-        y_bar, affine_bar = self.epilogue.backward(y, stats, self.at.affine, p_bar, reuse)
+        y_bar, affine_bar = self.epilogue.backward(y, stats, self.parameters.affine, p_bar, reuse)
         del y
         weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, self.padding, self.precision)
         del x
         x_bar = None
-        if not self.of_images:
-            x_bar = kernels.conv3x3_input_gradient(y_bar, self.at.weight, self.padding, self.precision)
+        if not self.is_first:
+            x_bar = kernels.conv3x3_input_gradient(y_bar, self.parameters.weight, self.padding, self.precision)
         return x_bar, (weight_bar, *affine_bar)
 
     def dual(self, x: Tensor, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
         """See `Block.dual`."""
-        assert self.along is not None
-        operands = (x, x_dot, self.at.weight, self.along.weight, self.padding, self.precision)
+        assert self.direction is not None
+        operands = (x, x_dot, self.parameters.weight, self.direction.weight, self.padding, self.precision)
         y, y_dot = kernels.conv3x3_dual(*operands) if saved is None else (saved, kernels.conv3x3_tangent(*operands))
-        p, p_dot, needed, stats = self.epilogue.dual(y, y_dot, self.at.affine, self.along.affine)
+        p, p_dot, needed, stats = self.epilogue.dual(y, y_dot, self.parameters.affine, self.direction.affine)
         return p, p_dot, Activations(x, x_dot, planes_of(y), needed, stats)
 
     def dual_backward(
@@ -226,29 +226,29 @@ class PlaneBlock:
         divisors: Tensors = (),
     ) -> tuple[Convolved | None, Convolved, Tensors]:
         """See `Block.dual_backward`."""
-        assert self.along is not None
+        assert self.direction is not None
         x, x_dot, y, y_dot, stats = activations.take()
-        affine = (self.at.affine, self.along.affine)
+        affine = (self.parameters.affine, self.direction.affine)
         y_bar, y_bar_dot, affine_bar_dot = self.epilogue.dual_backward(y, y_dot, stats, *affine, p_bar, p_bar_dot)
         del y, y_dot
         bars = (y_bar, y_bar_dot)
         weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, *bars, self.padding, self.precision)
         del x, x_dot
-        operands = (*bars, self.at.weight, self.along.weight, self.padding, self.precision)
+        operands = (*bars, self.parameters.weight, self.direction.weight, self.padding, self.precision)
         parameters_bar_dot = (weight_bar_dot, *affine_bar_dot)
-        if self.of_images:
-            (of_images,) = kernels.add_planes(kernels.conv3x3_input_gradient_tangent(*operands))
-            of_images = of_images.to(weight_of(self.at.weight).dtype).contiguous()
+        if self.is_first:
+            (x_bar_dot,) = kernels.add_planes(kernels.conv3x3_input_gradient_tangent(*operands))
+            x_bar_dot = x_bar_dot.to(weight_of(self.parameters.weight).dtype).contiguous()
             for divisor in divisors:
-                of_images.div_(divisor)
-            return None, of_images, parameters_bar_dot
+                x_bar_dot.div_(divisor)
+            return None, x_bar_dot, parameters_bar_dot
         if wants_x_bar:
             return *kernels.conv3x3_dual_input_gradient(*operands), parameters_bar_dot
         return None, kernels.conv3x3_input_gradient_tangent(*operands), parameters_bar_dot
 
 
 class ImageActivations(NamedTuple):
-    """Hold what the forward of a block of images hands to its backward: nothing of the planes' size."""
+    """The tensors that an `ImageBlock` keeps from its forward for its backward, none as large as the planes."""
 
     patches: Patches
     folded: Folded | None
@@ -256,15 +256,15 @@ class ImageActivations(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """The first block with an instance norm, which a back end computes without its planes (`kernels.has_image_block`)."""
+    """A first block with instance norm that a back end computes without storing planes (`kernels.has_image_block`)."""
 
-    at: Parameters
-    along: Parameters | None
+    parameters: Parameters
+    direction: Parameters | None
     precision: Precision
 
     def forward(self, x: Patches) -> tuple[Tensor, ImageActivations]:
         """See `Block.forward`."""
-        weight, affine = weight_of(self.at.weight), self.at.affine
+        weight, affine = weight_of(self.parameters.weight), self.parameters.affine
         p, folded = kernels.conv_norm_relu_pool(x, weight, Affine(*affine), NORM_EPS, self.precision)
         return p, ImageActivations(x, folded)
 
@@ -275,11 +275,18 @@ class ImageBlock:
     def backward(self, activations: ImageActivations, p_bar: Convolved, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
         patches, folded = activations
-        arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, folded, NORM_EPS, self.precision)
+        arguments = (
+            weight_of(self.parameters.weight),
+            Affine(*self.parameters.affine),
+            p_bar,
+            folded,
+            NORM_EPS,
+            self.precision,
+        )
         return None, kernels.conv_norm_relu_pool_backward(patches, *arguments)
 
     def dual(self, x: Patches, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
-        """See `Block.dual`. What was saved is x itself."""
+        """See `Block.dual`. `saved` is x itself."""
         p, p_dot, folded = kernels.conv_norm_relu_pool_dual(x, *self._directions, NORM_EPS, self.precision)
         return p, p_dot, ImageActivations(x, folded)
 
@@ -299,6 +306,6 @@ class ImageBlock:
 
     @property
     def _directions(self) -> tuple[Tensor, Tensor, Affine, Affine]:
-        assert self.along is not None
-        weights = (weight_of(self.at.weight), weight_of(self.along.weight))
-        return *weights, Affine(*self.at.affine), Affine(*self.along.affine)
+        assert self.direction is not None
+        weights = (weight_of(self.parameters.weight), weight_of(self.direction.weight))
+        return *weights, Affine(*self.parameters.affine), Affine(*self.direction.affine)

@@ -1,7 +1,7 @@
-"""The matching loss and its gradients, recorded once and replayed by a GPU.
+"""The matching loss and its gradients in a CUDA graph.
 
-`unroll` launches each kernel from Python, and a GPU finishes a kernel sooner than Python launches the next one. Here the network
-and the options, which are the same in all iterations, are given once, and a call replays what the first one recorded.
+`unroll` launches each kernel from Python, which takes longer than a GPU needs for the kernel. `GraphedMatchingLoss` takes the
+network and the options once. Its first call records the kernels, and later calls replay them.
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ from mtt_fast.runtime.prefetch import upload
 
 log = logging.getLogger(__name__)
 
-_MOST = 8  # recordings of one object, since each holds the memory of its plan
+_MOST_GRAPHS = 8  # of one object, since each holds the memory of its plan
 
 
 class GraphedMatchingLoss:
-    """`unroll` and a loss of its path as one function, which on a GPU is recorded in a CUDA graph and replayed.
+    """Compute `unroll` and a loss of its path, on a GPU by a CUDA graph that is recorded once and replayed.
 
-    The first call with tensors of some shapes, and steps of some lengths, checks the arguments as `unroll` does, compiles
-    kernels, and records the loss and its gradients. A later call copies its tensors into the graph and starts it, and waits for
-    nothing. Whatever network, loss and augmentation read from Python, such as a module's mode, stays as it was at the first call.
-    A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each call computes.
-    Call one object on one stream.
+    The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and records the
+    loss and its gradients. Later calls copy their tensors into the graph and launch it; nothing waits for the GPU. Python values
+    that network, loss and augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of
+    its plan until the object is freed. On a CPU nothing is recorded. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
-        net: the student's network, and all else but `of_path` as in `unroll`.
-        of_path: from the path (N + 1, P), as `unroll` returns it, the start and the target (P,) to a loss (): by default the paper's,
-            or `functools.partial(mtt_fast.path_loss, match_step="nearest")`, or a function of your own that asks no tensor for its
-            value, draws no random number, and depends on no other tensor.
+        net: the student's network. All other arguments but `of_path` are those of `unroll`.
+        of_path: a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,), that returns a loss ().
+            By default it is the paper's; `functools.partial(mtt_fast.path_loss, match_step="nearest")` is ATT's. A function of
+            your own must not read tensors on the host, draw random numbers, or depend on other tensors.
 
     Example:
         ```python
@@ -101,9 +100,9 @@ class GraphedMatchingLoss:
     ) -> Tensor:
         """Return the loss () in float64, differentiable once in `images`, floating `labels` and `lr`.
 
-        The student starts at the parameters `start` (P,), and its path should come to `target` (P,); both are constants.
-        All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
-        for an augmentation, such as `KorniaAugment`, whose draws for a step are no tensor with a row for each image.
+        The student starts at the parameters `start` (P,), and should reach `target` (P,); both are constants. All other arguments
+        are those of `unroll`. The paper's loss is not finite if the expert did not move. Raises `InputError` as `unroll` does, and
+        for an augmentation whose draws for a step are not a tensor with one row per image, such as `KorniaAugment`.
         """
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)
@@ -114,19 +113,19 @@ class GraphedMatchingLoss:
 
     @property
     def problem(self) -> str | None:
-        """Return the reason why some calls on a GPU are not recorded, so that they run slower, or None."""
+        """Return the reason why some calls on a GPU are not recorded, and so run slower, or None."""
         return next((each.problem for each in self._recorded() if each.problem), self._obstacle)
 
     def _recorded(self) -> list[GraphedFunction]:
         return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
 
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
-        """Return the iteration for steps like these, whose augmentation has `parameters`."""
+        """Return the iteration for tensors of these shapes, from the cache or new; `parameters` are the augmentation's."""
         options, lengths = self._options, tuple(len(index) for index in steps.batches)
         tensors = (steps.theta, steps.images, steps.labels, steps.lr)
-        kind = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
-        if kind in self._iterations:
-            return self._iterations[kind]
+        key = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
+        if key in self._iterations:
+            return self._iterations[key]
         first_draws = None if parameters is None else parameters[: lengths[0]]
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
             plan = checked_plan(
@@ -134,17 +133,17 @@ class GraphedMatchingLoss:
                 has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
             _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
-        is_full = len(self._recorded()) == _MOST
+        is_full = len(self._recorded()) == _MOST_GRAPHS
         if is_full or plan.path_on_host:
             self._obstacle = (
-                f"more than {_MOST} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
+                f"more than {_MOST_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
             )
             log.warning("not recorded, so that it runs slower, with the same result: %s", self._obstacle)
-        self._iterations[kind] = planned_iteration(
+        self._iterations[key] = planned_iteration(
             plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), momentum=options.momentum,
             weight_decay=options.weight_decay, gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
-        return self._iterations[kind]
+        return self._iterations[key]
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -168,7 +167,7 @@ class _LossWithGradients(torch.autograd.Function):
 
 
 def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return the loss `of_path` in float64. Raises `InputError` unless it is a scalar that depends on the path."""
+    """Return the value of `of_path` in float64. Raises `InputError` unless it is a scalar that depends on the path."""
     loss = of_path(path, start, target)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -180,9 +179,11 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
 
 
 def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
-    """Raise `InputError` if the loss `of_path` reads a tensor that requires a gradient besides the path: none would flow to it."""
+    """Raise `InputError` if `of_path` reads another tensor that requires a gradient, since no gradient would flow to it."""
     start = steps.theta.detach()
-    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)  # laid out as the student's
+    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(
+        start
+    )  # laid out like a student's path
     loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(
@@ -206,18 +207,18 @@ def _parameters(
     draws = arguments.draws_of(draws, augment, images, batches, generator)
     if augment is None:
         return None
-    rows = [_row_for_each(augment, of_step, images, index) for of_step, index in zip(draws, batches, strict=True)]
-    kinds = {(str(each.dtype), tuple(each.shape[1:]), str(each.device)) for each in rows}
+    tensors = [_as_tensor(augment, step_draws, images, index) for step_draws, index in zip(draws, batches, strict=True)]
+    kinds = {(str(each.dtype), tuple(each.shape[1:]), str(each.device)) for each in tensors}
     if len(kinds) > 1:
         raise InputError(
             f"GraphedMatchingLoss augment: expected draws of one dtype and shape in all steps, found {sorted(kinds)}; use `unroll`, which "
             "takes any"
         )
-    return upload(torch.cat(rows), images.device)
+    return upload(torch.cat(tensors), images.device)
 
 
-def _row_for_each(augment: Augment, draws: Any, images: Tensor, index: Tensor) -> Tensor:
-    """Return the `draws` of a step on the `images` at `index` (b,) as a tensor (b, …). Raises `InputError` if they are none."""
+def _as_tensor(augment: Augment, draws: Any, images: Tensor, index: Tensor) -> Tensor:
+    """Return the `draws` of a step on the `images` at `index` (b,) as a tensor (b, …). Raises `InputError` if they are not one."""
     warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
     if warp is not None:
         return warp.to(torch.promote_types(images.dtype, torch.float32))

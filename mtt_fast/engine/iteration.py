@@ -1,7 +1,7 @@
-"""One iteration of the distillation as a function of tensors alone: both sweeps of the student, loss, gradients.
+"""One iteration of the distillation as a pure function of tensors: both sweeps of the student, loss and gradients.
 
-The iteration depends on no tensor's value and draws no random number, so that it can be recorded once and replayed
-(mtt_fast/runtime/cuda_graphs.py). Random numbers come in as tensors, drawn beforehand (mtt_fast/engine/draws.py).
+The iteration reads no tensor on the host and draws no random numbers, so that a CUDA graph can record and replay it
+(mtt_fast/runtime/cuda_graphs.py). Its random numbers are arguments, drawn beforehand (mtt_fast/engine/draws.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.runtime.cuda_graphs import graphed
 
 Iteration = Callable[..., tuple[Tensor, ...]]
-"""A function of the tensors start, target, images, labels, lr and `StepDraws.tensors`."""
+"""A function of the tensors start, target, images, labels, lr and `StepDraws.tensors` that returns a loss and its gradients."""
 
 PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A function from the student's path (N + 1, P) and the expert's start and target (P,) to a loss (), which reads no tensor on the host."""
+"""A loss () of the student's path (N + 1, P) and the expert's start and target (P,) that reads no tensor on the host."""
 
 
 def planned_iteration(
@@ -37,10 +37,10 @@ def planned_iteration(
     gradient: Gradient = "exact",
     graph: bool = True,
 ) -> Iteration:
-    """Return `iteration` as `plan` says, for steps on `lengths` images each; on CUDA it replays a graph.
+    """Return `iteration` with the cut and the device of `plan`. On CUDA its calls are recorded in a CUDA graph and replayed.
 
-    Nothing is recorded where the path is in host memory, which a graph cannot reach, nor without `graph`, for iterations that
-    are too rare to hold a graph's memory.
+    `lengths` are the batch sizes of the steps. Without `graph`, or if the path is in host memory, nothing is recorded. Use
+    `graph=False` for iterations that are too rare to hold a graph's memory.
     """
     run = iteration(
         plan.student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
@@ -61,14 +61,14 @@ def iteration(
     saved_steps: int = 0,
     path_on_host: bool = False,
 ) -> Iteration:
-    """Return the function that computes `loss` () in float64, and its gradients to images, lr and soft labels.
+    """Return a function that computes `loss` () in float64, and its gradients with respect to images, lr and soft labels.
 
-    The steps see `lengths` images each, through `augment`, and `student` computes them. `momentum`, `weight_decay`
-    and `gradient` are those of `unroll`; `saved_steps` and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
+    `lengths` are the batch sizes of the steps. `momentum`, `weight_decay` and `gradient` are those of `unroll`; `saved_steps`
+    and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
 
-    A pure function of its tensors, all on one device: those of `matching_loss` and `unroll`, where `images` are all
-    synthetic images (n, C, H, W), and those of `StepDraws`, ΣB = Σ `lengths`. Nothing is checked: indices were drawn in
-    range, and `augment` takes the rows of one step. Gradients that are not finite are returned as well.
+    The returned function is pure. Its arguments are tensors on one device: those of `matching_loss` and `unroll`, with all
+    synthetic images (n, C, H, W), and those of `StepDraws`, where ΣB = Σ `lengths`. They are not checked. Gradients that are not
+    finite are returned like any other.
     """
 
     def iterate(

@@ -1,4 +1,4 @@
-"""Losses between a student's path and an expert's: the paper's, and its successors' choices of step and parameters."""
+"""Losses of a student's path: the paper's, ATT's nearest step, and PAD's choice of parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 
 MatchStep = Literal["last", "nearest"]
-"""The student's step that has to match: its last one, or the one that is nearest to the target."""
+"""The student's step that is compared with the target: the last, or the one nearest to the target."""
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -32,19 +32,18 @@ class _SquaredDistance(torch.autograd.Function):
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """Return `|θ_N − θ*|² / |θ_0 − θ*|²`, the paper's equation 2, as a float64 scalar.
 
-    The loss is computed in the dtype and on the device of `end`, and accumulated in float64.
-
-    `end` is the student's `θ_N` (P,); `start` and `target` are the expert's epochs `θ_0` and `θ*` (P,), constants: the
-    gradient flows to `end` alone, as in the public code. Raises `InputError` if the expert did not move.
+    `end` is the student's `θ_N` (P,), `start` and `target` are the expert's epochs `θ_0` and `θ*` (P,). The gradient flows only to
+    `end`, as in the public code. Differences are in the dtype and on the device of `end`, sums in float64.
+    Raises `InputError` for vectors that do not fit each other, and if the expert did not move.
     """
     return _checked_loss("matching_loss", end, start, target, 0.0)
 
 
 def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `matching_loss` over the parameters that are left when those of lowest loss are dropped, as PAD does.
+    """Return `matching_loss` without the parameters of lowest loss, as PAD does.
 
-    Of the P parameters the ⌊`loss_ratio` · P⌋ whose `(θ_N − θ*)²` is smallest count neither in the numerator nor in the
-    denominator, and get no gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
+    The ⌊`loss_ratio` · P⌋ parameters whose `(θ_N − θ*)²` is smallest are dropped from numerator and denominator, and get no
+    gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
     """
     if not 0 <= loss_ratio < 1:
         raise InputError(f"masked_matching_loss loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
@@ -52,20 +51,19 @@ def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio:
 
 
 def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return `matching_loss` of the student's step that is `nearest_step`, as ATT does.
+    """Return `matching_loss` of the step of `path` (N + 1, P) that is nearest to the target, as ATT does.
 
-    `path` (N + 1, P) is the student's. The gradient flows to that row of it alone: the choice is a constant. Raises
-    `InputError` as `matching_loss` does.
+    The gradient flows only to that row of the path; the choice of the step (`nearest_step`) is a constant. Raises `InputError`
+    as `matching_loss` does.
     """
     return matching_loss(path[int(nearest_step(path, target))], start, target)
 
 
 def nearest_step(path: Tensor, target: Tensor) -> Tensor:
-    """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
+    """Return n () int64 in 1 … N such that row n of `path` (N + 1, P) is nearest to `target` (P,), as ATT chooses it.
 
-    The distance is `Σ |θ_n − θ*|`, accumulated in float64; of equal distances the last step counts, and a step that is not
-    finite is infinitely far. `path` (N + 1, P) is the student's; its row 0 is no step. No tensor is read on the host.
-    Raises `InputError` for shapes that do not fit.
+    The distance is `Σ |θ_n − θ*|`, accumulated in float64, or infinite for a step that is not finite. The last step of equal
+    distance wins. No tensor is read on the host. Raises `InputError` for shapes that do not fit.
     """
     for name, value in (("path", path), ("target", target)):
         if not isinstance(value, Tensor):
@@ -81,9 +79,9 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
 
 
 def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `masked_matching_loss` of vectors that are known to fit. No tensor is read on the host.
+    """Return `masked_matching_loss` without its checks, so that no tensor is read on the host.
 
-    The loss is not finite where the expert did not move.
+    The loss is not finite if the expert did not move.
     """
     if loss_ratio:
         end, start = _without_lowest(end, start, target, loss_ratio)
@@ -95,10 +93,11 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
 def path_loss(
     path: Tensor, start: Tensor, target: Tensor, match_step: MatchStep = "last", loss_ratio: float = 0.0
 ) -> Tensor:
-    """Return the loss of a path that is known to fit, with the step and the parameters that are to match.
+    """Return the matching loss of `path` (N + 1, P) without checks, so that no tensor is read on the host.
 
-    The loss is `matching_loss`, `nearest_step_loss` or `masked_matching_loss`, or the latter two at once. No tensor is read
-    on the host: a tensor chooses the nearest row, so that the loss's gradient is as large as the path.
+    With the defaults it is `matching_loss`; `match_step="nearest"` is `nearest_step_loss`, `loss_ratio` is that of
+    `masked_matching_loss`, and the two can be combined. With "nearest" the gradient is as large as the path, since the row is
+    selected by a tensor.
     """
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)
@@ -109,7 +108,7 @@ def path_loss(
 
 
 def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:
-    """Return `end` and `start` with the target's values, which count for nothing, where the loss is lowest."""
+    """Return `end` and `start`, with the ⌊`loss_ratio` · P⌋ entries of lowest loss replaced by the target's, so that they add zero."""
     start, target = start.detach().to(end), target.detach().to(end)
     order = (end.detach() - target).square().argsort(stable=True)
     dropped = torch.zeros_like(end, dtype=torch.bool).index_fill_(0, order[: int(loss_ratio * len(end))], True)
@@ -117,7 +116,7 @@ def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: floa
 
 
 def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `_relative_distance`. Raises `InputError` for vectors that do not fit, and if the expert did not move."""
+    """Return `_relative_distance` after its checks: vectors that do not fit, or an expert that did not move, raise `InputError`."""
     for argument, vector in (("end", end), ("start", start), ("target", target)):
         if not isinstance(vector, Tensor) or vector.dim() != 1:
             found = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__

@@ -1,4 +1,4 @@
-"""The memory plan: cut the steps of an unroll so that they fit a budget, before the first step."""
+"""The memory plan: how an unroll cuts its batches to fit a memory budget, decided before the first step."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
 _BASE = (4 << 20, 256 << 20)  # code loaded at its first use, stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
-_ROUNDING = 20  # one part in so many for what allocators round up and keep: at most one in 28 was measured
-_LARGE_PATH = 4  # from a quarter of the budget on, the path lies on the host
+_ROUNDING = 20  # allow 1/20 for what allocators round up and keep; at most 1/28 was measured
+_LARGE_PATH = 4  # a path of more than 1/4 of the budget is kept on the host
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work that a plan cuts: N steps of a student on batches of some images."""
+    """The sizes of an unroll, N steps of a student, from which its plan follows."""
 
     student: Student
     num_parameters: int
     mixes_samples: bool
-    images: torch.Size  # (n, C, H, W), as they lie in memory
-    input_shape: torch.Size  # (C, H, W) of what the network is given of an image
+    images: torch.Size  # (n, C, H, W), as stored, before the augmentation
+    input_shape: torch.Size  # (C, H, W) of an augmented image
     batch: int
     steps: int
     dtype: torch.dtype
@@ -51,26 +51,26 @@ class Work:
     augment_bytes: int = 0
     """memory of the augmentation for each image of a batch, beyond the augmented image"""
     path_gradient: bool = False
-    """whether the loss's gradient is as large as the path, as where a tensor chooses the row"""
+    """whether the gradient of the loss with respect to the path is as large as the path, as with `path.index_select`"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of an unroll's steps, and the memory that they take with it. `str` is a sentence for a log."""
+    """The cut of an unroll's batches, the activations that it saves, and the memory that this takes. `str` describes it for a log."""
 
     work: Work
     microbatch: int
-    """samples at once; the whole batch if the number is as large"""
+    """largest number of samples at once; `work.batch` or more means whole batches"""
     saved_steps: int = 0
-    """number of last steps whose primal activations the forward sweep saves for the backward one"""
+    """number of last steps whose activations the forward sweep saves for the backward sweep"""
     path_on_host: bool = False
-    """whether θ_0 … θ_N lie in pinned host memory"""
+    """whether θ_0 … θ_N are in pinned host memory"""
     budget: int | None = None
     """bytes"""
 
     @property
     def parts(self) -> dict[str, int]:
-        """Return the bytes at the peak, by their purpose."""
+        """Return the bytes at the peak by purpose; `peak_bytes` is their sum."""
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
         image, network_input = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
@@ -80,7 +80,7 @@ class Plan:
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
         peaks = [step.gradient_jvp, step.gradient]
-        if self.saved_steps:  # the last piece of the forward sweep, the first one of the backward sweep
+        if self.saved_steps:  # the last piece of the forward sweep, and the first one of the backward sweep
             peaks = [saved_bytes - step.saved + step.gradient_saving, saved_bytes + step.gradient_jvp_saved, *peaks]
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
@@ -100,25 +100,25 @@ class Plan:
 
     @property
     def cut(self) -> bool:
-        """Return whether a batch is done in pieces."""
+        """Return whether batches are cut into pieces."""
         return self.microbatch < self.work.batch
 
     @property
     def student(self) -> Student:
-        """Return the student, which cuts its batches where the plan does."""
+        """Return the student that cuts batches as the plan says."""
         return InMicrobatches(self.work.student, self.microbatch) if self.cut else self.work.student
 
     @property
     def passes(self) -> float:
-        """Return the mean cost of a step in both sweeps, in units of the convolutions of one forward pass."""
+        """Return the mean cost of a step in both sweeps, in forward passes."""
         recomputed, saved = self.work.student.passes
         share = self.saved_steps / self.work.steps
         return saved * share + recomputed * (1 - share)
 
     def smaller(self) -> Plan:
-        """Return the next plan that takes less: first nothing is saved, then pieces are halved. The results are the same, exactly.
+        """Return the next smaller plan: first without saved activations, then with pieces of half the size. Results stay exact.
 
-        Raises `InputError` if there is none.
+        Raises `InputError` if there is no smaller plan.
         """
         if self.saved_steps:
             return dataclasses.replace(self, saved_steps=0)
@@ -163,26 +163,27 @@ def plan(
     precision: Precision = "fp32",
     path_gradient: bool = False,
 ) -> Plan:
-    """Return, before a run, the plan that `unroll` makes itself, or can be given: how it cuts its steps, and its memory.
+    """Return the memory plan of an `unroll`, before a run. `unroll` makes the same plan itself, or takes it as `plan=`.
 
     Args:
         net: the student's network.
         images: the synthetic images, or their shape (n, C, H, W).
         steps: N.
-        batch: images in a step; without it, all.
-        memory_budget: bytes or "6GiB", the peak of the unroll beyond its arguments; "auto", most of what is free on
-            `device`; None, no limit: whole batches, and nothing saved.
-        microbatch: in place of a budget: at most so many samples at once.
+        batch: images in a step; by default all.
+        memory_budget: limit on the peak of the unroll beyond its arguments: bytes, "6GiB", or "auto" for most of the free memory
+            of `device`. None is no limit: whole batches, and no saved activations.
+        microbatch: largest number of samples at once, in place of a budget.
         device: of the run.
         dtype: of the parameters.
-        momentum: as in `unroll`; only whether there is any.
-        augment: the augmentation; or only whether the images are augmented, to images of their own shape.
+        momentum: as in `unroll`; only zero or not zero matters.
+        augment: the augmentation, or True for any that keeps the images' shape.
         label_kind: as in `unroll`, as are `loss` and `precision`.
-        path_gradient: whether the loss's gradient is as large as the path: of `path` itself, not of rows `path[n]`.
+        path_gradient: whether the loss uses `path` itself (as `path.mean()`), so that its gradient is as large as the path.
+            Rows `path[n]` do not need this.
 
     Raises:
-        InputError: the budget is too small even for one sample at once (the message says how much would do); or the network's
-            samples depend on each other, so that its batches cannot be cut.
+        InputError: the budget is too small even for one sample at once (the message says how much is needed), or the network
+            mixes samples, so that its batches cannot be cut.
     """
     device = torch.device(device)
     shape = _shape_of(images)
@@ -229,9 +230,9 @@ def plan_for(
     microbatch: int | None = None,
     otherwise: str = "lower `batch` or `steps`",
 ) -> Plan:
-    """Return the plan for `work`: the largest pieces that fit, and as many saved activations as then fit.
+    """Return the plan for `work`: the largest pieces that fit, and then as many saved activations as fit.
 
-    Raises as `plan`; where the budget is too small the error says what to do `otherwise` than to raise it.
+    Raises as `plan` does. `otherwise` is the advice of the error for a budget that is too small, besides to raise it.
     """
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected `microbatch` or `memory_budget`, found both; give one")
@@ -268,13 +269,13 @@ def check_budget(amount: str) -> None:
 
 
 def _largest(most: int, plan_of: Callable[[int], Plan], budget: int) -> Plan | None:
-    """Return `plan_of` the largest number in 1 … `most` whose peak is within `budget`; the peak grows with the number."""
+    """Return `plan_of(n)` for the largest n in 1 … `most` whose peak is within `budget`, or None. The peak grows with n."""
     number = bisect.bisect_right(range(1, most + 1), budget, key=lambda number: plan_of(number).peak_bytes)
     return plan_of(number) if number else None
 
 
 def _even(batch: int, most: int) -> int:
-    """Return the size of even pieces, as many as pieces of `most` would be."""
+    """Return the size of pieces that are as many as pieces of `most` samples, but of even sizes."""
     return math.ceil(batch / math.ceil(batch / most))
 
 

@@ -1,4 +1,4 @@
-"""Repeat work in smaller pieces where memory runs out."""
+"""Repeat work in smaller pieces when memory runs out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 def with_smaller_pieces(plan: Plan, attempt: Callable[[Plan], Result]) -> tuple[Result, Plan]:
     """Return the result of `attempt(plan)`, and the plan with which `attempt` succeeded.
 
-    Where memory runs out, the next smaller plan is tried, with a line in the log. `attempt` must be repeatable: it may
-    change nothing before all that can run out of memory is done. Raises `InputError` where there is no smaller plan.
+    When memory runs out, the next smaller plan is tried, with a line in the log. `attempt` must be repeatable: it must not
+    change anything before its last allocation. Raises `InputError` if there is no smaller plan.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The path of a student, as a tensor for callers of `unroll`."""
+"""The tensor that `unroll` returns."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 
 class StudentPath(Tensor):
-    """A path whose rows `path[n]` are outputs of their own in the graph, and are brought to the device of the student.
+    """A path (N + 1, P) that returns `path[n]` as a separate output of the autograd node, on the device of the student.
 
-    The gradient of a row of an ordinary tensor is as large as the whole path, with zeros in all other rows.
+    By ordinary indexing the gradient of one row would be a tensor as large as the whole path, mostly zeros.
     """
 
     rows: tuple[Tensor, ...]
-    home: torch.device
-    # results computed from a path are ordinary tensors
+    home: torch.device  # of the student
+    # operations on a path return ordinary tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(path: Tensor, rows: Sequence[Tensor], home: torch.device) -> StudentPath:
-        """Return `path` (N + 1, P) with its `rows` (P,), as outputs of autograd, of a student on the device `home`."""
-        held = path.as_subclass(StudentPath)
-        held.rows, held.home = tuple(rows), home
-        return held
+        """Return `path` (N + 1, P) as a `StudentPath` with these `rows` (P,), for a student on the device `home`."""
+        student_path = path.as_subclass(StudentPath)
+        student_path.rows, student_path.home = tuple(rows), home
+        return student_path
 
     def __getitem__(self, index: Any) -> Tensor:
-        chooses_row = isinstance(index, Integral) and not isinstance(index, bool)
-        return self.rows[index].to(self.home) if chooses_row else super().__getitem__(index)
+        is_row = isinstance(index, Integral) and not isinstance(index, bool)
+        return self.rows[index].to(self.home) if is_row else super().__getitem__(index)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a file of a path is a file of an ordinary tensor
+    def __reduce_ex__(self, protocol: Any) -> Any:  # torch.save writes an ordinary tensor
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

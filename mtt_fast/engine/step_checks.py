@@ -1,4 +1,4 @@
-"""Check the arguments of one step of the fused student, in the words of its caller; a GPU is not waited for."""
+"""Check the arguments of one step of the fused student, without waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def check_choices(label_kind: str, precision: str) -> None:
 def check_step(
     network: ConvNet, label_kind: LabelKind, images: Inputs, labels: Tensor, theta: Tensor, **directions: Tensor
 ) -> None:
-    """Raise `InputError` unless the tensors of a step fit the network and each other: kinds, shapes, dtypes, one device.
+    """Raise `InputError` unless types, shapes, dtypes and devices of a step's tensors fit the network and each other.
 
-    `directions` of a derivative are like `theta`. Class indices are compared with the number of classes on a CPU alone.
+    `directions` must be like `theta`. The values of class indices are checked only on a CPU.
     """
     pixels = images.images if isinstance(images, Batch) else images
     for name, tensor in {"theta": theta, "images": pixels, "labels": labels, **directions}.items():
@@ -43,20 +43,20 @@ def check_step(
 
 
 def check_saved(saved: Any, network: ConvNet, images: Inputs) -> None:
-    """Raise `InputError` unless `saved` is None, or the unused activations of a step of `network` on as many images.
+    """Raise `InputError` unless `saved` is None, or activations of `network` for as many images that are not consumed yet.
 
-    They are a factor, and of each block, the last one first, its activations and the gradient to its result (b, …).
+    They are a list: the scale of the cotangents, then for each block, the last one first, its activations and p̄ (b, …).
     """
     if saved is None:
         return
     found = type(saved).__name__
     if isinstance(saved, list) and len(saved) == network.depth + 1:
-        _, bar = saved[1]
-        if len(bar) == len(images):
+        _, p_bar = saved[1]
+        if len(p_bar) == len(images):
             return
-        found = f"those of {len(bar)}"
+        found = f"those of {len(p_bar)}"
     elif isinstance(saved, list):
-        found = "what is used up"
+        found = "consumed ones"
     raise InputError(
         f"`saved`: expected activations of `gradient` for these {len(images)} images, found {found}; call it again with save"
     )
@@ -80,13 +80,13 @@ def _check_images(images: Inputs, pixels: Tensor, network: ConvNet) -> None:
 
 
 def check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtype: torch.dtype) -> None:
-    """Raise `InputError` unless `labels` are indices below `classes`, int64, or one number a class, `dtype`, of `count` samples.
+    """Raise `InputError` unless `labels` are int64 class indices (count,), or soft labels (count, classes) of `dtype`.
 
-    Indices are compared with the number of classes on a CPU alone: a GPU is not waited for.
+    The values of indices are checked only on a CPU, since a check would wait for a GPU.
     """
-    shape, kinds = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
-    if labels.shape != shape or labels.dtype != kinds:
-        raise InputError(f"`labels`: expected {kind} {shape}, {dtype_name(kinds)}, found {_found(labels)}")
+    shape, expected = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
+    if labels.shape != shape or labels.dtype != expected:
+        raise InputError(f"`labels`: expected {kind} {shape}, {dtype_name(expected)}, found {_found(labels)}")
     if kind == "indices" and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(
             f"`labels`: expected class indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}"

@@ -1,7 +1,7 @@
 """The student: a network's gradient, and the directional derivative of that gradient, for one step.
 
-The generic student below computes both for any network and any loss by autograd. A hand-written student for one
-architecture computes the same two; a wrapped one (`InMicrobatches`) calls another.
+`GenericStudent` computes both by autograd, for any network and loss. `FusedConvNetStudent` (fused.py) computes them by
+hand-written formulas. `InMicrobatches` wraps another student, and calls it on pieces of the batch.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, PartialSums
 from mtt_fast.networks.protocol import Network
 
-# How many times its live bytes a generic step may take, and a saved graph its own: operations allocate inside, and glibc's
-# allocator keeps freed blocks between those in use. Measured: 0.8 to 2.3 times, and up to 1.9 times, with ConvNet (32 to
-# 128 pixels), ResNet18, VGG11, AlexNet and a ViT.
-_TAKEN_OVER_LIVE, _TAKEN_OVER_SAVED = 2.6, 2.0
+# The memory of a generic step as a multiple of its live bytes, and that of a saved graph as a multiple of its tensors'. It is
+# more than one, since operations allocate inside, and glibc's allocator keeps freed blocks between those in use. Measured: 0.8 to
+# 2.3, and up to 1.9, with ConvNet (32 to 128 pixels), ResNet18, VGG11, AlexNet and a ViT.
+_STEP_OVERHEAD, _SAVED_OVERHEAD = 2.6, 2.0
 _MANY = 128  # samples
 
 CANNOT_CUT = (
     "`microbatch`: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
     "use instance norm, evaluation mode, or no micro-batches"
 )
-"""The error where batches of a network that mixes samples were to be cut."""
+"""The error for a plan that cuts the batches of a network that mixes samples."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
 
 
 SavedActivations = list[Any]
-"""Activations of one step that its student can use again; only that student knows their contents."""
+"""Activations of one step, in the private format of the student that saved them."""
 
 
 class StepGradient(NamedTuple):
-    """The loss and its gradient at θ, and the activations that were saved on the way."""
+    """The loss, its gradient with respect to θ, and the saved activations."""
 
     loss: Tensor  # ()
     sums: PartialSums  # of the gradient
@@ -62,24 +62,24 @@ class StepGradient(NamedTuple):
 
 
 class StepBytes(NamedTuple):
-    """Peak memory of one step beyond its arguments and the activations saved before, in bytes."""
+    """Peak memory in bytes of one step, beyond its arguments and the saved activations of earlier steps."""
 
     gradient: int
-    gradient_saving: int  # the saved activations included
+    gradient_saving: int  # of `gradient` with save=True, the saved activations included
     gradient_jvp: int
-    gradient_jvp_saved: int  # beyond the saved activations
-    saved: int  # by one step; 0 if the student saves nothing
-    work: int  # stays between calls
+    gradient_jvp_saved: int  # of `gradient_jvp` with saved activations, beyond these
+    saved: int  # saved activations of one step; 0 if the student saves nothing
+    work: int  # work space that stays allocated between calls
 
 
 class GradientTangent(NamedTuple):
-    """Derivative at θ in direction v of the loss and its gradient (g is the gradient to θ, H the Hessian)."""
+    """Derivatives, at θ in direction v, of the loss and of its gradients (g is the gradient with respect to θ, H the Hessian)."""
 
     v_dot_g: Tensor  # ()
     sums: PartialSums  # of H v
     images: Tensor  # (b, C, H, W): ∂(v·g)/∂x
     labels: Tensor | None  # (b, classes): ∂(v·g)/∂y; None for class indices
-    loss: Tensor | None = None  # (): that of `gradient` once more, for a network and a loss of the caller's own
+    loss: Tensor | None = None  # (): the loss itself, which the sweeps compare; None from the fused student
 
     @property
     def hessian_v(self) -> Tensor:
@@ -89,32 +89,32 @@ class GradientTangent(NamedTuple):
 
 
 def as_sums(vector: Tensor) -> PartialSums:
-    """Return a complete vector (P,) as partial sums."""
+    """Return a vector (P,) as the only summand of its partial sums."""
     return PartialSums((vector.contiguous()[None],))
 
 
 class Student(Protocol):
-    """One step's gradient and its derivative; the loss is a mean over the samples of the batch.
+    """Compute one step's gradient, and its derivative in a direction. The loss is a mean over the samples of the batch.
 
     `images` (b, C, H, W) are a tensor, or a `Batch` that the student gathers and augments itself.
     """
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
-        """Return the loss () and ∇θ loss at `theta`; with `save` also activations, if the student saves any."""
+        """Return the loss () and its gradient at `theta` (P,); with `save` also the activations for `gradient_jvp`."""
         ...
 
     def gradient_jvp(
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
-        """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
+        """Return the derivatives of the gradients (with respect to θ, images, labels) at `theta` in the direction `v` (P,).
 
-        `saved` are the activations that `gradient` saved of the same step: they are not computed again, and are used up.
+        `saved` are the activations that `gradient` saved for the same step. They are not computed again, and are consumed.
         """
         ...
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Return the cost of one step in both sweeps, without and with saved activations, in convolutions of one forward pass."""
+        """Return the cost of one step in both sweeps, without and with saved activations, in forward passes."""
         ...
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
@@ -123,34 +123,34 @@ class Student(Protocol):
 
 
 class _SharedSetting:
-    """A setting of the whole process, in force from the first thread's entry until the last one has left."""
+    """A process-wide setting, active from the first thread's entry to the last thread's exit."""
 
     def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._setting, self._lock, self._inside = setting, threading.Lock(), 0
+        self._setting, self._lock, self._entries = setting, threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside:
+            if not self._entries:
                 self._active = self._setting()
                 self._active.__enter__()
-            self._inside += 1
+            self._entries += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._inside -= 1
-            if not self._inside:
+            self._entries -= 1
+            if not self._entries:
                 self._active.__exit__(None, None, None)
 
 
-# the only attention that can be differentiated twice, in whichever mode
+# attention in plain operations: the only implementation of torch that can be differentiated twice
 plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes).
 
-    Raises `InputError` for labels that do not fit, those too that torch would leave out of the mean: then the pieces of a batch
-    would no longer add up to it.
+    Raises `InputError` for labels that do not fit, and for those that torch leaves out of the mean (as its `ignore_index`): with
+    them the pieces of a batch would not add up to the batch.
     """
     if logits.dim() == 2:
         kind: LabelKind = "probabilities" if labels.is_floating_point() else "indices"
@@ -165,9 +165,9 @@ def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GenericStudent:
-    """Any network and loss, by autograd: the directional derivative is the gradient of v·g, in the graph of one step.
+    """Compute a step of any network and loss by autograd: the directional derivative is the gradient of v·g, in the graph of one step.
 
-    Its saved activations are that graph, so that with those of all steps it does what autograd through all steps does.
+    The saved activations are that graph. If all steps save theirs, the two sweeps do what autograd through all steps does.
     """
 
     network: Network
@@ -175,7 +175,7 @@ class GenericStudent:
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        if save:  # of a copy, since a graph is invalid once a tensor that it saved is overwritten, as by the next row of a path
+        if save:  # at a copy: the graph saves θ, and would be invalid once the next row of the path is written
             step = self._recorded(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), as_sums(step.gradient.detach()), [step])
         with torch.enable_grad():
@@ -207,32 +207,31 @@ class GenericStudent:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """See `Student.passes`: 3 F, and 9 F, of which three are those of the forward sweep again."""
+        """See `Student.passes`: 3 + 9, of which the backward sweep repeats 3 unless the graph was saved."""
         return 12, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`.
 
-        The live bytes are interpolated between those of two steps on tensors without data, of few samples and of many. Factors
-        allow for what operations allocate inside, and for freed blocks that the allocator keeps.
+        The live bytes are interpolated linearly between two steps on meta tensors, with few samples and with many.
         """
-        few = 2 if self.network.mixes_samples else 1  # one sample alone cannot be normalised together
+        few = 2 if self.network.mixes_samples else 1  # batch norm needs two samples
         fewer, more = (live_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))
         share = (batch - few) / (_MANY - few)
         live = StepBytes(*(int(less + share * (most - less)) for less, most in zip(fewer, more, strict=True)))
-        saved = int(_TAKEN_OVER_SAVED * live.saved)
+        saved = int(_SAVED_OVERHEAD * live.saved)
         return StepBytes(
-            gradient=int(_TAKEN_OVER_LIVE * live.gradient),
-            gradient_saving=int(_TAKEN_OVER_LIVE * (live.gradient_saving - live.saved)) + saved,
-            gradient_jvp=int(_TAKEN_OVER_LIVE * live.gradient_jvp),
-            gradient_jvp_saved=int(_TAKEN_OVER_LIVE * live.gradient_jvp_saved),
+            gradient=int(_STEP_OVERHEAD * live.gradient),
+            gradient_saving=int(_STEP_OVERHEAD * (live.gradient_saving - live.saved)) + saved,
+            gradient_jvp=int(_STEP_OVERHEAD * live.gradient_jvp),
+            gradient_jvp_saved=int(_STEP_OVERHEAD * live.gradient_jvp_saved),
             saved=saved,
             work=0,
         )
 
 
 class _RecordedStep(NamedTuple):
-    """The graph of a step, to its gradient at the parameters."""
+    """The autograd graph of a step, from its leaves to the gradient with respect to the parameters."""
 
     leaves: list[Tensor]  # parameters, images, and soft labels
     loss: Tensor  # ()
@@ -241,9 +240,9 @@ class _RecordedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class InMicrobatches:
-    """A student that cuts each batch into pieces of at most `size` samples and calls `student` on each: exact.
+    """Cut each batch into pieces of at most `size` samples, and call `student` on each.
 
-    The loss is a mean over samples, so the loss and its gradients are the weighted sums of the pieces'.
+    The result is exact: the loss is a mean over samples, so the loss and its gradients are weighted sums over the pieces.
     """
 
     student: Student
@@ -284,7 +283,7 @@ class InMicrobatches:
         return self.student.passes
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`: the largest piece's, beside the saved activations of all pieces."""
+        """See `Student.step_bytes`: the memory of the largest piece, and the saved activations of all pieces."""
         sizes = [piece.stop - piece.start for piece, _ in self._pieces(batch)]
         steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
         largest, saved = steps[sizes[0]], sum(steps[size].saved for size in sizes)
@@ -298,14 +297,14 @@ class InMicrobatches:
 
 _Shapes = tuple[int, torch.Size, torch.dtype]
 _LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weakref.WeakKeyDictionary()
-"""Results of `live_bytes`, since an evaluation asks for each network of a pool again and again; they end with their network."""
+"""Cache of `live_bytes`, since an evaluation asks again and again for each network of a pool. An entry lives as long as its network."""
 
 
 def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
-    """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
+    """Return the bytes of the live tensors in steps of a `GenericStudent`, at their peaks and between the sweeps.
 
-    Nothing is computed: the steps run on the meta device, with a loss that stands for any other. Raises `InputError` for a network
-    that does not run there, and for one that cannot be noted.
+    Nothing is computed: the steps run on the meta device, with a small loss in place of the caller's. Raises `InputError` for a
+    network that does not run there, and for one that cannot be a key of the cache.
     """
     try:
         known = _LIVE_BYTES.setdefault(network, {})

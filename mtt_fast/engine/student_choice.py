@@ -22,7 +22,7 @@ _TENSOR_CORES = (8, 0)
 
 
 class ChosenPrecision(NamedTuple):
-    """A precision of the factors of products, and the reason for it in words."""
+    """A precision of the factors of products, and the reason for it, for the log."""
 
     precision: Precision
     reason: str
@@ -35,11 +35,11 @@ def student_for(
     loss: Loss | None = None,
     precision: Precision = "fp32",
 ) -> Student:
-    """Return the student for `network` on `device`: the fused one for `ConvNet` where its kernels run, else the generic.
+    """Return the student for `network` on `device`: `FusedConvNetStudent` for a `ConvNet` if kernels exist, else `GenericStudent`.
 
-    Without a `loss` it is cross-entropy with labels of `label_kind`; a loss of the user's own takes the generic student.
-    `precision` is the fused student's; the generic one follows torch's own settings. Raises `InputError` for an unknown
-    `label_kind` or `precision`, also where it has no effect, and for a module whose parameters are not one vector.
+    The default loss is cross-entropy with labels of `label_kind`; a `loss` of the user's own needs `GenericStudent`, which ignores
+    `precision` and follows torch's own settings. Raises `InputError` for an unknown `label_kind` or `precision`, and for a module
+    whose parameters are not one vector.
     """
     check_choices(label_kind, precision)
     if not (hasattr(network, "num_parameters") and hasattr(network, "mixes_samples")):
@@ -74,10 +74,9 @@ def choose_precision(
 ) -> ChosenPrecision:
     """Return the precision of the factors of products in a run with `network` on `device`.
 
-    A CPU always computes in float32. Elsewhere `requested` is taken. With "auto" the `iterations` of a distillation take fp16 where the
-    device has Tensor cores for it and `network` the fused step; everything else, experts and evaluations too, takes tf32.
-    Raises `InputError` for an unknown precision, and for fp16 or bf16 where `network` takes the generic student, which follows
-    torch's own settings.
+    A CPU always computes in float32. On a GPU, "auto" is fp16 for the `iterations` of a distillation if the device has Tensor cores
+    for it and `network` a fused student, and tf32 otherwise (for experts and evaluations too). Any other `requested` is returned.
+    Raises `InputError` for an unknown precision, and for fp16 or bf16 with `GenericStudent`, which follows torch's own settings.
     """
     if requested not in get_args(PrecisionRequest):
         raise InputError(f"`precision` {requested}: expected {', '.join(get_args(PrecisionRequest))}")

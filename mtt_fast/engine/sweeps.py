@@ -1,13 +1,13 @@
-"""Both sweeps over the steps of a student: forward along the path, and back with the adjoint.
+"""The forward sweep over the steps of a student, and the backward sweep with the adjoint, as one autograd function.
 
-The forward sweep keeps only the parameters θ_0 … θ_N. The backward sweep walks the steps in reverse with the adjoint λ of the
-parameters: a step's contribution is one directional derivative of its ordinary gradient (docs/adjoint.md).
+The forward sweep keeps only the parameters θ_0 … θ_N. The backward sweep goes through the steps in reverse with the adjoint λ of
+the parameters. It needs one directional derivative of each step's gradient (docs/adjoint.md).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,16 +26,16 @@ from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.runtime.prefetch import upload
 
 Gradient = Literal["exact", "truncated"]
-"""The gradient is exact, or leaves out the steps' Hessians as TESLA does, an approximation (docs/adjoint.md)."""
+"""The exact gradient, or TESLA's approximation without the Hessians of the steps (docs/adjoint.md)."""
 
 
 @dataclass(frozen=True)
 class StudentSteps:
-    """The arguments of both sweeps besides the tensors that are differentiated."""
+    """The arguments of both sweeps that are not differentiated."""
 
     student: Student
     batches: tuple[Tensor, ...]
-    saved_steps: int  # the last so many steps save their activations
+    saved_steps: int  # number of last steps that save their activations
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
@@ -43,17 +43,20 @@ class StudentSteps:
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
     has_velocity: bool = False  # always true with momentum
-    compares: bool = False  # whether both sweeps are compared, which waits for the device
+    compares: bool = (
+        False  # whether to check that the backward sweep repeats the forward one, which waits for the device
+    )
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
-        """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` if their gradient will be needed.
+        """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
 
-        The student gathers them itself, unless the augmentation is no warp or the dtype is another.
+        The result is a `Batch`, which the student gathers itself, if the images are 4-D, contiguous and of `dtype`, and the
+        augmentation is a warp or None. Otherwise it is an `AugmentedBatch`.
         """
         index, draws, augment = self.batches[n], self.draws[n], self.augment
         warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
-        as_pictures = images.dim() == 4 and images.dtype == dtype and images.is_contiguous()
-        if (augment is None or warp is not None) and as_pictures:
+        can_gather = images.dim() == 4 and images.dtype == dtype and images.is_contiguous()
+        if (augment is None or warp is not None) and can_gather:
             if warp is not None:
                 warp = upload(warp.to(torch.float64 if dtype == torch.float64 else torch.float32), images.device)
             return Batch(images.detach(), index, warp)
@@ -64,23 +67,23 @@ class StudentSteps:
         return AugmentedBatch.of(images, index, augmented, dtype, tracked=tracked)
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """Return the function from a step to its targets out of `labels`, in the dtypes that losses expect.
+        """Return a function that maps n to the targets of step n: int64 class indices, or soft labels in `dtype`.
 
-        Class indices, some bytes a sample, are looked up for all steps at once. Soft labels take the memory of a step's logits.
+        Class indices are small, so they are gathered for all steps at once. Soft labels are gathered step by step.
         """
         if labels.is_floating_point():
             return lambda n: labels[self.batches[n]].to(dtype)
-        every = labels[torch.cat(self.batches)].long().split([len(index) for index in self.batches])
-        return lambda n: every[n]
+        targets = labels[torch.cat(self.batches)].long().split([len(index) for index in self.batches])
+        return lambda n: targets[n]
 
 
 def path_of(
     steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
+    """Return the path (N + 1, P) and the last velocity (P,), or None without velocity. The arguments are not checked.
 
-    Unless the `steps` compare, no tensor is read on the host, so on a GPU nothing waits for the device, and both sweeps can be
-    recorded (mtt_fast/runtime/cuda_graphs.py).
+    Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be recorded in a CUDA
+    graph (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
@@ -88,7 +91,7 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `function` an autograd function's `backward` that can be differentiated no further and ignores the caller's autocast."""
+    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast."""
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -101,7 +104,7 @@ def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Unroll(torch.autograd.Function):
-    """One node in the user's graph for all N steps."""
+    """Both sweeps as one node of the user's autograd graph."""
 
     @staticmethod
     def forward(
@@ -113,30 +116,30 @@ class _Unroll(torch.autograd.Function):
         labels: Tensor,
         lr: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """Return the path (N + 1, P), the last velocity (P,), and the rows, each an output (and a gradient) of its own."""
+        """Return the path (N + 1, P), the last velocity (P,) or None, and the rows of the path as separate outputs."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
         path = Rows.empty(count + 1, theta, on_host=steps.path_on_host)
-        path.near(0).copy_(theta)
+        path.on_device(0).copy_(theta)
         path.save(0)
-        # with momentum the update is no longer a function of one step, so the velocities are kept as well
+        # the gradient with respect to the learning rates needs the velocities
         velocities = Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
-        saved, targets, seen = {}, steps.targets(labels, theta.dtype), []
+        saved, targets, fingerprints = {}, steps.targets(labels, theta.dtype), []
         for n in range(count):
             inputs = steps.batch(images, n, theta.dtype).inputs
             save = n >= count - steps.saved_steps
-            loss, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
+            loss, sums, activations = steps.student.gradient(path.on_device(n), inputs, targets(n), save=save)
             if steps.compares:
-                seen.append(_marks(inputs, loss))
+                fingerprints.append(_fingerprint(inputs, loss))
             if activations:
                 saved[n] = activations
-            after = None if velocities is None else velocities.near(n)
+            after = None if velocities is None else velocities.on_device(n)
             kernels.sgd_step(
-                path.near(n),
+                path.on_device(n),
                 sums,
                 rates[n],
-                out=path.near(n + 1),
+                out=path.on_device(n + 1),
                 velocity=before,
                 velocity_out=after,
                 momentum=steps.momentum,
@@ -146,12 +149,12 @@ class _Unroll(torch.autograd.Function):
             if velocities is not None:
                 velocities.save(n)
             before = after
-        if steps.path_on_host and theta.is_cuda:  # a reader of the rows in host memory must find them written
+        if steps.path_on_host and theta.is_cuda:  # the rows in host memory are read without a synchronisation
             torch.cuda.current_stream(theta.device).synchronize()
-        ctx.steps, ctx.saved, ctx.seen, ctx.device = steps, saved, seen, theta.device
+        ctx.steps, ctx.saved, ctx.fingerprints, ctx.device = steps, saved, fingerprints, theta.device
         ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
-        # a copy, so that a caller who keeps it keeps neither the other velocities nor this backward sweep's tensors
+        # a copy of the velocity, so that a caller who keeps it does not keep all velocities alive
         return path.stored, None if after is None else after.clone(), *path.stored.unbind()
 
     @staticmethod
@@ -166,104 +169,110 @@ class _Unroll(torch.autograd.Function):
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
         velocities = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
-        start = path.near(0)
+        start = path.on_device(0)
         rates = _rates(lr, len(steps.batches), start)
-        # the factors with which a step's gradients enter the loss's: −α, since the direction below is λ; with momentum 1
-        sizes = -rates if velocities is None else torch.ones_like(rates)
-        negated_sizes, targets = -sizes, steps.targets(labels, start.dtype)
+        # ν = scale · direction: the direction below is λ, and ν = −α λ; with momentum the direction is ν itself
+        scales = -rates if velocities is None else torch.ones_like(rates)
+        negated_scales, targets = -scales, steps.targets(labels, start.dtype)
         grad_images, grad_labels = (
             torch.zeros_like(each, memory_format=torch.contiguous_format) if wanted else None
             for each, wanted in ((images, wants_images), (labels, wants_labels))
         )
-        slopes: list[Tensor] = []  # the losses' derivatives by −α_n, from the last step on
-        again: list[list[Tensor]] = []  # the marks of the steps, from the last one on
+        grad_negated_rates: list[Tensor] = []  # dL/d(−α_n), the last step first
+        repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
+        direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
-        def incoming(n: int) -> Tensor | None:
-            """Return the loss's own gradient to row n, both as a row of the path and as a row by itself, or None."""
-            from_path, from_row = None if grad_path is None else grad_path[n], grad_rows[n]
-            parts = [part.to(lr.device).contiguous() for part in (from_path, from_row) if part is not None]
-            return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
-
-        # after the last row that the loss depends on every adjoint is zero, and a step contributes nothing
+        # steps after the last row that the loss depends on contribute nothing
         needs_all = grad_path is not None or grad_velocity is not None
         last = max((n for n, grad_row in enumerate(grad_rows) if needs_all or grad_row is not None), default=0)
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
         adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
-        if (gradient_to_last := incoming(last)) is not None:
-            adjoint.copy_(gradient_to_last)
+        if (last_gradient := direct_gradient(last)) is not None:
+            adjoint.copy_(last_gradient)
         velocity_adjoint = None if velocities is None else torch.zeros_like(adjoint)  # π_{n+1}, then ν
         if velocity_adjoint is not None and grad_velocity is not None:
             velocity_adjoint.copy_(grad_velocity)
         for n in reversed(range(last)):
-            # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
-            # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
+            # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is the direction: this also
+            # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
             direction = adjoint
             if velocity_adjoint is not None:
                 direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
-            # saved activations are used up: a second backward through the same graph computes them again
+            # saved activations are consumed: a second backward pass through the same graph computes them again
             saved = ctx.saved.pop(n, None)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, saved)
             if steps.compares:
-                again.append(_marks(batch.inputs, tangent.loss))
+                repeated.append(_fingerprint(batch.inputs, tangent.loss))
 
             if velocities is None:
-                slope = tangent.v_dot_g
+                grad_negated_rate = tangent.v_dot_g
                 if steps.weight_decay:
-                    slope = slope + steps.weight_decay * torch.dot(direction, theta)
+                    grad_negated_rate = grad_negated_rate + steps.weight_decay * torch.dot(direction, theta)
             else:
-                slope = torch.dot(adjoint, velocities.load(n))
-            slopes.append(slope)
-            of_batch = None
+                grad_negated_rate = torch.dot(adjoint, velocities.load(n))
+            grad_negated_rates.append(grad_negated_rate)
+            batch_gradient = None
             if grad_images is not None:
-                if isinstance(batch, Batch):
-                    of_batch = batch.gradient_to_add(grad_images, tangent.images)
+                if isinstance(batch, Batch):  # `adjoint_step` adds it to `grad_images`
+                    batch_gradient = batch.gradient_to_add(grad_images, tangent.images)
                 else:
-                    batch.add_gradient(grad_images, tangent.images, sizes[n])
+                    batch.add_gradient(grad_images, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
-                to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
-                kernels.index_add(grad_labels, steps.batches[n], to_targets, alpha=-1)
+                grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype)
+                kernels.index_add(grad_labels, steps.batches[n], grad_targets, alpha=-1)
             kernels.adjoint_step(
                 adjoint,
                 tangent.sums if steps.gradient == "exact" else PartialSums((adjoint.new_empty(0, len(adjoint)),)),
                 direction,
-                sizes[n],
+                scales[n],
                 out=adjoint,
-                incoming=incoming(n),
+                incoming=direct_gradient(n),
                 weight_decay=steps.weight_decay,
-                batch=of_batch,
+                batch=batch_gradient,
             )
             if velocity_adjoint is not None:
                 velocity_adjoint.mul_(steps.momentum)  # π_n
-            del batch, tangent, of_batch
+            del batch, tangent, batch_gradient
 
-        def forward_marks(n: int) -> Tensor:
-            """Return the marks (k,) that the forward sweep's operations find for step n and the images of this sweep."""
+        def forward_fingerprint(n: int) -> Tensor:
+            """Return the fingerprint (k,) of step n, computed again as in the forward sweep."""
             inputs = steps.batch(images, n, start.dtype, tracked=wants_images).inputs
             loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
-            return _numbers([_marks(inputs, loss)])[0, :compared]
+            return _stacked([_fingerprint(inputs, loss)])[0, :compared]
 
-        if compared := len(again[0]) if again else 0:  # a fused student has no second loss
-            check_repeated(_numbers(ctx.seen[:last])[:, :compared], _numbers(again[::-1]), forward_marks)
+        if compared := len(repeated[0]) if repeated else 0:  # the backward sweep of a fused student computes no loss
+            check_repeated(
+                _stacked(ctx.fingerprints[:last])[:, :compared], _stacked(repeated[::-1]), forward_fingerprint
+            )
         grad_rates = torch.zeros_like(rates)
-        if slopes:
-            grad_rates[:last] = -torch.stack(slopes[::-1])
+        if grad_negated_rates:
+            grad_rates[:last] = -torch.stack(grad_negated_rates[::-1])
         grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
         return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 
 
-def _marks(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
-    """Return numbers () that show whether a caller's own augmentation, network or loss has changed between the sweeps."""
-    of_images = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
-    return of_images if loss is None else [*of_images, loss]
+def _direct_gradient(
+    grad_path: Tensor | None, grad_rows: Sequence[Tensor | None], device: torch.device, n: int
+) -> Tensor | None:
+    """Return e_n (P,), the direct gradient of the loss with respect to θ_n, from uses of `path` and of `path[n]`; None for zero."""
+    from_path, from_row = None if grad_path is None else grad_path[n], grad_rows[n]
+    parts = [part.to(device).contiguous() for part in (from_path, from_row) if part is not None]
+    return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
 
 
-def _numbers(marks: list[list[Tensor]]) -> Tensor:
-    """Return the marks of N steps (N, k)."""
-    return torch.stack([mark.double() for of_step in marks for mark in of_step]).view(len(marks), -1)
+def _fingerprint(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
+    """Return numbers () of a step that change if the caller's own augmentation, network or loss does."""
+    norms = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
+    return norms if loss is None else [*norms, loss]
+
+
+def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:
+    """Return the fingerprints of N steps as a tensor (N, k), float64."""
+    return torch.stack([number.double() for numbers in fingerprints for number in numbers]).view(len(fingerprints), -1)
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
-    """Return one learning rate a step (N,), in the dtype and on the device of the parameters."""
+    """Return the learning rate of each step (N,), in the dtype and on the device of `like`."""
     return lr.detach().to(like).expand(steps)

@@ -1,8 +1,7 @@
-"""Trials of a caller's network, loss and augmentation before a student trains with them, on a few samples of its first batch.
+"""Trials of a caller's network, loss and augmentation on a few samples of the first batch, before the first step.
 
-The backward sweep computes each step again, and may cut its batch. Both give the right gradient only where the same
-inputs give the same numbers, and where the loss of a batch is the mean of its samples'. What breaks that has no other
-symptom than a wrong gradient.
+The backward sweep computes each step again, and may cut its batch. The gradient is right only if the same inputs give the same
+outputs, and if the loss of a batch is the mean of the losses of its samples. Otherwise it would be wrong without any other symptom.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import without_autocast
 
-_MOST = 8  # samples of a trial
-_AT_ONCE = 2  # of them: their gradient takes less memory than a step of one, and little time
+_MOST_SAMPLES = 8  # of a trial
+_SAMPLES_AT_ONCE = 2  # in memory, with their gradient
 
 
 def try_augmentation(
     network: Network, augment: Augment | None, images: Tensor, index: Tensor, draws: Any
 ) -> Tensor | None:
-    """Return the inputs that `augment` makes of the `images` at `index` with `draws`, a few of them.
+    """Return a few of the `images` at `index`, augmented with `draws`; None without an augmentation, and for a warp.
 
-    None where there is nothing to try: no augmentation, or a warp. Raises `InputError` if a second time gives other inputs, and
-    where a gradient would have to flow to what it reads besides the images.
+    Raises `InputError` if a second call returns other images, and if `augment` reads another tensor that requires a gradient.
     """
     if augment is None:
         return None
@@ -38,13 +36,13 @@ def try_augmentation(
     if warp is not None:
         _check_nothing_else_is_learned("augment", warp)
         return None
-    rows, few = images.detach()[index], _few_of(network, len(index))
-    with without_autocast(images.device):  # of copies, since it may write into them
+    batch, few = images.detach()[index], _trial_positions(network, len(index))
+    with without_autocast(images.device):  # of copies, since the augmentation may write into them
         with torch.no_grad():
-            first = augment(rows.clone(), draws)[few]
-        second = augment(rows.clone(), draws)[few]
+            first = augment(batch.clone(), draws)[few]
+        second = augment(batch.clone(), draws)[few]
     _check_nothing_else_is_learned("augment", second)
-    if not _alike(first, second):
+    if not _are_close(first, second):
         raise InputError(
             f"unroll augment: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
             "take all random numbers in its draw"
@@ -62,46 +60,46 @@ def try_step(
     *,
     is_cut: bool,
 ) -> None:
-    """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of a few of the samples at `index`.
+    """Raise `InputError` unless network and loss can be unrolled, judged at `theta` (P,) by a few of the samples at `index`.
 
-    `augmented` are the inputs that `try_augmentation` returned for them; where it is None, the images themselves are tried.
-    Outputs and loss have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if
-    their gradient is recorded. Where gradients are recorded, neither may read any other tensor that requires one. Where a batch
-    `is_cut`, the outputs of each sample also must not depend on the others, and the loss has to be the mean of the samples' losses.
+    `augmented` is the result of `try_augmentation`. Network and loss must return the same at a second call, and read no other tensor
+    that requires a gradient. The loss must be a scalar that depends on the parameters, and on the images if they require a
+    gradient. If batches are cut (`is_cut`), the outputs of a sample must also be independent of the other samples, and the loss
+    must be the mean over the samples.
     """
     network, wants_images = student.network, images.requires_grad and torch.is_grad_enabled()
-    few = index[_few_of(network, len(index))]
-    # in the dtypes that the sweeps give them
+    few = index[_trial_positions(network, len(index))]
+    # in the dtypes that the sweeps use
     inputs = (images.detach()[few] if augmented is None else augmented).to(theta.dtype)
     targets = labels.detach()[few].to(theta.dtype if labels.is_floating_point() else torch.long)
-    together = slice(None) if network.mixes_samples else slice(_AT_ONCE)
+    first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
     with without_autocast(theta.device):
-        logits = _try_gradient(student, theta, inputs[together], targets[together], wants_images=wants_images)
+        logits = _try_gradient(student, theta, inputs[first], targets[first], wants_images=wants_images)
         if is_cut:
             with torch.no_grad():
-                _check_samples_are_apart(student, theta, inputs[together], logits)
-                every = torch.cat([network(theta, pair.clone()) for pair in inputs.split(_AT_ONCE)])
-                _check_mean(student, every, targets)
+                _check_samples_are_independent(student, theta, inputs[first], logits)
+                all_logits = torch.cat([network(theta, pair.clone()) for pair in inputs.split(_SAMPLES_AT_ONCE)])
+                _check_mean(student, all_logits, targets)
 
 
-def _few_of(network: Network, batch: int) -> Tensor:
-    """Return the positions of a few samples, spread over a batch of so many.
+def _trial_positions(network: Network, batch: int) -> Tensor:
+    """Return the positions of a few samples, spread over a batch of this size; all if `network` mixes samples.
 
-    Where `network` mixes samples all are tried: a norm over parts of a batch takes no other number, and the batch is not cut.
+    Such a network may take only full batches (ghost batch norm does), and its batches are never cut.
     """
-    few = batch if network.mixes_samples else min(batch, _MOST) // _AT_ONCE * _AT_ONCE or 1
+    few = batch if network.mixes_samples else min(batch, _MOST_SAMPLES) // _SAMPLES_AT_ONCE * _SAMPLES_AT_ONCE or 1
     return torch.linspace(0, batch - 1, few, device="cpu").round().long()
 
 
 def _try_gradient(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
 ) -> Tensor:
-    """Return the logits of `inputs`. Raises `InputError` for what differs at a second call, and where the loss has no gradient."""
+    """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
     theta = theta.clone() if theta.is_inference() else theta  # an expert that was read in torch.inference_mode
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
-    # of copies, since a network may write into its images, and a loss, as one with a margin does, into the logits
-    logits = _called_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
-    loss = _called_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels), logits, labels)
+    # of copies, since a network may write into its images, and a loss (one with a margin) into the logits
+    logits = _call_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
+    loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels), logits, labels)
     if loss.dim() or not loss.is_floating_point():
         raise InputError(
             f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
@@ -117,13 +115,12 @@ def _try_gradient(
     return logits.detach()
 
 
-def _called_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments: Tensor) -> Tensor:
-    """Return the result of `function`, with its graph.
+def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments: Tensor) -> Tensor:
+    """Return the result of `function`, with its graph, after a second call.
 
-    Raises `InputError` if it is no tensor, if a second call draws again or has another result, and where a gradient would have to
-    flow to what it reads besides its arguments.
-
-    A call may draw if it seeds the generators itself or puts them back, so that it draws the same numbers each time.
+    Raises `InputError` if the result is not a tensor, if the second call draws random numbers or returns another result, and if
+    `function` reads another tensor that requires a gradient. A call that seeds or restores the generators itself may draw, since
+    it draws the same numbers each time.
     """
     device = arguments[0].device
     with plain_attention, _RandomOperations() as operations:
@@ -133,13 +130,13 @@ def _called_twice(name: str, function: Callable[[Tensor, Tensor], Any], *argumen
         again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
         raise InputError(f"unroll {name}: expected a tensor as its result, found {type(result).__name__}")
-    # other threads may draw meanwhile, so a change of state alone says nothing
+    # other threads may draw at the same time, so a change of state alone proves nothing
     if operations.names and not all(map(torch.equal, state, _generators_state(device))):
         raise InputError(
             f"unroll {name}: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
             f"{', '.join(dict.fromkeys(operations.names))}; take out what draws them, or call .eval() on a module before it is wrapped"
         )
-    if not _alike(result, again):
+    if not _are_close(result, again):
         raise InputError(
             f"unroll {name}: expected the same outputs for the same arguments, found others at the second call; take out what "
             "changes from call to call, or call .eval() on a module before it is wrapped"
@@ -149,7 +146,7 @@ def _called_twice(name: str, function: Callable[[Tensor, Tensor], Any], *argumen
 
 
 def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
-    """Raise `InputError` if the `result` of arguments without gradients has one, and gradients are recorded."""
+    """Raise `InputError` if `result`, computed from detached arguments, requires a gradient."""
     if result.requires_grad and torch.is_grad_enabled():
         raise InputError(
             f"unroll {name}: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
@@ -157,11 +154,12 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
         )
 
 
-def _check_samples_are_apart(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
-    # beside itself in place of others: one sample by itself is no batch to some networks, as where they squeeze
+def _check_samples_are_independent(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
+    """Raise `InputError` if the logits of a sample change when it is beside a copy of itself and not beside other samples."""
     for position in range(len(inputs)):
+        # twice, since some networks fail with one sample (those that squeeze)
         beside_itself = student.network(theta, inputs[[position, position]])
-        if not _alike(logits[position], beside_itself[-1]):
+        if not _are_close(logits[position], beside_itself[-1]):
             raise InputError(
                 "unroll net: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                 "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
@@ -169,20 +167,21 @@ def _check_samples_are_apart(student: GenericStudent, theta: Tensor, inputs: Ten
 
 
 def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None:
+    """Raise `InputError` if the loss of a batch is not the mean of the losses of its samples."""
     loss = student.loss(logits.clone(), labels)
-    parts = torch.stack(
+    losses = torch.stack(
         [student.loss(single.clone(), label) for single, label in zip(logits.split(1), labels.split(1), strict=True)]
     )
-    if not _alike(parts.mean(), loss, parts.abs().mean()):
+    if not _are_close(losses.mean(), loss, losses.abs().mean()):
         raise InputError(
-            f"unroll loss: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(parts)} "
-            f"samples whose mean is {float(parts.mean()):.6g}; take one without weights of classes and with every label, or leave "
+            f"unroll loss: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(losses)} "
+            f"samples whose mean is {float(losses.mean()):.6g}; take one without weights of classes and with every label, or leave "
             "`microbatch` and `memory_budget` out"
         )
 
 
 class _RandomOperations(TorchDispatchMode):
-    """Note the names of operations that may draw random numbers."""
+    """Record the names of operations that may draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,14 +199,9 @@ def _generators_state(device: torch.device) -> tuple[Tensor, ...]:
     return (state, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (state,)
 
 
-def _alike(first: Tensor, second: Tensor, like: Tensor | None = None) -> bool:
-    """Return whether tensors are the same within the rounding of numbers as large as those in `like`, `first` by default."""
+def _are_close(first: Tensor, second: Tensor, like: Tensor | None = None) -> bool:
+    """Return whether two tensors are equal up to rounding, relative to the largest magnitude in `like`, by default `first`."""
     scale = float((first if like is None else like).detach().abs().nan_to_num(0, 0, 0).max())
-    return first.shape == second.shape and torch.allclose(
-        first, second, rtol=0, atol=_rounding(first) * scale, equal_nan=True
-    )
-
-
-def _rounding(like: Tensor) -> float:
-    """Return the error, relative to the largest number, that another order of sums may cause; products may be in half precision."""
-    return 1e-4 if like.dtype == torch.float64 else 1e-2
+    # the two may have been summed in another order, with products in half precision
+    rounding = 1e-4 if first.dtype == torch.float64 else 1e-2
+    return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=rounding * scale, equal_nan=True)

@@ -68,62 +68,63 @@ def unroll(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity`, also return the velocity (P,) after the last step. Another `unroll` that starts from row N and this
-    velocity continues as if the two were one.
+    With `return_velocity`, also return the velocity (P,) after the last step. Another `unroll` that starts from `path[-1]` and this
+    velocity continues the same training.
 
-    Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
-    `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The
-    graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. The path is
-    differentiable once: a backward pass with create_graph=True is refused. `torch.autocast` does not change the result, and
-    under `torch.no_grad` only path and velocity are kept.
+    Any function of the path and of that velocity can be differentiated with respect to `theta`, `velocity`, `images`, floating
+    `labels` and `lr`. The gradients through all N steps are exact (the paper's algorithm 1, lines 8 to 12). The backward pass needs
+    only the path, so peak memory is that of the path and of one step on one micro-batch. The path is differentiable once: a
+    backward pass with create_graph=True is refused. `torch.autocast` does not change the result. Under `torch.no_grad` only path
+    and velocity are kept.
 
-    The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
-    of the budget): then a single row `path[n]` is brought to the device on access.
+    The path is on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part of the
+    budget). `path[n]` then copies the row to the device.
 
-    The rows are outputs of one operation: a hook or `retain_grad` on a row sees the gradient that the loss has by itself to this
-    row, without what flows through the steps after it.
+    All rows are outputs of one autograd node. A hook or `retain_grad` on `path[n]` therefore sees only the direct gradient of the
+    loss with respect to θ_n, without what flows back through later steps.
 
-    Rows are views of the path. Of a row that outlives the iteration, is saved by `torch.save`, or is written into (as by training a
-    module that has it from `vector_to_parameters`) take `path[n].clone()`; safetensors needs `path.contiguous()`.
+    Rows are views of the path. Use `path[n].clone()` for a row that outlives the iteration, is saved by `torch.save`, or is
+    modified in place (as when a module that got it from `vector_to_parameters` is trained). safetensors needs `path.contiguous()`.
 
     Args:
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
-        images: all synthetic images (n, C, H, W); for a `FlatModule`, any (n, …) that the module takes.
+        images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes).
         lr: learning rate, a scalar (tensor), or one for each step (N,). A number must be at least 0; the values of a tensor,
             which may be learned and on a GPU, are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
             are drawn here, once for each step in order, and used again by the backward sweep.
-        microbatch: largest number of samples at once; exact for networks that do not mix samples.
-        memory_budget: limit on the peak of the unroll's own memory, by which the steps are planned: bytes, "6GiB", or "auto"
-            for most of the free memory. Without it batches are whole, and nothing is saved that can be computed again.
-        momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
+        microbatch: largest number of samples in memory at once; exact for networks that do not mix samples.
+        memory_budget: limit on the peak of the unroll's own memory: bytes, "6GiB", or "auto" for most of the free memory. Batches
+            are cut to fit, and activations are saved where there is room. By default batches are whole, and nothing is saved that
+            can be computed again.
+        momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
-        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; without it zero, as in a new optimiser.
+        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimiser.
         return_velocity: return the momentum buffer (P,) after the last step as well, on the device of `theta`.
-        plan: in place of `microbatch` and `memory_budget`: the plan of `mtt_fast.plan` for these steps.
+        plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
-        loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
-            micro-batches add up to it. It is given the labels as they are, whatever `label_kind` says; floating ones may have any
-            number of columns, such as a teacher's logits beside a temperature, and each gets its gradient.
-        generator: source of the augmentation's random numbers. Give `draws` instead within torch.utils.checkpoint, which repeats the
-            call and does not put this generator back.
+        loss: a function of logits (b, classes) and labels, in place of cross-entropy. It is a mean over the samples, so that
+            micro-batches add up to it. It gets the labels unchanged, whatever `label_kind` says. Floating labels may have any
+            number of columns, such as a teacher's logits and a temperature; the gradient flows to all of them.
+        generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
+            restoring this generator, give `draws` instead.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
-        precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
-            are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks follow torch's own
-            settings.
-        gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which leaves out every
-            Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
-            at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
+        precision: "fp32", "tf32", "fp16" or "bf16": the precision to which ConvNet's fused step rounds the factors of float32
+            convolutions; sums are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks
+            follow torch's own settings.
+        gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which drops every
+            Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, with λ_N in place of every λ_n. It costs as
+            much as the exact gradient. The terms of momentum, weight decay and losses of earlier steps stay exact.
 
     Raises:
-        InputError: shapes, dtypes, indices or options that do not fit each other; a call within `torch.inference_mode`,
-            `torch.func` or `torch.compile`. A network, a loss or an augmentation of the caller's own is tried on a few samples
-            first (on a whole batch if the network mixes samples), and refused if it does not repeat itself, if its samples do
-            not add up where batches are cut, or if it reads a tensor that requires a gradient besides its arguments: none would
-            flow to it.
+        InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
+            `torch.func` or `torch.compile`. A network, a loss or an augmentation of the caller's own is first tried on a few
+            samples (on a whole batch if the network mixes samples). It is refused if a second call gives other results, if a
+            batch is cut and its loss is not the mean over its samples, or if it reads a tensor that requires a gradient besides
+            its arguments, since no gradient would flow to that tensor.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
@@ -168,7 +169,7 @@ class StepOptions:
 
 
 class CheckedSteps(NamedTuple):
-    """The tensors of `unroll`, which fit each other, and the student for them."""
+    """The checked tensors of `unroll`, and the student that computes its steps."""
 
     student: Student
     theta: Tensor  # (P,)
@@ -215,10 +216,10 @@ def checked_plan(
     has_velocity: bool,
     path_gradient: bool = False,
 ) -> Plan:
-    """Return the plan of `steps`; `draws` are those of the first step.
+    """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    With a `path_gradient` the gradient of the path's loss is as large as the path. A network, a loss and an augmentation of
-    the caller's own are tried: raises `InputError` as `unroll`.
+    `draws` are those of the first step. `path_gradient` says whether the gradient of the loss with respect to the path is as
+    large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, _, batches = steps
     augment, shape = options.augment, images.shape[1:]

@@ -1,4 +1,4 @@
-"""Prepare items before they are needed, and copy results back after: threads and streams of their own, so that the device waits for none."""
+"""Prepare items in a thread before they are needed, and copy tensors on a separate stream, so that the device does not wait."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Item = TypeVar("Item")
 def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: int = 2) -> Generator[Item, None, None]:
     """Yield `make(index)` for each index in turn, made by one thread up to `depth` items ahead of the one in use.
 
-    An exception of `make` is raised in place of its item. Close the generator (`contextlib.closing`) to stop early: the
-    current item is finished and dropped, no other is started, and the thread has ended.
+    An exception of `make` is raised in place of its item. Close the generator (`contextlib.closing`) to stop early: then the
+    current item is finished and dropped, and the thread ends.
     """
     ahead: deque[Future[Item]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
@@ -33,8 +33,8 @@ def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: i
             thread.shutdown(wait=True, cancel_futures=True)
 
 
-def called(work: Callable[[], Item]) -> Callable[[], Item]:
-    """Call `work` now, and return a function that returns its result, or raises its exception in its place."""
+def run_now(work: Callable[[], Item]) -> Callable[[], Item]:
+    """Call `work` now, and return a function that returns its result or raises its exception."""
     result: Future[Item] = Future()
     try:
         result.set_result(work())
@@ -43,19 +43,19 @@ def called(work: Callable[[], Item]) -> Callable[[], Item]:
     return result.result
 
 
-def started(device: torch.device, work: Callable[[], Item]) -> Callable[[], Item]:
+def run_now_on_gpu(device: torch.device, work: Callable[[], Item]) -> Callable[[], Item]:
     """Return a function that returns the result of `work()`, or raises its exception.
 
-    On CUDA, where `work` gives the device its kernels, it is called now; on a CPU when the result is asked for.
+    On CUDA `work` is called now, so that its kernels are launched early; on a CPU it is called when the result is needed.
     """
-    return called(work) if device.type == "cuda" else work
+    return run_now(work) if device.type == "cuda" else work
 
 
 def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
-    """Return a function that starts to copy CPU tensors to `device` and returns a second function, which returns the copies.
+    """Return a function `send` that starts to copy CPU tensors to `device`, and returns a function `received`.
 
-    The first function may be called in any thread; on CUDA it copies from pinned memory on a stream of its own and waits
-    for nothing. The second makes the caller's stream wait for the copies. On a CPU it returns the tensors themselves.
+    `send` may be called in any thread; on CUDA it copies from pinned memory on a separate stream, and does not wait. `received`
+    returns the copies, after making the caller's stream wait for them. On a CPU it returns the tensors themselves.
     """
     if device.type != "cuda":
         return lambda tensors: lambda: tensors
@@ -70,7 +70,7 @@ def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], 
             current = torch.cuda.current_stream(device)
             current.wait_event(sent)
             for copy in copies:
-                copy.record_stream(current)  # their memory was taken on the other stream
+                copy.record_stream(current)  # their memory was allocated on the other stream
             return copies
 
         return received
@@ -81,8 +81,8 @@ def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], 
 def download(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Start to copy tensors of one device to the host, and return a function that returns the copies.
 
-    On CUDA it waits for the copies alone, not for what the stream was given since. Tensors on a CPU are returned
-    themselves, so they may not be written meanwhile.
+    On CUDA that function waits only for the copies, not for later work on the stream. Tensors on a CPU are returned themselves, so
+    they must not be changed before.
     """
     if tensors[0].device.type != "cuda":
         return lambda: tensors
@@ -100,6 +100,6 @@ def download(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`. From the host to CUDA the copy only starts, on the current stream, and nothing waits."""
+    """Return `tensor` on `device`. From the host to CUDA the copy is asynchronous, on the current stream."""
     to_cuda = device.type == "cuda" and tensor.device.type == "cpu"
     return tensor.pin_memory().to(device, non_blocking=True) if to_cuda else tensor.to(device)

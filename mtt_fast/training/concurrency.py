@@ -1,4 +1,4 @@
-"""Train several networks at the same time, where one alone does not fill the device."""
+"""Train several networks at the same time if one alone does not fill the device."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 Result = TypeVar("Result")
 Job = Generator[None, None, Result]
-"""A training in pieces: a generator that yields after each piece and returns the training's result, on the host."""
+"""A training as a generator that yields after each piece of work, and returns the training's result, on the host."""
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
-"""The context, such as a CUDA stream, in which each piece of one job runs."""
+"""The context in which the pieces of one job run, such as a CUDA stream."""
 
-# The work of a step is measured by the bytes that autograd would hold in the step. For a step of fewer bytes than this, a CPU
-# is faster with one thread for each of several networks than with all threads for one. Measured on two busy cores: ConvNet
-# at 32×32 and width 128 is 1.4 times as fast on 10 images (47 MB); digits at width 32, where most of the time is Python's,
-# take as long either way.
+# The work of a step is measured by the bytes that autograd would hold. Below this limit a CPU is faster with one thread for each
+# of several networks than with all threads for one network. Measured on two busy cores: 1.4 times as fast for ConvNet at 32×32 and
+# width 128 on 10 images (47 MB), and no difference for digits at width 32, where Python takes most of the time.
 _SMALL_STEP = 64 * 2**20  # bytes
-# A GPU is taken to be full with so many numbers for each of its resident threads. An estimate: no device has confirmed it.
+# A GPU counts as full with this many numbers for each of its resident threads. This is an estimate, not measured on a device.
 _NUMBERS_PER_THREAD = 200
 _VECTORS = 12  # parameters and velocity before, within and after a recorded step; SAM's gradients with their parts
 
@@ -53,11 +52,11 @@ def concurrency_for(
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> Concurrency:
-    """Return how many of `jobs` trainings of `network` in steps of `batch` images (C, H, W) to run at the same time.
+    """Return how many of `jobs` trainings of `network` to run at the same time, and with how many threads each.
 
-    `at_once` overrides the formulas: on a CPU as many as threads, if a step is small, else one; on a GPU as many as fill
-    the device and fit in `memory_budget`, where "auto" is most of the free memory. The number of threads of one training
-    depends on the step alone, so the training's result does not depend on the number of jobs.
+    `batch` is the number of images (C, H, W) in a step. On a CPU, as many jobs as threads run if a step is small, else one. On a
+    GPU, as many run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once` overrides
+    this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
     Raises `InputError` if `at_once` is less than 1.
     """
     if at_once is not None and at_once < 1:
@@ -87,11 +86,11 @@ def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:
 def run_concurrently(
     jobs: Iterable[Job[Result]], concurrency: Concurrency, device: torch.device
 ) -> Iterator[tuple[int, Result]]:
-    """Run `jobs`, `concurrency.at_once` at a time; yield (index of the job, result) as each is done.
+    """Run `jobs`, `concurrency.at_once` at a time; yield (index of the job, result) when a job is done.
 
-    A job is taken from the iterable as another ends. On a CPU each job runs in a thread; on CUDA one thread starts the
-    pieces of all jobs in turn, each job's on a stream of its own, so a piece should wait for nothing. When a job raises, or
-    the caller stops, the other jobs end after their current piece.
+    The next job is taken from the iterable when one ends. On a CPU each job has its own thread. On CUDA one thread launches the
+    pieces of all jobs in turn, on one stream per job, so pieces should not wait for the device. If a job raises, or the caller
+    stops, the other jobs end after their current piece.
     """
     if device.type == "cuda":
         yield from round_robin(jobs, [_stream(device) for _ in range(concurrency.at_once)])
@@ -139,7 +138,7 @@ def _advance(job: Job[Result]) -> tuple[Result] | None:
 
 def _stream(device: torch.device) -> Context:
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # the jobs' first tensors may still be on their way
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still be copying the jobs' arguments
     return partial(torch.cuda.stream, stream)
 
 
@@ -167,7 +166,7 @@ def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterat
 
     waiting = enumerate(jobs)
     running: dict[Future[Result], int] = {}
-    # the number of threads is reset afterwards, for threads that start later
+    # reset torch's number of threads afterwards, which threads that start later inherit
     with (
         _threads(torch.get_num_threads()),
         ThreadPoolExecutor(concurrency.at_once, thread_name_prefix="network") as pool,

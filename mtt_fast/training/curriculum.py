@@ -13,12 +13,12 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 
 EVERY = (0.0, 1.0)
-"""The shares of all images."""
+"""The bounds of `Curriculum.shares` in an epoch that visits all images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Curriculum:
-    """PAD's curriculum: the experts begin with the easiest images of each class, go on to all, and end without the easiest.
+    """PAD's curriculum: experts first see the easiest images of each class, then all, and at the end all but the easiest.
 
     Z. Li et al., Prioritize Alignment in Dataset Distillation, 2024. The rules are those of its code, and the defaults its settings
     for CIFAR-10. Epochs count from 0.
@@ -55,16 +55,16 @@ class Curriculum:
                 )
 
     def shares(self, epoch: int) -> tuple[float, float]:
-        """Return the part of each class's images that `epoch` visits: from which share of their order to which."""
+        """Return the bounds, from 0 to 1, of the part of each class's order that `epoch` visits."""
         if 0 < self.add_end_epoch >= epoch:
-            # in this order, so that rounding leaves the numbers of images those of PAD's code
+            # the operations are in the order of PAD's code, so that rounding gives the same numbers of images
             return 0.0, min(1.0, self.init_ratio + (1 - self.init_ratio) * epoch / self.add_end_epoch)
         if epoch <= self.rm_epoch_first:
             return EVERY
         return (self.rm_easy_ratio_first if epoch <= self.rm_epoch_second else self.rm_easy_ratio_second), 1.0
 
     def between(self, first: float, last: float) -> Tensor:
-        """Return the indices of the images between two shares of each class's order."""
+        """Return the indices of the images between the shares `first` and `last` of each class's order."""
         return torch.cat([members[int(first * len(members)) : int(last * len(members))] for members in self.order])
 
     def record(self) -> dict[str, Any]:

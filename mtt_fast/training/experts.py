@@ -1,6 +1,6 @@
-"""Train an expert: plain SGD on real images, or SAM, with the parameters recorded after every epoch.
+"""Train an expert by SGD or SAM on real images, and record its parameters after every epoch.
 
-The first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i).
+This is the first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i).
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class ExpertTraining:
     alpha: float = 0.0
     adaptive: bool = False
     curriculum: Curriculum | None = None
-    """the images of each epoch; None for all"""
+    """chooses the images of each epoch; None for all"""
 
     def record(self) -> dict[str, Any]:
-        """Return the hyperparameters as the metadata of an expert hold them."""
+        """Return the hyperparameters for the metadata of an expert."""
         record = {name: value for name, value in vars(self).items() if name != "curriculum"}
         return record | (self.curriculum.record() if self.curriculum else {})
 
@@ -64,7 +64,7 @@ def train_expert(
     index: int,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, list[float]]:
-    """Return one expert's parameters (train_epochs + 1, P), float32, CPU, and its test accuracy at each of them."""
+    """Return the parameters (train_epochs + 1, P) of expert `index`, float32 on the CPU, and the test accuracy of each row."""
     return result_of(expert_job(images, network, training, precision, seed=seed, index=index))
 
 
@@ -79,7 +79,7 @@ def expert_job(
     bar: tqdm | None = None,
     stop: StopRequest | None = None,
 ) -> Job[tuple[Tensor, list[float]]]:
-    """Train an expert as `train_expert` does, an epoch at a time."""
+    """Return the training of `train_expert` as a job that yields after every epoch."""
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
     student = student_for(network, theta.device, precision=precision)
@@ -90,11 +90,12 @@ def expert_job(
     accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
 
     def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
+        """Wait for the results of an epoch, and record them."""
         trained, right, loss = results()
         parameters[epoch + 1] = trained
         accuracies.append(int(right) / len(images.test))
         if bar is not None:
-            with bar.get_lock():  # several threads count on it
+            with bar.get_lock():  # several threads update it
                 bar.set_postfix(
                     expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
                 )
@@ -117,7 +118,7 @@ def expert_job(
             )
         theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
         right = count_right(in_evaluation(network, *statistics), theta, images.test)
-        for read_last in unread:  # of the epoch before, only now that a GPU has this one to work on
+        for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
             read_last()
         unread = [partial(read, epoch, download(theta, right, loss))]
         yield
@@ -143,7 +144,7 @@ def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
 
 
 def _in_stage(stage: _Stage, training: ExpertTraining, student: Student) -> tuple[Gradients, Sgd, Tensor | None]:
-    """Return the gradients and the SGD of a stage, and the indices of the images that its epochs visit, None for all."""
+    """Return the gradients and the SGD of a stage, and the indices of the images that its epochs visit (None for all)."""
     gradients = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
     sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
     if training.curriculum is None or stage.shares == EVERY:
@@ -160,9 +161,9 @@ def expert_steps(
     index: int,
     precision: Precision = "fp32",
 ) -> Iterator[Tensor]:
-    """Yield the parameters (P,), on the device, before and after each step of expert `index`'s training, without an end.
+    """Yield the parameters (P,), on the device, before the first and after each step of expert `index`, without end.
 
-    After the steps of an epoch the parameters are the row that `train_expert` records.
+    After the last step of an epoch they are the row that `train_expert` records.
     """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)

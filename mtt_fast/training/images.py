@@ -26,10 +26,10 @@ def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Ima
 class Images:
     """Labelled images on one device, which become the network's inputs one batch at a time.
 
-    `pixels` (n, C, H, W) are uint8 with `transform` from [0, 1] to the network's inputs, or floating-point inputs and
-    `transform` None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` the images are textures, of
-    which each step of a training sees random crops. `real` (n,) bool, on the CPU, says which images of a distilled set are real
-    ones that were not distilled (SelMatch); None where there are none.
+    `pixels` (n, C, H, W) are uint8, and `transform` maps them, divided by 255, to the network's inputs; or they are the floating-point
+    inputs themselves, and `transform` is None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` the images
+    are textures, and each training step uses random crops of them. `real` (n,) bool, on the CPU, marks the images of a distilled set
+    that are real and were not distilled (SelMatch); it is None if there are none.
     """
 
     pixels: Tensor
@@ -49,11 +49,11 @@ class Images:
 
     @property
     def crops(self) -> int:
-        """Return the number of crops of each image in a step; 1 where the inputs are the images themselves."""
+        """Return the number of crops of each image in a step; 1 without a canvas."""
         return 1 if self.canvas is None else self.canvas.samples
 
     def expand_crops(self, index: Tensor) -> Tensor:
-        """Return the image's index for each input of a step on the images at `index`: a canvas comes once for each crop."""
+        """Return `index` (b,), repeated for each crop of a canvas: (crops · b,)."""
         return index if self.canvas is None else self.canvas.batch(index)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ class RealImages:
 def real_images(
     data: ImageData, device: torch.device, *, zca: bool, transform: Normalisation | Whitening | None = None
 ) -> RealImages:
-    """Put `data` on `device` as uint8; each batch is normalised or whitened on use, or transformed by `transform`."""
+    """Return `data` on `device` as uint8. Each batch is normalised or whitened (`zca`) on use, or transformed by `transform`."""
     transform = transform_for(data, zca=zca, device=device) if transform is None else transform
     if isinstance(transform, Whitening):
         transform = transform.to(device)

@@ -1,6 +1,6 @@
-"""Evaluate a small set: train networks on it and test them, by the protocols of the field.
+"""Evaluate a small set by the protocols of the field: train networks on it, and test them.
 
-Accuracies compare under one protocol only. `EvaluationProtocol.describe` gives a protocol in words, for the log.
+Accuracies can only be compared under the same protocol, so the log describes it (`EvaluationProtocol.describe`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mtt_fast.training.sgd import Sgd, count_right, epochs_on
 log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
-_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best one, as in DD-Ranking
+_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
 _LEAST_RATE = 0.01  # the last factor of the loop cosine, as in SelMatch's code
 
 
@@ -43,8 +43,7 @@ _LEAST_RATE = 0.01  # the last factor of the loop cosine, as in SelMatch's code
 class EvaluationProtocol:
     """A protocol to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
 
-    Training is SGD at the set's own learning rate, which is divided by ten once, at half of the epochs, unless `lr` or `loop` say
-    otherwise.
+    Training is SGD at the set's own learning rate, which is divided by ten once, after half of the epochs. `lr` and `loop` change that.
     """
 
     epochs: int = 1000
@@ -54,17 +53,16 @@ class EvaluationProtocol:
     augment: str = "color_crop_cutout_flip_scale_rotate"
     name: str = "mtt"
     loop: Literal["public", "scheduler", "cosine"] = "public"
-    """public: `epochs` + 1 epochs, and after number `epochs` // 2 + 1 (from 0) a new optimiser at a tenth of the rate;
-    scheduler: `epochs` epochs, and after the first `epochs` // 2 a tenth of the rate in the same optimiser;
-    cosine: `epochs` + 1 epochs, in which the rate falls to a hundredth along half a period of the cosine"""
+    """public: `epochs` + 1 epochs; after `epochs` // 2 + 2 of them a new optimiser at a tenth of the rate.
+    scheduler: `epochs` epochs; after `epochs` // 2 of them a tenth of the rate in the same optimiser.
+    cosine: `epochs` + 1 epochs; the rate falls to a hundredth along half a period of the cosine"""
     lr: float | None = None
     """learning rate in place of the set's, see `rate`"""
     combined: bool = False
     """augment each distilled image by an operation of its own, and real images in the set by a crop and a flip
     (mtt_fast/augmentation/combined.py)"""
     best_epoch: bool = False
-    """report the highest accuracy on the test images of every tenth epoch (twentieth where the labels are soft) and the last
-    one, in place of the last"""
+    """report the highest test accuracy of every tenth epoch (twentieth with soft labels) and the last, not that of the last"""
 
     @property
     def total_epochs(self) -> int:
@@ -87,7 +85,7 @@ class EvaluationProtocol:
         return 1.0 if epoch < self.epochs_before_drop else 0.1
 
     def is_tested(self, epoch: int, *, soft: bool) -> bool:
-        """Return whether the network is tested after `epoch`, counted from 1, where labels are `soft` or not."""
+        """Return whether the network is tested after `epoch` (counted from 1), for `soft` labels or class indices."""
         every = _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
         return epoch == self.total_epochs or (self.best_epoch and epoch % every == 0)
 
@@ -148,9 +146,9 @@ def published_protocol(name: str) -> EvaluationProtocol:
 def protocol_by_name(
     name: str, *, epochs: int, batch_size: int | None, augment: str, best_epoch: bool
 ) -> EvaluationProtocol:
-    """Return the protocol called `name` with other `epochs` and augmentation and, if given, another batch size.
+    """Return the protocol called `name` with these `epochs`, this augmentation and, if given, this batch size.
 
-    `best_epoch` reports the best epoch even where the protocol reports the last. Raises `InputError` for another name.
+    `best_epoch` reports the best epoch even if the protocol reports the last. Raises `InputError` for an unknown name.
     """
     published = published_protocol(name)
     protocol = dataclasses.replace(
@@ -171,9 +169,9 @@ class Accuracy:
 
     values: tuple[float, ...]
     best_epoch: bool = False
-    """whether each value is of the network's best epoch, chosen on the test images, and not of its last"""
+    """whether the values are those of the best epochs, chosen on the test images, and not of the last"""
     diverged: int = 0
-    """number of networks that diverged; such a network counts as 0, and not as the accuracy of guessing"""
+    """number of networks that diverged; their accuracies count as 0, not as that of guessing"""
 
     @property
     def mean(self) -> float:
@@ -213,7 +211,7 @@ def train_network(
     precision: Precision = "fp32",
     stop: StopRequest | None = None,
 ) -> Tensor:
-    """Train from `theta` (P,) on `images` by the protocol, at first at `lr`; return the final parameters (P,)."""
+    """Train from `theta` (P,) on `images` by the protocol, at first at the rate `lr`; return the final parameters (P,)."""
     return result_of(_training(network, theta, images, lr, protocol, generator, precision=precision, stop=stop))
 
 
@@ -229,10 +227,10 @@ def _training(
     stop: StopRequest | None,
     test: Callable[[Network, Tensor, Tensor], None] = lambda *_: None,
 ) -> Job[Tensor]:
-    """Train as `train_network` does, a few steps at a time, and call `test` whenever a test is due.
+    """Return the training of `train_network` as a job, which calls `test` after the epochs to test.
 
-    The arguments of `test` are the network in evaluation, the network's parameters, and whether it has diverged (), on
-    the device.
+    The arguments of `test` are the network in evaluation mode, its parameters (P,), and whether it has diverged (), bool, on the
+    device.
     """
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
@@ -261,16 +259,17 @@ def _training(
 
 
 def _epochs_at_once(images: Images, batch_size: int) -> int:
-    """Return how many epochs may be drawn together; a request to stop is noticed between two draws.
+    """Return how many epochs to draw together. A stop request is noticed between two draws.
 
-    On CUDA they make a few dozen steps, whose augmentations are drawn faster together. On a CPU the steps take longer than the draws.
+    On CUDA they have about two dozen steps, since augmentations are drawn faster together. On a CPU the steps take longer than the
+    draws.
     """
     steps = math.ceil(len(images) / batch_size)
     return max(1, _STEPS_DRAWN_AT_ONCE // steps) if images.labels.is_cuda else 1
 
 
 def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool) -> int:
-    """Return how many epochs, at most `most`, follow the first `epoch` until a test, another rate or the end."""
+    """Return the number of epochs after `epoch`, at most `most`, until the next test, another rate, or the end."""
     for following in range(epoch + 1, min(epoch + most, protocol.total_epochs)):
         if protocol.is_tested(following, soft=soft) or protocol.rate_factor(following) != protocol.rate_factor(epoch):
             return following - epoch
@@ -278,10 +277,10 @@ def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int,
 
 
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
-    """Return whether a training has diverged, () bool, without a wait for the device.
+    """Return whether a training has diverged, () bool, without waiting for the device.
 
-    A training has diverged where the `losses` (epochs,) or the `state` are not finite. It also has where the loss was once far
-    above that of guessing and ends above the first one: a normalised network may stay finite at any rate.
+    It has if `losses` (epochs,) or `state` are not finite, or if the loss was once far above that of guessing and the last loss is
+    above the first one. (A normalised network may stay finite at any learning rate.)
     """
     finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
     return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))
@@ -311,12 +310,12 @@ def evaluate(
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> Accuracy:
-    """Train `networks` fresh networks, each on `train(generator)`, and test each at the end (or as `protocol` says).
+    """Train `networks` new networks, each on the images `train(generator)`, and return their accuracies on `test`.
 
-    The random numbers of network k follow from (`seed`, "evaluation", *`indices`, k) alone, and the network's result does not
-    depend on the number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that had diverged before its
-    first test gets none of the test images right, and the result and a warning give the number of such networks. With
-    `best_epoch` one that diverges later keeps its best accuracy. Raises `Stopped` between two epochs after a stop request.
+    The random numbers of network k depend only on (`seed`, "evaluation", *`indices`, k), and its result does not depend on the
+    number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that diverges before its first test has
+    accuracy 0; the result and a warning give the number of such networks. With `best_epoch`, one that diverges later keeps its best
+    accuracy. Raises `Stopped` between two epochs after a stop request.
     """
 
     def job(k: int) -> Job[tuple[float, bool]]:

@@ -1,4 +1,4 @@
-"""Train by SGD on real or synthetic images, an epoch at a time, and measure accuracy, for experts and evaluations."""
+"""Train experts and evaluated networks by SGD, in chunks of steps or in epochs, and measure their accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
-# steps in one recording: to start it takes longer than a small step, and to make it three times as long as its steps
+# Steps in one CUDA graph. To launch a graph takes longer than a small step, and to record it three times as long as its steps.
 STEPS_AT_ONCE = 4
 _TEST_BATCH = 500
 
@@ -39,25 +39,21 @@ class Sgd:
 
 
 class Gradients(Protocol):
-    """An object that gives a step's gradient: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
+    """Compute the gradient of a step: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
-        """Return the loss () at `theta` and the direction (P,) to descend against."""
+        """Return the loss () at `theta`, and the direction (P,) that SGD uses as the gradient."""
         ...
 
 
 Epoch = Callable[..., tuple[Tensor, ...]]
-"""A function from parameters and velocity (P,) and a generator to both after one epoch, and the epoch's mean loss ().
+"""A function (theta, velocity, generator) -> (theta, velocity, loss) that trains for one epoch and returns its mean loss ().
 
-If the network keeps running statistics (S,), the last argument is the statistics before the epoch, and the last result those
-after the epoch.
+For a network with running statistics (S,), they are the last argument and the last result.
 """
 
 Epochs = Callable[..., tuple[Tensor, ...]]
-"""A function like an `Epoch` that does as many epochs as its keyword `epochs` says, at the learning rate times its keyword `factor`.
-
-The mean losses are (epochs,).
-"""
+"""An `Epoch` for several epochs, by its keyword `epochs`, at the learning rate times its keyword `factor`; returns mean losses (epochs,)."""
 
 
 class Chunk(NamedTuple):
@@ -65,12 +61,12 @@ class Chunk(NamedTuple):
 
     theta: Tensor  # (P,)
     velocity: Tensor  # (P,)
-    losses: Tensor  # (steps,): the sum over each step's images, before the step
-    statistics: list[Tensor]  # running statistics (S,) if the network keeps some, else empty
+    losses: Tensor  # (steps,): the sum over the images of each step, before its update
+    statistics: list[Tensor]  # running statistics (S,), or empty
 
 
 Chunks = Callable[..., Iterator[Chunk]]
-"""A function from the arguments of an `Epochs` to the state of the training after each chunk of steps."""
+"""A function with the arguments of an `Epochs` that yields the state of the training after each chunk of steps."""
 
 
 def epoch_on(
@@ -81,12 +77,11 @@ def epoch_on(
     track: Track | None = None,
     visited: Tensor | None = None,
 ) -> Epoch:
-    """Return a function that visits every image once in random order, in steps of plain SGD; the last batch may be short.
+    """Return a function that trains by SGD for one epoch on `images`, in random order; the last batch may be smaller.
 
-    With `visited`, indices on the CPU, it visits only the images at these.
-    Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
-    CUDA a few steps are recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is for networks that
-    keep running statistics.
+    `visited`, indices on the CPU, restricts the epoch to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
+    the running statistics of a network that has some. Order and augmentation are drawn from the generator before the first step.
+    Nothing waits for the device, and on CUDA steps are replayed from a CUDA graph.
     """
     epochs = epochs_on(student, images, sgd, augment, track, visited)
 
@@ -105,7 +100,7 @@ def epochs_on(
     track: Track | None = None,
     visited: Tensor | None = None,
 ) -> Epochs:
-    """Return a function that does several epochs of `epoch_on` in a row, drawn together."""
+    """Return a function that trains for several epochs, whose order and augmentation are drawn together: see `epoch_on`."""
     chunks = chunks_on(student, images, sgd, augment, track, visited)
     count = images.crops * (len(images) if visited is None else len(visited))
 
@@ -135,12 +130,12 @@ def chunks_on(
     visited: Tensor | None = None,
     at_once: int = STEPS_AT_ONCE,
 ) -> Chunks:
-    """Return a function that does some epochs of `epoch_on` and yields after every `at_once` steps, and after a short batch."""
+    """Return a function that trains as `epochs_on` does, and yields after every `at_once` steps and after a smaller batch."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    every = torch.arange(len(images)) if visited is None else visited
-    length = images.crops * min(sgd.batch_size, len(every))
+    indices = torch.arange(len(images)) if visited is None else visited
+    length = images.crops * min(sgd.batch_size, len(indices))
     run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 
@@ -154,27 +149,27 @@ def chunks_on(
     ) -> Iterator[Chunk]:
         rate = theta.new_full((), sgd.lr * factor)
         draw = None if augmentation is None else augmentation.draw_parameters
-        batches = map(images.expand_crops, _batches(every, sgd.batch_size, generator, epochs))
+        batches = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
         if isinstance(augmentation, CombinedAugment) and draws.parameters is not None:
             draws = draws._replace(parameters=augmentation.select(draws.parameters, images.is_real(draws.indices)))
         sizes = chunk_sizes(draws.lengths, length, at_once)
-        for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
-            theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *rows)
+        for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in draws.tensors()), strict=True):
+            theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *chunk)
             statistics = tuple(statistics_after)
             yield Chunk(theta, velocity, losses, statistics_after)
 
     return chunks
 
 
-def _batches(every: Tensor, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:
-    """Draw the order of each epoch when its first batch is asked for; yield the batches of the indices `every`."""
+def _batches(indices: Tensor, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:
+    """Yield the batches of `epochs` epochs, each a new permutation of `indices`, drawn when its first batch is taken."""
     for _ in range(epochs):
-        yield from every[torch.randperm(len(every), generator=generator)].split(size)
+        yield from indices[torch.randperm(len(indices), generator=generator)].split(size)
 
 
 def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
-    """Return the images of each chunk of at most `at_once` batches, of which only the last may be shorter than `full`."""
+    """Return the number of images in each chunk. A chunk is at most `at_once` batches, and ends after one smaller than `full`."""
     sizes, count = [0], 0
     for length in lengths:
         if count == at_once:
@@ -197,15 +192,16 @@ def training_steps(
     rate: Tensor,
     *rest: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return parameters and velocity (P,) after steps on `length` images each, and the sums of the images' losses (steps,).
+    """Return parameters and velocity (P,) after steps on `length` images each, and the sum of the losses in each step (steps,).
 
-    `rate` () is the learning rate in place of that of `sgd`, so that a recording serves all rates. `rest` are the running statistics (S,) if `track` is given, which come back last, the indices (Σb,) of all steps' images,
-    and the parameters (Σb, K) of `augment`. A pure function of its tensors, none of whose values is read on the host.
+    `rate` () takes the place of the rate of `sgd`, so that one recording serves all rates. `rest` are the running statistics (S,) if
+    `track` is given (they are also the last result), the indices (Σb,) of the images of all steps, and the parameters (Σb, K) of
+    `augment`. The function is pure, and reads no tensor on the host.
     """
     statistics, (index, *parameters) = (rest[:1], rest[1:]) if track is not None else ((), rest)
     losses = []
-    for rows in zip(index.split(length), *(each.split(length) for each in parameters), strict=True):
-        inputs, targets = _inputs(images, augment, *rows)
+    for step in zip(index.split(length), *(each.split(length) for each in parameters), strict=True):
+        inputs, targets = _inputs(images, augment, *step)
         if track is not None:
             inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
@@ -236,7 +232,7 @@ def training_step(
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
 ) -> tuple[Inputs, Tensor]:
-    """Return inputs and targets of the batch at `index` (b,); images that are neither scaled nor cropped are left to the student."""
+    """Return inputs and targets of the batch at `index` (b,); inputs are a `Batch`, for the student to gather, if possible."""
     if images.transform is None and images.pixels.is_contiguous():
         shape = torch.Size((len(index), *images.pixels.shape[1:]))
         warp = None if parameters is None else warp_of(augment, parameters, shape)
@@ -247,13 +243,13 @@ def _inputs(
 
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:
-    """Return the share of `images` whose class `network` gets right, in [0, 1]."""
+    """Return the accuracy of `network` on `images`, in [0, 1]."""
     return int(count_right(network, theta, images)) / len(images)
 
 
 @torch.no_grad()
 def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` whose class `network` gets right, () int64 on the device, without a wait.
+    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it.
 
     An image with logits that are not finite counts as wrong.
     """

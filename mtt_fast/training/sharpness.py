@@ -1,11 +1,11 @@
 """Compute gradients that lead to flat minima (SAM), for experts whose trajectories a student follows more easily (FTD).
 
-SAM (Foret et al., ICLR 2021) descends by the gradient at a worse place nearby,
+SAM (Foret et al., ICLR 2021) uses the gradient ĝ at a perturbed point,
 
-    θ̂ = θ + ρ g / |g|,    g = ∇ℓ(θ),    ĝ = ∇ℓ(θ̂),
+    θ̂ = θ + ρ g / |g|,    g = ∇ℓ(θ),    ĝ = ∇ℓ(θ̂).
 
-GSAM (Zhuang et al., ICLR 2022) by ĝ − α g⊥, where g⊥ is the part of g across ĝ: the step against it raises ℓ(θ) and, to
-first order, leaves ℓ(θ̂) alone, so the gap between them closes. ASAM (Kwon et al., ICML 2021) takes |θᵢ| as the unit of θᵢ:
+GSAM (Zhuang et al., ICLR 2022) uses ĝ − α g⊥, where g⊥ is the component of g orthogonal to ĝ. The term −α g⊥ raises ℓ(θ) and, to first
+order, does not change ℓ(θ̂), so that the gap between them closes. ASAM (Kwon et al., ICML 2021) scales the perturbation by |θᵢ|:
 θ̂ = θ + ρ θ² g / |θ g|, element by element. FTD (Du et al., CVPR 2023) trains its experts with all three.
 """
 
@@ -24,7 +24,7 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True)
 class SharpnessAware:
-    """A student whose gradient is SAM's within the radius `rho`: GSAM's with `alpha` > 0, ASAM's if `adaptive`."""
+    """Compute SAM's gradient with the radius `rho`: GSAM's with `alpha` > 0, ASAM's if `adaptive`."""
 
     student: Student
     rho: float
@@ -32,19 +32,16 @@ class SharpnessAware:
     adaptive: bool = False
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
-        """Return the loss () at `theta`, and the direction (P,) in place of the loss's gradient.
-
-        A pure function of its tensors: both gradients are of the same images.
-        """
+        """Return the loss () at `theta`, and the direction (P,) in place of its gradient. Both gradients are of the same images."""
         step = self.student.gradient(theta, images, labels)
         gradient = step.theta
         scaled = theta * gradient if self.adaptive else gradient
-        uphill = theta * scaled if self.adaptive else gradient
-        worse = theta + uphill * (self.rho / (torch.linalg.vector_norm(scaled) + _SMALLEST_NORM))
-        direction = self.student.gradient(worse, images, labels).theta
+        ascent = theta * scaled if self.adaptive else gradient
+        perturbed = theta + ascent * (self.rho / (torch.linalg.vector_norm(scaled) + _SMALLEST_NORM))
+        direction = self.student.gradient(perturbed, images, labels).theta
         if self.alpha:
-            along = (gradient * direction).sum() / (direction.square().sum() + _SMALLEST_NORM**2)
-            direction = direction - self.alpha * (gradient - along * direction)
+            projection = (gradient * direction).sum() / (direction.square().sum() + _SMALLEST_NORM**2)
+            direction = direction - self.alpha * (gradient - projection * direction)
         return StepGradient(step.loss, as_sums(direction), None)
 
 

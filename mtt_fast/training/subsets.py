@@ -1,4 +1,4 @@
-"""Find the real images of each class, and draw as many of every class at random."""
+"""Find the real images of each class, and draw a random subset with the same number of every class."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from mtt_fast.training.images import Images, RealImages
 
 
 def check_enough(data: ImageData, ipc: int, canvas_size: int = 1) -> None:
-    """Raise `InputError`, which names the class, unless each class of `data` has real images for `ipc` images or canvases.
-
-    A canvas takes `canvas_size`² images.
-    """
+    """Raise `InputError` that names the class if a class of `data` has fewer than `ipc` · `canvas_size`² training images."""
     needed = ipc * canvas_size**2
     asked = f"`ipc` {ipc}" + (f", `canvas_size` {canvas_size}" if canvas_size > 1 else "")
     counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
@@ -51,7 +48,7 @@ def window_of_difficulty(real: RealImages, hardness: Tensor, ipc: int, start: in
 
 
 def random_subset(real: RealImages, ipc: int, generator: torch.Generator) -> Images:
-    """Return `ipc` random training images of each class, class-major, as inputs of networks (floating point).
+    """Return `ipc` random training images of each class, sorted by class, as inputs of networks (floating point).
 
     Raises `InputError` if a class has fewer images than that.
     """

@@ -55,7 +55,7 @@ def looped(
 
     try:
         run_to_the_end(
-            run, progress, title="it", iterate=iterate, shown=lambda seconds: {"s": f"{seconds:g}"}, evaluate=evaluate, kinds=["evaluation"],
+            run, progress, title="it", iterate=iterate, progress_fields=lambda seconds: {"s": f"{seconds:g}"}, evaluate=evaluate, kinds=["evaluation"],
             save=lambda evaluations: done.append(f"s{len(evaluations)}"), summarise=lambda stop: done.append("!"),
         )  # fmt: skip
     except Stopped as stopped:

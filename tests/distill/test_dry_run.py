@@ -20,7 +20,7 @@ from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
 from mtt_fast.distill.dry_run import SecondsPerImage, estimated_bytes, estimated_seconds
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.planning import planned
+from mtt_fast.distill.planning import plan_steps
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.recipes import recipe_names, recipe_options
 
@@ -98,8 +98,8 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--lr_y", "2", "--texture", "--protocol", "datm", "--out", f"{tmp_path}/run"]
-    told_besides = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["besides"]
-    assert told_besides == "--protocol datm --lr_y 2.0 --texture"
+    told_options = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["options"]
+    assert told_options == "--protocol datm --lr_y 2.0 --texture"
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images there are"),
+        ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images"),
         ("--model ConvNetD1W4BN --teacher_label", "--teacher_label: expected a network without batch norm"),
     ],
 )
@@ -260,7 +260,9 @@ def test_each_network_is_timed_in_its_own_precision(
         return estimated_seconds(options, info, missing, cost, **others)
 
     monkeypatch.setattr(dry_run, "precision_on", lambda *_, iterations=False: "fp16" if iterations else "tf32")
-    monkeypatch.setattr(dry_run, "planned", lambda *given: planned(given[0], given[1], given[2], given[3], "fp32"))
+    monkeypatch.setattr(
+        dry_run, "plan_steps", lambda *given: plan_steps(given[0], given[1], given[2], given[3], "fp32")
+    )
     monkeypatch.setattr(dry_run, "_measured_seconds", seconds)
     monkeypatch.setattr(dry_run, "estimated_seconds", estimated)
     lines = told(capsys, *TOY, "--eval_mode", "C", "--cam_model", "ConvNetD2W4", "--batch_syn", "7")

@@ -28,9 +28,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let iterations start as on a GPU, and return the starts and the records of iterations in their order."""
     events: list[str] = []
 
-    def started(device: torch.device, work: Work) -> Work:
+    def run_now_on_gpu(device: torch.device, work: Work) -> Work:
         events.append("start")
-        return prefetch.started(torch.device("cuda"), work)
+        return prefetch.run_now_on_gpu(torch.device("cuda"), work)
 
     write = MetricsLog.write
 
@@ -38,7 +38,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         events.append(f"{kind} {iteration}")
         write(log, kind, iteration, **values)
 
-    monkeypatch.setattr("mtt_fast.distill.command.started", started)
+    monkeypatch.setattr("mtt_fast.distill.command.run_now_on_gpu", run_now_on_gpu)
     monkeypatch.setattr(MetricsLog, "write", watched)
     return events
 

@@ -16,7 +16,7 @@ from mtt_fast import ConvNet, FlatModule
 from mtt_fast.commands import cli
 from mtt_fast.data import load
 from mtt_fast.data.published_info import dataset_info
-from mtt_fast.distill.cam_network import CamNetwork, prepare_cam_network, weighed
+from mtt_fast.distill.cam_network import CamNetwork, prepare_cam_network, weigh_gradients
 from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command import main
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
@@ -124,7 +124,7 @@ def test_weights_are_made_anew_after_an_interval() -> None:
     of_images, of_lr = torch.randn_like(images), torch.tensor(3.0)
 
     def weights() -> Tensor:
-        gradients = weighed(options, cam, state, [of_images, of_lr])
+        gradients = weigh_gradients(options, cam, state, [of_images, of_lr])
         assert gradients is not None
         assert gradients[1] is of_lr
         assert state.pixel_weights is not None
@@ -137,10 +137,10 @@ def test_weights_are_made_anew_after_an_interval() -> None:
     for state.iteration in (1, 2):
         assert weights() is first
     state.iteration = 3
-    assert weighed(options, cam, state, None) is None
+    assert weigh_gradients(options, cam, state, None) is None
     state.iteration = 4
     assert not torch.equal(weights(), first)  # an iteration without finite gradients has made them, too
-    assert weighed(options, None, state, [of_images]) == [of_images]
+    assert weigh_gradients(options, None, state, [of_images]) == [of_images]
 
 
 def test_an_image_is_weighed_for_the_class_of_its_place_whatever_its_learned_label() -> None:
@@ -148,7 +148,7 @@ def test_an_image_is_weighed_for_the_class_of_its_place_whatever_its_learned_lab
     logits = torch.tensor([[0.0, 1.0]]).repeat(4, 1)
     state = State(0, 1, images, logits, torch.tensor(0.01), torch.zeros_like(images), torch.tensor(0.0))
     options = DistillOptions(ipc=2, cam_model="any", cam_beta=2.0)
-    weighed(options, CamNetwork(network, network.init(), ""), state, None)
+    weigh_gradients(options, CamNetwork(network, network.init(), ""), state, None)
     assert state.pixel_weights is not None
     expected = pixel_weights(network, network.init(), images, torch.tensor([0, 0, 1, 1]), 2.0)
     torch.testing.assert_close(state.pixel_weights, expected)

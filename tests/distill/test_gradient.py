@@ -19,15 +19,15 @@ from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import (
     PendingGradients,
+    cached_iterations,
     compare_with_exact,
     finish_gradients,
-    held_iterations,
     iteration_of,
     mean_gradients,
     start_gradients,
 )
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.planning import in_tf32, planned
+from mtt_fast.distill.planning import plan_in_tf32, plan_steps
 from mtt_fast.distill.segments import Segment, log_fields, segment_numbers
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
@@ -235,7 +235,7 @@ def test_mistakes_are_told(
 def test_the_plan_knows_the_options_that_take_memory() -> None:
     def work(**options: Any) -> Work:
         given = DistillOptions(syn_steps=3, memory_budget="1GiB", **options)
-        return planned(given, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "fp32").work
+        return plan_steps(given, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "fp32").work
 
     plain = work()
     assert plain == dataclasses.replace(plain, batch=10, steps=3, momentum=False, augment=True, path_gradient=False)
@@ -323,7 +323,7 @@ def test_iterations_are_held_where_the_budget_has_room_for_all(room: int | None,
         made.append((plan, graph))
         return lambda: (plan, graph)  # a new one each time
 
-    iteration_for = held_iterations(make)
+    iteration_for = cached_iterations(make)
     first = iteration_for(one)
     assert iteration_for(one) is first
     iteration_for(other)
@@ -432,7 +432,7 @@ def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
     monkeypatch.setattr("mtt_fast.distill.command.iteration_of", watched)
     if budget == "least":
         toy = DistillOptions(syn_steps=3, microbatch=1)
-        budget = str(planned(toy, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "tf32").peak_bytes)
+        budget = str(plan_steps(toy, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "tf32").peak_bytes)
     common = [*TOY, *experts, "--memory_budget", budget]
     assert run(*common, "--precision", "tf32", "--out", str(tmp_path / "tf32")) == 0
     assert run(*common, "--out", str(tmp_path / "auto")) == 0
@@ -458,7 +458,7 @@ def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
 def test_what_is_planned_in_fp16_can_be_repeated_in_tf32_in_the_same_memory(batch: int | None) -> None:
     def plan_of(precision: Precision, **options: Any) -> Plan:
         given = DistillOptions(ipc=10, syn_steps=3, batch_syn=batch, **options)
-        return planned(given, ConvNet(3, 10, 32, 16, 3), (100, 3, 32, 32), torch.device("cpu"), precision)
+        return plan_steps(given, ConvNet(3, 10, 32, 16, 3), (100, 3, 32, 32), torch.device("cpu"), precision)
 
     least: dict[Precision, int] = {
         precision: plan_of(precision, microbatch=1).peak_bytes for precision in ("fp16", "tf32")
@@ -466,10 +466,10 @@ def test_what_is_planned_in_fp16_can_be_repeated_in_tf32_in_the_same_memory(batc
     assert least["fp16"] < least["tf32"]
     for budget in (least["tf32"], 3 * least["tf32"] // 2, 2 * least["tf32"], 20 * least["tf32"]):
         first = plan_of("fp16", memory_budget=str(budget))
-        again = in_tf32(first)
+        again = plan_in_tf32(first)
         assert again == plan_of("tf32", memory_budget=str(budget))
         assert max(first.peak_bytes, again.peak_bytes) <= budget
     # what fp16 alone would fit in is refused before the first iteration
     with pytest.raises(InputError, match=r"`memory_budget` \d+: expected at least"):
         plan_of("fp16", memory_budget=str(least["tf32"] - 1))
-    assert in_tf32(plan_of("fp16", microbatch=7)) == plan_of("tf32", microbatch=7)
+    assert plan_in_tf32(plan_of("fp16", microbatch=7)) == plan_of("tf32", microbatch=7)

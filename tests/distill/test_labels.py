@@ -179,7 +179,7 @@ def test_teacher_labels_are_made_for_the_images_that_are_seen() -> None:
     thetas = [network.init(torch.Generator().manual_seed(seed)) for seed in range(3)]
     images = torch.randn(5, 1, 6, 6)
     every = [network(theta, images).softmax(dim=1) for theta in thetas]
-    some = teacher_labels(network, thetas[0], images, index=torch.tensor([4, 1, 4]), at_once=1)
+    some = teacher_labels(network, thetas[0], images, index=torch.tensor([4, 1, 4]), batch=1)
     torch.testing.assert_close(some[[1, 4]], every[0][[1, 4]])
     assert not some[[0, 2, 3]].any()
     torch.testing.assert_close(mean_teacher_labels(network, iter(thetas), images), (every[0] + every[1] + every[2]) / 3)

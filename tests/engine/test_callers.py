@@ -403,8 +403,10 @@ def test_draws_may_be_filled_again(network: Network, hold: Callable[[Tensor], An
 def test_draws_are_those_of_each_step_of_an_augmentation() -> None:
     images, by = Distilled().images, torch.ones((), dtype=torch.float64, requires_grad=True)
     shifted = Augmentation(lambda *_: None, lambda rows, by: rows + by)
-    for count, augment, found in ((2, shifted, "2"), (4, shifted, "4"), (3, None, "3 and no augment")):
-        with pytest.raises(InputError, match=f"^unroll draws: expected those of .* each of 3 steps, found {found}$"):
+    for count, augment, found in ((2, shifted, "2"), (4, shifted, "4"), (3, None, "3 and no `augment`")):
+        with pytest.raises(
+            InputError, match=f"^unroll draws: expected the draws of .* each of 3 steps, found {found}$"
+        ):
             unroll(NETWORK, START, images, LABELS, 0.2, BATCHES, augment, draws=[by.detach()] * count)
     with torch.no_grad():  # no gradient is missed
         path = unroll(NETWORK, START, images, LABELS, 0.2, BATCHES, shifted, draws=[by] * 3)

@@ -199,4 +199,4 @@ def test_saved_activations_serve_once_and_for_their_step() -> None:
     refuse(result.saved, images[:3], "those of 4")
     refuse(result, images, "StepGradient")
     student.gradient_jvp(theta, images, labels, v, result.saved)  # a refusal took nothing
-    refuse(result.saved, images, "what is used up")
+    refuse(result.saved, images, "consumed ones")

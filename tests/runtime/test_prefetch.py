@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mtt_fast.runtime.prefetch import download, prefetched, sender, started
+from mtt_fast.runtime.prefetch import download, prefetched, run_now_on_gpu, sender
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +114,8 @@ def test_sent_to_a_gpu() -> None:
 
 def test_work_starts_at_once_where_the_device_goes_on_alone() -> None:
     calls: list[str] = []
-    pending = started(torch.device("cuda"), lambda: calls.append("cuda"))
-    later = started(torch.device("cpu"), lambda: calls.append("cpu"))
+    pending = run_now_on_gpu(torch.device("cuda"), lambda: calls.append("cuda"))
+    later = run_now_on_gpu(torch.device("cpu"), lambda: calls.append("cpu"))
     assert calls == ["cuda"]
     assert (pending(), pending(), later()) == (None, None, None)
     assert calls == ["cuda", "cpu"]
@@ -126,6 +126,6 @@ def test_an_error_comes_where_its_result_is_asked_for(device: str) -> None:
     def work() -> None:
         raise ValueError("no result")
 
-    result = started(torch.device(device), work)
+    result = run_now_on_gpu(torch.device(device), work)
     with pytest.raises(ValueError, match="no result"):
         result()
