@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-if (
-    __name__ != "mtt_fast.kernels"
-):  # in the repository it could also be imported as `kernels`, a second copy of all modules
+# in the repository it could be imported as `kernels` too, which would be a second copy of all modules
+if __name__ != "mtt_fast.kernels":
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from .dispatch import (
