@@ -90,7 +90,7 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
     known = ("try_step", "check_repeated", "_checked_loss")
     engine = [wait for wait in report.waits if "mtt_fast/engine" in wait and wait not in report.waits_below(*known)]
     assert engine == []
-    assert report.waits_below("_called_twice")
+    assert report.waits_below("_call_twice")
     # a buffer or frozen parameter is copied once: of the convolution two, of the norm three
     networks = [wait for wait in report.waits if "mtt_fast/networks" in wait]
     assert len(networks) == 5
