@@ -114,6 +114,15 @@ class OnCuda(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _computed(func, args, kwargs or {})
 
+    @property
+    def data(self) -> Tensor:
+        """See `Tensor.data`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: OnCuda) -> None:
+        self.held = value.held
+
     def __getitem__(self, index: Any) -> Tensor:  # of a path, which cannot be of two subclasses
         rows = vars(self).get("rows")
         return super().__getitem__(index) if rows is None or not isinstance(index, int) else rows[index]
@@ -136,10 +145,13 @@ def _is_cuda(device: Any) -> bool:
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute `func` on the CPU, after the checks."""
     name, device = func.overloadpacket.__name__, kwargs.get("device")
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
     on_cuda = [each for each in tensors if isinstance(each, OnCuda)]
     if on_cuda or name == "_to_copy":
         _check(name, args, kwargs, [each for each in tensors if not isinstance(each, OnCuda)])
+    if any(isinstance(each, torch.Generator) for each in leaves):
+        LOG.refuse(f"{name} by a generator of the CPU")
     inner = tree_map_only(OnCuda, lambda each: each.held, (args, kwargs))
     if _is_cuda(device):
         inner[1]["device"] = CPU
@@ -269,8 +281,7 @@ def emulated() -> Iterator[Log]:
         "memory_reserved": zero, "memory_allocated": zero, "max_memory_allocated": zero,
         "reset_peak_memory_stats": nothing, "empty_cache": nothing, "synchronize": lambda *_: LOG.wait("synchronize"),
         "Stream": Stream, "Event": Stream, "current_stream": lambda *_: stream, "stream": context, "device": context,
-        "is_current_stream_capturing": lambda: LOG.records, "get_rng_state": lambda *_: torch.get_rng_state(),
-        "manual_seed_all": nothing,
+        "is_current_stream_capturing": lambda: LOG.records, "default_generators": (torch.Generator(),),
     }  # fmt: skip
     with contextlib.ExitStack() as patches:
         for owner, replaced in (
@@ -285,6 +296,9 @@ def emulated() -> Iterator[Log]:
         ):
             for name, value in replaced.items():
                 patches.enter_context(patch.object(owner, name, value))
+        swaps = torch.__future__.get_swap_module_params_on_conversion()  # else `Module.to` loses what a tensor holds
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        patches.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         torch._C._set_only_lift_cpu_tensors(True)
         patches.callback(torch._C._set_only_lift_cpu_tensors, False)
         patches.enter_context(Device())
