@@ -34,11 +34,14 @@ WAITING = frozenset(
 )
 """Operations that the host waits for, to read a value or to learn a shape."""
 NOT_DETERMINISTIC = frozenset(
-    "_adaptive_avg_pool2d_backward adaptive_max_pool2d_backward avg_pool3d_backward fractional_max_pool2d_backward "
-    "grid_sampler_2d_backward histc kthvalue max_pool3d_with_indices_backward max_unpool2d nll_loss2d_backward put_ "
-    "reflection_pad2d_backward replication_pad2d_backward scatter_reduce upsample_bicubic2d_backward upsample_bilinear2d_backward".split()
+    "_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward _ctc_loss_backward adaptive_max_pool2d_backward avg_pool3d_backward "
+    "cumsum fractional_max_pool2d_backward fractional_max_pool3d_backward grid_sampler_2d_backward grid_sampler_3d_backward histc "
+    "kthvalue max_pool3d_with_indices_backward max_unpool2d max_unpool3d median nll_loss2d_backward nll_loss2d_forward put_ "
+    "reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward "
+    "replication_pad2d_backward replication_pad3d_backward scatter_reduce upsample_bicubic2d_backward upsample_bilinear2d_backward "
+    "upsample_linear1d_backward upsample_trilinear3d_backward".split()
 )
-"""Operations that raise on CUDA where torch is told to be deterministic."""
+"""Operations that raise on CUDA where torch is told to be deterministic; `cumsum` of whole numbers does not."""
 VIEWS_OF_INDICES = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split())
 
 
@@ -170,7 +173,8 @@ def _check(name: str, args: Any, kwargs: Any, others: list[Tensor]) -> None:
     """Note the wait of an operation on CUDA tensors and `others`, and refuse what a GPU would."""
     if name in WAITING:
         LOG.wait(name)
-    if name in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+    whole = name == "cumsum" and not args[0].is_floating_point()
+    if name in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled() and not whole:
         LOG.refuse(f"{name} is not deterministic")
     if name in ("copy_", "_to_copy"):
         _check_copy(name, args, kwargs)
