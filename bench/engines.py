@@ -65,7 +65,7 @@ def whole_graph(case: Case) -> Gradients:
 def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
     """Save the parameters of all steps, then record each step again by itself and differentiate it twice. Exact."""
     network, adjoint, path = _module_function(case), *_plain_sweep(case, microbatch)
-    to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
+    to_images, to_lr, lr = torch.zeros_like(case.images), torch.zeros_like(case.lr), float(case.lr)
     for n in reversed(range(len(case.batches))):
         hessian_v = torch.zeros_like(adjoint)
         for index in case.batches[n].split(microbatch or case.batches.shape[1]):
@@ -76,7 +76,7 @@ def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
             along = gradient @ adjoint
             to_theta, to_batch = torch.autograd.grad(along, (theta, images))
             hessian_v += to_theta
-            to_images.index_add_(0, index, to_batch, alpha=-float(case.lr))
+            to_images.index_add_(0, index, to_batch, alpha=-lr)
             to_lr -= along.detach()
         adjoint = adjoint - case.lr * hessian_v
     return Gradients(to_images, to_lr)
@@ -128,11 +128,11 @@ def compiled(case: Case) -> Gradients:
     """Run the mixed step of torch.func, compiled by torch.compile; the plain gradients are eager."""
     step = _compiled_step(case.net)
     adjoint, path = _plain_sweep(case)
-    to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
+    to_images, to_lr, lr = torch.zeros_like(case.images), torch.zeros_like(case.lr), float(case.lr)
     for n in reversed(range(len(case.batches))):
         index = case.batches[n]
         (hessian_v, to_batch), along = step(path[n].clone(), case.images[index], case.labels[index], adjoint)
-        to_images.index_add_(0, index, to_batch, alpha=-float(case.lr))
+        to_images.index_add_(0, index, to_batch, alpha=-lr)
         to_lr -= along
         adjoint = adjoint - case.lr * hessian_v
     return Gradients(to_images, to_lr)

@@ -23,6 +23,7 @@ from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
@@ -47,7 +48,7 @@ def plain_loop(
     for index in order.split(sgd.batch_size):
         inputs, targets = images.batch(index)
         if augmentation:
-            inputs = augmentation(inputs, augmentation.draw(inputs, generator))
+            inputs = augmentation(inputs, upload(augmentation.draw_parameters([inputs], generator), inputs.device))
         optimiser.zero_grad()
         F.cross_entropy(module(inputs), targets).backward()
         optimiser.step()

@@ -23,6 +23,7 @@ from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import RealImages
 
@@ -86,7 +87,7 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
 
     def initial(generator: torch.Generator) -> Tensor:
         fixed = options.train_nets_type == "known_init"
-        return network.init(generator_for(options.seed, "dd network") if fixed else generator).to(device)
+        return upload(network.init(generator_for(options.seed, "dd network") if fixed else generator), device)
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "dd", iteration)

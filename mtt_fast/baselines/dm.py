@@ -17,6 +17,7 @@ from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import RealImages
 from mtt_fast.training.subsets import class_members
@@ -38,7 +39,7 @@ def dm(options: DmOptions, real: RealImages, network: Trainable) -> LearnedSet:
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "dm", iteration)
-        theta = network.init(generator).to(images.device)
+        theta = upload(network.init(generator), images.device)
         images.grad = torch.empty_like(images)
         total = torch.zeros((), device=images.device)
         for label, indices in enumerate(members):

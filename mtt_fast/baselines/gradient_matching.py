@@ -26,6 +26,7 @@ from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.sgd import Sgd, epoch_on
@@ -70,7 +71,7 @@ def _learned_set(options: DcOptions, real: RealImages, network: Trainable, strat
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "gradient matching", iteration)
-        theta = network.init(generator).to(images.device)
+        theta = upload(network.init(generator), images.device)
         total = torch.zeros((), device=images.device)
         for update in range(outer_loop):
             total += match(theta, generator)

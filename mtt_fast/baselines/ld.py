@@ -23,6 +23,7 @@ from mtt_fast.commands.option_fields import Group
 from mtt_fast.commands.options import Count, Rate
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import RealImages
 
@@ -59,7 +60,7 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "ld", iteration)
         inputs, targets = random_batch(real.train, everything, options.batch_real, generator)
-        index = torch.randperm(count, generator=generator)[: options.inner_batch_size].to(device)
+        index = upload(torch.randperm(count, generator=generator)[: options.inner_batch_size], device)
         soft = labels.detach().requires_grad_()
         logits = logits_after_steps(network, theta, images, soft, rate, [index], inputs, precision)
         loss = F.cross_entropy(logits, targets)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset
@@ -15,7 +16,7 @@ from mtt_fast.training.subsets import random_subset
 def random_batch(images: Images, members: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return `count` different images at random among those at `members`, or all if there are fewer, and their labels."""
     chosen = members[torch.randperm(len(members), generator=generator)[:count]]
-    return images.batch(chosen.to(images.labels.device))
+    return images.batch(upload(chosen, images.labels.device))
 
 
 def starting_images(real: RealImages, ipc: int, pix_init: Literal["real", "noise"], seed: int) -> Images:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.siamese import augment_by_strategy, augment_with
+from mtt_fast.runtime.prefetch import upload
 
 
 def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -18,5 +19,5 @@ def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator
     augment = augment_by_strategy(strategy)
     if augment is None:
         return lambda images: images
-    parameters = augment.draw_parameters([like[:1]], generator).to(like.device)
+    parameters = upload(augment.draw_parameters([like[:1]], generator), like.device)
     return lambda images: augment_with(images, parameters.expand(len(images), -1).contiguous())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
 import sys
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,12 @@ def mix() -> None:
     """Do what a GPU refuses, and what the host waits for."""
     with contextlib.suppress(RuntimeError):
         torch.ones(3, device="cuda").add(torch.ones(3))
+    with contextlib.suppress(RuntimeError):
+        torch.randn(3, device="cuda", generator=torch.Generator())
+    torch.use_deterministic_algorithms(True)
+    torch.ones(3, device="cuda", dtype=torch.long).cumsum(0)
+    with contextlib.suppress(RuntimeError):
+        torch.ones(3, device="cuda").cumsum(0)
     float(torch.ones((), device="cuda"))
 
 
@@ -73,5 +81,17 @@ def compare() -> None:
             assert_close("graphed", actual.cpu(), expected, 1e-4)
 
 
+def bench(*words: str) -> None:
+    """Run `python -m bench` in one process, without NVML and large products."""
+    from bench import measuring, workers
+
+    sys.argv = ["bench", *words]
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.object(workers, "Process", workers.Here))
+        for name, value in {"driver_version": "none", "used_on_gpu": 0, "matrix_product_peak": 1e9}.items():
+            patches.enter_context(patch.object(measuring, name, lambda *_, value=value: value))
+        runpy.run_module("bench", run_name="__main__", alter_sys=True)
+
+
 if __name__ == "__main__":
-    {"mix": mix, "compare": compare}[sys.argv[1]]()
+    {"mix": mix, "compare": compare, "bench": bench}[sys.argv[1]](*sys.argv[2:])

@@ -34,11 +34,14 @@ WAITING = frozenset(
 )
 """Operations that the host waits for, to read a value or to learn a shape."""
 NOT_DETERMINISTIC = frozenset(
-    "_adaptive_avg_pool2d_backward adaptive_max_pool2d_backward avg_pool3d_backward fractional_max_pool2d_backward "
-    "grid_sampler_2d_backward histc kthvalue max_pool3d_with_indices_backward max_unpool2d nll_loss2d_backward put_ "
-    "reflection_pad2d_backward replication_pad2d_backward scatter_reduce upsample_bicubic2d_backward upsample_bilinear2d_backward".split()
+    "_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward _ctc_loss_backward adaptive_max_pool2d_backward avg_pool3d_backward "
+    "cumsum fractional_max_pool2d_backward fractional_max_pool3d_backward grid_sampler_2d_backward grid_sampler_3d_backward histc "
+    "kthvalue max_pool3d_with_indices_backward max_unpool2d max_unpool3d median nll_loss2d_backward nll_loss2d_forward put_ "
+    "reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward "
+    "replication_pad2d_backward replication_pad3d_backward scatter_reduce upsample_bicubic2d_backward upsample_bilinear2d_backward "
+    "upsample_linear1d_backward upsample_trilinear3d_backward".split()
 )
-"""Operations that raise on CUDA where torch is told to be deterministic."""
+"""Operations that raise on CUDA where torch is told to be deterministic; `cumsum` of whole numbers does not."""
 VIEWS_OF_INDICES = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split())
 
 
@@ -114,6 +117,15 @@ class OnCuda(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _computed(func, args, kwargs or {})
 
+    @property
+    def data(self) -> Tensor:
+        """See `Tensor.data`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: OnCuda) -> None:
+        self.held = value.held
+
     def __getitem__(self, index: Any) -> Tensor:  # of a path, which cannot be of two subclasses
         rows = vars(self).get("rows")
         return super().__getitem__(index) if rows is None or not isinstance(index, int) else rows[index]
@@ -136,10 +148,13 @@ def _is_cuda(device: Any) -> bool:
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute `func` on the CPU, after the checks."""
     name, device = func.overloadpacket.__name__, kwargs.get("device")
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
     on_cuda = [each for each in tensors if isinstance(each, OnCuda)]
     if on_cuda or name == "_to_copy":
         _check(name, args, kwargs, [each for each in tensors if not isinstance(each, OnCuda)])
+    if any(isinstance(each, torch.Generator) for each in leaves):
+        LOG.refuse(f"{name} by a generator of the CPU")
     inner = tree_map_only(OnCuda, lambda each: each.held, (args, kwargs))
     if _is_cuda(device):
         inner[1]["device"] = CPU
@@ -158,7 +173,8 @@ def _check(name: str, args: Any, kwargs: Any, others: list[Tensor]) -> None:
     """Note the wait of an operation on CUDA tensors and `others`, and refuse what a GPU would."""
     if name in WAITING:
         LOG.wait(name)
-    if name in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+    whole = name == "cumsum" and not args[0].is_floating_point()
+    if name in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled() and not whole:
         LOG.refuse(f"{name} is not deterministic")
     if name in ("copy_", "_to_copy"):
         _check_copy(name, args, kwargs)
@@ -269,8 +285,7 @@ def emulated() -> Iterator[Log]:
         "memory_reserved": zero, "memory_allocated": zero, "max_memory_allocated": zero,
         "reset_peak_memory_stats": nothing, "empty_cache": nothing, "synchronize": lambda *_: LOG.wait("synchronize"),
         "Stream": Stream, "Event": Stream, "current_stream": lambda *_: stream, "stream": context, "device": context,
-        "is_current_stream_capturing": lambda: LOG.records, "get_rng_state": lambda *_: torch.get_rng_state(),
-        "manual_seed_all": nothing,
+        "is_current_stream_capturing": lambda: LOG.records, "default_generators": (torch.Generator(),),
     }  # fmt: skip
     with contextlib.ExitStack() as patches:
         for owner, replaced in (
@@ -285,6 +300,9 @@ def emulated() -> Iterator[Log]:
         ):
             for name, value in replaced.items():
                 patches.enter_context(patch.object(owner, name, value))
+        swaps = torch.__future__.get_swap_module_params_on_conversion()  # else `Module.to` loses what a tensor holds
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        patches.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         torch._C._set_only_lift_cpu_tensors(True)
         patches.callback(torch._C._set_only_lift_cpu_tensors, False)
         patches.enter_context(Device())

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from bench.records import read_record
 from mtt_fast.data import load
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +140,55 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
     assert report.waits_below("chunks", "count_right") == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "waits"),
+    [("dsa --outer_loop 2 --inner_loop 1", 1), ("dm", 1), ("ld", 3), ("dd --n_nets 2", 2)],
+    ids=["dsa", "dm", "ld", "dd"],
+)
+def test_an_iteration_of_a_baseline_waits_for_what_is_logged(
+    method: str, waits: int, run: Run, tmp_path: Path
+) -> None:
+    words = "--dataset digits --model ConvNetD1W4 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 2 --device cuda"
+    report = run("mtt_fast.baselines", *method.split(), *words.split(), "--out", str(tmp_path / "run"))
+    assert report.refused == []
+    assert "not recorded" not in report.output
+    assert len(report.waits_below("_iterate")) == 2 * waits
+
+
+@pytest.mark.slow
+def test_sets_of_several_networks(run: Run, tmp_path: Path) -> None:
+    words = "mtt_fast.cross random --dataset digits --models ConvNetD1W4 MLP ConvNetD1W4BN --num_eval 1 --epoch_eval_train 2 --device cuda"
+    report = run(*words.split(), "--out", str(tmp_path))
+    assert report.refused == []
+    assert "not recorded" not in report.output
+    assert report.waits_below("_run_epoch") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "meta_step --engines fused-graph,fused-graph@fp16,generic,checkpointed,whole_graph --precision fp32 --one_process True",
+        "experts --images 32 --batch_train 16",
+    ],
+    ids=["meta_step", "experts"],
+)
+def test_benchmarks(words: str, run: Run, tmp_path: Path) -> None:
+    toy = "--steps 2 --batch 3 --size 16 --depth 2 --width 4 --repetitions 1 --device cuda --name toy --out"
+    report = run("tests.runtime.emulated_cases", "bench", *words.split(), *toy.split(), str(tmp_path))
+    assert report.refused == []
+    assert [row["problem"] for row in read_record(tmp_path / "toy.json")["rows"] if row["problem"]] == []
+    # what mtt_fast is compared with is not held up: a loop waits for no step
+    assert report.waits_below("plain_loop <", "checkpointed") == []
+
+
 def test_what_a_gpu_refuses_is_found(run: Run) -> None:
     """Check that the tests here can fail."""
     report = run("tests.runtime.emulated_cases", "mix")
-    assert [reason.partition(": ")[0] for reason in report.refused] == ["add on ['cpu', 'cuda:0']"]
+    assert [reason.partition(": ")[0] for reason in report.refused] == [
+        "add on ['cpu', 'cuda:0']",
+        "randn by a generator of the CPU",
+        "cumsum is not deterministic",
+    ]
     assert [wait.partition(": ")[0] for wait in report.waits] == ["_local_scalar_dense"]
