@@ -154,10 +154,12 @@ def chunks_on(
     ) -> Iterator[Chunk]:
         rate = theta.new_full((), sgd.lr * factor)
         draw = None if augmentation is None else augmentation.draw_parameters
+        if isinstance(augmentation, CombinedAugment) and images.real is not None:
+            draw = augmentation.draw_both
         batches = map(images.expand_crops, _batches(every, sgd.batch_size, generator, epochs))
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        if isinstance(augmentation, CombinedAugment) and draws.parameters is not None:
-            draws = draws._replace(parameters=augmentation.select(draws.parameters, images.is_real(draws.indices)))
+        if isinstance(augmentation, CombinedAugment) and images.real is not None and draws.parameters is not None:
+            draws = draws._replace(parameters=augmentation.select(draws.parameters, images.real[draws.indices]))
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *rows)
@@ -199,8 +201,9 @@ def training_steps(
 ) -> tuple[Tensor, ...]:
     """Return parameters and velocity (P,) after steps on `length` images each, and the sums of the images' losses (steps,).
 
-    `rate` () is the learning rate in place of that of `sgd`, so that a recording serves all rates. `rest` are the running statistics (S,) if `track` is given, which come back last, the indices (Σb,) of all steps' images,
-    and the parameters (Σb, K) of `augment`. A pure function of its tensors, none of whose values is read on the host.
+    `rate` () is the learning rate in place of that of `sgd`, so that a recording serves all rates. `rest` are the running
+    statistics (S,) if `track` is given, which come back last, the indices (Σb,) of all steps' images, and the parameters
+    (Σb, K) of `augment`. A pure function of its tensors, none of whose values is read on the host.
     """
     statistics, (index, *parameters) = (rest[:1], rest[1:]) if track is not None else ((), rest)
     losses = []

@@ -112,7 +112,7 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
 )
 def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
     scores = tmp_path / "scores.npy"
-    np.save(scores, np.arange(len(load("digits", data_path=str(tmp_path)).train.labels)))
+    np.save(scores, np.linspace(0, 1, len(load("digits", data_path=str(tmp_path)).train.labels)))
     words = ["mtt_fast.distill", *TOY, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
         report = run(*words, *options.format(scores=scores).split(), *more)
