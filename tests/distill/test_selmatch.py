@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mtt_fast import SyntheticDataset
 from mtt_fast.commands import cli
@@ -23,6 +24,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.storage.checkpoint import load_checkpoint
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import as_training_images, real_images
 from mtt_fast.training.subsets import window_of_difficulty
 
@@ -91,6 +94,45 @@ def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits
     assert state is not None
     assert not state.images_velocity[kept].any()
     assert state.images_velocity[~kept].any()
+
+
+def test_iterations_are_those_written_out(digits: ImageData) -> None:
+    """Compare two iterations on whole batches with plain torch, in which the real images are no parameters."""
+    words = "--model ConvNetD1W4 --num_experts 1 --max_start_epoch 1 --Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --lr_img 20"
+    assert cli.run(main, [*TOY, *WINDOW, *words.split(), "--out", "run"]) == 0
+    store = TrajectoryStore("buffers/digits/ConvNetD1W4")
+    start, target = store.read(0, 0), store.read(0, 1)
+    module = reference_convnet(1, 10, 8, 4, 1)
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+
+    real = real_images(digits, torch.device("cpu"), zca=False).train
+    window = torch.tensor(expected_window(digits, reverse=False, first=2, last=7)).view(10, 5)
+    condensed = real.subset(window[:, :3].flatten()).pixels.requires_grad_()
+    selected = real.subset(window[:, 3:].flatten()).pixels
+    labels = torch.cat([torch.arange(10).repeat_interleave(count) for count in (3, 2)])
+    lr = torch.tensor(0.01, requires_grad=True)
+    optimisers = [torch.optim.SGD([condensed], 20, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
+    for _ in range(2):
+        theta = start.clone().requires_grad_()
+        for _ in range(2):
+            parts = theta.split([shape.numel() for shape in shapes.values()])
+            named = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+            logits = torch.func.functional_call(module, named, torch.cat([condensed, selected]))
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), theta, create_graph=True)
+            theta = theta - lr * gradient
+        loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    distilled = SyntheticDataset.load("run/synthetic.safetensors")
+    images = distilled.images.view(10, 5, 1, 8, 8)
+    before = real.subset(window[:, :3].flatten()).pixels
+    assert_close("condensed", images[:, :3].flatten(0, 1) - before, condensed.detach() - before, 1e-4)
+    assert torch.equal(images[:, 3:].flatten(0, 1), selected)
+    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr.detach()) - 0.01, rel=1e-4)
 
 
 def test_files_of_other_software_are_told_which_images_are_real(
