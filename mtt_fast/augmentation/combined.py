@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-import mtt_fast.kernels as kernels
-from mtt_fast.augmentation.siamese import SiameseAugment, parameters_of_steps
+from mtt_fast.augmentation.siamese import Draws, SiameseAugment, parameters_of_steps
 
 _REACH = 4  # pixels that a real image is shifted by at most, along each axis
 
@@ -20,13 +19,10 @@ class CombinedAugment(SiameseAugment):
     """
 
     def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Return the parameters (Σb, 2 · 13) of `augment_with` for each image, first as a distilled and then as a real one.
-
-        They are drawn step by step, for batches like `batches` (b, C, H, W); `select` takes one of the two.
-        """
+        """Return the parameters (Σb, 13) of `augment_with` for distilled images, drawn step by step for batches like `batches`."""
         device = torch.device("cpu") if generator is None else generator.device
         operations = [SiameseAugment(operation) for operation in self.operations]
-        draws, places, of_real, first = [], [], [], 0
+        draws, places, first = [], [], 0
         for images in batches:
             like, chosen = images, torch.randint(len(operations), (len(images),), generator=generator, device=device)
             for number, operation in enumerate(operations):
@@ -34,24 +30,32 @@ class CombinedAugment(SiameseAugment):
                 if len(place):
                     draws.append(operation.draw(images[: len(place)], generator))
                     places.append(first + place)
-            of_real.append(_crop_and_flip(len(images), device, generator))
             first += len(images)
         by_operation = parameters_of_steps(draws, like.shape)
-        distilled = torch.empty_like(by_operation).index_copy_(0, torch.cat(places), by_operation)
-        return torch.cat([distilled, torch.cat(of_real)], dim=1).to(torch.promote_types(like.dtype, torch.float32))
+        parameters = torch.empty_like(by_operation).index_copy_(0, torch.cat(places), by_operation)
+        return parameters.to(torch.promote_types(like.dtype, torch.float32))
+
+    def draw_both(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Return parameters (Σb, 2 · 13) of each image, first as a distilled and then as a real one; `select` takes one of the two."""
+        of_real: list[Tensor] = []
+
+        def each_step() -> Iterator[Tensor]:
+            for images in batches:
+                yield images
+                of_real.append(_crop_and_flip(images, generator))
+
+        distilled = self.draw_parameters(each_step(), generator)
+        return torch.cat([distilled, torch.cat(of_real).to(distilled.dtype)], dim=1)
 
     def select(self, parameters: Tensor, real: Tensor) -> Tensor:
-        """Return what applies of `parameters` (b, 2 · 13), as `draw_parameters` returns them, to images that are `real` (b,) or not."""
+        """Return what applies of `parameters` (b, 2 · 13), as `draw_both` returns them, to images that are `real` (b,) or not."""
         distilled, of_real = parameters.chunk(2, dim=1)
         return torch.where(real[:, None], of_real, distilled)
 
 
-def _crop_and_flip(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Return the parameters (count, 13), float64, of shifts by up to four pixels, with zeros from outside, and flips of half the images."""
-    parameters = torch.zeros(count, len(kernels.WARP_PARAMETERS), device=device, dtype=torch.float64)
-    for name in ("row_shift", "column_shift"):
-        shift = torch.randint(-_REACH, _REACH + 1, (count,), generator=generator, device=device)
-        parameters[:, kernels.WARP_PARAMETERS.index(name)] = shift.double()
-    flipped = torch.rand(count, generator=generator, device=device) < 0.5
-    parameters[:, kernels.WARP_PARAMETERS.index("column_by_column")] = torch.where(flipped, -2.0, 0.0).double()
-    return parameters
+def _crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return the parameters (b, 13) of shifts by up to four pixels, with zeros from outside, and flips of half the images (b, C, H, W)."""
+    device = torch.device("cpu") if generator is None else generator.device
+    shifts = (torch.randint(-_REACH, _REACH + 1, (len(images),), generator=generator, device=device) for _ in range(2))
+    crop, flip = Draws("crop", tuple(shifts)), SiameseAugment("flip").draw(images, generator)
+    return parameters_of_steps([crop], images.shape) + parameters_of_steps([flip], images.shape)

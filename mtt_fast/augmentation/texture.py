@@ -7,14 +7,15 @@ augmentation before the others, with its draws kept apart from the operation; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Footprint
-from mtt_fast.augmentation.siamese import SiameseAugment, parameters_of_steps
+from mtt_fast.augmentation.siamese import SiameseAugment
 
 _COPIES = 2  # of a batch of canvases, at most: the batch, and its gradient
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
@@ -61,16 +62,19 @@ class CanvasCrops:
         which holds every row and column exactly.
         """
         device = torch.device("cpu") if generator is None else generator.device
-        corners, draws = [], []
-        for images in batches:
-            sides, (height, width) = images.shape[2:], self._sides(images)
-            places = [torch.randint(side, (len(images),), generator=generator, device=device) for side in sides]
-            corners.append(torch.stack(places, dim=1))
-            like = images[..., :height, :width]
-            if self.then is not None:
-                draws.append(self.then.draw(like, generator))
-        parameters = [torch.cat(corners), *([parameters_of_steps(draws, like.shape)] if draws else [])]
-        return torch.cat([each.to(torch.promote_types(like.dtype, torch.float32)) for each in parameters], dim=1)
+        corners = []
+
+        def crops() -> Iterator[Tensor]:
+            for images in batches:
+                sides, (height, width) = images.shape[2:], self._sides(images)
+                places = [torch.randint(side, (len(images),), generator=generator, device=device) for side in sides]
+                corners.append(torch.stack(places, dim=1).to(torch.promote_types(images.dtype, torch.float32)))
+                yield images[..., :height, :width]
+
+        every = crops()
+        of_then = [] if self.then is None else [self.then.draw_parameters(every, generator)]
+        deque(every, maxlen=0)
+        return torch.cat([torch.cat(corners), *of_then], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return the augmented crops of the canvases `images` (b, C, H, W) for what `draw_parameters` returned.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -38,6 +39,16 @@ class BaselineOptions(EvaluationOptions):
     """images per class"""
     lr_net: Rate = REAL_IMAGES_LR
     """learning rate of networks that are trained on the set"""
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        remarks, rate = super().remarks(given), self.evaluation_protocol().lr
+        if "lr_net" in given and rate not in (None, self.lr_net):
+            remarks.append(
+                f"--lr_net {self.lr_net:g}: evaluations take the rate of --protocol {self.protocol}, {rate:g}; for another one say "
+                "--lr_teacher to python -m mtt_fast.evaluate"
+            )
+        return remarks
 
     def folder(self, method: str) -> Path:
         """Return the run folder."""

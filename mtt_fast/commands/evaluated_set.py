@@ -12,15 +12,16 @@ import torch
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
-from mtt_fast.commands.options import Count, EvaluationOptions, RateOrNone
+from mtt_fast.commands.options import Count, EvaluationOptions, PositiveShare, RateOrNone
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes
-from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.data.synthetic import SyntheticDataset, real_ones
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
 from mtt_fast.interop import SET_KINDS, set_kind_of
 from mtt_fast.interop.pairs import doubts, read_pair
+from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, real_images
@@ -54,6 +55,9 @@ class SetOptions(EvaluationOptions):
     """crops of each canvas of --texture per step"""
     label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
     """kind of the soft labels in a .pt file; if not given, guessed from their sums"""
+    distilled_share: PositiveShare = 1.0
+    """share of each class's images in a .pt file that was distilled, for --protocol selmatch: the first ones, as SelMatch writes them (its
+    alpha). The others are real images"""
     other_data: bool = False
     """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
     set's own"""
@@ -65,7 +69,10 @@ class SetOptions(EvaluationOptions):
             reasons["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
         if not any(source.endswith(".pt") for source in sources):
             of_pt = "without a .pt file among the sets: those of this package know it themselves"
-            reasons |= dict.fromkeys(("texture", "canvas_size", "canvas_samples", "label_kind"), of_pt)
+            of_files = ("texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share")
+            reasons |= dict.fromkeys(of_files, of_pt)
+        elif self.texture or not self.evaluation_protocol().combined:
+            reasons["distilled_share"] = "with --texture" if self.texture else "without --protocol selmatch"
         return reasons
 
 
@@ -172,9 +179,17 @@ class EvaluatedSet:
             log.info("labels are soft; taken as %s", pair.label_kind)
         for line in doubts(self.source, pair, zca=options.zca):
             log.warning("%s", line)
+        real = None
+        if options.distilled_share < 1:
+            pair = class_major(pair)
+            real = real_ones(len(pair.labels), len(pair.labels) // pair.ipc(self.source), options.distilled_share)
+        elif options.evaluation_protocol().combined:
+            log.warning(
+                "%s: all images count as distilled; if some are real, say so with --distilled_share", self.source
+            )
         labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
         canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
-        images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
+        images = Images(pair.images.to(device), labels.to(device), canvas=canvas, real=real)
         return images, REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
 
 

@@ -12,7 +12,7 @@ import tyro
 
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Role
-from mtt_fast.commands.options import CommonOptions, Count, Rate, Side, StoreDtype
+from mtt_fast.commands.options import CommonOptions, Count, PositiveShare, Rate, Side, StoreDtype
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import check_device_name
 
@@ -60,6 +60,8 @@ class ConvertOptions:
 
     lr_teacher: Annotated[Rate, Group.SET] = 0.01
     """learning rate of the set, if its files have none"""
+    distilled_share: Annotated[PositiveShare, Group.SET] = 1.0
+    """share of each class's images that was distilled, the first ones, if the others are real (SelMatch's alpha)"""
     label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
     """kind of the source's soft labels; if not given, guessed from their sums"""
     reorder: Annotated[bool, Group.LABELS] = False
@@ -89,7 +91,7 @@ class ConvertOptions:
 
     def without_effect_on_experts(self, *, exported: bool) -> dict[str, str]:
         """Return the options that have no effect where experts are `exported`, or else imported, with the reasons."""
-        of_sets = ("lr_teacher", "label_kind", "reorder", "hard_labels", "method")
+        of_sets = ("lr_teacher", "distilled_share", "label_kind", "reorder", "hard_labels", "method")
         reasons = dict.fromkeys(of_sets, "on experts, only on distilled sets")
         if exported:
             known = "on experts of this software, which know it"
@@ -106,14 +108,16 @@ class ConvertOptions:
         with_data_info = ("synthetic", "png", "parquet")
         if kind == "synthetic":
             known = "on a set of this software, which knows it"
-            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "label_kind"), known)
+            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "distilled_share", "label_kind"), known)
         elif to not in with_data_info:
             unread = f"where nothing becomes {' or '.join(with_data_info)}"
-            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher"), unread)
+            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "distilled_share"), unread)
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc", "dc_benchmark", "png", "parquet"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
+        if kind in ("png", "parquet"):
+            reasons["distilled_share"] = "on pictures, whose record has it"
         if to not in ("dc", "dc_benchmark"):
             reasons["method"] = "without --to dc or dc_benchmark, whose names hold it"
         return reasons

@@ -75,6 +75,8 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         distilled = as_synthetic(
             distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source
         )
+        if distilled.real is not None:
+            log.info("%d of the %d images are kept as real ones", int(distilled.real.sum()), len(distilled.real))
     written = write_set(
         destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
     )
@@ -90,7 +92,12 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
 
 
 def _left_out(to: str, distilled: SyntheticDataset | TensorSet) -> Iterator[str]:
-    """Yield what files of the kind `to` cannot hold of the learning rates of the set."""
+    """Yield what files of the kind `to` cannot hold: learning rates of the set, and which of its images are real."""
+    if isinstance(distilled, SyntheticDataset) and distilled.real is not None and to not in ("synthetic", *_PICTURES):
+        yield (
+            f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
+            f"ones of each class (evaluate, convert: --distilled_share {distilled.recipe['distilled_share']:g})"
+        )
     rates = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
     if to == "dc" and distilled.lr is not None:
         yield (
@@ -139,9 +146,11 @@ def _source_info(options: ConvertOptions) -> SourceInfo:
 def _recipe(options: ConvertOptions, distilled: TensorSet) -> dict[str, Any]:
     """Return the recipe, with the fields that `evaluate` needs, of a set of other software."""
     names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
+    share = {"distilled_share": options.distilled_share} if options.distilled_share < 1 else {}
     return {name: getattr(options, name) for name in names} | {
         "ipc": len(distilled.labels) // distilled.num_classes,
         "imported_from": options.source,
+        **share,
     }
 
 

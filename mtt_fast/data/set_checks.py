@@ -48,7 +48,7 @@ def check_set(synthetic: SyntheticDataset, where: Where) -> None:
         if not isinstance(getattr(synthetic, name), dict):
             raise InputError(f"{where}: {name}: expected a dictionary, found {shown(getattr(synthetic, name))}")
     share = synthetic.recipe.get("distilled_share", 1.0)
-    if not isinstance(share, float) or not 0 < share <= 1:
+    if not _is_number(share) or not 0 < share <= 1:
         raise InputError(f"{where}: recipe: expected a distilled_share above 0 and at most 1, found {shown(share)}")
 
 

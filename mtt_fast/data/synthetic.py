@@ -91,9 +91,7 @@ class SyntheticDataset:
     @property
     def real(self) -> Tensor | None:
         """Return which images are real ones that were not distilled, (n,) bool on the CPU, or None if there are none (SelMatch)."""
-        share, ipc = self.recipe.get("distilled_share", 1.0), len(self.labels) // len(self.class_names)
-        real = real_in_class(ipc, share)
-        return torch.arange(len(self.labels)) % ipc < real if real else None
+        return real_ones(len(self.labels), len(self.class_names), self.recipe.get("distilled_share", 1.0))
 
     def pictures(self) -> Tensor:
         """Return the images (n, C, H, W) in [0, 1] for display: normalisation or whitening is undone, and the result clipped."""
@@ -159,9 +157,16 @@ _RECORD = {
 """The fields of a set's record, and their types."""
 
 
-def real_in_class(ipc: int, distilled_share: float) -> int:
-    """Return how many of the `ipc` images of a class are real ones that are not distilled, the first ones in the class."""
-    return ipc - int(ipc * distilled_share)
+def distilled_in_class(ipc: int, distilled_share: float) -> int:
+    """Return how many of the `ipc` images of a class are distilled, the first ones; the others are real ones that stay (SelMatch)."""
+    return int(ipc * distilled_share)
+
+
+def real_ones(count: int, num_classes: int, distilled_share: float) -> Tensor | None:
+    """Return which of `count` images in class-major order are real ones, (count,) bool on the CPU, or None if there are none."""
+    ipc = count // num_classes
+    distilled = distilled_in_class(ipc, distilled_share)
+    return torch.arange(count) % ipc >= distilled if distilled < ipc else None
 
 
 def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:

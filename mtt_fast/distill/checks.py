@@ -67,7 +67,8 @@ def check_fits(
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
-        check_enough(data, options.ipc + options.window_start_image, options.canvas_size if options.texture else 1)
+        canvas_size = options.canvas_size if options.texture else 1
+        check_enough(data, options.ipc, canvas_size, options.window_start_image)
         if options.pix_init == "window":
             hardness(options, data)
     check_experts(options, inventory, data, network, requested)

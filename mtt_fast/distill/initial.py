@@ -12,6 +12,7 @@ from mtt_fast.augmentation.texture import canvases_of
 from mtt_fast.data import ImageData
 from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.seeding import generator_for
@@ -79,9 +80,21 @@ def initial_images(
 def hardness(options: DistillOptions, data: ImageData) -> Tensor:
     """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
 
-    Raises `InputError` for a file that is missing, broken, or of other images.
+    Raises `InputError` for a file that is missing, broken, of other images, or of another kind of scores than `score` says: they
+    would put the easiest images first.
     """
     scores = read_scores(str(options.score_path), data.train.labels)
+    low, high = (float(bound) + 0.0 for bound in scores.aminmax())  # −0 becomes 0
+    if options.score == "cscore" and (low < 0 or high > 1):
+        raise InputError(
+            f"--score cscore, --score_path {options.score_path}: expected C-scores, from 0 (hard) to 1, found {low:g} to {high:g}; say "
+            "--score forgetting for numbers of forgetting events, or other whole numbers that are higher for harder images"
+        )
+    if options.score == "forgetting" and (low < 0 or bool((scores % 1 != 0).any())):
+        raise InputError(
+            f"--score forgetting, --score_path {options.score_path}: expected whole numbers from 0 (easy) on, found fractions or "
+            f"negative numbers ({low:g} to {high:g}); say --score cscore for C-scores, or give ranks for scores of another kind"
+        )
     return -scores if options.score == "cscore" else scores
 
 

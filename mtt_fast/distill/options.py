@@ -31,7 +31,7 @@ from mtt_fast.commands.options import (
 )
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.data.synthetic import real_in_class
+from mtt_fast.data.synthetic import distilled_in_class
 from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget
 from mtt_fast.engine.sweeps import Gradient
@@ -123,11 +123,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """file with the difficulty of each training image, for --pix_init window: .npy, or .npz with an array "scores", as in SelMatch's
     scores/"""
     score: Annotated[Literal["cscore", "forgetting"], Needs("score_path")] = "cscore"
-    """meaning of --score_path. cscore: hard images have low scores; forgetting: high ones"""
+    """meaning of the scores. cscore: from 0 for the hardest images to 1; forgetting: whole numbers, higher for harder images"""
     window_start: Annotated[RateOrZero, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
-    """share of each class's images that is distilled; the others, the first ones, stay as they are (SelMatch's alpha)"""
+    """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha)"""
     lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
@@ -222,9 +222,9 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return last_start + self.expert_epochs
 
     @property
-    def real_images(self) -> int:
-        """Return how many images of each class, the first ones, are real ones that are not distilled."""
-        return real_in_class(self.ipc, self.distilled_share)
+    def distilled_per_class(self) -> int:
+        """Return how many images of each class, the first ones, are distilled; the others are real ones that stay."""
+        return distilled_in_class(self.ipc, self.distilled_share)
 
     @property
     def window_start_image(self) -> int:
@@ -322,12 +322,12 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             raise InputError(
                 f"--score_path {self.score_path}: expected --pix_init window with it, found {self.pix_init}"
             )
-        if self.real_images == self.ipc:
+        if not self.distilled_per_class:
             raise InputError(
                 f"--distilled_share {self.distilled_share:g}: expected a share that leaves an image of {self.ipc} in each class, found "
                 "none; give a larger one"
             )
-        if self.real_images and self.pix_init == "noise":
+        if self.distilled_per_class < self.ipc and self.pix_init == "noise":
             raise InputError(
                 f"--distilled_share {self.distilled_share:g}, --pix_init noise: expected real images to keep; leave one of them out"
             )

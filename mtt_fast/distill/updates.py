@@ -41,10 +41,10 @@ def apply_gradients(
 
 def of_distilled(options: DistillOptions, gradients: list[Tensor] | None) -> list[Tensor] | None:
     """Return the `gradients` of an iteration with zeros for the real images that are not distilled (SelMatch)."""
-    if gradients is None or not options.real_images:
+    if gradients is None or options.distilled_per_class == options.ipc:
         return gradients
     of_images, *others = gradients
-    distilled = torch.arange(len(of_images), device=of_images.device) % options.ipc >= options.real_images
+    distilled = torch.arange(len(of_images), device=of_images.device) % options.ipc < options.distilled_per_class
     return [of_images * distilled[:, None, None, None], *others]
 
 

@@ -22,10 +22,12 @@ def read_scores(path: str | os.PathLike[str], labels: Tensor) -> Tensor:
     scores, *labels_there = (
         [read_array(path)] if Path(path).suffix == ".npy" else read_arrays(path, ["scores"], ["labels"])
     )
-    if scores.shape != (len(labels),) or not np.isfinite(scores).all():
+    fits = scores.shape == (len(labels),)
+    if not fits or not np.isfinite(scores).all():
+        found = f"{(~np.isfinite(scores)).sum()} that are infinite or NaN" if fits else f"an array {scores.shape}"
         raise InputError(
-            f"{path}: expected one finite score for each of the {len(labels)} training images, found "
-            f"{'other values' if scores.shape == (len(labels),) else f'an array {scores.shape}'}; give the scores of this data set"
+            f"{path}: expected one finite score for each of the {len(labels)} training images, found {found}; give the scores of this "
+            "data set"
         )
     if any(not np.array_equal(of_file, labels.cpu().numpy()) for of_file in labels_there):
         raise InputError(

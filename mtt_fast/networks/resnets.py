@@ -17,15 +17,22 @@ _STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the fir
 
 
 def resnet18(
-    image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False, average_pooled: bool = False
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    batch_norm: bool = False,
+    average_pooled: bool = False,
+    first_stride: int = 1,
 ) -> nn.Module:
     """Return ResNet18 with instance or batch norm, for images (C, H, W).
 
     Three stages halve the image by a convolution with stride 2, and an average over 4×4 comes before the classifier.
     With `average_pooled` (ResNet18_AP) the stages halve it by an average pooling, and the classifier sees all features.
+    The first layer has the stride `first_stride`: 2 in ResNet18_Tiny, for 64-pixel images.
     Raises `InputError` if the images are too small.
     """
     channels, *sides = image_shape
+    sides = [(side - 1) // first_stride + 1 for side in sides]
     for _ in _STAGES[1:]:
         sides = [side // 2 if average_pooled else (side + 1) // 2 for side in sides]
     if math.prod(sides) < (1 if batch_norm else 2):  # of a single pixel an instance norm leaves nothing
@@ -40,7 +47,7 @@ def resnet18(
         stages[f"layer{number}"] = nn.Sequential(first, second)
         before = after
     return in_sequence(
-        conv1=nn.Conv2d(channels, _STAGES[0][0], 3, padding=1, bias=False),
+        conv1=nn.Conv2d(channels, _STAGES[0][0], 3, stride=first_stride, padding=1, bias=False),
         bn1=norm_2d(_STAGES[0][0], batch_norm=batch_norm),
         relu=nn.ReLU(),
         **stages,

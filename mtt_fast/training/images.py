@@ -61,10 +61,6 @@ class Images:
         pixels = self.pixels[index]
         return (self.transform(pixels.float() / 255) if self.transform else pixels), self.labels[index]
 
-    def is_real(self, index: Tensor) -> Tensor:
-        """Return whether the images at `index` (b,), on the CPU, are real ones in a distilled set, (b,) bool."""
-        return torch.zeros(len(index), dtype=torch.bool) if self.real is None else self.real[index]
-
     def subset(self, index: Tensor) -> Images:
         """Return the images at `index`, which may be on another device, as inputs of networks."""
         return Images(*self.batch(index.to(self.labels.device)))

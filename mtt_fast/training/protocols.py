@@ -99,7 +99,9 @@ class EvaluationProtocol:
         }[self.loop]
         rate = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
         combined = (
-            " by an operation of its own for each image, for real images in the set a crop and a flip" * self.combined
+            ", an operation of its own for each image, for real images in a distilled set a crop and a flip"
+            if self.combined and augment_by_strategy(self.augment) is not None
+            else ""
         )
         reported = (
             f"the BEST of every {_TESTED_EVERY}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels) and the last is reported, "

@@ -149,10 +149,12 @@ def chunks_on(
     ) -> Iterator[Chunk]:
         rate = theta.new_full((), sgd.lr * factor)
         draw = None if augmentation is None else augmentation.draw_parameters
+        if isinstance(augmentation, CombinedAugment) and images.real is not None:
+            draw = augmentation.draw_both
         batches = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        if isinstance(augmentation, CombinedAugment) and draws.parameters is not None:
-            draws = draws._replace(parameters=augmentation.select(draws.parameters, images.is_real(draws.indices)))
+        if isinstance(augmentation, CombinedAugment) and images.real is not None and draws.parameters is not None:
+            draws = draws._replace(parameters=augmentation.select(draws.parameters, images.real[draws.indices]))
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in draws.tensors()), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *chunk)

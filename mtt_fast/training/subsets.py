@@ -10,24 +10,29 @@ from mtt_fast.errors import InputError
 from mtt_fast.training.images import Images, RealImages
 
 
-def check_enough(data: ImageData, ipc: int, canvas_size: int = 1) -> None:
-    """Raise `InputError` that names the class if a class of `data` has fewer than `ipc` · `canvas_size`² training images."""
-    needed = ipc * canvas_size**2
+def check_enough(data: ImageData, ipc: int, canvas_size: int = 1, left_out: int = 0) -> None:
+    """Raise `InputError` that names the class if a class of `data` has fewer than `ipc` · `canvas_size`² + `left_out` training images.
+
+    `left_out` is the number of images of a class that `window_start` leaves out.
+    """
+    needed = ipc * canvas_size**2 + left_out
     asked = f"`ipc` {ipc}" + (f", `canvas_size` {canvas_size}" if canvas_size > 1 else "")
+    asked += f", `window_start` (leaves {left_out} out)" if left_out else ""
     counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
     for name, count in zip(data.class_names, counts, strict=True):
         if count < needed:
             raise InputError(
                 f"{asked}: class {name} has only {count} of the {needed} real images that are needed; use a smaller `ipc`"
+                + (" or `window_start`" if left_out else "")
             )
 
 
-def class_members(real: RealImages, ipc: int) -> list[Tensor]:
+def class_members(real: RealImages, ipc: int, left_out: int = 0) -> list[Tensor]:
     """Return the indices, on the CPU, of each class's training images.
 
-    Raises `InputError` if a class has fewer than `ipc`.
+    Raises `InputError` if a class has fewer than `ipc` besides the `left_out` ones.
     """
-    check_enough(real.data, ipc)
+    check_enough(real.data, ipc, left_out=left_out)
     labels = real.train.labels.cpu()
     return [(labels == label).nonzero()[:, 0] for label in range(real.data.num_classes)]
 
@@ -38,13 +43,14 @@ def shuffled_classes(real: RealImages, ipc: int, generator: torch.Generator) -> 
 
 
 def window_of_difficulty(real: RealImages, hardness: Tensor, ipc: int, start: int) -> Images:
-    """Return `ipc` training images of each class, class-major, from place `start` of the order of difficulty on, the hardest first.
+    """Return the `ipc` training images of each class that come after its `start` hardest ones, class-major, the easiest first.
 
-    `hardness` (n,) is on the CPU; among equals the first comes first. Raises `InputError` if a class has too few images.
+    `hardness` (n,) is on the CPU; among equals the first image counts as the hardest. Raises `InputError` if a class has too few
+    images.
     """
-    members = class_members(real, start + ipc)
+    members = class_members(real, ipc, start)
     by_hardness = (each[hardness[each].argsort(descending=True, stable=True)] for each in members)
-    return real.train.subset(torch.cat([each[start : start + ipc] for each in by_hardness]))
+    return real.train.subset(torch.cat([each[start : start + ipc].flip(0) for each in by_hardness]))
 
 
 def random_subset(real: RealImages, ipc: int, generator: torch.Generator) -> Images:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.siamese import augment_with
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.engine.student import GenericStudent, StepGradient
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.training.images import Images
@@ -20,9 +21,7 @@ from mtt_fast.training.sgd import Sgd, epochs_on
 def test_each_distilled_image_has_an_operation_of_its_own() -> None:
     """Tell the operations apart by the parameters that they use, and compare the range of these with a batch's of one operation."""
     images, generator = torch.rand(3000, 3, 16, 20, dtype=torch.float64), torch.Generator().manual_seed(3)
-    combined = CombinedAugment("color_crop_cutout_flip_scale_rotate").draw_parameters(images.split(700), generator)[
-        :, :13
-    ]
+    combined = CombinedAugment("color_crop_cutout_flip_scale_rotate").draw_parameters(images.split(700), generator)
     assert combined.dtype == torch.float64
     remaining = torch.ones(len(images), dtype=torch.bool)
     telling = {  # parameters that are not zero, once the operations before are gone
@@ -48,17 +47,18 @@ def test_each_distilled_image_has_an_operation_of_its_own() -> None:
 
 def test_combined_parameters_do_not_depend_on_how_many_steps_are_drawn_together() -> None:
     images, augment = torch.rand(50, 1, 8, 8), CombinedAugment()
-    together = augment.draw_parameters(images.split(12), torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(1)
-    apart = [augment.draw_parameters([batch], generator) for batch in images.split(12)]
-    assert torch.equal(together, torch.cat(apart))
+    for draw in (augment.draw_parameters, augment.draw_both):
+        together = draw(images.split(12), torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        apart = [draw([batch], generator) for batch in images.split(12)]
+        assert torch.equal(together, torch.cat(apart))
 
 
 def test_real_images_are_cropped_out_of_a_border_of_zeros_and_flipped() -> None:
     height, width, count = 10, 13, 600
     images = torch.rand(count, 2, height, width) + 1
     augment = CombinedAugment()
-    parameters = augment.draw_parameters(images.split(100), torch.Generator().manual_seed(0))
+    parameters = augment.draw_both(images.split(100), torch.Generator().manual_seed(0))
     results = augment_with(images, augment.select(parameters, torch.ones(count, dtype=torch.bool)))
     seen = set()
     for framed, result in zip(F.pad(images, (4, 4, 4, 4)), results, strict=True):
@@ -94,3 +94,12 @@ def test_a_training_crops_the_real_images_and_no_others() -> None:
     assert set(of_real.unique().tolist()) == {0.0, 5.0}
     assert (distilled.amax((1, 2, 3)) == distilled.amin((1, 2, 3))).all()
     assert len(distilled[:, 0, 0, 0].unique()) == len(distilled)
+
+
+def test_the_crops_of_textures_have_an_operation_of_their_own() -> None:
+    canvases, augment = torch.full((60, 1, 16, 16), 5.0), Canvas(2).crops(CombinedAugment("brightness_cutout"))
+    crops = augment(canvases, augment.draw_parameters(canvases.split(20), torch.Generator().manual_seed(0)))
+    for of_step in crops.split(20):
+        cut = (of_step == 0).flatten(1).any(1)
+        assert cut.any()
+        assert not cut.all()

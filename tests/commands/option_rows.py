@@ -146,6 +146,7 @@ _EXPERTS = {
 _LEAVING_OUT = "--sort_method order.pt --add_end_epoch 0 --rm_epoch_first 0"
 """A curriculum that leaves images out from the second epoch on."""
 _WINDOW = "--pix_init window --score_path scores.npy"
+"""A window by the scores 0 and 1, which may be of either kind."""
 _ANEW = f"{RUN} --out new --buffer_path new_buffers"
 """A distillation that has to train its experts."""
 
@@ -164,6 +165,7 @@ def _of_sets(rest: str) -> dict[str, Row]:
         "canvas_size": needs("--texture", "--canvas_size 1", pt.format("pair")),
         "canvas_samples": needs("--texture", "--canvas_samples 2", pt.format("canvases")),
         "label_kind": changes("--label_kind logits", job=pt.format("soft")),
+        "distilled_share": needs("--protocol selmatch", "--distilled_share 0.5", pt.format("two")),
         "other_data": says("--other_data", "--other_data: has no effect"),
     }
 
@@ -288,6 +290,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "model": changes("--model ConvNetD2W4", job=f"public new {NETWORK}"),
         "device": says("--device cuda:99", "--device cuda:99 has no effect on a distilled set, only on experts"),
         "lr_teacher": changes("--lr_teacher 0.5"),
+        "distilled_share": changes("--distilled_share 0.5", job="two new --dataset digits"),
         "label_kind": changes("--label_kind logits", job="soft new --dataset digits"),
         "reorder": changes("--reorder", job="soft new --dataset digits"),
         "hard_labels": changes("--hard_labels", job="soft new --dataset digits"),

@@ -146,6 +146,7 @@ _SET: Flags = _EVALUATION | {
     "canvas_size": 2,
     "canvas_samples": 1,
     "label_kind": None,
+    "distilled_share": 1.0,
     "other_data": False,
 }
 _BASELINE: Flags = _EVALUATION | {"out": None, "resume": False, "ipc": 1, "lr_net": 0.01}
@@ -234,6 +235,7 @@ FLAGS: dict[str, Flags] = {
         "model": "ConvNet",
         "device": "auto",
         "lr_teacher": 0.01,
+        "distilled_share": 1.0,
         "label_kind": None,
         "reorder": False,
         "hard_labels": False,

@@ -60,12 +60,13 @@ def _save_foreign_files() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds: dict[str, tuple[int, Tensor]] = {
         "pair": (8, torch.arange(10)),
+        "two": (8, torch.arange(10).repeat(2)),
         "canvases": (16, torch.arange(10)),
         "soft": (8, torch.randn(10, 10, generator=generator).softmax(1)),
     }
     for name, (side, labels) in kinds.items():
         Path(name).mkdir()
-        torch.save(torch.randn(10, 1, side, side, generator=generator), f"{name}/images_best.pt")
+        torch.save(torch.randn(len(labels), 1, side, side, generator=generator), f"{name}/images_best.pt")
         torch.save(labels, f"{name}/labels_best.pt")
     store = TrajectoryStore("buffers/digits/ConvNetD1W4")
     module = reference_convnet(1, 10, 8, 4, 1)
@@ -77,7 +78,7 @@ def _save_foreign_files() -> None:
     torch.save([whole], "public/replay_buffer_0.pt")
     data = load("digits", data_path="data", progress=False)
     torch.save([(data.train.labels == label).nonzero()[:, 0] for label in range(10)], "order.pt")
-    np.save("scores.npy", np.arange(len(data.train.labels)))
+    np.save("scores.npy", np.arange(len(data.train.labels)) // 7 % 2)
     for split, images in (("train", data.train), ("test", data.test)):
         for place in range(60):
             of_class = Path("pictures") / split / str(int(images.labels[place]))
@@ -118,7 +119,7 @@ def _content(path: Path) -> Any:
 Outcome = tuple[int, list[str], Any]
 
 
-_ONLY_READ = ("pictures", "pair", "soft", "canvases", "public")
+_ONLY_READ = ("pictures", "pair", "two", "soft", "canvases", "public")
 
 
 class Toy:

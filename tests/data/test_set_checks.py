@@ -73,6 +73,9 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "whitening whose matrix is none": ({"whitening": Whitening(torch.zeros(60), torch.ones(60), SQUARE)}, r"whitening\.matrix: expected"),
     "whitening with NaN": ({"whitening": Whitening(torch.zeros(60), SQUARE, SQUARE * math.nan)}, r"whitening\.inverse: expected finite"),
     "recipe that is none": ({"recipe": []}, "recipe: expected a dictionary"),
+    "no share": ({"recipe": {"distilled_share": "0.5"}}, "expected a distilled_share above 0 and at most 1, found"),
+    "share of none": ({"recipe": {"distilled_share": 0}}, "expected a distilled_share above 0 and at most 1, found 0"),
+    "share of more": ({"recipe": {"distilled_share": 1.5}}, "expected a distilled_share above 0 and at most 1, found 1.5"),
 }  # fmt: skip
 
 

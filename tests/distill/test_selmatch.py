@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mtt_fast import SyntheticDataset
 from mtt_fast.commands import cli
+from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.initial import hardness
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import of_distilled
 from mtt_fast.errors import InputError
+from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.storage.checkpoint import load_checkpoint
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import as_training_images, real_images
 from mtt_fast.training.subsets import window_of_difficulty
 
@@ -39,18 +45,18 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageData:
     monkeypatch.chdir(tmp_path)
     data = load("digits", data_path="data", progress=False)
     scores = np.random.default_rng(0).integers(0, 30, len(data.train.labels))  # with many equal ones
-    np.savez("scores.npz", scores=scores / 30, labels=data.train.labels.numpy())
+    np.savez("scores.npz", scores=scores / 30.0, labels=data.train.labels.numpy())
     np.save("scores.npy", scores)
     return data
 
 
 def expected_window(data: ImageData, *, reverse: bool, first: int, last: int) -> list[int]:
-    """Return the places of a window's images, as SelMatch's code finds them."""
+    """Return the places of a window's images, as SelMatch's code finds them, but the easiest first."""
     scores, labels = np.load("scores.npy"), data.train.labels.tolist()
     chosen = []
     for label in range(10):
         of_class = [place for place, other in enumerate(labels) if other == label]
-        chosen += sorted(of_class, key=lambda place: scores[place], reverse=reverse)[first:last]
+        chosen += sorted(of_class, key=lambda place: scores[place], reverse=reverse)[first:last][::-1]
     return chosen
 
 
@@ -78,7 +84,7 @@ def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits
     first = real.train.subset(torch.tensor(expected_window(digits, reverse=False, first=2, last=7))).pixels
     for name in ("synthetic.safetensors", "ema.safetensors"):
         distilled = SyntheticDataset.load(Path("run") / name)
-        kept = torch.arange(50) % 5 < 2  # 5 − ⌊5 · 0.7⌋ of each class
+        kept = torch.arange(50) % 5 >= 3  # ⌊5 · 0.7⌋ of each class are distilled
         assert torch.equal(distilled.images[kept], first[kept])
         assert (distilled.images != first)[~kept].flatten(1).any(1).all()
         real_ones = as_training_images(distilled, torch.device("cpu")).real
@@ -90,12 +96,84 @@ def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits
     assert state.images_velocity[~kept].any()
 
 
+def test_iterations_are_those_written_out(digits: ImageData) -> None:
+    """Compare two iterations on whole batches with plain torch, in which the real images are no parameters."""
+    words = "--model ConvNetD1W4 --num_experts 1 --max_start_epoch 1 --Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --lr_img 20"
+    assert cli.run(main, [*TOY, *WINDOW, *words.split(), "--out", "run"]) == 0
+    store = TrajectoryStore("buffers/digits/ConvNetD1W4")
+    start, target = store.read(0, 0), store.read(0, 1)
+    module = reference_convnet(1, 10, 8, 4, 1)
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+
+    real = real_images(digits, torch.device("cpu"), zca=False).train
+    window = torch.tensor(expected_window(digits, reverse=False, first=2, last=7)).view(10, 5)
+    condensed = real.subset(window[:, :3].flatten()).pixels.requires_grad_()
+    selected = real.subset(window[:, 3:].flatten()).pixels
+    labels = torch.cat([torch.arange(10).repeat_interleave(count) for count in (3, 2)])
+    lr = torch.tensor(0.01, requires_grad=True)
+    optimisers = [torch.optim.SGD([condensed], 20, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
+    for _ in range(2):
+        theta = start.clone().requires_grad_()
+        for _ in range(2):
+            parts = theta.split([shape.numel() for shape in shapes.values()])
+            named = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+            logits = torch.func.functional_call(module, named, torch.cat([condensed, selected]))
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), theta, create_graph=True)
+            theta = theta - lr * gradient
+        loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    distilled = SyntheticDataset.load("run/synthetic.safetensors")
+    images = distilled.images.view(10, 5, 1, 8, 8)
+    before = real.subset(window[:, :3].flatten()).pixels
+    assert_close("condensed", images[:, :3].flatten(0, 1) - before, condensed.detach() - before, 1e-4)
+    assert torch.equal(images[:, 3:].flatten(0, 1), selected)
+    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr.detach()) - 0.01, rel=1e-4)
+
+
+def test_files_of_other_software_are_told_which_images_are_real(
+    digits: ImageData, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compare files as this software writes them, and in SelMatch's order: the distilled images of all classes, then the real ones."""
+    assert cli.run(main, [*TOY, *WINDOW, "--Iteration", "0", "--out", "run"]) == 0
+
+    def evaluated(words: str) -> Any:
+        assert cli.run(evaluate, [*words.split(), "--out", "result.json"]) == 0
+        return json.loads(Path("result.json").read_text())["accuracy"]["values"]
+
+    assert cli.run(convert, "run ours --to mtt".split()) == 0
+    assert "20 of the 50 images are real, the last ones of each class" in caplog.text
+    real = torch.arange(50) % 5 >= 3
+    Path("theirs").mkdir()
+    for name in ("images", "labels"):
+        saved = torch.load(f"ours/{name}_best.pt")
+        torch.save(torch.cat([saved[~real], saved[real]]), f"theirs/{name}_best.pt")
+    expected = evaluated("run --epoch_eval_train 9")
+    settings = (
+        "--protocol selmatch --dataset digits --model ConvNetD1W4BN --eval_mode SS --num_eval 1 --epoch_eval_train 9"
+    )
+    for folder in ("ours", "theirs"):
+        assert evaluated(f"{folder}/images_best.pt {settings} --distilled_share 0.7") == expected
+        assert "all images count as distilled" not in caplog.text
+        assert cli.run(convert, f"{folder} {folder}_back --dataset digits --distilled_share 0.7".split()) == 0
+        back = SyntheticDataset.load(f"{folder}_back/synthetic.safetensors")
+        assert back.real is not None
+        assert torch.equal(back.real, real)
+        assert torch.equal(back.images, SyntheticDataset.load("run/synthetic.safetensors").images)
+    assert evaluated(f"theirs/images_best.pt {settings}") != expected
+    assert "all images count as distilled" in caplog.text
+
+
 def test_the_gradients_of_the_other_images_are_untouched() -> None:
     images, rate = torch.randn(6, 1, 2, 2), torch.randn(())
     masked = of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate])
     assert masked is not None
-    assert [bool(image.any()) for image in masked[0]] == [False, True, True] * 2
-    assert torch.equal(masked[0][[1, 2, 4, 5]], images[[1, 2, 4, 5]])
+    assert [bool(image.any()) for image in masked[0]] == [True, True, False] * 2
+    assert torch.equal(masked[0][[0, 1, 3, 4]], images[[0, 1, 3, 4]])
     assert masked[1] is rate
     assert of_distilled(DistillOptions(ipc=3), [images, rate]) == [images, rate]
 
@@ -118,12 +196,23 @@ def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
         ("--distilled_share 0.5 --pix_init noise", "--distilled_share 0.5, --pix_init noise: expected real images"),
         ("--distilled_share 0.5 --texture", "--texture, --distilled_share: expected one of them"),
         ("--pix_init window --score_path none.npz", "--score_path none.npz: expected a file such as"),
-        ("--pix_init window --score_path scores.npz --window_start 50", "class"),
+        (
+            "--pix_init window --score_path scores.npz --window_start 50",
+            "--ipc 5, --window_start (leaves 250 out): class 0 has only 143 of the 255 real images",
+        ),
+        (
+            "--pix_init window --score_path scores.npy",
+            "expected C-scores, from 0 (hard) to 1, found 0 to 29; say --score",
+        ),
+        ("--pix_init window --score_path negative.npy", "expected C-scores, from 0 (hard) to 1, found -1 to 0"),
+        ("--pix_init window --score_path negative.npy --score forgetting", "expected whole numbers from 0 (easy) on"),
+        ("--pix_init window --score_path scores.npz --score forgetting", "found fractions or negative numbers (0 to"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_the_experts(
     words: str, message: str, digits: ImageData, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    np.save("negative.npy", -(np.load("scores.npy") > 20).astype(float))
     assert cli.run(main, [*TOY, *words.split(), "--out", "run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -150,7 +239,7 @@ def test_scores_are_one_number_for_each_image(tmp_path: Path, monkeypatch: pytes
     wrong: list[tuple[str, Any, str]] = [
         ("long.npy", [1.0, 2, 3, 4], r"one finite score for each of the 3 training images, found an array \(4,\)"),
         ("square.npz", [[1.0], [2], [3]], r"found an array \(3, 1\)"),
-        ("nan.npy", [1.0, np.nan, 3], "found other values"),
+        ("nan.npy", [1.0, np.nan, 3], "found 1 that are infinite or NaN"),
         ("text.npy", ["a", "b", "c"], "expected a numpy array, found a broken or foreign file"),
     ]
     for name, scores, words in wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -83,6 +84,8 @@ COUNTS: list[tuple[str, tuple[int, int, int], int, int]] = [
     ("ResNet18", CIFAR, 100, resnet18(CIFAR, 100, 512)),
     ("ResNet18", MNIST, 10, resnet18(MNIST, 10, 512)),
     ("ResNet18_AP", CIFAR, 10, resnet18(CIFAR, 10, 512 * 16)),
+    ("ResNet18_Tiny", TINY, 200, resnet18(TINY, 200, 512)),
+    ("ResNet18BN_Tiny", TINY, 200, resnet18(TINY, 200, 512)),
     ("ResNet18BN_AP", CIFAR, 100, resnet18(CIFAR, 100, 512 * 16)),
     ("ResNet18_AP", MNIST, 10, resnet18(MNIST, 10, 512 * 9)),
     *[(f"ConvNetD{d}", IMAGENETTE, 10, convnet(IMAGENETTE, 10, depth=d, halvings=d)) for d in (1, 2, 3, 4, 6, 7)],
@@ -147,8 +150,8 @@ def plain_vgg11(p: Reader, x: Tensor) -> Tensor:
     return p.linear(x, 10)
 
 
-def plain_resnet18(p: Reader, x: Tensor, pooled: bool = False) -> Tensor:
-    x = p.instance(p.conv(x, 64, 3, 1, bias=False)).relu()
+def plain_resnet18(p: Reader, x: Tensor, pooled: bool = False, first: int = 1) -> Tensor:
+    x = p.instance(p.conv(x, 64, 3, 1, first, bias=False)).relu()
     for after, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
         step = 1 if pooled else stride
         halve = stride == 2 and pooled
@@ -179,7 +182,8 @@ PLAIN = {
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(name, shape) for name in PLAIN for shape in (CIFAR, MNIST)],  # 28 pixels, halved, become odd
+    [(name, shape) for name in PLAIN for shape in (CIFAR, MNIST)]  # 28 pixels, halved, become odd
+    + [("ResNet18_Tiny", TINY)],
 )
 def test_outputs_equal_the_layers_written_out(name: str, shape: tuple[int, int, int]) -> None:
     net = network_by_name(name, shape, 10)
@@ -187,7 +191,8 @@ def test_outputs_equal_the_layers_written_out(name: str, shape: tuple[int, int, 
     theta += 0.02 * torch.randn(theta.shape, dtype=torch.float64)  # the norms' parameters differ too
     images = torch.randn(2, *shape, dtype=torch.float64)
     reader = Reader(theta)
-    assert_close("logits", net(theta, images), PLAIN[name](reader, images), 1e-10)
+    plain = PLAIN.get(name, partial(plain_resnet18, first=2))
+    assert_close("logits", net(theta, images), plain(reader, images), 1e-10)
     assert reader.begin == net.num_parameters
 
 

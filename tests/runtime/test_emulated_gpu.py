@@ -113,7 +113,7 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
 )
 def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
     scores = tmp_path / "scores.npy"
-    np.save(scores, np.arange(len(load("digits", data_path=str(tmp_path)).train.labels)))
+    np.save(scores, np.linspace(0, 1, len(load("digits", data_path=str(tmp_path)).train.labels)))
     words = ["mtt_fast.distill", *TOY, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
         report = run(*words, *options.format(scores=scores).split(), *more)
@@ -146,10 +146,10 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
     [("dsa --outer_loop 2 --inner_loop 1", 1), ("dm", 1), ("ld", 3), ("dd --n_nets 2", 2)],
     ids=["dsa", "dm", "ld", "dd"],
 )
-def test_an_iteration_of_a_baseline_waits_for_what_is_logged(
-    method: str, waits: int, run: Run, tmp_path: Path
-) -> None:
-    words = "--dataset digits --model ConvNetD1W4 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 2 --device cuda"
+def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits: int, run: Run, tmp_path: Path) -> None:
+    words = (
+        "--dataset digits --model ConvNetD1W4 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 2 --device cuda"
+    )
     report = run("mtt_fast.baselines", *method.split(), *words.split(), "--out", str(tmp_path / "run"))
     assert report.refused == []
     assert "not recorded" not in report.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,11 @@ def test_protocols_say_what_they_do() -> None:
     assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm", "selmatch"))
     assert "1001 epochs in batches of 128" in said["selmatch"]
     assert "learning rate 0.1, which falls to 0.01 of it along a cosine" in said["selmatch"]
-    assert "an operation of its own for each image, for real images in the set a crop and a flip" in said["selmatch"]
+    assert (
+        "an operation of its own for each image, for real images in a distilled set a crop and a flip"
+        in said["selmatch"]
+    )
+    assert "augmentation none;" in dataclasses.replace(PROTOCOLS["selmatch"], augment="none").describe()
     tested = [
         [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft)]
         for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
