@@ -123,7 +123,8 @@ class OnCuda(Tensor):
         return self.detach()
 
     @data.setter
-    def data(self, value: OnCuda) -> None:
+    def data(self, value: Tensor) -> None:
+        assert isinstance(value, OnCuda)
         self.held = value.held
 
     def __getitem__(self, index: Any) -> Tensor:  # of a path, which cannot be of two subclasses
