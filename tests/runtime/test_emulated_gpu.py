@@ -143,7 +143,7 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "waits"),
-    [("dsa --outer_loop 2 --inner_loop 1", 1), ("dm", 1), ("ld", 3), ("dd --n_nets 2", 2)],
+    [("dsa --outer_loop 2 --inner_loop 1", 1), ("dm", 1), ("ld", 2), ("dd --n_nets 2", 2)],
     ids=["dsa", "dm", "ld", "dd"],
 )
 def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits: int, run: Run, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_benchmarks(words: str, run: Run, tmp_path: Path) -> None:
     assert report.refused == []
     assert [row["problem"] for row in read_record(tmp_path / "toy.json")["rows"] if row["problem"]] == []
     # what mtt_fast is compared with is not held up: a loop waits for no step
-    assert report.waits_below("plain_loop <", "checkpointed") == []
+    assert report.waits_below("plain_loop") == []
 
 
 def test_what_a_gpu_refuses_is_found(run: Run) -> None:
