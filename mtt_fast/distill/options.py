@@ -229,7 +229,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     @property
     def window_start_image(self) -> int:
         """Return how many images of each class, the hardest, come before the window of `pix_init`."""
-        return int(self.ipc * self.window_start) if self.pix_init == "window" else 0
+        return int(self.ipc * self.window_start)
 
     @property
     def canvas(self) -> Canvas | None:

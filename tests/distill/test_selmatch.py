@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from mtt_fast import SyntheticDataset
-from mtt_fast.commands import cli
+from mtt_fast.commands import cli, run_loop
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
@@ -23,10 +23,12 @@ from mtt_fast.distill.updates import of_distilled
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
+from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.checkpoint import load_checkpoint
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import as_training_images, real_images
+from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import window_of_difficulty
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -76,6 +78,10 @@ def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: Ima
     expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
     assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
     assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
+    with pytest.raises(
+        InputError, match=r"`ipc` 7, `window_start` \(leaves 140 out\): class 0 has only 143 of the 147 "
+    ):
+        window_of_difficulty(real, hardness(options, digits), 7, 140)
 
 
 def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits: ImageData) -> None:
@@ -133,6 +139,20 @@ def test_iterations_are_those_written_out(digits: ImageData) -> None:
     assert_close("condensed", images[:, :3].flatten(0, 1) - before, condensed.detach() - before, 1e-4)
     assert torch.equal(images[:, 3:].flatten(0, 1), selected)
     assert float(distilled.lr) - 0.01 == pytest.approx(float(lr.detach()) - 0.01, rel=1e-4)
+
+
+def test_networks_of_a_run_are_trained_at_the_protocols_rate(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, **__: Any) -> Accuracy:
+        rates.append(lr)
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr(run_loop, "evaluate", measured)
+    assert cli.run(main, [*TOY, *WINDOW, "--Iteration", "0", "--out", "run"]) == 0
+    assert rates == [0.1, 0.1]  # of the set, and of random real images
 
 
 def test_files_of_other_software_are_told_which_images_are_real(
@@ -240,6 +260,7 @@ def test_scores_are_one_number_for_each_image(tmp_path: Path, monkeypatch: pytes
         ("long.npy", [1.0, 2, 3, 4], r"one finite score for each of the 3 training images, found an array \(4,\)"),
         ("square.npz", [[1.0], [2], [3]], r"found an array \(3, 1\)"),
         ("nan.npy", [1.0, np.nan, 3], "found 1 that are infinite or NaN"),
+        ("infinite.npy", [np.inf, -np.inf, 3], "found 2 that are infinite or NaN"),
         ("text.npy", ["a", "b", "c"], "expected a numpy array, found a broken or foreign file"),
     ]
     for name, scores, words in wrong:
@@ -250,6 +271,36 @@ def test_scores_are_one_number_for_each_image(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError, match=r"names\.npz: expected arrays scores"):
         read_scores(written("names.npz", score=[1.0, 2, 3]), labels)
     Path("cut.npy").write_bytes(Path("a.npy").read_bytes()[:-1])
-    for name in ("cut.npy", "absent.npy"):
+    Path("long.npy").write_bytes(Path("a.npy").read_bytes() + b"0")
+    for name in ("cut.npy", "absent.npy", "long.npy"):
         with pytest.raises(InputError, match=name):
             read_scores(name, labels)
+
+
+SETTINGS = {  # of SelMatch's scripts: alpha, beta, the evaluation's epochs, the rate of the pixels, student steps
+    "cifar10-ipc250": (0.6, 0.5, 1000, 1000, 55),
+    "cifar10-ipc500": (0.2, 0.3, 500, 1000, 55),
+    "cifar10-ipc1000": (0.1, 0.2, 250, 10000, 55),
+    "cifar10-ipc1500": (0.1, 0.2, 167, 10000, 55),
+    "cifar100-ipc25": (0.8, 0.8, 1000, 1000, 55),
+    "cifar100-ipc50": (0.6, 0.7, 500, 1000, 55),
+    "cifar100-ipc100": (0.3, 0.6, 250, 1000, 55),
+    "cifar100-ipc150": (0.2, 0.4, 167, 1000, 55),
+    "tiny-ipc50": (0.6, 0.8, 500, 1000, 20),
+    "tiny-ipc100": (0.5, 0.7, 250, 1000, 20),
+}
+
+
+def test_the_recipes_are_the_settings_of_selmatchs_scripts() -> None:
+    assert {name.removeprefix("selmatch-") for name in recipe_names() if name.startswith("selmatch-")} == set(SETTINGS)
+    for name, settings in SETTINGS.items():
+        options: Any = DistillOptions(**recipe_options(f"selmatch-{name}"))
+        assert (
+            options.distilled_share, options.window_start, options.epoch_eval_train, options.lr_img, options.syn_steps,
+        ) == settings  # fmt: skip
+        tiny = name.startswith("tiny")
+        assert (options.model, options.score) == (("ConvNetD4BN", "forgetting") if tiny else ("ConvNetBN", "cscore"))
+        assert options.ipc == int(name.partition("-ipc")[2])
+        assert (options.lr_lr, options.lr_teacher, options.batch_syn, options.Iteration) == (1e-5, 0.001, 125, 10000)
+        assert (options.expert_epochs, options.max_start_epoch, options.train_epochs) == (2, 80, 100)
+        assert (options.pix_init, options.protocol, options.zca) == ("window", "selmatch", False)

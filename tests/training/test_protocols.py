@@ -245,6 +245,7 @@ def test_the_protocols_rate_stands_in_for_that_of_the_set(a_set: Path) -> None:
     assert result_of(str(a_set), "--protocol", "selmatch")["lr"] == 0.1
     assert result_of(str(a_set), "--protocol", "selmatch", "--lr_teacher", "0.3")["lr"] == 0.3
     assert result_of("random", "--dataset", "digits", *ONE_EPOCH, "--protocol", "selmatch")["lr"] == 0.1
+    assert result_of(str(a_set), "--protocol", "selmatch", "--epoch_eval_train", "0")["protocol"]["epochs"] == 0
 
 
 def test_evaluations_come_back_from_their_records() -> None:
