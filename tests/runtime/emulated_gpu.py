@@ -88,7 +88,12 @@ LOG = Log()
 
 def _here() -> str:
     """Return the lines of this project that led here, the last one first."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
+    # an environment may lie within the project, as README's does
+    frames = [
+        frame
+        for frame in traceback.extract_stack()
+        if frame.filename.startswith(str(ROOT)) and "site-packages" not in frame.filename
+    ]
     names = [f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno} {frame.name}" for frame in frames]
     return " < ".join(reversed([name for name in names if "emulated_gpu.py" not in name]))
 
