@@ -162,11 +162,13 @@ def distilled_in_class(ipc: int, distilled_share: float) -> int:
     return int(ipc * distilled_share)
 
 
-def real_ones(count: int, num_classes: int, distilled_share: float) -> Tensor | None:
-    """Return which of `count` images in class-major order are real ones, (count,) bool on the CPU, or None if there are none."""
+def real_ones(
+    count: int, num_classes: int, distilled_share: float, device: torch.device | str = "cpu"
+) -> Tensor | None:
+    """Return which of `count` images in class-major order are real ones, (count,) bool on `device`, or None if there are none."""
     ipc = count // num_classes
     distilled = distilled_in_class(ipc, distilled_share)
-    return torch.arange(count) % ipc >= distilled if distilled < ipc else None
+    return torch.arange(count, device=device) % ipc >= distilled if distilled < ipc else None
 
 
 def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtt_fast.data.synthetic import real_ones
 from mtt_fast.distill.options import HALVED_AFTER, DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, log_fields
@@ -41,11 +42,11 @@ def apply_gradients(
 
 def of_distilled(options: DistillOptions, gradients: list[Tensor] | None) -> list[Tensor] | None:
     """Return the `gradients` of an iteration with zeros for the real images that are not distilled (SelMatch)."""
-    if gradients is None or options.distilled_per_class == options.ipc:
-        return gradients
+    if gradients is None:
+        return None
     of_images, *others = gradients
-    distilled = torch.arange(len(of_images), device=of_images.device) % options.ipc < options.distilled_per_class
-    return [of_images * distilled[:, None, None, None], *others]
+    real = real_ones(len(of_images), len(of_images) // options.ipc, options.distilled_share, of_images.device)
+    return gradients if real is None else [of_images.masked_fill(real[:, None, None, None], 0), *others]
 
 
 def update(
