@@ -170,29 +170,23 @@ class _Unroll(torch.autograd.Function):
         velocities = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.on_device(0)
-        rates = _rates(lr, len(steps.batches), start)
+        rates, targets = _rates(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
         # ν = scale · direction: the direction below is λ, and ν = −α λ; with momentum the direction is ν itself
         scales = -rates if velocities is None else torch.ones_like(rates)
-        negated_scales, targets = -scales, steps.targets(labels, start.dtype)
-        grad_images, grad_labels = (
-            torch.zeros_like(each, memory_format=torch.contiguous_format) if wanted else None
-            for each, wanted in ((images, wants_images), (labels, wants_labels))
-        )
+        negated_scales = -scales
+        grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
+        grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if wants_labels else None
         grad_negated_rates: list[Tensor] = []  # dL/d(−α_n), the last step first
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
-        # steps after the last row that the loss depends on contribute nothing
+        # the loss does not depend on steps after row `last`
         needs_all = grad_path is not None or grad_velocity is not None
         last = max((n for n, grad_row in enumerate(grad_rows) if needs_all or grad_row is not None), default=0)
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
-        adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
-        if (last_gradient := direct_gradient(last)) is not None:
-            adjoint.copy_(last_gradient)
-        velocity_adjoint = None if velocities is None else torch.zeros_like(adjoint)  # π_{n+1}, then ν
-        if velocity_adjoint is not None and grad_velocity is not None:
-            velocity_adjoint.copy_(grad_velocity)
+        adjoint = _copy_or_zeros(direct_gradient(last), start)  # λ_{n+1}, of the parameters
+        velocity_adjoint = None if velocities is None else _copy_or_zeros(grad_velocity, start)  # π_{n+1}, then ν
         for n in reversed(range(last)):
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is the direction: this also
             # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
@@ -206,19 +200,13 @@ class _Unroll(torch.autograd.Function):
             if steps.compares:
                 repeated.append(_fingerprint(batch.inputs, tangent.loss))
 
-            if velocities is None:
-                grad_negated_rate = tangent.v_dot_g
-                if steps.weight_decay:
-                    grad_negated_rate = grad_negated_rate + steps.weight_decay * torch.dot(direction, theta)
+            if velocities is not None:
+                grad_negated_rates.append(torch.dot(adjoint, velocities.load(n)))
+            elif steps.weight_decay:
+                grad_negated_rates.append(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, theta))
             else:
-                grad_negated_rate = torch.dot(adjoint, velocities.load(n))
-            grad_negated_rates.append(grad_negated_rate)
-            batch_gradient = None
-            if grad_images is not None:
-                if isinstance(batch, Batch):  # `adjoint_step` adds it to `grad_images`
-                    batch_gradient = batch.gradient_to_add(grad_images, tangent.images)
-                else:
-                    batch.add_gradient(grad_images, tangent.images, scales[n])
+                grad_negated_rates.append(tangent.v_dot_g)
+            to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
                 grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype)
                 kernels.index_add(grad_labels, steps.batches[n], grad_targets, alpha=-1)
@@ -230,27 +218,33 @@ class _Unroll(torch.autograd.Function):
                 out=adjoint,
                 incoming=direct_gradient(n),
                 weight_decay=steps.weight_decay,
-                batch=batch_gradient,
+                batch=to_add,
             )
             if velocity_adjoint is not None:
                 velocity_adjoint.mul_(steps.momentum)  # π_n
-            del batch, tangent, batch_gradient
+            del batch, tangent, to_add
 
-        def forward_fingerprint(n: int) -> Tensor:
-            """Return the fingerprint (k,) of step n, computed again as in the forward sweep."""
-            inputs = steps.batch(images, n, start.dtype, tracked=wants_images).inputs
-            loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
-            return _stacked([_fingerprint(inputs, loss)])[0, :compared]
-
-        if compared := len(repeated[0]) if repeated else 0:  # the backward sweep of a fused student computes no loss
-            check_repeated(
-                _stacked(ctx.fingerprints[:last])[:, :compared], _stacked(repeated[::-1]), forward_fingerprint
-            )
+        _check_repeated(steps, images, labels, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
         grad_rates = torch.zeros_like(rates)
         if grad_negated_rates:
             grad_rates[:last] = -torch.stack(grad_negated_rates[::-1])
         grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
         return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+
+
+def _copy_or_zeros(vector: Tensor | None, like: Tensor) -> Tensor:
+    """Return a copy of a `vector` (P,), or zeros for None, in the dtype and on the device of `like` (P,)."""
+    return torch.zeros_like(like) if vector is None else torch.empty_like(like).copy_(vector)
+
+
+def _add_image_gradient(
+    out: Tensor, batch: Batch | AugmentedBatch, inputs_bar: Tensor, scale: Tensor
+) -> kernels.BatchGradient | None:
+    """Add the gradient of a step's images to `out` (n, …), or return the argument with which `adjoint_step` adds it."""
+    if isinstance(batch, Batch):
+        return batch.gradient_to_add(out, inputs_bar)
+    batch.add_gradient(out, inputs_bar, scale)
+    return None
 
 
 def _direct_gradient(
@@ -266,6 +260,34 @@ def _fingerprint(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
     """Return numbers () of a step that change if the caller's own augmentation, network or loss does."""
     norms = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
     return norms if loss is None else [*norms, loss]
+
+
+def _check_repeated(
+    steps: StudentSteps,
+    images: Tensor,
+    labels: Tensor,
+    path: Rows,
+    first: list[list[Tensor]],
+    again: list[list[Tensor]],
+    *,
+    tracked: bool,
+) -> None:
+    """Raise `InputError` unless the fingerprints of the backward sweep, `again`, are those of the `first`, the forward sweep.
+
+    `tracked` is that of the backward sweep, since an augmentation may do something else where its images are learned.
+    """
+    count = len(again[0]) if again else 0  # a fused student computes no loss in the backward sweep
+    if not count:
+        return
+    targets = steps.targets(labels, path.stored.dtype)
+
+    def forward_fingerprint(n: int) -> Tensor:
+        """Return the fingerprint (k,) of step n, computed again as in the forward sweep."""
+        inputs = steps.batch(images, n, path.stored.dtype, tracked=tracked).inputs
+        loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
+        return _stacked([_fingerprint(inputs, loss)])[0, :count]
+
+    check_repeated(_stacked(first)[:, :count], _stacked(again), forward_fingerprint)
 
 
 def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:
