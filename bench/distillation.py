@@ -18,7 +18,7 @@ from bench.parsing import CommonOptions, precisions_in
 from bench.records import write_record
 from bench.render import table
 from mtt_fast.distill import command as distil
-from mtt_fast.distill.options import parse_options
+from mtt_fast.distill.command_line import parse_options
 from mtt_fast.kernels import Precision
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.run_folder import METRICS, SUMMARY

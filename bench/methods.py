@@ -27,7 +27,8 @@ from bench.records import write_record
 from bench.render import percent, table
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.command_line import parse_options
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.experts import train_missing_experts

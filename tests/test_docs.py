@@ -22,7 +22,8 @@ from mtt_fast import __main__, evaluate
 from mtt_fast.commands import cli, parsing
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.command import main as distill
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.command_line import parse_options
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.experts import main as train_experts
 from mtt_fast.recipes import recipe_about, recipe_names, recipe_options

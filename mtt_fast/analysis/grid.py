@@ -17,7 +17,7 @@ from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
 from mtt_fast.distill import command as distill
-from mtt_fast.distill.options import parse_options
+from mtt_fast.distill.command_line import parse_options
 from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.files import write_text

@@ -24,6 +24,7 @@ from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network, weigh_gradients
 from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there
+from mtt_fast.distill.command_line import parse_with_given
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
 from mtt_fast.distill.experts import (
@@ -46,7 +47,7 @@ from mtt_fast.distill.gradients import (
     start_gradients,
 )
 from mtt_fast.distill.initial import initial_state
-from mtt_fast.distill.options import PROGRAM, DistillOptions, parse_with_given
+from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers

@@ -1,16 +1,13 @@
-"""Read the options of a distillation: the public code's flags, recipes, option files, and the run to resume."""
+"""Define the options of a distillation: the public code's flags, those of its successors, and what fits together."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import check_same_method, earlier_options
 from mtt_fast.commands.option_fields import Checked, Group, Needs, Remark, Role
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
@@ -40,10 +37,7 @@ from mtt_fast.experts import ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.memory_info import AUTO
-from mtt_fast.storage.files import read_toml
-from mtt_fast.storage.run_folder import CONFIG
 from mtt_fast.training.experts import ExpertTraining
 
 PROGRAM = "python -m mtt_fast.distill"
@@ -347,82 +341,3 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 raise InputError(
                     f"--texture, {other}: expected one of them, found both; a canvas is larger than an image"
                 )
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """The flags that decide where the other options' defaults come from."""
-
-    recipe: str | None = None
-    config: str | None = None
-    out: str | None = None
-    resume: bool = False
-    dataset: str | None = None
-
-
-def parse_options(argv: Sequence[str]) -> DistillOptions:
-    """Return the options of a command line, as `parse_with_given` does."""
-    return parse_with_given(argv)[0]
-
-
-def parse_with_given(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
-    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
-
-    Also return the names of those given in the command line, its recipe or its --config, and not only by the run to resume.
-
-    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume the recipe is
-    digits, whatever else is given.
-    """
-    chosen, in_file = _selection(argv)
-    options = default = DistillOptions()
-    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
-    of_file = parsing.apply(default, in_file, str(chosen.config))
-    if of_file.resume:
-        raise InputError(f"{chosen.config}: option resume: has no effect in a file; leave it out, and say --resume")
-    if of_file.config is not None:
-        raise InputError(
-            f"{chosen.config}: option config: expected no further file in a file of options, found {of_file.config!r}; write the "
-            "options of both into one"
-        )
-    if chosen.resume:
-        options = _of_run(chosen, options)
-    elif chosen.recipe is not None:
-        options = parsing.apply(options, recipe | {"recipe": chosen.recipe}, f"recipe {chosen.recipe}")
-    options = parsing.apply(options, in_file, str(chosen.config))
-    written = {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
-    options = parsing.parse(DistillOptions, argv, PROGRAM, options, in_file=written)
-    options.check()
-    return options, {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
-
-
-def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
-    """Return the flags that decide where defaults come from, and the options in the file of --config."""
-    chosen = parsing.parse_known(_Selection, argv, PROGRAM)
-    in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
-    texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
-    in_words: dict[str, Any] = {name: value for name, value in texts.items() if isinstance(value, str)}
-    chosen = dataclasses.replace(chosen, **in_words)
-    run_is_named = chosen.resume and chosen.out is not None
-    if chosen.recipe is None and chosen.dataset is None and not run_is_named:
-        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
-    return chosen, in_file
-
-
-def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
-    """Return `options` with those of the run to resume. Raises `InputError` where there is no run, or one of another recipe."""
-    if not chosen.out and chosen.recipe is None:
-        raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
-    folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
-    config = earlier_options(folder)
-    if config is None:
-        raise InputError(
-            f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
-        )
-    check_same_method(folder, None)
-    of_run = parsing.apply(options, config, str(folder / CONFIG))
-    if chosen.recipe not in (None, of_run.recipe):
-        start = "without a recipe" if of_run.recipe is None else f"with --recipe {of_run.recipe}"
-        raise InputError(
-            f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {start}; leave it out"
-        )
-    return dataclasses.replace(of_run, resume=True, out=str(folder))

@@ -16,7 +16,8 @@ from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas, CanvasCrops, canvases_of, crop, tiled
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main as distill
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.command_line import parse_options
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.evaluate import main as evaluate_command

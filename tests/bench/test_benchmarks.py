@@ -13,7 +13,7 @@ from mtt_fast import ConvNet
 from mtt_fast.baselines.catalogue import METHODS as BASELINES
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.options import EvaluationOptions
-from mtt_fast.distill.options import parse_options
+from mtt_fast.distill.command_line import parse_options
 from tests.bench.helpers import STEP, TOY, bench, linux, rows_of
 
 

@@ -20,7 +20,7 @@ import torch
 from mtt_fast import InputError, recipes
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.commands import cli, parsing
-from mtt_fast.distill.options import parse_options
+from mtt_fast.distill.command_line import parse_options
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.recipes import recipe_about, recipe_names, recipe_options, recipe_text
 from mtt_fast.recipes.__main__ import listing

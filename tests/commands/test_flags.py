@@ -25,7 +25,8 @@ from mtt_fast.commands.option_fields import Group, Range, fields_of
 from mtt_fast.compress import CompressOptions
 from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.cross.command import CrossOptions
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.command_line import parse_options
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.evaluate import EvaluateOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.recipes.__main__ import ListOptions

@@ -36,7 +36,8 @@ from mtt_fast.commands.option_fields import (
 from mtt_fast.commands.options import TrueOrFalse
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.command_line import parse_options
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.files import read_toml
 from mtt_fast.storage.run_folder import read_config, write_config

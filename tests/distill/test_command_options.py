@@ -12,7 +12,8 @@ import pytest
 
 from mtt_fast import InputError
 from mtt_fast.commands import parsing
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.command_line import parse_options
+from mtt_fast.distill.options import DistillOptions
 from tests.distill.command_runs import TOY, run
 
 

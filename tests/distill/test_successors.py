@@ -16,8 +16,9 @@ import torch
 from mtt_fast import FlatModule, InputError, SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
+from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.initial import initial_images, predicted_correctly
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import read_segment, start_epochs
 from mtt_fast.distill.updates import update
 from mtt_fast.networks.protocol import Network

@@ -1,0 +1,103 @@
+"""Read the options of a distillation from where they may be written: flags, a file, a recipe, and the run to resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtt_fast.commands import parsing
+from mtt_fast.commands.earlier_run import check_same_method, earlier_options
+from mtt_fast.distill.options import DEFAULT_RECIPE, PROGRAM, DistillOptions
+from mtt_fast.errors import InputError
+from mtt_fast.recipes import recipe_options
+from mtt_fast.storage.files import read_toml
+from mtt_fast.storage.run_folder import CONFIG
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The flags that decide where the other options' defaults come from."""
+
+    recipe: str | None = None
+    config: str | None = None
+    out: str | None = None
+    resume: bool = False
+    dataset: str | None = None
+
+
+def parse_options(argv: Sequence[str]) -> DistillOptions:
+    """Return the options of a command line, as `parse_with_given` does."""
+    return parse_with_given(argv)[0]
+
+
+def parse_with_given(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
+    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
+
+    Also return the names of those given in the command line, its recipe or its --config, and not only by the run to resume.
+
+    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume the recipe is
+    digits, whatever else is given. Raises `InputError` for options that are unknown, or do not fit each other.
+    """
+    chosen, in_file = _selection(argv)
+    differing = _differing_in_file(in_file, str(chosen.config))
+    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
+    if chosen.resume:
+        options = _of_run(chosen)
+    elif chosen.recipe is not None:
+        options = parsing.apply(DistillOptions(), recipe | {"recipe": chosen.recipe}, f"recipe {chosen.recipe}")
+    else:
+        options = DistillOptions()
+    options = parsing.apply(options, in_file, str(chosen.config))
+    options = parsing.parse(DistillOptions, argv, PROGRAM, options, in_file=differing)
+    options.check()
+    return options, {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
+
+
+def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
+    """Return the flags that decide where defaults come from, and the options in the file of --config."""
+    chosen = parsing.parse_known(_Selection, argv, PROGRAM)
+    in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
+    texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
+    in_words: dict[str, Any] = {name: value for name, value in texts.items() if isinstance(value, str)}
+    chosen = dataclasses.replace(chosen, **in_words)
+    run_is_named = chosen.resume and chosen.out is not None
+    if chosen.recipe is None and chosen.dataset is None and not run_is_named:
+        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
+    return chosen, in_file
+
+
+def _differing_in_file(in_file: Mapping[str, Any], path: str) -> set[str]:
+    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for what is not for a file."""
+    default = DistillOptions()
+    of_file = parsing.apply(default, in_file, path)
+    if of_file.resume:
+        raise InputError(f"{path}: option resume: has no effect in a file; leave it out, and say --resume")
+    if of_file.config is not None:
+        raise InputError(
+            f"{path}: option config: expected no further file in a file of options, found {of_file.config!r}; write the "
+            "options of both into one"
+        )
+    return {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
+
+
+def _of_run(chosen: _Selection) -> DistillOptions:
+    """Return the options of the run to resume. Raises `InputError` where there is no run, or one of another recipe."""
+    if not chosen.out and chosen.recipe is None:
+        raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
+    folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
+    config = earlier_options(folder)
+    if config is None:
+        raise InputError(
+            f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
+        )
+    check_same_method(folder, None)
+    of_run = parsing.apply(DistillOptions(), config, str(folder / CONFIG))
+    if chosen.recipe not in (None, of_run.recipe):
+        start = "without a recipe" if of_run.recipe is None else f"with --recipe {of_run.recipe}"
+        raise InputError(
+            f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {start}; leave it out"
+        )
+    return dataclasses.replace(of_run, resume=True, out=str(folder))
