@@ -19,8 +19,8 @@ import mtt_fast
 from mtt_fast import ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
-from mtt_fast.engine.student import live_bytes
 from mtt_fast.kernels import native
 from mtt_fast.runtime.memory_info import bytes_left_in_groups, free_bytes, parse_bytes
 from mtt_fast.testing import assert_close, reference_convnet
@@ -247,7 +247,7 @@ def test_batch_statistics_need_the_whole_batch() -> None:
 
 def test_what_a_step_holds_is_found_without_computing_it() -> None:
     net = FlatModule(torch.nn.Linear(1000, 1, bias=False))
-    held = live_bytes(net, 1, torch.Size((1000,)), torch.float64)
+    held = GenericStudent(net).live_bytes(1, torch.Size((1000,)), torch.float64)
     assert 8 * 1000 <= held.gradient < 8 * 2100
     # the gradient to θ, and its derivatives to θ and the image
     assert 8 * 3000 <= held.gradient_jvp < 8 * 8100
@@ -255,7 +255,7 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert 8 * 2000 <= held.saved < 8 * 3100
     assert held.saved <= held.gradient_saving < 8 * 5100
     assert 0 < held.gradient_jvp_saved < held.gradient_jvp
-    assert live_bytes(net, 1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
+    assert GenericStudent(net).live_bytes(1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
 def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
@@ -268,7 +268,7 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
             return images.flatten(1) @ theta.view(5, 2)
 
     with pytest.raises(InputError, match=r"`net`: expected a network with a hash.*unhashable type.*eq=False"):
-        live_bytes(Linear(), 1, torch.Size((5,)), torch.float64)
+        GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 
 @pytest.mark.parametrize("reading", ["a tensor of its own", "a value"])

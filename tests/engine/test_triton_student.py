@@ -22,7 +22,8 @@ from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent, image_block_bytes
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.student import CountLiveBytes, StepBytes
+from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.engine.student import StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import Affine, Precision, dispatch
 from mtt_fast.testing import relative_error
