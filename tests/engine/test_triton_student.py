@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent, image_block_bytes
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.fused_step_bytes import image_block_bytes
 from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.live_bytes import CountLiveBytes
 from mtt_fast.engine.student import StepBytes
