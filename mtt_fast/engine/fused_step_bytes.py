@@ -68,20 +68,22 @@ def fused_step_bytes(
     throughout = images + packed + parameters - convolutions
     direction = packed + (parameters if precision == "fp16" else 0)
 
-    forward = _forward_peak(blocks)
-    backward, saving, dual = (
+    # In the classifier live all activations, p and p̄ with their tangents, and on a CPU a copy of one in the public code's order.
+    p, copies, ys = blocks[-1].p, int(device.type == "cpu"), sum(block.y for block in blocks)
+    classifier = sum(block.x for block in blocks) + ys + (2 + copies) * p
+    dual_classifier = sum(2 * block.x + block.y_dot for block in blocks) + ys + (4 + copies) * p
+    backward, saving, dual_forward, dual_backward = (
         max(peak(blocks[:number], block, blocks[number + 1 :]) for number, block in enumerate(blocks))
-        for peak in (_backward_peak, _saving_backward_peak, _dual_backward_peak)
+        for peak in (_backward_peak, _saving_backward_peak, _saved_dual_forward_peak, _dual_backward_peak)
     )
-    adding_up = (
-        sum(block.weight.summands for block in blocks) + parameters
-    )  # of the summands, with their sum, the gradient
-    ys = sum(block.y for block in blocks)
+    dual = max(dual_classifier, dual_backward)
+    # at the end the summands of the gradient, and their sum
+    adding_up = sum(block.weight.summands for block in blocks) + parameters
     return StepBytes(
-        gradient=max(forward + blocks[-1].weight.summands, backward, adding_up) + throughout,
-        gradient_saving=max(forward, saving, adding_up) + throughout,
+        gradient=max(classifier, backward, adding_up) + throughout,
+        gradient_saving=max(classifier, saving, adding_up) + throughout,
         gradient_jvp=max(dual, adding_up) + throughout + direction,
-        gradient_jvp_saved=max(dual - ys, adding_up) + throughout + direction,
+        gradient_jvp_saved=max(max(dual_forward, dual) - ys, adding_up) + throughout + direction,
         saved=ys + sum(block.p for block in blocks) + patches,
         work=kernels.work_bytes(batch, layers[int(has_image_block) :], planes, device, precision),
     )
@@ -98,11 +100,6 @@ def _plane_blocks(
         blocks.append(BlockBytes(x, y, y if norm else 0, p, weight, ImageBlockBytes(0, 0, 0, 0, 0)))
         x = p
     return blocks
-
-
-def _forward_peak(blocks: Sequence[BlockBytes]) -> int:
-    """Return the bytes in the classifier: all activations, its input, p̄, and on a CPU a copy of one in the public code's order."""
-    return sum(block.x + block.y for block in blocks) + 3 * blocks[-1].p
 
 
 def _backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequence[BlockBytes]) -> int:
@@ -124,6 +121,12 @@ def _saving_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, late
     return peak
 
 
+def _saved_dual_forward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequence[BlockBytes]) -> int:
+    """Return the peak of `Block.dual` in `gradient_jvp` with saved activations: the y of later blocks are there already."""
+    activations = sum(2 * each.x + each.y + each.y_dot for each in earlier) + 2 * (block.x + block.y + block.p)
+    return activations + sum(each.y for each in later)
+
+
 def _dual_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequence[BlockBytes]) -> int:
     """Return the peak of `Block.dual_backward` in `gradient_jvp`: ȳ and ȳ̇ overwrite y and ẏ, and p̄ and p̄̇ are freed as p̄ above."""
     activations = sum(2 * each.x + each.y + each.y_dot for each in earlier) + 2 * (block.x + block.y)
@@ -131,9 +134,7 @@ def _dual_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later:
     of_input = activations + 2 * block.p + block.weight.dual_parts
     p_bar_parts = later[0].weight.dual_parts if later else 0
     image_block = block.image_block.linear + max(block.image_block.columns, 2 * block.image_block.sums)
-    # in the classifier p and p̄ live with their tangents; on a CPU also a copy of one of them in the public code's order
-    classifier = 0 if later else 3 * block.p
-    peak: int = max(of_weight, of_input) + classifier + p_bar_parts + image_block + _summands(block, later)
+    peak: int = max(of_weight, of_input) + p_bar_parts + image_block + _summands(block, later)
     return peak
 
 

@@ -22,8 +22,11 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.kernels import native
+from mtt_fast.kernels.native import planes
+from mtt_fast.networks.convnet import Norm
 from mtt_fast.runtime.memory_info import bytes_left_in_groups, free_bytes, parse_bytes
 from mtt_fast.testing import assert_close, reference_convnet
+from tests.engine.counting import image_shape, live_bytes_of_a_step
 
 GIB, MIB = 2**30, 2**20
 CPU = torch.device("cpu")
@@ -111,6 +114,23 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
 def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
     memory = measured(**case)
     assert memory["measured"] == pytest.approx(memory["planned"], rel=0.15)
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [10, 50])
+@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        planes, "allocate", lambda like, shape: like.new_empty(shape)
+    )  # torch's memory, which is counted
+    net = ConvNet(3, 10, 32, 64, depth, norm)
+    student = FusedConvNetStudent(net)
+    counted = live_bytes_of_a_step(student, net, batch, "cpu")
+    formula = student.step_bytes(batch, image_shape(net), torch.float32, CPU)._replace(
+        work=0
+    )  # torch does not count it
+    assert tuple(counted) == pytest.approx(tuple(formula), rel=0.1)
 
 
 @needs_proc
