@@ -103,8 +103,9 @@ def _plane_blocks(
 
 
 def _backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequence[BlockBytes]) -> int:
-    """Return the peak of `Block.backward` in `gradient`: ȳ overwrites y, and p̄ is freed before the weight's gradient."""
+    """Return the peak of `Block.backward` in `gradient`: ȳ overwrites y."""
     activations = sum(each.x + each.y for each in (*earlier, block))
+    # the caller holds p̄ beside the copies too, but `WeightBytes` allows for the summands of `gradient_jvp`, which are more
     of_weight, of_input = activations + block.weight.copies, activations + block.p + block.weight.parts
     p_bar_parts = later[0].weight.parts if later else 0
     peak: int = max(of_weight, of_input) + p_bar_parts + block.image_block.sums + _summands(block, later)
@@ -128,13 +129,12 @@ def _saved_dual_forward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, l
 
 
 def _dual_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequence[BlockBytes]) -> int:
-    """Return the peak of `Block.dual_backward` in `gradient_jvp`: ȳ and ȳ̇ overwrite y and ẏ, and p̄ and p̄̇ are freed as p̄ above."""
-    activations = sum(2 * each.x + each.y + each.y_dot for each in earlier) + 2 * (block.x + block.y)
-    of_weight = activations + block.weight.dual_copies
-    of_input = activations + 2 * block.p + block.weight.dual_parts
+    """Return the peak of `Block.dual_backward` in `gradient_jvp`: ȳ and ȳ̇ overwrite y and ẏ, and the caller holds p̄ and p̄̇."""
+    live = sum(2 * each.x + each.y + each.y_dot for each in earlier) + 2 * (block.x + block.y + block.p)
     p_bar_parts = later[0].weight.dual_parts if later else 0
     image_block = block.image_block.linear + max(block.image_block.columns, 2 * block.image_block.sums)
-    peak: int = max(of_weight, of_input) + p_bar_parts + image_block + _summands(block, later)
+    operation = max(block.weight.dual_copies, block.weight.dual_parts) + image_block
+    peak: int = live + operation + p_bar_parts + _summands(block, later)
     return peak
 
 

@@ -133,6 +133,16 @@ def test_the_formula_counts_the_parts_of_convolutions(net: ConvNet, batch: int, 
         assert getattr(live_bytes, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
 
 
+def test_the_cotangents_of_a_block_live_while_its_planes_are_copied() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    net, batch = ConvNet(3, 10, 64, 128, 4), 50
+    student = FusedConvNetStudent(net, "indices", "tf32")
+    live_bytes = live_bytes_on_a_gpu(student, batch, "sm_90")
+    with recorded_triton("sm_90"):
+        planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
+    assert live_bytes.gradient_jvp == pytest.approx(planned.gradient_jvp, rel=0.02)
+
+
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
 @pytest.mark.parametrize("net", [ConvNet(3, 10, 32, 128, 3), ConvNet(1, 10, 28, 48, 3)], ids=str)
 def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(net: ConvNet, precision: Any) -> None:
