@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.engines import Case
 from bench.settings import Setting
-from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.storage.files import save_tensors
 

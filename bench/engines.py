@@ -23,7 +23,7 @@ from bench.flops import (
 from bench.workers import named_function
 from mtt_fast import GraphedMatchingLoss, matching_loss, testing, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.student import cross_entropy
+from mtt_fast.engine.generic_student import cross_entropy
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision

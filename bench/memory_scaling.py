@@ -20,8 +20,8 @@ from bench.render import table
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
+from mtt_fast.engine.generic_student import cross_entropy
 from mtt_fast.engine.memory_plan import plan
-from mtt_fast.engine.student import cross_entropy
 from mtt_fast.errors import InputError
 
 log = logging.getLogger("mtt_fast")

@@ -10,10 +10,9 @@ With `save=True`, `gradient` saves for `gradient_jvp` the y of each block, and p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, batch_images, gathered
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
+from mtt_fast.engine.fused_step_bytes import fused_step_bytes
 from mtt_fast.engine.step_checks import check_choices, check_saved, check_step
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.errors import InputError
@@ -137,65 +137,10 @@ class FusedConvNetStudent:
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`. Lists have one entry per block: the bytes while the backward part is at that block."""
-        layers = self.layers(image_shape)
-        planes = plane_dtype(dtype, self.precision)
-        number, parameters = batch * planes.itemsize, dtype.itemsize * self.network.num_parameters
-        features = number * self.network.width * math.prod(self.network.feature_size)
-        # of each block: x (not the images, which are arguments), y, and the epilogue's output p
-        xs = [0, *(number * layer.channels * layer.height * layer.width for layer in layers[1:])]
-        ys = [number * layer.filters * layer.out_height * layer.out_width for layer in layers]
-        pooled = [*xs[1:], features]
-        weights, convolved = kernels.weight_bytes(batch, layers, planes, device, self.precision), layers
-        packed, summands = sum(weight.packed for weight in weights), [weight.summands for weight in weights]
-        weight_bytes = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
-        # the images in channels_last, and the gradients of all parameters but the weights
-        small = number * image_shape.numel() + parameters - weight_bytes
-        image_block = ImageBlockBytes(0, 0, 0, 0, 0)
-        if self._has_image_block(image_shape, device):
-            ys[0], convolved = 0, layers[1:]
-            image_block = image_block_bytes(layers[0], batch, planes.itemsize, dtype)
-            packed -= weights[0].packed
-            summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
-            small = image_block.patches + image_block.folded + parameters - weight_bytes
-        small += packed
-        # the direction's packed weights, and its copy that fp16 scales
-        direction = packed + image_block.folded + (parameters if self.precision == "fp16" else 0)
-        results = sum(summands) + parameters  # the summands of the gradient, and their sum
-        finished = [sum(summands[block:]) for block in range(len(layers))]  # summands of this block and later ones
-        forward_part = sum(xs) + sum(ys) + 3 * features
-        tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not saved
-        dual_backward = [
-            2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
-            for block in range(len(layers))
-        ]
-        dual_copies, dual_parts = [weight.dual_copies for weight in weights], [weight.dual_parts for weight in weights]
-        dual_backward = _add_convolution_bytes(dual_backward, [2 * after for after in pooled], dual_copies, dual_parts)
-        dual_backward[0] += image_block.linear + max(image_block.columns, 2 * image_block.sums)
-        # the classifier's p and p̄ with their tangents; on a CPU also a copy of one of them in the public code's order
-        dual_backward[-1] += 3 * features
-        backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
-        copies, parts = [weight.copies for weight in weights], [weight.parts for weight in weights]
-        backward = _add_convolution_bytes(backward, pooled, copies, parts)
-        backward[0] += image_block.sums
-        backward[-1] = max(forward_part, backward[-1])
-        # with save=True, ȳ is not written over y, and all p̄ are saved
-        saving = [
-            sum(xs[: block + 1]) + sum(ys) + ys[block] + sum(pooled[block:]) + summed
-            for block, summed in enumerate(finished)
-        ]
-        saving = _add_convolution_bytes(saving, [0] * len(layers), copies, parts)
-        saving[0] += image_block.sums
-        dual_peaks = [at_block + summed for at_block, summed in zip(dual_backward, finished, strict=True)]
-        return StepBytes(
-            gradient=max(*(at_block + summed for at_block, summed in zip(backward, finished, strict=True)), results)
-            + small,
-            gradient_saving=max(forward_part, *saving, results) + small,
-            gradient_jvp=max(*dual_peaks, results) + small + direction,
-            gradient_jvp_saved=max(max(dual_peaks) - sum(ys), results) + small + direction,
-            saved=sum(ys) + sum(pooled) + image_block.patches,
-            work=kernels.work_bytes(batch, convolved, planes, device, self.precision),
-        )
+        """See `Student.step_bytes`."""
+        has_image_block = self._has_image_block(image_shape, device)
+        of_batch = (batch, dtype, device, self.precision)
+        return fused_step_bytes(self.network, self.layers(image_shape), has_image_block, *of_batch)
 
     def layers(self, image_shape: torch.Size) -> list[ConvLayer]:
         """Return the convolution of each block, for images (C, H, W)."""
@@ -269,40 +214,3 @@ class FusedConvNetStudent:
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
-
-
-def _add_convolution_bytes(blocks: list[int], freed: list[int], copies: list[int], parts: list[int]) -> list[int]:
-    """Return the bytes of each block in the backward part, with those that its convolution allocates.
-
-    The gradient of the weight may need `copies`, after `freed` bytes have been freed. The gradient of the input may be left in
-    `parts`, which live until the previous block has read them.
-    """
-    parts_to_read = [*parts[1:], 0]
-    return [
-        max(block + written, block - gone + copied) + read
-        for block, gone, copied, written, read in zip(blocks, freed, copies, parts, parts_to_read, strict=True)
-    ]
-
-
-class ImageBlockBytes(NamedTuple):
-    """Bytes that an `ImageBlock` takes, and for how long."""
-
-    patches: int  # to the end of the step
-    folded: int  # the weights with the norm folded in, to the end of the step; twice with a direction
-    sums: int  # U, while the parameters' gradients are computed; twice with U̇
-    linear: int  # M, while the images' gradient is computed
-    columns: int  # T, the patches of x̄̇, while the images' gradient is computed, after U
-
-
-def image_block_bytes(layer: ConvLayer, batch: int, plane_itemsize: int, dtype: torch.dtype) -> ImageBlockBytes:
-    """Return the bytes of an `ImageBlock` with parameters of `dtype`, and images and folded weights of `plane_itemsize`."""
-    terms = 16 if layer.channels == 1 else 32
-    padded = layer.channels * (layer.out_height + 2) * (layer.out_width + 2)
-    sample = ImageBlockBytes(
-        patches=plane_itemsize * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2,
-        folded=plane_itemsize * terms * layer.filters,
-        sums=dtype.itemsize * terms * layer.filters,
-        linear=dtype.itemsize * terms**2 * (layer.filters // 16),  # one for each block of filters, of 16 or more
-        columns=plane_itemsize * terms * layer.out_height * layer.out_width,
-    )
-    return ImageBlockBytes(*(batch * size for size in sample))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
-from mtt_fast.engine.student import GenericStudent, plain_attention
+from mtt_fast.engine.generic_student import GenericStudent, plain_attention
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import without_autocast

@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from mtt_fast.engine.student import Student, live_bytes
+from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.student import Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
@@ -61,7 +62,7 @@ def concurrency_for(
     """
     if at_once is not None and at_once < 1:
         raise InputError(f"`networks_at_once` {at_once}: expected at least 1")
-    work = live_bytes(network, batch, image_shape, torch.float32).gradient
+    work = GenericStudent(network).live_bytes(batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -18,7 +18,7 @@ from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.siamese import siamese_augmentation
-from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close, reference_convnet

@@ -21,7 +21,7 @@ from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.training.protocols import Accuracy

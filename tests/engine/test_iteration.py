@@ -18,8 +18,9 @@ from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.iteration import Iteration, iteration, planned_iteration
-from mtt_fast.engine.student import GenericStudent, InMicrobatches, StepGradient, Student
+from mtt_fast.engine.student import InMicrobatches, StepGradient, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.kernels import WARP_PARAMETERS

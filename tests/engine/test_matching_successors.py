@@ -21,9 +21,9 @@ from mtt_fast import (
     unroll,
 )
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.iteration import iteration, planned_iteration
 from mtt_fast.engine.matching import MatchStep, path_loss
-from mtt_fast.engine.student import GenericStudent
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.engine.no_values import NoValues

@@ -19,11 +19,14 @@ import mtt_fast
 from mtt_fast import ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
-from mtt_fast.engine.student import live_bytes
 from mtt_fast.kernels import native
+from mtt_fast.kernels.native import planes
+from mtt_fast.networks.convnet import Norm
 from mtt_fast.runtime.memory_info import bytes_left_in_groups, free_bytes, parse_bytes
 from mtt_fast.testing import assert_close, reference_convnet
+from tests.engine.counting import image_shape, live_bytes_of_a_step
 
 GIB, MIB = 2**30, 2**20
 CPU = torch.device("cpu")
@@ -111,6 +114,23 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
 def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
     memory = measured(**case)
     assert memory["measured"] == pytest.approx(memory["planned"], rel=0.15)
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [10, 50])
+@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        planes, "allocate", lambda like, shape: like.new_empty(shape)
+    )  # torch's memory, which is counted
+    net = ConvNet(3, 10, 32, 64, depth, norm)
+    student = FusedConvNetStudent(net)
+    counted = live_bytes_of_a_step(student, net, batch, "cpu")
+    formula = student.step_bytes(batch, image_shape(net), torch.float32, CPU)._replace(
+        work=0
+    )  # torch does not count it
+    assert tuple(counted) == pytest.approx(tuple(formula), rel=0.1)
 
 
 @needs_proc
@@ -247,7 +267,7 @@ def test_batch_statistics_need_the_whole_batch() -> None:
 
 def test_what_a_step_holds_is_found_without_computing_it() -> None:
     net = FlatModule(torch.nn.Linear(1000, 1, bias=False))
-    held = live_bytes(net, 1, torch.Size((1000,)), torch.float64)
+    held = GenericStudent(net).live_bytes(1, torch.Size((1000,)), torch.float64)
     assert 8 * 1000 <= held.gradient < 8 * 2100
     # the gradient to θ, and its derivatives to θ and the image
     assert 8 * 3000 <= held.gradient_jvp < 8 * 8100
@@ -255,7 +275,7 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert 8 * 2000 <= held.saved < 8 * 3100
     assert held.saved <= held.gradient_saving < 8 * 5100
     assert 0 < held.gradient_jvp_saved < held.gradient_jvp
-    assert live_bytes(net, 1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
+    assert GenericStudent(net).live_bytes(1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
 def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
@@ -268,7 +288,7 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
             return images.flatten(1) @ theta.view(5, 2)
 
     with pytest.raises(InputError, match=r"`net`: expected a network with a hash.*unhashable type.*eq=False"):
-        live_bytes(Linear(), 1, torch.Size((5,)), torch.float64)
+        GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 
 @pytest.mark.parametrize("reading", ["a tensor of its own", "a value"])

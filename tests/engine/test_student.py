@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, FlatModule
-from mtt_fast.engine.student import GenericStudent, InMicrobatches, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.student import InMicrobatches
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.testing import assert_close, reference_convnet
 

@@ -20,12 +20,15 @@ from safetensors import safe_open
 
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent, image_block_bytes
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.fused_step_bytes import image_block_bytes
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.student import CountLiveBytes, StepBytes
+from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.engine.student import StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import Affine, Precision, dispatch
 from mtt_fast.testing import relative_error
+from tests.engine.counting import image_shape, live_bytes_of_a_step
 from tests.kernels.compiling import recording
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, ROOT, each_part, run_part
 
@@ -52,11 +55,6 @@ def test_every_back_end_is_interpreted() -> None:
     assert iterations >= {(torch.float64, "fp32", None), (torch.float64, "fp32", 2), (torch.float32, "fp16", None)}
 
 
-def image_shape(net: ConvNet) -> torch.Size:
-    assert isinstance(net.image_size, int)
-    return torch.Size((net.in_channels, net.image_size, net.image_size))
-
-
 @contextmanager
 def recorded_triton(architecture: str | None = None) -> Iterator[None]:
     """Take Triton's kernels on meta tensors, by the table's rows of an architecture or else by pointers, and launch none."""
@@ -79,22 +77,10 @@ def recorded_triton(architecture: str | None = None) -> Iterator[None]:
         yield
 
 
-def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int, architecture: str | None = None) -> StepBytes:
+def live_bytes_on_a_gpu(student: FusedConvNetStudent, batch: int, architecture: str | None = None) -> StepBytes:
     """Count the bytes of a step by Triton's kernels on meta tensors, none of which is launched."""
-    net = student.network
-    theta, labels = torch.empty(net.num_parameters, device="meta"), torch.zeros(batch, dtype=torch.long, device="meta")
-    images = torch.empty(batch, *image_shape(net), device="meta")
     with recorded_triton(architecture):
-        with CountLiveBytes() as gradient:
-            student.gradient(theta, images, labels)
-        with CountLiveBytes() as gradient_jvp:
-            student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
-        with CountLiveBytes() as saving:
-            activations = student.gradient(theta, images, labels, save=True).saved
-            saved, forward_peak = saving.live, saving.peak
-            saving.peak = saved
-            student.gradient_jvp(theta, images, labels, torch.empty_like(theta), activations)
-    return StepBytes(gradient.peak, forward_peak, gradient_jvp.peak, saving.peak - saved, saved, 0)
+        return live_bytes_of_a_step(student, student.network, batch, "meta")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
@@ -107,13 +93,16 @@ def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int, architecture:
         (ConvNet(1, 10, 28, 128, 3), 100),
         (ConvNet(3, 10, 8, 128, 2), 1000),  # planes smaller than the first block's sums
         (ConvNet(3, 10, 32, 100, 3), 100),  # a width that keeps the planes of the first block
+        (ConvNet(3, 10, 32, 128, 3, "none"), 100),
+        (ConvNet(3, 10, 64, 128, 1), 100),  # at depth 1 the peak is in the classifier
+        (ConvNet(3, 10, 64, 128, 1, "none"), 100),
     ],
     ids=str,
 )
 def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: Any) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     student = FusedConvNetStudent(net, "indices", precision)
-    live_bytes = live_bytes_of_a_step(student, batch)
+    live_bytes = live_bytes_on_a_gpu(student, batch)
     with patch.object(dispatch, "_runs_triton", return_value=True):
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
@@ -137,11 +126,21 @@ def test_the_formula_counts_the_parts_of_convolutions(net: ConvNet, batch: int, 
     """Hold it to live bytes by the table of an H100 or H200, which cuts convolutions of so few samples."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     student = FusedConvNetStudent(net, "indices", precision)
-    live_bytes = live_bytes_of_a_step(student, batch, "sm_90")
+    live_bytes = live_bytes_on_a_gpu(student, batch, "sm_90")
     with recorded_triton("sm_90"):
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
         assert getattr(live_bytes, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
+
+
+def test_the_cotangents_of_a_block_live_while_its_planes_are_copied() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    net, batch = ConvNet(3, 10, 64, 128, 4), 50
+    student = FusedConvNetStudent(net, "indices", "tf32")
+    live_bytes = live_bytes_on_a_gpu(student, batch, "sm_90")
+    with recorded_triton("sm_90"):
+        planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
+    assert live_bytes.gradient_jvp == pytest.approx(planned.gradient_jvp, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
@@ -248,7 +247,7 @@ def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> No
 def test_the_first_block_keeps_no_planes() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     at_once, parts = (FusedConvNetStudent(ConvNet(3, 10, 128, width, 5), "indices", "tf32") for width in (128, 127))
-    live_at_once, live_in_parts = (live_bytes_of_a_step(student, 20) for student in (at_once, parts))
+    live_at_once, live_in_parts = (live_bytes_on_a_gpu(student, 20) for student in (at_once, parts))
     assert live_at_once.gradient_jvp <= 0.45 * live_in_parts.gradient_jvp
     assert live_at_once.gradient <= 0.5 * live_in_parts.gradient  # both keep the summands of the weights' gradients
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, plan, unroll
-from mtt_fast.engine.student import cross_entropy
+from mtt_fast.engine.generic_student import cross_entropy
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 
 SHAPE = (3, 4, 8, 5, 2)

@@ -20,8 +20,9 @@ from torch import Tensor
 from mtt_fast import ConvNet
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.student import GenericStudent, InMicrobatches, Student
+from mtt_fast.engine.student import InMicrobatches, Student
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import dispatch, tma_descriptors

@@ -16,8 +16,9 @@ import torch
 from mtt_fast import ConvNet, FlatModule, InputError
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine import student as student_module
-from mtt_fast.engine.student import StepBytes, live_bytes
+from mtt_fast.engine import live_bytes as live_bytes_module
+from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.student import StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
@@ -244,13 +245,13 @@ def test_the_networks_of_a_pool_are_looked_at_once(monkeypatch: pytest.MonkeyPat
     """Check that the next evaluation of the same networks knows the memory of a step of each."""
     pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(11, 18)]
     students = [student_for(network, CPU) for network in pool]
-    original, counted = student_module._counted_live_bytes, list[Network]()
+    original, counted = live_bytes_module._counted_live_bytes, list[Network]()
 
     def count(network: Network, *shapes: Any) -> StepBytes:
         counted.append(network)
         return original(network, *shapes)
 
-    monkeypatch.setattr(student_module, "_counted_live_bytes", count)
+    monkeypatch.setattr(live_bytes_module, "_counted_live_bytes", count)
     for _ in range(2):
         for network, student in zip(pool, students, strict=True):
             concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, jobs=2)
@@ -259,7 +260,7 @@ def test_the_networks_of_a_pool_are_looked_at_once(monkeypatch: pytest.MonkeyPat
 
 def test_no_network_lives_longer_for_having_been_looked_at() -> None:
     network = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)))
-    live_bytes(network, 4, torch.Size((1, 6, 6)), torch.float32)
+    GenericStudent(network).live_bytes(4, torch.Size((1, 6, 6)), torch.float32)
     held = weakref.ref(network)
     del network
     gc.collect()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.testing import assert_close, reference_convnet
