@@ -79,7 +79,7 @@ def _orthonormal_cosines(side: int, device: torch.device) -> Tensor:
     """Return the matrix (side, side) of the orthonormal cosine transform, float64, a row for each frequency."""
     frequency, place = (torch.arange(side, dtype=torch.float64, device=device) for _ in range(2))
     cosines = torch.cos(math.pi / side * frequency[:, None] * (place + 0.5))
-    return cosines / torch.linalg.vector_norm(cosines, dim=1, keepdim=True)
+    return torch.nn.functional.normalize(cosines, dim=1)
 
 
 def _squared_lengths(images: Tensor) -> Tensor:

@@ -194,4 +194,4 @@ def test_the_recipe_is_the_setting_of_the_public_code() -> None:
     options: Any = DistillOptions(**recipe_options("fred-cifar10-ipc1"))
     assert (options.ipc, options.msz_per_channel, options.lr_img, options.Iteration) == (32 * 32 // 64, 64, 1e8, 15000)
     assert (options.syn_steps, options.expert_epochs, options.max_start_epoch, options.batch_syn) == (50, 2, 5, None)
-    assert (options.lr_lr, options.lr_teacher, options.zca, options.model) == (1e-7, 0.01, False, "ConvNetD3")
+    assert (options.lr_lr, options.lr_teacher, options.zca, options.model) == (1e-7, 0.01, False, "ConvNet")
