@@ -159,7 +159,7 @@ def test_the_other_blocks_on_porting_do_what_they_say() -> None:
 
 
 def test_the_order_by_difficulty_is_one_for_a_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = on_digits(blocks_of("methods.md")[1], {"expert, 10": "expert, 2", "range(10)]": "range(2)]"})
+    block = on_digits(blocks_of("methods.md")[2], {"expert, 10": "expert, 2", "range(10)]": "range(2)]"})
     monkeypatch.chdir(tmp_path)
     flags = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 2 --lr_teacher 0.1".split()
     assert cli.run(train_experts, flags) == 0
@@ -191,6 +191,17 @@ def test_forgetting_events_are_scores_for_a_window(tmp_path: Path, monkeypatch: 
     for label in range(10):
         (place,) = (images.batch(slice(None))[0] == hardest[label]).flatten(1).all(1).nonzero()[0]
         assert events[place] == events[images.labels == label].max()
+
+
+def test_the_numbers_of_frequencies_restore_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2"
+    flags += " --num_eval 1 --epoch_eval_train 1 --Iteration 2 --ipc 4 --msz_per_channel 16 --lr_img 1e4"
+    assert cli.run(distill, [*flags.split(), "--out", "runs/fred-cifar10-ipc1"]) == 0
+    space: dict[str, Any] = {}
+    exec(blocks_of("methods.md")[1], space)
+    assert len(space["numbers"]) == 40 * 16
+    torch.testing.assert_close(torch.from_numpy(space["restored"]), space["images"], rtol=0, atol=1e-5)
 
 
 def on_digits(block: str, further: dict[str, str]) -> str:

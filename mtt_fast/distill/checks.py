@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def check_options_fit(
         raise InputError(
             f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images ({options.ipc} for "
             f"each of {data.num_classes} classes); leave it out to use all"
+        )
+    places = math.prod(data.image_shape[1:])
+    if options.msz_per_channel and options.msz_per_channel > places:
+        raise InputError(
+            f"--msz_per_channel {options.msz_per_channel}: expected at most the {places} frequencies that a channel of "
+            f"{'×'.join(map(str, data.image_shape[1:]))} pixels has; leave it out to distil all"
         )
     if network.mixes_samples and (option := options.option_using_experts()):
         raise InputError(

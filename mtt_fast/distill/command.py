@@ -37,6 +37,7 @@ from mtt_fast.distill.experts import (
     prepare_experts,
     requested_hyperparameters,
 )
+from mtt_fast.distill.frequencies import frequencies_in_words, of_frequencies
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
     PendingGradients,
@@ -139,7 +140,13 @@ def _run(
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
             len(experts), device_name(device),
         )  # fmt: skip
-        for line in (gradient, plan, options.evaluation_protocol().describe()):
+        frequencies = frequencies_in_words(options, data)
+        for line in (
+            gradient,
+            plan,
+            options.evaluation_protocol().describe(),
+            *([f"images: {frequencies}"] if frequencies else []),
+        ):
             log.info("%s", line)
         if state is None:
             state = initial_state(options, real, network, experts, matched_experts(options, experts))
@@ -176,6 +183,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
             gradients = of_distilled(options, weigh_gradients(options, run.cam, state, gradients))
+            gradients = of_frequencies(state, gradients)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # memory may suffice for the gradients of one iteration only
             if state.iteration < options.Iteration:

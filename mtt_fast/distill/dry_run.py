@@ -16,6 +16,7 @@ from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert, check_same_cam_expert
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, whitening_remark
+from mtt_fast.distill.frequencies import frequencies_in_words
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
@@ -103,6 +104,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
         "scores": _scores(options),
+        "images": frequencies_in_words(options, info),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "

@@ -96,6 +96,8 @@ def _draw(run: DistillRun, state: State, synthetic: SyntheticDataset) -> None:
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
         title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
+        if not iteration and run.options.msz_per_channel:
+            title = f"{title}, {run.options.msz_per_channel} frequencies of each channel"
         if synthetic.canvas:
             title, pictures = f"textures, {title}, each tiled {_TILES} by {_TILES}", tiled(pictures, _TILES)
         panels.append((title, pictures, run.metrics.find("evaluation", iteration)))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import canvases_of
 from mtt_fast.data import ImageData
+from mtt_fast.distill.frequencies import most_varying_frequencies, with_frequencies
 from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
@@ -30,7 +32,7 @@ def initial_state(
     options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
 ) -> State:
     """Return the state before the first iteration, for a run that matches the first `matched` of `experts`."""
-    start, wrong = initial_images(options, real, network, experts, matched)
+    start, wrong, frequencies = initial_images(options, real, network, experts, matched)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -46,18 +48,26 @@ def initial_state(
     return State(
         0, matched, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
-        ema=None if options.ema_decay is None else images.clone(),
+        ema=None if options.ema_decay is None else images.clone(), frequencies=frequencies,
         data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
     )  # fmt: skip
 
 
+class InitialImages(NamedTuple):
+    """The synthetic images before the first iteration."""
+
+    images: Images  # sorted by class
+    wrong: int  # of them that no expert gets right; 0 unless `pix_init` is "samples_predicted_correctly"
+    frequencies: Tensor | None  # (classes, H, W) bool: those that are kept with `msz_per_channel`
+
+
 def initial_images(
     options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
-) -> tuple[Images, int]:
-    """Return the initial synthetic images with their labels, sorted by class, and the number of them that no expert gets right.
+) -> InitialImages:
+    """Return the initial synthetic images with their labels.
 
-    That number is 0 unless `pix_init` is "samples_predicted_correctly". It counts the images that fill up classes of which the
-    first `matched` of `experts` classify too few images correctly. A canvas is tiled from several images.
+    The first `matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
+    correctly, others fill it up. A canvas is tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
@@ -74,7 +84,10 @@ def initial_images(
         images = Images(torch.randn(images.pixels.shape, generator=generator).to(device), images.labels)
     if options.canvas is not None:
         images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles])
-    return images, wrong
+    if options.msz_per_channel is None:
+        return InitialImages(images, wrong, None)
+    frequencies = most_varying_frequencies(images.pixels, ipc, options.msz_per_channel)
+    return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
 
 
 def hardness(options: DistillOptions, data: ImageData) -> Tensor:

@@ -89,7 +89,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     batch_syn: CountOrNone = None
     """synthetic images per student step; if not given, all synthetic images"""
     lr_img: RateOrZero = 1000.0
-    """learning rate of the pixels; 0 keeps them fixed"""
+    """learning rate of the pixels, or of the frequencies of --msz_per_channel (FreD's lr_freq); 0 keeps them fixed"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: RateOrZero = 1e-5
@@ -122,6 +122,9 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
     """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha)"""
+    msz_per_channel: CountOrNone = None
+    """distil this many frequencies of each channel in place of all pixels: those in which the initial images of a class differ most
+    (FreD)"""
     lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
@@ -270,6 +273,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         if self.texture:
             self._check_texture()
         self._check_window()
+        self._check_frequencies()
         self.experts()
         self.evaluation_protocol()
 
@@ -326,6 +330,26 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 f"--distilled_share {self.distilled_share:g}, --pix_init noise: expected real images to keep; leave one of them out"
             )
 
+    def _check_frequencies(self) -> None:
+        """Raise `InputError` unless frequencies can be chosen by how real images of a class differ."""
+        if self.msz_per_channel is None:
+            return
+        if self.pix_init == "noise":
+            raise InputError(
+                f"--msz_per_channel {self.msz_per_channel}, --pix_init noise: expected real images, by which the frequencies are chosen; "
+                "leave one of them out"
+            )
+        if self.distilled_share < 1:
+            raise InputError(
+                f"--msz_per_channel {self.msz_per_channel}, --distilled_share {self.distilled_share:g}: expected one of them, found both; "
+                "real images keep all their frequencies"
+            )
+        if self.ipc < 2:
+            raise InputError(
+                f"--msz_per_channel {self.msz_per_channel}, --ipc {self.ipc}: expected at least two images in a class, whose differences "
+                "say which frequencies to distil; raise --ipc (it counts images, not the numbers that they take)"
+            )
+
     def _check_texture(self) -> None:
         """Raise `InputError` for options that need images of the networks' input size, which canvases do not have."""
         others = {
@@ -335,6 +359,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             "--cam_model": self.cam_model is not None,
             "--pix_init window": self.pix_init == "window",
             "--distilled_share": self.distilled_share < 1,
+            "--msz_per_channel": self.msz_per_channel is not None,
         }
         for other, given in others.items():
             if given:

@@ -28,5 +28,5 @@ class DistillRun(LoopRun):
     @cached_property
     def first_images(self) -> Tensor:
         """Return the run's initial images (n, C, H, W), which every picture shows."""
-        images, _ = initial_images(self.options, self.real, self.network, self.experts, self.matched_experts)
-        return images.pixels
+        first = initial_images(self.options, self.real, self.network, self.experts, self.matched_experts)
+        return first.images.pixels

@@ -38,6 +38,7 @@ class State:
     labels_velocity: Tensor | None = None  # of learned labels
     ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
     pixel_weights: Tensor | None = None  # (n, 1, H, W): factors of the images' gradient, where they are asked for (EDF)
+    frequencies: Tensor | None = None  # (classes, H, W) bool: those that are kept, if not all are (FreD)
     skipped: int = 0  # iterations whose loss or gradient was not finite
     repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
@@ -55,7 +56,7 @@ class State:
 
 _CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, does not name itself
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
-_OPTIONAL_TENSORS = ("labels_velocity", "ema", "pixel_weights")
+_OPTIONAL_TENSORS = ("labels_velocity", "ema", "pixel_weights", "frequencies")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
 _REPEATED = "repeated"
 """A further number, which old checkpoints lack."""

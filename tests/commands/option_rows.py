@@ -212,6 +212,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "score": needs(_WINDOW, "--score forgetting"),
         "window_start": needs(_WINDOW, "--window_start 2"),
         "distilled_share": changes("--distilled_share 0.5", "--ipc 2"),
+        "msz_per_channel": changes("--msz_per_channel 5 --ipc 2", "--ipc 2"),
         "lr_y": changes("--lr_y 10"),
         "mom_y": needs("--lr_y 10", "--mom_y 0.1"),
         "label_init": needs("--lr_y 10", "--label_init experts"),

@@ -190,6 +190,7 @@ FLAGS: dict[str, Flags] = {
         "score": "cscore",
         "window_start": 0.0,
         "distilled_share": 1.0,
+        "msz_per_channel": None,
         "lr_y": None,
         "mom_y": 0.9,
         "label_init": "classes",

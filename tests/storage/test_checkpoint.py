@@ -20,7 +20,7 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
     images, logits, rates = torch.randn(4, 1, 8, 8), torch.randn(4, 10), torch.rand(3)
     state = State(
         iteration=7, experts=2, images=images, labels=logits, lr=rates, images_velocity=-images, lr_velocity=-rates,
-        labels_velocity=-logits, ema=2 * images, pixel_weights=images[:, :1], skipped=3, repeated=6, above_threshold=4, lr_kept=5,
+        labels_velocity=-logits, ema=2 * images, pixel_weights=images[:, :1], frequencies=images[:, 0] > 0, skipped=3, repeated=6, above_threshold=4, lr_kept=5,
         data=DatasetIdentity(name="digits", image_shape=(1, 8, 8)), digests=("a", "b"), imported=True, cam_digest="c",
     )  # fmt: skip
     plain = State(0, 0, images, logits, rates, images, rates)

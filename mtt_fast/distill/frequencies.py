@@ -1,0 +1,92 @@
+"""Distil a few frequencies of each image in place of all its pixels (FreD).
+
+D. Shin, S. Shin, I.-C. Moon, "Frequency Domain-based Dataset Distillation", NeurIPS 2023. The images of a class are sums of the
+cosines of the frequencies that its real images differ in most, so that more images take the same number of learned numbers.
+
+Images are a linear function of their frequencies. So a step of SGD with momentum on the frequencies is one on the pixels, with a
+gradient that passes a filter. The state of a run therefore holds images, and no other part of the run knows of frequencies.
+
+F below is the cosine transform of FreD's code, the DCT-II of each axis without a scale: F[k] = 2 Σ_i x[i] cos(π k (2 i + 1) / 2N).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.storage.checkpoint import State
+
+
+def most_varying_frequencies(images: Tensor, ipc: int, count: int) -> Tensor:
+    """Return where the `count` frequencies lie that vary most among the images of each class, (classes, H, W) bool.
+
+    `images` (n, C, H, W) are sorted by class, with `ipc` of each. As in FreD's code frequencies are means over the channels, and
+    their variance is that of F, in which the mean of an image counts more than in an orthonormal transform.
+    """
+    rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
+    spectra = rows @ images.double().mean(1) @ columns.T
+    variances = spectra.view(-1, ipc, *spectra.shape[1:]).var(1) / _squared_lengths(images)
+    kept = torch.zeros_like(variances, dtype=torch.bool).flatten(1)
+    kept.scatter_(1, variances.flatten(1).topk(count).indices, True)
+    return kept.view_as(variances)
+
+
+def with_frequencies(images: Tensor, kept: Tensor) -> Tensor:
+    """Return the `images` (n, C, H, W), sorted by class, without the frequencies that their class does not keep."""
+    return _filtered(images, kept.double())
+
+
+def of_frequencies(state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
+    """Return `gradients` with that of the images filtered, so that SGD with it is SGD on the kept frequencies F.
+
+    Without kept frequencies, and if they are not finite (None), gradients are returned as they are.
+    """
+    if state.frequencies is None or gradients is None:
+        return gradients
+    of_images, *others = gradients
+    # x = Bᵀ F, where the rows of B are orthogonal, so dL/dF = B dL/dx, and a step on F changes x by Bᵀ B dL/dx
+    return [_filtered(of_images, state.frequencies * _squared_lengths(of_images)), *others]
+
+
+def frequencies_in_words(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
+    """Return how many numbers the synthetic images have, in images of all pixels; "" if they are of all pixels."""
+    if options.msz_per_channel is None:
+        return ""
+    places, kept = math.prod(data.image_shape[1:]), options.msz_per_channel
+    return (
+        f"{kept} of {places} frequencies in each channel, so {options.ipc} per class have as many numbers as "
+        f"{options.ipc * kept / places:g} of all pixels"
+    )
+
+
+def _filtered(images: Tensor, factors: Tensor) -> Tensor:
+    """Return `images` (n, C, H, W), sorted by class, after their frequencies are multiplied by `factors` (classes, H, W) float64.
+
+    It is computed in float64, since products of matrices may be in tf32 on a GPU.
+    """
+    rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
+    of_images = factors.repeat_interleave(len(images) // len(factors), 0)[:, None]
+    filtered: Tensor = rows.T @ (of_images * (rows @ images.double() @ columns.T)) @ columns
+    return filtered.to(images.dtype)
+
+
+def _orthonormal_cosines(side: int, device: torch.device) -> Tensor:
+    """Return the matrix (side, side) of the orthonormal cosine transform, float64, a row for each frequency."""
+    frequency, place = (torch.arange(side, dtype=torch.float64, device=device) for _ in range(2))
+    cosines = torch.cos(math.pi / side * frequency[:, None] * (place + 0.5))
+    return torch.nn.functional.normalize(cosines, dim=1)
+
+
+def _squared_lengths(images: Tensor) -> Tensor:
+    """Return the squared lengths (H, W) of the images of single frequencies F = 1, float64: 1/2N, or 1/4N at zero, for each axis."""
+    lengths = [
+        torch.full((side,), 1 / (2 * side), dtype=torch.float64, device=images.device) for side in images.shape[-2:]
+    ]
+    for each in lengths:
+        each[0] /= 2
+    return torch.outer(*lengths)

@@ -1,0 +1,197 @@
+"""Check FreD's frequencies against scipy's transform and its iterations in plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.fft import dctn, idctn
+from torch import Tensor
+
+from mtt_fast import SyntheticDataset
+from mtt_fast.commands import cli
+from mtt_fast.data import ImageData, load
+from mtt_fast.distill.command import main
+from mtt_fast.distill.frequencies import most_varying_frequencies, of_frequencies, with_frequencies
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.recipes import recipe_options
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.checkpoint import State, load_checkpoint
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training.images import real_images
+from mtt_fast.training.subsets import random_subset
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --expert_epochs 1 --ipc 4 "
+    "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --save_seconds 0 "
+    "--msz_per_channel 16 --lr_img 1e4"
+).split()
+
+
+@pytest.fixture
+def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    monkeypatch.chdir(tmp_path)
+    return load("digits", data_path="data", progress=False)
+
+
+def frequencies_of(images: Tensor) -> np.ndarray:
+    """Return the frequencies of FreD's code, scipy's transform without a scale."""
+    spectra: np.ndarray = dctn(images.double().numpy(), type=2, axes=(-2, -1))
+    return spectra
+
+
+def images_of(frequencies: np.ndarray) -> Tensor:
+    return torch.from_numpy(idctn(frequencies, type=2, axes=(-2, -1)))
+
+
+def expected_mask(images: Tensor, ipc: int, count: int) -> np.ndarray:
+    """Return the mask (classes, H, W) of FreD's code: the largest entries of the diagonal of the covariance."""
+    masks = []
+    for of_class in images.split(ipc):
+        flat = frequencies_of(of_class).mean(1).reshape(ipc, -1)
+        mask = np.zeros(flat.shape[1], dtype=bool)
+        mask[np.argsort(np.diag(np.cov(flat.T)))[::-1][:count]] = True
+        masks.append(mask.reshape(images.shape[-2:]))
+    return np.stack(masks)
+
+
+def random_images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("ipc", "channels", "height", "width"), [(3, 3, 8, 8), (2, 1, 7, 12), (5, 2, 1, 6)])
+def test_frequencies_are_those_of_the_public_code(ipc: int, channels: int, height: int, width: int) -> None:
+    images = random_images(2 * ipc, channels, height, width)
+    for count in (1, 5, height * width):
+        kept = most_varying_frequencies(images, ipc, count)
+        expected = expected_mask(images, ipc, count)
+        np.testing.assert_array_equal(kept.numpy(), expected)
+        filtered = images_of(frequencies_of(images) * expected.repeat(ipc, 0)[:, None])
+        torch.testing.assert_close(with_frequencies(images, kept), filtered)
+    torch.testing.assert_close(with_frequencies(images, torch.ones(2, height, width, dtype=torch.bool)), images)
+
+
+def state_of(images: Tensor, frequencies: Tensor | None) -> State:
+    return State(
+        0, 1, images, torch.zeros(len(images)), torch.ones(()), torch.zeros_like(images), torch.zeros(()),
+        frequencies=frequencies,
+    )  # fmt: skip
+
+
+def test_a_step_on_filtered_gradients_is_a_step_on_the_frequencies() -> None:
+    """Compare with autograd through the inverse transform, as a matrix made of the images of single frequencies."""
+    images = random_images(6, 2, 4, 6)
+    kept = most_varying_frequencies(images, 3, 7)
+    inverse = images_of(np.eye(24).reshape(24, 4, 6)).flatten(1)
+    mask = kept.repeat_interleave(3, 0)[:, None].flatten(2)
+    frequencies = torch.from_numpy(frequencies_of(images)).flatten(2).requires_grad_()
+    learned, rate = random_images(6, 2, 24).cos(), torch.randn(())
+    optimiser = torch.optim.SGD([frequencies], 3.0, momentum=0.5)
+    pixels, velocity = with_frequencies(images, kept), torch.zeros_like(images)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (((frequencies * mask) @ inverse - learned) ** 3).sum().backward()
+        optimiser.step()
+        gradient = 3 * (pixels - learned.view_as(pixels)) ** 2
+        filtered, untouched = of_frequencies(state_of(pixels, kept), [gradient, rate]) or [gradient, gradient]
+        assert untouched is rate
+        velocity = 0.5 * velocity + filtered
+        pixels = pixels - 3.0 * velocity
+        torch.testing.assert_close(pixels.flatten(2), ((frequencies * mask) @ inverse).detach())
+    assert of_frequencies(state_of(pixels, kept), None) is None
+    assert of_frequencies(state_of(pixels, None), [pixels, rate]) == [pixels, rate]
+
+
+def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
+    """Compare two iterations with plain torch, in which the masked frequencies are the parameters."""
+    assert cli.run(main, [*TOY, *"--Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --out run".split()]) == 0
+    store = TrajectoryStore("buffers/digits/ConvNetD1W4")
+    start, target = store.read(0, 0).double(), store.read(0, 1).double()
+    module = reference_convnet(1, 10, 8, 4, 1).double()
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    real = real_images(digits, torch.device("cpu"), zca=False)
+    first = random_subset(real, 4, generator_for(0, "initial images")).pixels.double()
+    mask = torch.from_numpy(expected_mask(first, 4, 16)).repeat_interleave(4, 0)[:, None].flatten(2)
+    inverse = images_of(np.eye(64).reshape(64, 8, 8)).flatten(1)
+    frequencies = torch.from_numpy(frequencies_of(first)).flatten(2).requires_grad_()
+    before = ((frequencies * mask) @ inverse).detach().view_as(first)
+    labels, lr = torch.arange(10).repeat_interleave(4), torch.tensor(0.01, requires_grad=True, dtype=torch.float64)
+    optimisers = [torch.optim.SGD([frequencies], 1e4, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
+    for _ in range(2):
+        images, theta = ((frequencies * mask) @ inverse).view_as(first), start.clone().requires_grad_()
+        for _ in range(2):
+            parts = theta.split([shape.numel() for shape in shapes.values()])
+            named = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+            loss = F.cross_entropy(torch.func.functional_call(module, named, images), labels)
+            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+            theta = theta - lr * gradient
+        loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    distilled = SyntheticDataset.load("run/synthetic.safetensors")
+    after = ((frequencies * mask) @ inverse).detach().view_as(first)
+    assert float((after - before).norm() / before.norm()) > 0.01
+    assert_close("images", distilled.images - before, after - before, 1e-4)
+    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr.detach()) - 0.01, rel=1e-3)
+
+
+def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert cli.run(main, [*TOY, "--ema_decay", "0.5", "--out", "whole"]) == 0
+    assert (
+        "images: 16 of 64 frequencies in each channel, so 4 per class have as many numbers as 1 of all pixels"
+        in caplog.text
+    )
+    assert cli.run(main, [*TOY, "--ema_decay", "0.5", "--Iteration", "2", "--out", "halves"]) == 0
+    assert cli.run(main, "--resume --out halves --Iteration 4".split()) == 0
+    state = load_checkpoint(Path("halves"), torch.device("cpu"))
+    assert state is not None
+    assert state.frequencies is not None
+    assert state.frequencies.flatten(1).sum(1).tolist() == [16] * 10
+    others = ~state.frequencies.numpy().repeat(4, 0)[:, None]
+    for name in ("synthetic", "ema"):
+        whole, halves = (SyntheticDataset.load(f"{run}/{name}.safetensors").images for run in ("whole", "halves"))
+        assert torch.equal(whole, halves)
+        assert np.abs(frequencies_of(whole)[others]).max() < 1e-4
+    assert bool(state.images_velocity.any())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--pix_init noise", "--msz_per_channel 16, --pix_init noise: expected real images"),
+        ("--distilled_share 0.5", "--msz_per_channel 16, --distilled_share 0.5: expected one of them, found both"),
+        ("--ipc 1", "--msz_per_channel 16, --ipc 1: expected at least two images in a class"),
+        ("--texture", "--texture, --msz_per_channel: expected one of them"),
+        (
+            "--msz_per_channel 65",
+            "--msz_per_channel 65: expected at most the 64 frequencies that a channel of 8×8 pixels",
+        ),
+        ("--msz_per_channel 0", "--msz_per_channel 0: expected at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(main, [*TOY, *words.split(), "--out", "run"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_is_the_setting_of_the_public_code() -> None:
+    options: Any = DistillOptions(**recipe_options("fred-cifar10-ipc1"))
+    assert (options.ipc, options.msz_per_channel, options.lr_img, options.Iteration) == (32 * 32 // 64, 64, 1e8, 15000)
+    assert (options.syn_steps, options.expert_epochs, options.max_start_epoch, options.batch_syn) == (50, 2, 5, None)
+    assert (options.lr_lr, options.lr_teacher, options.zca, options.model) == (1e-7, 0.01, False, "ConvNet")
