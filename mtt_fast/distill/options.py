@@ -127,7 +127,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     window_start: Annotated[RateOrZero, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
-    """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha)"""
+    """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
     lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
