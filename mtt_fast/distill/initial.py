@@ -15,6 +15,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.trajectories import TrajectoryStore
@@ -27,10 +28,18 @@ _BATCH = 64  # images of a class in a forward pass; more would be a waste, since
 
 
 def initial_state(
-    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
+    options: DistillOptions,
+    real: RealImages,
+    network: Network,
+    experts: TrajectoryStore,
+    matched: int,
+    hardness: Tensor | None,
 ) -> State:
-    """Return the state before the first iteration, for a run that matches the first `matched` of `experts`."""
-    start, wrong = initial_images(options, real, network, experts, matched)
+    """Return the state before the first iteration, for a run that matches the first `matched` of `experts`.
+
+    For `hardness` see `initial_images`.
+    """
+    start, wrong = initial_images(options, real, network, experts, matched, hardness)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -48,16 +57,23 @@ def initial_state(
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(),
         data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
+        scores_digest="" if hardness is None else digest(hardness),
     )  # fmt: skip
 
 
 def initial_images(
-    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
+    options: DistillOptions,
+    real: RealImages,
+    network: Network,
+    experts: TrajectoryStore,
+    matched: int,
+    hardness: Tensor | None = None,
 ) -> tuple[Images, int]:
     """Return the initial synthetic images with their labels, sorted by class, and the number of them that no expert gets right.
 
     That number is 0 unless `pix_init` is "samples_predicted_correctly". It counts the images that fill up classes of which the
     first `matched` of `experts` classify too few images correctly. A canvas is tiled from several images.
+    A window needs the `hardness` of the training images, which `read_hardness` returns.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
@@ -67,7 +83,8 @@ def initial_images(
         chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
-        images = window_of_difficulty(real, hardness(options, real.data), ipc, options.window_start_image)
+        assert hardness is not None
+        images = window_of_difficulty(real, hardness, ipc, options.window_start_image)
     else:
         images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
@@ -77,7 +94,7 @@ def initial_images(
     return images, wrong
 
 
-def hardness(options: DistillOptions, data: ImageData) -> Tensor:
+def read_hardness(options: DistillOptions, data: ImageData) -> Tensor:
     """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
 
     Raises `InputError` for a file that is missing, broken, of other images, or of another kind of scores than `score` says: they
@@ -96,6 +113,16 @@ def hardness(options: DistillOptions, data: ImageData) -> Tensor:
             f"negative numbers ({low:g} to {high:g}); say --score cscore for C-scores, or give ranks for scores of another kind"
         )
     return -scores if options.score == "cscore" else scores
+
+
+def check_same_scores(options: DistillOptions, hardness: Tensor | None, began_with: State) -> None:
+    """Raise `InputError` if the `hardness` of the training images is another than that with which the run began."""
+    # only a checkpoint of a former version has no digest
+    if hardness is not None and began_with.scores_digest not in ("", digest(hardness)):
+        raise InputError(
+            f"--score_path {options.score_path}: expected the scores with which the run began, found others; restore the file, or "
+            "choose another --out"
+        )
 
 
 def predicted_correctly(

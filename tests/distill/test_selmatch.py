@@ -18,7 +18,7 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import finish_gradients
-from mtt_fast.distill.initial import hardness
+from mtt_fast.distill.initial import read_hardness
 from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import of_distilled
@@ -77,14 +77,14 @@ def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: Ima
     )
     assert options.window_start_image == 3
     real = real_images(digits, torch.device("cpu"), zca=False)
-    window = window_of_difficulty(real, hardness(options, digits), 7, 3)
+    window = window_of_difficulty(real, read_hardness(options, digits), 7, 3)
     expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
     assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
     assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
     with pytest.raises(
         InputError, match=r"`ipc` 7, `window_start` \(leaves 140 out\): class 0 has only 143 of the 147 "
     ):
-        window_of_difficulty(real, hardness(options, digits), 7, 140)
+        window_of_difficulty(real, read_hardness(options, digits), 7, 140)
 
 
 def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits: ImageData) -> None:
@@ -238,6 +238,33 @@ def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
     assert cli.run(main, "--resume --out halves --Iteration 4 --score_path moved.npz".split()) == 0
     whole, halves = (SyntheticDataset.load(f"{name}/synthetic.safetensors") for name in ("whole", "halves"))
     assert torch.equal(whole.images, halves.images)
+
+
+def test_a_run_goes_on_with_its_own_scores_only(digits: ImageData, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, [*TOY, *WINDOW, "--Iteration", "0", "--out", "run"]) == 0
+    before = Path("run/config.toml").read_bytes()
+    scores = np.load("scores.npz")["scores"]
+    np.savez("others.npz", scores=scores[::-1])
+    capsys.readouterr()
+    assert cli.run(main, "--resume --out run --Iteration 2 --score_path others.npz".split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--score_path others.npz: expected the scores with which the run began, found others" in error
+    assert Path("run/config.toml").read_bytes() == before
+    shutil.move("others.npz", "scores.npz")
+    assert cli.run(main, "--resume --out run --Iteration 2".split()) == 2
+
+
+def test_scores_are_read_once(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return read_scores(*arguments)
+
+    monkeypatch.setattr("mtt_fast.distill.initial.read_scores", counted)
+    assert cli.run(main, [*TOY, *WINDOW, "--out", "run"]) == 0
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
