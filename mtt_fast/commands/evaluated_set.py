@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, real_images
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
 from mtt_fast.training.subsets import check_enough, random_subset
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ class SetOptions(EvaluationOptions):
     other_data: bool = False
     """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
     set's own"""
+
+    def evaluation_protocol(self) -> EvaluationProtocol:
+        """See `EvaluationOptions.evaluation_protocol`."""
+        protocol = super().evaluation_protocol()
+        return protocol if self.lr_teacher is None else dataclasses.replace(protocol, lr=self.lr_teacher)
 
     def without_effect_on(self, sources: Sequence[str]) -> dict[str, str]:
         """Return the options that have no effect on these sets, with the reasons."""
@@ -150,24 +156,20 @@ class EvaluatedSet:
     def training_images(self, real: RealImages) -> tuple[Callable[[torch.Generator], Images], float]:
         """Return a function that gives each network's training images, and the learning rate.
 
-        Raises `InputError` for files that are broken or of another data set.
+        The rate is that of --lr_teacher, of the protocol, or else of the set. Raises `InputError` for files that are broken or of
+        another data set.
         """
-        source, options = self.source, self.options
+        source, options, rate = self.source, self.options, self.options.evaluation_protocol().rate
         if source == RANDOM:
             check_enough(real.data, options.ipc)
-            return lambda generator: random_subset(real, options.ipc, generator), self._rate(REAL_IMAGES_LR)
+            return lambda generator: random_subset(real, options.ipc, generator), rate(REAL_IMAGES_LR)
         images, learned = self._images_and_lr(real.test.labels.device)
         check_shape(images, real.data, source)
         classes = real.data.num_classes
         present = check_classes(images.labels, classes, source)
         if present < classes:
             log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
-        return lambda _: images, self._rate(learned)
-
-    def _rate(self, of_set: float) -> float:
-        """Return the networks' learning rate: that of --lr_teacher, of the protocol, or else `of_set`."""
-        given = self.options.lr_teacher
-        return self.options.evaluation_protocol().rate(of_set) if given is None else given
+        return lambda _: images, rate(learned)
 
     def _images_and_lr(self, device: torch.device) -> tuple[Images, float]:
         """Return the images of the set, and its learning rate; of files without a rate, that of real images."""

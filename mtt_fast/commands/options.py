@@ -189,6 +189,16 @@ class EvaluationOptions(TrainingOptions):
             reasons["best_epoch"] = f"with --protocol {self.protocol}, which reports the best epoch by itself"
         return reasons
 
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        remarks = super().remarks(given)
+        if self.eval_mode == "S" and (pool := eval_pool("S", self.model)) != (self.model,):
+            remarks.append(
+                f"--model {self.model}, --eval_mode S: networks are evaluated with instance norm as {pool[0]}, as in the public code; "
+                "--eval_mode SS evaluates --model"
+            )
+        return remarks
+
     def evaluated_networks(self, data: ImageData | DatasetInfo) -> dict[str, Trainable]:
         """Return the networks to evaluate for `data`, by name, the network of --model first if it is among them.
 

@@ -13,7 +13,6 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network
 from mtt_fast.distill.experts import ExpertInventory, check_experts
-from mtt_fast.distill.initial import hardness
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
@@ -76,7 +75,5 @@ def check_fits(
     if isinstance(data, ImageData):
         canvas_size = options.canvas_size if options.texture else 1
         check_enough(data, options.ipc, canvas_size, options.window_start_image)
-        if options.pix_init == "window":
-            hardness(options, data)
     check_experts(options, inventory, data, network, requested)
     check_cam_expert(options, data)

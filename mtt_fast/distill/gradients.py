@@ -12,11 +12,13 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from mtt_fast.distill.frequencies import of_frequencies
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_in_tf32
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, augmentation, step_indices
+from mtt_fast.distill.updates import of_distilled
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -169,7 +171,7 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
-    """Log and record the cosine between the truncated and the exact gradient of the images, for the next `segments`."""
+    """Log and record the cosine between the truncated and the exact gradient of what is distilled, for the next `segments`."""
     if run.metrics.find("gradient", state.iteration):
         return  # the run was stopped in the evaluation that follows
     both = []
@@ -178,6 +180,7 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
         _, gradients, plan, _ = finish_gradients(
             state, start_gradients(state, segments, plan, iteration_for, graph=False)
         )
+        gradients = of_frequencies(state, of_distilled(run.options, gradients))
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return

@@ -17,6 +17,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.trajectories import TrajectoryStore
@@ -29,10 +30,18 @@ _BATCH = 64  # images of a class in a forward pass; more would be a waste, since
 
 
 def initial_state(
-    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
+    options: DistillOptions,
+    real: RealImages,
+    network: Network,
+    experts: TrajectoryStore,
+    matched: int,
+    hardness: Tensor | None,
 ) -> State:
-    """Return the state before the first iteration, for a run that matches the first `matched` of `experts`."""
-    start, wrong, frequencies = initial_images(options, real, network, experts, matched)
+    """Return the state before the first iteration, for a run that matches the first `matched` of `experts`.
+
+    For `hardness` see `initial_images`.
+    """
+    start, wrong, frequencies = initial_images(options, real, network, experts, matched, hardness)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -50,6 +59,7 @@ def initial_state(
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=frequencies,
         data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
+        scores_digest="" if hardness is None else digest(hardness),
     )  # fmt: skip
 
 
@@ -62,12 +72,18 @@ class InitialImages(NamedTuple):
 
 
 def initial_images(
-    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
+    options: DistillOptions,
+    real: RealImages,
+    network: Network,
+    experts: TrajectoryStore,
+    matched: int,
+    hardness: Tensor | None = None,
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
     The first `matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
-    correctly, others fill it up. A canvas is tiled from several images.
+    correctly, others fill it up. A window needs the `hardness` of the training images, which `read_hardness` returns. A canvas is
+    tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
@@ -77,7 +93,8 @@ def initial_images(
         chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
-        images = window_of_difficulty(real, hardness(options, real.data), ipc, options.window_start_image)
+        assert hardness is not None
+        images = window_of_difficulty(real, hardness, ipc, options.window_start_image)
     else:
         images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
@@ -90,7 +107,7 @@ def initial_images(
     return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
 
 
-def hardness(options: DistillOptions, data: ImageData) -> Tensor:
+def read_hardness(options: DistillOptions, data: ImageData) -> Tensor:
     """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
 
     Raises `InputError` for a file that is missing, broken, of other images, or of another kind of scores than `score` says: they
@@ -109,6 +126,16 @@ def hardness(options: DistillOptions, data: ImageData) -> Tensor:
             f"negative numbers ({low:g} to {high:g}); say --score cscore for C-scores, or give ranks for scores of another kind"
         )
     return -scores if options.score == "cscore" else scores
+
+
+def check_same_scores(options: DistillOptions, hardness: Tensor | None, began_with: State) -> None:
+    """Raise `InputError` if the `hardness` of the training images is another than that with which the run began."""
+    # only a checkpoint of a former version has no digest
+    if hardness is not None and began_with.scores_digest not in ("", digest(hardness)):
+        raise InputError(
+            f"--score_path {options.score_path}: expected the scores with which the run began, found others; restore the file, or "
+            "choose another --out"
+        )
 
 
 def predicted_correctly(

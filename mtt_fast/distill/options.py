@@ -121,7 +121,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     window_start: Annotated[RateOrZero, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
-    """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha)"""
+    """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
     msz_per_channel: CountOrNone = None
     """distil this many frequencies of each channel in place of all pixels: those in which the initial images of a class differ most
     (FreD)"""

@@ -41,12 +41,17 @@ def apply_gradients(
 
 
 def of_distilled(options: DistillOptions, gradients: list[Tensor] | None) -> list[Tensor] | None:
-    """Return the `gradients` of an iteration with zeros for the real images that are not distilled (SelMatch)."""
+    """Return the `gradients` of an iteration with zeros for the real images that are not distilled, and for their labels (SelMatch)."""
     if gradients is None:
         return None
-    of_images, *others = gradients
+    of_images, of_lr, *of_labels = gradients
     real = real_ones(len(of_images), len(of_images) // options.ipc, options.distilled_share, of_images.device)
-    return gradients if real is None else [of_images.masked_fill(real[:, None, None, None], 0), *others]
+    if real is None:
+        return gradients
+    of_images, *of_labels = (
+        each.masked_fill(real.view(-1, *[1] * (each.dim() - 1)), 0) for each in (of_images, *of_labels)
+    )
+    return [of_images, of_lr, *of_labels]
 
 
 def update(

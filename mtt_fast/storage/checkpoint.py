@@ -47,6 +47,7 @@ class State:
     digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
     imported: bool = False  # whether these experts come from other software, so that none can be trained in their place
     cam_digest: str = ""  # of the expert of --cam_model
+    scores_digest: str = ""  # of the difficulty by which a window chose the first images (SelMatch)
 
     @property
     def mean_lr(self) -> float:
@@ -64,6 +65,8 @@ _IMPORTED = "imported"
 """The field of the metadata for `State.imported`; old checkpoints lack it."""
 _CAM_DIGEST = "cam_digest"
 """The field of the metadata for `State.cam_digest`; old checkpoints lack it."""
+_SCORES_DIGEST = "scores_digest"
+"""The field of the metadata for `State.scores_digest`; old checkpoints lack it."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Fields of old checkpoints, which seconds.json has replaced."""
 
@@ -82,6 +85,7 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
             "digests": json.dumps(state.digests),
             _IMPORTED: json.dumps(state.imported),
             _CAM_DIGEST: state.cam_digest,
+            _SCORES_DIGEST: state.scores_digest,
             EVALUATIONS: json.dumps(evaluations),
         },
     )
@@ -110,6 +114,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             digests=tuple(digests),
             imported=_says_imported(metadata),
             cam_digest=metadata.get(_CAM_DIGEST, ""),
+            scores_digest=metadata.get(_SCORES_DIGEST, ""),
         )
     except MALFORMED as error:
         raise _of_another_version(path) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -14,8 +14,9 @@ import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.batch import Batch, Inputs, gathered
-from mtt_fast.engine.draws import Apply, draw_steps
+from mtt_fast.engine.draws import Apply, StepDraws, draw_steps
 from mtt_fast.engine.student import StepGradient
 from mtt_fast.networks.flat_module import Track
 from mtt_fast.networks.protocol import Network
@@ -148,13 +149,8 @@ def chunks_on(
         factor: float = 1.0,
     ) -> Iterator[Chunk]:
         rate = theta.new_full((), sgd.lr * factor)
-        draw = None if augmentation is None else augmentation.draw_parameters
-        if isinstance(augmentation, CombinedAugment) and images.real is not None:
-            draw = augmentation.draw_both
         batches = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
-        draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        if isinstance(augmentation, CombinedAugment) and images.real is not None and draws.parameters is not None:
-            draws = draws._replace(parameters=augmentation.select(draws.parameters, images.real[draws.indices]))
+        draws = _draws(images, augmentation, batches, dtype, generator)
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in draws.tensors()), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *chunk)
@@ -162,6 +158,23 @@ def chunks_on(
             yield Chunk(theta, velocity, losses, statistics_after)
 
     return chunks
+
+
+def _draws(
+    images: Images,
+    augment: SiameseAugment | CanvasCrops | None,
+    batches: Iterable[Tensor],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> StepDraws:
+    """Return the draws of the steps on `batches` of `images`. A `CombinedAugment` draws for real images in another way."""
+    shape = images.pixels.shape[1:]
+    if not isinstance(augment, CombinedAugment) or images.real is None:
+        draw = None if augment is None else augment.draw_parameters
+        return draw_steps(batches, shape, dtype, draw, generator)
+    draws = draw_steps(batches, shape, dtype, augment.draw_both, generator)
+    assert draws.parameters is not None
+    return draws._replace(parameters=augment.select(draws.parameters, images.real[draws.indices]))
 
 
 def _batches(indices: Tensor, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:

@@ -17,7 +17,9 @@ from mtt_fast.commands import cli, run_loop
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
-from mtt_fast.distill.initial import hardness
+from mtt_fast.distill.gradients import finish_gradients
+from mtt_fast.distill.initial import read_hardness
+from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import of_distilled
 from mtt_fast.errors import InputError
@@ -25,6 +27,7 @@ from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.checkpoint import load_checkpoint
+from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import as_training_images, real_images
@@ -74,14 +77,14 @@ def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: Ima
     )
     assert options.window_start_image == 3
     real = real_images(digits, torch.device("cpu"), zca=False)
-    window = window_of_difficulty(real, hardness(options, digits), 7, 3)
+    window = window_of_difficulty(real, read_hardness(options, digits), 7, 3)
     expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
     assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
     assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
     with pytest.raises(
         InputError, match=r"`ipc` 7, `window_start` \(leaves 140 out\): class 0 has only 143 of the 147 "
     ):
-        window_of_difficulty(real, hardness(options, digits), 7, 140)
+        window_of_difficulty(real, read_hardness(options, digits), 7, 140)
 
 
 def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits: ImageData) -> None:
@@ -189,13 +192,43 @@ def test_files_of_other_software_are_told_which_images_are_real(
 
 
 def test_the_gradients_of_the_other_images_are_untouched() -> None:
-    images, rate = torch.randn(6, 1, 2, 2), torch.randn(())
-    masked = of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate])
+    images, rate, labels = torch.randn(6, 1, 2, 2), torch.randn(()), torch.randn(6, 2)
+    masked = of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate, labels])
     assert masked is not None
-    assert [bool(image.any()) for image in masked[0]] == [True, True, False] * 2
-    assert torch.equal(masked[0][[0, 1, 3, 4]], images[[0, 1, 3, 4]])
     assert masked[1] is rate
+    for after, before in zip(masked[::2], (images, labels), strict=True):
+        assert [bool(image.any()) for image in after] == [True, True, False] * 2
+        assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+    assert len(of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate]) or []) == 2
     assert of_distilled(DistillOptions(ipc=3), [images, rate]) == [images, rate]
+
+
+def test_learned_labels_of_real_images_stay_as_they_begin(digits: ImageData) -> None:
+    assert cli.run(main, [*TOY, *WINDOW, "--lr_y", "10", "--out", "run"]) == 0
+    distilled = SyntheticDataset.load("run/synthetic.safetensors")
+    assert distilled.real is not None
+    changed = (distilled.labels != class_logits(distilled.classes, 10)).any(1)
+    assert torch.equal(changed, ~distilled.real)
+
+
+def test_truncated_gradients_are_compared_for_the_distilled_images(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare with a cosine over the gradients of the distilled images alone."""
+    computed: list[torch.Tensor] = []
+
+    def finished(*arguments: Any) -> Any:
+        result = finish_gradients(*arguments)
+        assert result.gradients is not None
+        computed.append(result.gradients[0].view(10, 5, -1)[:, :3].double().flatten())
+        return result
+
+    monkeypatch.setattr("mtt_fast.distill.gradients.finish_gradients", finished)
+    assert cli.run(main, [*TOY, *WINDOW, *"--gradient truncated --Iteration 0 --out run".split()]) == 0
+    records = read_records(Path("run/metrics.jsonl"))
+    cosines = [record["cosine"] for record in records if record["kind"] == "gradient"]
+    truncated, exact = computed
+    assert cosines == [pytest.approx(float(F.cosine_similarity(truncated, exact, dim=0)), abs=1e-9)]
 
 
 def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
@@ -205,6 +238,33 @@ def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
     assert cli.run(main, "--resume --out halves --Iteration 4 --score_path moved.npz".split()) == 0
     whole, halves = (SyntheticDataset.load(f"{name}/synthetic.safetensors") for name in ("whole", "halves"))
     assert torch.equal(whole.images, halves.images)
+
+
+def test_a_run_goes_on_with_its_own_scores_only(digits: ImageData, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, [*TOY, *WINDOW, "--Iteration", "0", "--out", "run"]) == 0
+    before = Path("run/config.toml").read_bytes()
+    scores = np.load("scores.npz")["scores"]
+    np.savez("others.npz", scores=scores[::-1])
+    capsys.readouterr()
+    assert cli.run(main, "--resume --out run --Iteration 2 --score_path others.npz".split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--score_path others.npz: expected the scores with which the run began, found others" in error
+    assert Path("run/config.toml").read_bytes() == before
+    shutil.move("others.npz", "scores.npz")
+    assert cli.run(main, "--resume --out run --Iteration 2".split()) == 2
+
+
+def test_scores_are_read_once(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return read_scores(*arguments)
+
+    monkeypatch.setattr("mtt_fast.distill.initial.read_scores", counted)
+    assert cli.run(main, [*TOY, *WINDOW, "--out", "run"]) == 0
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, SyntheticD
 from mtt_fast.commands import cli
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record
 from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.cross import command as cross
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
 from mtt_fast.engine.fused import FusedConvNetStudent
@@ -240,12 +241,58 @@ def test_a_set_is_evaluated_on_the_networks_of_a_pool(a_set: Path) -> None:
     assert best["accuracy"]["values"] == alone["accuracy"]["values"]  # of three epochs only the last is tested
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "--model ConvNetD1W4BN",
+            ["--model ConvNetD1W4BN, --eval_mode S: networks are evaluated with instance norm as ConvNetD1W4,"],
+        ),
+        ("--model ConvNetD1W4BN --eval_mode SS", []),
+        ("--model ConvNetD1W4", []),
+    ],
+)
+def test_another_network_than_the_models_is_told(
+    words: str, told: list[str], a_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    result_of(str(a_set), *words.split())
+    assert [line.split(" as in")[0] for line in caplog.messages if "eval_mode" in line] == told
+
+
 def test_the_protocols_rate_stands_in_for_that_of_the_set(a_set: Path) -> None:
     assert result_of(str(a_set))["lr"] == pytest.approx(0.02)
     assert result_of(str(a_set), "--protocol", "selmatch")["lr"] == 0.1
     assert result_of(str(a_set), "--protocol", "selmatch", "--lr_teacher", "0.3")["lr"] == 0.3
     assert result_of("random", "--dataset", "digits", *ONE_EPOCH, "--protocol", "selmatch")["lr"] == 0.1
     assert result_of(str(a_set), "--protocol", "selmatch", "--epoch_eval_train", "0")["protocol"]["epochs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ("", "0.02"),
+        ("--lr_teacher 0.3", "0.3"),
+        ("--protocol selmatch", "0.1"),
+        ("--protocol selmatch --lr_teacher 0.3", "0.3"),
+    ],
+)
+def test_the_log_and_the_record_describe_the_rate_that_is_used(
+    words: str, rate: str, a_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    text = result_of(str(a_set), *words.split())["protocol"]["text"]
+    assert f", learning rate {rate}, " in text
+    assert text in caplog.text
+    caplog.clear()
+    assert cli.run(cross.main, [a_set.name, *words.split(), *ONE_EPOCH, "--eval_mode", "S"]) == 0
+    described = f"learning rate {rate}" if words else "the set's learning rate"
+    for said in (caplog.text, Path("runs/cross/cross.md").read_text()):
+        assert f", {described}, " in said
+
+
+def test_random_images_are_said_to_be_trained_on_at_their_rate(a_set: Path) -> None:
+    assert ", learning rate 0.01, " in result_of("random", "--dataset", "digits", *ONE_EPOCH)["protocol"]["text"]
 
 
 def test_evaluations_come_back_from_their_records() -> None:
