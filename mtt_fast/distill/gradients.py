@@ -171,7 +171,7 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
-    """Log and record the cosine between the truncated and the exact gradient of what is distilled, for the next `segments`."""
+    """Log and record the cosine between the truncated and the exact gradient by which images are updated, for the next `segments`."""
     if run.metrics.find("gradient", state.iteration):
         return  # the run was stopped in the evaluation that follows
     both = []
