@@ -24,7 +24,7 @@ from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 log = logging.getLogger(__name__)
 
-_VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temporaries
+_VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1}, and room for temporaries of a loss
 _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
