@@ -27,6 +27,7 @@ from bench.records import write_record
 from bench.render import percent, table
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
@@ -51,7 +52,7 @@ class Method:
     command: str
     """the words after `python -m mtt_fast.`"""
     flags: str = ""
-    """flags beside the setting's; {half_start} and {half_way} are half of its --max_start_epoch and of its --Iteration"""
+    """flags beside the setting's, with the names of `_numbers` in braces"""
     needs: tuple[str, ...] = ()
     """options of the setting that the command takes, besides those of data, network and evaluation"""
     accuracy: str = "distilled"
@@ -92,6 +93,10 @@ METHODS = {
     "mtt-pad": _mtt("MTT with PAD's mask", "--loss_ratio 0.25"),
     "mtt-edf": _mtt("MTT with EDF's weights of the pixels", "--cam_model ConvNetD2W32 --cam_interval 50"),
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
+    "mtt-fred": _mtt(
+        "MTT with FreD's frequencies",
+        "--ipc {four_times_ipc} --msz_per_channel {quarter} --lr_img {rate_of_frequencies}",
+    ),
 }
 """The rows in the table's order. DD's and LD's rates here are for hundreds of iterations; the papers' for tens of thousands."""
 
@@ -246,8 +251,21 @@ def _row(method: Method, setting: DistillOptions, folder: Path) -> dict[str, Any
 
 def own_flags(method: Method, setting: DistillOptions) -> list[str]:
     """Return the method's flags besides the setting's."""
-    half = {"half_start": setting.max_start_epoch // 2, "half_way": setting.Iteration // 2}
-    return method.flags.format_map({name: max(1, value) for name, value in half.items()}).split()
+    return method.flags.format_map(_numbers(setting)).split()
+
+
+def _numbers(setting: DistillOptions) -> dict[str, float]:
+    """Return numbers that follow from the setting's, for flags."""
+    _, height, width = dataset_info(setting.dataset, setting.subset, setting.res, setting.data_path).image_shape
+    return {
+        "half_start": max(1, setting.max_start_epoch // 2),
+        "half_way": max(1, setting.Iteration // 2),
+        # four times the images, of a quarter of the frequencies: as many numbers
+        "four_times_ipc": 4 * setting.ipc,
+        "quarter": max(1, height * width // 4),
+        # each image is a quarter of the student's loss, and a frequency's image has a squared length of 1/(4HW)
+        "rate_of_frequencies": 4 * 4 * height * width * setting.lr_img,
+    }
 
 
 def command_of(method: Method, setting: DistillOptions) -> list[str]:
