@@ -95,7 +95,7 @@ METHODS = {
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
     "mtt-fred": _mtt(
         "MTT with FreD's frequencies",
-        "--ipc {four_times_ipc} --msz_per_channel {quarter} --lr_img {rate_of_frequencies}",
+        "--ipc {twice_ipc} --msz_per_channel {half_frequencies} --lr_img {rate_of_frequencies}",
     ),
 }
 """The rows in the table's order. DD's and LD's rates here are for hundreds of iterations; the papers' for tens of thousands."""
@@ -260,11 +260,11 @@ def _numbers(setting: DistillOptions) -> dict[str, float]:
     return {
         "half_start": max(1, setting.max_start_epoch // 2),
         "half_way": max(1, setting.Iteration // 2),
-        # four times the images, of a quarter of the frequencies: as many numbers
-        "four_times_ipc": 4 * setting.ipc,
-        "quarter": max(1, height * width // 4),
-        # each image is a quarter of the student's loss, and a frequency's image has a squared length of 1/(4HW)
-        "rate_of_frequencies": 4 * 4 * height * width * setting.lr_img,
+        # twice the images, of half of the frequencies: as many numbers
+        "twice_ipc": 2 * setting.ipc,
+        "half_frequencies": height * width // 2,
+        # an image has half the share of the student's loss, and a frequency's image has a squared length of 1/(4HW)
+        "rate_of_frequencies": 2 * 4 * height * width * setting.lr_img,
     }
 
 
