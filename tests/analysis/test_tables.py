@@ -81,7 +81,8 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     assert rows("4", "imagenette", "MTT")[0]["measured"]["1"]["mean"] == 0.5
     assert rows("1", "imagenette at 64 px", "MTT")[0]["measured"]["1"]["mean"] == 0.6
     assert rows("1", "CIFAR10", "MTT, textures")[0]["measured"]["1"]["mean"] == 0.2
-    (frequencies,) = rows("1", "CIFAR10", "MTT, 64 frequencies")  # more images for the same numbers, so not beside the paper's
+    # more images for the same numbers, so they do not stand beside the paper's
+    (frequencies,) = rows("1", "CIFAR10", "MTT, 64 frequencies")
     assert (frequencies["measured"]["10"]["mean"], frequencies["paper"]) == (0.8, None)
     assert rows("1", "digits", "MTT")[0]["paper"] is None
     assert [row["model"] for row in rows("1", "CIFAR10 (folder)", "MTT")] == ["ConvNet"]
