@@ -201,6 +201,8 @@ def test_what_a_page_says_of_the_successors_options(tmp_path: Path) -> None:
         pytest.param('recipe = "datm-cifar10-ipc1"', "DATM", id="recipe"),
         pytest.param('recipe = "of an older version"', "MTT", id="unknown recipe"),
         pytest.param("seed = 0", "MTT", id="distillation"),
+        pytest.param("texture = true", "MTT, textures", id="textures"),
+        pytest.param("msz_per_channel = 16", "MTT, 16 frequencies", id="frequencies"),
     ],
 )
 def test_a_run_that_is_not_finished_has_its_methods_name(config: str, method: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mtt_fast.commands.option_fields import Role, names_of
 from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.commands.tables import marked_method
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 
@@ -100,9 +101,9 @@ def _by_network(summary: Mapping[str, Any], images: str) -> Mapping[str, Mapping
 
 
 def _method(summary: Mapping[str, Any]) -> str:
-    """Return the method's name, marked where the set is of textures."""
+    """Return the method's name, marked where its number does not compare with the paper's."""
     name = str(summary.get("method", "MTT")) + _protocol(summary["options"])
-    return f"{name}, textures" if summary["options"].get("texture") else name
+    return marked_method(name, summary["options"])
 
 
 def _protocol(options: Mapping[str, Any]) -> str:

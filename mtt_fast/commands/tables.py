@@ -30,6 +30,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
+def marked_method(name: str, options: Mapping[str, Any]) -> str:
+    """Return the `name` of a method, marked where --ipc does not count images of all pixels: textures, frequencies (FreD)."""
+    if options.get("texture"):
+        return f"{name}, textures"
+    frequencies = options.get("msz_per_channel")
+    return name if frequencies is None else f"{name}, {frequencies} frequencies"
+
+
 def percent(accuracy: Mapping[str, Any] | None, digits: int = 1) -> str:
     """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
 

@@ -54,13 +54,17 @@ def of_frequencies(state: State, gradients: list[Tensor] | None) -> list[Tensor]
 
 
 def frequencies_in_words(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
-    """Return how many numbers the synthetic images have, in images of all pixels; "" if they are of all pixels."""
+    """Return how many numbers the synthetic images have, and how far `lr_img` moves them; "" if they are of all pixels.
+
+    Both are in terms of images of all pixels. A step on a frequency F moves the pixels by its squared length, 1 / 4HW for most.
+    """
     if options.msz_per_channel is None:
         return ""
     places, kept = math.prod(data.image_shape[1:]), options.msz_per_channel
     return (
         f"{kept} of {places} frequencies in each channel, so {options.ipc} per class have as many numbers as "
-        f"{options.ipc * kept / places:g} of all pixels"
+        f"{options.ipc * kept / places:g} of all pixels; --lr_img {options.lr_img:g} moves them about as far as "
+        f"{options.lr_img / (4 * places):.3g} moves pixels"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands.accuracies import accuracy_record
+from mtt_fast.commands.tables import marked_method
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
@@ -31,9 +32,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Return the method's name, marked where the set is of textures."""
-        name = str(self.summary.get("method") or _method_of(self.options))
-        return f"{name}, textures" if self.options.get("texture") else name
+        """Return the method's name, marked where the set is of textures or of frequencies."""
+        return marked_method(str(self.summary.get("method") or _method_of(self.options)), self.options)
 
     @property
     def iterations(self) -> int:

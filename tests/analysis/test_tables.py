@@ -40,6 +40,7 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
         "nette": summary(0.5, dataset="ImageNet", subset="imagenette", res=128, model="ConvNetD5"),
         "small": summary(0.6, dataset="ImageNet", subset="imagenette", res=64, model="ConvNetD5"),
         "textures": summary(0.2, texture=True),
+        "frequencies": summary(0.8, ipc=10, msz_per_channel=64),
         "digits": summary(0.9, dataset="digits", model="ConvNetD2W32"),
         "folder": summary(0.3, dataset="/some/where/CIFAR10"),
     }
@@ -80,6 +81,9 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     assert rows("4", "imagenette", "MTT")[0]["measured"]["1"]["mean"] == 0.5
     assert rows("1", "imagenette at 64 px", "MTT")[0]["measured"]["1"]["mean"] == 0.6
     assert rows("1", "CIFAR10", "MTT, textures")[0]["measured"]["1"]["mean"] == 0.2
+    # more images for the same numbers, so they do not stand beside the paper's
+    (frequencies,) = rows("1", "CIFAR10", "MTT, 64 frequencies")
+    assert (frequencies["measured"]["10"]["mean"], frequencies["paper"]) == (0.8, None)
     assert rows("1", "digits", "MTT")[0]["paper"] is None
     assert [row["model"] for row in rows("1", "CIFAR10 (folder)", "MTT")] == ["ConvNet"]
     text = (tmp_path / "out" / "tables.md").read_text()

@@ -152,8 +152,8 @@ def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplo
     caplog.set_level("INFO")
     assert cli.run(main, [*TOY, "--ema_decay", "0.5", "--out", "whole"]) == 0
     assert (
-        "images: 16 of 64 frequencies in each channel, so 4 per class have as many numbers as 1 of all pixels"
-        in caplog.text
+        "images: 16 of 64 frequencies in each channel, so 4 per class have as many numbers as 1 of all pixels; "
+        "--lr_img 10000 moves them about as far as 39.1 moves pixels" in caplog.text
     )
     assert cli.run(main, [*TOY, "--ema_decay", "0.5", "--Iteration", "2", "--out", "halves"]) == 0
     assert cli.run(main, "--resume --out halves --Iteration 4".split()) == 0
