@@ -20,6 +20,12 @@ from .powers import magnitude_bits, power_of_two
 from .warp import padded_batch, pixel_blocks, transpose_add
 
 
+@triton.constexpr_function
+def _layout_of(pieces: tuple[_Piece, ...], piece: int) -> _Piece:
+    """Return the layout of a piece. In a kernel `pieces[piece]` would be a tuple without names."""
+    return pieces[piece]
+
+
 @triton.jit
 def _sum_piece(
     source: tl.tensor, factors: tl.tuple, PIECES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr
@@ -29,38 +35,32 @@ def _sum_piece(
     Each of ROWS rows adds up every ROWS-th summand, in their order. Then a tree reduction adds up the rows. The order is the
     same in every run. A row reads a summand in the order of memory, so that loads are coalesced.
     """
-    SUMMANDS: tl.constexpr = PIECES[PIECE][0]
-    STRIDE: tl.constexpr = PIECES[PIECE][1]
-    CHANNELS: tl.constexpr = PIECES[PIECE][2]
-    TAPS: tl.constexpr = PIECES[PIECE][3]
-    BEGIN: tl.constexpr = PIECES[PIECE][4]
-    FIRST: tl.constexpr = PIECES[PIECE][5]
-    TAP_BLOCK: tl.constexpr = PIECES[PIECE][7]
-    ROWS: tl.constexpr = PIECES[PIECE][8]
-    COLUMNS: tl.constexpr = PIECES[PIECE][9]
-    BLOCKS: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    group = (tl.program_id(0) - FIRST) // BLOCKS
+    LAYOUT: tl.constexpr = _layout_of(PIECES, PIECE)
+    TAP_BLOCK: tl.constexpr = LAYOUT.tap_block
+    ROWS: tl.constexpr = LAYOUT.rows
+    COLUMNS: tl.constexpr = LAYOUT.columns
+    BLOCKS: tl.constexpr = (LAYOUT.channels + COLUMNS - 1) // COLUMNS
+    group = (tl.program_id(0) - LAYOUT.first) // BLOCKS
     tap = tl.arange(0, TAP_BLOCK)[:, None]
-    channel = (tl.program_id(0) - FIRST) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (tap < TAPS) & (channel < CHANNELS)
+    channel = (tl.program_id(0) - LAYOUT.first) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (tap < LAYOUT.taps) & (channel < LAYOUT.channels)
     row = tl.arange(0, ROWS)[:, None, None]
-    element = row.to(tl.int64) * STRIDE + ((group * TAPS + tap) * CHANNELS + channel)[None, :, :]
+    element = row.to(tl.int64) * LAYOUT.stride + ((group * LAYOUT.taps + tap) * LAYOUT.channels + channel)[None, :, :]
     total = tl.zeros((ROWS, TAP_BLOCK, COLUMNS), ACC)
-    for start in range(0, SUMMANDS, ROWS):
-        total += tl.load(source + element, mask[None, :, :] & (start + row < SUMMANDS), 0).to(ACC)
-        source += ROWS * STRIDE
+    for start in range(0, LAYOUT.summands, ROWS):
+        total += tl.load(source + element, mask[None, :, :] & (start + row < LAYOUT.summands), 0).to(ACC)
+        source += ROWS * LAYOUT.stride
     numbers = tl.sum(total, 0)
     for factor in tl.static_range(len(factors)):
         numbers /= tl.load(factors[factor]).to(ACC)
-    return BEGIN + (group * CHANNELS + channel) * TAPS + tap, mask, numbers
+    return LAYOUT.begin + (group * LAYOUT.channels + channel) * LAYOUT.taps + tap, mask, numbers
 
 
 @triton.jit
 def _owns_piece(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
     """Return whether this program works on a tile of the piece."""
-    FIRST: tl.constexpr = PIECES[PIECE][5]
-    END: tl.constexpr = PIECES[PIECE][6]
-    return (tl.program_id(0) >= FIRST) & (tl.program_id(0) < END)
+    LAYOUT: tl.constexpr = _layout_of(PIECES, PIECE)
+    return (tl.program_id(0) >= LAYOUT.first) & (tl.program_id(0) < LAYOUT.end)
 
 
 @triton.jit
@@ -121,14 +121,14 @@ def _adjoint_step(
     PIECES: tl.constexpr,  # a `_Piece` for each piece
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
-    IMAGES: tl.constexpr,  # or None; programs that work on images, and the sizes that `transpose_add` takes
+    IMAGES: tl.constexpr,  # an `_Images`, or None
 ) -> None:
     """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`.
 
     The first programs add a batch's gradient times the scale to `images_bar` unless that is None.
     """
     if IMAGES is not None:  # noqa: SIM102 - this is known when the kernel is compiled
-        if tl.program_id(0) < IMAGES[0]:
+        if tl.program_id(0) < IMAGES.programs:
             transpose_add(
                 images_bar,
                 index,
@@ -136,12 +136,12 @@ def _adjoint_step(
                 parameters,
                 scale,
                 batch,
-                C=IMAGES[1],
-                H=IMAGES[2],
-                W=IMAGES[3],
-                BLOCK_C=IMAGES[4],
-                BLOCK_M=IMAGES[5],
-                PADDED_BATCH=IMAGES[6],
+                C=IMAGES.C,
+                H=IMAGES.H,
+                W=IMAGES.W,
+                BLOCK_C=IMAGES.BLOCK_C,
+                BLOCK_M=IMAGES.BLOCK_M,
+                PADDED_BATCH=IMAGES.PADDED_BATCH,
             )
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
@@ -263,7 +263,7 @@ def adjoint_step(
     batch_arguments: tuple[Any, ...] = (None,) * 5
     if batch is not None:
         programs, pixel_sizes = pixel_blocks(Planes.from_tensors(batch.y_bar), elements)
-        sizes = (programs, *pixel_sizes.values(), padded_batch(len(batch.y_bar)))
+        sizes = _Images(programs, PADDED_BATCH=padded_batch(len(batch.y_bar)), **pixel_sizes)
         batch_arguments = (*batch, len(batch.y_bar))
         torch.autograd.graph.increment_version(batch.out)
     vectors = (direction, scale, out, incoming, *batch_arguments)
@@ -297,9 +297,20 @@ def _launch_step(
         pieces.append(_piece_of(piece, begin, programs, SIZE))
         begin += piece.shape[1:].numel()
         programs = pieces[-1].end
-    shapes = tuple(map(tuple, pieces))
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
-    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, ACC=acc, **constants)
+    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=tuple(pieces), ACC=acc, **constants)
+
+
+class _Images(NamedTuple):
+    """The programs that work on images, and the sizes that `transpose_add` takes."""
+
+    programs: int
+    C: int
+    H: int
+    W: int
+    BLOCK_C: int
+    BLOCK_M: int
+    PADDED_BATCH: int
 
 
 class _Piece(NamedTuple):
