@@ -143,14 +143,10 @@ def _run(
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
             len(experts), device_name(device),
         )  # fmt: skip
-        frequencies = frequencies_in_words(options, data)
-        for line in (
-            gradient,
-            plan,
-            options.evaluation_protocol().describe(),
-            *([f"images: {frequencies}"] if frequencies else []),
-        ):
+        for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
+        if frequencies := frequencies_in_words(options, data):
+            log.info("images: %s", frequencies)
         if state is None:
             state = initial_state(options, real, network, experts, matched_experts(options, experts), hardness)
             state.cam_digest = "" if cam is None else cam.digest
@@ -177,7 +173,14 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     segment = partial(read_segment, run, sender(device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
+    def next_segments() -> Sequence[Segment]:
+        return list(islice(ahead, options.num_trajectories))
+
+    def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
+        return start_gradients(state, segments(), plan, iteration_for)
+
     def iterations() -> Iterator[None]:
+        """Yield after each iteration; on a GPU the next one is then under way."""
         nonlocal plan
         result = run_now_on_gpu(device, partial(start, run_now(next_segments)))
         while True:
@@ -194,12 +197,6 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             if kind == "skip":
                 check_converges(run, state)
             yield
-
-    def next_segments() -> Sequence[Segment]:
-        return list(islice(ahead, options.num_trajectories))
-
-    def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
-        return start_gradients(state, segments(), plan, iteration_for)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":
