@@ -14,61 +14,53 @@ from torch import Tensor
 
 from ..types import BatchGradient, PartialSums, accumulator
 from .configurations import Configuration, configuration
-from .launch import architecture, launch, tl, triton
+from .launch import architecture, item, launch, tl, triton
 from .planes import Planes
 from .powers import magnitude_bits, power_of_two
 from .warp import padded_batch, pixel_blocks, transpose_add
 
 
-@triton.constexpr_function
-def _layout_of(pieces: tuple[_Piece, ...], piece: int) -> _Piece:
-    """Return the layout of a piece. In a kernel `pieces[piece]` would be a tuple without names."""
-    return pieces[piece]
-
-
 @triton.jit
 def _sum_piece(
-    source: tl.tensor, factors: tl.tuple, PIECES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr
+    source: tl.tensor, factors: tl.tuple, PIECE: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return offsets in the vector (TAP_BLOCK, COLUMNS), their mask, and the sums: one program's tile of a `_Piece`.
+    """Return offsets in the vector (TAP_BLOCK, COLUMNS), their mask, and the sums: one program's tile of PIECE, a `_Piece`.
 
     Each of ROWS rows adds up every ROWS-th summand, in their order. Then a tree reduction adds up the rows. The order is the
     same in every run. A row reads a summand in the order of memory, so that loads are coalesced.
     """
-    LAYOUT: tl.constexpr = _layout_of(PIECES, PIECE)
-    TAP_BLOCK: tl.constexpr = LAYOUT.tap_block
-    ROWS: tl.constexpr = LAYOUT.rows
-    COLUMNS: tl.constexpr = LAYOUT.columns
-    BLOCKS: tl.constexpr = (LAYOUT.channels + COLUMNS - 1) // COLUMNS
-    group = (tl.program_id(0) - LAYOUT.first) // BLOCKS
+    TAP_BLOCK: tl.constexpr = PIECE.tap_block
+    ROWS: tl.constexpr = PIECE.rows
+    COLUMNS: tl.constexpr = PIECE.columns
+    BLOCKS: tl.constexpr = (PIECE.channels + COLUMNS - 1) // COLUMNS
+    group = (tl.program_id(0) - PIECE.first) // BLOCKS
     tap = tl.arange(0, TAP_BLOCK)[:, None]
-    channel = (tl.program_id(0) - LAYOUT.first) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (tap < LAYOUT.taps) & (channel < LAYOUT.channels)
+    channel = (tl.program_id(0) - PIECE.first) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (tap < PIECE.taps) & (channel < PIECE.channels)
     row = tl.arange(0, ROWS)[:, None, None]
-    element = row.to(tl.int64) * LAYOUT.stride + ((group * LAYOUT.taps + tap) * LAYOUT.channels + channel)[None, :, :]
+    element = row.to(tl.int64) * PIECE.stride + ((group * PIECE.taps + tap) * PIECE.channels + channel)[None, :, :]
     total = tl.zeros((ROWS, TAP_BLOCK, COLUMNS), ACC)
-    for start in range(0, LAYOUT.summands, ROWS):
-        total += tl.load(source + element, mask[None, :, :] & (start + row < LAYOUT.summands), 0).to(ACC)
-        source += ROWS * LAYOUT.stride
+    for start in range(0, PIECE.summands, ROWS):
+        total += tl.load(source + element, mask[None, :, :] & (start + row < PIECE.summands), 0).to(ACC)
+        source += ROWS * PIECE.stride
     numbers = tl.sum(total, 0)
     for factor in tl.static_range(len(factors)):
         numbers /= tl.load(factors[factor]).to(ACC)
-    return LAYOUT.begin + (group * LAYOUT.channels + channel) * LAYOUT.taps + tap, mask, numbers
+    return PIECE.begin + (group * PIECE.channels + channel) * PIECE.taps + tap, mask, numbers
 
 
 @triton.jit
-def _owns_piece(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
+def _owns_piece(PIECE: tl.constexpr) -> tl.tensor:
     """Return whether this program works on a tile of the piece."""
-    LAYOUT: tl.constexpr = _layout_of(PIECES, PIECE)
-    return (tl.program_id(0) >= LAYOUT.first) & (tl.program_id(0) < LAYOUT.end)
+    return (tl.program_id(0) >= PIECE.first) & (tl.program_id(0) < PIECE.end)
 
 
 @triton.jit
 def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
     """Store the vector of the pieces' sums in `out`."""
     for piece in tl.static_range(len(PIECES)):
-        if _owns_piece(PIECES, piece):
-            offsets, mask, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(item(PIECES, piece)):
+            offsets, mask, total = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
             tl.store(out + offsets, total, mask)
 
 
@@ -92,8 +84,8 @@ def _sgd_step(
     The update is gradient + WEIGHT_DECAY · θ + MOMENTUM · velocity.
     """
     for piece in tl.static_range(len(PIECES)):
-        if _owns_piece(PIECES, piece):
-            offsets, mask, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(item(PIECES, piece)):
+            offsets, mask, gradient = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
             value = tl.load(theta + offsets, mask, 0).to(ACC)
             update = gradient + WEIGHT_DECAY * value
             if velocity is not None:
@@ -144,8 +136,8 @@ def _adjoint_step(
                 PADDED_BATCH=IMAGES.PADDED_BATCH,
             )
     for piece in tl.static_range(len(PIECES)):
-        if _owns_piece(PIECES, piece):
-            offsets, mask, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(item(PIECES, piece)):
+            offsets, mask, curvature = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
             if WEIGHT_DECAY != 0:
                 curvature += WEIGHT_DECAY * tl.load(direction + offsets, mask, 0).to(ACC)
             result = tl.load(adjoint + offsets, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
