@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
+    protocol = options.evaluation_protocol()
     if options.other_data and synthetic is None:
         raise InputError(f"--other_data: expected a distilled set, found {options.source}, of no images; leave it out")
     evaluated = EvaluatedSet(options.source, options, synthetic)
@@ -82,7 +83,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     networks = options.evaluated_networks(data)
     real = evaluated.real_images(data, device)
     train, lr = evaluated.training_images(real)
-    protocol = dataclasses.replace(options.evaluation_protocol(), lr=lr)  # which then describes the rate that is used
+    protocol = dataclasses.replace(protocol, lr=lr)  # so that its description names the rate that is used
     log.info("%s", protocol.describe())
     accuracies: dict[str, Accuracy] = {}
     with stop_request() as stop:

@@ -202,6 +202,12 @@ def test_what_files_of_the_public_code_are_taken_for_is_doubted(
         assert told in "".join(warnings)
 
 
+def test_a_protocol_is_refused_before_images_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "random --dataset CIFAR10 --data_path nowhere --protocol ddranking --epoch_eval_train 0"
+    assert cli.run(main, asked.split()) == 2
+    assert "--epoch_eval_train 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_an_exported_set_is_evaluated_alike() -> None:
     synthetic = distilled()
     assert [path.name for path in synthetic.export("mtt", "exported")] == [

@@ -65,8 +65,23 @@ def image_patches(
 ) -> Patches:
     """See `mtt_fast.kernels.image_patches`."""
     gathering = gathering_of(BatchImages(x, padding, index, parameters), precision)
-    launch(gather, gathering.programs, *gathering.arguments, **gathering.sizes, **gathering.options)
+    launch(gather, gathering.programs, *gathering.arguments, **gathering.sizes._asdict(), **gathering.options)
     return gathering.patches
+
+
+class PatchSizes(NamedTuple):
+    """The constexpr parameters of `gather`."""
+
+    C: int
+    H: int
+    W: int
+    PADDING: int
+    CHANNELS_LAST: bool
+    TERMS: int
+    PRECISION: str
+    BLOCK_C: int
+    BLOCK_M: int
+    ELEMENTS: int
 
 
 class Gathering(NamedTuple):
@@ -75,7 +90,7 @@ class Gathering(NamedTuple):
     patches: Patches
     programs: int
     arguments: tuple[Any, ...]
-    sizes: dict[str, Any]  # constexpr parameters, in the order of the signature
+    sizes: PatchSizes
     options: dict[str, int]  # of the launch: num_warps, num_stages
 
 
@@ -97,18 +112,18 @@ def gathering_of(batch: BatchImages, precision: Precision) -> Gathering:
     row = _row("image_patches", effective, pixels, samples, x.device)
     parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // samples)
     gram = _empty(x, (samples, parts, 9 * channels + 1, 9 * channels + 1))
-    sizes = {
-        "C": channels,
-        "H": height,
-        "W": width,
-        "PADDING": padding,
-        "CHANNELS_LAST": not x.is_contiguous(),
-        "TERMS": terms,
-        "PRECISION": effective,
-        "BLOCK_C": triton.next_power_of_2(channels),
-        "BLOCK_M": row.pop("BLOCK_M"),
-        "ELEMENTS": row.pop("ELEMENTS"),
-    }
+    sizes = PatchSizes(
+        C=channels,
+        H=height,
+        W=width,
+        PADDING=padding,
+        CHANNELS_LAST=not x.is_contiguous(),
+        TERMS=terms,
+        PRECISION=effective,
+        BLOCK_C=triton.next_power_of_2(channels),
+        BLOCK_M=row.pop("BLOCK_M"),
+        ELEMENTS=row.pop("ELEMENTS"),
+    )
     arguments = (x, index, parameters, images, gram, parts, tiles)
     return Gathering(Patches(images, gram, padding), samples * parts, arguments, sizes, row)
 

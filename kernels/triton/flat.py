@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..types import BatchGradient, PartialSums, accumulator
 from .configurations import Configuration, configuration
-from .launch import architecture, launch, tl, triton
+from .launch import architecture, item, launch, tl, triton
 from .planes import Planes
 from .powers import magnitude_bits, power_of_two
 from .warp import padded_batch, pixel_blocks, transpose_add
@@ -22,53 +22,45 @@ from .warp import padded_batch, pixel_blocks, transpose_add
 
 @triton.jit
 def _sum_piece(
-    source: tl.tensor, factors: tl.tuple, PIECES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr
+    source: tl.tensor, factors: tl.tuple, PIECE: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return offsets in the vector (TAP_BLOCK, COLUMNS), their mask, and the sums: one program's tile of a `_Piece`.
+    """Return offsets in the vector (TAP_BLOCK, COLUMNS), their mask, and the sums: one program's tile of PIECE, a `_Piece`.
 
     Each of ROWS rows adds up every ROWS-th summand, in their order. Then a tree reduction adds up the rows. The order is the
     same in every run. A row reads a summand in the order of memory, so that loads are coalesced.
     """
-    SUMMANDS: tl.constexpr = PIECES[PIECE][0]
-    STRIDE: tl.constexpr = PIECES[PIECE][1]
-    CHANNELS: tl.constexpr = PIECES[PIECE][2]
-    TAPS: tl.constexpr = PIECES[PIECE][3]
-    BEGIN: tl.constexpr = PIECES[PIECE][4]
-    FIRST: tl.constexpr = PIECES[PIECE][5]
-    TAP_BLOCK: tl.constexpr = PIECES[PIECE][7]
-    ROWS: tl.constexpr = PIECES[PIECE][8]
-    COLUMNS: tl.constexpr = PIECES[PIECE][9]
-    BLOCKS: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    group = (tl.program_id(0) - FIRST) // BLOCKS
+    TAP_BLOCK: tl.constexpr = PIECE.tap_block
+    ROWS: tl.constexpr = PIECE.rows
+    COLUMNS: tl.constexpr = PIECE.columns
+    BLOCKS: tl.constexpr = (PIECE.channels + COLUMNS - 1) // COLUMNS
+    group = (tl.program_id(0) - PIECE.first) // BLOCKS
     tap = tl.arange(0, TAP_BLOCK)[:, None]
-    channel = (tl.program_id(0) - FIRST) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (tap < TAPS) & (channel < CHANNELS)
+    channel = (tl.program_id(0) - PIECE.first) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (tap < PIECE.taps) & (channel < PIECE.channels)
     row = tl.arange(0, ROWS)[:, None, None]
-    element = row.to(tl.int64) * STRIDE + ((group * TAPS + tap) * CHANNELS + channel)[None, :, :]
+    element = row.to(tl.int64) * PIECE.stride + ((group * PIECE.taps + tap) * PIECE.channels + channel)[None, :, :]
     total = tl.zeros((ROWS, TAP_BLOCK, COLUMNS), ACC)
-    for start in range(0, SUMMANDS, ROWS):
-        total += tl.load(source + element, mask[None, :, :] & (start + row < SUMMANDS), 0).to(ACC)
-        source += ROWS * STRIDE
+    for start in range(0, PIECE.summands, ROWS):
+        total += tl.load(source + element, mask[None, :, :] & (start + row < PIECE.summands), 0).to(ACC)
+        source += ROWS * PIECE.stride
     numbers = tl.sum(total, 0)
     for factor in tl.static_range(len(factors)):
         numbers /= tl.load(factors[factor]).to(ACC)
-    return BEGIN + (group * CHANNELS + channel) * TAPS + tap, mask, numbers
+    return PIECE.begin + (group * PIECE.channels + channel) * PIECE.taps + tap, mask, numbers
 
 
 @triton.jit
-def _owns_piece(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
+def _owns_piece(PIECE: tl.constexpr) -> tl.tensor:
     """Return whether this program works on a tile of the piece."""
-    FIRST: tl.constexpr = PIECES[PIECE][5]
-    END: tl.constexpr = PIECES[PIECE][6]
-    return (tl.program_id(0) >= FIRST) & (tl.program_id(0) < END)
+    return (tl.program_id(0) >= PIECE.first) & (tl.program_id(0) < PIECE.end)
 
 
 @triton.jit
 def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
     """Store the vector of the pieces' sums in `out`."""
     for piece in tl.static_range(len(PIECES)):
-        if _owns_piece(PIECES, piece):
-            offsets, mask, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(item(PIECES, piece)):
+            offsets, mask, total = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
             tl.store(out + offsets, total, mask)
 
 
@@ -92,8 +84,8 @@ def _sgd_step(
     The update is gradient + WEIGHT_DECAY · θ + MOMENTUM · velocity.
     """
     for piece in tl.static_range(len(PIECES)):
-        if _owns_piece(PIECES, piece):
-            offsets, mask, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(item(PIECES, piece)):
+            offsets, mask, gradient = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
             value = tl.load(theta + offsets, mask, 0).to(ACC)
             update = gradient + WEIGHT_DECAY * value
             if velocity is not None:
@@ -121,14 +113,14 @@ def _adjoint_step(
     PIECES: tl.constexpr,  # a `_Piece` for each piece
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
-    IMAGES: tl.constexpr,  # or None; programs that work on images, and the sizes that `transpose_add` takes
+    IMAGES: tl.constexpr,  # an `_Images`, or None
 ) -> None:
     """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`.
 
     The first programs add a batch's gradient times the scale to `images_bar` unless that is None.
     """
     if IMAGES is not None:  # noqa: SIM102 - this is known when the kernel is compiled
-        if tl.program_id(0) < IMAGES[0]:
+        if tl.program_id(0) < IMAGES.programs:
             transpose_add(
                 images_bar,
                 index,
@@ -136,16 +128,16 @@ def _adjoint_step(
                 parameters,
                 scale,
                 batch,
-                C=IMAGES[1],
-                H=IMAGES[2],
-                W=IMAGES[3],
-                BLOCK_C=IMAGES[4],
-                BLOCK_M=IMAGES[5],
-                PADDED_BATCH=IMAGES[6],
+                C=IMAGES.C,
+                H=IMAGES.H,
+                W=IMAGES.W,
+                BLOCK_C=IMAGES.BLOCK_C,
+                BLOCK_M=IMAGES.BLOCK_M,
+                PADDED_BATCH=IMAGES.PADDED_BATCH,
             )
     for piece in tl.static_range(len(PIECES)):
-        if _owns_piece(PIECES, piece):
-            offsets, mask, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(item(PIECES, piece)):
+            offsets, mask, curvature = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
             if WEIGHT_DECAY != 0:
                 curvature += WEIGHT_DECAY * tl.load(direction + offsets, mask, 0).to(ACC)
             result = tl.load(adjoint + offsets, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
@@ -263,7 +255,7 @@ def adjoint_step(
     batch_arguments: tuple[Any, ...] = (None,) * 5
     if batch is not None:
         programs, pixel_sizes = pixel_blocks(Planes.from_tensors(batch.y_bar), elements)
-        sizes = (programs, *pixel_sizes.values(), padded_batch(len(batch.y_bar)))
+        sizes = _Images(programs, PADDED_BATCH=padded_batch(len(batch.y_bar)), **pixel_sizes)
         batch_arguments = (*batch, len(batch.y_bar))
         torch.autograd.graph.increment_version(batch.out)
     vectors = (direction, scale, out, incoming, *batch_arguments)
@@ -297,9 +289,20 @@ def _launch_step(
         pieces.append(_piece_of(piece, begin, programs, SIZE))
         begin += piece.shape[1:].numel()
         programs = pieces[-1].end
-    shapes = tuple(map(tuple, pieces))
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
-    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, ACC=acc, **constants)
+    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=tuple(pieces), ACC=acc, **constants)
+
+
+class _Images(NamedTuple):
+    """The programs that work on images, and the sizes that `transpose_add` takes."""
+
+    programs: int
+    C: int
+    H: int
+    W: int
+    BLOCK_C: int
+    BLOCK_M: int
+    PADDED_BATCH: int
 
 
 class _Piece(NamedTuple):

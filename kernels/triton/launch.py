@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,18 @@ except ModuleNotFoundError as error:
         "Linux, else `pip install triton`"
     ) from error
 
-__all__ = ["INTERPRETED", "TensorDescriptor", "architecture", "compile_ahead", "launch", "tl", "triton"]
+__all__ = ["INTERPRETED", "TensorDescriptor", "architecture", "compile_ahead", "item", "launch", "tl", "triton"]
+
+Item = TypeVar("Item")
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so the mode of a process never changes.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+@triton.constexpr_function
+def item(values: tuple[Item, ...], index: int) -> Item:
+    """Return `values[index]`. In a kernel Triton's own indexing would make a tuple without names of a NamedTuple."""
+    return values[index]
 
 
 def architecture(device: torch.device) -> str:

@@ -7,14 +7,14 @@ layout: ȳ once, and x three times, each copy shifted by one more pixel, since a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import Precision
 from .implicit_gemm import effective_precision, product
-from .launch import launch, tl, triton
+from .launch import item, launch, tl, triton
 from .planes import Planes
 from .tma_descriptors import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
 
@@ -146,27 +146,25 @@ def _copy_block(
     block: tl.tensor,
     length: tl.tensor,
     positions: tl.tensor,  # number of these planes' positions
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    COPIED: tl.constexpr,  # the `_Copied` of these planes
     ROWS: tl.constexpr,
     PITCH: tl.constexpr,
-    PADDING: tl.constexpr,
-    COPIES: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Copy BLOCK_L positions × BLOCK_C channels of one of the planes to each of its COPIES lines."""
+    """Copy BLOCK_L positions × BLOCK_C channels of one of the planes to each of its lines."""
+    C: tl.constexpr = COPIED.C
+    COPIES: tl.constexpr = COPIED.copies
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = block % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     position = (block // BLOCKS).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
-    row = position // PITCH % ROWS - PADDING
+    row = position // PITCH % ROWS - COPIED.padding
     sample = position // (PITCH * ROWS)
     mask = (position < positions) & (c < C)
     for copy in tl.static_range(COPIES):
-        column = position % PITCH + (copy - PADDING)
-        inside = mask & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        values = tl.load(planes + ((sample * H + row) * W + column) * C + c, inside, 0)
+        column = position % PITCH + (copy - COPIED.padding)
+        inside = mask & (row >= 0) & (row < COPIED.H) & (column >= 0) & (column < COPIED.W)
+        values = tl.load(planes + ((sample * COPIED.H + row) * COPIED.W + column) * C + c, inside, 0)
         offsets = (copy * C + c) * length + position
         tl.store(lines + tl.trans(offsets), tl.trans(values), tl.trans(mask))
 
@@ -177,7 +175,7 @@ def _copy_lines(
     planes: tl.tuple,  # x, x_dot unless None, y_bar_dot, and y_bar if there is x_dot
     length: tl.tensor,
     positions: tl.tensor,  # of each of the planes: B · ROWS · PITCH
-    SHAPES: tl.constexpr,  # for each of the planes: its index in `lines`, its order within a line, C, H, W, padding, copies
+    COPIED: tl.constexpr,  # a `_Copied` for each of the planes
     ROWS: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -190,13 +188,12 @@ def _copy_lines(
     """
     program = tl.program_id(0)
     first = 0
-    for number in tl.static_range(len(SHAPES)):
-        end = first + (positions + BLOCK_L - 1) // BLOCK_L * ((SHAPES[number][2] + BLOCK_C - 1) // BLOCK_C)
+    for number in tl.static_range(len(COPIED)):
+        end = first + (positions + BLOCK_L - 1) // BLOCK_L * ((item(COPIED, number).C + BLOCK_C - 1) // BLOCK_C)
         if (program >= first) & (program < end):
+            start = lines[item(COPIED, number).lines] + item(COPIED, number).order * positions
             _copy_block(
-                planes[number], lines[SHAPES[number][0]] + SHAPES[number][1] * positions, program - first, length, positions,
-                SHAPES[number][2], SHAPES[number][3], SHAPES[number][4], ROWS, PITCH, SHAPES[number][5],
-                SHAPES[number][6], BLOCK_L, BLOCK_C,
+                planes[number], start, program - first, length, positions, item(COPIED, number), ROWS, PITCH, BLOCK_L, BLOCK_C
             )  # fmt: skip
         first = end
 
@@ -289,6 +286,18 @@ def _factors_in_place(
     return _correlate, factors, sizes | constants
 
 
+class _Copied(NamedTuple):
+    """Planes that are copied to lines."""
+
+    lines: int  # index of the matrix of lines
+    order: int  # of these planes within a line
+    padding: int
+    copies: int
+    C: int
+    H: int
+    W: int
+
+
 def _copy_factors(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
@@ -299,12 +308,10 @@ def _copy_factors(
     positions = outputs.samples * rows * pitch
     length = len(left) * positions
     xs, ys = x.new_empty(3 * x.shape[1], length), x.new_empty(outputs.channels, length)
-    shapes = [(0, order, *each.shape[1:], padding, 3) for order, each in enumerate(left)]
-    shapes += [(1, order, *each.shape[1:], 0, 1) for order, each in enumerate(right)]
-    programs = sum(
-        triton.cdiv(positions, _COPY_BLOCK) * triton.cdiv(channels, _COPY_BLOCK) for _, _, channels, *_ in shapes
-    )
-    constants = {"SHAPES": tuple(shapes), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPY_BLOCK, "BLOCK_C": _COPY_BLOCK}
+    copied = [_Copied(0, order, padding, 3, *each.shape[1:]) for order, each in enumerate(left)]
+    copied += [_Copied(1, order, 0, 1, *each.shape[1:]) for order, each in enumerate(right)]
+    programs = sum(triton.cdiv(positions, _COPY_BLOCK) * triton.cdiv(each.C, _COPY_BLOCK) for each in copied)
+    constants = {"COPIED": tuple(copied), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPY_BLOCK, "BLOCK_C": _COPY_BLOCK}
     launch(_copy_lines, programs, (xs, ys), (*left, *right), length, positions, **constants, num_warps=8)
     factors = (
         describe(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),

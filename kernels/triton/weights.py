@@ -86,7 +86,7 @@ def _pack(
     FILTERS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
-    PATCHES: tl.constexpr,  # the sizes that `gather` takes, or None
+    PATCHES: tl.constexpr,  # a `PatchSizes`, or None
 ) -> None:
     """Gather patches in the first programs, pack weights in the next TILES, those of a direction in TILES more.
 
@@ -95,7 +95,7 @@ def _pack(
     program = tl.program_id(0) - gathers
     if program < 0:
         if PATCHES is not None:
-            PRECISION: tl.constexpr = PATCHES[6]  # Triton 3.6 takes no string out of a tuple as an argument
+            PRECISION: tl.constexpr = PATCHES.PRECISION  # Triton 3.6 takes no string out of a tuple as an argument
             gather(
                 x,
                 index,
@@ -104,16 +104,16 @@ def _pack(
                 gram,
                 parts,
                 tiles,
-                C=PATCHES[0],
-                H=PATCHES[1],
-                W=PATCHES[2],
-                PADDING=PATCHES[3],
-                CHANNELS_LAST=PATCHES[4],
-                TERMS=PATCHES[5],
+                C=PATCHES.C,
+                H=PATCHES.H,
+                W=PATCHES.W,
+                PADDING=PATCHES.PADDING,
+                CHANNELS_LAST=PATCHES.CHANNELS_LAST,
+                TERMS=PATCHES.TERMS,
                 PRECISION=PRECISION,
-                BLOCK_C=PATCHES[7],
-                BLOCK_M=PATCHES[8],
-                ELEMENTS=PATCHES[9],
+                BLOCK_C=PATCHES.BLOCK_C,
+                BLOCK_M=PATCHES.BLOCK_M,
+                ELEMENTS=PATCHES.ELEMENTS,
             )
     elif program < TILES:
         _pack_weights(theta, packed, 1.0, program, WEIGHTS, FILTERS, CHANNELS)
@@ -158,8 +158,8 @@ def pack_parameters(
     constants: dict[str, Any] = {"TILES": tiles, "LARGEST": largest, "PARTIALS": parts, "PATCHES": None, **row}
     patches, gathers, patch_arguments = None, 0, (None,) * 7
     if batch is not None:
-        patches, gathers, patch_arguments, sizes, options = gathering_of(batch, precision)
-        constants |= {"PATCHES": tuple(sizes.values()), **options}
+        patches, gathers, patch_arguments, constants["PATCHES"], options = gathering_of(batch, precision)
+        constants |= options
     tensors = (theta, packed, direction, packed_dot, partials, scaled, scale)
     launch(_pack, gathers + programs, *tensors, theta.numel(), *patch_arguments, gathers, WEIGHTS=shapes, **constants)
     moved = direction if scaled is None else scaled

@@ -31,7 +31,6 @@ from mtt_fast.training.subsets import check_enough, random_subset
 
 log = logging.getLogger(__name__)
 
-
 RANDOM = "random"
 """The word that stands for random real images in place of a set."""
 REAL_IMAGES_LR = 0.01
@@ -64,7 +63,7 @@ class SetOptions(EvaluationOptions):
     set's own"""
 
     def evaluation_protocol(self) -> EvaluationProtocol:
-        """See `EvaluationOptions.evaluation_protocol`."""
+        """Return the evaluation protocol, with the rate of --lr_teacher if that is given. Raises as that of `EvaluationOptions` does."""
         protocol = super().evaluation_protocol()
         return protocol if self.lr_teacher is None else dataclasses.replace(protocol, lr=self.lr_teacher)
 

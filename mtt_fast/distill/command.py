@@ -22,7 +22,7 @@ from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
-from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network, weigh_gradients
+from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network
 from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there
 from mtt_fast.distill.command_line import parse_with_given
 from mtt_fast.distill.dry_run import dry_run
@@ -37,13 +37,14 @@ from mtt_fast.distill.experts import (
     prepare_experts,
     requested_hyperparameters,
 )
-from mtt_fast.distill.frequencies import frequencies_in_words, of_frequencies
+from mtt_fast.distill.frequencies import frequencies_in_words
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
     PendingGradients,
     cached_iterations,
     compare_with_exact,
     finish_gradients,
+    gradients_to_apply,
     iteration_of,
     start_gradients,
 )
@@ -52,7 +53,7 @@ from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
-from mtt_fast.distill.updates import apply_gradients, check_converges, of_distilled
+from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.kernels import Precision
@@ -142,14 +143,10 @@ def _run(
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
             len(experts), device_name(device),
         )  # fmt: skip
-        frequencies = frequencies_in_words(options, data)
-        for line in (
-            gradient,
-            plan,
-            options.evaluation_protocol().describe(),
-            *([f"images: {frequencies}"] if frequencies else []),
-        ):
+        for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
+        if frequencies := frequencies_in_words(options, data):
+            log.info("images: %s", frequencies)
         if state is None:
             state = initial_state(options, real, network, experts, matched_experts(options, experts), hardness)
             state.cam_digest = "" if cam is None else cam.digest
@@ -176,7 +173,14 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     segment = partial(read_segment, run, sender(device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
+    def next_segments() -> Sequence[Segment]:
+        return list(islice(ahead, options.num_trajectories))
+
+    def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
+        return start_gradients(state, segments(), plan, iteration_for)
+
     def iterations() -> Iterator[None]:
+        """Yield after each iteration; on a GPU the next one is then under way."""
         nonlocal plan
         result = run_now_on_gpu(device, partial(start, run_now(next_segments)))
         while True:
@@ -184,8 +188,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             segments = run_now(next_segments)  # read and drawn while a GPU computes
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
-            gradients = of_distilled(options, weigh_gradients(options, run.cam, state, gradients))
-            gradients = of_frequencies(state, gradients)
+            gradients = gradients_to_apply(run, state, gradients)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # memory may suffice for the gradients of one iteration only
             if state.iteration < options.Iteration:
@@ -194,12 +197,6 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             if kind == "skip":
                 check_converges(run, state)
             yield
-
-    def next_segments() -> Sequence[Segment]:
-        return list(islice(ahead, options.num_trajectories))
-
-    def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
-        return start_gradients(state, segments(), plan, iteration_for)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":

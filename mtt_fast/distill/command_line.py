@@ -36,7 +36,8 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
 def parse_with_given(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
 
-    Also return the names of those given in the command line, its recipe or its --config, and not only by the run to resume.
+    Also return the names of the options that the command line, its recipe or its --config gives. Those that only the run to resume
+    has are not among them.
 
     The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume the recipe is
     digits, whatever else is given. Raises `InputError` for options that are unknown, or do not fit each other.
@@ -60,9 +61,9 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
     """Return the flags that decide where defaults come from, and the options in the file of --config."""
     chosen = parsing.parse_known(_Selection, argv, PROGRAM)
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
-    texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
-    in_words: dict[str, Any] = {name: value for name, value in texts.items() if isinstance(value, str)}
-    chosen = dataclasses.replace(chosen, **in_words)
+    for name in ("recipe", "out", "dataset"):
+        if getattr(chosen, name) is None and isinstance(in_file.get(name), str):  # `parsing.apply` refuses other types
+            chosen = dataclasses.replace(chosen, **{name: in_file[name]})
     run_is_named = chosen.resume and chosen.out is not None
     if chosen.recipe is None and chosen.dataset is None and not run_is_named:
         chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
@@ -70,7 +71,7 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
 
 
 def _differing_in_file(in_file: Mapping[str, Any], path: str) -> set[str]:
-    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for what is not for a file."""
+    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for those that a file cannot have."""
     default = DistillOptions()
     of_file = parsing.apply(default, in_file, path)
     if of_file.resume:

@@ -4,7 +4,7 @@ D. Shin, S. Shin, I.-C. Moon, "Frequency Domain-based Dataset Distillation", Neu
 cosines of the frequencies that its real images differ in most, so that more images take the same number of learned numbers.
 
 Images are a linear function of their frequencies. So a step of SGD with momentum on the frequencies is one on the pixels, with a
-gradient that passes a filter. The state of a run therefore holds images, and no other part of the run knows of frequencies.
+gradient that passes a filter. The state of a run therefore holds images, and a mask of the frequencies that each class keeps.
 
 F below is the cosine transform of FreD's code, the DCT-II of each axis without a scale: F[k] = 2 Σ_i x[i] cos(π k (2 i + 1) / 2N).
 """
@@ -23,7 +23,7 @@ from mtt_fast.storage.checkpoint import State
 
 
 def most_varying_frequencies(images: Tensor, ipc: int, count: int) -> Tensor:
-    """Return where the `count` frequencies lie that vary most among the images of each class, (classes, H, W) bool.
+    """Return a mask (classes, H, W) bool of the `count` frequencies that vary most among the images of each class.
 
     `images` (n, C, H, W) are sorted by class, with `ipc` of each. As in FreD's code frequencies are means over the channels, and
     their variance is that of F, in which the mean of an image counts more than in an orthonormal transform.
@@ -44,7 +44,7 @@ def with_frequencies(images: Tensor, kept: Tensor) -> Tensor:
 def of_frequencies(state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
     """Return `gradients` with that of the images filtered, so that SGD with it is SGD on the kept frequencies F.
 
-    Without kept frequencies, and if they are not finite (None), gradients are returned as they are.
+    Gradients that are not finite (None) are returned as they are, and so are all gradients where no frequencies are chosen.
     """
     if state.frequencies is None or gradients is None:
         return gradients
@@ -81,8 +81,8 @@ def _filtered(images: Tensor, factors: Tensor) -> Tensor:
 
 def _orthonormal_cosines(side: int, device: torch.device) -> Tensor:
     """Return the matrix (side, side) of the orthonormal cosine transform, float64, a row for each frequency."""
-    frequency, place = (torch.arange(side, dtype=torch.float64, device=device) for _ in range(2))
-    cosines = torch.cos(math.pi / side * frequency[:, None] * (place + 0.5))
+    index = torch.arange(side, dtype=torch.float64, device=device)
+    cosines = torch.cos(math.pi / side * index[:, None] * (index + 0.5))
     return torch.nn.functional.normalize(cosines, dim=1)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from mtt_fast.distill.cam_network import weigh_gradients
 from mtt_fast.distill.frequencies import of_frequencies
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
@@ -170,6 +171,15 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
     return finish_gradients(state, repeated)._replace(plan=plan, repeated=True)
 
 
+def gradients_to_apply(run: DistillRun, state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
+    """Return the gradients by which `state` is updated, from those of the loss; None stays None.
+
+    That of the images is weighed by Grad-CAM maps (EDF), zero for real images (SelMatch), and that of the kept frequencies (FreD).
+    """
+    weighed = weigh_gradients(run.options, run.cam, state, gradients)
+    return of_frequencies(state, of_distilled(run.options, weighed))
+
+
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
     """Log and record the cosine between the truncated and the exact gradient by which images are updated, for the next `segments`."""
     if run.metrics.find("gradient", state.iteration):
@@ -180,7 +190,7 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
         _, gradients, plan, _ = finish_gradients(
             state, start_gradients(state, segments, plan, iteration_for, graph=False)
         )
-        gradients = of_frequencies(state, of_distilled(run.options, gradients))
+        gradients = gradients_to_apply(run, state, gradients)
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return

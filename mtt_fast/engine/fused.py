@@ -138,9 +138,8 @@ class FusedConvNetStudent:
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`."""
-        has_image_block = self._has_image_block(image_shape, device)
-        of_batch = (batch, dtype, device, self.precision)
-        return fused_step_bytes(self.network, self.layers(image_shape), has_image_block, *of_batch)
+        layers, has_image_block = self.layers(image_shape), self._has_image_block(image_shape, device)
+        return fused_step_bytes(self.network, layers, has_image_block, batch, dtype, device, self.precision)
 
     def layers(self, image_shape: torch.Size) -> list[ConvLayer]:
         """Return the convolution of each block, for images (C, H, W)."""

@@ -48,7 +48,10 @@ def fused_step_bytes(
     device: torch.device,
     precision: Precision,
 ) -> StepBytes:
-    """Return the peak memory of a step on `batch` samples of `dtype`; `layers` are the convolutions of the blocks."""
+    """Return the peak memory of a step on `batch` samples of `dtype`.
+
+    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`.
+    """
     planes, parameters = plane_dtype(dtype, precision), dtype.itemsize * network.num_parameters
     weights = kernels.weight_bytes(batch, layers, planes, device, precision)
     blocks = _plane_blocks(layers, weights, batch * planes.itemsize, network.norm == "instance")
@@ -58,8 +61,8 @@ def fused_step_bytes(
         image_block = image_block_bytes(layers[0], batch, planes.itemsize, dtype)
         blocks[0] = blocks[0]._replace(y=0, y_dot=0, weight=weight, image_block=image_block)
 
-    # To the end of the step live the images (as patches, or in channels_last), the packed weights, and the gradients of all
-    # parameters but the convolutions' weights; in `gradient_jvp` also the direction's weights, and its copy that fp16 scales.
+    # Until the step ends it holds the images (as patches, or in channels_last), the packed weights, and the gradients of all
+    # parameters but the convolutions' weights; `gradient_jvp` also the direction's weights, and its copy that fp16 scales.
     channels, height, width = layers[0][:3]
     patches = blocks[0].image_block.patches
     images = patches if has_image_block else batch * planes.itemsize * channels * height * width
@@ -68,7 +71,8 @@ def fused_step_bytes(
     throughout = images + packed + parameters - convolutions
     direction = packed + (parameters if precision == "fp16" else 0)
 
-    # In the classifier live all activations, p and p̄ with their tangents, and on a CPU a copy of one in the public code's order.
+    # The classifier runs beside all activations, and holds p and p̄ with their tangents. On a CPU it copies one of these to the
+    # public code's order.
     p, copies, ys = blocks[-1].p, int(device.type == "cpu"), sum(block.y for block in blocks)
     classifier = sum(block.x for block in blocks) + ys + (2 + copies) * p
     dual_classifier = sum(2 * block.x + block.y_dot for block in blocks) + ys + (4 + copies) * p
@@ -77,7 +81,7 @@ def fused_step_bytes(
         for peak in (_backward_peak, _saving_backward_peak, _saved_dual_forward_peak, _dual_backward_peak)
     )
     dual = max(dual_classifier, dual_backward)
-    # at the end the summands of the gradient, and their sum
+    # at the end the summands of the gradient are added up
     adding_up = sum(block.weight.summands for block in blocks) + parameters
     return StepBytes(
         gradient=max(classifier, backward, adding_up) + throughout,
@@ -90,13 +94,13 @@ def fused_step_bytes(
 
 
 def _plane_blocks(
-    layers: Sequence[ConvLayer], weights: Sequence[WeightBytes], number: int, norm: bool
+    layers: Sequence[ConvLayer], weights: Sequence[WeightBytes], pixel_bytes: int, norm: bool
 ) -> list[BlockBytes]:
-    """Return the bytes of blocks that store their planes; a pixel of a plane takes `number` bytes, for all samples."""
+    """Return the bytes of blocks that store their planes; a pixel of a plane takes `pixel_bytes`, for all samples together."""
     blocks, x = list[BlockBytes](), 0
     for layer, weight in zip(layers, weights, strict=True):
-        y = number * layer.filters * layer.out_height * layer.out_width
-        p = number * layer.filters * (layer.out_height // 2) * (layer.out_width // 2)
+        y = pixel_bytes * layer.filters * layer.out_height * layer.out_width
+        p = pixel_bytes * layer.filters * (layer.out_height // 2) * (layer.out_width // 2)
         blocks.append(BlockBytes(x, y, y if norm else 0, p, weight, ImageBlockBytes(0, 0, 0, 0, 0)))
         x = p
     return blocks
@@ -113,7 +117,7 @@ def _backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequ
 
 
 def _saving_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequence[BlockBytes]) -> int:
-    """Return the same with save=True: ȳ is not written over y, and the y of all blocks and every p̄ are saved."""
+    """Return the peak of `Block.backward` in `gradient` with save=True: ȳ does not overwrite y; all y and all p̄ so far stay."""
     saved = sum(each.y for each in (*earlier, block, *later)) + sum(each.p for each in (block, *later))
     live = sum(each.x for each in (*earlier, block)) + block.y + saved
     p_bar_parts = later[0].weight.parts if later else 0

@@ -23,8 +23,8 @@ def live_bytes(
 ) -> StepBytes:
     """Return the bytes of the live tensors in steps of a `student` of `network`, at their peaks and between the sweeps.
 
-    Nothing is computed: the steps run on the meta device. The numbers are cached for the network, so nothing else that `student` has
-    may change them. Raises `InputError` for a network that does not run there, and for one that cannot be a key of the cache.
+    Nothing is computed: the steps run on the meta device. The cache knows the network and not the `student`, so all students of a
+    network must take the same memory. Raises `InputError` for a network that does not run there, and for one that cannot be a key of the cache.
     """
     try:
         known = _LIVE_BYTES.setdefault(network, {})

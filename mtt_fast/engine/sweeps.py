@@ -43,9 +43,7 @@ class StudentSteps:
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
     has_velocity: bool = False  # always true with momentum
-    compares: bool = (
-        False  # whether to check that the backward sweep repeats the forward one, which waits for the device
-    )
+    compares: bool = False  # check that the backward sweep repeats the forward one, and so wait for the device
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
@@ -162,6 +160,10 @@ class _Unroll(torch.autograd.Function):
     def backward(
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Return the gradients with respect to the arguments of `forward`, from those with respect to its results.
+
+        The saved activations are consumed. Another backward pass computes them again.
+        """
         steps: StudentSteps = ctx.steps
         # read once: under torch.autograd.graph's hooks each access copies, and torch.utils.checkpoint allows only one
         *tensors, stored = ctx.saved_tensors
@@ -194,9 +196,7 @@ class _Unroll(torch.autograd.Function):
             if velocity_adjoint is not None:
                 direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
-            # saved activations are consumed: a second backward pass through the same graph computes them again
-            saved = ctx.saved.pop(n, None)
-            tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, saved)
+            tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
             if steps.compares:
                 repeated.append(_fingerprint(batch.inputs, tangent.loss))
 
@@ -224,7 +224,7 @@ class _Unroll(torch.autograd.Function):
                 velocity_adjoint.mul_(steps.momentum)  # π_n
             del batch, tangent, to_add
 
-        _check_repeated(steps, images, labels, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
+        _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
         grad_rates = torch.zeros_like(rates)
         if grad_negated_rates:
             grad_rates[:last] = -torch.stack(grad_negated_rates[::-1])
@@ -265,7 +265,7 @@ def _fingerprint(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
 def _check_repeated(
     steps: StudentSteps,
     images: Tensor,
-    labels: Tensor,
+    targets: Callable[[int], Tensor],
     path: Rows,
     first: list[list[Tensor]],
     again: list[list[Tensor]],
@@ -279,7 +279,6 @@ def _check_repeated(
     count = len(again[0]) if again else 0  # a fused student computes no loss in the backward sweep
     if not count:
         return
-    targets = steps.targets(labels, path.stored.dtype)
 
     def forward_fingerprint(n: int) -> Tensor:
         """Return the fingerprint (k,) of step n, computed again as in the forward sweep."""

@@ -6,10 +6,12 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule
@@ -20,6 +22,7 @@ from mtt_fast.distill.cam_network import CamNetwork, prepare_cam_network, weigh_
 from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command import main
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
+from mtt_fast.distill.gradients import finish_gradients
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine import student_choice
 from mtt_fast.errors import InputError
@@ -29,6 +32,7 @@ from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.resnets import resnet18
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import reference_convnet
 from mtt_fast.training.images import real_images
@@ -169,6 +173,23 @@ def test_a_run_multiplies_the_gradient_of_the_images(tmp_path: Path, monkeypatch
     assert weights.max() == 3
     torch.testing.assert_close(weighted["images_velocity"], weights * plain["images_velocity"])
     assert torch.equal(weighted["lr"], plain["lr"])
+
+
+def test_truncated_gradients_are_compared_as_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    computed: list[Tensor] = []
+
+    def finished(*arguments: Any) -> Any:
+        result = finish_gradients(*arguments)
+        assert result.gradients is not None
+        computed.append(result.gradients[0])
+        return result
+
+    monkeypatch.setattr("mtt_fast.distill.gradients.finish_gradients", finished)
+    assert cli.run(main, [*TOY, *MAPS, *"--gradient truncated --Iteration 0 --out run".split()]) == 0
+    truncated, exact = ((each * state_in("run")["pixel_weights"]).double().flatten() for each in computed)
+    cosines = [record["cosine"] for record in read_records(Path("run/metrics.jsonl")) if record["kind"] == "gradient"]
+    assert cosines == [pytest.approx(float(F.cosine_similarity(truncated, exact, dim=0)), abs=1e-9)]
 
 
 def test_a_run_goes_on_with_its_weights_and_the_network_that_made_them(
