@@ -489,14 +489,19 @@ def test_every_out_of_memory_is_one(error: Exception) -> None:
 
 @needs_proc
 @needs_native
-def test_native_kernels_say_that_memory_ran_out() -> None:
+@pytest.mark.parametrize(
+    "call",
+    ["conv3x3(x, weight, 1)", "conv3x3_weight_gradient(wide, wide, 1)"],  # no room for results, and for work space
+)
+def test_native_kernels_say_that_memory_ran_out(call: str) -> None:
     program = (
         "import resource, torch\n"
         "from mtt_fast import kernels\n"
         "x, weight = torch.randn(64, 3, 64, 64), torch.randn(64, 3, 3, 3)\n"
+        "wide = torch.randn(1, 3, 1024, 512)\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, -1))\n"
-        "try:\n    kernels.conv3x3(x, weight, 1)\n"
+        f"try:\n    kernels.{call}\n"
         "except MemoryError:\n    print('out of memory')\n"
     )
     answer = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
