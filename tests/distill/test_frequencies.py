@@ -24,7 +24,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, load_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
-from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.testing import assert_close, module_function, reference_convnet
 from mtt_fast.training.images import real_images
 from mtt_fast.training.subsets import random_subset
 
@@ -116,8 +116,7 @@ def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
     assert cli.run(main, [*TOY, *"--Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --out run".split()]) == 0
     store = TrajectoryStore("buffers/digits/ConvNetD1W4")
     start, target = store.read(0, 0).double(), store.read(0, 1).double()
-    module = reference_convnet(1, 10, 8, 4, 1).double()
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    net = module_function(reference_convnet(1, 10, 8, 4, 1).double())
     real = real_images(digits, torch.device("cpu"), zca=False)
     first = random_subset(real, 4, generator_for(0, "initial images")).pixels.double()
     mask = torch.from_numpy(expected_mask(first, 4, 16)).repeat_interleave(4, 0)[:, None].flatten(2)
@@ -129,10 +128,7 @@ def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
     for _ in range(2):
         images, theta = ((frequencies * mask) @ inverse).view_as(first), start.clone().requires_grad_()
         for _ in range(2):
-            parts = theta.split([shape.numel() for shape in shapes.values()])
-            named = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
-            loss = F.cross_entropy(torch.func.functional_call(module, named, images), labels)
-            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+            (gradient,) = torch.autograd.grad(F.cross_entropy(net(theta, images), labels), theta, create_graph=True)
             theta = theta - lr * gradient
         loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
         for optimiser in optimisers:

@@ -29,7 +29,7 @@ from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.checkpoint import load_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
-from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.testing import assert_close, module_function, reference_convnet
 from mtt_fast.training.images import as_training_images, real_images
 from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import window_of_difficulty
@@ -111,8 +111,7 @@ def test_iterations_are_those_written_out(digits: ImageData) -> None:
     assert cli.run(main, [*TOY, *WINDOW, *words.split(), "--out", "run"]) == 0
     store = TrajectoryStore("buffers/digits/ConvNetD1W4")
     start, target = store.read(0, 0), store.read(0, 1)
-    module = reference_convnet(1, 10, 8, 4, 1)
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    net = module_function(reference_convnet(1, 10, 8, 4, 1))
 
     real = real_images(digits, torch.device("cpu"), zca=False).train
     window = torch.tensor(expected_window(digits, reverse=False, first=2, last=7)).view(10, 5)
@@ -124,9 +123,7 @@ def test_iterations_are_those_written_out(digits: ImageData) -> None:
     for _ in range(2):
         theta = start.clone().requires_grad_()
         for _ in range(2):
-            parts = theta.split([shape.numel() for shape in shapes.values()])
-            named = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
-            logits = torch.func.functional_call(module, named, torch.cat([condensed, selected]))
+            logits = net(theta, torch.cat([condensed, selected]))
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), theta, create_graph=True)
             theta = theta - lr * gradient
         loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
