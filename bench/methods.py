@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -59,6 +60,9 @@ class Method:
     """the accuracy's name in summary.json"""
 
 
+_FREQUENCIES = (
+    64  # of a channel: FreD's for CIFAR-10 with the numbers of one image per class; of tiny images half of all
+)
 _EXPERT, _ITERATIONS = ("buffer_path",), ("Iteration", "eval_it")
 _OF_DISTILLATION = tuple(
     field.name
@@ -95,7 +99,7 @@ METHODS = {
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
     "mtt-fred": _mtt(
         "MTT with FreD's frequencies",
-        "--ipc {twice_ipc} --msz_per_channel {half_frequencies} --lr_img {rate_of_frequencies}",
+        "--ipc {images_of_frequencies} --msz_per_channel {frequencies} --lr_img {rate_of_frequencies}",
     ),
 }
 """The rows in the table's order. DD's and LD's rates here are for hundreds of iterations; the papers' for tens of thousands."""
@@ -177,6 +181,7 @@ def main(options: Options, command: str) -> None:
         "K-means and MTT need",
         "peak_memory": "of the whole process",
         "evaluation": setting.evaluation_protocol().describe(),
+        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors",
     }
     print(table("methods", conditions, rows))
     name = options.name or f"methods-{data}-ipc{setting.ipc}-{device.type}"
@@ -257,14 +262,16 @@ def own_flags(method: Method, setting: DistillOptions) -> list[str]:
 def _numbers(setting: DistillOptions) -> dict[str, float]:
     """Return numbers that follow from the setting's, for flags."""
     _, height, width = dataset_info(setting.dataset, setting.subset, setting.res, setting.data_path).image_shape
+    places = height * width
+    frequencies = min(_FREQUENCIES, places // 2)
+    more_images = places // frequencies  # as many numbers
     return {
         "half_start": max(1, setting.max_start_epoch // 2),
         "half_way": max(1, setting.Iteration // 2),
-        # twice the images, of half of the frequencies: as many numbers
-        "twice_ipc": 2 * setting.ipc,
-        "half_frequencies": height * width // 2,
-        # an image has half the share of the student's loss, and a frequency's image has a squared length of 1/(4HW)
-        "rate_of_frequencies": 2 * 4 * height * width * setting.lr_img,
+        "images_of_frequencies": more_images * setting.ipc,
+        "frequencies": frequencies,
+        # an image has a smaller share of the student's loss, and a frequency's image has a squared length of 1/(4HW)
+        "rate_of_frequencies": more_images * 4 * places * setting.lr_img,
     }
 
 

@@ -178,6 +178,16 @@ def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
         assert f"--{option}" in own or getattr(options, option) == getattr(setting, option)
 
 
+@pytest.mark.parametrize(("recipe", "images", "frequencies"), [("digits", 2, 32), ("quick-cifar10", 16, 64)])
+def test_frequencies_take_as_many_numbers_as_the_pixels_of_the_setting(
+    recipe: str, images: int, frequencies: int
+) -> None:
+    setting = methods.Options(recipe=recipe).setting(Path("buffers"))
+    own = methods.own_flags(methods.METHODS["mtt-fred"], setting)
+    assert own[:4] == ["--ipc", str(images), "--msz_per_channel", str(frequencies)]
+    assert parse_options(own).lr_img == images * 4 * (images * frequencies) * setting.lr_img
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "images"), [("experts", "32"), ("evaluate", "8")])
 def test_the_benchmark_of_training_runs(
