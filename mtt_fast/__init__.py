@@ -24,6 +24,7 @@ from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.engine.graphed_loss import GraphedMatchingLoss
 from mtt_fast.engine.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss, path_loss
 from mtt_fast.engine.memory_plan import Plan, plan
+from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adam",
     "Augmentation",
     "ConvNet",
     "FlatModule",

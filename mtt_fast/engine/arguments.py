@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
+from mtt_fast.engine.optimizers import Adam
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
@@ -98,13 +99,41 @@ def check_target(target: Tensor, start: Tensor) -> None:
         )
 
 
-def check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
-    """Raise `InputError` unless `velocity` is None, or has the shape, dtype and device of `theta`."""
+def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> None:
+    """Raise `InputError` unless `optimizer` is None, or `Adam` without SGD's `momentum` and `weight_decay`."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Adam):
+        raise InputError(
+            f"unroll optimizer: expected mtt_fast.Adam(…), or None for SGD, found {type(optimizer).__module__}."
+            f"{type(optimizer).__name__}"
+        )
+    if momentum or weight_decay:
+        raise InputError(
+            f"unroll momentum {momentum:g}, weight_decay {weight_decay:g}: they are SGD's, found with an `optimizer`; use "
+            "Adam(betas=…, weight_decay=…)"
+        )
+
+
+def check_velocity(velocity: Tensor | None, theta: Tensor, adam: Adam | None) -> None:
+    """Raise `InputError` unless `velocity` is None, or has the shape, dtype and device that follow from `theta` and `adam`.
+
+    With `adam` a velocity is given if and only if there were steps before.
+    """
+    if adam is not None and (velocity is not None) != (adam.steps > 0):
+        found = "none" if velocity is None else "one"
+        raise InputError(
+            f"unroll velocity: expected {'one' if adam.steps else 'none'} with Adam(steps={adam.steps}), found {found}; `steps` counts "
+            "the steps of the training before, whose moments `return_velocity` returned"
+        )
     if velocity is None:
         return
     if not isinstance(velocity, Tensor):
         raise InputError(f"unroll velocity: expected a tensor, found {type(velocity).__name__}")
-    for attribute in ("shape", "dtype", "device"):
+    shape = theta.shape if adam is None else (adam.moments, *theta.shape)
+    if velocity.shape != shape:
+        raise InputError(f"unroll velocity: expected shape {tuple(shape)}, found {tuple(velocity.shape)}")
+    for attribute in ("dtype", "device"):
         actual, expected = getattr(velocity, attribute), getattr(theta, attribute)
         if actual != expected:
             raise InputError(f"unroll velocity: expected {attribute} {expected} of theta, found {actual}")

@@ -19,11 +19,12 @@ from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
+from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Loss
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps
+from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps, optimizer_of
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -72,6 +73,7 @@ class GraphedMatchingLoss:
         memory_budget: int | str | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        optimizer: Adam | None = None,
         label_kind: LabelKind | None = None,
         loss: Loss | None = None,
         precision: Precision = "fp32",
@@ -81,8 +83,10 @@ class GraphedMatchingLoss:
         self._net, self._of_path = net, of_path
         self._options = StepOptions(
             augment=augment, microbatch=microbatch, memory_budget=memory_budget, momentum=momentum,
-            weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
+            weight_decay=weight_decay, optimizer=optimizer, label_kind=label_kind, loss=loss, precision=precision,
+            gradient=gradient,
         )  # fmt: skip
+        self._optimizer = optimizer_of(self._options)
         self._iterations: dict[Any, Iteration] = {}
         self._obstacle: str | None = None
 
@@ -105,6 +109,7 @@ class GraphedMatchingLoss:
         for an augmentation whose draws for a step are not a tensor with one row per image, such as `KorniaAugment`.
         """
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
+        arguments.check_velocity(None, start, self._options.optimizer)
         arguments.check_target(target, start)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)
@@ -130,7 +135,7 @@ class GraphedMatchingLoss:
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
             plan = checked_plan(
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
-                has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
+                moments=self._optimizer.moments, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
             _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
         is_full = len(self._recorded()) == _MOST_GRAPHS
@@ -140,8 +145,8 @@ class GraphedMatchingLoss:
             )
             log.warning("not recorded, so that it runs slower, with the same result: %s", self._obstacle)
         self._iterations[key] = planned_iteration(
-            plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), momentum=options.momentum,
-            weight_decay=options.weight_decay, gradient=options.gradient, graph=not is_full,
+            plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), optimizer=self._optimizer,
+            gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
         return self._iterations[key]
 

@@ -15,6 +15,7 @@ import mtt_fast.kernels as kernels
 from mtt_fast.engine.draws import Apply
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
+from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.runtime.cuda_graphs import graphed
@@ -32,8 +33,7 @@ def planned_iteration(
     lengths: tuple[int, ...],
     *,
     loss: PathLoss = path_loss,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    optimizer: Optimizer = PLAIN_SGD,
     gradient: Gradient = "exact",
     graph: bool = True,
 ) -> Iteration:
@@ -43,8 +43,8 @@ def planned_iteration(
     `graph=False` for iterations that are too rare to hold a graph's memory.
     """
     run = iteration(
-        plan.student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
-        saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,
+        plan.student, augment, lengths, loss=loss, optimizer=optimizer, gradient=gradient, saved_steps=plan.saved_steps,
+        path_on_host=plan.path_on_host,
     )  # fmt: skip
     return graphed(run, plan.work.device, kernels.compile_ahead) if graph and not plan.path_on_host else run
 
@@ -55,16 +55,14 @@ def iteration(
     lengths: tuple[int, ...],
     *,
     loss: PathLoss = path_loss,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    optimizer: Optimizer = PLAIN_SGD,
     gradient: Gradient = "exact",
     saved_steps: int = 0,
     path_on_host: bool = False,
 ) -> Iteration:
     """Return a function that computes `loss` () in float64, and its gradients with respect to images, lr and soft labels.
 
-    `lengths` are the batch sizes of the steps. `momentum`, `weight_decay` and `gradient` are those of `unroll`; `saved_steps`
-    and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
+    `lengths` are the batch sizes of the steps, and `gradient` is that of `unroll`; `saved_steps` and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
 
     The returned function is pure. Its arguments are tensors on one device: those of `matching_loss` and `unroll`, with all
     synthetic images (n, C, H, W), and those of `StepDraws`, where ΣB = Σ `lengths`. They are not checked. Gradients that are not
@@ -87,10 +85,8 @@ def iteration(
             path_on_host=path_on_host,
             augment=augment,
             draws=(None,) * len(lengths) if parameters is None else parameters.split(lengths),
-            momentum=momentum,
-            weight_decay=weight_decay,
+            optimizer=optimizer,
             gradient=gradient,
-            has_velocity=momentum != 0,
         )
         learned = [images, lr, *([labels] if labels.is_floating_point() else [])]
         with torch.enable_grad():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
+from mtt_fast.engine.optimizers import Adam, Sgd
 from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
@@ -25,7 +26,7 @@ from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 log = logging.getLogger(__name__)
 
 _VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1}, and room for temporaries of a loss
-_VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
+_VECTORS_OF_STATE = (0, 2, 9)  # by moments: the adjoint of the state, the direction, and temporaries of Adam
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
 _BASE = (4 << 20, 256 << 20)  # code loaded at its first use, stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
@@ -46,7 +47,8 @@ class Work:
     steps: int
     dtype: torch.dtype
     device: torch.device
-    momentum: bool = False
+    moments: int = 0
+    """vectors of the optimiser's state: 1 with momentum, 2 with Adam"""
     augment: bool = False
     augment_bytes: int = 0
     """memory of the augmentation for each image of a batch, beyond the augmented image"""
@@ -74,8 +76,8 @@ class Plan:
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
         image, network_input = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
-        rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
-        vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
+        rows = (work.steps + 1) * (1 + work.path_gradient + work.moments)
+        vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
@@ -157,6 +159,7 @@ def plan(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     momentum: float = 0.0,
+    optimizer: Adam | None = None,
     augment: Augment | bool = False,
     label_kind: LabelKind = "indices",
     loss: Loss | None = None,
@@ -176,6 +179,7 @@ def plan(
         device: of the run.
         dtype: of the parameters.
         momentum: as in `unroll`; only zero or not zero matters.
+        optimizer: as in `unroll`.
         augment: the augmentation, or True for any that keeps the images' shape.
         label_kind: as in `unroll`, as are `loss` and `precision`.
         path_gradient: whether the loss uses `path` itself (as `path.mean()`), so that its gradient is as large as the path.
@@ -201,7 +205,7 @@ def plan(
         steps=steps,
         dtype=dtype,
         device=device,
-        momentum=momentum != 0,
+        moments=(optimizer or Sgd(momentum)).moments,
         augment=augment is not False,
         augment_bytes=augment_bytes,
         path_gradient=path_gradient,

@@ -12,12 +12,12 @@ class Rows:
     """A matrix with one row per step, on the device. In host memory, two buffers on the device hold the rows in use."""
 
     def __init__(self, stored: Tensor, device: torch.device, *, on_host: bool) -> None:
-        self.stored = stored  # (rows, P)
+        self.stored = stored  # (rows, P), or (rows, vectors, P)
         self._buffers = _aligned_rows(2, stored[0], device) if on_host else None
 
     @staticmethod
     def empty(rows: int, like: Tensor, *, on_host: bool) -> Rows:
-        """Return uninitialised rows of the length, dtype and device of `like` (P,). For a GPU, host memory is pinned."""
+        """Return uninitialised rows of the shape, dtype and device of `like`, (P,) or (vectors, P). For a GPU, host memory is pinned."""
         device = torch.device("cpu") if on_host else like.device
         stored = _aligned_rows(rows, like, device, pin_memory=on_host and like.is_cuda)
         return Rows(stored, like.device, on_host=on_host)
@@ -39,11 +39,12 @@ class Rows:
 
 
 def _aligned_rows(rows: int, like: Tensor, device: torch.device, *, pin_memory: bool = False) -> Tensor:
-    """Return uninitialised vectors (rows, P) of the length and dtype of `like` (P,), each aligned like a tensor of its own.
+    """Return uninitialised tensors (rows, …, P) of the shape and dtype of `like` (…, P), each vector aligned like a tensor of its own.
 
     Libraries sum an unaligned vector in another order. Without the alignment a step from row n would differ in its last bits from
     the same step from a copy of the row.
     """
     unit = _ALIGNMENT // like.element_size()
-    width = -(-len(like) // unit) * unit
-    return torch.empty(rows, width, dtype=like.dtype, device=device, pin_memory=pin_memory)[:, : len(like)]
+    *vectors, length = like.shape
+    width = -(-length // unit) * unit
+    return torch.empty(rows, *vectors, width, dtype=like.dtype, device=device, pin_memory=pin_memory)[..., :length]

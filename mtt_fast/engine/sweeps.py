@@ -18,6 +18,7 @@ import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.engine.arguments import check_differentiated_once, check_one_gradient, check_repeated
 from mtt_fast.engine.batch import AugmentedBatch, Batch, Inputs
+from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Student
@@ -39,10 +40,8 @@ class StudentSteps:
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    optimizer: Optimizer = PLAIN_SGD
     gradient: Gradient = "exact"
-    has_velocity: bool = False  # always true with momentum
     compares: bool = False  # check that the backward sweep repeats the forward one, and so wait for the device
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
@@ -78,7 +77,7 @@ class StudentSteps:
 def path_of(
     steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the path (N + 1, P) and the last velocity (P,), or None without velocity. The arguments are not checked.
+    """Return the path (N + 1, P) and the optimiser's last state, `velocity`, or None without one. The arguments are not checked.
 
     Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be recorded in a CUDA
     graph (mtt_fast/runtime/cuda_graphs.py).
@@ -114,15 +113,13 @@ class _Unroll(torch.autograd.Function):
         labels: Tensor,
         lr: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """Return the path (N + 1, P), the last velocity (P,) or None, and the rows of the path as separate outputs."""
+        """Return the path (N + 1, P), the last state of the optimiser or None, and the rows of the path as separate outputs."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
         path = Rows.empty(count + 1, theta, on_host=steps.path_on_host)
         path.on_device(0).copy_(theta)
         path.save(0)
-        # the gradient with respect to the learning rates needs the velocities
-        velocities = Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
-        before = None if velocity is None else velocity.detach().contiguous()
+        states = _states(steps, theta, velocity)  # the backward sweep needs them
         saved, targets, fingerprints = {}, steps.targets(labels, theta.dtype), []
         for n in range(count):
             inputs = steps.batch(images, n, theta.dtype).inputs
@@ -132,28 +129,19 @@ class _Unroll(torch.autograd.Function):
                 fingerprints.append(_fingerprint(inputs, loss))
             if activations:
                 saved[n] = activations
-            after = None if velocities is None else velocities.on_device(n)
-            kernels.sgd_step(
-                path.on_device(n),
-                sums,
-                rates[n],
-                out=path.on_device(n + 1),
-                velocity=before,
-                velocity_out=after,
-                momentum=steps.momentum,
-                weight_decay=steps.weight_decay,
-            )
+            before, after = (None, None) if states is None else (states.on_device(n), states.on_device(n + 1))
+            steps.optimizer.step(n, path.on_device(n), sums, rates[n], before, out=path.on_device(n + 1), after=after)
             path.save(n + 1)
-            if velocities is not None:
-                velocities.save(n)
-            before = after
+            if states is not None:
+                states.save(n + 1)
         if steps.path_on_host and theta.is_cuda:  # the rows in host memory are read without a synchronisation
             torch.cuda.current_stream(theta.device).synchronize()
         ctx.steps, ctx.saved, ctx.fingerprints, ctx.device = steps, saved, fingerprints, theta.device
-        ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
+        ctx.save_for_backward(images, labels, lr, path.stored, None if states is None else states.stored)
         ctx.set_materialize_grads(False)
-        # a copy of the velocity, so that a caller who keeps it does not keep all velocities alive
-        return path.stored, None if after is None else after.clone(), *path.stored.unbind()
+        # a copy of the state, so that a caller who keeps it does not keep all states alive
+        last = None if states is None else states.on_device(count).clone()
+        return path.stored, last, *path.stored.unbind()
 
     @staticmethod
     @_backward_sweep
@@ -169,12 +157,12 @@ class _Unroll(torch.autograd.Function):
         *tensors, stored = ctx.saved_tensors
         images, labels, lr, rows = (tensor.detach() for tensor in tensors)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
-        velocities = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
+        states = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.on_device(0)
         rates, targets = _rates(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
-        # ν = scale · direction: the direction below is λ, and ν = −α λ; with momentum the direction is ν itself
-        scales = -rates if velocities is None else torch.ones_like(rates)
+        # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimiser with a state the direction is ν itself
+        scales = -rates if states is None else torch.ones_like(rates)
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if wants_labels else None
@@ -188,23 +176,26 @@ class _Unroll(torch.autograd.Function):
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
         adjoint = _copy_or_zeros(direct_gradient(last), start)  # λ_{n+1}, of the parameters
-        velocity_adjoint = None if velocities is None else _copy_or_zeros(grad_velocity, start)  # π_{n+1}, then ν
+        state_adjoint = None  # π_{n+1}, of the optimiser's state
+        if states is not None:
+            state_adjoint = _copy_or_zeros(grad_velocity, states.load(last))
         for n in reversed(range(last)):
-            # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is the direction: this also
+            # the loss depends on g_n through ν·g_n. Without a state ν = −α λ, and λ itself is the direction: this also
             # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
             direction = adjoint
-            if velocity_adjoint is not None:
-                direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
+            if states is not None and state_adjoint is not None:
+                before, after = states.load(n), states.on_device(n + 1)  # which the step before in this loop loaded
+                direction, negated_rate = steps.optimizer.adjoint(n, adjoint, state_adjoint, rates[n], before, after)
+                grad_negated_rates.append(negated_rate)
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
             if steps.compares:
                 repeated.append(_fingerprint(batch.inputs, tangent.loss))
 
-            if velocities is not None:
-                grad_negated_rates.append(torch.dot(adjoint, velocities.load(n)))
-            elif steps.weight_decay:
-                grad_negated_rates.append(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, theta))
-            else:
+            weight_decay = steps.optimizer.weight_decay
+            if states is None and weight_decay:
+                grad_negated_rates.append(tangent.v_dot_g + weight_decay * torch.dot(direction, theta))
+            elif states is None:
                 grad_negated_rates.append(tangent.v_dot_g)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
@@ -217,11 +208,9 @@ class _Unroll(torch.autograd.Function):
                 scales[n],
                 out=adjoint,
                 incoming=direct_gradient(n),
-                weight_decay=steps.weight_decay,
+                weight_decay=weight_decay,
                 batch=to_add,
             )
-            if velocity_adjoint is not None:
-                velocity_adjoint.mul_(steps.momentum)  # π_n
             del batch, tangent, to_add
 
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
@@ -229,12 +218,27 @@ class _Unroll(torch.autograd.Function):
         if grad_negated_rates:
             grad_rates[:last] = -torch.stack(grad_negated_rates[::-1])
         grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
-        return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+        return None, adjoint, state_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 
 
-def _copy_or_zeros(vector: Tensor | None, like: Tensor) -> Tensor:
-    """Return a copy of a `vector` (P,), or zeros for None, in the dtype and on the device of `like` (P,)."""
-    return torch.zeros_like(like) if vector is None else torch.empty_like(like).copy_(vector)
+def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:
+    """Return rows for the optimiser's state before the steps and after each, with the `first` one, or zeros for None, set.
+
+    Return None for an optimiser without a state.
+    """
+    moments = steps.optimizer.moments
+    if not moments:
+        return None
+    like = theta if moments == 1 else theta.expand(moments, -1)
+    states = Rows.empty(len(steps.batches) + 1, like, on_host=steps.path_on_host)
+    states.on_device(0).copy_(first) if first is not None else states.on_device(0).zero_()
+    states.save(0)
+    return states
+
+
+def _copy_or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Return a copy of a `tensor`, or zeros for None, in the shape and dtype and on the device of `like`."""
+    return like.new_zeros(like.shape) if tensor is None else like.new_empty(like.shape).copy_(tensor)
 
 
 def _add_image_gradient(

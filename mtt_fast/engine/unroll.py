@@ -13,6 +13,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
+from mtt_fast.engine.optimizers import Adam, Optimizer, Sgd
 from mtt_fast.engine.student import CANNOT_CUT, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
@@ -27,7 +28,7 @@ def unroll(
     net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
     augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
     momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
-    return_velocity: Literal[False] = False, plan: Plan | None = None, label_kind: LabelKind | None = None,
+    return_velocity: Literal[False] = False, optimizer: Adam | None = None, plan: Plan | None = None, label_kind: LabelKind | None = None,
     loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
     precision: Precision = "fp32", gradient: Gradient = "exact",
 ) -> Tensor: ...  # fmt: skip
@@ -38,7 +39,7 @@ def unroll(
     net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
     augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
     momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
-    return_velocity: Literal[True], plan: Plan | None = None, label_kind: LabelKind | None = None,
+    return_velocity: Literal[True], optimizer: Adam | None = None, plan: Plan | None = None, label_kind: LabelKind | None = None,
     loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
     precision: Precision = "fp32", gradient: Gradient = "exact",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -59,6 +60,7 @@ def unroll(
     *,
     velocity: Tensor | None = None,
     return_velocity: bool = False,
+    optimizer: Adam | None = None,
     plan: Plan | None = None,
     label_kind: LabelKind | None = None,
     loss: Loss | None = None,
@@ -67,9 +69,9 @@ def unroll(
     precision: Precision = "fp32",
     gradient: Gradient = "exact",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
+    """Train a student for N steps of SGD, or of Adam, on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity`, also return the velocity (P,) after the last step. Another `unroll` that starts from `path[-1]` and this
+    With `return_velocity`, also return the velocity (P,) after the last step (of Adam its two moments, (2, P)). Another `unroll` that starts from `path[-1]` and this
     velocity continues the same training.
 
     Any function of the path and of that velocity can be differentiated with respect to `theta`, `velocity`, `images`, floating
@@ -101,10 +103,13 @@ def unroll(
         memory_budget: limit on the peak of the unroll's own memory: bytes, "6GiB", or "auto" for most of the free memory. Batches
             are cut to fit, and activations are saved where there is room. By default batches are whole, and nothing is saved that
             can be computed again.
-        momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors (P,).
+        momentum: SGD momentum (as torch.optim.SGD); keeps N + 1 more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
-        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimiser.
-        return_velocity: return the momentum buffer (P,) after the last step as well, on the device of `theta`.
+        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimiser. With
+            `Adam` its moments (2, P).
+        return_velocity: return the momentum buffer (P,), or Adam's moments (2, P), after the last step as well, on the device of
+            `theta`.
+        optimizer: `mtt_fast.Adam(…)`, in place of SGD with `momentum` and `weight_decay`; keeps 2 (N + 1) more vectors (P,).
         plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: a function of logits (b, classes) and labels, in place of cross-entropy. It is a mean over the samples, so that
@@ -129,13 +134,14 @@ def unroll(
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
-        weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
+        weight_decay=weight_decay, optimizer=optimizer, label_kind=label_kind, loss=loss, precision=precision,
+        gradient=gradient,
     )  # fmt: skip
     steps = checked_steps(net, options, theta, images, labels, lr, batches)
-    arguments.check_velocity(velocity, theta)
-    has_velocity = momentum != 0 or velocity is not None or return_velocity
+    student_optimizer = optimizer_of(options, has_velocity=velocity is not None or return_velocity)
+    arguments.check_velocity(velocity, theta, optimizer)
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
-    plan = checked_plan(net, options, steps, draws[0], has_velocity=has_velocity)
+    plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
     student_steps = StudentSteps(
         student=plan.student,
         batches=steps.batches,
@@ -143,10 +149,8 @@ def unroll(
         path_on_host=plan.path_on_host,
         augment=augment,
         draws=tuple(draws),
-        momentum=momentum,
-        weight_decay=weight_decay,
+        optimizer=student_optimizer,
         gradient=gradient,
-        has_velocity=has_velocity,
         compares=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
     )
     path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
@@ -163,6 +167,7 @@ class StepOptions:
     plan: Plan | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimizer: Adam | None = None
     label_kind: LabelKind | None = None
     loss: Loss | None = None
     precision: Precision = "fp32"
@@ -178,6 +183,11 @@ class CheckedSteps(NamedTuple):
     labels: Tensor  # (n,) or (n, classes)
     lr: Tensor  # () or (N,)
     batches: tuple[Tensor, ...]  # N times (b,) int64
+
+
+def optimizer_of(options: StepOptions, *, has_velocity: bool = False) -> Optimizer:
+    """Return the optimiser of `options`; SGD without momentum has a state only if `has_velocity`. The options are checked before."""
+    return options.optimizer or Sgd(options.momentum, options.weight_decay, has_velocity)
 
 
 def checked_steps(
@@ -198,6 +208,7 @@ def checked_steps(
     indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
     for name in ("momentum", "weight_decay"):
         arguments.check_number(name, getattr(options, name))
+    arguments.check_optimizer(options.optimizer, options.momentum, options.weight_decay)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     arguments.check_tensors(theta, images, labels, rates, len(indices), net)
@@ -214,12 +225,12 @@ def checked_plan(
     steps: CheckedSteps,
     draws: Any,
     *,
-    has_velocity: bool,
+    moments: int,
     path_gradient: bool = False,
 ) -> Plan:
     """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    `draws` are those of the first step. `path_gradient` says whether the gradient of the loss with respect to the path is as
+    `draws` are those of the first step, and `moments` is that of the optimiser. `path_gradient` says whether the gradient of the loss with respect to the path is as
     large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, _, batches = steps
@@ -235,7 +246,7 @@ def checked_plan(
         steps=len(batches),
         dtype=theta.dtype,
         device=theta.device,
-        momentum=has_velocity,
+        moments=moments,
         augment=augment is not None,
         augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         path_gradient=path_gradient,

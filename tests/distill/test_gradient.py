@@ -238,8 +238,8 @@ def test_the_plan_knows_the_options_that_take_memory() -> None:
         return plan_steps(given, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "fp32").work
 
     plain = work()
-    assert plain == dataclasses.replace(plain, batch=10, steps=3, momentum=False, augment=True, path_gradient=False)
-    assert work(student_mom=0.9) == dataclasses.replace(plain, momentum=True)
+    assert plain == dataclasses.replace(plain, batch=10, steps=3, moments=0, augment=True, path_gradient=False)
+    assert work(student_mom=0.9) == dataclasses.replace(plain, moments=1)
     assert work(match_step="nearest") == dataclasses.replace(plain, path_gradient=True)
     assert work(no_aug=True) == dataclasses.replace(plain, augment=False)
     assert work(batch_syn=7) == dataclasses.replace(plain, batch=7)

@@ -472,4 +472,4 @@ def test_each_dtype_has_a_plan_of_its_own_that_counts_the_velocities(plans: list
     graphed, dtypes = GraphedMatchingLoss(NET, momentum=0.9, label_kind="logits"), (torch.float32, torch.float64)
     for dtype in dtypes:
         graphed(**tensors(dtype=dtype), batches=BATCHES)
-    assert [(plan.work.dtype, plan.work.momentum) for plan in plans] == [(dtype, True) for dtype in dtypes]
+    assert [(plan.work.dtype, plan.work.moments) for plan in plans] == [(dtype, 1) for dtype in dtypes]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast
-from mtt_fast import ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
+from mtt_fast import Adam, ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
@@ -189,7 +189,8 @@ def test_a_plan_counts_what_each_option_keeps() -> None:
         plain, with_it = planned(None, net).parts, planned(None, net, **options).parts
         return {name: size - plain[name] for name, size in with_it.items() if size != plain[name] and name != "rest"}
 
-    assert more(momentum=0.9) == {"path": 5 * vector, "vectors": 2 * vector}  # velocities; their adjoint, the direction
+    assert more(momentum=0.9) == {"path": 6 * vector, "vectors": 2 * vector}  # velocities; their adjoint, the direction
+    assert more(optimizer=Adam()) == {"path": 12 * vector, "vectors": 9 * vector}
     assert more(path_gradient=True) == {"path": 6 * vector}
     assert more(augment=True) == more(augment=SiameseAugment()) == {"images": batch}
     assert more(steps=7) == {"path": 2 * vector}

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, plan, unroll
-from mtt_fast.engine.generic_student import cross_entropy
-from mtt_fast.testing import assert_close, module_function, reference_convnet
-
-SHAPE = (3, 4, 8, 5, 2)
-NET, MODULE = ConvNet(*SHAPE), reference_convnet(*SHAPE)
-ORACLE = module_function(MODULE)
-STEPS = 5
-
-
-class Case(NamedTuple):
-    """The arguments of both sides, in float64."""
-
-    start: Tensor
-    velocity: Tensor
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
-
-    def leaves(self) -> Case:
-        return Case(*(value.clone().requires_grad_(value.is_floating_point()) for value in self))
-
-
-def make(soft: bool = False, per_step: bool = True, dtype: torch.dtype = torch.float64) -> Case:
-    generator = torch.Generator().manual_seed(3)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    start, logits = NET.init(generator).to(dtype), randn(7, 4)
-    labels = logits.softmax(1) if soft else logits.argmax(1)
-    rates = 0.1 + 0.1 * torch.rand(STEPS, generator=generator).to(dtype)
-    return Case(start, 0.3 * randn(len(start)), randn(7, 3, 8, 8), labels, rates if per_step else rates[0])
-
-
-BATCHES = [torch.tensor(rows) for rows in ([0, 1, 2, 3], [4, 5], [6, 0, 0, 1, 2], [3, 4, 5], [6, 1])]
+from mtt_fast import InputError, SiameseAugment, unroll
+from mtt_fast.testing import assert_close, reference_convnet
+from tests.engine.optimizer_cases import (
+    BATCHES,
+    ENGINES,
+    NET,
+    ORACLE,
+    SHAPE,
+    STEPS,
+    Case,
+    assert_same_gradients,
+    engines,
+    make,
+)
 
 
 def written_out(
@@ -66,56 +42,11 @@ def written_out(
     return torch.stack(path), velocity
 
 
-def engines(name: str) -> tuple[Any, dict[str, Any]]:
-    """Return a network and options of `unroll` that take another way through it."""
-    module = FlatModule(MODULE)
-    shape: dict[str, Any] = {
-        "images": (7, 3, 8, 8),
-        "steps": STEPS,
-        "batch": 5,
-        "dtype": torch.float64,
-        "momentum": 0.9,
-    }
-    whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
-    ways: dict[str, tuple[Any, dict[str, Any]]] = {
-        "fused": (NET, {}),
-        "generic": (NET, {"loss": cross_entropy}),
-        "a module": (module, {}),
-        "micro-batches": (NET, {"microbatch": 2}),
-        "a module in micro-batches": (module, {"microbatch": 3}),
-        "a budget": (NET, {"memory_budget": "1GiB"}),
-        "saved activations": (NET, {"plan": replace(whole, saved_steps=2)}),
-        "saved graphs": (module, {"plan": replace(of_module, saved_steps=3)}),
-        "the path on the host": (NET, {"plan": replace(whole, path_on_host=True)}),
-        "saved graphs, the path on the host": (module, {"plan": replace(of_module, saved_steps=3, path_on_host=True)}),
-    }
-    return ways[name]
-
-
-ENGINES = (
-    "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "saved activations",
-    "saved graphs", "the path on the host", "saved graphs, the path on the host",
-)  # fmt: skip
-
-
-def assert_same_gradients(
-    case: Case, mine: Callable[[Case], Tensor], theirs: Callable[[Case], Tensor], tolerance: float = 1e-9
-) -> None:
-    ours, expected = case.leaves(), case.leaves()
-    names = [name for name in Case._fields if getattr(case, name).is_floating_point()]
-    found, wanted = (
-        torch.autograd.grad(value, [getattr(leaves, name) for name in names])
-        for value, leaves in ((mine(ours), ours), (theirs(expected), expected))
-    )
-    for name, one, other in zip(names, found, wanted, strict=True):
-        assert_close(name, one, other, tolerance)
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
     """Compare the gradients of a loss of all rows and of the velocity to everything that it starts from."""
-    net, options = engines(engine)
+    net, options = engines(engine, momentum=0.9)
     case = make(soft=engine != "micro-batches", per_step=weight_decay > 0)
     to_path, to_velocity = torch.randn(STEPS + 1, len(case.start)).double(), torch.randn(len(case.start)).double()
 
@@ -215,7 +146,7 @@ def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
 @pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
-    net, options = engines(engine)
+    net, options = engines(engine, momentum=0.9)
     start, velocity, images, labels, lr = make(dtype=dtype)
     common: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "return_velocity": True, **options}
     path, after = unroll(net, start, images, labels, lr, BATCHES, velocity=velocity, **common)
@@ -285,7 +216,7 @@ def test_what_is_returned_is_the_callers_own() -> None:
     [
         (
             torch.zeros(3, dtype=torch.float64),
-            r"unroll velocity: expected shape .* of theta, found torch.Size\(\[3\]\)",
+            r"unroll velocity: expected shape \(\d+,\), found \(3,\)",
         ),
         (
             torch.zeros(NET.num_parameters),

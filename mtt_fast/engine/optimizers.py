@@ -1,0 +1,206 @@
+"""The optimisers of a student: a step, and the adjoint of a step.
+
+A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimiser's state, and gives θ − α u and a new state. The adjoint of a
+step takes the gradients of the loss with respect to its results, and gives those with respect to g, α and the state before it. What
+follows from g, the gradients with respect to θ and the images, is the student's (docs/adjoint.md, Momentum and Adam).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import mtt_fast.kernels as kernels
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import PartialSums
+
+
+class GradientAdjoint(NamedTuple):
+    """Gradients of the loss through a step of an optimiser with state."""
+
+    nu: Tensor  # (P,): with respect to the step's gradient g
+    negated_rate: Tensor  # (): with respect to −α, which is λ·u
+
+
+class Optimizer(Protocol):
+    """Take a step, and go back through it. Vectors are (P,) on one device; `rate` is the learning rate α ()."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Return ω: the step's gradient is g + ω θ."""
+        ...
+
+    @property
+    def moments(self) -> int:
+        """Return the number of vectors in the state, 0 for none. States are (P,) if it is one, and else (moments, P)."""
+        ...
+
+    def step(
+        self,
+        n: int,
+        theta: Tensor,
+        sums: PartialSums,
+        rate: Tensor,
+        before: Tensor | None,
+        out: Tensor,
+        after: Tensor | None,
+    ) -> None:
+        """Write the parameters after step `n`, counted from 0, to `out`, and the state to `after`.
+
+        `before` and `after` are None for an optimiser without a state.
+        """
+        ...
+
+    def adjoint(
+        self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
+    ) -> GradientAdjoint:
+        """Return the gradients through step `n` of an optimiser with state, from those with respect to its results.
+
+        `adjoint` is λ, that with respect to the parameters. `state_adjoint` is that with respect to the state `after`; it becomes that
+        with respect to the state `before`, in place.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """torch.optim.SGD: u = m' = μ m + g + ω θ. Without momentum there is no state, unless `has_velocity` asks for it."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    has_velocity: bool = False
+
+    @property
+    def moments(self) -> int:
+        """See `Optimizer.moments`."""
+        return int(self.has_velocity or self.momentum != 0)
+
+    def step(
+        self,
+        n: int,
+        theta: Tensor,
+        sums: PartialSums,
+        rate: Tensor,
+        before: Tensor | None,
+        out: Tensor,
+        after: Tensor | None,
+    ) -> None:
+        """See `Optimizer.step`."""
+        kernels.sgd_step(
+            theta, sums, rate, out=out, velocity=before, velocity_out=after, momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )  # fmt: skip
+
+    def adjoint(
+        self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
+    ) -> GradientAdjoint:
+        """See `Optimizer.adjoint`."""
+        nu = torch.addcmul(state_adjoint, adjoint, rate, value=-1)
+        torch.mul(nu, self.momentum, out=state_adjoint)
+        return GradientAdjoint(nu, torch.dot(adjoint, after))
+
+
+PLAIN_SGD = Sgd()
+
+
+@dataclass(frozen=True)
+class Adam:
+    """torch.optim.Adam (Kingma & Ba, ICLR 2015), as `optimizer` of `unroll`, `plan` and `GraphedMatchingLoss`.
+
+    With g' = g + ω θ the state (2, P) after t steps of the training is
+
+        m' = β₁ m + (1 − β₁) g'          s' = β₂ s + (1 − β₂) g'²
+
+    and u = m̂ / (√ŝ + ε), where m̂ = m' / (1 − β₁ᵗ) and ŝ = s' / (1 − β₂ᵗ). The derivative of √ŝ is taken as zero at ŝ = 0, where a
+    parameter never had a gradient; autograd gives NaN there.
+
+    Args:
+        betas: decay rates β₁ and β₂ of the averages of the gradient and of its square, each in [0, 1).
+        eps: ε, above 0.
+        weight_decay: ω.
+        steps: number of steps that the training had before these ones. The state after them is `velocity` of `unroll`.
+
+    Raises:
+        InputError: a value is not in its range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"Adam betas: expected two numbers in [0, 1), found {self.betas}")
+        if not 0 < self.eps < math.inf:
+            raise InputError(f"Adam eps: expected a finite number above 0, found {self.eps}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"Adam weight_decay: expected a finite number of at least 0, found {self.weight_decay}")
+        if not isinstance(self.steps, Integral) or int(self.steps) < 0:
+            raise InputError(f"Adam steps: expected a whole number of at least 0, found {self.steps!r}")
+
+    @property
+    def moments(self) -> int:
+        """See `Optimizer.moments`: the averages of the gradient and of its square."""
+        return 2
+
+    def step(
+        self,
+        n: int,
+        theta: Tensor,
+        sums: PartialSums,
+        rate: Tensor,
+        before: Tensor | None,
+        out: Tensor,
+        after: Tensor | None,
+    ) -> None:
+        """See `Optimizer.step`."""
+        assert before is not None
+        assert after is not None
+        gradient = kernels.add_up(sums)
+        if self.weight_decay:
+            gradient = gradient.add(theta, alpha=self.weight_decay)
+        for old, new, beta, out_moment in zip(before, (gradient, gradient.square()), self.betas, after, strict=True):
+            torch.lerp(old, new, 1 - beta, out=out_moment)
+        torch.addcmul(theta, self._scaled(n, after).update, rate, value=-1, out=out)
+
+    def adjoint(
+        self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
+    ) -> GradientAdjoint:
+        """See `Optimizer.adjoint`. The gradient g' is computed from the means m and m'."""
+        (beta1, beta2), (correction1, correction2) = self.betas, self._corrections(n)
+        update, root, denominator = self._scaled(n, after)
+        to_mean, to_square = state_adjoint
+        # the gradient of the loss with respect to m̂ is −pull, and with respect to ŝ pull · u / 2√ŝ
+        pull = adjoint * rate / denominator
+        to_mean.sub_(pull, alpha=1 / correction1)
+        to_square.add_((pull * update / root).masked_fill_(root == 0, 0), alpha=1 / (2 * correction2))
+        gradient = torch.sub(after[0], before[0], alpha=beta1) / (1 - beta1)
+        nu = (to_mean * (1 - beta1)).addcmul_(gradient, to_square, value=2 * (1 - beta2))
+        to_mean.mul_(beta1)
+        to_square.mul_(beta2)
+        return GradientAdjoint(nu, torch.dot(adjoint, update))
+
+    def _scaled(self, n: int, state: Tensor) -> _Scaled:
+        mean_correction, square_correction = self._corrections(n)
+        root = (state[1] / square_correction).sqrt_()
+        denominator = root + self.eps
+        return _Scaled(state[0] / mean_correction / denominator, root, denominator)
+
+    def _corrections(self, n: int) -> tuple[float, float]:
+        """Return 1 − βᵗ for both moments, after step `n`."""
+        first, second = (1 - beta ** (self.steps + n + 1) for beta in self.betas)
+        return first, second
+
+
+class _Scaled(NamedTuple):
+    """A step of Adam from its state."""
+
+    update: Tensor  # u (P,)
+    root: Tensor  # √ŝ (P,)
+    denominator: Tensor  # √ŝ + ε (P,)

@@ -1,0 +1,92 @@
+"""Cases of student steps with an optimiser that has a state, the ways through `unroll`, and the comparison of all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtt_fast import ConvNet, FlatModule, plan
+from mtt_fast.engine.generic_student import cross_entropy
+from mtt_fast.testing import assert_close, module_function, reference_convnet
+
+SHAPE = (3, 4, 8, 5, 2)
+NET, MODULE = ConvNet(*SHAPE), reference_convnet(*SHAPE)
+ORACLE = module_function(MODULE)
+STEPS = 5
+
+
+class Case(NamedTuple):
+    """The arguments of both sides, in float64."""
+
+    start: Tensor
+    velocity: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+
+    def leaves(self) -> Case:
+        return Case(*(value.clone().requires_grad_(value.is_floating_point()) for value in self))
+
+
+def make(soft: bool = False, per_step: bool = True, dtype: torch.dtype = torch.float64) -> Case:
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    start, logits = NET.init(generator).to(dtype), randn(7, 4)
+    labels = logits.softmax(1) if soft else logits.argmax(1)
+    rates = 0.1 + 0.1 * torch.rand(STEPS, generator=generator).to(dtype)
+    return Case(start, 0.3 * randn(len(start)), randn(7, 3, 8, 8), labels, rates if per_step else rates[0])
+
+
+BATCHES = [torch.tensor(rows) for rows in ([0, 1, 2, 3], [4, 5], [6, 0, 0, 1, 2], [3, 4, 5], [6, 1])]
+
+
+def engines(name: str, **optimizer: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a network and options of `unroll` that take another way through it; its plans are for this `optimizer`."""
+    module = FlatModule(MODULE)
+    shape: dict[str, Any] = {
+        "images": (7, 3, 8, 8),
+        "steps": STEPS,
+        "batch": 5,
+        "dtype": torch.float64,
+        **optimizer,
+    }
+    whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fused": (NET, {}),
+        "generic": (NET, {"loss": cross_entropy}),
+        "a module": (module, {}),
+        "micro-batches": (NET, {"microbatch": 2}),
+        "a module in micro-batches": (module, {"microbatch": 3}),
+        "a budget": (NET, {"memory_budget": "1GiB"}),
+        "saved activations": (NET, {"plan": replace(whole, saved_steps=2)}),
+        "saved graphs": (module, {"plan": replace(of_module, saved_steps=3)}),
+        "the path on the host": (NET, {"plan": replace(whole, path_on_host=True)}),
+        "saved graphs, the path on the host": (module, {"plan": replace(of_module, saved_steps=3, path_on_host=True)}),
+    }
+    return ways[name]
+
+
+ENGINES = (
+    "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "saved activations",
+    "saved graphs", "the path on the host", "saved graphs, the path on the host",
+)  # fmt: skip
+
+
+def assert_same_gradients(
+    case: Case, mine: Callable[[Case], Tensor], theirs: Callable[[Case], Tensor], tolerance: float = 1e-9
+) -> None:
+    ours, expected = case.leaves(), case.leaves()
+    names = [name for name in Case._fields if getattr(case, name).is_floating_point()]
+    found, wanted = (
+        torch.autograd.grad(value, [getattr(leaves, name) for name in names])
+        for value, leaves in ((mine(ours), ours), (theirs(expected), expected))
+    )
+    for name, one, other in zip(names, found, wanted, strict=True):
+        assert_close(name, one, other, tolerance)

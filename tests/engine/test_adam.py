@@ -1,0 +1,316 @@
+"""Test students that take steps of Adam: against autograd written out, and against torch.optim.Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import Adam, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast.testing import assert_close, reference_convnet
+from tests.engine.optimizer_cases import (
+    BATCHES,
+    ENGINES,
+    NET,
+    ORACLE,
+    SHAPE,
+    STEPS,
+    Case,
+    assert_same_gradients,
+    engines,
+    make,
+)
+
+BETAS, EPS, BEFORE = (0.8, 0.95), 1e-3, 3
+"""A large ε makes the derivatives through √ŝ well conditioned; numbers of torch's defaults are compared below."""
+
+
+def case_of(dtype: torch.dtype = torch.float64, **options: Any) -> Case:
+    """Return a case whose state are two moments (2, P), as a training leaves them."""
+    case = make(dtype=dtype, **options)
+    squares = (case.velocity + 0.1).square()
+    return case._replace(velocity=torch.stack([0.1 * case.velocity, squares]), lr=case.lr / 10)
+
+
+def written_out(
+    case: Case, adam: Adam, *, truncated: bool = False, augment: Any = None, draws: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them."""
+    theta, (mean, square), images, labels, lr = case
+    (beta1, beta2), path = adam.betas, [theta]
+    for n, index in enumerate(BATCHES):
+        at = theta.detach().requires_grad_() if truncated else theta
+        seen = images[index] if augment is None else augment(images[index], draws[n])
+        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
+        gradient = gradient + adam.weight_decay * theta
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        t = adam.steps + n + 1
+        mean_hat, square_hat = mean / (1 - beta1**t), square / (1 - beta2**t)
+        theta = theta - (lr[n] if lr.dim() else lr) * mean_hat / (square_hat.sqrt() + adam.eps)
+        path.append(theta)
+    return torch.stack(path), torch.stack([mean, square])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
+    """Compare the gradients of a loss of all rows and of the moments to everything that it starts from."""
+    adam = Adam(BETAS, EPS, weight_decay, BEFORE)
+    net, options = engines(engine, optimizer=adam)
+    case = case_of(soft=engine != "micro-batches", per_step=weight_decay > 0)
+    generator = torch.Generator().manual_seed(1)
+    to_path, to_moments = (
+        torch.randn(count, len(case.start), generator=generator, dtype=torch.float64) for count in (STEPS + 1, 2)
+    )
+
+    def loss(path: Tensor, moments: Tensor) -> Tensor:
+        return (to_path * path).sum() + (to_moments * moments).sum()
+
+    def mine(leaves: Case) -> Tensor:
+        theta, moments, images, labels, lr = leaves
+        return loss(
+            *unroll(
+                net,
+                theta,
+                images,
+                labels,
+                lr,
+                BATCHES,
+                optimizer=adam,
+                velocity=moments,
+                return_velocity=True,
+                **options,
+            )
+        )
+
+    assert_same_gradients(case, mine, lambda leaves: loss(*written_out(leaves, adam)))
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("looks_at", ["moments", "a row"])
+def test_a_loss_of_the_moments_or_of_a_row_alone(gradient: Any, looks_at: str) -> None:
+    adam = Adam(BETAS, EPS, 0.1, BEFORE)
+
+    def loss(path: Tensor, moments: Tensor) -> Tensor:
+        return moments.pow(3).sum() if looks_at == "moments" else path[3].pow(3).sum()
+
+    def mine(leaves: Case) -> Tensor:
+        theta, moments, images, labels, lr = leaves
+        options: dict[str, Any] = {"optimizer": adam, "gradient": gradient}
+        return loss(*unroll(NET, theta, images, labels, lr, BATCHES, velocity=moments, return_velocity=True, **options))
+
+    truncated = gradient == "truncated"
+    assert_same_gradients(case_of(), mine, lambda leaves: loss(*written_out(leaves, adam, truncated=truncated)))
+
+
+def test_augmented() -> None:
+    augment, case, adam = SiameseAugment(), case_of(per_step=False), Adam(BETAS, EPS, steps=BEFORE)
+    generator = torch.Generator().manual_seed(5)
+    draws = [augment.draw(case.images[index], generator) for index in BATCHES]
+
+    def mine(leaves: Case) -> Tensor:
+        theta, moments, images, labels, lr = leaves
+        path = unroll(NET, theta, images, labels, lr, BATCHES, augment, optimizer=adam, velocity=moments, draws=draws)
+        return path[-1].square().sum()
+
+    def theirs(leaves: Case) -> Tensor:
+        return written_out(leaves, adam, augment=augment, draws=draws)[0][-1].square().sum()
+
+    assert_same_gradients(case, mine, theirs)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
+    """Start from a new optimiser, and from one that has made steps, with torch's own defaults."""
+    start, _, images, labels, lr = make(per_step=False)
+    module = reference_convnet(*SHAPE).double()
+    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
+    parameters = list(module.parameters())
+    optimiser = torch.optim.Adam(parameters, float(lr) / 10, weight_decay=weight_decay)
+    theta, moments = start, None
+    for window in range(2):
+        adam = Adam(weight_decay=weight_decay, steps=window * STEPS)
+        path, moments = unroll(
+            NET, theta, images, labels, lr / 10, BATCHES, optimizer=adam, velocity=moments, return_velocity=True
+        )
+        theta = path[-1]
+        for index in BATCHES:
+            optimiser.zero_grad()
+            F.cross_entropy(module(images[index]), labels[index]).backward()
+            optimiser.step()
+        assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-9)
+        for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            buffers = [optimiser.state[parameter][name].flatten() for parameter in parameters]
+            assert_close(name, moment, torch.cat(buffers), 1e-9)
+
+
+def test_the_gradient_with_torchs_defaults() -> None:
+    """Compare a new training with ε = 1e-8. No gradient is zero in this case, where autograd would give NaN."""
+    case, adam = make(soft=True, per_step=False), Adam()
+    case = case._replace(velocity=torch.zeros(2, len(case.start), dtype=torch.float64), lr=case.lr / 100)
+    names = ("start", "images", "labels", "lr")
+
+    def gradients(last: Tensor, leaves: Case) -> tuple[Tensor, ...]:
+        loss = matching_loss(last, start=case.start, target=case.start + 0.01)
+        return torch.autograd.grad(loss, [getattr(leaves, name) for name in names])
+
+    ours, theirs = case.leaves(), case.leaves()
+    theta, _, images, labels, lr = ours
+    found = gradients(unroll(NET, theta, images, labels, lr, BATCHES, optimizer=adam)[-1], ours)
+    # a mean and a square that are zero without a gradient, so that √0 is not differentiated
+    expected = gradients(written_out(theirs._replace(velocity=case.velocity), adam)[0][-1], theirs)
+    for name, one, other in zip(names, found, expected, strict=True):
+        assert_close(name, one, other, 1e-6)
+
+
+def test_a_parameter_that_never_had_a_gradient() -> None:
+    """Check that the gradients are finite, and equal to those of autograd with such parameters left out."""
+    case, adam = make(per_step=False), Adam(eps=EPS)
+
+    class Unused(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.unused = torch.nn.Linear(192, 4).weight, torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1) @ self.weight.T + 0 * self.unused.sum()
+
+    from mtt_fast import FlatModule
+
+    net = FlatModule(Unused().double())
+    start = net.init().double()
+    images, lr = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
+    path = unroll(net, start.requires_grad_(), images, case.labels, lr, BATCHES, optimizer=adam)
+    path[-1].square().sum().backward()
+    assert torch.equal(path[-1][-3:], start[-3:])
+
+    weight = start.detach()[:-3].view(4, 192).clone().requires_grad_()
+    pixels, rate = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
+    theta, mean, square = weight, torch.zeros_like(weight), torch.zeros_like(weight)
+    for n, index in enumerate(BATCHES):
+        loss = F.cross_entropy(pixels[index].flatten(1) @ theta.T, case.labels[index])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        theta = theta - rate * (mean / (1 - 0.9 ** (n + 1))) / ((square / (1 - 0.999 ** (n + 1))).sqrt() + EPS)
+    theta.square().sum().backward()
+    assert start.grad is not None
+    assert weight.grad is not None
+    assert_close("start", start.grad[:-3], weight.grad.flatten(), 1e-9)
+    assert_close("images", images.grad, pixels.grad, 1e-9)
+    assert_close("lr", lr.grad, rate.grad, 1e-9)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
+    net, options = engines(engine, optimizer=Adam())
+    start, _, images, labels, lr = case_of(dtype)
+    common: dict[str, Any] = {"return_velocity": True, **options}
+    path, after = unroll(net, start, images, labels, lr, BATCHES, optimizer=Adam(), **common)
+    for cut in range(1, STEPS):
+        with torch.no_grad():
+            first, between = unroll(net, start, images, labels, lr[:cut], BATCHES[:cut], optimizer=Adam(), **common)
+        second, end = unroll(
+            net,
+            first[-1],
+            images,
+            labels,
+            lr[cut:],
+            BATCHES[cut:],
+            optimizer=Adam(steps=cut),
+            velocity=between,
+            **common,
+        )
+        assert torch.equal(torch.cat([first, second[1:]]), path)
+        assert torch.equal(end, after)
+
+
+def test_gradients_flow_from_window_to_window() -> None:
+    adam = Adam(BETAS, EPS, steps=BEFORE)
+
+    def joined(leaves: Case) -> Tensor:
+        theta, moments, images, labels, lr = leaves
+        first, between = unroll(
+            NET, theta, images, labels, lr[:2], BATCHES[:2], optimizer=adam, velocity=moments, return_velocity=True
+        )
+        later = Adam(BETAS, EPS, steps=BEFORE + 2)
+        return unroll(NET, first[-1], images, labels, lr[2:], BATCHES[2:], optimizer=later, velocity=between)[-1].sum()
+
+    assert_same_gradients(case_of(), joined, lambda leaves: written_out(leaves, adam)[0][-1].sum())
+
+
+@pytest.mark.parametrize("engine", ["fused", "a module", "a budget", "micro-batches"])
+def test_the_graphed_loss_takes_adam(engine: str) -> None:
+    adam = Adam(BETAS, EPS, 0.01)
+    net, options = engines(engine, optimizer=adam)
+    case, results = case_of(soft=True), []
+    target = case.start + 0.1
+    graphed = GraphedMatchingLoss(net, optimizer=adam, **options)
+    for way in ("graphed", "unroll"):
+        start, _, images, labels, lr = case.leaves()
+        if way == "graphed":
+            loss = graphed(start, target, images, labels, lr, BATCHES)
+        else:
+            path = unroll(net, case.start, images, labels, lr, BATCHES, optimizer=adam, **options)
+            loss = matching_loss(path[-1], start=case.start, target=target)
+        results.append((loss, *torch.autograd.grad(loss, (images, labels, lr))))
+    for name, one, other in zip(("loss", "images", "labels", "lr"), *results, strict=True):
+        assert_close(name, one, other, 1e-12)
+
+
+def test_a_callers_moments_may_be_overwritten_before_the_backward_pass() -> None:
+    case, gradients = case_of(), []
+    for overwrites in (False, True):
+        start, moments, images, labels, lr = case.leaves()
+        given = moments.detach().clone()
+        path = unroll(NET, start, images, labels, lr, BATCHES, optimizer=Adam(steps=BEFORE), velocity=given)
+        if overwrites:
+            given.zero_()
+        gradients += torch.autograd.grad(path[-1].sum(), images)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"betas": (0.9,)}, r"Adam betas: expected two numbers in \[0, 1\), found \(0.9,\)"),
+        ({"betas": (0.9, 1.0)}, r"Adam betas: expected two numbers in \[0, 1\)"),
+        ({"eps": 0.0}, "Adam eps: expected a finite number above 0, found 0.0"),
+        ({"weight_decay": -1.0}, "Adam weight_decay: expected a finite number of at least 0, found -1.0"),
+        ({"steps": -1}, "Adam steps: expected a whole number of at least 0, found -1"),
+        ({"steps": 2.5}, "Adam steps: expected a whole number of at least 0, found 2.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Adam(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": torch.optim.Adam}, r"unroll optimizer: expected mtt_fast.Adam\(…\), or None for SGD, found"),
+        ({"momentum": 0.9}, "unroll momentum 0.9, weight_decay 0: they are SGD's, found with an `optimizer`"),
+        ({"weight_decay": 0.1}, "unroll momentum 0, weight_decay 0.1: they are SGD's"),
+        ({"velocity": torch.zeros(2, NET.num_parameters).double()}, r"expected none with Adam\(steps=0\), found one"),
+        ({"optimizer": Adam(steps=3)}, r"expected one with Adam\(steps=3\), found none"),
+        (
+            {"optimizer": Adam(steps=3), "velocity": torch.zeros(NET.num_parameters).double()},
+            r"unroll velocity: expected shape \(2, \d+\), found \(\d+,\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+    start, _, images, labels, lr = make()
+    with pytest.raises(InputError, match=message):
+        unroll(NET, start, images, labels, lr, BATCHES, **{"optimizer": Adam(), **arguments})
+
+
+def test_the_graphed_loss_starts_a_training() -> None:
+    start, _, images, labels, lr = make()
+    with pytest.raises(InputError, match=r"expected one with Adam\(steps=3\), found none"):
+        GraphedMatchingLoss(NET, optimizer=Adam(steps=3))(start, start + 1, images, labels, lr, BATCHES)
