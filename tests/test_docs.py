@@ -145,8 +145,38 @@ def test_the_window_starts_with_the_velocity_that_was_left() -> None:
     assert relative_error(images.grad, gradient) > 0.1
 
 
+@pytest.mark.usefixtures("_float64")
+def test_the_window_of_adam_starts_with_the_moments_that_were_left() -> None:
+    """Compare the gradient of the page's window with that of recorded steps of torch.optim.Adam."""
+    setup, loop, _, _, _, window, of_adam, *_ = blocks_of("migrating.md")
+    space: dict[str, Any] = {}
+    for block in (setup, loop, window):
+        exec(block, space)
+    space["images"].grad = None
+    exec(of_adam, space)
+    net, images, labels, lr = (space[name] for name in ("net", "images", "labels", "lr"))
+    theta = space["start"].detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([theta], lr.item())
+    for index in space["before"]:
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(net(theta, images[index].detach()), labels[index]).backward()
+        optimiser.step()
+    state = optimiser.state[theta]
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    theta = theta.detach().requires_grad_()
+    for n, index in enumerate(space["window"], len(space["before"]) + 1):
+        loss = torch.nn.functional.cross_entropy(net(theta, images[index]), labels[index])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        used = square.detach() > 0  # √0 has no derivative
+        root = torch.where(used, square, 1).div(1 - 0.999**n).sqrt().where(used, 0)
+        theta = theta - lr.detach() * mean / (1 - 0.9**n) / (root + 1e-8)
+    expected = torch.nn.functional.cross_entropy(net(theta, images.detach().flip(3)), labels)
+    assert_close("images", images.grad, torch.autograd.grad(expected, images)[0], 1e-6)
+
+
 def test_the_other_blocks_on_porting_do_what_they_say() -> None:
-    setup, loop, _, _, _, _, module, tesla = blocks_of("migrating.md")
+    setup, loop, *_, module, tesla = blocks_of("migrating.md")
     space: dict[str, Any] = {}
     for block in (setup, loop):
         exec(block, space)

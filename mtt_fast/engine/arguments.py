@@ -104,9 +104,9 @@ def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> Non
     if optimizer is None:
         return
     if not isinstance(optimizer, Adam):
+        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
         raise InputError(
-            f"unroll optimizer: expected mtt_fast.Adam(…), or None for SGD, found {type(optimizer).__module__}."
-            f"{type(optimizer).__name__}"
+            f"unroll optimizer: expected mtt_fast.Adam(…), or None for SGD, found {kind.__module__}.{kind.__name__}"
         )
     if momentum or weight_decay:
         raise InputError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
+from mtt_fast.engine.arguments import check_optimizer
 from mtt_fast.engine.optimizers import Adam, Sgd
 from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
@@ -191,6 +192,7 @@ def plan(
     """
     device = torch.device(device)
     shape = _shape_of(images)
+    check_optimizer(optimizer, momentum, 0.0)
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None:
             _check_count(name, value)

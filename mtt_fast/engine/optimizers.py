@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -141,8 +141,9 @@ class Adam:
             raise InputError(f"Adam eps: expected a finite number above 0, found {self.eps}")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"Adam weight_decay: expected a finite number of at least 0, found {self.weight_decay}")
-        if not isinstance(self.steps, Integral) or int(self.steps) < 0:
-            raise InputError(f"Adam steps: expected a whole number of at least 0, found {self.steps!r}")
+        steps: Any = self.steps
+        if not isinstance(steps, Integral) or int(steps) < 0:
+            raise InputError(f"Adam steps: expected a whole number of at least 0, found {steps!r}")
 
     @property
     def moments(self) -> int:

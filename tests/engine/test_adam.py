@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import Adam, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.testing import assert_close, reference_convnet
 from tests.engine.optimizer_cases import (
     BATCHES,
@@ -179,8 +179,6 @@ def test_a_parameter_that_never_had_a_gradient() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1) @ self.weight.T + 0 * self.unused.sum()
 
-    from mtt_fast import FlatModule
-
     net = FlatModule(Unused().double())
     start = net.init().double()
     images, lr = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
@@ -200,8 +198,10 @@ def test_a_parameter_that_never_had_a_gradient() -> None:
     assert start.grad is not None
     assert weight.grad is not None
     assert_close("start", start.grad[:-3], weight.grad.flatten(), 1e-9)
-    assert_close("images", images.grad, pixels.grad, 1e-9)
-    assert_close("lr", lr.grad, rate.grad, 1e-9)
+    for name, one, other in (("images", images, pixels), ("lr", lr, rate)):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert_close(name, one.grad, other.grad, 1e-9)
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
@@ -263,7 +263,8 @@ def test_the_graphed_loss_takes_adam(engine: str) -> None:
 
 
 def test_a_callers_moments_may_be_overwritten_before_the_backward_pass() -> None:
-    case, gradients = case_of(), []
+    case = case_of()
+    gradients: list[Tensor] = []
     for overwrites in (False, True):
         start, moments, images, labels, lr = case.leaves()
         given = moments.detach().clone()

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtt_fast import ConvNet, FlatModule, GraphedMatchingLoss, SiameseAugment, matching_loss, unroll
+from mtt_fast import Adam, ConvNet, FlatModule, GraphedMatchingLoss, SiameseAugment, matching_loss, unroll
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.testing import assert_close
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)
+ADAM = Adam(eps=1e-2)
 STEPS = [torch.tensor([3, 1, 0, 7]), torch.tensor([2, 2, 9]), torch.tensor([5, 8, 6, 4])]
 
 
@@ -70,15 +71,16 @@ def mix() -> None:
 def compare() -> None:
     """Compare results on the device with those on the CPU."""
     for net in (NET, module_with_buffers()):
-        for options in ({}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}):
+        for options in ({}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}, {"optimizer": ADAM}):
             for actual, expected in zip(result(net, "cuda", **options), result(net, "cpu", **options), strict=True):
                 assert_close("unroll", actual.cpu(), expected, 1e-4)
-        graphed = GraphedMatchingLoss(net, augment=SiameseAugment())
-        for _ in range(2):
-            actuals = graphed_result(graphed, net, "cuda")
-        assert graphed.problem is None, graphed.problem
-        for actual, expected in zip(actuals, result(net, "cpu"), strict=True):
-            assert_close("graphed", actual.cpu(), expected, 1e-4)
+        for optimizer in (None, ADAM):
+            graphed = GraphedMatchingLoss(net, augment=SiameseAugment(), optimizer=optimizer)
+            for _ in range(2):
+                actuals = graphed_result(graphed, net, "cuda")
+            assert graphed.problem is None, graphed.problem
+            for actual, expected in zip(actuals, result(net, "cpu", optimizer=optimizer), strict=True):
+                assert_close("graphed", actual.cpu(), expected, 1e-4)
 
 
 def bench(*words: str) -> None:
