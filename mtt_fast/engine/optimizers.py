@@ -119,6 +119,9 @@ class Adam:
     and u = m̂ / (√ŝ + ε), where m̂ = m' / (1 − β₁ᵗ) and ŝ = s' / (1 − β₂ᵗ). The derivative of √ŝ is taken as zero at ŝ = 0, where a
     parameter never had a gradient; autograd gives NaN there.
 
+    A step divides by the size of the gradient, so rounding errors of small gradients are large in it, and in its derivative. Use
+    precision "fp32".
+
     Args:
         betas: decay rates β₁ and β₂ of the averages of the gradient and of its square, each in [0, 1).
         eps: ε, above 0.
