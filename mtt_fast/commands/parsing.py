@@ -65,11 +65,11 @@ def preview(
     start = defaults if isinstance(defaults, kind) else apply(kind(), defaults or {}, source)  # type: ignore[arg-type]
     line = _read(kind, argv)
     if line.unknown:
-        raise InputError(_unknown(line.unknown[0], list(_flags(kind))))
+        raise InputError(_unknown(line.unknown[0], kind))
     if line.asks_for_help:
         print_help(start, prog)  # which ends the process
     if line.others:
-        raise InputError(_unknown(line.others[0], list(_flags(kind))))
+        raise InputError(_unknown(line.others[0], kind))
     return _with_values(start, line, prog)
 
 
@@ -202,11 +202,13 @@ def ignored_flags(kind: type) -> Mapping[str, str]:
     return ignored
 
 
-def _unknown(word: str, names: Sequence[str]) -> str:
+def _unknown(word: str, kind: type) -> str:
     if not word.startswith("-"):
         return f"{in_words(word)}: expected an option, which begins with --"
     name = word.lstrip("-").split("=")[0].replace("-", "_")
-    return f"{word}: unknown option{did_you_mean(name, names, '--')}; see --help"
+    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})  # flags of other code, by their names there
+    hint = f"; here it is --{renamed[name]}" if name in renamed else did_you_mean(name, list(_flags(kind)), "--")
+    return f"{word}: unknown option{hint}; see --help"
 
 
 def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
