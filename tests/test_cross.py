@@ -259,3 +259,20 @@ def test_sets_that_differ_in_their_crops_are_two_questions() -> None:
     flags = "--num_eval 1 --epoch_eval_train 1 --models ConvNetD1W4 --out table".split()
     assert cli.run(cross.main, ["1.safetensors", "3.safetensors", *flags]) == 0
     assert [cell["question"]["canvas"] for cell in table()] == [{"size": 2, "samples": samples} for samples in (1, 3)]
+
+
+def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_are_augmented_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
+    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: cell)
+    monkeypatch.setattr(cross, "save_plot", lambda *_: None)
+    ours = SyntheticDataset.load("b.safetensors")
+    replace(ours, recipe=ours.recipe | {"distilled_share": 0.5}).save("half.safetensors")
+    for count, protocol in ((1, "mtt"), (3, "selmatch")):
+        assert (
+            cli.run(cross.main, ["b.safetensors", "half.safetensors", *TOY, "--models", "MLP", "--protocol", protocol])
+            == 0
+        )
+        assert len(table()) == count
