@@ -193,6 +193,10 @@ def test_a_plan_counts_what_each_option_keeps() -> None:
     assert more(path_gradient=True) == {"path": 6 * vector}
     assert more(augment=True) == more(augment=SiameseAugment()) == {"images": batch}
     assert more(steps=7) == {"path": 2 * vector}
+    # the sum of the pieces' gradients, and the images' gradients of all pieces together
+    assert more(microbatch=50) == {}
+    cut = more(microbatch=25)
+    assert (cut["vectors"], cut["images"]) == (vector, batch)
 
 
 def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
@@ -233,6 +237,12 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
 def test_a_plan_for_no_steps_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         planned("1GiB", **change)
+
+
+def test_a_smaller_plan_saves_nothing_and_then_has_pieces_of_half_the_size() -> None:
+    whole = planned(None)
+    assert dataclasses.replace(whole, saved_steps=2).smaller() == whole
+    assert [planned(None, microbatch=size).smaller().microbatch for size in (200, 50, 7)] == [25, 25, 3]
 
 
 @needs_native
