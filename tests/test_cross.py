@@ -155,10 +155,14 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     for count, flags in ((3, []), (4, ["--zca"]), (5, ["--lr_teacher", "0.5"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
+    replace(ours, mean=(0.1,)).save("d.safetensors")  # which test images are normalised with
+    for count, name in ((6, "b"), (7, "d")):
+        assert cli.run(cross.main, [f"{name}.safetensors", *TOY, "--models", "MLP", "--other_data"]) == 0
+        assert len(table()) == count
     load_data = EvaluatedSet.load_data
     monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
-    assert len(table()) == 6
+    assert len(table()) == 8
 
 
 def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:

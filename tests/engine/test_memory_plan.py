@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -204,6 +205,7 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
     pieces, saved = [plan.microbatch for plan in plans], [plan.saved_steps for plan in plans]
     assert pieces == sorted(pieces)
     assert pieces[0] < pieces[1] < pieces[-1] == 50
+    assert all(size == math.ceil(50 / math.ceil(50 / size)) for size in pieces)  # as even as can be
     assert saved == sorted(saved)
     assert saved[-1] == 5 if native.available else saved[-1] > 0
     for plan in plans:
