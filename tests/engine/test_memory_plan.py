@@ -18,6 +18,7 @@ from torch import Tensor
 
 import mtt_fast
 from mtt_fast import ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
+from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
@@ -198,6 +199,10 @@ def test_a_plan_counts_what_each_option_keeps() -> None:
     assert more(microbatch=50) == {}
     cut = more(microbatch=25)
     assert (cut["vectors"], cut["images"]) == (vector, batch)
+    on_host = dataclasses.replace(planned(None, net), path_on_host=True)
+    assert on_host.parts["path"] == 2 * vector
+    canvases = planned(None, net, images=(50, 3, 64, 64), augment=CanvasCrops(2))
+    assert canvases.parts["images"] == 4 * batch + 3 * batch  # the canvases, and copies of their crops
 
 
 def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
@@ -268,7 +273,9 @@ def test_costs_are_counted_in_convolution_passes() -> None:
 
 def test_batch_statistics_need_the_whole_batch() -> None:
     net = FlatModule(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()))
-    assert planned("1GiB", net).microbatch == 50
+    one_dimensional = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 4), torch.nn.BatchNorm1d(4))
+    for each in (net, FlatModule(one_dimensional)):  # the latter takes no sample alone
+        assert planned("1GiB", each).microbatch == 50
     with pytest.raises(InputError, match="batch statistics: the batch cannot be cut"):
         planned("10MiB", net)
     with pytest.raises(
