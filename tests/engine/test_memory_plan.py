@@ -428,6 +428,20 @@ def test_every_plan_gives_the_same_gradients(changes: dict[str, Any]) -> None:
         assert_close(name, actual, expected, 1e-12)
 
 
+def test_the_last_steps_save_their_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that no other steps do: their activations would lie beside each step of the backward sweep that comes first."""
+    saved: list[bool] = []
+
+    class Recording(Shrinking):
+        def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> Any:
+            saved.append(save)
+            return self.exact.gradient(theta, images, labels, save)
+
+    monkeypatch.setattr(importlib.import_module("mtt_fast.engine.unroll"), "student_for", lambda *_: Recording(0))
+    meta_gradient(small_plan(saved_steps=1))
+    assert saved[:4] == [False, False, False, True]
+
+
 @needs_native
 def test_a_second_backward_computes_what_the_first_one_used_up() -> None:
     images = torch.randn(9, 3, 8, 8, requires_grad=True)
