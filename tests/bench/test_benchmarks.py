@@ -163,6 +163,14 @@ def test_the_benchmark_of_methods_runs(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--methods mttt: expected some of random" in capsys.readouterr().err
 
 
+def test_the_row_of_frequencies_learns_as_many_numbers_as_the_others() -> None:
+    setting = methods.Options(ipc=10).setting(Path("buffers"))
+    _, *words = methods.command_of(methods.METHODS["mtt-fred"], setting)
+    options = parse_options(words)
+    assert (options.ipc, options.msz_per_channel) == (20, 32)  # of digits of 8×8
+    assert options.lr_img == 2 * 4 * 64 * setting.lr_img
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
     method, setting = methods.METHODS[name], methods.Options(ipc=10).setting(Path("buffers"))
