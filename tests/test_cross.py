@@ -155,10 +155,14 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     for count, flags in ((3, []), (4, ["--zca"]), (5, ["--lr_teacher", "0.5"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
+    replace(ours, mean=(0.1,)).save("d.safetensors")  # which test images are normalised with
+    for count, name in ((6, "b"), (7, "d")):
+        assert cli.run(cross.main, [f"{name}.safetensors", *TOY, "--models", "MLP", "--other_data"]) == 0
+        assert len(table()) == count
     load_data = EvaluatedSet.load_data
     monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
-    assert len(table()) == 6
+    assert len(table()) == 8
 
 
 def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
@@ -259,3 +263,20 @@ def test_sets_that_differ_in_their_crops_are_two_questions() -> None:
     flags = "--num_eval 1 --epoch_eval_train 1 --models ConvNetD1W4 --out table".split()
     assert cli.run(cross.main, ["1.safetensors", "3.safetensors", *flags]) == 0
     assert [cell["question"]["canvas"] for cell in table()] == [{"size": 2, "samples": samples} for samples in (1, 3)]
+
+
+def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_are_augmented_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
+    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: cell)
+    monkeypatch.setattr(cross, "save_plot", lambda *_: None)
+    ours = SyntheticDataset.load("b.safetensors")
+    replace(ours, recipe=ours.recipe | {"distilled_share": 0.5}).save("half.safetensors")
+    for count, protocol in ((1, "mtt"), (3, "selmatch")):
+        assert (
+            cli.run(cross.main, ["b.safetensors", "half.safetensors", *TOY, "--models", "MLP", "--protocol", protocol])
+            == 0
+        )
+        assert len(table()) == count

@@ -155,9 +155,9 @@ def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict
 
 def _question(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
     """Return everything that determines the cells of a row, except the network: the same question has one answer."""
-    options = row.options
+    options, protocol = row.options, row.options.evaluation_protocol()
     example = train(generator_for(options.seed, "evaluation", 0))
-    return {
+    question = {
         "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
         "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
         "ipc": len(example) // real.data.num_classes,
@@ -165,10 +165,15 @@ def _question(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> d
         "dataset": real.data.name,
         "fingerprint": real.data.fingerprint,
         "whitening": real.whitening,
-        "protocol": dataclasses.asdict(options.evaluation_protocol()),
+        "protocol": dataclasses.asdict(protocol),
         "networks": options.num_eval,
         "seed": options.seed,
-    } | ({"seen_as": row.synthetic.identity.record()} if row.synthetic and options.other_data else {})
+    }
+    if row.synthetic and options.other_data:
+        question["seen_as"] = row.synthetic.identity.record()
+    if protocol.combined and example.real is not None:  # which are augmented in another way
+        question["real"] = digest(example.real)
+    return question
 
 
 def _measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mtt_fast.commands import cli
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.frequencies import most_varying_frequencies, of_frequencies, with_frequencies
-from mtt_fast.distill.gradients import finish_gradients
+from mtt_fast.distill.gradients import finish_gradients, gradients_to_apply
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.seeding import generator_for
@@ -109,6 +110,20 @@ def test_a_step_on_filtered_gradients_is_a_step_on_the_frequencies() -> None:
         torch.testing.assert_close(pixels.flatten(2), ((frequencies * mask) @ inverse).detach())
     assert of_frequencies(state_of(pixels, kept), None) is None
     assert of_frequencies(state_of(pixels, None), [pixels, rate]) == [pixels, rate]
+
+
+def test_weighed_gradients_are_filtered_too() -> None:
+    """Weigh pixels by Grad-CAM maps (EDF): the update must not leave the kept frequencies."""
+    images = random_images(6, 2, 4, 6)
+    state = state_of(images, most_varying_frequencies(images, 3, 7))
+    state.iteration, state.pixel_weights = 1, random_images(6, 1, 4, 6).abs()  # made by an iteration before
+    run: Any = SimpleNamespace(options=DistillOptions(ipc=3), cam="any")
+    gradient, rate = images.cos(), torch.randn(())
+    applied = gradients_to_apply(run, state, [gradient, rate])
+    expected = of_frequencies(state, [gradient * state.pixel_weights, rate])
+    assert applied is not None
+    assert expected is not None
+    assert torch.equal(applied[0], expected[0])
 
 
 def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:

@@ -336,6 +336,24 @@ def test_iterations_are_held_where_the_budget_has_room_for_all(room: int | None,
     assert made == [(one, False), (one, True)]
 
 
+def test_the_gradients_of_the_next_iteration_are_compared(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[Tensor] = []
+
+    def finished(*arguments: Any) -> Any:
+        result = finish_gradients(*arguments)
+        assert result.gradients is not None
+        computed.append(result.gradients[0].clone())
+        return result
+
+    for module in ("command", "gradients"):
+        monkeypatch.setattr(f"mtt_fast.distill.{module}.finish_gradients", finished)
+    assert run(*TOY, *experts, *OPTIONS["truncated"], "--Iteration", "1", "--out", str(tmp_path)) == 0
+    _, truncated, of_iteration, *_ = computed
+    assert torch.equal(truncated, of_iteration)
+
+
 def test_a_comparison_that_is_recorded_is_not_made_again(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(metrics=MetricsLog(tmp_path, 2))
     state: Any = SimpleNamespace(iteration=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import mtt_fast
 from mtt_fast import Adam, ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
+from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
@@ -194,6 +196,14 @@ def test_a_plan_counts_what_each_option_keeps() -> None:
     assert more(path_gradient=True) == {"path": 6 * vector}
     assert more(augment=True) == more(augment=SiameseAugment()) == {"images": batch}
     assert more(steps=7) == {"path": 2 * vector}
+    # the sum of the pieces' gradients, and the images' gradients of all pieces together
+    assert more(microbatch=50) == {}
+    cut = more(microbatch=25)
+    assert (cut["vectors"], cut["images"]) == (vector, batch)
+    on_host = dataclasses.replace(planned(None, net), path_on_host=True)
+    assert on_host.parts["path"] == 2 * vector
+    canvases = planned(None, net, images=(50, 3, 64, 64), augment=CanvasCrops(2))
+    assert canvases.parts["images"] == 4 * batch + 3 * batch  # the canvases, and copies of their crops
 
 
 def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
@@ -201,6 +211,7 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
     pieces, saved = [plan.microbatch for plan in plans], [plan.saved_steps for plan in plans]
     assert pieces == sorted(pieces)
     assert pieces[0] < pieces[1] < pieces[-1] == 50
+    assert all(size == math.ceil(50 / math.ceil(50 / size)) for size in pieces)  # as even as can be
     assert saved == sorted(saved)
     assert saved[-1] == 5 if native.available else saved[-1] > 0
     for plan in plans:
@@ -236,6 +247,12 @@ def test_a_plan_for_no_steps_is_refused(change: dict[str, Any], message: str) ->
         planned("1GiB", **change)
 
 
+def test_a_smaller_plan_saves_nothing_and_then_has_pieces_of_half_the_size() -> None:
+    whole = planned(None)
+    assert dataclasses.replace(whole, saved_steps=2).smaller() == whole
+    assert [planned(None, microbatch=size).smaller().microbatch for size in (200, 50, 7)] == [25, 25, 3]
+
+
 @needs_native
 def test_imagenet_of_50_a_class_is_planned_below_4_gib() -> None:
     net = ConvNet(image_size=128, depth=5)
@@ -257,7 +274,9 @@ def test_costs_are_counted_in_convolution_passes() -> None:
 
 def test_batch_statistics_need_the_whole_batch() -> None:
     net = FlatModule(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()))
-    assert planned("1GiB", net).microbatch == 50
+    one_dimensional = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 4), torch.nn.BatchNorm1d(4))
+    for each in (net, FlatModule(one_dimensional)):  # the latter takes no sample alone
+        assert planned("1GiB", each).microbatch == 50
     with pytest.raises(InputError, match="batch statistics: the batch cannot be cut"):
         planned("10MiB", net)
     with pytest.raises(
@@ -408,6 +427,20 @@ def test_every_plan_gives_the_same_gradients(changes: dict[str, Any]) -> None:
         names, meta_gradient(small_plan(**changes)), meta_gradient(small_plan()), strict=True
     ):
         assert_close(name, actual, expected, 1e-12)
+
+
+def test_the_last_steps_save_their_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that no other steps do: their activations would lie beside each step of the backward sweep that comes first."""
+    saved: list[bool] = []
+
+    class Recording(Shrinking):
+        def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> Any:
+            saved.append(save)
+            return self.exact.gradient(theta, images, labels, save)
+
+    monkeypatch.setattr(importlib.import_module("mtt_fast.engine.unroll"), "student_for", lambda *_: Recording(0))
+    meta_gradient(small_plan(saved_steps=1))
+    assert saved[:4] == [False, False, False, True]
 
 
 @needs_native

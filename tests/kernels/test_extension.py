@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from mtt_fast.kernels import ConvLayer, native
 from mtt_fast.kernels.native.extension import CPP, LOADED, check_sources, extension, load_extension
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "cpp"
@@ -77,3 +81,62 @@ def test_a_wheel_has_no_sources_to_compare(tmp_path: Path) -> None:
 
 def test_an_editable_install_compares_its_sources() -> None:
     assert not CPP.exists() or CPP == SOURCES
+
+
+RESULTS = """
+import resource
+import torch
+from mtt_fast.kernels.native.extension import allocate, release_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+
+def result(size):
+    return allocate(torch.empty(0), (size << 18,)).fill_(1)
+
+def grown(*sizes):
+    for size in sizes:  # each is freed before the next
+        result(size)
+    return resident() - before
+
+before = 0
+grown(10)
+release_memory()
+before = resident()
+print(grown(10, 20, 30, 40))
+print(grown(*[40, 30, 35] * 5, 40))
+small, large = result(8), result(40)
+print(grown())
+del small, large
+release_memory()
+print(grown())
+print(grown(10, 20))
+both = [result(10), result(20)]
+del both
+print(grown(10, 20, 2))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory from Linux's /proc")
+@pytest.mark.skipif(not LOADED, reason="the native kernels are not installed or turned off")
+def test_results_that_were_freed_take_no_more_memory_than_was_once_in_use() -> None:
+    """Follow results of so many MiB: the largest is 40; one of 8 does not take the memory of one of 40; nothing is left when it
+    is released, not even the limit; and of 10 and 20 that were in use together only the smaller one makes room for 2."""
+    answer = subprocess.run([sys.executable, "-c", RESULTS], check=True, capture_output=True, text=True)
+    assert [int(line) for line in answer.stdout.split()] == pytest.approx([40, 40, 48, 0, 20, 22], abs=4)
+
+
+@pytest.mark.skipif(not LOADED, reason="the native kernels are not installed or turned off")
+def test_work_space_is_planned_for_every_thread_and_for_the_gradients_of_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def planned(threads: int) -> int:
+        monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+        planned_bytes: int = native.work_bytes(4, [ConvLayer(256, 16, 16, 256, 1)], torch.float32)
+        return planned_bytes
+
+    one, two, three = map(planned, (1, 2, 3))
+    of_a_thread = two - one
+    assert three - two == of_a_thread > 0
+    # transformed weights with their direction, and at least one sum of the transformed gradient, of 16 values for 9
+    assert one - of_a_thread >= 3 * 16 * 256 * 256 * 4

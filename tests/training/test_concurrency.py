@@ -176,6 +176,18 @@ def test_the_crops_of_canvases_count_as_images_of_a_step(monkeypatch: pytest.Mon
     assert batches == [3 * 5, 4 * 5]
 
 
+def test_the_random_numbers_of_a_network_are_those_of_its_evaluation() -> None:
+    seeds = set()
+
+    def train(generator: torch.Generator) -> Images:
+        seeds.add(generator.initial_seed())
+        return images()
+
+    protocol = EvaluationProtocol(epochs=0)
+    evaluate(NET, train, images(), 0.1, protocol, networks=2, seed=5, indices=(7,))
+    assert seeds == {generator_for(5, "evaluation", 7, network).initial_seed() for network in range(2)}
+
+
 def test_a_stop_request_ends_all_jobs() -> None:
     stop = StopRequest()
     protocol = EvaluationProtocol(epochs=10**6)

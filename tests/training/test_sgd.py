@@ -56,22 +56,26 @@ def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas |
     assert torch.equal(at_once[2], torch.stack(losses))
 
 
-def test_the_loss_of_an_epoch_is_the_mean_over_its_images() -> None:
-    """Check it where the last batch is short, against the loop in plain torch."""
+@pytest.mark.parametrize("canvas", [None, Canvas(2, 3)], ids=["images", "canvases"])
+def test_an_epoch_is_one_in_plain_torch(canvas: Canvas | None) -> None:
+    """Check it where the last batch is short. All crops of a canvas of one colour are the same image."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double()
     net = FlatModule(module)
-    images = Images(torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % 5)
+    pixels = torch.randn(8, 3, 2, 2, dtype=torch.float64) if canvas is None else torch.rand(8, 3, 1, 1).double()
+    side = 2 if canvas is None else 4
+    images = Images(pixels.expand(8, 3, side, side).contiguous(), torch.arange(8) % 5, canvas=canvas)
     theta = net.init()
     epoch = epoch_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
-    _, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
+    theta, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
     optimiser, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
     for index in torch.randperm(8, generator=torch.Generator().manual_seed(2)).split(3):
         optimiser.zero_grad()
-        of_batch = nn.functional.cross_entropy(module(images.pixels[index]), images.labels[index])
+        of_batch = nn.functional.cross_entropy(module(pixels[index].expand(-1, 3, 2, 2)), images.labels[index])
         of_batch.backward()
         optimiser.step()
         total += len(index) * float(of_batch.detach())
     assert float(loss) == pytest.approx(total / 8, rel=1e-12)
+    torch.testing.assert_close(theta, nn.utils.parameters_to_vector(module.parameters()).detach())
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 10])
