@@ -63,7 +63,25 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
             results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
             for name, accuracy in results.items():
                 log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
+    if run.options.teacher_label:
+        log_recognised(state, sets["evaluation"].labels)
     _draw(run, state, sets["evaluation"])
+
+
+def log_recognised(state: State, labels: Tensor) -> None:
+    """Log how many images keep their class in the experts' `labels` (n, classes); warn if all images get one class.
+
+    TESLA's gradient does not see that the labels move with the images, so an image may drift into another class.
+    """
+    predicted = labels.argmax(dim=1)
+    right = int((predicted == state.labels).sum())
+    log.info("iteration %d: the experts give %d of the %d images its own class", state.iteration, right, len(labels))
+    if bool((predicted == predicted[0]).all()):
+        log.warning(
+            "iteration %d: the experts give all images one class, so networks learn nothing from this set; start again without "
+            "--teacher_label, with another --out",
+            state.iteration,
+        )  # fmt: skip
 
 
 def _check_finite(run: DistillRun, state: State) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
+from mtt_fast.distill.evaluation import log_recognised
 from mtt_fast.distill.labels import class_logits, expert_logits, mean_teacher_labels, teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import update
@@ -159,8 +160,9 @@ def test_an_iteration_with_teacher_labels_is_teslas_written_out(experts: list[st
 
 
 def test_saved_teacher_labels_are_the_mean_of_all_experts_at_the_last_start_epoch(
-    experts: list[str], tmp_path: Path
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     _, after, _ = one_iteration(experts, tmp_path, "--teacher_label")
     distilled = SyntheticDataset.load(tmp_path / "synthetic.safetensors")
     store = store_of(experts)
@@ -169,6 +171,8 @@ def test_saved_teacher_labels_are_the_mean_of_all_experts_at_the_last_start_epoc
     )
     assert distilled.label_kind == "probabilities"
     torch.testing.assert_close(distilled.labels, expected.detach())
+    right = int((expected.argmax(dim=1) == torch.arange(10)).sum())
+    assert f"iteration 1: the experts give {right} of the 10 images its own class" in caplog.text
     distilled.export("mtt", tmp_path / "exported")
     written = torch.load(tmp_path / "exported" / "labels_best.pt", weights_only=True)
     torch.testing.assert_close(written.sum(dim=1), torch.ones(10))
@@ -183,6 +187,17 @@ def test_teacher_labels_are_made_for_the_images_that_are_seen() -> None:
     torch.testing.assert_close(some[[1, 4]], every[0][[1, 4]])
     assert not some[[0, 2, 3]].any()
     torch.testing.assert_close(mean_teacher_labels(network, iter(thetas), images), (every[0] + every[1] + every[2]) / 3)
+
+
+def test_a_set_to_whose_images_the_experts_give_one_class_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    state = state_of(torch.tensor([0, 1, 2]))
+    log_recognised(state, torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.2, 0.3], [0.1, 0.3, 0.6]]))
+    log_recognised(state, torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.2, 0.3], [0.9, 0.1, 0.0]]))
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
+    assert caplog.messages[0] == "iteration 0: the experts give 2 of the 3 images its own class"
+    assert caplog.messages[1] == "iteration 0: the experts give 1 of the 3 images its own class"
+    assert "the experts give all images one class" in caplog.messages[2]
 
 
 def test_networks_are_trained_on_logits_with_datms_soft_cross_entropy() -> None:
