@@ -87,6 +87,8 @@ METHODS = {
     "ld": Method("LD", "baselines ld", "--lr_y 0.01", _ITERATIONS),
     "mtt": _mtt("MTT"),
     "mtt-tesla": _mtt("MTT with TESLA's gradient (approximate)", "--gradient truncated"),
+    "mtt-teacher": _mtt("MTT with TESLA's labels of a teacher", "--teacher_label"),
+    "mtt-labels": _mtt("MTT with DATM's labels", "--lr_y 1 --label_init experts"),
     "mtt-ftd": _mtt("MTT with FTD's average of the images", "--ema_decay 0.99", "ema"),
     "mtt-datm": _mtt(
         "MTT with DATM's labels, start and range",
