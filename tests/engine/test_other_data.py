@@ -238,7 +238,16 @@ def test_a_graph_that_is_one_sample() -> None:
     def of_nodes(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    check(Graph(), rows_of(4)[None], CLASSES[None], of_nodes, 3 * [torch.tensor([0])], memory_budget="64MiB")
+    class Learned(Graph):
+        """Take nodes and edges from the sample."""
+
+        def forward(self, sample: Tensor) -> Tensor:
+            nodes, edges = sample.split([4, 5], 2)
+            return edges @ self.second(torch.tanh(edges @ self.first(nodes)))  # type: ignore[no-any-return]
+
+    one = 3 * [torch.tensor([0])]
+    check(Graph(), rows_of(4)[None], CLASSES[None], of_nodes, one, memory_budget="64MiB")
+    check(Learned(), rows_of(4 + 5)[None], CLASSES[None], of_nodes, one)
 
 
 def test_a_whole_batch_is_tried_as_strictly() -> None:
