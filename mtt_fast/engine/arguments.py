@@ -191,8 +191,13 @@ def _are_in_range(indices: Tensor, end: int) -> bool:
     return 0 <= int(indices.min()) <= int(indices.max()) < end
 
 
-def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
-    """Raise `InputError` unless shapes, dtypes and devices fit each other and the network."""
+def check_tensors(
+    theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network, *, has_loss: bool
+) -> None:
+    """Raise `InputError` unless shapes, dtypes and devices fit each other and the network.
+
+    A caller's own loss (`has_loss`) takes labels of any shape (n, …).
+    """
     if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
         remedy = (
             "" if theta.dtype in (torch.float32, torch.float64) else "; use .float(), of a module before it is wrapped"
@@ -201,15 +206,16 @@ def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, ste
             f"unroll theta: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
             f"found {theta.dtype} of shape {tuple(theta.shape)}{remedy}"
         )
-    if not images.is_floating_point() or len(labels) != len(images):
+    if not images.is_floating_point() or labels.shape[:1] != images.shape[:1]:
+        remedy = "" if images.is_floating_point() else "; use .to(theta.dtype), and .long() again in a module of tokens"
         raise InputError(
             f"unroll images, labels: expected floating-point images and as many labels, found {images.dtype} of shape "
-            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}{remedy}"
         )
-    if labels.dim() != (2 if labels.is_floating_point() else 1):
+    if not has_loss and labels.dim() != (2 if labels.is_floating_point() else 1):
         raise InputError(
             f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
+            f"{tuple(labels.shape)}; give a `loss` that takes these"
         )
     if lr.dim() > 1 or lr.numel() not in (1, steps):
         raise InputError(

@@ -24,7 +24,7 @@ CANNOT_CUT = (
 """The error for a plan that cuts the batches of a network that mixes samples."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
+"""Loss () of a batch from the network's output (b, …) and labels (b, …): a mean over the samples, if batches are cut."""
 
 
 SavedActivations = list[Any]

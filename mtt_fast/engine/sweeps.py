@@ -199,7 +199,7 @@ class _Unroll(torch.autograd.Function):
                 grad_negated_rates.append(tangent.v_dot_g)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
-                grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype)
+                grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype).contiguous()
                 kernels.index_add(grad_labels, steps.batches[n], grad_targets, alpha=-1)
             kernels.adjoint_step(
                 adjoint,

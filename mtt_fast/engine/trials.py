@@ -26,7 +26,7 @@ _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
 def try_augmentation(
     network: Network, augment: Augment | None, images: Tensor, index: Tensor, draws: Any
 ) -> Tensor | None:
-    """Return a few of the `images` at `index`, augmented with `draws`; None without an augmentation, and for a warp.
+    """Return the `images` at `index`, augmented with `draws`; None without an augmentation, and for a warp.
 
     Raises `InputError` if a second call returns other images, and if `augment` reads another tensor that requires a gradient.
     """
@@ -39,10 +39,10 @@ def try_augmentation(
     batch, few = images.detach()[index], _trial_positions(network, len(index))
     with without_autocast(images.device):  # of copies, since the augmentation may write into them
         with torch.no_grad():
-            first = augment(batch.clone(), draws)[few]
+            first = augment(batch.clone(), draws)
         second = augment(batch.clone(), draws)[few]
     _check_nothing_else_is_learned("augment", second)
-    if not _are_close(first, second):
+    if not _are_close(first[few], second):
         raise InputError(
             f"unroll augment: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
             "take all random numbers in its draw"
@@ -62,19 +62,32 @@ def try_step(
 ) -> None:
     """Raise `InputError` unless network and loss can be unrolled, judged at `theta` (P,) by a few of the samples at `index`.
 
+    If network or loss fail on a few, as those of a graph with fixed edges do, all samples at `index` are taken, unless batches are cut.
     `augmented` is the result of `try_augmentation`. Network and loss must return the same at a second call, and read no other tensor
     that requires a gradient. The loss must be a scalar that depends on the parameters, and on the images if they require a
     gradient. If batches are cut (`is_cut`), the outputs of a sample must also be independent of the other samples, and the loss
     must be the mean over the samples.
     """
     network, wants_images = student.network, images.requires_grad and torch.is_grad_enabled()
-    few = index[_trial_positions(network, len(index))]
-    # in the dtypes that the sweeps use
-    inputs = (images.detach()[few] if augmented is None else augmented).to(theta.dtype)
-    targets = labels.detach()[few].to(theta.dtype if labels.is_floating_point() else torch.long)
+
+    def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets at `positions` of the batch, in the dtypes that the sweeps use."""
+        inputs = images.detach()[index[positions]] if augmented is None else augmented[positions]
+        targets = labels.detach()[index[positions]]
+        return inputs.to(theta.dtype), targets.to(theta.dtype if labels.is_floating_point() else torch.long)
+
+    inputs, targets = samples(_trial_positions(network, len(index)))
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
     with without_autocast(theta.device):
-        logits = _try_gradient(student, theta, inputs[first], targets[first], wants_images=wants_images)
+        try:
+            logits = _try_gradient(student, theta, inputs[first], targets[first], wants_images=wants_images)
+        except InputError:
+            raise
+        except Exception:
+            if is_cut or len(inputs[first]) == len(index):
+                raise
+            _try_gradient(student, theta, *samples(torch.arange(len(index), device="cpu")), wants_images=wants_images)
+            return
         if is_cut:
             with torch.no_grad():
                 _check_samples_are_independent(student, theta, inputs[first], logits)

@@ -93,7 +93,7 @@ def unroll(
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
-        labels: class indices (n,), or soft labels (n, classes).
+        labels: class indices (n,), or soft labels (n, classes); for a `loss` of the caller's own, any shape (n, …).
         lr: learning rate, a scalar (tensor), or one for each step (N,). A number must be at least 0; the values of a tensor,
             which may be learned and on a GPU, are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
@@ -112,9 +112,9 @@ def unroll(
         optimizer: `mtt_fast.Adam(…)`, in place of SGD with `momentum` and `weight_decay`; keeps 2 (N + 1) more vectors (P,).
         plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
-        loss: a function of logits (b, classes) and labels, in place of cross-entropy. It is a mean over the samples, so that
-            micro-batches add up to it. It gets the labels unchanged, whatever `label_kind` says. Floating labels may have any
-            number of columns, such as a teacher's logits and a temperature; the gradient flows to all of them.
+        loss: a function of the network's output and the labels of a step, in place of cross-entropy. It gets the labels
+            unchanged, whatever `label_kind` says, and the gradient flows to all numbers in floating ones, such as a teacher's
+            logits and a temperature. If batches are cut, it has to be a mean over the samples.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
@@ -180,7 +180,7 @@ class CheckedSteps(NamedTuple):
     student: Student
     theta: Tensor  # (P,)
     images: Tensor  # (n, C, H, W)
-    labels: Tensor  # (n,) or (n, classes)
+    labels: Tensor  # (n,) or (n, classes), or what the caller's loss takes
     lr: Tensor  # () or (N,)
     batches: tuple[Tensor, ...]  # N times (b,) int64
 
@@ -211,7 +211,8 @@ def checked_steps(
     arguments.check_optimizer(options.optimizer, options.momentum, options.weight_decay)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
-    arguments.check_tensors(theta, images, labels, rates, len(indices), net)
+    has_loss = options.loss is not None
+    arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss)
     if options.gradient not in get_args(Gradient):
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
     if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:

@@ -187,7 +187,10 @@ class _Stateless:
         else:
             output = self._called(tensors | constants, images)
         if not isinstance(output, Tensor):
-            raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
+            raise InputError(
+                f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
+                "torch.cat of several, which a `loss` splits again"
+            )
         return output
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:

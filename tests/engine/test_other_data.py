@@ -1,0 +1,271 @@
+"""Distil what is no picture with a class (pairs, graphs, sequences, maps of labels), against whole-graph autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mtt_fast import Augmentation, FlatModule, InputError, matching_loss, unroll
+from mtt_fast.testing import assert_close, module_function
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+BATCHES = [torch.tensor([0, 1, 2]), torch.tensor([3, 1, 4]), torch.tensor([2, 0, 4])]
+CLASSES = torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1)
+
+
+def check(
+    module: nn.Module, rows: Tensor, labels: Tensor, loss: Loss | None, batches: list[Tensor] = BATCHES, **options: Any
+) -> None:
+    """Compare the gradients of `unroll` with those of recorded steps."""
+    module.double()
+    net, lr = FlatModule(module), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    start = net.init().requires_grad_()
+    target = start.detach() + 0.05 * torch.randn_like(start)
+    leaves = {"start": start, "lr": lr, "rows": rows, "labels": labels}
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
+    path = unroll(net, start, rows, labels, lr, batches, loss=loss, **options)
+    found = torch.autograd.grad(matching_loss(path[-1], start, target), list(leaves.values()))
+
+    theta: Tensor = start
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other attentions have no second derivative
+        for index in batches:
+            value = (loss or F.cross_entropy)(module_function(module)(theta, rows[index]), labels[index])
+            theta = theta - lr * torch.autograd.grad(value, theta, create_graph=True)[0]
+        distance = (theta - target).square().sum() / (start.detach() - target).square().sum()
+        expected = torch.autograd.grad(distance, list(leaves.values()))
+    for name, one, other in zip(leaves, found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+
+def rows_of(*shape: int) -> Tensor:
+    return torch.randn(5, *shape, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------ inputs of other shapes
+
+
+class Sequences(nn.Module):
+    """Classify sequences (b, length, width) by a layer whose first result is a sequence."""
+
+    def __init__(self, layer: nn.Module, attends: bool = False) -> None:
+        super().__init__()
+        self.layer, self.attends, self.head = layer, attends, nn.Linear(8, 3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        output, *_ = self.layer(rows, rows, rows) if self.attends else self.layer(rows)
+        return self.head(output.mean(1))  # type: ignore[no-any-return]
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "video": (lambda: nn.Sequential(nn.Conv3d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), (2, 3, 6, 6)),
+    "signal": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(28, 3)), (2, 9)),
+    "LSTM": (lambda: Sequences(nn.LSTM(4, 4, bidirectional=True, batch_first=True)), (5, 4)),
+    "GRU": (lambda: Sequences(nn.GRU(4, 8, batch_first=True)), (5, 4)),
+    "attention": (lambda: Sequences(nn.MultiheadAttention(8, 2, batch_first=True), attends=True), (5, 8)),
+    "attention, evaluated": (lambda: Sequences(nn.MultiheadAttention(8, 2, batch_first=True), attends=True).eval(), (5, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_inputs_may_have_any_shape(name: str, options: dict[str, Any]) -> None:
+    module, shape = MODULES[name]
+    check(module(), rows_of(*shape), CLASSES, None, **options)
+
+
+def test_inputs_may_be_tokens() -> None:
+    """Learn the labels of fixed tokens. The engine gives a network floating-point numbers, which hold the tokens exactly."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.words(tokens.long()).mean(1))  # type: ignore[no-any-return]
+
+    net, tokens = FlatModule(Words().double()), torch.randint(11, (5, 6))
+    labels = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    end = unroll(net, net.init(), tokens.double(), labels, 0.2, BATCHES, label_kind="logits")[-1]
+    theta = net.init().requires_grad_()
+    for index in BATCHES:
+        loss = F.cross_entropy(net(theta, tokens[index]), labels[index].softmax(1))
+        theta = theta - 0.2 * torch.autograd.grad(loss, theta, create_graph=True)[0]
+    found, expected = (torch.autograd.grad(row.square().sum(), labels)[0] for row in (end, theta))
+    assert_close("labels", found, expected, 1e-9)
+    with pytest.raises(InputError, match=r"floating-point images.*found torch.int64.*again in a module of tokens"):
+        unroll(net, net.init(), tokens, labels, 0.2, BATCHES)
+
+
+# ------------------------------------------------------------------ labels of other shapes
+
+
+def of_each_token(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), labels)
+
+
+def mlp(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs))
+
+
+MAP = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 3, 1))
+TASKS: dict[str, tuple[nn.Module, tuple[int, ...], Tensor, Loss]] = {
+    "a class for each pixel": (MAP, (1, 6, 6), torch.randint(3, (5, 6, 6)), F.cross_entropy),
+    "a distribution for each pixel": (MAP, (1, 6, 6), torch.rand(5, 3, 6, 6).double(), F.cross_entropy),
+    "a class for each token": (mlp(7), (5, 4), torch.randint(7, (5, 5)), of_each_token),
+    "a number": (nn.Sequential(mlp(1), nn.Flatten(0)), (4,), torch.randn(5).double(), F.mse_loss),
+    "features of a teacher": (mlp(8), (5, 4), torch.randn(5, 5, 8).double(), F.mse_loss),
+    "several classes": (mlp(3), (4,), torch.rand(5, 3).double(), F.binary_cross_entropy_with_logits),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+@pytest.mark.parametrize("name", TASKS)
+def test_labels_of_a_loss_of_ones_own_may_have_any_shape(name: str, options: dict[str, Any]) -> None:
+    module, shape, labels, loss = TASKS[name]
+    check(module, rows_of(*shape), labels.clone(), loss, **options)
+
+
+def test_labels_of_another_shape_need_a_loss() -> None:
+    net = FlatModule(MAP)
+    for labels in (torch.zeros(5, 6, 6, dtype=torch.long), torch.zeros(5)):
+        with pytest.raises(InputError, match=r"unroll labels: expected indices .* give a `loss` that takes these"):
+            unroll(net, net.init(), rows_of(1, 6, 6), labels, 0.1, BATCHES)
+    with pytest.raises(InputError, match="and as many labels"):
+        unroll(net, net.init(), rows_of(1, 6, 6), torch.tensor(1.0), 0.1, BATCHES, loss=F.mse_loss)
+
+
+# ------------------------------------------------------------------ samples that need each other
+
+
+class Pairs(nn.Module):
+    """The features (b, 2 · 5) of images and texts, which are the parts of one row, scaled by CLIP's learned temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(
+            nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5)
+        )
+        self.text, self.scale = nn.Linear(7, 5), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        image, text = self.image(rows[:, :36]), self.text(rows[:, 36:])
+        return torch.cat([self.scale.exp() * F.normalize(image), F.normalize(text)], 1)
+
+
+def info_nce(features: Tensor, similarities: Tensor) -> Tensor:
+    image, text = features.chunk(2, 1)
+    rows, columns = (image @ text.T).log_softmax(1), (text @ image.T).log_softmax(1)
+    return -((similarities * rows).sum(1).mean() + (similarities.T * columns).sum(1).mean()) / 2
+
+
+def of_classes(features: Tensor, labels: Tensor) -> Tensor:
+    return info_nce(features, (labels[:, None] == labels).to(features.dtype))
+
+
+def of_factors(features: Tensor, labels: Tensor) -> Tensor:
+    """Compute the similarities of the batch from LoRS's diagonal and its two factors of low rank."""
+    diagonal, left, right = labels.split([1, 2, 2], 1)
+    return info_nce(features, diagonal.flatten().diag() + left @ right.T)
+
+
+def of_matrix(features: Tensor, labels: Tensor) -> Tensor:
+    """Select the columns of the batch by its indices, the last column."""
+    return info_nce(features, labels[:, labels[:, -1].long()])
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (of_classes, CLASSES),
+        (of_factors, torch.rand(5, 5).double()),
+        (of_matrix, torch.cat([torch.rand(5, 5), torch.arange(5)[:, None]], 1).double()),
+    ],
+)
+def test_pairs_of_images_and_texts(loss: Loss, labels: Tensor, options: dict[str, Any]) -> None:
+    check(Pairs(), rows_of(36 + 7), labels.clone(), loss, **options)
+
+
+def test_pairs_are_not_cut() -> None:
+    with pytest.raises(InputError, match="since batches are cut"):
+        check(Pairs(), rows_of(36 + 7), CLASSES, of_classes, microbatch=2)
+
+
+def test_the_gradient_of_labels_may_have_any_strides() -> None:
+    def transposed(logits: Tensor, labels: Tensor) -> Tensor:
+        return -(labels * logits.log_softmax(1)).mean() - (labels.T * logits.T.log_softmax(1)).mean()
+
+    check(mlp(3), rows_of(4), torch.rand(5, 3).double(), transposed)
+
+
+class Graph(nn.Module):
+    """A graph convolution over fixed edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.rand(5, 5))
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        return self.edges @ self.second(torch.tanh(self.edges @ self.first(nodes)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("augment", [None, Augmentation(lambda *_: None, lambda rows, _: rows.roll(1, 1))])
+def test_nodes_of_a_graph(augment: Any) -> None:
+    module, nodes = Graph(), rows_of(4)
+    if augment is None:
+        check(module, nodes, CLASSES, None, 3 * [torch.arange(5)])
+    else:  # a batch that is tried as a whole is augmented, too
+        net = FlatModule(module.double())
+        path = unroll(net, net.init(), nodes, CLASSES, 0.2, 3 * [torch.arange(5)], augment)
+        other = unroll(net, net.init(), nodes.roll(1, 1), CLASSES, 0.2, 3 * [torch.arange(5)])
+        assert torch.equal(path, other)
+
+
+def test_a_graph_that_is_one_sample() -> None:
+    def of_nodes(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    class Learned(Graph):
+        """Take nodes and edges from the sample."""
+
+        def forward(self, sample: Tensor) -> Tensor:
+            nodes, edges = sample.split([4, 5], 2)
+            return edges @ self.second(torch.tanh(edges @ self.first(nodes)))  # type: ignore[no-any-return]
+
+    one = 3 * [torch.tensor([0])]
+    check(Graph(), rows_of(4)[None], CLASSES[None], of_nodes, one, memory_budget="64MiB")
+    check(Learned(), rows_of(4 + 5)[None], CLASSES[None], of_nodes, one)
+
+
+def test_a_whole_batch_is_tried_as_strictly() -> None:
+    """Read a learned tensor in a loss that takes five samples only."""
+    scale = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(InputError, match="unroll loss: expected no tensor that requires a gradient"):
+        check(mlp(3), rows_of(4), CLASSES, lambda z, y: F.cross_entropy(scale * z, y), [torch.arange(5)])
+
+
+def test_an_error_of_the_module_is_raised_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        check(mlp(3), rows_of(5), CLASSES, None)
+
+
+def test_results_of_two_towers_have_to_be_one_tensor() -> None:
+    class Towers(Pairs):
+        def forward(self, rows: Tensor) -> Any:
+            return super().forward(rows).chunk(2, 1)
+
+    with pytest.raises(InputError, match=r"found tuple; return one tensor \(b, …\)"):
+        check(Towers(), rows_of(36 + 7), CLASSES, of_classes)
