@@ -21,6 +21,7 @@ from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
@@ -171,7 +172,7 @@ def plan(
 
     Args:
         net: the student's network.
-        images: the synthetic images, or their shape (n, C, H, W).
+        images: the synthetic images, or their shape (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         steps: N.
         batch: images in a step; by default all.
         memory_budget: limit on the peak of the unroll beyond its arguments: bytes, "6GiB", or "auto" for most of the free memory
@@ -191,7 +192,7 @@ def plan(
             mixes samples, so that its batches cannot be cut.
     """
     device = torch.device(device)
-    shape = _shape_of(images)
+    shape = _shape_of(images, is_2d=isinstance(net, ConvNet))
     check_optimizer(optimizer, momentum, 0.0)
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None:
@@ -215,11 +216,14 @@ def plan(
     return plan_for(work, memory_budget, microbatch)
 
 
-def _shape_of(images: Any) -> torch.Size:
-    """Return the shape of `images`, a tensor or its shape. Raises `InputError` unless it is (n, C, H, W)."""
+def _shape_of(images: Any, *, is_2d: bool) -> torch.Size:
+    """Return the shape of `images`, a tensor or its shape. Raises `InputError` unless it is (n, …), or with `is_2d` (n, C, H, W)."""
     shape = tuple(images.shape if isinstance(images, Tensor) else images)
-    if len(shape) != 4 or not all(isinstance(side, Integral) and int(side) > 0 for side in shape):
-        raise InputError(f"`images`: expected a tensor or a shape (n, C, H, W), found {shape}")
+    fits = len(shape) == 4 if is_2d else len(shape) > 1
+    if not fits or not all(isinstance(side, Integral) and int(side) > 0 for side in shape):
+        raise InputError(
+            f"`images`: expected a tensor or a shape {'(n, C, H, W)' if is_2d else '(n, …)'}, found {shape}"
+        )
     return torch.Size(shape)
 
 

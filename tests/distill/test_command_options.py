@@ -107,7 +107,9 @@ MISTAKES = [
     pytest.param(["--recipe", "digit"], r"no such recipe \(did you mean digits\?\)", id="recipe"),
     pytest.param(["--syn_stepz", "3"], r"unknown option \(did you mean --syn_steps\?\)", id="flag"),
     pytest.param(["--Momentum_y", "0.9"], r"unknown option \(did you mean --mom_y\?\)", id="flag-of-DATM"),
-    pytest.param(["--lr-freq", "1e8"], r"--lr-freq: unknown option; here it is --lr_img; see --help", id="flag-of-FreD"),
+    pytest.param(
+        ["--lr-freq", "1e8"], r"--lr-freq: unknown option; here it is --lr_img; see --help", id="flag-of-FreD"
+    ),
     pytest.param(["--ITERATION", "3"], r"unknown option \(did you mean --Iteration\?\)", id="flag-in-capitals"),
     pytest.param(["--dataset", "CIFAR-10", "--dry-run"], r"did you mean CIFAR10\?", id="data-set-of-a-dry-run"),
     pytest.param(["--dataset", "CIFAR11"], r"CIFAR11", id="data-set"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mtt_fast import Augmentation, FlatModule, InputError, matching_loss, unroll
+from mtt_fast import Augmentation, FlatModule, InputError, matching_loss, plan, unroll
 from mtt_fast.testing import assert_close, module_function
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -82,6 +82,20 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_inputs_may_have_any_shape(name: str, options: dict[str, Any]) -> None:
     module, shape = MODULES[name]
     check(module(), rows_of(*shape), CLASSES, None, **options)
+
+
+def test_a_plan_is_made_for_inputs_of_any_shape() -> None:
+    net = FlatModule(nn.Sequential(nn.Linear(80, 16), nn.Tanh(), nn.Linear(16, 3)))
+    steps = plan(net, images=(5, 80), steps=3, batch=3, memory_budget="50MiB")
+    rows, start = torch.randn(5, 80), net.init()
+    paths = [
+        unroll(net, start, rows, CLASSES, 0.1, BATCHES, **options)
+        for options in ({"plan": steps}, {"memory_budget": "50MiB"})
+    ]
+    assert (steps.saved_steps, steps.cut) == (3, False)
+    assert torch.equal(*paths)
+    with pytest.raises(InputError, match=r"^`images`: expected a tensor or a shape \(n, …\), found \(5,\)$"):
+        plan(net, images=(5,), steps=3)
 
 
 def test_inputs_may_be_tokens() -> None:
