@@ -6,7 +6,7 @@ outputs, and if the loss of a batch is the mean of the losses of its samples. Ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,20 +55,21 @@ def try_step(
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
-    index: Tensor,
+    batches: Sequence[Tensor],
     augmented: Tensor | None,
     *,
     is_cut: bool,
 ) -> None:
-    """Raise `InputError` unless network and loss can be unrolled, judged at `theta` (P,) by a few of the samples at `index`.
+    """Raise `InputError` unless network and loss can be unrolled, judged at `theta` (P,) by a few samples of the first batch.
 
-    If network or loss fail on a few, as those of a graph with fixed edges do, all samples at `index` are taken, unless batches are cut.
+    If network or loss fail on a few, as those of a graph with fixed edges do, the whole batch is taken, unless batches are cut.
     `augmented` is the result of `try_augmentation`. Network and loss must return the same at a second call, and read no other tensor
     that requires a gradient. The loss must be a scalar that depends on the parameters, and on the images if they require a
     gradient. If batches are cut (`is_cut`), the outputs of a sample must also be independent of the other samples, and the loss
     must be the mean over the samples.
     """
     network, wants_images = student.network, images.requires_grad and torch.is_grad_enabled()
+    index = batches[0]
 
     def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and targets at `positions` of the batch, in the dtypes that the sweeps use."""
@@ -92,7 +93,7 @@ def try_step(
             with torch.no_grad():
                 _check_samples_are_independent(student, theta, inputs[first], logits)
                 all_logits = torch.cat([network(theta, pair.clone()) for pair in inputs.split(_SAMPLES_AT_ONCE)])
-                _check_mean(student, all_logits, targets)
+                _check_mean(student, all_logits, _with_extremes(targets, labels[torch.cat(tuple(batches)).unique()]))
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:
@@ -177,6 +178,20 @@ def _check_samples_are_independent(student: GenericStudent, theta: Tensor, input
                 "unroll net: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                 "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
             )
+
+
+def _with_extremes(targets: Tensor, labels: Tensor) -> Tensor:
+    """Return `targets`, the first and the last replaced by those of all `labels` with the smallest and the largest number.
+
+    These are the labels that a loss may leave out (`ignore_index`), and they need not be in the first batch. Floating targets are
+    returned as they are.
+    """
+    if targets.is_floating_point():
+        return targets
+    labels = labels.to(targets.dtype)
+    rows, targets = labels.view(len(labels), -1), targets.clone()
+    targets[0], targets[-1] = labels[rows.amin(1).argmin()], labels[rows.amax(1).argmax()]
+    return targets
 
 
 def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None:

@@ -263,5 +263,5 @@ def checked_plan(
     else:
         plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        try_step(student, theta, images, labels, batches[0], augmented, is_cut=plan.cut)
+        try_step(student, theta, images, labels, batches, augmented, is_cut=plan.cut)
     return plan
