@@ -71,8 +71,8 @@ def unroll(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD, or of Adam, on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity`, also return the velocity (P,) after the last step (of Adam its two moments, (2, P)). Another `unroll` that starts from `path[-1]` and this
-    velocity continues the same training.
+    With `return_velocity`, also return the velocity (P,) after the last step; of Adam these are two moments, (2, P). Another
+    `unroll` that starts from `path[-1]` and this velocity continues the same training.
 
     Any function of the path and of that velocity can be differentiated with respect to `theta`, `velocity`, `images`, floating
     `labels` and `lr`. The gradients through all N steps are exact (the paper's algorithm 1, lines 8 to 12). The backward pass needs
@@ -231,8 +231,8 @@ def checked_plan(
 ) -> Plan:
     """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    `draws` are those of the first step, and `moments` is that of the optimiser. `path_gradient` says whether the gradient of the loss with respect to the path is as
-    large as the path. Raises `InputError` as `unroll` does.
+    `draws` are those of the first step, and `moments` is that of the optimiser. `path_gradient` says whether the gradient of the
+    loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, _, batches = steps
     augment, shape = options.augment, images.shape[1:]
