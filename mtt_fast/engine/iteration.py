@@ -62,7 +62,8 @@ def iteration(
 ) -> Iteration:
     """Return a function that computes `loss` () in float64, and its gradients with respect to images, lr and soft labels.
 
-    `lengths` are the batch sizes of the steps, and `gradient` is that of `unroll`; `saved_steps` and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
+    `lengths` are the batch sizes of the steps, and `gradient` is that of `unroll`; `saved_steps` and `path_on_host` are those of a
+    plan (mtt_fast/engine/memory_plan.py).
 
     The returned function is pure. Its arguments are tensors on one device: those of `matching_loss` and `unroll`, with all
     synthetic images (n, C, H, W), and those of `StepDraws`, where ΣB = Σ `lengths`. They are not checked. Gradients that are not

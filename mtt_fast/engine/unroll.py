@@ -28,8 +28,8 @@ def unroll(
     net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
     augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
     momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
-    return_velocity: Literal[False] = False, optimizer: Adam | None = None, plan: Plan | None = None, label_kind: LabelKind | None = None,
-    loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
+    return_velocity: Literal[False] = False, optimizer: Adam | None = None, plan: Plan | None = None,
+    label_kind: LabelKind | None = None, loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
     precision: Precision = "fp32", gradient: Gradient = "exact",
 ) -> Tensor: ...  # fmt: skip
 
@@ -39,8 +39,8 @@ def unroll(
     net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
     augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
     momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
-    return_velocity: Literal[True], optimizer: Adam | None = None, plan: Plan | None = None, label_kind: LabelKind | None = None,
-    loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
+    return_velocity: Literal[True], optimizer: Adam | None = None, plan: Plan | None = None,
+    label_kind: LabelKind | None = None, loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
     precision: Precision = "fp32", gradient: Gradient = "exact",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
