@@ -109,7 +109,12 @@ class GraphedMatchingLoss:
         for an augmentation whose draws for a step are not a tensor with one row per image, such as `KorniaAugment`.
         """
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
-        arguments.check_velocity(None, start, self._options.optimizer)
+        adam = self._options.optimizer
+        if adam is not None and adam.steps:
+            raise InputError(
+                f"GraphedMatchingLoss optimizer: expected Adam(steps=0), since its students start a training, found "
+                f"steps={adam.steps}; use `unroll`, which takes the moments as `velocity`"
+            )
         arguments.check_target(target, start)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)

@@ -280,6 +280,19 @@ def test_a_callers_moments_may_be_overwritten_before_the_backward_pass() -> None
     [
         ({"betas": (0.9,)}, r"Adam betas: expected two numbers in \[0, 1\), found \(0.9,\)"),
         ({"betas": (0.9, 1.0)}, r"Adam betas: expected two numbers in \[0, 1\)"),
+        ({"betas": 0.001}, r"Adam betas: expected two numbers in \[0, 1\), found 0.001; the learning rate is `lr`"),
+        ({"betas": None}, r"Adam betas: expected two numbers in \[0, 1\), found None"),
+        ({"betas": ("0.9", "0.99")}, r"Adam betas: expected two numbers in \[0, 1\), found \('0.9'"),
+        # which would get no gradient
+        ({"betas": torch.tensor([0.9, 0.99])}, r"Adam betas: expected two numbers in \[0, 1\), found tensor"),
+        ({"betas": (torch.tensor(0.9), 0.99)}, r"Adam betas: expected two numbers in \[0, 1\), found \(tensor"),
+        ({"eps": torch.tensor(0.1)}, r"Adam eps: expected a finite number above 0, found tensor\(0.1000\)"),
+        ({"eps": "1e-8"}, "Adam eps: expected a finite number above 0, found '1e-8'"),
+        (
+            {"weight_decay": torch.tensor(0.1)},
+            "Adam weight_decay: expected a finite number of at least 0, found tensor",
+        ),
+        ({"weight_decay": None}, "Adam weight_decay: expected a finite number of at least 0, found None"),
         ({"eps": 0.0}, "Adam eps: expected a finite number above 0, found 0.0"),
         ({"weight_decay": -1.0}, "Adam weight_decay: expected a finite number of at least 0, found -1.0"),
         ({"steps": -1}, "Adam steps: expected a whole number of at least 0, found -1"),
@@ -291,9 +304,19 @@ def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: st
         Adam(**arguments)
 
 
+def test_a_list_of_betas_is_a_pair() -> None:
+    assert Adam([0.8, 0.95]) == Adam((0.8, 0.95))  # type: ignore[arg-type]
+    assert hash(Adam([0.8, 0.95])) == hash(Adam((0.8, 0.95)))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"optimizer": Adam}, r"or None for SGD, found the class mtt_fast.*Adam; the learning rate is `lr`"),
+        (
+            {"optimizer": None, "momentum": 0.9, "velocity": torch.zeros(2, NET.num_parameters).double()},
+            r"found \(2, \d+\); SGD has one velocity \(P,\), Adam as `optimizer` two moments \(2, P\)",
+        ),
         ({"optimizer": torch.optim.Adam}, r"unroll optimizer: expected mtt_fast.Adam\(…\), or None for SGD, found"),
         ({"momentum": 0.9}, "unroll momentum 0.9, weight_decay 0: they are SGD's, found with an `optimizer`"),
         ({"weight_decay": 0.1}, "unroll momentum 0, weight_decay 0.1: they are SGD's"),
@@ -313,5 +336,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], messag
 
 def test_the_graphed_loss_starts_a_training() -> None:
     start, _, images, labels, lr = make()
-    with pytest.raises(InputError, match=r"expected one with Adam\(steps=3\), found none"):
+    with pytest.raises(
+        InputError, match=r"GraphedMatchingLoss optimizer: expected Adam\(steps=0\).*found steps=3; use `unroll`"
+    ):
         GraphedMatchingLoss(NET, optimizer=Adam(steps=3))(start, start + 1, images, labels, lr, BATCHES)
