@@ -121,8 +121,8 @@ class Adam:
     parameter never had a gradient; autograd gives NaN there.
 
     A step divides by the size of the gradient, so rounding errors of small gradients are large in it, and in its derivative. Use
-    precision "fp32", and a module without parameters that have no effect, such as a convolution's bias before a norm: their
-    gradient is rounding alone. ConvNet leaves its such biases alone, where torch.optim.Adam moves them.
+    precision "fp32", and a network without parameters that have no effect, such as a convolution's bias before a norm: by autograd
+    their gradient is rounding alone. In ConvNet's fused steps it is zero.
 
     Args:
         betas: decay rates β₁ and β₂ of the averages of the gradient and of its square, each in [0, 1).

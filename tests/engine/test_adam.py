@@ -107,6 +107,22 @@ def test_a_loss_of_the_moments_or_of_a_row_alone(gradient: Any, looks_at: str) -
     assert_same_gradients(case_of(), mine, lambda leaves: loss(*written_out(leaves, adam, truncated=truncated)))
 
 
+@pytest.mark.parametrize("row", [0, 2, 3])
+def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
+    """Check that the state after that row is the one that is read, and not the last one, which is in the buffer."""
+    adam = Adam(BETAS, EPS, 0.1, BEFORE)
+    net, options = engines("the path on the host", optimizer=adam)
+
+    def mine(leaves: Case) -> Tensor:
+        theta, moments, images, labels, lr = leaves
+        return unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)[row].sum()
+
+    def theirs(leaves: Case) -> Tensor:
+        return written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)
+
+    assert_same_gradients(case_of(), mine, theirs)
+
+
 def test_augmented() -> None:
     augment, case, adam = SiameseAugment(), case_of(per_step=False), Adam(BETAS, EPS, steps=BEFORE)
     generator = torch.Generator().manual_seed(5)
@@ -202,6 +218,42 @@ def test_a_parameter_that_never_had_a_gradient() -> None:
         assert one.grad is not None
         assert other.grad is not None
         assert_close(name, one.grad, other.grad, 1e-9)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)])
+def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float]) -> None:
+    """Compare with recorded steps where some units of ReLU are dead in all steps, or in some. √0 has the derivative zero."""
+    sizes, (images, labels, lr) = (192, 6, 4), make(per_step=False)[2:]
+    module = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(*sizes[:2]), torch.nn.ReLU(), torch.nn.Linear(*sizes[1:])
+    )
+    net = FlatModule(module.double())
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    bias = slice(192 * 6, 192 * 6 + 6)
+    start[bias] = torch.tensor([-50.0, -1.0, -0.5, 0.0, 0.5, -50.0])
+    batches = [torch.tensor([n % 7]) for n in range(8)]
+    ours, theirs = ([each.clone().requires_grad_() for each in (start, images, lr)] for _ in range(2))
+    path = unroll(net, *ours[:2], labels, ours[2], batches, optimizer=Adam(betas, EPS))
+
+    theta, pixels, rate = theirs
+    mean, square, is_zero = torch.zeros_like(start), torch.zeros_like(start), []
+    for n, index in enumerate(batches):
+        loss = F.cross_entropy(net(theta, pixels[index]), labels[index])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        is_zero.append(gradient[bias] == 0)
+        mean, square = betas[0] * mean + (1 - betas[0]) * gradient, betas[1] * square + (1 - betas[1]) * gradient**2
+        scaled = square / (1 - betas[1] ** (n + 1))
+        root = torch.where(scaled > 0, torch.where(scaled > 0, scaled, 1).sqrt(), 0)
+        theta = theta - rate * mean / (1 - betas[0] ** (n + 1)) / (root + EPS)
+    times = torch.stack(is_zero).sum(0)
+    assert ((times > 0) & (times < len(batches))).any()
+    assert (times == len(batches)).any()
+    assert_close("path", path[-1], theta, 1e-9)
+    found, expected = (
+        torch.autograd.grad(end.square().sum(), leaves) for end, leaves in ((path[-1], ours), (theta, theirs))
+    )
+    for name, one, other in zip(("start", "images", "lr"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])

@@ -136,6 +136,17 @@ def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkey
     assert tuple(counted) == pytest.approx(tuple(formula), rel=0.1)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": Adam()}], ids=["momentum", "Adam"])
+def test_unroll_plans_for_the_state_of_its_optimiser(options: dict[str, Any]) -> None:
+    net, images = ConvNet(image_size=8, width=64, depth=2), torch.zeros(2, 3, 8, 8)
+    batches = torch.arange(2).expand(3, 2)
+    budget = mtt_fast.plan(net, images=images, steps=3, memory_budget=None, **options).peak_bytes - 1
+    arguments = (net, net.init(), images, torch.arange(2), 0.01, batches)
+    unroll(*arguments, memory_budget=budget)
+    with pytest.raises(InputError, match="expected at least"):
+        unroll(*arguments, memory_budget=budget, **options)
+
+
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.9}, {"optimizer": Adam(weight_decay=0.1)}], ids=["SGD", "momentum", "Adam"]
@@ -151,10 +162,8 @@ def test_the_allowance_for_the_vectors_of_an_optimiser_is_enough(options: dict[s
         arguments = (net, start, images, torch.arange(2), 0.01, batches)
         path, *state = unroll(*arguments, plan=chosen, return_velocity=True, **options)
         (matching_loss(path[-1], start, start + 1) + sum(each.sum() for each in state)).backward()
-    in_host_memory = (
-        (steps + 1) * (1 + chosen.work.moments) * 4 * net.num_parameters if on_host else 0
-    )  # counted here, too
-    parts = chosen.parts
+    vector, parts = 4 * net.num_parameters, chosen.parts
+    in_host_memory = (steps + 1) * (1 + chosen.work.moments) * vector if on_host else 0  # is counted, too
     assert counted.peak - in_host_memory <= sum(parts.values()) - parts["rest"]
 
 
