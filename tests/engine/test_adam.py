@@ -233,7 +233,7 @@ def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float])
     start[bias] = torch.tensor([-50.0, -1.0, -0.5, 0.0, 0.5, -50.0])
     batches = [torch.tensor([n % 7]) for n in range(8)]
     ours, theirs = ([each.clone().requires_grad_() for each in (start, images, lr)] for _ in range(2))
-    path = unroll(net, *ours[:2], labels, ours[2], batches, optimizer=Adam(betas, EPS))
+    path = unroll(net, ours[0], ours[1], labels, ours[2], batches, optimizer=Adam(betas, EPS))
 
     theta, pixels, rate = theirs
     mean, square, is_zero = torch.zeros_like(start), torch.zeros_like(start), []
