@@ -104,9 +104,11 @@ def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> Non
     if optimizer is None:
         return
     if not isinstance(optimizer, Adam):
-        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+        is_class = isinstance(optimizer, type)
+        kind = optimizer if is_class else type(optimizer)
         raise InputError(
-            f"unroll optimizer: expected mtt_fast.Adam(…), or None for SGD, found {kind.__module__}.{kind.__name__}"
+            f"unroll optimizer: expected mtt_fast.Adam(…), or None for SGD, found {'the class ' * is_class}{kind.__module__}."
+            f"{kind.__name__}; the learning rate is `lr`"
         )
     if momentum or weight_decay:
         raise InputError(
@@ -132,7 +134,10 @@ def check_velocity(velocity: Tensor | None, theta: Tensor, adam: Adam | None) ->
         raise InputError(f"unroll velocity: expected a tensor, found {type(velocity).__name__}")
     shape = theta.shape if adam is None else (adam.moments, *theta.shape)
     if velocity.shape != shape:
-        raise InputError(f"unroll velocity: expected shape {tuple(shape)}, found {tuple(velocity.shape)}")
+        raise InputError(
+            f"unroll velocity: expected shape {tuple(shape)}, found {tuple(velocity.shape)}; SGD has one velocity (P,), Adam as "
+            "`optimizer` two moments (2, P)"
+        )
     for attribute in ("dtype", "device"):
         actual, expected = getattr(velocity, attribute), getattr(theta, attribute)
         if actual != expected:

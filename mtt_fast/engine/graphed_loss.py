@@ -48,7 +48,7 @@ class GraphedMatchingLoss:
     The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
-        net: the student's network. All other arguments but `of_path` are those of `unroll`.
+        net: the student's network. All other arguments but `of_path` are those of `unroll`. An `optimizer` has made no steps.
         of_path: a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,), that returns a loss ().
             By default it is the paper's; `functools.partial(mtt_fast.path_loss, match_step="nearest")` is ATT's. A function of
             your own must not read tensors on the host, draw random numbers, or depend on other tensors.
@@ -109,7 +109,12 @@ class GraphedMatchingLoss:
         for an augmentation whose draws for a step are not a tensor with one row per image, such as `KorniaAugment`.
         """
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
-        arguments.check_velocity(None, start, self._options.optimizer)
+        adam = self._options.optimizer
+        if adam is not None and adam.steps:
+            raise InputError(
+                f"GraphedMatchingLoss optimizer: expected Adam(steps=0), since its students start a training, found "
+                f"steps={adam.steps}; use `unroll`, which takes the moments as `velocity`"
+            )
         arguments.check_target(target, start)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)

@@ -78,7 +78,10 @@ class Plan:
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
         image, network_input = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
-        rows = (work.steps + 1) * (1 + work.path_gradient + work.moments)
+        # two buffers hold the rows in use of a path and of states on the host
+        rows = (
+            2 * (1 + work.moments) if self.path_on_host else (work.steps + 1) * (1 + work.path_gradient + work.moments)
+        )
         vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
@@ -87,7 +90,7 @@ class Plan:
         if self.saved_steps:  # the last piece of the forward sweep, and the first one of the backward sweep
             peaks = [saved_bytes - step.saved + step.gradient_saving, saved_bytes + step.gradient_jvp_saved, *peaks]
         parts = {
-            "path": (2 if self.path_on_host else rows) * vector,
+            "path": rows * vector,
             "vectors": vectors * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,

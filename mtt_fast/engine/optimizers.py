@@ -8,8 +8,9 @@ follows from g, the gradients with respect to θ and the images, is the student'
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -120,7 +121,8 @@ class Adam:
     parameter never had a gradient; autograd gives NaN there.
 
     A step divides by the size of the gradient, so rounding errors of small gradients are large in it, and in its derivative. Use
-    precision "fp32".
+    precision "fp32", and a network without parameters that have no effect, such as a convolution's bias before a norm: by autograd
+    their gradient is rounding alone. In ConvNet's fused steps it is zero.
 
     Args:
         betas: decay rates β₁ and β₂ of the averages of the gradient and of its square, each in [0, 1).
@@ -138,12 +140,18 @@ class Adam:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"Adam betas: expected two numbers in [0, 1), found {self.betas}")
-        if not 0 < self.eps < math.inf:
-            raise InputError(f"Adam eps: expected a finite number above 0, found {self.eps}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"Adam weight_decay: expected a finite number of at least 0, found {self.weight_decay}")
+        betas: Any = self.betas
+        is_pair = isinstance(betas, Sequence) and len(betas) == 2
+        if not is_pair or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
+            remedy = "; the learning rate is `lr` of `unroll`" if isinstance(betas, Real) else ""
+            raise InputError(f"Adam betas: expected two numbers in [0, 1), found {betas}{remedy}")
+        object.__setattr__(self, "betas", (float(betas[0]), float(betas[1])))  # a list has no hash
+        eps: Any = self.eps
+        if not (isinstance(eps, Real) and 0 < float(eps) < math.inf):
+            raise InputError(f"Adam eps: expected a finite number above 0, found {eps!r}")
+        weight_decay: Any = self.weight_decay
+        if not (isinstance(weight_decay, Real) and 0 <= float(weight_decay) < math.inf):
+            raise InputError(f"Adam weight_decay: expected a finite number of at least 0, found {weight_decay!r}")
         steps: Any = self.steps
         if not isinstance(steps, Integral) or int(steps) < 0:
             raise InputError(f"Adam steps: expected a whole number of at least 0, found {steps!r}")

@@ -107,6 +107,22 @@ def test_a_loss_of_the_moments_or_of_a_row_alone(gradient: Any, looks_at: str) -
     assert_same_gradients(case_of(), mine, lambda leaves: loss(*written_out(leaves, adam, truncated=truncated)))
 
 
+@pytest.mark.parametrize("row", [0, 2, 3])
+def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
+    """Check that the state after that row is the one that is read, and not the last one, which is in the buffer."""
+    adam = Adam(BETAS, EPS, 0.1, BEFORE)
+    net, options = engines("the path on the host", optimizer=adam)
+
+    def mine(leaves: Case) -> Tensor:
+        theta, moments, images, labels, lr = leaves
+        return unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)[row].sum()
+
+    def theirs(leaves: Case) -> Tensor:
+        return written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)
+
+    assert_same_gradients(case_of(), mine, theirs)
+
+
 def test_augmented() -> None:
     augment, case, adam = SiameseAugment(), case_of(per_step=False), Adam(BETAS, EPS, steps=BEFORE)
     generator = torch.Generator().manual_seed(5)
@@ -204,6 +220,42 @@ def test_a_parameter_that_never_had_a_gradient() -> None:
         assert_close(name, one.grad, other.grad, 1e-9)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)])
+def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float]) -> None:
+    """Compare with recorded steps where some units of ReLU are dead in all steps, or in some. √0 has the derivative zero."""
+    sizes, (images, labels, lr) = (192, 6, 4), make(per_step=False)[2:]
+    module = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(*sizes[:2]), torch.nn.ReLU(), torch.nn.Linear(*sizes[1:])
+    )
+    net = FlatModule(module.double())
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    bias = slice(192 * 6, 192 * 6 + 6)
+    start[bias] = torch.tensor([-50.0, -1.0, -0.5, 0.0, 0.5, -50.0])
+    batches = [torch.tensor([n % 7]) for n in range(8)]
+    ours, theirs = ([each.clone().requires_grad_() for each in (start, images, lr)] for _ in range(2))
+    path = unroll(net, ours[0], ours[1], labels, ours[2], batches, optimizer=Adam(betas, EPS))
+
+    theta, pixels, rate = theirs
+    mean, square, is_zero = torch.zeros_like(start), torch.zeros_like(start), []
+    for n, index in enumerate(batches):
+        loss = F.cross_entropy(net(theta, pixels[index]), labels[index])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        is_zero.append(gradient[bias] == 0)
+        mean, square = betas[0] * mean + (1 - betas[0]) * gradient, betas[1] * square + (1 - betas[1]) * gradient**2
+        scaled = square / (1 - betas[1] ** (n + 1))
+        root = torch.where(scaled > 0, torch.where(scaled > 0, scaled, 1).sqrt(), 0)
+        theta = theta - rate * mean / (1 - betas[0] ** (n + 1)) / (root + EPS)
+    times = torch.stack(is_zero).sum(0)
+    assert ((times > 0) & (times < len(batches))).any()
+    assert (times == len(batches)).any()
+    assert_close("path", path[-1], theta, 1e-9)
+    found, expected = (
+        torch.autograd.grad(end.square().sum(), leaves) for end, leaves in ((path[-1], ours), (theta, theirs))
+    )
+    for name, one, other in zip(("start", "images", "lr"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+
 @pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
@@ -280,6 +332,19 @@ def test_a_callers_moments_may_be_overwritten_before_the_backward_pass() -> None
     [
         ({"betas": (0.9,)}, r"Adam betas: expected two numbers in \[0, 1\), found \(0.9,\)"),
         ({"betas": (0.9, 1.0)}, r"Adam betas: expected two numbers in \[0, 1\)"),
+        ({"betas": 0.001}, r"Adam betas: expected two numbers in \[0, 1\), found 0.001; the learning rate is `lr`"),
+        ({"betas": None}, r"Adam betas: expected two numbers in \[0, 1\), found None"),
+        ({"betas": ("0.9", "0.99")}, r"Adam betas: expected two numbers in \[0, 1\), found \('0.9'"),
+        # which would get no gradient
+        ({"betas": torch.tensor([0.9, 0.99])}, r"Adam betas: expected two numbers in \[0, 1\), found tensor"),
+        ({"betas": (torch.tensor(0.9), 0.99)}, r"Adam betas: expected two numbers in \[0, 1\), found \(tensor"),
+        ({"eps": torch.tensor(0.1)}, r"Adam eps: expected a finite number above 0, found tensor\(0.1000\)"),
+        ({"eps": "1e-8"}, "Adam eps: expected a finite number above 0, found '1e-8'"),
+        (
+            {"weight_decay": torch.tensor(0.1)},
+            "Adam weight_decay: expected a finite number of at least 0, found tensor",
+        ),
+        ({"weight_decay": None}, "Adam weight_decay: expected a finite number of at least 0, found None"),
         ({"eps": 0.0}, "Adam eps: expected a finite number above 0, found 0.0"),
         ({"weight_decay": -1.0}, "Adam weight_decay: expected a finite number of at least 0, found -1.0"),
         ({"steps": -1}, "Adam steps: expected a whole number of at least 0, found -1"),
@@ -291,9 +356,19 @@ def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: st
         Adam(**arguments)
 
 
+def test_a_list_of_betas_is_a_pair() -> None:
+    assert Adam([0.8, 0.95]) == Adam((0.8, 0.95))  # type: ignore[arg-type]
+    assert hash(Adam([0.8, 0.95])) == hash(Adam((0.8, 0.95)))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"optimizer": Adam}, r"or None for SGD, found the class mtt_fast.*Adam; the learning rate is `lr`"),
+        (
+            {"optimizer": None, "momentum": 0.9, "velocity": torch.zeros(2, NET.num_parameters).double()},
+            r"found \(2, \d+\); SGD has one velocity \(P,\), Adam as `optimizer` two moments \(2, P\)",
+        ),
         ({"optimizer": torch.optim.Adam}, r"unroll optimizer: expected mtt_fast.Adam\(…\), or None for SGD, found"),
         ({"momentum": 0.9}, "unroll momentum 0.9, weight_decay 0: they are SGD's, found with an `optimizer`"),
         ({"weight_decay": 0.1}, "unroll momentum 0, weight_decay 0.1: they are SGD's"),
@@ -313,5 +388,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], messag
 
 def test_the_graphed_loss_starts_a_training() -> None:
     start, _, images, labels, lr = make()
-    with pytest.raises(InputError, match=r"expected one with Adam\(steps=3\), found none"):
+    with pytest.raises(
+        InputError, match=r"GraphedMatchingLoss optimizer: expected Adam\(steps=0\).*found steps=3; use `unroll`"
+    ):
         GraphedMatchingLoss(NET, optimizer=Adam(steps=3))(start, start + 1, images, labels, lr, BATCHES)

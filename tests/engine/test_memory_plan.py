@@ -22,6 +22,7 @@ from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.live_bytes import CountLiveBytes
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.kernels import native
 from mtt_fast.kernels.native import planes
@@ -135,6 +136,38 @@ def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkey
     assert tuple(counted) == pytest.approx(tuple(formula), rel=0.1)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": Adam()}], ids=["momentum", "Adam"])
+def test_unroll_plans_for_the_state_of_its_optimiser(options: dict[str, Any]) -> None:
+    net, images = ConvNet(image_size=8, width=64, depth=2), torch.zeros(2, 3, 8, 8)
+    batches = torch.arange(2).expand(3, 2)
+    budget = mtt_fast.plan(net, images=images, steps=3, memory_budget=None, **options).peak_bytes - 1
+    arguments = (net, net.init(), images, torch.arange(2), 0.01, batches)
+    unroll(*arguments, memory_budget=budget)
+    with pytest.raises(InputError, match="expected at least"):
+        unroll(*arguments, memory_budget=budget, **options)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"optimizer": Adam(weight_decay=0.1)}], ids=["SGD", "momentum", "Adam"]
+)
+def test_the_allowance_for_the_vectors_of_an_optimiser_is_enough(options: dict[str, Any], on_host: bool) -> None:
+    """Count the vectors of a network that is nearly all parameters, with the last state returned."""
+    net, steps = ConvNet(image_size=8, width=128, depth=2), 3
+    images = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    whole = mtt_fast.plan(net, images=images, steps=steps, memory_budget=None, **options)
+    chosen = dataclasses.replace(whole, path_on_host=on_host)
+    start, batches = net.init(torch.Generator().manual_seed(0)), torch.arange(2).expand(steps, 2)
+    with CountLiveBytes() as counted:
+        arguments: Any = (net, start, images, torch.arange(2), 0.01, batches)
+        path, *state = unroll(*arguments, plan=chosen, return_velocity=True, **options)
+        torch.stack([matching_loss(path[-1], start, start + 1), *(each.sum() for each in state)]).sum().backward()
+    vector, parts = 4 * net.num_parameters, chosen.parts
+    in_host_memory = (steps + 1) * (1 + chosen.work.moments) * vector if on_host else 0  # is counted, too
+    allowed = sum(parts[name] for name in ("path", "vectors", "images", "step"))  # torch does not count the work space
+    assert allowed - 5 * vector <= counted.peak - in_host_memory <= allowed
+
+
 @needs_proc
 @needs_native
 @pytest.mark.slow
@@ -202,6 +235,9 @@ def test_a_plan_counts_what_each_option_keeps() -> None:
     assert (cut["vectors"], cut["images"]) == (vector, batch)
     on_host = dataclasses.replace(planned(None, net), path_on_host=True)
     assert on_host.parts["path"] == 2 * vector
+    for options, vectors in (({"momentum": 0.9}, 4), ({"optimizer": Adam()}, 6)):  # two buffers for the states, too
+        with_state = dataclasses.replace(planned(None, net, **options), path_on_host=True)
+        assert with_state.parts["path"] == vectors * vector
     canvases = planned(None, net, images=(50, 3, 64, 64), augment=CanvasCrops(2))
     assert canvases.parts["images"] == 4 * batch + 3 * batch  # the canvases, and copies of their crops
 

@@ -82,6 +82,17 @@ def test_a_loss_of_the_velocity_or_of_a_row_alone(gradient: Any, looks_at: str) 
     assert_same_gradients(make(), mine, lambda leaves: loss(*written_out(leaves, 0.8, 0.1, truncated=truncated)))
 
 
+@pytest.mark.parametrize("row", [2, 3])
+def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
+    net, options = engines("the path on the host", momentum=0.8)
+
+    def mine(leaves: Case) -> Tensor:
+        theta, velocity, images, labels, lr = leaves
+        return unroll(net, theta, images, labels, lr, BATCHES, momentum=0.8, velocity=velocity, **options)[row].sum()
+
+    assert_same_gradients(make(), mine, lambda leaves: written_out(leaves, 0.8, 0.0)[0][row].sum())
+
+
 def test_augmented() -> None:
     augment, case = SiameseAugment(), make(per_step=False)
     generator = torch.Generator().manual_seed(5)
