@@ -115,7 +115,8 @@ def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
 
     def mine(leaves: Case) -> Tensor:
         theta, moments, images, labels, lr = leaves
-        return unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)[row].sum()
+        path: Tensor = unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)
+        return path[row].sum()
 
     def theirs(leaves: Case) -> Tensor:
         return written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)
@@ -233,7 +234,7 @@ def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float])
     start[bias] = torch.tensor([-50.0, -1.0, -0.5, 0.0, 0.5, -50.0])
     batches = [torch.tensor([n % 7]) for n in range(8)]
     ours, theirs = ([each.clone().requires_grad_() for each in (start, images, lr)] for _ in range(2))
-    path = unroll(net, *ours[:2], labels, ours[2], batches, optimizer=Adam(betas, EPS))
+    path = unroll(net, ours[0], ours[1], labels, ours[2], batches, optimizer=Adam(betas, EPS))
 
     theta, pixels, rate = theirs
     mean, square, is_zero = torch.zeros_like(start), torch.zeros_like(start), []
