@@ -115,7 +115,8 @@ def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
 
     def mine(leaves: Case) -> Tensor:
         theta, moments, images, labels, lr = leaves
-        return unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)[row].sum()
+        path: Tensor = unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)
+        return path[row].sum()
 
     def theirs(leaves: Case) -> Tensor:
         return written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)

@@ -140,7 +140,8 @@ def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkey
 def test_unroll_plans_for_the_state_of_its_optimiser(options: dict[str, Any]) -> None:
     net, images = ConvNet(image_size=8, width=64, depth=2), torch.zeros(2, 3, 8, 8)
     batches = torch.arange(2).expand(3, 2)
-    budget = mtt_fast.plan(net, images=images, steps=3, memory_budget=None, **options).peak_bytes - 1
+    cuts = [mtt_fast.plan(net, images=images, steps=3, microbatch=size, **options) for size in (1, 2)]
+    budget = min(cut.peak_bytes for cut in cuts) - 1
     arguments = (net, net.init(), images, torch.arange(2), 0.01, batches)
     unroll(*arguments, memory_budget=budget)
     with pytest.raises(InputError, match="expected at least"):
@@ -159,13 +160,14 @@ def test_the_allowance_for_the_vectors_of_an_optimiser_is_enough(options: dict[s
     chosen = dataclasses.replace(whole, path_on_host=on_host)
     start, batches = net.init(torch.Generator().manual_seed(0)), torch.arange(2).expand(steps, 2)
     with CountLiveBytes() as counted:
-        arguments: Any = (net, start, images, torch.arange(2), 0.01, batches)
-        path, *state = unroll(*arguments, plan=chosen, return_velocity=True, **options)
+        more: dict[str, Any] = {"plan": chosen, "return_velocity": bool(options), **options}
+        result: Any = unroll(net, start, images, torch.arange(2), 0.01, batches, **more)
+        path, *state = result if options else (result,)
         torch.stack([matching_loss(path[-1], start, start + 1), *(each.sum() for each in state)]).sum().backward()
     vector, parts = 4 * net.num_parameters, chosen.parts
     in_host_memory = (steps + 1) * (1 + chosen.work.moments) * vector if on_host else 0  # is counted, too
     allowed = sum(parts[name] for name in ("path", "vectors", "images", "step"))  # torch does not count the work space
-    assert allowed - 5 * vector <= counted.peak - in_host_memory <= allowed
+    assert counted.peak - in_host_memory <= allowed
 
 
 @needs_proc

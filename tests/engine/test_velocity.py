@@ -88,7 +88,8 @@ def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
 
     def mine(leaves: Case) -> Tensor:
         theta, velocity, images, labels, lr = leaves
-        return unroll(net, theta, images, labels, lr, BATCHES, momentum=0.8, velocity=velocity, **options)[row].sum()
+        path: Tensor = unroll(net, theta, images, labels, lr, BATCHES, momentum=0.8, velocity=velocity, **options)
+        return path[row].sum()
 
     assert_same_gradients(make(), mine, lambda leaves: written_out(leaves, 0.8, 0.0)[0][row].sum())
 
