@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtt_fast import ConvNet, SiameseAugment
+from mtt_fast import Adam, ConvNet, SiameseAugment
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iteration
+from mtt_fast.engine.optimizers import Sgd
 from mtt_fast.engine.student import InMicrobatches, Student
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.kernels.types import memory_format
@@ -124,9 +125,10 @@ def test_a_step_of_both_sweeps(batch: int, precision: Precision, most: int) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_nothing_waits_in_the_host_code(precision: Precision) -> None:
-    """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, and soft labels."""
+    """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, Adam, and soft labels."""
     for net, kind, cut, options in (
-        (NET, "logits", False, {"saved_steps": 2, "momentum": 0.5, "weight_decay": 1e-3}),
+        (NET, "logits", False, {"saved_steps": 2, "optimizer": Sgd(0.5, 1e-3)}),
+        (NET, "logits", False, {"optimizer": Adam(weight_decay=1e-3)}),
         (ConvNet(3, 10, 32, 128, 3, norm="none"), "indices", False, {"saved_steps": 1}),
         (ConvNet(4, 10, 32, 24, 2), "probabilities", True, {}),
     ):
