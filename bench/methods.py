@@ -60,9 +60,8 @@ class Method:
     """the accuracy's name in summary.json"""
 
 
-_FREQUENCIES = (
-    64  # of a channel: FreD's for CIFAR-10 with the numbers of one image per class; of tiny images half of all
-)
+# of a channel: FreD's number for CIFAR-10 with the storage of one image per class; tiny images keep half of theirs
+_FREQUENCIES = 64
 _EXPERT, _ITERATIONS = ("buffer_path",), ("Iteration", "eval_it")
 _OF_DISTILLATION = tuple(
     field.name

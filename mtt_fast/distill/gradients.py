@@ -24,7 +24,7 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
-from mtt_fast.engine.optimizers import Sgd
+from mtt_fast.engine.optimizers import StudentSgd
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.networks.protocol import Network
@@ -52,7 +52,7 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
         augment,
         tuple(len(index) for index in batches),
         loss=partial(path_loss, match_step=options.match_step, loss_ratio=options.loss_ratio),
-        optimizer=Sgd(options.student_mom, options.student_l2),
+        optimizer=StudentSgd(options.student_mom, options.student_l2),
         gradient=options.gradient,
         graph=graph,
     )

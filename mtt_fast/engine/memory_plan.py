@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.arguments import check_optimizer
-from mtt_fast.engine.optimizers import Adam, Sgd
+from mtt_fast.engine.optimizers import Adam, StudentSgd
 from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
@@ -211,7 +211,7 @@ def plan(
         steps=steps,
         dtype=dtype,
         device=device,
-        moments=(optimizer or Sgd(momentum)).moments,
+        moments=(optimizer or StudentSgd(momentum)).moments,
         augment=augment is not False,
         augment_bytes=augment_bytes,
         path_gradient=path_gradient,

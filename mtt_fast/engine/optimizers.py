@@ -69,7 +69,7 @@ class Optimizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Sgd:
+class StudentSgd:
     """torch.optim.SGD: u = m' = μ m + g + ω θ. Without momentum there is no state, unless `has_velocity` asks for it."""
 
     momentum: float = 0.0
@@ -106,7 +106,7 @@ class Sgd:
         return GradientAdjoint(nu, torch.dot(adjoint, after))
 
 
-PLAIN_SGD = Sgd()
+PLAIN_SGD = StudentSgd()
 
 
 @dataclass(frozen=True)

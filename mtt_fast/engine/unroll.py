@@ -13,7 +13,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
-from mtt_fast.engine.optimizers import Adam, Optimizer, Sgd
+from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
 from mtt_fast.engine.student import CANNOT_CUT, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
@@ -187,7 +187,7 @@ class CheckedSteps(NamedTuple):
 
 def optimizer_of(options: StepOptions, *, has_velocity: bool = False) -> Optimizer:
     """Return the optimiser of `options`; SGD without momentum has a state only if `has_velocity`. The options are checked before."""
-    return options.optimizer or Sgd(options.momentum, options.weight_decay, has_velocity)
+    return options.optimizer or StudentSgd(options.momentum, options.weight_decay, has_velocity)
 
 
 def checked_steps(

@@ -19,7 +19,7 @@ from mtt_fast import Adam, ConvNet, SiameseAugment
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.optimizers import Sgd
+from mtt_fast.engine.optimizers import StudentSgd
 from mtt_fast.engine.student import InMicrobatches, Student
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.kernels.types import memory_format
@@ -127,7 +127,7 @@ def test_a_step_of_both_sweeps(batch: int, precision: Precision, most: int) -> N
 def test_nothing_waits_in_the_host_code(precision: Precision) -> None:
     """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, Adam, and soft labels."""
     for net, kind, cut, options in (
-        (NET, "logits", False, {"saved_steps": 2, "optimizer": Sgd(0.5, 1e-3)}),
+        (NET, "logits", False, {"saved_steps": 2, "optimizer": StudentSgd(0.5, 1e-3)}),
         (NET, "logits", False, {"optimizer": Adam(weight_decay=1e-3)}),
         (ConvNet(3, 10, 32, 128, 3, norm="none"), "indices", False, {"saved_steps": 1}),
         (ConvNet(4, 10, 32, 24, 2), "probabilities", True, {}),

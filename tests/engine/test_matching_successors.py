@@ -24,7 +24,7 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.iteration import iteration, planned_iteration
 from mtt_fast.engine.matching import MatchStep, path_loss
-from mtt_fast.engine.optimizers import Sgd
+from mtt_fast.engine.optimizers import StudentSgd
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.engine.no_values import NoValues
@@ -110,7 +110,7 @@ def test_momentum_and_weight_decay_of_the_student(momentum: float, weight_decay:
     )  # fmt: skip
     run = planned_iteration(
         steps, None, LENGTHS, loss=partial(path_loss, match_step=match_step),
-        optimizer=Sgd(momentum, weight_decay),
+        optimizer=StudentSgd(momentum, weight_decay),
     )  # fmt: skip
     for name, actual, wanted in zip(
         ("loss", "images", "lr"), run(*given.values()), (expected_loss, *expected), strict=True
@@ -180,7 +180,9 @@ def test_nothing_waits_for_a_value(student: Any) -> None:
     inputs = [tensor.to("meta") for tensor in case(per_step=True).values()]
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     with NoValues():
-        actual = iteration(student, None, LENGTHS, loss=loss, optimizer=Sgd(0.5, 0.1), gradient="truncated")(*inputs)
+        actual = iteration(student, None, LENGTHS, loss=loss, optimizer=StudentSgd(0.5, 0.1), gradient="truncated")(
+            *inputs
+        )
     assert [tensor.shape for tensor in actual] == [(), (10, 3, 9, 9), (STEPS,)]
 
 
@@ -193,7 +195,9 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu() -> None:
         momentum=0.5, path_gradient=True,
     )  # fmt: skip
     graph, call = (
-        planned_iteration(steps, None, LENGTHS, loss=loss, optimizer=Sgd(0.5, 0.1), gradient="truncated", graph=graph)
+        planned_iteration(
+            steps, None, LENGTHS, loss=loss, optimizer=StudentSgd(0.5, 0.1), gradient="truncated", graph=graph
+        )
         for graph in (True, False)
     )
     inputs = [tensor.to(device) for tensor in case(per_step=True).values()]
@@ -208,7 +212,7 @@ def test_a_path_in_host_memory() -> None:
     given = case()
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     runs = [
-        iteration(GenericStudent(NET), None, LENGTHS, loss=loss, optimizer=Sgd(0.5), path_on_host=on_host)(
+        iteration(GenericStudent(NET), None, LENGTHS, loss=loss, optimizer=StudentSgd(0.5), path_on_host=on_host)(
             *given.values()
         )
         for on_host in (False, True)
