@@ -222,9 +222,10 @@ def check_tensors(
             f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
             f"{tuple(labels.shape)}; give a `loss` that takes these"
         )
-    if lr.dim() > 1 or lr.numel() not in (1, steps):
+    if lr.shape not in ((), (1,), (steps,), (steps, net.num_parameters)):
         raise InputError(
-            f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
+            f"unroll lr: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
+            f"({steps}, {net.num_parameters}), found shape {tuple(lr.shape)}"
         )
     devices = {tensor.device for tensor in (theta, images, labels)}  # rates are moved to that of theta
     if len(devices) > 1:

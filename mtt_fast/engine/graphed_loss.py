@@ -86,7 +86,6 @@ class GraphedMatchingLoss:
             weight_decay=weight_decay, optimizer=optimizer, label_kind=label_kind, loss=loss, precision=precision,
             gradient=gradient,
         )  # fmt: skip
-        self._optimizer = optimizer_of(self._options)
         self._iterations: dict[Any, Iteration] = {}
         self._obstacle: str | None = None
 
@@ -132,6 +131,7 @@ class GraphedMatchingLoss:
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
         """Return the iteration for tensors of these shapes, from the cache or new; `parameters` are the augmentation's."""
         options, lengths = self._options, tuple(len(index) for index in steps.batches)
+        optimizer = optimizer_of(options, steps.lr)
         tensors = (steps.theta, steps.images, steps.labels, steps.lr)
         key = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         if key in self._iterations:
@@ -140,7 +140,7 @@ class GraphedMatchingLoss:
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
             plan = checked_plan(
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
-                moments=self._optimizer.moments, path_gradient=self._of_path is not path_loss,
+                moments=optimizer.moments, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
             _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
         is_full = len(self._recorded()) == _MOST_GRAPHS
@@ -150,7 +150,7 @@ class GraphedMatchingLoss:
             )
             log.warning("not recorded, so that it runs slower, with the same result: %s", self._obstacle)
         self._iterations[key] = planned_iteration(
-            plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), optimizer=self._optimizer,
+            plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), optimizer=optimizer,
             gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
         return self._iterations[key]

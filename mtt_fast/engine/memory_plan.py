@@ -56,6 +56,8 @@ class Work:
     """memory of the augmentation for each image of a batch, beyond the augmented image"""
     path_gradient: bool = False
     """whether the gradient of the loss with respect to the path is as large as the path, as with `path.index_select`"""
+    lr_per_parameter: bool = False
+    """whether each step has a learning rate for each parameter, (N, P)"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Plan:
         parts = {
             "path": rows * vector,
             "vectors": vectors * vector,
+            "gradients of rates": 2
+            * work.lr_per_parameter
+            * work.steps
+            * vector,  # of each step, and all as one tensor
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
             "saved activations": saved_bytes,
@@ -170,6 +176,7 @@ def plan(
     loss: Loss | None = None,
     precision: Precision = "fp32",
     path_gradient: bool = False,
+    lr_per_parameter: bool = False,
 ) -> Plan:
     """Return the memory plan of an `unroll`, before a run. `unroll` makes the same plan itself, or takes it as `plan=`.
 
@@ -189,6 +196,7 @@ def plan(
         label_kind: as in `unroll`, as are `loss` and `precision`.
         path_gradient: whether the loss uses `path` itself (as `path.mean()`), so that its gradient is as large as the path.
             Rows `path[n]` do not need this.
+        lr_per_parameter: whether `lr` is (N, P), a rate for each step and parameter.
 
     Raises:
         InputError: the budget is too small even for one sample at once (the message says how much is needed), or the network
@@ -211,10 +219,11 @@ def plan(
         steps=steps,
         dtype=dtype,
         device=device,
-        moments=(optimizer or StudentSgd(momentum)).moments,
+        moments=(optimizer or StudentSgd(momentum, has_velocity=lr_per_parameter)).moments,
         augment=augment is not False,
         augment_bytes=augment_bytes,
         path_gradient=path_gradient,
+        lr_per_parameter=lr_per_parameter,
     )
     return plan_for(work, memory_budget, microbatch)
 

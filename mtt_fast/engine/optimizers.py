@@ -25,11 +25,14 @@ class GradientAdjoint(NamedTuple):
     """Gradients of the loss through a step of an optimiser with state."""
 
     nu: Tensor  # (P,): with respect to the step's gradient g
-    negated_rate: Tensor  # (): with respect to −α, which is λ·u
+    negated_rate: Tensor  # () or (P,): with respect to −α, which is λ·u, or λ ∘ u of a rate for each parameter
 
 
 class Optimizer(Protocol):
-    """Take a step, and go back through it. Vectors are (P,) on one device; `rate` is the learning rate α ()."""
+    """Take a step, and go back through it. Vectors are (P,) on one device.
+
+    `rate` is the learning rate α: (), or of an optimiser with state also (P,), one for each parameter.
+    """
 
     @property
     def weight_decay(self) -> float:
@@ -93,9 +96,12 @@ class StudentSgd:
     ) -> None:
         """See `Optimizer.step`."""
         kernels.sgd_step(
-            theta, sums, rate, out=out, velocity=before, velocity_out=after, momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            theta, sums, rate if rate.dim() == 0 else rate.new_ones(()), out=out, velocity=before, velocity_out=after,
+            momentum=self.momentum, weight_decay=self.weight_decay,
         )  # fmt: skip
+        if rate.dim():  # the kernel takes one rate, so its θ − u is replaced
+            assert after is not None
+            torch.addcmul(theta, after, rate, value=-1, out=out)
 
     def adjoint(
         self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
@@ -103,7 +109,7 @@ class StudentSgd:
         """See `Optimizer.adjoint`."""
         nu = torch.addcmul(state_adjoint, adjoint, rate, value=-1)
         torch.mul(nu, self.momentum, out=state_adjoint)
-        return GradientAdjoint(nu, torch.dot(adjoint, after))
+        return GradientAdjoint(nu, _gradient_of_negated_rate(adjoint, after, rate))
 
 
 PLAIN_SGD = StudentSgd()
@@ -196,7 +202,7 @@ class Adam:
         nu = (to_mean * (1 - beta1)).addcmul_(gradient, to_square, value=2 * (1 - beta2))
         to_mean.mul_(beta1)
         to_square.mul_(beta2)
-        return GradientAdjoint(nu, torch.dot(adjoint, update))
+        return GradientAdjoint(nu, _gradient_of_negated_rate(adjoint, update, rate))
 
     def _scaled(self, n: int, state: Tensor) -> _Scaled:
         mean_correction, square_correction = self._corrections(n)
@@ -208,6 +214,11 @@ class Adam:
         """Return 1 − βᵗ for both moments, after step `n`."""
         first, second = (1 - beta ** (self.steps + n + 1) for beta in self.betas)
         return first, second
+
+
+def _gradient_of_negated_rate(adjoint: Tensor, update: Tensor, rate: Tensor) -> Tensor:
+    """Return the gradient with respect to −α in the shape of `rate`, () or (P,), from λ and u (P,)."""
+    return adjoint * update if rate.dim() else torch.dot(adjoint, update)
 
 
 class _Scaled(NamedTuple):

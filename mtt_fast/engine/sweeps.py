@@ -162,7 +162,7 @@ class _Unroll(torch.autograd.Function):
         start = path.on_device(0)
         rates, targets = _rates(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
         # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimiser with a state the direction is ν itself
-        scales = -rates if states is None else torch.ones_like(rates)
+        scales = -rates if states is None else rates.new_ones(len(rates))
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if wants_labels else None
@@ -216,7 +216,7 @@ class _Unroll(torch.autograd.Function):
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
         grad_rates = torch.zeros_like(rates)
         if grad_negated_rates:
-            grad_rates[:last] = -torch.stack(grad_negated_rates[::-1])
+            torch.stack(grad_negated_rates[::-1], out=grad_rates[:last]).neg_()
         grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
         return None, adjoint, state_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 
@@ -299,5 +299,5 @@ def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
-    """Return the learning rate of each step (N,), in the dtype and on the device of `like`."""
-    return lr.detach().to(like).expand(steps)
+    """Return the learning rates of all steps, (N,) or (N, P), in the dtype and on the device of `like`."""
+    return lr.detach().to(like).expand(steps, *lr.shape[1:])

@@ -94,8 +94,9 @@ def unroll(
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes); for a `loss` of the caller's own, any shape (n, …).
-        lr: learning rate, a scalar (tensor), or one for each step (N,). A number must be at least 0; the values of a tensor,
-            which may be learned and on a GPU, are not checked.
+        lr: learning rate, a scalar (tensor), one for each step (N,), or one for each step and parameter (N, P), as by
+            `rates.expand(N, -1)`. The last keeps N + 1 more vectors (P,), and 2 N if it is learned. A number must be at least 0;
+            the values of a tensor, which may be learned and on a GPU, are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
             are drawn here, once for each step in order, and used again by the backward sweep.
@@ -138,7 +139,7 @@ def unroll(
         gradient=gradient,
     )  # fmt: skip
     steps = checked_steps(net, options, theta, images, labels, lr, batches)
-    student_optimizer = optimizer_of(options, has_velocity=velocity is not None or return_velocity)
+    student_optimizer = optimizer_of(options, steps.lr, has_velocity=velocity is not None or return_velocity)
     arguments.check_velocity(velocity, theta, optimizer)
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
     plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
@@ -181,13 +182,17 @@ class CheckedSteps(NamedTuple):
     theta: Tensor  # (P,)
     images: Tensor  # (n, C, H, W)
     labels: Tensor  # (n,) or (n, classes), or what the caller's loss takes
-    lr: Tensor  # () or (N,)
+    lr: Tensor  # (), (1,), (N,) or (N, P)
     batches: tuple[Tensor, ...]  # N times (b,) int64
 
 
-def optimizer_of(options: StepOptions, *, has_velocity: bool = False) -> Optimizer:
-    """Return the optimiser of `options`; SGD without momentum has a state only if `has_velocity`. The options are checked before."""
-    return options.optimizer or StudentSgd(options.momentum, options.weight_decay, has_velocity)
+def optimizer_of(options: StepOptions, lr: Tensor, *, has_velocity: bool = False) -> Optimizer:
+    """Return the optimiser of `options`, which are checked before.
+
+    SGD without momentum has a state if `has_velocity`, or if each parameter has a rate: the gradient of that rate is λ ∘ g, and g
+    is in the state.
+    """
+    return options.optimizer or StudentSgd(options.momentum, options.weight_decay, has_velocity or lr.dim() == 2)
 
 
 def checked_steps(
@@ -234,7 +239,7 @@ def checked_plan(
     `draws` are those of the first step, and `moments` is that of the optimiser. `path_gradient` says whether the gradient of the
     loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
-    student, theta, images, labels, _, batches = steps
+    student, theta, images, labels, lr, batches = steps
     augment, shape = options.augment, images.shape[1:]
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     work = Work(
@@ -251,6 +256,7 @@ def checked_plan(
         augment=augment is not None,
         augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         path_gradient=path_gradient,
+        lr_per_parameter=lr.dim() == 2,
     )
     if options.plan is not None:
         if not isinstance(options.plan, Plan):

@@ -94,7 +94,13 @@ def launches_on_meta() -> Iterator[CountLaunches]:
 
 
 def launches_of(
-    student: Student, steps: int, batch: int, net: ConvNet = NET, soft: bool = False, **options: Any
+    student: Student,
+    steps: int,
+    batch: int,
+    net: ConvNet = NET,
+    soft: bool = False,
+    lr: Tensor | None = None,
+    **options: Any,
 ) -> int:
     """Return the launches of an iteration of so many steps, with the public code's augmentation."""
     augment, shape = SiameseAugment("color_crop_cutout_flip_scale_rotate"), torch.Size((net.in_channels, 32, 32))
@@ -102,7 +108,14 @@ def launches_of(
     draws = draw_steps([torch.arange(batch)] * steps, shape, torch.float32, augment.draw_parameters, generator)
     labels = torch.empty(batch, net.num_classes) if soft else torch.arange(batch)
     theta = torch.empty(net.num_parameters)
-    tensors = (theta, theta, torch.empty(batch, *shape), labels, torch.empty(()), *draws.tensors())
+    tensors = (
+        theta,
+        theta,
+        torch.empty(batch, *shape),
+        labels,
+        torch.empty(()) if lr is None else lr,
+        *draws.tensors(),
+    )
     on_meta = [tensor.to("meta") for tensor in tensors]
     with launches_on_meta() as counter:
         iteration(student, augment, (batch,) * steps, **options)(*on_meta)
@@ -125,10 +138,11 @@ def test_a_step_of_both_sweeps(batch: int, precision: Precision, most: int) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_nothing_waits_in_the_host_code(precision: Precision) -> None:
-    """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, Adam, and soft labels."""
+    """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, Adam, rates per parameter, and soft labels."""
     for net, kind, cut, options in (
         (NET, "logits", False, {"saved_steps": 2, "optimizer": StudentSgd(0.5, 1e-3)}),
         (NET, "logits", False, {"optimizer": Adam(weight_decay=1e-3)}),
+        (NET, "logits", False, {"optimizer": StudentSgd(has_velocity=True), "lr": torch.empty(2, NET.num_parameters)}),
         (ConvNet(3, 10, 32, 128, 3, norm="none"), "indices", False, {"saved_steps": 1}),
         (ConvNet(4, 10, 32, 24, 2), "probabilities", True, {}),
     ):

@@ -37,12 +37,13 @@ def tensors(net: Trainable, device: str) -> list[Tensor]:
     return [tensor.to(device) for tensor in every]
 
 
-def result(net: Trainable, device: str, **options: object) -> list[Tensor]:
-    """Return loss and gradients of `unroll`."""
+def result(net: Trainable, device: str, *, per_parameter: bool = False, **options: object) -> list[Tensor]:
+    """Return loss and gradients of `unroll`, with one learning rate or one for each step and parameter."""
     start, target, images, labels, lr = tensors(net, device)
     learned = [each.requires_grad_() for each in (images, labels, lr)]
     draws = torch.Generator().manual_seed(1)
-    path = unroll(net, start, images, labels, lr, STEPS, SiameseAugment(), generator=draws, **options)  # type: ignore[call-overload]
+    rates = lr.expand(len(STEPS), len(start)) if per_parameter else lr
+    path = unroll(net, start, images, labels, rates, STEPS, SiameseAugment(), generator=draws, **options)  # type: ignore[call-overload]
     loss = matching_loss(path[-1], start, target)
     return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
@@ -71,7 +72,9 @@ def mix() -> None:
 def compare() -> None:
     """Compare results on the device with those on the CPU."""
     for net in (NET, module_with_buffers()):
-        for options in ({}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}, {"optimizer": ADAM}):
+        for options in (
+            {}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}, {"optimizer": ADAM}, {"per_parameter": True}
+        ):  # fmt: skip
             for actual, expected in zip(result(net, "cuda", **options), result(net, "cpu", **options), strict=True):
                 assert_close("unroll", actual.cpu(), expected, 1e-4)
         for optimizer in (None, ADAM):
