@@ -1,15 +1,17 @@
-"""Make cases for the engines: random images and labels, a fresh network, and a target that training reaches from it."""
+"""Make cases for the engines: random images and labels, a fresh network, and a target that training reaches from it.
+
+An engine maps a `Case` to `Gradients`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.engines import Case
 from bench.settings import Setting
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.networks.convnet import ConvNet
@@ -17,6 +19,26 @@ from mtt_fast.storage.files import save_tensors
 
 _LR = 0.01  # of the experts, and of the students of most settings
 _TARGET_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One iteration: from `start` (P,) through N steps on `images[batches[n]]`, towards `target` (P,)."""
+
+    net: ConvNet
+    start: Tensor
+    target: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    batches: Tensor  # (N, b)
+
+
+class Gradients(NamedTuple):
+    """Gradients of the matching loss."""
+
+    images: Tensor
+    lr: Tensor
 
 
 def make_case(setting: Setting) -> Case:

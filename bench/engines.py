@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import rivals
+from bench.cases import Case, Gradients
 from bench.flops import (
     COMPILED_MIXED_STEP,
     DOUBLE_BACKWARD,
@@ -28,27 +31,6 @@ from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.convnet import ConvNet
-
-
-@dataclass(frozen=True)
-class Case:
-    """One iteration: from `start` (P,) through N steps on `images[batches[n]]`, towards `target` (P,)."""
-
-    net: ConvNet
-    start: Tensor
-    target: Tensor
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
-    batches: Tensor  # (N, b)
-
-
-class Gradients(NamedTuple):
-    """Gradients of the matching loss."""
-
-    images: Tensor
-    lr: Tensor
-
 
 Run = Callable[..., Gradients]
 """An engine's function of the case, and of `microbatch` or `memory_budget` if the engine takes limits."""
@@ -202,6 +184,10 @@ class Engine:
     takes_precision: bool = False
     """whether `run` takes a `precision`; other engines follow torch's settings"""
     cuda_only: bool = False
+    compiles: bool = False
+    """whether its first call compiles, which takes memory too"""
+    package: str | None = None
+    """the package of another library that it needs"""
 
 
 ENGINES = {
@@ -210,13 +196,16 @@ ENGINES = {
     "checkpointed": Engine(checkpointed, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "truncated": Engine(truncated, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD_TO_IMAGES), exact=False),
     "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD), takes_limits=True),
-    "compiled": Engine(compiled, (PLAIN_GRADIENT, COMPILED_MIXED_STEP)),
+    "compiled": Engine(compiled, (PLAIN_GRADIENT, COMPILED_MIXED_STEP), compiles=True),
     "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True),
     "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True),
     "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_limits=True, takes_precision=True),
     "fused-graph": Engine(
         fused_graph, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True, cuda_only=True
     ),
+    "higher": Engine(rivals.higher, (PLAIN_GRADIENT, DOUBLE_BACKWARD), package="higher"),
+    "torchopt": Engine(rivals.torchopt, (PLAIN_GRADIENT, DOUBLE_BACKWARD), package="torchopt"),
+    "jax": Engine(rivals.jax, (PLAIN_GRADIENT, COMPILED_MIXED_STEP), compiles=True, package="jax"),
 }
 
 
@@ -228,6 +217,8 @@ def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, 
     """
     plain, _, own = name.partition("@")
     engine = engine_named(plain)
+    if engine.package and importlib.util.find_spec(engine.package) is None:
+        raise InputError(f"--engines {name}: expected the package {engine.package}; pip install {engine.package}")
     if engine.cuda_only and device.type != "cuda":
         raise InputError(f"--engines {name}: expected a CUDA device, found {device}; use fused")
     takes = engine.takes_precision and device.type == "cuda"

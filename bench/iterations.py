@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 
-from bench.engines import Case
+from bench.cases import Case
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.experts import inventory_of

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from bench import gate
-from bench.cases import case_on, load_case, make_case, save_case
-from bench.engines import ENGINES, Case, Engine, checkpointed, engine_on, fused
+from bench.cases import Case, case_on, load_case, make_case, save_case
+from bench.engines import ENGINES, Engine, checkpointed, engine_on, fused
 from bench.floor import Convolution, convolutions, run_all
 from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
 from bench.measuring import Peak, interleaved, matrix_product_peak, peak_above_baseline, seconds_in_turn, set_precision
@@ -46,7 +46,7 @@ class Options(CommonOptions, Shape):
     """Time one iteration of the method by every engine."""
 
     engines: str | None = None
-    """engines to time, in this order; without it all that the device can run; also ENGINE@PRECISION, as in fused-graph@fp16, and
+    """engines to time, in this order; without it all of mtt_fast and autograd that the device can run; also ENGINE@PRECISION, as in fused-graph@fp16, and
     MODULE:FUNCTION, a function of your own from a case to the gradients"""
     memory_budget: str = "400MiB"
     """memory budget of fused-budget"""
@@ -69,7 +69,11 @@ def main(options: Options, command: str) -> None:
             "--one_process True: expected a GPU, since peak memory on a CPU belongs to a process; leave it out"
         )
     worker_of: Callable[..., Worker] = Here if options.one_process else Process
-    runnable = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
+    runnable = [
+        name
+        for name, engine in ENGINES.items()
+        if engine.package is None and (device.type == "cuda" or not engine.cuda_only)
+    ]
     names = options.engines.split(",") if options.engines else runnable
     engines, precisions = {}, {}
     for name in names:
@@ -185,6 +189,8 @@ def check(state: EngineState, truth: str) -> dict[str, Any]:
     setting = Setting(net, len(state.case.images), steps, batch)
     float64 = gate.float64_error(state.engine, setting, state.device, cut=bool(state.limits))
     gradients = []
+    if state.engine.compiles:
+        state.run()
     peak: Peak = peak_above_baseline(lambda: gradients.append(state.run()), state.device)
     error = relative_error(gradients[0].images.cpu(), load_file(truth)["images"])
     return {"error_float64": float64, "error": error, "peak": peak}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.engines import Gradients
+from bench.cases import Gradients
 from bench.gate import FLOAT64_TOLERANCE
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions

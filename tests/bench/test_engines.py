@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import flops, gate
-from bench.cases import case_on, make_case, small_setting
-from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, whole_graph
+from bench.cases import Case, Gradients, case_on, make_case, small_setting
+from bench.engines import ENGINES, Engine, checkpointed, engine_on, whole_graph
 from bench.settings import SETTINGS, Setting, Shape, setting_named
 from mtt_fast import ConvNet, InputError, unroll
 from mtt_fast.testing import relative_error
@@ -31,19 +31,22 @@ def wrong_in_float32(case: Case) -> Gradients:
     return Gradients(images if images.dtype == torch.float64 else images * (1 + 1e-3), lr)
 
 
+@pytest.mark.parametrize("net", [{}, {"norm": "none"}, {"in_channels": 1}], ids=str)
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "compiled"])
-def test_engines_that_claim_to_be_exact_are(name: str) -> None:
-    engine = ENGINES[name]
-    error = gate.float64_error(engine, TINY, CPU, cut=engine.takes_limits)
+def test_engines_that_claim_to_be_exact_are(name: str, net: dict[str, Any]) -> None:
+    engine, setting = ENGINES[name], replace(TINY, net=replace(TINY.net, **net))
+    if engine.package:
+        pytest.importorskip(engine.package)
+    error = gate.float64_error(engine, setting, CPU, cut=engine.takes_limits)
     assert (error <= gate.FLOAT64_TOLERANCE) == engine.exact
 
 
-def test_engines_are_exact_without_a_norm() -> None:
-    setting = replace(TINY, net=replace(TINY.net, norm="none"))
-    for name in ("whole_graph", "generic", "fused"):
-        assert (
-            gate.float64_error(ENGINES[name], setting, CPU, cut=ENGINES[name].takes_limits) <= gate.FLOAT64_TOLERANCE
-        ), name
+def test_an_engine_of_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "rival", Engine(whole_graph, package="no_such_package"))
+    with pytest.raises(
+        InputError, match="--engines rival: expected the package no_such_package; pip install no_such_package"
+    ):
+        engine_on("rival", CPU, "fp32")
 
 
 def test_the_gate_closes_on_a_wrong_engine() -> None:

@@ -1,0 +1,145 @@
+"""Other libraries' ways to differentiate through training, as engines; `pip install -e '.[rivals]'` installs them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from bench.cases import Case, Gradients
+from mtt_fast import matching_loss, testing
+from mtt_fast.networks.convnet import ConvNet
+
+_EPSILON = 1e-5  # of torch's norms
+
+
+def higher(case: Case) -> Gradients:
+    """Record all steps by `higher`, then differentiate."""
+    from higher import innerloop_ctx
+
+    module, images, lr = _module(case), *_learned(case)
+    optimiser = torch.optim.SGD(module.parameters(), lr=1.0)
+    options: dict[str, Any] = {"copy_initial_weights": False, "override": {"lr": [lr]}}
+    with innerloop_ctx(module, optimiser, **options) as (student, steps):
+        for index in case.batches:
+            steps.step(F.cross_entropy(student(images[index]), case.labels[index]))
+        return _differentiated(case, student.parameters(), images, lr)
+
+
+def torchopt(case: Case) -> Gradients:
+    """Record all steps by TorchOpt's `MetaSGD`, then differentiate."""
+    from torchopt import MetaSGD
+
+    module, images, lr = _module(case), *_learned(case)
+    optimiser = MetaSGD(module, lr=lr)
+    for index in case.batches:
+        optimiser.step(F.cross_entropy(module(images[index]), case.labels[index]))
+    return _differentiated(case, module.parameters(), images, lr)
+
+
+def jax(case: Case) -> Gradients:
+    """Differentiate step by step by a program that JAX compiles, forward over reverse, as in MixFlow-MG (Kemaev et al., ICML 2025).
+
+    The steps are written out in the program: in a loop (`lax.scan`) XLA's convolutions on a CPU are many times slower.
+    """
+    from jax import config, numpy
+
+    config.update("jax_enable_x64", True)  # for the check in float64; float32 stays float32
+    tensors = (case.images, case.lr, case.start, case.target, case.labels, case.batches)
+    gradients = _jax_program(case.net)(*(numpy.from_dlpack(tensor) for tensor in tensors))
+    return Gradients(*(from_dlpack(gradient.block_until_ready()).clone() for gradient in gradients))
+
+
+def _module(case: Case) -> nn.Module:
+    """Return the network as a module with the case's first parameters."""
+    module = _reference(case.net).to(case.images)
+    nn.utils.vector_to_parameters(case.start.clone(), module.parameters())
+    return module
+
+
+def _reference(net: ConvNet) -> nn.Module:
+    assert isinstance(net.image_size, int)
+    return testing.reference_convnet(net.in_channels, net.num_classes, net.image_size, net.width, net.depth, net.norm)
+
+
+def _learned(case: Case) -> tuple[Tensor, Tensor]:
+    images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
+    return images, lr
+
+
+def _differentiated(case: Case, last: Iterable[Tensor], images: Tensor, lr: Tensor) -> Gradients:
+    """Return the gradients from the student's `last` parameters."""
+    theta = torch.cat([parameter.flatten() for parameter in last])
+    loss = matching_loss(theta, start=case.start, target=case.target)
+    return Gradients(*torch.autograd.grad(loss, (images, lr)))
+
+
+@functools.cache
+def _jax_program(net: ConvNet) -> Callable[..., Any]:
+    """Return the compiled function of images, lr, start, target, labels and batches to the gradients of the first two."""
+    import jax
+    from jax import numpy
+
+    logits_of = _jax_network(net)
+
+    def loss_of(theta: Any, images: Any, labels: Any) -> Any:
+        scores = jax.nn.log_softmax(logits_of(theta, images))
+        return -numpy.take_along_axis(scores, labels[:, None], 1).mean()
+
+    gradient = jax.custom_vjp(jax.grad(loss_of))
+
+    def forward(*arguments: Any) -> Any:
+        return gradient(*arguments), arguments
+
+    def backward(arguments: Any, v: Any) -> Any:
+        theta, images, labels = arguments
+        _, (hessian_v, to_images) = jax.jvp(
+            lambda theta: jax.grad(loss_of, (0, 1))(theta, images, labels), (theta,), (v,)
+        )
+        return hessian_v, to_images, None
+
+    gradient.defvjp(forward, backward)
+
+    def matching(images: Any, lr: Any, start: Any, target: Any, labels: Any, batches: Any) -> Any:
+        theta = start
+        for index in batches:
+            theta = theta - lr * gradient(theta, images[index], labels[index])
+        return numpy.square(theta - target).sum() / numpy.square(start - target).sum()
+
+    return jax.jit(jax.grad(matching, (0, 1)))  # type: ignore[no-any-return]
+
+
+def _jax_network(net: ConvNet) -> Callable[[Any, Any], Any]:
+    """Return the ConvNet as a function of flat parameters and images (n, C, H, W), with channels last inside."""
+    from jax import lax, numpy
+
+    shapes = [parameter.shape for parameter in _reference(net).parameters()]
+    ends = [sum(math.prod(shape) for shape in shapes[:end]) for end in range(1, len(shapes))]
+
+    def logits(theta: Any, images: Any) -> Any:
+        pieces = numpy.split(theta, ends)
+        parameters = iter([piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)])
+        x = images.transpose(0, 2, 3, 1)
+        for block in range(net.depth):
+            padding = 3 if block == 0 and net.in_channels == 1 else 1
+            layout = ("NHWC", "OIHW", "NHWC")
+            x = lax.conv_general_dilated(
+                x, next(parameters), (1, 1), [(padding, padding)] * 2, dimension_numbers=layout
+            )
+            x = x + next(parameters)
+            if net.norm == "instance":
+                mean, variance = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)
+                x = (x - mean) * lax.rsqrt(variance + _EPSILON) * next(parameters) + next(parameters)
+            n, height, width, channels = x.shape
+            x = numpy.maximum(x, 0)[:, : height // 2 * 2, : width // 2 * 2]
+            x = x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+        weight, bias = parameters
+        return x.transpose(0, 3, 1, 2).reshape(len(x), -1) @ weight.T + bias
+
+    return logits
