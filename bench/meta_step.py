@@ -7,6 +7,7 @@ that passed are timed in turn. An engine's failure is recorded in its row, and t
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
 import os
 import tempfile
@@ -92,7 +93,7 @@ def main(options: Options, command: str) -> None:
             "budget": options.memory_budget,
             "matrix_product_flops": peak,
             "load": os.getloadavg()[0],
-        }
+        } | packages(engines)
         place = (options.out, name_of_record, "meta_step", device)
         write_record(*place, conditions, list(rows.values()), command, complete=complete)
         return conditions
@@ -255,6 +256,13 @@ def _check_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) -> N
 def _flops(name: str, engines: dict[str, Engine], setting: Setting) -> int | None:
     passes = (PLAIN_GRADIENT, MIXED_STEP) if name == FLOOR else engines[name].passes
     return iteration_flops(setting.net, setting.steps, setting.batch, *passes) if passes else None
+
+
+def packages(engines: dict[str, Engine]) -> dict[str, str]:
+    """Return the versions of the other libraries that are compared, in words."""
+    packages = [engine.package for engine in engines.values() if engine.package]
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return {"other libraries": versions} if versions else {}
 
 
 def _compare(rows: dict[str, dict[str, Any]], peak: float) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import flops, gate
+from bench import flops, gate, meta_step
 from bench.cases import Case, Gradients, case_on, make_case, small_setting
 from bench.engines import ENGINES, Engine, checkpointed, engine_on, whole_graph
 from bench.settings import SETTINGS, Setting, Shape, setting_named
@@ -47,6 +48,12 @@ def test_an_engine_of_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatc
         InputError, match="--engines rival: expected the package no_such_package; pip install no_such_package"
     ):
         engine_on("rival", CPU, "fp32")
+
+
+def test_a_record_has_the_versions_of_other_libraries() -> None:
+    engines = {"whole_graph": Engine(whole_graph), "rival": Engine(whole_graph, package="numpy")}
+    assert meta_step.packages(engines) == {"other libraries": f"numpy {np.__version__}"}
+    assert meta_step.packages({"whole_graph": Engine(whole_graph)}) == {}
 
 
 def test_the_gate_closes_on_a_wrong_engine() -> None:
