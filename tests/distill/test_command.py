@@ -235,6 +235,42 @@ def test_experts_trained_meanwhile_do_not_change_a_run(
     assert "the run was started with 2 experts, found 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--num_eval 1", "--epoch_eval_train 3", "--protocol datm", "--batch_train 9", "--eval_mode C", "--best_epoch"],
+)
+def test_a_run_goes_on_with_the_evaluation_it_began_with(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """Check that no summary compares the set with random images, or with an earlier one, that were evaluated in another way."""
+    assert run(*TOY, *experts, "--out", str(tmp_path), "--Iteration", "0") == 0
+    before = (tmp_path / "summary.json").read_bytes()
+    for others in (["--Iteration", "1"], ["--Iteration", "1", "--dry_run"]):
+        assert run("--out", str(tmp_path), "--resume", *others, *option.split()) == 2
+        assert "compares all its evaluations" in capsys.readouterr().err
+    for others in ([], ["--dry_run"]):  # nothing is left to evaluate
+        assert run("--out", str(tmp_path), "--resume", *others, *option.split()) == 0
+    assert (tmp_path / "summary.json").read_bytes() == before
+
+
+def test_a_run_goes_on_with_the_experts_it_began_with(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for number, limit in (("1", ["--max_experts", "1"]), ("2", [])):
+        out = tmp_path / number
+        assert run(*TOY, *experts, "--out", str(out), "--Iteration", "0", *limit) == 0
+        assert f" {number} experts, on " in caplog.text
+        more = ["--out", str(out), "--resume", "--Iteration", "1", "--max_experts"]
+        assert run(*more, "2") == 0
+        assert ("began with 1 of the 2 experts" in caplog.text) == (number == "1")
+        assert json.loads((out / "summary.json").read_text())["experts"]["number"] == int(number)
+        caplog.clear()
+    for others in ([], ["--dry_run"]):
+        assert run("--out", str(out), "--resume", "--Iteration", "2", "--max_experts", "1", *others) == 2
+        assert "--max_experts 1: expected all 2 experts with which the run in" in capsys.readouterr().err
+
+
 def _as_in_a_terminal() -> None:
     """Ignore no signal, though the tests may run in the background or under nohup."""
     for signum in (signal.SIGINT, signal.SIGHUP):
