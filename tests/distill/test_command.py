@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.fused import FusedConvNetStudent
@@ -269,6 +271,39 @@ def test_a_run_goes_on_with_the_experts_it_began_with(
     for others in ([], ["--dry_run"]):
         assert run("--out", str(out), "--resume", "--Iteration", "2", "--max_experts", "1", *others) == 2
         assert "--max_experts 1: expected all 2 experts with which the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "at", "otherwise"),
+    [
+        ("--ema_decay 0.5", "--lr_img 0", "--lr_img 1"),
+        ("--cam_model ConvNetD2W4", "--lr_img 0", "--lr_img 1"),
+        ("--mom_y 0.5", "--lr_y 0", "--lr_y 1"),
+        ("--match_step nearest", "--syn_steps 1", "--syn_steps 2"),
+        ("--student_mom 0.5", "--syn_steps 1", "--syn_steps 2"),
+        ("--lr_per_step", "--syn_steps 1", "--syn_steps 2"),
+        ("--current_max_start_epoch 2 --expansion_end_epoch 2", "--max_start_epoch 2", "--max_start_epoch 3"),
+        ("--window_start 0.5", "--pix_init window --score_path s.npy", "--pix_init window --score_path s.npy --ipc 2"),
+    ],
+)
+def test_an_option_without_effect_at_the_value_of_another_is_told(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    option: str, at: str, otherwise: str,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    np.save("s.npy", np.linspace(0, 1, 1442))
+    message = " ".join(option.split()[:2]) + " has no effect at "
+    parse_options(["--dataset", "digits", *option.split(), *otherwise.split()])
+    assert message not in caplog.text
+    flags = [*TOY, *experts, "--lr_lr", "1e-3", "--Iteration", "3", *at.split()]
+    assert run(*flags, "--out", "without") == 0
+    assert message not in caplog.text
+    assert run(*flags, *option.split(), "--out", "with") == 0
+    assert message in caplog.text
+    one, other = (SyntheticDataset.load(f"{name}/synthetic.safetensors") for name in ("with", "without"))
+    for values in ("images", "labels", "lr"):  # up to rounding: a velocity is computed in another order
+        torch.testing.assert_close(getattr(one, values), getattr(other, values), rtol=1e-5, atol=1e-6)
 
 
 def _as_in_a_terminal() -> None:
