@@ -21,6 +21,7 @@ from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.trained import first_expert, requested_hyperparameters, with_first_expert_training
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import (
+    check_same_evaluation,
     check_same_method,
     check_same_run,
     earlier_options,
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
+    check_same_evaluation(folder, options)
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         _run(name, options, given, device, shlex.join([*PROGRAM.split(), *argv]), seconds)

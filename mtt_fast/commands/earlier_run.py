@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from mtt_fast.commands.option_fields import Role, fields_of
 from mtt_fast.data.catalogue import name_of
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED
-from mtt_fast.storage.run_folder import broken_summary, read_config, read_summary
+from mtt_fast.storage.run_folder import CHECKPOINT, broken_summary, read_config, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +59,39 @@ def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> No
     The options named in `may_differ` may have other values, since the result does not depend on them. An image folder may
     have moved: its images are compared when they are read.
     """
+    for name, values in _other_values(folder, options):
+        is_same = name == "dataset" and _same_dataset(*values)
+        if name not in may_differ and not is_same:
+            raise InputError(
+                f"{folder}: holds a run {_differing(name, *values)}; choose another --out (or delete the folder)"
+            )
+
+
+def check_same_evaluation(folder: Path, options: Any) -> None:
+    """Raise `InputError` if the run in `folder`, which goes on with `options`, was evaluated in another way so far.
+
+    Its summary names one protocol for all accuracies, and its best set is the one of the highest.
+    """
+    if not (folder / CHECKPOINT).exists():  # nothing is evaluated yet
+        return
+    fields = fields_of(type(options))
+    for name, values in _other_values(folder, options):
+        if fields[name].role is Role.EVALUATION:
+            raise InputError(
+                f"{folder}: holds a run {_differing(name, *values)}, and compares all its evaluations; leave that as it was, and "
+                "evaluate the set in other ways by `python -m mtt_fast.evaluate`"
+            )
+
+
+def _other_values(folder: Path, options: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield the names of options with another value in the run in `folder` than in `options`, with both values."""
     before = earlier_options(folder)
     if before is None:
         return
     before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
     for name, value in dataclasses.asdict(options).items():
-        is_same = _same_dataset(before[name], value) if name == "dataset" else before[name] == value
-        if name not in may_differ and not is_same:
-            raise InputError(
-                f"{folder}: holds a run {_differing(name, before[name], value)}; choose another --out "
-                f"(or delete the folder)"
-            )
+        if before[name] != value:
+            yield name, (before[name], value)
 
 
 def _same_dataset(before: str, now: str) -> bool:

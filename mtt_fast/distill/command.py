@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 
-from mtt_fast.commands.earlier_run import check_same_method, check_same_run, in_precision_of_run, is_finished
+from mtt_fast.commands.earlier_run import (
+    check_same_evaluation,
+    check_same_method,
+    check_same_run,
+    in_precision_of_run,
+    is_finished,
+)
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
@@ -84,7 +90,9 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     options = in_precision_of_run(options, folder, given)
     # options of the experts need not be repeated: those not given keep the values of the run's experts
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
-    if not options.dry_run and is_finished(folder, options, options.Iteration):
+    if not is_finished(folder, options, options.Iteration):
+        check_same_evaluation(folder, options)
+    elif not options.dry_run:
         return
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
@@ -125,7 +133,7 @@ def _run(
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
-            check_same_experts_so_far(folder, state, inventory_of(options, data))
+            check_same_experts_so_far(options, state, inventory_of(options, data))
             check_same_cam_expert(options, data, state)
             check_same_scores(options, hardness, state)
         with seconds.of("experts"):
@@ -133,7 +141,8 @@ def _run(
             experts = prepare_experts(options, inventory_of(options, data), real, network, requested)
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
-                check_same_experts(folder, state, experts)
+                check_same_experts(options, state, experts)
+            matched = matched_experts(options, experts) if state is None else state.experts
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
@@ -141,22 +150,24 @@ def _run(
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
-            len(experts), device_name(device),
+            matched, device_name(device),
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
         if frequencies := frequencies_in_words(options, data):
             log.info("images: %s", frequencies)
         if state is None:
-            state = initial_state(options, real, network, experts, matched_experts(options, experts), hardness)
+            state = initial_state(options, real, network, experts, matched, hardness)
             state.cam_digest = "" if cam is None else cam.digest
         else:
             log.info("continuing at iteration %d", state.iteration)
+            if len(experts) > matched:
+                log.info("the run began with %d of the %d experts, and matches no others", matched, len(experts))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=state.experts, cam=cam, hardness=hardness, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
+            matched_experts=matched, cam=cam, hardness=hardness, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 

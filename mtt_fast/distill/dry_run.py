@@ -67,7 +67,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     check_fits(options, inventory, info, network, device, requested)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
         check_same_images(folder, state.data, info.identity(zca=options.zca))
-        check_same_experts_so_far(folder, state, inventory)
+        check_same_experts_so_far(options, state, inventory)
         check_same_cam_expert(options, info, state)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes

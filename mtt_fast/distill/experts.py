@@ -242,15 +242,21 @@ def _remarks(
         yield "trained on a curriculum of images, easy ones first (PAD)"
 
 
-def check_same_experts_so_far(folder: Path, state: State, inventory: ExpertInventory) -> None:
+def check_same_experts_so_far(options: DistillOptions, state: State, inventory: ExpertInventory) -> None:
     """Check the existing experts as `check_same_experts` does, before others are trained or compressed."""
     store = experts_in(inventory.used)
     if store is not None and (len(store) >= state.experts or not (inventory.missing or inventory.uncompressed)):
-        check_same_experts(folder, state, store)
+        check_same_experts(options, state, store)
 
 
-def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:
-    """Raise `InputError` unless the run in `folder` with `state` still has the experts with which it began."""
+def check_same_experts(options: DistillOptions, state: State, store: TrajectoryStore) -> None:
+    """Raise `InputError` unless the run with `state` still has, and may use, the experts with which it began."""
+    folder = options.folder()
+    if options.max_experts is not None and options.max_experts < state.experts:
+        raise InputError(
+            f"--max_experts {options.max_experts}: expected all {state.experts} experts with which the run in {folder} began, and "
+            "matches to its end; leave it out, or choose another --out"
+        )
     if len(store) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "

@@ -254,12 +254,36 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 f"--expansion_end_epoch {self.expansion_end_epoch} is beyond --Iteration {self.Iteration}: the bound on the start "
                 f"epoch, {first} at first, does not reach --max_start_epoch {self.max_start_epoch}"
             )
-        if self.lr_decay and (self.Iteration <= HALVED_AFTER or not self.lr_img):
-            remarks.append(
-                f"--lr_decay has no effect at --Iteration {self.Iteration} and --lr_img {self.lr_img:g}: it halves the rate after "
-                f"every {HALVED_AFTER:,} iterations"
-            )
-        return remarks
+        return [*remarks, *self._idle()]
+
+    def _idle(self) -> list[str]:
+        """Return remarks on options that have no effect at the values of others."""
+        halves = f"--Iteration {self.Iteration} and --lr_img {self.lr_img:g}: it halves the rate after every {HALVED_AFTER:,} iterations"
+        fixed, single = "--lr_img 0, which keeps the pixels", "--syn_steps 1, a single step"
+        idle = (
+            ("lr_decay", self.lr_decay and (self.Iteration <= HALVED_AFTER or not self.lr_img), halves),
+            (f"cam_model {self.cam_model}", self.cam_model is not None and not self.lr_img, fixed),
+            (f"ema_decay {self.ema_decay}", self.ema_decay is not None and not self.lr_img, fixed),
+            (
+                f"mom_y {self.mom_y}",
+                self.lr_y == 0 and self.mom_y != DistillOptions.mom_y,
+                "--lr_y 0, which keeps the labels",
+            ),
+            (f"match_step {self.match_step}", self.match_step == "nearest" and self.syn_steps == 1, single),
+            (f"student_mom {self.student_mom}", self.student_mom > 0 and self.syn_steps == 1, single),
+            ("lr_per_step", self.lr_per_step and self.syn_steps == 1, single),
+            (
+                f"current_max_start_epoch {self.current_max_start_epoch}",
+                self.current_max_start_epoch == self.max_start_epoch,
+                "--max_start_epoch of the same value",
+            ),
+            (
+                f"window_start {self.window_start}",
+                self.window_start > 0 and not self.window_start_image,
+                f"--ipc {self.ipc}: together they leave out less than one image of a class",
+            ),
+        )
+        return [f"--{option} has no effect at {reason}" for option, is_idle, reason in idle if is_idle]
 
     def check(self) -> None:
         """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""

@@ -196,6 +196,15 @@ def test_resumed_is_bit_identical_to_uninterrupted(method: str, shared: Path, tm
         assert summary_of(whole)["accuracy"].get(kind) == summary_of(parts)["accuracy"].get(kind)
 
 
+def test_a_run_goes_on_with_the_evaluation_it_began_with(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags("dm", shared), "--out", str(tmp_path), "--Iteration", "0") == 0
+    assert run("dm", "--out", str(tmp_path), "--resume", "--Iteration", "1", "--protocol", "datm") == 2
+    assert "with --protocol mtt, not datm, and compares all its evaluations" in capsys.readouterr().err
+    assert run("dm", "--out", str(tmp_path), "--resume", "--protocol", "datm") == 0  # nothing is left to evaluate
+
+
 def test_a_finished_run_is_not_repeated(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for method in ("random", "dm"):
         out = tmp_path / method

@@ -9,7 +9,13 @@ from typing import Annotated
 
 import pytest
 
-from mtt_fast.commands.earlier_run import check_same_method, check_same_run, in_precision_of_run, is_finished
+from mtt_fast.commands.earlier_run import (
+    check_same_evaluation,
+    check_same_method,
+    check_same_run,
+    in_precision_of_run,
+    is_finished,
+)
 from mtt_fast.commands.option_fields import Role
 from mtt_fast.errors import InputError
 from mtt_fast.storage.run_folder import write_config
@@ -81,6 +87,27 @@ def test_other_values_are_told_with_those_of_the_run(
         return check_same_run(tmp_path, options, {"iterations"})
     with pytest.raises(InputError, match=f"holds a run {told}{MEND}"):
         check_same_run(tmp_path, options, {"iterations"})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "told"),
+    [
+        ({"num_eval": 3}, "with --num_eval 3, not 5"),
+        ({"protocol": "datm"}, "with --protocol datm, not mtt"),
+        ({"iterations": 3}, None),
+        ({}, None),
+    ],
+)
+def test_a_run_goes_on_with_the_evaluation_it_began_with(
+    tmp_path: Path, recorded: dict[str, object], told: str | None
+) -> None:
+    write_config(tmp_path, {"precision": "auto"} | recorded)
+    check_same_evaluation(tmp_path, Options())  # nothing is evaluated yet
+    (tmp_path / "checkpoint.safetensors").touch()
+    if told is None:
+        return check_same_evaluation(tmp_path, Options())
+    with pytest.raises(InputError, match=f"holds a run {told}, and compares all its evaluations"):
+        check_same_evaluation(tmp_path, Options())
 
 
 def test_a_run_is_finished_once_it_has_all_iterations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.fused import FusedConvNetStudent
@@ -233,6 +235,75 @@ def test_experts_trained_meanwhile_do_not_change_a_run(
         path.unlink()
     assert run("--out", str(parts), "--resume", "--Iteration", "7", "--num_experts", "1") == 2
     assert "the run was started with 2 experts, found 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--num_eval 1", "--epoch_eval_train 3", "--protocol datm", "--batch_train 9", "--eval_mode C", "--best_epoch"],
+)
+def test_a_run_goes_on_with_the_evaluation_it_began_with(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """Check that no summary compares the set with random images, or with an earlier one, that were evaluated in another way."""
+    assert run(*TOY, *experts, "--out", str(tmp_path), "--Iteration", "0") == 0
+    before = (tmp_path / "summary.json").read_bytes()
+    for others in (["--Iteration", "1"], ["--Iteration", "1", "--dry_run"]):
+        assert run("--out", str(tmp_path), "--resume", *others, *option.split()) == 2
+        assert "compares all its evaluations" in capsys.readouterr().err
+    for others in ([], ["--dry_run"]):  # nothing is left to evaluate
+        assert run("--out", str(tmp_path), "--resume", *others, *option.split()) == 0
+    assert (tmp_path / "summary.json").read_bytes() == before
+
+
+def test_a_run_goes_on_with_the_experts_it_began_with(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for number, limit in (("1", ["--max_experts", "1"]), ("2", [])):
+        out = tmp_path / number
+        assert run(*TOY, *experts, "--out", str(out), "--Iteration", "0", *limit) == 0
+        assert f" {number} experts, on " in caplog.text
+        more = ["--out", str(out), "--resume", "--Iteration", "1", "--max_experts"]
+        assert run(*more, "2") == 0
+        assert ("began with 1 of the 2 experts" in caplog.text) == (number == "1")
+        assert json.loads((out / "summary.json").read_text())["experts"]["number"] == int(number)
+        caplog.clear()
+    for others in ([], ["--dry_run"]):
+        assert run("--out", str(out), "--resume", "--Iteration", "2", "--max_experts", "1", *others) == 2
+        assert "--max_experts 1: expected all 2 experts with which the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "at", "otherwise"),
+    [
+        ("--ema_decay 0.5", "--lr_img 0", "--lr_img 1"),
+        ("--cam_model ConvNetD2W4", "--lr_img 0", "--lr_img 1"),
+        ("--mom_y 0.5", "--lr_y 0", "--lr_y 1"),
+        ("--match_step nearest", "--syn_steps 1", "--syn_steps 2"),
+        ("--student_mom 0.5", "--syn_steps 1", "--syn_steps 2"),
+        ("--lr_per_step", "--syn_steps 1", "--syn_steps 2"),
+        ("--current_max_start_epoch 2 --expansion_end_epoch 2", "--max_start_epoch 2", "--max_start_epoch 3"),
+        ("--window_start 0.5", "--pix_init window --score_path s.npy", "--pix_init window --score_path s.npy --ipc 2"),
+    ],
+)
+def test_an_option_without_effect_at_the_value_of_another_is_told(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    option: str, at: str, otherwise: str,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    np.save("s.npy", np.linspace(0, 1, 1442))
+    message = " ".join(option.split()[:2]) + " has no effect at "
+    parse_options(["--dataset", "digits", *option.split(), *otherwise.split()])
+    assert message not in caplog.text
+    flags = [*TOY, *experts, "--lr_lr", "1e-3", "--Iteration", "3", *at.split()]
+    assert run(*flags, "--out", "without") == 0
+    assert message not in caplog.text
+    assert run(*flags, *option.split(), "--out", "with") == 0
+    assert message in caplog.text
+    one, other = (SyntheticDataset.load(f"{name}/synthetic.safetensors") for name in ("with", "without"))
+    for values in ("images", "labels", "lr"):  # up to rounding: a velocity is computed in another order
+        torch.testing.assert_close(getattr(one, values), getattr(other, values), rtol=1e-5, atol=1e-6)
 
 
 def _as_in_a_terminal() -> None:
