@@ -44,16 +44,28 @@ def torchopt(case: Case) -> Gradients:
 
 
 def jax(case: Case) -> Gradients:
-    """Differentiate step by step by a program that JAX compiles, forward over reverse, as in MixFlow-MG (Kemaev et al., ICML 2025).
+    """Differentiate step by step, forward over reverse, by two programs that JAX compiles, as MixFlow-MG does (Kemaev et al., ICML 2025).
 
-    The steps are written out in the program: in a loop (`lax.scan`) XLA's convolutions on a CPU are many times slower.
+    The loop over the steps is Python's: in a compiled loop (`lax.scan`) XLA's convolutions on a CPU are many times slower, and
+    steps that are written out in one program take the memory of several.
     """
     from jax import config, numpy
 
     config.update("jax_enable_x64", True)  # for the check in float64; float32 stays float32
+    gradient, mixed = _jax_step(case.net)
     tensors = (case.images, case.lr, case.start, case.target, case.labels, case.batches)
-    gradients = _jax_program(case.net)(*(numpy.from_dlpack(tensor) for tensor in tensors))
-    return Gradients(*(from_dlpack(gradient.block_until_ready()).clone() for gradient in gradients))
+    images, lr, theta, target, labels, batches = (numpy.from_dlpack(tensor) for tensor in tensors)
+    path = [theta]
+    for index in batches:
+        path.append(path[-1] - lr * gradient(path[-1], images[index], labels[index]))
+    adjoint = 2 * (path.pop() - target) / numpy.square(theta - target).sum()
+    to_images, to_lr = numpy.zeros_like(images), numpy.zeros_like(lr)
+    for index in batches[::-1]:
+        along, hessian_v, to_batch = mixed(path.pop(), images[index], labels[index], adjoint)
+        to_images = to_images.at[index].add(-lr * to_batch)
+        to_lr = to_lr - along
+        adjoint = (adjoint - lr * hessian_v).block_until_ready()
+    return Gradients(*(from_dlpack(each.block_until_ready()).clone() for each in (to_images, to_lr)))
 
 
 def _module(case: Case) -> nn.Module:
@@ -81,8 +93,8 @@ def _differentiated(case: Case, last: Iterable[Tensor], images: Tensor, lr: Tens
 
 
 @functools.cache
-def _jax_program(net: ConvNet) -> Callable[..., Any]:
-    """Return the compiled function of images, lr, start, target, labels and batches to the gradients of the first two."""
+def _jax_step(net: ConvNet) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the compiled gradient g of a step, and for a vector v the compiled v·g and its gradients to parameters and images."""
     import jax
     from jax import numpy
 
@@ -92,27 +104,12 @@ def _jax_program(net: ConvNet) -> Callable[..., Any]:
         scores = jax.nn.log_softmax(logits_of(theta, images))
         return -numpy.take_along_axis(scores, labels[:, None], 1).mean()
 
-    gradient = jax.custom_vjp(jax.grad(loss_of))
+    def mixed(theta: Any, images: Any, labels: Any, v: Any) -> Any:
+        both = jax.grad(loss_of, (0, 1))
+        (gradient, _), (hessian_v, to_images) = jax.jvp(lambda theta: both(theta, images, labels), (theta,), (v,))
+        return v @ gradient, hessian_v, to_images
 
-    def forward(*arguments: Any) -> Any:
-        return gradient(*arguments), arguments
-
-    def backward(arguments: Any, v: Any) -> Any:
-        theta, images, labels = arguments
-        _, (hessian_v, to_images) = jax.jvp(
-            lambda theta: jax.grad(loss_of, (0, 1))(theta, images, labels), (theta,), (v,)
-        )
-        return hessian_v, to_images, None
-
-    gradient.defvjp(forward, backward)
-
-    def matching(images: Any, lr: Any, start: Any, target: Any, labels: Any, batches: Any) -> Any:
-        theta = start
-        for index in batches:
-            theta = theta - lr * gradient(theta, images[index], labels[index])
-        return numpy.square(theta - target).sum() / numpy.square(start - target).sum()
-
-    return jax.jit(jax.grad(matching, (0, 1)))  # type: ignore[no-any-return]
+    return jax.jit(jax.grad(loss_of)), jax.jit(mixed)
 
 
 def _jax_network(net: ConvNet) -> Callable[[Any, Any], Any]:
