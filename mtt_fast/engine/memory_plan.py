@@ -24,6 +24,7 @@ from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
+from mtt_fast.runtime.provenance import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def plan(
         memory_budget: limit on the peak of the unroll beyond its arguments: bytes, "6GiB", or "auto" for most of the free memory
             of `device`. None is no limit: whole batches, and no saved activations.
         microbatch: largest number of samples at once, in place of a budget.
-        device: of the run.
+        device: of the run, on this machine.
         dtype: of the parameters.
         momentum: as in `unroll`; only zero or not zero matters.
         optimizer: as in `unroll`.
@@ -199,10 +200,12 @@ def plan(
         lr_per_parameter: whether `lr` is (N, P), a rate for each step and parameter.
 
     Raises:
-        InputError: the budget is too small even for one sample at once (the message says how much is needed), or the network
+        InputError: this machine has no such device, the budget is too small even for one sample at once (the message says how much is needed), or the network
             mixes samples, so that its batches cannot be cut.
     """
     device = torch.device(device)
+    if device.type == "cuda":
+        choose_device(str(device))
     shape = _shape_of(images, is_2d=isinstance(net, ConvNet))
     check_optimizer(optimizer, momentum, 0.0)
     for name, value in (("steps", steps), ("batch", batch)):

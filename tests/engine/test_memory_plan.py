@@ -278,6 +278,7 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
         ({"images": (3, 32, 32)}, r"^`images`: expected a tensor or a shape \(n, C, H, W\), found \(3, 32, 32\)$"),
         ({"images": torch.zeros(2, 0, 4, 4)}, r"^`images`: .* found \(2, 0, 4, 4\)$"),
         ({"microbatch": 3}, "^expected `microbatch` or `memory_budget`, found both"),
+        ({"device": "cuda:99"}, "^`device` cuda:99: this machine has .* usable GPUs"),
     ],
 )
 def test_a_plan_for_no_steps_is_refused(change: dict[str, Any], message: str) -> None:
