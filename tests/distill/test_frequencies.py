@@ -25,7 +25,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, load_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
-from mtt_fast.testing import assert_close, module_function, reference_convnet
+from mtt_fast.testing import assert_close, module_function, reference_convnet, relative_error
 from mtt_fast.training.images import real_images
 from mtt_fast.training.subsets import random_subset
 
@@ -136,27 +136,43 @@ def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
     first = random_subset(real, 4, generator_for(0, "initial images")).pixels.double()
     mask = torch.from_numpy(expected_mask(first, 4, 16)).repeat_interleave(4, 0)[:, None].flatten(2)
     inverse = images_of(np.eye(64).reshape(64, 8, 8)).flatten(1)
-    frequencies = torch.from_numpy(frequencies_of(first)).flatten(2).requires_grad_()
-    before = ((frequencies * mask) @ inverse).detach().view_as(first)
-    labels, lr = torch.arange(10).repeat_interleave(4), torch.tensor(0.01, requires_grad=True, dtype=torch.float64)
-    optimisers = [torch.optim.SGD([frequencies], 1e4, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
-    for _ in range(2):
-        images, theta = ((frequencies * mask) @ inverse).view_as(first), start.clone().requires_grad_()
+    labels = torch.arange(10).repeat_interleave(4)
+
+    def iterations(start: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the changes of the images and of the learning rate."""
+        frequencies = torch.from_numpy(frequencies_of(first)).flatten(2).requires_grad_()
+        before = ((frequencies * mask) @ inverse).detach()
+        lr = torch.tensor(0.01, requires_grad=True, dtype=torch.float64)
+        optimisers = [torch.optim.SGD([frequencies], 1e4, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
         for _ in range(2):
-            (gradient,) = torch.autograd.grad(F.cross_entropy(net(theta, images), labels), theta, create_graph=True)
-            theta = theta - lr * gradient
-        loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
-        for optimiser in optimisers:
-            optimiser.zero_grad()
-        loss.backward()
-        for optimiser in optimisers:
-            optimiser.step()
+            images, theta = ((frequencies * mask) @ inverse).view_as(first), start.clone().requires_grad_()
+            for _ in range(2):
+                loss = F.cross_entropy(net(theta, images), labels)
+                (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+                theta = theta - lr * gradient
+            loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            loss.backward()
+            for optimiser in optimisers:
+                optimiser.step()
+        after = ((frequencies * mask) @ inverse).detach()
+        assert float((after - before).norm() / before.norm()) > 0.01
+        return (after - before).view_as(first), lr.detach() - 0.01
 
     distilled = SyntheticDataset.load("run/synthetic.safetensors")
-    after = ((frequencies * mask) @ inverse).detach().view_as(first)
-    assert float((after - before).norm() / before.norm()) > 0.01
-    assert_close("images", distilled.images - before, after - before, 1e-4)
-    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr.detach()) - 0.01, rel=1e-3)
+    images, lr = iterations(start)
+    # the run computes in float32, whose rounding may take a unit across ReLU's kink: which one follows from the expert, and the
+    # expert's last bits from the processor
+    generator = torch.Generator().manual_seed(0)
+    rounded = [
+        iterations(start * (1 + 1e-7 * torch.randn(start.shape, generator=generator).double())) for _ in range(3)
+    ]
+    by_rounding = max(relative_error(other, images) for other, _ in rounded)
+    assert by_rounding < 1e-2
+    before = ((torch.from_numpy(frequencies_of(first)).flatten(2) * mask) @ inverse).view_as(first)
+    assert_close("images", distilled.images - before, images, 1e-4 + 2 * by_rounding)
+    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr), rel=1e-3)
 
 
 def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplog: pytest.LogCaptureFixture) -> None:
