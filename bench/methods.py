@@ -84,6 +84,12 @@ METHODS = {
     "dsa": Method("DSA", "baselines dsa", needs=_ITERATIONS),
     "dd": Method("DD", "baselines dd", "--pix_init real --lr_img 0.1", _ITERATIONS),
     "ld": Method("LD", "baselines ld", "--lr_y 0.01", _ITERATIONS),
+    "ratbptt": Method(
+        "RaT-BPTT",
+        "baselines ratbptt",
+        "--pix_init real --lr_img 0.03 --batch_real 512 --window 20 --totwindow 60",
+        _ITERATIONS,
+    ),
     "mtt": _mtt("MTT"),
     "mtt-tesla": _mtt("MTT with TESLA's gradient (approximate)", "--gradient truncated"),
     "mtt-teacher": _mtt("MTT with TESLA's labels of a teacher", "--teacher_label"),
@@ -103,7 +109,7 @@ METHODS = {
         "--ipc {images_of_frequencies} --msz_per_channel {frequencies} --lr_img {rate_of_frequencies}",
     ),
 }
-"""The rows in the table's order. DD's and LD's rates here are for hundreds of iterations; the papers' for tens of thousands."""
+"""The rows in the table's order. Rates of DD, LD and RaT-BPTT are for hundreds of iterations here; the papers' for tens of thousands."""
 
 
 @dataclass(frozen=True)

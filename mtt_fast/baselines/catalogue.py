@@ -13,6 +13,7 @@ from mtt_fast.baselines.ld import LdOptions, ld
 from mtt_fast.baselines.method import Method
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.random_images import random_images
+from mtt_fast.baselines.ratbptt import RatBpttOptions, ratbptt
 
 METHODS = {
     "random": Method("Random", "random real images", BaselineOptions, random_images),
@@ -48,6 +49,12 @@ METHODS = {
         "Bohdal et al., Flexible Dataset Distillation: Learn Labels Instead of Images, arXiv 2006.08572, 2020",
         LdOptions,
         ld,
+    ),
+    "ratbptt": Method(
+        "RaT-BPTT",
+        "Feng, Vedantam & Kempe, Embarrassingly Simple Dataset Distillation, ICLR 2024",
+        RatBpttOptions,
+        ratbptt,
     ),
 }
 """The methods by their names after `python -m mtt_fast.baselines`."""

@@ -31,8 +31,9 @@ from mtt_fast.training.protocols import Accuracy
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --ipc 2".split()
 SHORT = "--Iteration 2 --eval_it 2 --batch_real 32 --save_seconds 0".split()
 LOOPS = "--outer_loop 2 --inner_loop 1".split()
+WINDOW = "--window 2 --totwindow 4 --inner_lr 0.01".split()
 CHOSEN = ["random", "herding", "forgetting", "kmeans"]
-LEARNED = ["dm", "dc", "dsa", "dd", "ld"]
+LEARNED = ["dm", "dc", "dsa", "dd", "ld", "ratbptt"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def flags(method: str, shared: Path) -> list[str]:
         words += ["--buffer_path", str(shared / "buffers"), "--train_epochs", "3"]
     if method in LEARNED:
         words += SHORT
-    return words + (LOOPS if method in ("dc", "dsa") else [])
+    return words + (LOOPS if method in ("dc", "dsa") else []) + (WINDOW if method == "ratbptt" else [])
 
 
 def test_a_rate_in_place_of_which_the_protocol_has_one_is_told(
@@ -113,7 +114,7 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         kinds = [json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert kinds == ["evaluation", "step", "step", "evaluation"]
     assert {path.name for path in out.iterdir()} - {".lock"} == names
-    assert ("own_training" in summary["accuracy"]) == (method == "dd")
+    assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ratbptt"))
     with Image.open(out / "images.png") as picture:
         assert picture.height > 500
 
@@ -162,7 +163,7 @@ def test_the_centres_of_pixels_are_the_means_of_their_clusters(
         torch.testing.assert_close(picture.double(), members.mean(0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "dd", "ld"])
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "dd", "ld", "ratbptt"])
 def test_other_networks_and_pools_are_evaluated(method: str, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [*flags(method, shared), "--model", "MLP", "--eval_mode", "C", "--protocol", "datm", "--Iteration", "1"]

@@ -65,7 +65,8 @@ COMMANDS = {
             baselines.main,
             f"{name} {EVALUATION} --out new"
             + " --train_epochs 3 --buffer_path fresh" * (name in ("herding", "forgetting", "kmeans"))
-            + " --Iteration 1 --batch_real 16 --eval_it 1" * (name in ("dm", "dc", "dsa", "dd", "ld"))
+            + " --Iteration 1 --batch_real 16 --eval_it 1" * (name in ("dm", "dc", "dsa", "dd", "ld", "ratbptt"))
+            + " --window 2 --totwindow 3" * (name == "ratbptt")
             + " --outer_loop 2 --inner_loop 1" * (name in ("dc", "dsa")),
         )
         for name, method in METHODS.items()
@@ -387,6 +388,17 @@ OWN: dict[str, dict[str, Row]] = {
         "inner_batch_size": changes("--inner_batch_size 3"),
         "inner_lr": changes("--inner_lr 0.5"),
         "lr_y": changes("--lr_y 0.1"),
+    },
+    "ratbptt": {
+        **_OF_ITERATIONS,
+        "batch_per_class": changes("--batch_per_class 1", "--ipc 2"),
+        "window": changes("--window 1", "--minwindow 1"),
+        "minwindow": changes("--minwindow 1", "--window 1"),
+        "totwindow": changes("--totwindow 9"),
+        "inner_lr": changes("--inner_lr 0.1"),
+        "syn_strategy": changes("--syn_strategy none"),
+        "real_strategy": changes("--real_strategy none"),
+        "clip_coef": changes("--clip_coef 0", "--Iteration 6 --pix_init real"),
     },
 }
 """Of the methods of mtt_fast.baselines: the options of each. Those that all have are shown of random alone."""

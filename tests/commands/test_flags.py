@@ -314,6 +314,20 @@ FLAGS: dict[str, Flags] = {
         "n_nets": 1,
     },
     "ld": _ITERATIVE | {"batch_real": 1024, "inner_batch_size": 50, "inner_lr": 0.01, "lr_y": 0.001},
+    "ratbptt": _ITERATIVE
+    | {
+        "lr_img": 0.001,
+        "pix_init": "noise",
+        "batch_real": 5000,
+        "batch_per_class": 10,
+        "window": 60,
+        "minwindow": 0,
+        "totwindow": 200,
+        "inner_lr": 0.001,
+        "syn_strategy": "flip_rotate",
+        "real_strategy": "flip_rotate",
+        "clip_coef": 0.9,
+    },
 }
 """The default of every flag that a command takes; those that public arguments have are in the tables above."""
 

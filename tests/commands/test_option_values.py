@@ -99,7 +99,15 @@ def test_every_whole_number_is_in_range(command: str, option: str) -> None:
     for sign in ("", "-", "+"):
         assert "expected a number of fewer digits" in refused(command, f"{flag}={sign}{'9' * 5000}")
     assert "expected a whole number" in refused(command, flag, "1.5")
-    from_zero = {"seed", "Iteration", "epoch_eval_train", "min_start_epoch", "expansion_end_epoch", "epochs"}
+    from_zero = {
+        "seed",
+        "Iteration",
+        "epoch_eval_train",
+        "min_start_epoch",
+        "expansion_end_epoch",
+        "epochs",
+        "minwindow",
+    }
     from_zero |= {"add_end_epoch", "rm_epoch_first", "rm_epoch_second"}
     if option in from_zero:
         parsing.preview(KINDS[command], [flag, "1"], "")

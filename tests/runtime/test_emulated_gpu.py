@@ -143,8 +143,14 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "waits"),
-    [("dsa --outer_loop 2 --inner_loop 1", 1), ("dm", 1), ("ld", 2), ("dd --n_nets 2", 2)],
-    ids=["dsa", "dm", "ld", "dd"],
+    [
+        ("dsa --outer_loop 2 --inner_loop 1", 1),
+        ("dm", 1),
+        ("ld", 2),
+        ("dd --n_nets 2", 2),
+        ("ratbptt --minwindow 2 --window 2 --totwindow 4", 1),
+    ],
+    ids=["dsa", "dm", "ld", "dd", "ratbptt"],
 )
 def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits: int, run: Run, tmp_path: Path) -> None:
     words = (
