@@ -295,7 +295,7 @@ def test_the_command_lines_are_accepted() -> None:
     for line in (line for page in PAGES for line in commands_in(page)):
         words = shlex.split(line.replace("mtt_fast.", "mtt_fast ").replace("$lr", "0.01"), comments=True)
         package, name, *words = words[2:] if words[0] == "python" else words
-        if name == "analysis":
+        if name in ("analysis", "baselines"):
             name, *words = words
         if words:
             kind = COMMANDS[name] if package == "mtt_fast" else importlib.import_module(f"bench.{name}").Options

@@ -75,7 +75,7 @@ class RatBpttOptions(LearnedImagesOptions):
 def ratbptt(options: RatBpttOptions, real: RealImages, network: Trainable) -> LearnedSet:
     """Return the set to be learned, of --ipc images of each class.
 
-    Steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32.
+    A ConvNet's steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32.
     """
     start = _starting_images(options, real)
     images, labels, device = start.pixels, start.labels, start.labels.device
@@ -95,7 +95,7 @@ def ratbptt(options: RatBpttOptions, real: RealImages, network: Trainable) -> Le
         theta: Tensor, pixels: Tensor, before: int, count: int, moments: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Return the path and the last moments of `count` steps on `pixels`, after `before` steps that left `moments`."""
-        batches = _batches(options, real.data.num_classes, count, generator)
+        batches = random_batches(options, real.data.num_classes, count, generator)
         return unroll(
             network, theta, pixels, labels, options.inner_lr, batches, augment, optimizer=Adam(steps=before),
             velocity=moments, return_velocity=True, generator=generator, precision=precision,
@@ -112,7 +112,7 @@ def ratbptt(options: RatBpttOptions, real: RealImages, network: Trainable) -> Le
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "ratbptt", iteration)
-        before = _window_start(options, iteration // iterations_per_epoch)
+        before = window_start(options, iteration // iterations_per_epoch)
         theta, moments = trained(before, generator)
         pixels = images.detach().requires_grad_()
         path, _ = steps(theta, pixels, before, options.window, moments, generator)
@@ -121,7 +121,7 @@ def ratbptt(options: RatBpttOptions, real: RealImages, network: Trainable) -> Le
             inputs = augment_with(inputs, upload(augment_real.draw_parameters([inputs], generator), device))
         real_loss = student.gradient(path[-1].detach(), inputs, targets)
         (gradient,) = torch.autograd.grad(path[-1], pixels, real_loss.theta)
-        images.grad = _clipped(gradient, norm, options.clip_coef)
+        images.grad = clipped(gradient, norm, options.clip_coef)
         optimiser.step()
         return float(real_loss.loss)
 
@@ -139,21 +139,21 @@ def _starting_images(options: RatBpttOptions, real: RealImages) -> Images:
     return Images(start.pixels / start.pixels.flatten(1).norm(dim=1)[:, None, None, None], start.labels)
 
 
-def _window_start(options: RatBpttOptions, epoch: int) -> int:
+def window_start(options: RatBpttOptions, epoch: int) -> int:
     """Return the number of steps before the window, in an epoch of the real images."""
     generator = generator_for(options.seed, "ratbptt window", epoch)
     most = options.totwindow - options.window
     return int(torch.randint(options.minwindow, most + 1, (), generator=generator))
 
 
-def _batches(options: RatBpttOptions, num_classes: int, count: int, generator: torch.Generator) -> list[Tensor]:
+def random_batches(options: RatBpttOptions, num_classes: int, count: int, generator: torch.Generator) -> list[Tensor]:
     """Return the indices of the images of `count` steps: --batch_per_class random ones of each class."""
     first = torch.arange(num_classes)[:, None] * options.ipc
     order = torch.rand(count, num_classes, options.ipc, generator=generator).argsort(-1)[..., : options.batch_per_class]
     return list((first + order).flatten(1))
 
 
-def _clipped(gradient: Tensor, norm: Tensor, decay: float) -> Tensor:
+def clipped(gradient: Tensor, norm: Tensor, decay: float) -> Tensor:
     """Return the gradient with a length of at most twice the running average `norm` (), which is brought up to date before."""
     length: Tensor = torch.linalg.vector_norm(gradient)
     norm.copy_(torch.where(norm == 0, length, torch.lerp(length, norm, decay)))

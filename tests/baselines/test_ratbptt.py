@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, InputError
-from mtt_fast.baselines.ratbptt import RatBpttOptions, _batches, _clipped, _starting_images, _window_start, ratbptt
+from mtt_fast.baselines.ratbptt import RatBpttOptions, clipped, random_batches, ratbptt, window_start
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images, RealImages
@@ -84,7 +84,7 @@ def test_long_gradients_are_clipped_as_torch_does() -> None:
         leaf = torch.zeros(7, requires_grad=True)
         leaf.grad = gradient.clone()
         torch.nn.utils.clip_grad_norm_(leaf, 2 * average)
-        torch.testing.assert_close(_clipped(gradient, norm, 0.9), leaf.grad)
+        torch.testing.assert_close(clipped(gradient, norm, 0.9), leaf.grad)
         assert float(norm) == pytest.approx(average)
 
 
@@ -92,15 +92,15 @@ def test_the_window_changes_from_epoch_to_epoch_within_its_bounds(
     few: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RatBpttOptions(minwindow=2, window=3, totwindow=7)
-    assert {_window_start(options, epoch) for epoch in range(50)} == {2, 3, 4}
-    assert _window_start(options, 4) == _window_start(options, 4)
+    assert {window_start(options, epoch) for epoch in range(50)} == {2, 3, 4}
+    assert window_start(options, 4) == window_start(options, 4)
     asked: list[int] = []
 
-    def window_start(options: RatBpttOptions, epoch: int) -> int:
+    def asked_for(options: RatBpttOptions, epoch: int) -> int:
         asked.append(epoch)
         return options.minwindow
 
-    monkeypatch.setattr("mtt_fast.baselines.ratbptt._window_start", window_start)
+    monkeypatch.setattr("mtt_fast.baselines.ratbptt.window_start", asked_for)
     learned = ratbptt(replace(options, dataset="digits", batch_real=300), few, NET)  # 700 images are 3 batches
     for iteration in range(4):
         learned.step(iteration)
@@ -108,16 +108,16 @@ def test_the_window_changes_from_epoch_to_epoch_within_its_bounds(
 
 
 def test_a_step_takes_random_images_of_each_class() -> None:
-    batches = _batches(RatBpttOptions(ipc=5, batch_per_class=3), 4, 40, seeded())
+    batches = random_batches(RatBpttOptions(ipc=5, batch_per_class=3), 4, 40, seeded())
     assert all((batch.view(4, 3) // 5 == torch.arange(4)[:, None]).all() for batch in batches)
     assert all(len(batch.unique()) == 12 for batch in batches)
     assert torch.stack(batches).unique().tolist() == list(range(20))
-    (whole,) = _batches(RatBpttOptions(ipc=2, batch_per_class=3), 4, 1, seeded())
+    (whole,) = random_batches(RatBpttOptions(ipc=2, batch_per_class=3), 4, 1, seeded())
     assert whole.sort().values.tolist() == list(range(8))
 
 
 def test_noise_has_length_one(few: RealImages) -> None:
-    images = _starting_images(RatBpttOptions(dataset="digits", ipc=2), few).pixels
+    images = ratbptt(RatBpttOptions(dataset="digits", ipc=2), few, NET).images
     torch.testing.assert_close(images.flatten(1).norm(dim=1), torch.ones(20, dtype=F64))
 
 
