@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from tqdm import tqdm
+
 from mtt_fast.baselines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.results import as_set, log_accuracies, summarise
@@ -21,7 +23,7 @@ from mtt_fast.commands.run_loop import (
 )
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.runtime.interrupts import StopRequest
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.training.protocols import Accuracy
@@ -81,15 +83,21 @@ def _summarise(run: LoopRun, learned: LearnedSet, progress: Progress, stop: Stop
     *_, evaluation = evaluations = run.records("evaluation")
     accuracies = {SET_NAMES["evaluation"].best_name: best_accuracy(evaluations)}
     if learned.own_training is not None:
-        accuracies["own_training"] = accuracy_record(accuracy_fields({"": _own_accuracy(run, learned)}))
+        accuracies["own_training"] = accuracy_record(accuracy_fields({"": _own_accuracy(run, learned, stop)}))
     summarise(run, progress, float(learned.lr()), evaluation, accuracies)
 
 
-def _own_accuracy(run: Run, learned: LearnedSet) -> Accuracy:
-    """Test fresh networks after the method's own steps on the set, in place of the common protocol."""
+def _own_accuracy(run: Run, learned: LearnedSet, stop: StopRequest) -> Accuracy:
+    """Test fresh networks after the method's own steps on the set, in place of the common protocol.
+
+    Raises `Stopped` between two networks after a stop request.
+    """
     assert learned.own_training is not None
-    trained = (
-        learned.own_training(generator_for(run.options.seed, "own training", k)) for k in range(run.options.num_eval)
-    )
+    accuracies = []
     with run.seconds.of("evaluations"):
-        return Accuracy(tuple(accuracy(run.network, theta, run.real.test) for theta in trained))
+        for number in tqdm(range(run.options.num_eval), desc="own training", unit="network", leave=False):
+            if stop:
+                raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
+            theta = learned.own_training(generator_for(run.options.seed, "own training", number))
+            accuracies.append(accuracy(run.network, theta, run.real.test))
+    return Accuracy(tuple(accuracies))

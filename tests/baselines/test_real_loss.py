@@ -17,6 +17,7 @@ from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.commands.seconds import Seconds
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import RealImages
@@ -108,10 +109,15 @@ def test_each_network_of_the_own_training_has_random_numbers_of_its_own(
 
     monkeypatch.setattr(learning_module, "accuracy", lambda network, theta, test: float(theta))
     run: Any = SimpleNamespace(options=DdOptions(num_eval=3, seed=4), network=NET, real=real, seconds=Seconds())
-    result = learning_module._own_accuracy(run, SimpleNamespace(own_training=own_training))  # type: ignore[arg-type]
+    learned: Any = SimpleNamespace(own_training=own_training)
+    result = learning_module._own_accuracy(run, learned, StopRequest())
     expected = [float(own_training(generator_for(4, "own training", number))) for number in range(3)]
     assert list(result.values) == expected
     assert len(set(expected)) == 3
+    stop = StopRequest()
+    stop.signum = 15
+    with pytest.raises(Stopped, match="stopped during an evaluation"):
+        learning_module._own_accuracy(run, learned, stop)
 
 
 def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:
