@@ -48,7 +48,7 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, initial_state, read_hardness
+from mtt_fast.distill.initial import check_same_scores, check_state_fits, initial_state, read_hardness
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -125,6 +125,7 @@ def _run(
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
+            check_state_fits(folder, options, data, state)
             check_same_experts_so_far(folder, state, inventory_of(options, data))
             check_same_cam_expert(options, data, state)
             check_same_scores(options, hardness, state)

@@ -24,7 +24,7 @@ from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.protocols import Accuracy
 
@@ -362,6 +362,23 @@ def test_a_checkpoint_of_something_else_is_named(
     shutil.copy(tmp_path / "dm" / "checkpoint.safetensors", tmp_path / "dd" / "checkpoint.safetensors")
     assert run("dd", "--out", str(tmp_path / "dd"), "--resume", "--Iteration", "8") == 2
     assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["dm", "dd", "ld"])
+def test_a_checkpoint_with_a_tensor_of_another_form_is_refused(
+    method: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags(method, shared), "--out", str(tmp_path)) == 0
+    path = tmp_path / "checkpoint.safetensors"
+    saved, metadata = load_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in saved.items()}
+    for name, tensor in tensors.items():
+        for other in (tensor[None], tensor.half()):
+            save_tensors(path, tensors | {name: other}, metadata)
+            assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 2
+            assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
+    save_tensors(path, tensors, metadata)
+    assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 0
 
 
 def test_help_lists_the_methods_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
