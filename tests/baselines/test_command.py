@@ -242,6 +242,18 @@ def test_a_stopped_run_continues(
     assert torch.equal(set_of(whole).images, set_of(stopped).images)
 
 
+def test_no_expert_is_trained_beside_buffers_of_the_public_code(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "digits" / "ConvNetD1W4"
+    folder.mkdir(parents=True)
+    (folder / "replay_buffer_0.pt").touch()
+    words = [*flags("herding", shared), "--buffer_path", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert run(*words) == 2
+    assert "found buffers of the public code such as replay_buffer_0.pt; convert them" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["replay_buffer_0.pt"]
+
+
 def test_a_run_goes_on_in_the_precision_with_which_it_began(shared: Path, tmp_path: Path) -> None:
     words = [*flags("dm", shared), "--out", str(tmp_path)]
     assert run(*words, "--precision", "tf32") == 0
