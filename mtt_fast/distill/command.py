@@ -138,7 +138,8 @@ def _run(
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
-        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
+        note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
+        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,

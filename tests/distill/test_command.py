@@ -18,10 +18,12 @@ from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.distill.command import main
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.kernels import Precision
 from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.training.protocols import Accuracy
@@ -68,6 +70,14 @@ def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     assert float((shown - wanted).abs().max()) < 0.5 / 255 + 1e-6
     assert any((out / "events").iterdir())
     assert not list(out.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(("chosen", "said"), [(None, "fp32"), ("bf16", "bf16")])
+def test_the_options_of_a_run_say_the_precision_of_its_iterations(
+    experts: list[str], tmp_path: Path, chosen: Precision | None, said: str
+) -> None:
+    main([*TOY, *experts, "--out", str(tmp_path), "--Iteration", "1"], precision=chosen)
+    assert f"\n# gradient: exact; iterations in {said}\n" in (tmp_path / "config.toml").read_text()
 
 
 def test_the_summary_and_the_pictures_tell_what_was_evaluated(
