@@ -84,16 +84,14 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
         for name, tensor in _tensors(learned).items():
             _check_form(name, saved[name], tensor)
             tensor.resize_(saved[name].shape).copy_(saved[name])
+        parameters = [parameter for group in learned.optimiser.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, value in saved.items():
             if name.startswith(_OPTIMISER):
                 index, key = name.removeprefix(_OPTIMISER).split(".")
+                _check_form(name, value, torch.tensor(0.0) if key == "step" else parameters[int(index)])
                 state[int(index)][key] = value.clone()
         groups = learned.optimiser.state_dict()["param_groups"]
-        parameters = [parameter for group in learned.optimiser.param_groups for parameter in group["params"]]
-        for index, values in state.items():
-            for name, value in values.items():
-                _check_form(name, value, torch.tensor(0.0) if name == "step" else parameters[index])
         learned.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
