@@ -7,6 +7,7 @@ import torch
 from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, whole_graph
 from bench.settings import Setting
+from bench.workers import WorkerError
 from mtt_fast.testing import relative_error
 
 FLOAT64_TOLERANCE = 1e-9
@@ -27,13 +28,12 @@ def float64_error(engine: Engine, setting: Setting, device: torch.device, *, cut
     return max(relative_error(mine, theirs) for mine, theirs in zip(gradients, expected, strict=True))
 
 
-def complaint(float64: float, float32: float, allowed_float32: float | None) -> str | None:
-    """Return the reason why an engine with these errors may not be timed, or None. NaN is a reason."""
+def check_errors(float64: float, float32: float = 0.0, allowed_float32: float | None = None) -> None:
+    """Raise `WorkerError` if an engine with these errors may not be timed. So it does for NaN."""
     if not float64 <= FLOAT64_TOLERANCE:
-        return f"wrong: float64 error {float64:.1e}, allowed {FLOAT64_TOLERANCE:.0e}"
+        raise WorkerError(f"wrong: float64 error {float64:.1e}, allowed {FLOAT64_TOLERANCE:.0e}")
     if allowed_float32 is not None and not float32 <= allowed_float32:
-        return f"wrong: float32 error {float32:.1e}, allowed {allowed_float32:.1e}"
-    return None
+        raise WorkerError(f"wrong: float32 error {float32:.1e}, allowed {allowed_float32:.1e}")
 
 
 def allowed_float32(autograd: float, precision: str = "tf32") -> float:

@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
-from bench.workers import Here, Process, Worker, WorkerError, give_up
+from bench.workers import Here, Process, Subjects, Worker
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
 from mtt_fast.storage.files import read_header, save_tensors
@@ -105,35 +104,25 @@ def main(options: Options, command: str) -> None:
         if not (Path(truth).exists() and read_header(truth)[1].get("case") == digest):
             with worker_of(build_case, **case) as worker:
                 worker.ask(write_truth, path=truth, digest=digest)
-        rows: dict[str, dict[str, Any]] = {}
-        workers: dict[str, Worker] = {}
-        try:
+        with Subjects() as workers:
+            rows = workers.rows
             for name, engine in engines.items():
-                rows[name] = {"engine": name, "exact": engine.exact, "tuned": engine.tuned, "problem": None}
-                try:
+                with workers.row(name, engine=name, exact=engine.exact, tuned=engine.tuned) as row:
                     workers[name] = worker_of(
                         build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
                     )
-                    rows[name] |= workers[name].ask(check, truth=truth)
+                    row |= workers[name].ask(check, truth=truth)
                     _check_gate(rows, name, precisions[name])
-                except WorkerError as error:
-                    give_up(rows, workers, name, error)
-                log.info("%s: %s", name, rows[name]["problem"] or f"error {rows[name]['error']:.1e}")
+                log.info("%s: %s", name, row["problem"] or f"error {row['error']:.1e}")
                 record(rows, peak, complete=False)
             if options.floor:
                 rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
                 workers[FLOOR] = worker_of(build_floor, shape=_shape(options), **common)
             times = interleaved(
-                options.repetitions,
-                workers,
-                lambda name: float(workers[name].ask(timed)),
-                partial(give_up, rows, workers),
+                options.repetitions, workers, lambda name: float(workers[name].ask(timed)), workers.give_up
             )
             for name in [name for name in times if name in engines and engines[name].run is fused]:
                 rows[name]["shares"] = workers[name].ask(shares)
-        finally:
-            for worker in workers.values():
-                worker.close()
     peak = max(peak, matrix_product_peak(device))  # on a shared machine the better of two moments
     for name, row in rows.items():
         row["seconds"] = times.get(name)
@@ -248,9 +237,7 @@ def _check_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) -> N
     )
     allowed = None if autograd is None else gate.allowed_float32(autograd, precision)
     row["allowed_error"] = allowed
-    complaint = gate.complaint(row["error_float64"], row["error"], allowed)
-    if complaint:
-        raise WorkerError(complaint)
+    gate.check_errors(row["error_float64"], row["error"], allowed)
 
 
 def _flops(name: str, engines: dict[str, Engine], setting: Setting) -> int | None:

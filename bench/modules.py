@@ -6,6 +6,7 @@ system's included: they measure the work, even on a machine that others use at t
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import Gradients
-from bench.gate import FLOAT64_TOLERANCE
+from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
 from bench.products import Product, forward_over_reverse, gradients_by, reverse_over_forward, reverse_over_reverse
 from bench.records import write_record
 from bench.render import table
-from bench.workers import Process, Worker, WorkerError, give_up
+from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.resnets import resnet18
@@ -129,8 +130,6 @@ def main(options: Options, command: str) -> None:
             raise InputError(f"--{flag} {','.join(sorted(unknown))}: expected some of {', '.join(known)}")
     if min(options.steps, options.batch) < 1:
         raise InputError("--steps, --batch: expected at least 1")
-    rows: dict[str, dict[str, Any]] = {}
-    workers: dict[str, Worker] = {}
     elapsed: dict[str, list[float]] = defaultdict(list)
 
     def measure(name: str) -> float:
@@ -138,25 +137,18 @@ def main(options: Options, command: str) -> None:
         elapsed[name].append(times["elapsed"])
         return float(times["cpu"])
 
-    try:
-        for network in names:
-            for engine in engines:
-                name = f"{network} {engine}"
-                rows[name] = {"network": network, "engine": engine, "problem": None}
-                try:
-                    workers[name] = Process(
-                        build, tuned=options.tuned, network=network, engine=engine, device=str(device),
-                        steps=options.steps, batch=options.batch,
-                    )  # fmt: skip
-                    rows[name] |= workers[name].ask(check)
-                    if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
-                        raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
-                except WorkerError as error:
-                    give_up(rows, workers, name, error)
-        cpu_seconds = interleaved(options.repetitions, workers, measure, partial(give_up, rows, workers))
-    finally:
-        for worker in workers.values():
-            worker.close()
+    with Subjects() as workers:
+        for network, engine in itertools.product(names, engines):
+            name = f"{network} {engine}"
+            with workers.row(name, network=network, engine=engine) as row:
+                workers[name] = Process(
+                    build, tuned=options.tuned, network=network, engine=engine, device=str(device), steps=options.steps,
+                    batch=options.batch,
+                )  # fmt: skip
+                row |= workers[name].ask(check)
+                check_errors(row["error_float64"])
+        cpu_seconds = interleaved(options.repetitions, workers, measure, workers.give_up)
+    rows = workers.rows
     for name, cpu in cpu_seconds.items():
         rows[name] |= {"cpu_seconds": cpu, "seconds": spread(elapsed[name])}
         whole = cpu_seconds.get(f"{rows[name]['network']} whole_graph")

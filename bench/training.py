@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gate import FLOAT64_TOLERANCE
+from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
-from bench.workers import Process, Worker, WorkerError, give_up
+from bench.workers import Process, Subjects
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.engine.student_choice import student_for
@@ -96,28 +96,16 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
         raise InputError("--images, --batch_train: expected at least 1")
     strategy = ExpertTraining().augment if options.augment else "none"
     task = {"net": asdict(setting.net), "images": options.images, "sgd": asdict(sgd), "augment": strategy}
-    rows: dict[str, dict[str, Any]] = {}
-    workers: dict[str, Worker] = {}
-
-    try:
+    with Subjects() as workers:
         for name, (_, tuned) in LOOPS.items():
-            rows[name] = {"loop": name, "problem": None, "seconds": None}
-            try:
+            with workers.row(name, loop=name, seconds=None) as row:
                 workers[name] = Process(build, tuned=tuned, loop=name, device=str(device), **task)
-                rows[name] |= workers[name].ask(check)
-                if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
-                    raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
-            except WorkerError as error:
-                give_up(rows, workers, name, error)
+                row |= workers[name].ask(check)
+                check_errors(row["error_float64"])
         timings = interleaved(
-            options.repetitions,
-            workers,
-            lambda name: float(workers[name].ask(timed)),
-            functools.partial(give_up, rows, workers),
+            options.repetitions, workers, lambda name: float(workers[name].ask(timed)), workers.give_up
         )
-    finally:
-        for worker in workers.values():
-            worker.close()
+    rows = workers.rows
     for name, timing in timings.items():
         median = timing["median"]
         rows[name] |= {

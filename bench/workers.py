@@ -117,11 +117,34 @@ class Here(Worker):
         self._state = None
 
 
-def give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
-    """Record `error` as the problem of a row, and end the row's worker if there is one."""
-    rows[name]["problem"] = str(error)
-    if name in workers:
-        workers.pop(name).close()
+class Subjects(dict[str, Worker]):
+    """The workers of a benchmark's subjects by name, and the rows of all subjects, also of those that failed and have no worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def row(self, name: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Yield the subject's new row. A `WorkerError` in the block is the row's problem."""
+        self.rows[name] = fields | {"problem": None}
+        try:
+            yield self.rows[name]
+        except WorkerError as error:
+            self.give_up(name, error)
+
+    def give_up(self, name: str, error: Exception) -> None:
+        """Record `error` as the problem of a row, and end the row's worker if there is one."""
+        self.rows[name]["problem"] = str(error)
+        if name in self:
+            self.pop(name).close()
+
+    def __enter__(self) -> Subjects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.values():
+            worker.close()
 
 
 def serve(questions: TextIO, answers: TextIO) -> None:

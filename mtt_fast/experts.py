@@ -210,6 +210,19 @@ def train_missing_experts(
     return TrajectoryStore(folder)
 
 
+def first_expert(
+    folder: Path, images: RealImages, network: Trainable, training: ExpertTraining, options: TrainingOptions
+) -> TrajectoryStore:
+    """Return the store of the experts in `folder`; if there are none, one is trained now with the seed and precision of `options`.
+
+    Existing experts are not checked. For what is raised in training see `train_missing_experts`.
+    """
+    precision = precision_on(images.train.labels.device, network, options.precision)
+    return experts_in(folder) or train_missing_experts(
+        folder, 1, images, network, training, seed=options.seed, precision=precision
+    )
+
+
 class _Request(NamedTuple):
     """The experts that a folder is to hold."""
 

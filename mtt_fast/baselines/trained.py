@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mtt_fast import experts
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands.options import buffer_folder
-from mtt_fast.engine.student_choice import precision_on
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.distill.experts import check_nothing_to_convert
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
     FLAGS,
@@ -38,12 +38,7 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     Raises `InputError` if the first expert is of another network, data set or whitening.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
-    store = experts_in(folder)
-    if store is None:
-        store = train_missing_experts(
-            folder, 1, real, network, options.expert(), seed=options.seed,
-            precision=precision_on(real.train.labels.device, network, options.precision),
-        )  # fmt: skip
+    store = experts.first_expert(folder, real, network, options.expert(), options)
     check_belongs(store, 0, network, real.identity)
     return store
 
@@ -60,12 +55,13 @@ def with_first_expert_training(
     """Return the options with the hyperparameters of the first expert, if there is one; else unchanged.
 
     Raises `InputError` if the expert is of another network or other images, or was trained with other hyperparameters than
-    the `requested` ones; or if there is none and it cannot be written.
+    the `requested` ones; or if there is none, and it cannot be written, or buffers of the public code should be converted.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = experts_in(folder)
     if store is None:
         check_output_folder(folder, "choose another `buffer_path`")
+        check_nothing_to_convert(folder)
         return options
     check_belongs(store, 0, network, real.identity)
     check_as_asked(store, 0, requested, to_the_end=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import WHITENING_TOLERANCE
 
 # The covariance of images of 12,288 values (3x64x64) takes 1.2 GB, and its decomposition minutes; with 3x128x128 19 GB, and hours.
@@ -105,12 +106,12 @@ class Whitening:
                 f"{path}: expected a whitening (mean, matrix, inverse), found {sorted(tensors)}; name the right file"
             ) from error
         values = whitening.mean.numel()
-        if not whitening.matrix.shape == whitening.inverse.shape == (values, values):
-            raise InputError(
-                f"{path}: expected matrices of {values}x{values}, found {tuple(whitening.matrix.shape)} and "
-                f"{tuple(whitening.inverse.shape)}; delete it and fit again"
-            )
         for name, tensor in vars(whitening).items():
+            shape = (values,) if name == "mean" else (values, values)
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise InputError(
+                    f"{path}: {name}: expected floating point {shape}, found {shown(tensor)}; delete it and fit again"
+                )
             if not bool(tensor.isfinite().all()):
                 raise InputError(
                     f"{path}: {name}: expected finite numbers, found NaN or infinity; delete it and fit again"

@@ -18,7 +18,7 @@ from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts import first_expert
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.expert_checks import check_belongs, trained_otherwise
@@ -87,16 +87,11 @@ def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork
 
     Raises `Stopped` on Ctrl-C or SIGTERM.
     """
-    network, device = options.cam_network(real.data), real.train.labels.device
+    network = options.cam_network(real.data)
     if network is None:
         return None
     check_cam_expert(options, real.data)  # again, since other processes may have written it
-    store = cam_expert(options, real.data)
-    if store is None:
-        store = train_missing_experts(
-            _folder(options, real.data), 1, real, network, options.experts(), seed=options.seed,
-            precision=precision_on(device, network, options.precision),
-        )  # fmt: skip
+    store = first_expert(_folder(options, real.data), real, network, options.experts(), options)
     log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
     expert = store.metadata(0)
     for remark in (
@@ -105,7 +100,7 @@ def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork
     ):
         if remark:
             log.info("%s: %s", store.folder, remark)
-    return CamNetwork(network, store.read(0, store.epochs(0)).to(device), store.digest(0))
+    return CamNetwork(network, store.read(0, store.epochs(0)).to(real.train.labels.device), store.digest(0))
 
 
 def weigh_gradients(

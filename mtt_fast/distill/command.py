@@ -54,7 +54,7 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, initial_state, read_hardness
+from mtt_fast.distill.initial import check_same_scores, check_state_fits, initial_state, read_hardness
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -133,6 +133,7 @@ def _run(
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
+            check_state_fits(folder, options, data, state)
             check_same_experts_so_far(options, state, inventory_of(options, data))
             check_same_cam_expert(options, data, state)
             check_same_scores(options, hardness, state)
@@ -146,7 +147,8 @@ def _run(
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
-        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
+        note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
+        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,

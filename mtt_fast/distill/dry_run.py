@@ -17,6 +17,7 @@ from mtt_fast.distill.cam_network import cam_expert, check_same_cam_expert
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, whitening_remark
 from mtt_fast.distill.frequencies import frequencies_in_words
+from mtt_fast.distill.initial import check_state_fits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
@@ -67,6 +68,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     check_fits(options, inventory, info, network, device, requested)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
         check_same_images(folder, state.data, info.identity(zca=options.zca))
+        check_state_fits(folder, options, info, state)
         check_same_experts_so_far(options, state, inventory)
         check_same_cam_expert(options, info, state)
     precision = precision_on(device, network, options.precision, iterations=True)

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data.synthetic import classes_by_place
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.storage.checkpoint import State
+
+_BLOCK = 1 << 20  # values of images that are filtered at once
 
 
 def most_varying_frequencies(images: Tensor, ipc: int, count: int) -> Tensor:
@@ -29,7 +32,7 @@ def most_varying_frequencies(images: Tensor, ipc: int, count: int) -> Tensor:
     their variance is that of F, in which the mean of an image counts more than in an orthonormal transform.
     """
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
-    spectra = rows @ images.double().mean(1) @ columns.T
+    spectra = rows @ images.mean(1, dtype=torch.float64) @ columns.T
     variances = spectra.view(-1, ipc, *spectra.shape[1:]).var(1) / _squared_lengths(images)
     kept = torch.zeros_like(variances, dtype=torch.bool).flatten(1)
     kept.scatter_(1, variances.flatten(1).topk(count).indices, True)
@@ -71,12 +74,15 @@ def frequencies_in_words(options: DistillOptions, data: ImageData | DatasetInfo)
 def _filtered(images: Tensor, factors: Tensor) -> Tensor:
     """Return `images` (n, C, H, W), sorted by class, after their frequencies are multiplied by `factors` (classes, H, W) float64.
 
-    It is computed in float64, since products of matrices may be in tf32 on a GPU.
+    It is computed in float64, since products of matrices may be in tf32 on a GPU; in blocks, since the memory plan has no room for
+    copies of all images.
     """
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
-    of_images = factors.repeat_interleave(len(images) // len(factors), 0)[:, None]
-    filtered: Tensor = rows.T @ (of_images * (rows @ images.double() @ columns.T)) @ columns
-    return filtered.to(images.dtype)
+    classes, filtered = classes_by_place(images, len(factors)), torch.empty_like(images)
+    block = max(1, _BLOCK // images[0].numel())
+    for part, of_class, result in zip(images.split(block), classes.split(block), filtered.split(block), strict=True):
+        result.copy_(rows.T @ (factors[of_class][:, None] * (rows @ part.double() @ columns.T)) @ columns)
+    return filtered
 
 
 def _orthonormal_cosines(side: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.texture import canvases_of
 from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.frequencies import most_varying_frequencies, with_frequencies
 from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions
@@ -19,7 +21,7 @@ from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.checkpoint import Form, State, check_forms
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
@@ -61,6 +63,29 @@ def initial_state(
         data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
         scores_digest="" if hardness is None else digest(hardness),
     )  # fmt: skip
+
+
+def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
+    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the forms that `initial_state` gives them."""
+    classes, (channels, height, width) = data.num_classes, data.image_shape
+    count, side = options.ipc * classes, 1 if options.canvas is None else options.canvas.size
+    images = torch.float32, (count, channels, height * side, width * side)
+    logits, indices = (torch.float32, (count, classes)), (torch.int64, (count,))
+    rate = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
+    learned = options.lr_y is not None
+    forms: dict[str, Form | None] = {
+        "images": images,
+        "images_velocity": images,
+        "labels": logits if learned else indices,
+        "labels_velocity": logits if learned else None,
+        "lr": rate,
+        "lr_velocity": rate,
+        "ema": None if options.ema_decay is None else images,
+        "frequencies": None if options.msz_per_channel is None else (torch.bool, (classes, height, width)),
+    }
+    if state.pixel_weights is not None or options.cam_model is None:  # the first iteration computes them
+        forms["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
+    check_forms(folder, state, forms)
 
 
 class InitialImages(NamedTuple):

@@ -55,10 +55,11 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, i
 def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, batch: int) -> Tensor:
     """Return the predictions (n, num_classes), probabilities, under `theta` (P,): TESLA's labels in an iteration.
 
-    Only the images (n, C, H, W) at `index`, which may repeat, are classified; the rows of the others are zero. A forward pass takes
-    at most `batch` images.
+    If `index` (k,) is shorter than the images (n, C, H, W), only those at it are classified, and the rows of the others are zero. A
+    forward pass takes at most `batch` images.
     """
-    used = index.unique()
+    # a permutation of the images is used up before an image repeats, so `unique`, for which the host waits, would leave out none
+    used = index.sort().values if len(index) < len(images) else torch.arange(len(images), device=images.device)
     probabilities = predict(network, theta, images[used], batch).softmax(dim=1)
     return images.new_zeros(len(images), probabilities.shape[1]).index_copy_(0, used, probabilities)
 

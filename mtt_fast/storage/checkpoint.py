@@ -11,14 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
-from mtt_fast.storage.files import (
-    MALFORMED,
-    load_tensors,
-    parse_json,
-    read_header,
-    save_tensors,
-)
+from mtt_fast.errors import InputError, dtype_name
+from mtt_fast.storage.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
+from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
 from mtt_fast.storage.records import NUMBER, check_form
 from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
@@ -141,6 +136,25 @@ def _says_imported(metadata: Mapping[str, str]) -> bool:
 
 def _of_another_version(path: Path) -> InputError:
     return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
+
+
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""The dtype and the shape of a tensor."""
+
+
+def check_forms(folder: Path, state: State, forms: Mapping[str, Form | None]) -> None:
+    """Check that each tensor of `state`, by name, has its form; None stands for a tensor that is not there.
+
+    Raises `InputError` that names the checkpoint of the run in `folder` otherwise.
+    """
+    for name, form in forms.items():
+        tensor = getattr(state, name)
+        if form != (None if tensor is None else (tensor.dtype, tuple(tensor.shape))):
+            expected = "none" if form is None else f"{dtype_name(form[0])} {form[1]}"
+            raise InputError(
+                f"{folder / CHECKPOINT}: {name}: expected {expected}, as options and data set ask for, found "
+                f"{'none' if tensor is None else shown(tensor)}; restore a copy, or choose another `out`"
+            )
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:

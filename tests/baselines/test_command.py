@@ -24,7 +24,7 @@ from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.protocols import Accuracy
 
@@ -252,6 +252,18 @@ def test_a_stopped_run_continues(
     assert torch.equal(set_of(whole).images, set_of(stopped).images)
 
 
+def test_no_expert_is_trained_beside_buffers_of_the_public_code(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "digits" / "ConvNetD1W4"
+    folder.mkdir(parents=True)
+    (folder / "replay_buffer_0.pt").touch()
+    words = [*flags("herding", shared), "--buffer_path", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert run(*words) == 2
+    assert "found buffers of the public code such as replay_buffer_0.pt; convert them" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["replay_buffer_0.pt"]
+
+
 def test_a_run_goes_on_in_the_precision_with_which_it_began(shared: Path, tmp_path: Path) -> None:
     words = [*flags("dm", shared), "--out", str(tmp_path)]
     assert run(*words, "--precision", "tf32") == 0
@@ -372,6 +384,23 @@ def test_a_checkpoint_of_something_else_is_named(
     shutil.copy(tmp_path / "dm" / "checkpoint.safetensors", tmp_path / "dd" / "checkpoint.safetensors")
     assert run("dd", "--out", str(tmp_path / "dd"), "--resume", "--Iteration", "8") == 2
     assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["dm", "dd", "ld"])
+def test_a_checkpoint_with_a_tensor_of_another_form_is_refused(
+    method: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags(method, shared), "--out", str(tmp_path)) == 0
+    path = tmp_path / "checkpoint.safetensors"
+    saved, metadata = load_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in saved.items()}
+    for name, tensor in tensors.items():
+        for other in (tensor[None], tensor.half()):
+            save_tensors(path, tensors | {name: other}, metadata)
+            assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 2
+            assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
+    save_tensors(path, tensors, metadata)
+    assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 0
 
 
 def test_help_lists_the_methods_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from bench import flops, gate, meta_step
 from bench.cases import Case, Gradients, case_on, make_case, small_setting
 from bench.engines import ENGINES, Engine, checkpointed, engine_on, whole_graph
 from bench.settings import SETTINGS, Setting, Shape, setting_named
+from bench.workers import WorkerError
 from mtt_fast import ConvNet, InputError, unroll
 from mtt_fast.testing import relative_error
 from tests.bench.helpers import CPU, TINY
@@ -59,12 +60,17 @@ def test_a_record_has_the_versions_of_other_libraries() -> None:
 def test_the_gate_closes_on_a_wrong_engine() -> None:
     error = gate.float64_error(Engine(doubled), TINY, CPU)
     assert error == pytest.approx(1)
-    assert gate.complaint(error, 0.0, None) == "wrong: float64 error 1.0e+00, allowed 1e-09"
-    assert gate.complaint(0.0, 3e-3, gate.allowed_float32(1e-3)) == "wrong: float32 error 3.0e-03, allowed 2.0e-03"
-    assert gate.complaint(float("nan"), 0.0, None) is not None
-    assert gate.complaint(0.0, float("nan"), 1.0) is not None
-    assert gate.complaint(1e-12, 1.9e-3, gate.allowed_float32(1e-3)) is None
-    assert gate.complaint(1e-12, 1.5e-2, gate.allowed_float32(1e-3, "bf16")) is None
+    for errors, message in (
+        ((error,), r"wrong: float64 error 1\.0e\+00, allowed 1e-09"),
+        ((0.0, 3e-3, gate.allowed_float32(1e-3)), r"wrong: float32 error 3\.0e-03, allowed 2\.0e-03"),
+        ((float("nan"),), "wrong: float64 error nan"),
+        ((0.0, float("nan"), 1.0), "wrong: float32 error nan"),
+    ):
+        with pytest.raises(WorkerError, match=f"^{message}"):
+            gate.check_errors(*errors)
+    gate.check_errors(1e-12)
+    gate.check_errors(1e-12, 1.9e-3, gate.allowed_float32(1e-3))
+    gate.check_errors(1e-12, 1.5e-2, gate.allowed_float32(1e-3, "bf16"))
 
 
 def test_the_gate_cuts_the_batches_of_an_engine_that_takes_limits() -> None:

@@ -13,7 +13,7 @@ from bench.cases import case_on, make_case
 from bench.engines import fused, whole_graph
 from bench.measuring import copy_peak, interleaved, matrix_product_peak, peak_above_baseline, repeated
 from bench.shares import share_of_operations
-from bench.workers import Here, Process, Worker, WorkerError
+from bench.workers import Here, Process, Subjects, Worker, WorkerError
 from tests.bench.helpers import CPU, TINY, linux
 
 
@@ -90,6 +90,23 @@ def test_a_worker_keeps_its_state_and_survives_a_failure(made: Callable[..., Wor
         with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
             worker.ask(add_to, number="1")
         assert worker.ask(add_to, number=1) == 42
+
+
+def test_a_subject_that_fails_keeps_its_row_and_ends_alone() -> None:
+    with Subjects() as workers:
+        for name, number in (("good", "1"), ("wrong", None)):
+            with workers.row(name, number=number) as row:
+                workers[name] = Here(build_number, number=number)
+                row["sum"] = workers[name].ask(add_to, number="1") if number else workers[name].ask(add_to, number=1)
+        assert list(workers) == ["good"]
+        with pytest.raises(KeyError, match="a mistake of the benchmark"), workers.row("another"):
+            raise KeyError("a mistake of the benchmark")
+        workers.give_up("another", ValueError("it had no worker"))
+    assert workers.rows["good"] == {"number": "1", "problem": None, "sum": "11"}
+    assert workers.rows["wrong"]["problem"].startswith("TypeError")
+    assert workers.rows["another"] == {"problem": "it had no worker"}
+    with pytest.raises(WorkerError):  # it was closed, too
+        workers["good"].ask(add_to, number="1")
 
 
 def test_the_end_of_a_process_is_told() -> None:

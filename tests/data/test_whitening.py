@@ -151,9 +151,12 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "other", {"images": torch.zeros(2)})
     with pytest.raises(InputError, match="expected a whitening"):
         Whitening.load(tmp_path / "other")
-    save_tensors(tmp_path / "odd", {"mean": torch.zeros(4), "matrix": torch.zeros(4, 4), "inverse": torch.zeros(3, 4)})
-    with pytest.raises(InputError, match="expected matrices of 4x4"):
-        Whitening.load(tmp_path / "odd")
+    good = {"mean": torch.zeros(4), "matrix": torch.zeros(4, 4), "inverse": torch.zeros(4, 4)}
+    for name, tensor in good.items():
+        for other in (tensor[None], tensor.long()):
+            save_tensors(tmp_path / "odd", good | {name: other})
+            with pytest.raises(InputError, match=f"odd: {name}: expected floating point"):
+                Whitening.load(tmp_path / "odd")
     with pytest.raises(InputError, match="cannot be read"):
         Whitening.load(tmp_path / "absent")
 

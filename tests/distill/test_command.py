@@ -19,12 +19,14 @@ from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.distill.command import main
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.kernels import Precision
+from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.training.protocols import Accuracy
 from tests.distill.command_runs import TOY, images_of, metrics_of, run
@@ -70,6 +72,14 @@ def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     assert float((shown - wanted).abs().max()) < 0.5 / 255 + 1e-6
     assert any((out / "events").iterdir())
     assert not list(out.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(("chosen", "said"), [(None, "fp32"), ("bf16", "bf16")])
+def test_the_options_of_a_run_say_the_precision_of_its_iterations(
+    experts: list[str], tmp_path: Path, chosen: Precision | None, said: str
+) -> None:
+    main([*TOY, *experts, "--out", str(tmp_path), "--Iteration", "1"], precision=chosen)
+    assert f"\n# gradient: exact; iterations in {said}\n" in (tmp_path / "config.toml").read_text()
 
 
 def test_the_summary_and_the_pictures_tell_what_was_evaluated(
@@ -528,6 +538,40 @@ def test_a_broken_checkpoint_is_named(experts: list[str], tmp_path: Path, capsys
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
     assert run("--out", str(out), "--resume", "--Iteration", "8") == 2
     assert "checkpoint.safetensors: truncated" in capsys.readouterr().err
+
+
+EVERY_TENSOR = "--ipc 2 --msz_per_channel 16 --ema_decay 0.5 --lr_y 0.1 --cam_model ConvNetD1W4 --Iteration 1".split()
+
+
+def test_a_checkpoint_with_a_tensor_of_another_form_is_named(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, flags in (("every", EVERY_TENSOR), ("plain", ["--Iteration", "1"])):
+        assert run(*TOY, *experts, *flags, "--out", str(tmp_path / name)) == 0
+    tensors, metadata = load_tensors(tmp_path / "every" / "checkpoint.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    plain, of_plain = load_tensors(tmp_path / "plain" / "checkpoint.safetensors")
+    plain = {name: tensor.clone() for name, tensor in plain.items()}
+    assert set(tensors) == {
+        "images", "labels", "lr", "images_velocity", "lr_velocity", "labels_velocity", "ema", "pixel_weights", "frequencies"
+    }  # fmt: skip
+
+    def refused(folder: str, name: str, changed: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        save_tensors(tmp_path / folder / "checkpoint.safetensors", changed, metadata)
+        for more in ([], ["--dry-run"]):
+            assert run("--out", str(tmp_path / folder), "--resume", "--Iteration", "2", *more) == 2
+            *_, error = capsys.readouterr().err.strip().splitlines()
+            assert f"checkpoint.safetensors: {name}: expected " in error
+
+    for name, tensor in tensors.items():
+        for other in (tensor[None], tensor.double(), tensor.flatten()[:-1]):
+            refused("every", name, tensors | {name: other}, metadata)
+    for name in ("labels_velocity", "ema", "frequencies"):
+        refused("every", name, {other: tensor for other, tensor in tensors.items() if other != name}, metadata)
+    for name in ("labels_velocity", "ema", "frequencies", "pixel_weights"):
+        refused("plain", name, plain | {name: tensors[name]}, of_plain)
+    save_tensors(tmp_path / "every" / "checkpoint.safetensors", tensors, metadata)
+    assert run("--out", str(tmp_path / "every"), "--resume", "--Iteration", "2") == 0
 
 
 FULL_DISK = """

@@ -20,6 +20,7 @@ from mtt_fast.distill.command import main
 from mtt_fast.distill.frequencies import most_varying_frequencies, of_frequencies, with_frequencies
 from mtt_fast.distill.gradients import finish_gradients, gradients_to_apply
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.engine.live_bytes import CountLiveBytes
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, load_checkpoint
@@ -69,8 +70,12 @@ def random_images(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("block", [1, 400, 1 << 20])
 @pytest.mark.parametrize(("ipc", "channels", "height", "width"), [(3, 3, 8, 8), (2, 1, 7, 12), (5, 2, 1, 6)])
-def test_frequencies_are_those_of_the_public_code(ipc: int, channels: int, height: int, width: int) -> None:
+def test_frequencies_are_those_of_the_public_code(
+    ipc: int, channels: int, height: int, width: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtt_fast.distill.frequencies._BLOCK", block)
     images = random_images(2 * ipc, channels, height, width)
     for count in (1, 5, height * width):
         kept = most_varying_frequencies(images, ipc, count)
@@ -110,6 +115,16 @@ def test_a_step_on_filtered_gradients_is_a_step_on_the_frequencies() -> None:
         torch.testing.assert_close(pixels.flatten(2), ((frequencies * mask) @ inverse).detach())
     assert of_frequencies(state_of(pixels, kept), None) is None
     assert of_frequencies(state_of(pixels, None), [pixels, rate]) == [pixels, rate]
+
+
+def test_a_filter_has_float64_copies_of_one_block_of_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = 1 << 14
+    monkeypatch.setattr("mtt_fast.distill.frequencies._BLOCK", block)
+    images = torch.randn(1000, 3, 16, 16)
+    state = state_of(images, torch.ones(10, 16, 16, dtype=torch.bool))
+    with CountLiveBytes() as count:
+        of_frequencies(state, [images])
+    assert images.nbytes < count.peak < images.nbytes + 5 * 8 * block
 
 
 def test_weighed_gradients_are_filtered_too() -> None:

@@ -186,6 +186,8 @@ def test_teacher_labels_are_made_for_the_images_that_are_seen() -> None:
     some = teacher_labels(network, thetas[0], images, index=torch.tensor([4, 1, 4]), batch=1)
     torch.testing.assert_close(some[[1, 4]], every[0][[1, 4]])
     assert not some[[0, 2, 3]].any()
+    steps = teacher_labels(network, thetas[0], images, index=torch.tensor([4, 1, 0, 2, 3, 1]), batch=2)
+    torch.testing.assert_close(steps, every[0])
     torch.testing.assert_close(mean_teacher_labels(network, iter(thetas), images), (every[0] + every[1] + every[2]) / 3)
 
 

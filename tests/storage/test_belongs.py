@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mtt_fast import SyntheticDataset, Whitening
 from mtt_fast.analysis.__main__ import main as analysis
@@ -80,6 +81,22 @@ def test_a_checkpoint_goes_on_with_its_own_images(working_folder: Path, capsys: 
     assert cli.run(distill, distil(*new, data=("--dataset", "./pets"), out="another")) == 0
     flags = distil(*new, "--Iteration", "4", data=("--dataset", "./pets"), out="prun")
     assert "prun/checkpoint.safetensors: made from other images: expected folder-pets with" in refused(
+        capsys, distill, *flags
+    )
+
+
+def test_a_dry_run_too_sees_that_a_checkpoint_is_of_images_of_another_size(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train experts on the larger images, so that the checkpoint alone names the size with which it began."""
+    for path in Path("pets").rglob("*.png"):
+        with Image.open(path) as picture:
+            larger = picture.resize((16, 16))
+        larger.save(path)
+    new = [*TRAINED, "--buffer_path", "others"]
+    assert cli.run(distill, distil(*new, data=("--dataset", "./pets"), out="another")) == 0
+    flags = distil(*new, "--Iteration", "4", "--dry-run", data=("--dataset", "./pets"), out="prun")
+    assert "prun/checkpoint.safetensors: images of another size: expected 1×16×16, found 1×8×8" in refused(
         capsys, distill, *flags
     )
 
