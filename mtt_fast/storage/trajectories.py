@@ -357,10 +357,15 @@ def _read_header(path: Path) -> _Header:
     entries, text = read_header(path)
     entry, form = entries.get(_TENSOR), text.get("format", "another")
     form = _BEFORE_CHECKSUMS.get(form, form)
-    if form not in (_FORMAT, _WAYPOINTS) or entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
+    if form not in (_FORMAT, _WAYPOINTS):
         raise InputError(
             f"{path}: expected a file in the format {_FORMAT!r}, found {form!r}; "
             "choose a folder that `python -m mtt_fast.experts` wrote"
+        )
+    if entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
+        raise InputError(
+            f"{path}: {_TENSOR}: expected {' or '.join(_DTYPES)} of two dimensions, found "
+            f"{f'{entry.dtype} {entry.shape}' if entry else 'none'}; {_TRAIN_AGAIN}"
         )
     if len(entry.checksums) not in (0, entry.shape[0]):
         raise InputError(f"{path}: expected a checksum for each of {entry.shape[0]} rows; {_TRAIN_AGAIN}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,26 @@ def test_a_row_is_read_where_its_numbers_are_finite_and_only_there(
     for epoch in (2, 3):
         with pytest.raises(InputError, match=f"after epoch {epoch} are not finite"):
             store.read(0, epoch)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda tensor: {"parameters": tensor.double()}, f"F64 ({EPOCHS + 1}, {P})"),
+        (lambda tensor: {"parameters": tensor.half()}, f"F16 ({EPOCHS + 1}, {P})"),
+        (lambda tensor: {"parameters": tensor[0]}, f"F32 ({P},)"),
+        (lambda tensor: {"others": tensor}, "none"),
+    ],
+)
+def test_parameters_of_another_form_are_told(
+    store: TrajectoryStore, parameters: Tensor, change: Callable[[Tensor], dict[str, Tensor]], found: str
+) -> None:
+    path = expert_path(store.folder, 0)
+    _, metadata = load_tensors(path)
+    save_tensors(path, change(parameters), metadata)
+    message = f"{path}: parameters: expected F32 or BF16 of two dimensions, found {found}; delete it and train it again"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        store.read(0, 0)
 
 
 def test_another_stored_type_is_refused(tmp_path: Path, parameters: Tensor) -> None:
