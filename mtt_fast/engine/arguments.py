@@ -1,10 +1,11 @@
-"""Check the arguments of `unroll`, and convert them to tensors."""
+"""Check the arguments of `unroll`, `plan` and `GraphedMatchingLoss`, and convert them to tensors.
+
+Errors name the argument and not the callable, since several callables share the checks.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -24,24 +25,22 @@ def check_context() -> None:
     """Raise `InputError` in `torch.inference_mode`, in a `torch.func` transform and in `torch.compile`, where gradients cannot be taken."""
     if torch.is_inference_mode_enabled():
         raise InputError(
-            "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
+            "found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
         )
     if torch._C._are_functorch_transforms_active():
         raise InputError(
-            "unroll: found a transform of torch.func, whose tensors its sweeps cannot read; call it as it is, and take the "
+            "found a transform of torch.func, whose tensors the sweeps cannot read; call without it, and take the "
             "gradient by backward() or torch.autograd.grad"
         )
     if torch.compiler.is_compiling():
-        raise InputError(
-            "unroll: found torch.compile, which cannot trace its sweeps; call it outside of what is compiled"
-        )
+        raise InputError("found torch.compile, which cannot trace the sweeps; call outside of what is compiled")
 
 
 def check_differentiated_once() -> None:
     """Raise `InputError` in a backward pass with create_graph=True, since second derivatives would silently be zero."""
     if torch.is_grad_enabled():
         raise InputError(
-            "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
+            "a student's steps are differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
             "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
         )
 
@@ -51,7 +50,7 @@ def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
     kinds = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
     if any(is_batched(each) for each in gradients if each is not None for is_batched in kinds):
         raise InputError(
-            "unroll: expected a backward pass of one vector, found several at once, as of vectorize=True, is_grads_batched=True or "
+            "expected a backward pass of one vector, found several at once, as of vectorize=True, is_grads_batched=True or "
             "torch.func.vmap; take one after the other"
         )
 
@@ -66,7 +65,7 @@ def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]
         now = repeat(n)
         if bool((differs := _differ(first[n], now)).any()):
             raise InputError(
-                f"unroll: expected in the backward pass the network, loss, augmentation and path of the call, found "
+                f"expected in the backward pass the network, loss, augmentation and path of the call, found "
                 f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; before the backward pass leave "
                 "alone what they read: attributes, `.data` of images and of rows of the path, and the variable of a loop in a lambda "
                 "(`lambda logits, labels, t=t: …`)"
@@ -79,15 +78,13 @@ def _differ(first: Tensor, again: Tensor) -> Tensor:
     return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()
 
 
-def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
-    """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation."""
-    for name, value in (("theta", theta), ("images", images), ("labels", labels)):
+def check_types(augment: Augment | None, **tensors: Tensor) -> None:
+    """Raise `InputError` unless `tensors` are tensors, and `augment`, if there is one, an augmentation."""
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"unroll {name}: expected a tensor, found {type(value).__name__}")
+            raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
     if augment is not None and not hasattr(augment, "draw"):
-        raise InputError(
-            f"unroll augment: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}"
-        )
+        raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}")
 
 
 def check_target(target: Tensor, start: Tensor) -> None:
@@ -95,7 +92,7 @@ def check_target(target: Tensor, start: Tensor) -> None:
     if not isinstance(target, Tensor) or (target.shape, target.device) != (start.shape, start.device):
         found = f"{tuple(target.shape)} on {target.device}" if isinstance(target, Tensor) else type(target).__name__
         raise InputError(
-            f"target: expected the shape and the device of start, {tuple(start.shape)} on {start.device}, found {found}"
+            f"`target`: expected the shape and the device of start, {tuple(start.shape)} on {start.device}, found {found}"
         )
 
 
@@ -107,12 +104,12 @@ def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> Non
         is_class = isinstance(optimizer, type)
         kind = optimizer if is_class else type(optimizer)
         raise InputError(
-            f"unroll optimizer: expected mtt_fast.Adam(…), or None for SGD, found {'the class ' * is_class}{kind.__module__}."
+            f"`optimizer`: expected mtt_fast.Adam(…), or None for SGD, found {'the class ' * is_class}{kind.__module__}."
             f"{kind.__name__}; the learning rate is `lr`"
         )
     if momentum or weight_decay:
         raise InputError(
-            f"unroll momentum {momentum:g}, weight_decay {weight_decay:g}: they are SGD's, found with an `optimizer`; use "
+            f"`momentum` {momentum:g}, `weight_decay` {weight_decay:g}: they are SGD's, found with an `optimizer`; use "
             "Adam(betas=…, weight_decay=…)"
         )
 
@@ -125,23 +122,23 @@ def check_velocity(velocity: Tensor | None, theta: Tensor, adam: Adam | None) ->
     if adam is not None and (velocity is not None) != (adam.steps > 0):
         found = "none" if velocity is None else "one"
         raise InputError(
-            f"unroll velocity: expected {'one' if adam.steps else 'none'} with Adam(steps={adam.steps}), found {found}; `steps` counts "
+            f"`velocity`: expected {'one' if adam.steps else 'none'} with Adam(steps={adam.steps}), found {found}; `steps` counts "
             "the steps of the training before, whose moments `return_velocity` returned"
         )
     if velocity is None:
         return
     if not isinstance(velocity, Tensor):
-        raise InputError(f"unroll velocity: expected a tensor, found {type(velocity).__name__}")
+        raise InputError(f"`velocity`: expected a tensor, found {type(velocity).__name__}")
     shape = theta.shape if adam is None else (adam.moments, *theta.shape)
     if velocity.shape != shape:
         raise InputError(
-            f"unroll velocity: expected shape {tuple(shape)}, found {tuple(velocity.shape)}; SGD has one velocity (P,), Adam as "
+            f"`velocity`: expected shape {tuple(shape)}, found {tuple(velocity.shape)}; SGD has one velocity (P,), Adam as "
             "`optimizer` two moments (2, P)"
         )
     for attribute in ("dtype", "device"):
         actual, expected = getattr(velocity, attribute), getattr(theta, attribute)
         if actual != expected:
-            raise InputError(f"unroll velocity: expected {attribute} {expected} of theta, found {actual}")
+            raise InputError(f"`velocity`: expected {attribute} {expected} of theta, found {actual}")
 
 
 def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
@@ -150,7 +147,7 @@ def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
     if kind is None:
         return "probabilities" if soft else "indices"
     if (kind == "indices") == soft:
-        raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}")
+        raise InputError(f"`label_kind` '{kind}': does not fit labels of dtype {labels.dtype}")
     return kind
 
 
@@ -163,22 +160,22 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
         rows = tuple(row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu") for row in batches)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"unroll batches: expected vectors of indices into the images, one a step, found {type(batches).__name__}: {error}"
+            f"`batches`: expected vectors of indices into the images, one a step, found {type(batches).__name__}: {error}"
         ) from error
     if not rows:
-        raise InputError("unroll batches: expected at least one step, found none")
+        raise InputError("`batches`: expected at least one step, found none")
     for n, row in enumerate(rows):
         is_integer = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
         if row.dim() != 1 or len(row) == 0 or not is_integer:
             raise InputError(
-                f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
+                f"`batches`: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
             )
     # indices on a GPU are checked by the look-up of the labels, without waiting for the device
     on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}
     if on_host and not _are_in_range(torch.cat([row.long() for row in on_host.values()]), len(images)):
         n, row = next((n, row) for n, row in on_host.items() if not _are_in_range(row, len(images)))
         raise InputError(
-            f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
+            f"`batches`: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
         )
     all_on_host = len(on_host) == len(rows)  # then one copy moves them to the device
     indices = torch.cat([row.long() if all_on_host else row.to(images.device, torch.long) for row in rows])
@@ -197,39 +194,51 @@ def _are_in_range(indices: Tensor, end: int) -> bool:
 
 
 def check_tensors(
-    theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network, *, has_loss: bool
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: int,
+    net: Network,
+    *,
+    has_loss: bool,
+    theta_name: str,
 ) -> None:
     """Raise `InputError` unless shapes, dtypes and devices fit each other and the network.
 
-    A caller's own loss (`has_loss`) takes labels of any shape (n, …).
+    A caller's own loss (`has_loss`) takes labels of any shape (n, …). Errors call the parameters `theta_name`.
     """
     if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
         remedy = (
             "" if theta.dtype in (torch.float32, torch.float64) else "; use .float(), of a module before it is wrapped"
         )
         raise InputError(
-            f"unroll theta: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
+            f"`{theta_name}`: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
             f"found {theta.dtype} of shape {tuple(theta.shape)}{remedy}"
         )
     if not images.is_floating_point() or labels.shape[:1] != images.shape[:1]:
-        remedy = "" if images.is_floating_point() else "; use .to(theta.dtype), and .long() again in a module of tokens"
+        remedy = (
+            ""
+            if images.is_floating_point()
+            else f"; use .to({theta_name}.dtype), and .long() again in a module of tokens"
+        )
         raise InputError(
-            f"unroll images, labels: expected floating-point images and as many labels, found {images.dtype} of shape "
+            f"`images`, `labels`: expected floating-point images and as many labels, found {images.dtype} of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}{remedy}"
         )
     if not has_loss and labels.dim() != (2 if labels.is_floating_point() else 1):
         raise InputError(
-            f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
+            f"`labels`: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
             f"{tuple(labels.shape)}; give a `loss` that takes these"
         )
     if lr.shape not in ((), (1,), (steps,), (steps, net.num_parameters)):
         raise InputError(
-            f"unroll lr: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
+            f"`lr`: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
             f"({steps}, {net.num_parameters}), found shape {tuple(lr.shape)}"
         )
     devices = {tensor.device for tensor in (theta, images, labels)}  # rates are moved to that of theta
     if len(devices) > 1:
-        raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
+        raise InputError(f"expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
 
 
 def draws_of(
@@ -250,13 +259,13 @@ def draws_of(
         copies = [_copy_of(step_draws) for step_draws in draws]
         if augment is None or len(copies) != len(batches):
             raise InputError(
-                f"unroll draws: expected the draws of an augmentation for each of {len(batches)} steps, found {len(copies)}"
+                f"`draws`: expected the draws of an augmentation for each of {len(batches)} steps, found {len(copies)}"
                 + (" and no `augment`" if augment is None else "")
             )
     # under no_grad a copy requires no gradient
     if any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(copies)):
         raise InputError(
-            "unroll draws: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
+            "`draws`: expected no tensor that requires a gradient, since none flows to it, found one; detach it"
         )
     return copies
 
@@ -267,14 +276,6 @@ def _copy_of(draws: Any) -> Any:
     )
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise `InputError` unless `value` is a finite number of at least 0, as torch.optim.SGD does."""
-    if not isinstance(value, Real):
-        raise InputError(f"unroll {name}: expected a number, found {value!r}")
-    if not (math.isfinite(value) and float(value) >= 0):
-        raise InputError(f"unroll {name}: expected a finite number of at least 0, found {value}")
-
-
 def rates_of(lr: Any, theta: Tensor) -> Tensor:
     """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are negative or not finite.
 
@@ -282,14 +283,14 @@ def rates_of(lr: Any, theta: Tensor) -> Tensor:
     """
     if isinstance(lr, Tensor):
         if lr.is_complex():
-            raise InputError(f"unroll lr: expected real numbers, found {lr.dtype}")
+            raise InputError(f"`lr`: expected real numbers, found {lr.dtype}")
         return lr.to(theta.device, None if lr.is_floating_point() else theta.dtype)
     if isinstance(lr, Sequence) and any(isinstance(rate, Tensor) for rate in lr):
-        raise InputError("unroll lr: expected numbers or one tensor, found a list of tensors; use torch.stack")
+        raise InputError("`lr`: expected numbers or one tensor, found a list of tensors; use torch.stack")
     try:
         rates = torch.as_tensor(lr, dtype=theta.dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"unroll lr: expected a number, numbers or a tensor, found {lr!r}") from error
+        raise InputError(f"`lr`: expected a number, numbers or a tensor, found {lr!r}") from error
     if not bool((rates.isfinite() & (rates >= 0)).all()):
-        raise InputError(f"unroll lr: expected finite numbers of at least 0, found {lr}")
+        raise InputError(f"`lr`: expected finite numbers of at least 0, found {lr}")
     return upload(rates, theta.device)

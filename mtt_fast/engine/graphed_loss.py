@@ -80,6 +80,12 @@ class GraphedMatchingLoss:
         gradient: Gradient = "exact",
         of_path: PathLoss = path_loss,
     ) -> None:
+        arguments.check_optimizer(optimizer, momentum, weight_decay)
+        if optimizer is not None and optimizer.steps:
+            raise InputError(
+                f"`optimizer`: expected Adam(steps=0), since the students start a training, found steps={optimizer.steps}; use "
+                "`unroll`, which takes the moments as `velocity`"
+            )
         self._net, self._of_path = net, of_path
         self._options = StepOptions(
             augment=augment, microbatch=microbatch, memory_budget=memory_budget, momentum=momentum,
@@ -107,13 +113,7 @@ class GraphedMatchingLoss:
         are those of `unroll`. The paper's loss is not finite if the expert did not move. Raises `InputError` as `unroll` does, and
         for an augmentation whose draws for a step are not a tensor with one row per image, such as `KorniaAugment`.
         """
-        steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
-        adam = self._options.optimizer
-        if adam is not None and adam.steps:
-            raise InputError(
-                f"GraphedMatchingLoss optimizer: expected Adam(steps=0), since its students start a training, found "
-                f"steps={adam.steps}; use `unroll`, which takes the moments as `velocity`"
-            )
+        steps = checked_steps(self._net, self._options, start, images, labels, lr, batches, theta_name="start")
         arguments.check_target(target, start)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)
@@ -182,9 +182,7 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         without = ", without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise InputError(
-            f"GraphedMatchingLoss of_path: expected a tensor () that depends on the path, found {found}{without}"
-        )
+        raise InputError(f"`of_path`: expected a tensor () that depends on the path, found {found}{without}")
     return loss.double()
 
 
@@ -197,7 +195,7 @@ def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tenso
     loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(
-            "GraphedMatchingLoss of_path: expected no tensor that requires a gradient besides the path, since none flows to it, found "
+            "`of_path`: expected no tensor that requires a gradient besides the path, since none flows to it, found "
             "one; detach it, or use `unroll`, whose path may enter any loss"
         )
 
@@ -221,7 +219,7 @@ def _parameters(
     kinds = {(str(each.dtype), tuple(each.shape[1:]), str(each.device)) for each in tensors}
     if len(kinds) > 1:
         raise InputError(
-            f"GraphedMatchingLoss augment: expected draws of one dtype and shape in all steps, found {sorted(kinds)}; use `unroll`, which "
+            f"`augment`: expected draws of one dtype and shape in all steps, found {sorted(kinds)}; use `unroll`, which "
             "takes any"
         )
     return upload(torch.cat(tensors), images.device)
@@ -236,6 +234,6 @@ def _as_tensor(augment: Augment, draws: Any, images: Tensor, index: Tensor) -> T
         return draws
     found = f"shape {tuple(draws.shape)}" if isinstance(draws, Tensor) else type(draws).__name__
     raise InputError(
-        f"GraphedMatchingLoss augment: expected draws for a step that are a tensor with a row for each of {len(index)} images, "
+        f"`augment`: expected draws for a step that are a tensor with a row for each of {len(index)} images, "
         f"found {found}; use `unroll`, which takes any"
     )

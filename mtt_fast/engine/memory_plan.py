@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.arguments import check_optimizer
+from mtt_fast.engine.number_checks import check_count
 from mtt_fast.engine.optimizers import Adam, StudentSgd
 from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
@@ -210,7 +211,7 @@ def plan(
     check_optimizer(optimizer, momentum, 0.0)
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None:
-            _check_count(name, value)
+            check_count(name, value)
     input_shape, augment_bytes = footprint_of(augment, shape[1:], dtype)
     work = Work(
         student=student_for(net, device, label_kind, loss, precision),
@@ -242,13 +243,6 @@ def _shape_of(images: Any, *, is_2d: bool) -> torch.Size:
     return torch.Size(shape)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, Integral):
-        raise InputError(f"`{name}`: expected a whole number, found {value!r}")
-    if int(value) < 1:
-        raise InputError(f"`{name}`: expected at least 1, found {value}")
-
-
 def plan_for(
     work: Work,
     memory_budget: int | str | None,
@@ -262,7 +256,7 @@ def plan_for(
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected `microbatch` or `memory_budget`, found both; give one")
     if microbatch is not None:
-        _check_count("microbatch", microbatch)
+        check_count("microbatch", microbatch)
         if work.mixes_samples and microbatch < work.batch:
             raise InputError(CANNOT_CUT)
         return Plan(work, min(microbatch, work.batch))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.engine.number_checks import check_count, check_number
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import PartialSums
 
@@ -150,17 +151,13 @@ class Adam:
         is_pair = isinstance(betas, Sequence) and len(betas) == 2
         if not is_pair or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
             remedy = "; the learning rate is `lr` of `unroll`" if isinstance(betas, Real) else ""
-            raise InputError(f"Adam betas: expected two numbers in [0, 1), found {betas}{remedy}")
+            raise InputError(f"`betas`: expected two numbers in [0, 1), found {betas}{remedy}")
         object.__setattr__(self, "betas", (float(betas[0]), float(betas[1])))  # a list has no hash
         eps: Any = self.eps
         if not (isinstance(eps, Real) and 0 < float(eps) < math.inf):
-            raise InputError(f"Adam eps: expected a finite number above 0, found {eps!r}")
-        weight_decay: Any = self.weight_decay
-        if not (isinstance(weight_decay, Real) and 0 <= float(weight_decay) < math.inf):
-            raise InputError(f"Adam weight_decay: expected a finite number of at least 0, found {weight_decay!r}")
-        steps: Any = self.steps
-        if not isinstance(steps, Integral) or int(steps) < 0:
-            raise InputError(f"Adam steps: expected a whole number of at least 0, found {steps!r}")
+            raise InputError(f"`eps`: expected a finite number above 0, found {eps!r}")
+        check_number("weight_decay", self.weight_decay)
+        check_count("steps", self.steps, least=0)
 
     @property
     def moments(self) -> int:

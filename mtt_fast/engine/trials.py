@@ -44,7 +44,7 @@ def try_augmentation(
     _check_nothing_else_is_learned("augment", second)
     if not _are_close(first[few], second):
         raise InputError(
-            f"unroll augment: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
+            f"`augment`: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
             "take all random numbers in its draw"
         )
     return first
@@ -116,14 +116,14 @@ def _try_gradient(
     loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels), logits, labels)
     if loss.dim() or not loss.is_floating_point():
         raise InputError(
-            f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
+            f"`loss`: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
         )
     names = ["parameters", "images"] if wants_images else ["parameters"]
     gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
         if gradient is None:
             raise InputError(
-                f"unroll: expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
+                f"expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
                 "detach, item and torch.no_grad do"
             )
     return logits.detach()
@@ -143,16 +143,16 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
         state = _generators_state(device)
         again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
-        raise InputError(f"unroll {name}: expected a tensor as its result, found {type(result).__name__}")
+        raise InputError(f"`{name}`: expected a tensor as its result, found {type(result).__name__}")
     # other threads may draw at the same time, so a change of state alone proves nothing
     if operations.names and not all(map(torch.equal, state, _generators_state(device))):
         raise InputError(
-            f"unroll {name}: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
+            f"`{name}`: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
             f"{', '.join(dict.fromkeys(operations.names))}; take out what draws them, or call .eval() on a module before it is wrapped"
         )
     if not _are_close(result, again):
         raise InputError(
-            f"unroll {name}: expected the same outputs for the same arguments, found others at the second call; take out what "
+            f"`{name}`: expected the same outputs for the same arguments, found others at the second call; take out what "
             "changes from call to call, or call .eval() on a module before it is wrapped"
         )
     _check_nothing_else_is_learned(name, again)
@@ -163,8 +163,8 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
     """Raise `InputError` if `result`, computed from detached arguments, requires a gradient."""
     if result.requires_grad and torch.is_grad_enabled():
         raise InputError(
-            f"unroll {name}: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
-            "detach it, or make it a part of `theta`, `images` or floating `labels`"
+            f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
+            "detach it, or make it a part of the parameters, `images` or floating `labels`"
         )
 
 
@@ -175,7 +175,7 @@ def _check_samples_are_independent(student: GenericStudent, theta: Tensor, input
         beside_itself = student.network(theta, inputs[[position, position]])
         if not _are_close(logits[position], beside_itself[-1]):
             raise InputError(
-                "unroll net: expected samples that do not depend on each other, since batches are cut, found other outputs for "
+                "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                 "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
             )
 
@@ -202,7 +202,7 @@ def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None
     )
     if not _are_close(losses.mean(), loss, losses.abs().mean()):
         raise InputError(
-            f"unroll loss: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(losses)} "
+            f"`loss`: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(losses)} "
             f"samples whose mean is {float(losses.mean()):.6g}; take one without weights of classes and with every label, or leave "
             "`microbatch` and `memory_budget` out"
         )

@@ -13,6 +13,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
+from mtt_fast.engine.number_checks import check_number
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
 from mtt_fast.engine.student import CANNOT_CUT, Loss, Student
 from mtt_fast.engine.student_choice import student_for
@@ -203,25 +204,28 @@ def checked_steps(
     labels: Tensor,
     lr: Tensor | float,
     batches: Tensor | Sequence[Tensor],
+    *,
+    theta_name: str = "theta",
 ) -> CheckedSteps:
     """Return the arguments of `unroll` as tensors, with the student for the steps of `options`.
 
-    Raises `InputError` for options and tensors that do not fit each other, and for a call where no gradient can be taken.
+    `theta_name` is the caller's argument for the parameters `theta`. Raises `InputError` for options and tensors that do not fit each other, and for a call where no gradient can be taken.
     """
     arguments.check_context()
-    arguments.check_types(theta, images, labels, options.augment)
+    arguments.check_types(options.augment, **{theta_name: theta}, images=images, labels=labels)
     indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
     for name in ("momentum", "weight_decay"):
-        arguments.check_number(name, getattr(options, name))
+        check_number(name, getattr(options, name))
     arguments.check_optimizer(options.optimizer, options.momentum, options.weight_decay)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
-    arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss)
+    arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss, theta_name=theta_name)
     if options.gradient not in get_args(Gradient):
-        raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
-    if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:
-        raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
+        raise InputError(f"`gradient`: expected 'exact' or 'truncated', found '{options.gradient}'")
+    sizes = [f"`{name}`" for name in ("microbatch", "memory_budget", "plan") if getattr(options, name) is not None]
+    if len(sizes) > 1:
+        raise InputError(f"{', '.join(sizes)}: expected one of these, found {len(sizes)}; give one")
     return CheckedSteps(student, theta, images, labels, rates, indices)
 
 
@@ -260,10 +264,10 @@ def checked_plan(
     )
     if options.plan is not None:
         if not isinstance(options.plan, Plan):
-            raise InputError(f"unroll plan: expected what mtt_fast.plan returned, found {type(options.plan).__name__}")
+            raise InputError(f"`plan`: expected what mtt_fast.plan returned, found {type(options.plan).__name__}")
         plan = replace(options.plan, work=work)
         if plan.microbatch < 1:
-            raise InputError(f"unroll plan: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")
+            raise InputError(f"`plan`: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")
         if plan.cut and net.mixes_samples:
             raise InputError(CANNOT_CUT)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, plan, unroll
 from mtt_fast.testing import assert_close, reference_convnet
 from tests.engine.optimizer_cases import (
     BATCHES,
@@ -331,25 +332,25 @@ def test_a_callers_moments_may_be_overwritten_before_the_backward_pass() -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"betas": (0.9,)}, r"Adam betas: expected two numbers in \[0, 1\), found \(0.9,\)"),
-        ({"betas": (0.9, 1.0)}, r"Adam betas: expected two numbers in \[0, 1\)"),
-        ({"betas": 0.001}, r"Adam betas: expected two numbers in \[0, 1\), found 0.001; the learning rate is `lr`"),
-        ({"betas": None}, r"Adam betas: expected two numbers in \[0, 1\), found None"),
-        ({"betas": ("0.9", "0.99")}, r"Adam betas: expected two numbers in \[0, 1\), found \('0.9'"),
+        ({"betas": (0.9,)}, r"`betas`: expected two numbers in \[0, 1\), found \(0.9,\)"),
+        ({"betas": (0.9, 1.0)}, r"`betas`: expected two numbers in \[0, 1\)"),
+        ({"betas": 0.001}, r"`betas`: expected two numbers in \[0, 1\), found 0.001; the learning rate is `lr`"),
+        ({"betas": None}, r"`betas`: expected two numbers in \[0, 1\), found None"),
+        ({"betas": ("0.9", "0.99")}, r"`betas`: expected two numbers in \[0, 1\), found \('0.9'"),
         # which would get no gradient
-        ({"betas": torch.tensor([0.9, 0.99])}, r"Adam betas: expected two numbers in \[0, 1\), found tensor"),
-        ({"betas": (torch.tensor(0.9), 0.99)}, r"Adam betas: expected two numbers in \[0, 1\), found \(tensor"),
-        ({"eps": torch.tensor(0.1)}, r"Adam eps: expected a finite number above 0, found tensor\(0.1000\)"),
-        ({"eps": "1e-8"}, "Adam eps: expected a finite number above 0, found '1e-8'"),
+        ({"betas": torch.tensor([0.9, 0.99])}, r"`betas`: expected two numbers in \[0, 1\), found tensor"),
+        ({"betas": (torch.tensor(0.9), 0.99)}, r"`betas`: expected two numbers in \[0, 1\), found \(tensor"),
+        ({"eps": torch.tensor(0.1)}, r"`eps`: expected a finite number above 0, found tensor\(0.1000\)"),
+        ({"eps": "1e-8"}, "`eps`: expected a finite number above 0, found '1e-8'"),
         (
             {"weight_decay": torch.tensor(0.1)},
-            "Adam weight_decay: expected a finite number of at least 0, found tensor",
+            "`weight_decay`: expected a number, found tensor",
         ),
-        ({"weight_decay": None}, "Adam weight_decay: expected a finite number of at least 0, found None"),
-        ({"eps": 0.0}, "Adam eps: expected a finite number above 0, found 0.0"),
-        ({"weight_decay": -1.0}, "Adam weight_decay: expected a finite number of at least 0, found -1.0"),
-        ({"steps": -1}, "Adam steps: expected a whole number of at least 0, found -1"),
-        ({"steps": 2.5}, "Adam steps: expected a whole number of at least 0, found 2.5"),
+        ({"weight_decay": None}, "`weight_decay`: expected a number, found None"),
+        ({"eps": 0.0}, "`eps`: expected a finite number above 0, found 0.0"),
+        ({"weight_decay": -1.0}, "`weight_decay`: expected a finite number of at least 0, found -1.0"),
+        ({"steps": -1}, "`steps`: expected at least 0, found -1"),
+        ({"steps": 2.5}, "`steps`: expected a whole number, found 2.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -370,14 +371,14 @@ def test_a_list_of_betas_is_a_pair() -> None:
             {"optimizer": None, "momentum": 0.9, "velocity": torch.zeros(2, NET.num_parameters).double()},
             r"found \(2, \d+\); SGD has one velocity \(P,\), Adam as `optimizer` two moments \(2, P\)",
         ),
-        ({"optimizer": torch.optim.Adam}, r"unroll optimizer: expected mtt_fast.Adam\(…\), or None for SGD, found"),
-        ({"momentum": 0.9}, "unroll momentum 0.9, weight_decay 0: they are SGD's, found with an `optimizer`"),
-        ({"weight_decay": 0.1}, "unroll momentum 0, weight_decay 0.1: they are SGD's"),
+        ({"optimizer": torch.optim.Adam}, r"`optimizer`: expected mtt_fast.Adam\(…\), or None for SGD, found"),
+        ({"momentum": 0.9}, "`momentum` 0.9, `weight_decay` 0: they are SGD's, found with an `optimizer`"),
+        ({"weight_decay": 0.1}, "`momentum` 0, `weight_decay` 0.1: they are SGD's"),
         ({"velocity": torch.zeros(2, NET.num_parameters).double()}, r"expected none with Adam\(steps=0\), found one"),
         ({"optimizer": Adam(steps=3)}, r"expected one with Adam\(steps=3\), found none"),
         (
             {"optimizer": Adam(steps=3), "velocity": torch.zeros(NET.num_parameters).double()},
-            r"unroll velocity: expected shape \(2, \d+\), found \(\d+,\)",
+            r"`velocity`: expected shape \(2, \d+\), found \(\d+,\)",
         ),
     ],
 )
@@ -387,9 +388,9 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], messag
         unroll(NET, start, images, labels, lr, BATCHES, **{"optimizer": Adam(), **arguments})
 
 
-def test_the_graphed_loss_starts_a_training() -> None:
-    start, _, images, labels, lr = make()
-    with pytest.raises(
-        InputError, match=r"GraphedMatchingLoss optimizer: expected Adam\(steps=0\).*found steps=3; use `unroll`"
-    ):
-        GraphedMatchingLoss(NET, optimizer=Adam(steps=3))(start, start + 1, images, labels, lr, BATCHES)
+def test_a_wrong_optimizer_is_refused_where_it_is_given() -> None:
+    with pytest.raises(InputError, match=r"`optimizer`: expected Adam\(steps=0\).*found steps=3; use `unroll`"):
+        GraphedMatchingLoss(NET, optimizer=Adam(steps=3))
+    for callable_with_an_optimizer in (GraphedMatchingLoss, partial(plan, images=(2, 3, 8, 8), steps=1)):
+        with pytest.raises(InputError, match=r"^`optimizer`: expected mtt_fast.Adam\(…\), or None for SGD, found"):
+            callable_with_an_optimizer(NET, optimizer=torch.optim.Adam)  # type: ignore[arg-type]

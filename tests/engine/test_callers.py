@@ -404,9 +404,7 @@ def test_draws_are_those_of_each_step_of_an_augmentation() -> None:
     images, by = Distilled().images, torch.ones((), dtype=torch.float64, requires_grad=True)
     shifted = Augmentation(lambda *_: None, lambda rows, by: rows + by)
     for count, augment, found in ((2, shifted, "2"), (4, shifted, "4"), (3, None, "3 and no `augment`")):
-        with pytest.raises(
-            InputError, match=f"^unroll draws: expected the draws of .* each of 3 steps, found {found}$"
-        ):
+        with pytest.raises(InputError, match=f"^`draws`: expected the draws of .* each of 3 steps, found {found}$"):
             unroll(NETWORK, START, images, LABELS, 0.2, BATCHES, augment, draws=[by.detach()] * count)
     with torch.no_grad():  # no gradient is missed
         path = unroll(NETWORK, START, images, LABELS, 0.2, BATCHES, shifted, draws=[by] * 3)
@@ -567,5 +565,5 @@ def test_an_expert_may_be_read_in_inference_mode(network: Network) -> None:
     "batches", [5, None, torch.tensor(1), ["ab"], [(START, LABELS)], [torch.tensor([1j])]], ids=type
 )
 def test_what_are_no_batches_is_refused(batches: Any) -> None:
-    with pytest.raises(InputError, match="unroll batches: expected"):
+    with pytest.raises(InputError, match="`batches`: expected"):
         unroll(NETWORK, START, Distilled().images, LABELS, 0.2, batches)

@@ -261,7 +261,7 @@ def test_a_network_without_a_gradient_to_the_images_is_refused_by_a_call_that_ne
     ids=["value", "vector", "constant"],
 )
 def test_what_is_no_loss_of_the_path_is_refused(of_path: Loss, found: str) -> None:
-    with pytest.raises(InputError, match=f"of_path: expected a tensor \\(\\) that depends on the path, {found}"):
+    with pytest.raises(InputError, match=f"`of_path`: expected a tensor \\(\\) that depends on the path, {found}"):
         GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
 
 
@@ -272,7 +272,7 @@ def test_a_loss_of_the_path_with_learned_weights_is_refused() -> None:
     def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
         return (weights.softmax(0) * (path - target).square().sum(1)).sum()
 
-    with pytest.raises(InputError, match="of_path: expected no tensor that requires a gradient besides the path"):
+    with pytest.raises(InputError, match="`of_path`: expected no tensor that requires a gradient besides the path"):
         GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
 
 
@@ -396,13 +396,13 @@ def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
     [
         (
             {"target": torch.zeros(3)},
-            r"target: expected the shape and the device of start, \(\d+,\) on cpu, found \(3,\)",
+            r"`target`: expected the shape and the device of start, \(\d+,\) on cpu, found \(3,\)",
         ),
         ({"target": torch.zeros(291, device="meta")}, r"on cpu, found \(291,\) on meta"),
-        ({"target": None}, "target: expected the shape and the device of start, .* found NoneType"),
-        ({"start": torch.zeros(3)}, r"theta: expected \(291,\) parameters of the network"),
-        ({"images": [1.0]}, "images: expected a tensor, found list"),
-        ({"lr": -1.0}, "lr: expected finite numbers of at least 0"),
+        ({"target": None}, r"`target`: expected the shape and the device of start, .* found NoneType"),
+        ({"start": torch.zeros(3)}, r"^`start`: expected \(291,\) parameters of the network"),
+        ({"images": [1.0]}, "`images`: expected a tensor, found list"),
+        ({"lr": -1.0}, "`lr`: expected finite numbers of at least 0"),
         ({"batches": [torch.tensor([6])]}, r"expected indices 0 … 5, found 6 … 6 in step 0"),
         ({"labels": torch.zeros(5, 3)}, "as many labels"),
     ],
@@ -418,9 +418,12 @@ def test_arguments_that_do_not_fit_are_told(changed: dict[str, Any], message: st
 def test_options_that_do_not_fit_are_told() -> None:
     given = tensors()
     for options, message in (
-        ({"gradient": "exactly"}, "gradient: expected 'exact' or 'truncated'"),
-        ({"microbatch": 2, "memory_budget": "1GiB"}, "expected one of `microbatch`, `memory_budget` and `plan`"),
-        ({"momentum": -1.0}, "momentum: expected a finite number"),
+        ({"gradient": "exactly"}, "`gradient`: expected 'exact' or 'truncated'"),
+        (
+            {"microbatch": 2, "memory_budget": "1GiB"},
+            "`microbatch`, `memory_budget`: expected one of these, found 2; give one",
+        ),
+        ({"momentum": -1.0}, "`momentum`: expected a finite number"),
         (
             {"augment": Augmentation(lambda images, _: 0.5, lambda images, share: images * share)},
             "a row for each of 1 images, found float",

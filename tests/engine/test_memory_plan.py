@@ -374,9 +374,9 @@ def test_a_plan_without_pieces_is_refused(size: int) -> None:
     net = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)))
     given = dataclasses.replace(mtt_fast.plan(net, images=(4, 3, 2, 2), steps=1, memory_budget=None), microbatch=size)
     images, labels = torch.randn(4, 3, 2, 2), torch.arange(4) % 2
-    with pytest.raises(InputError, match=f"unroll plan: expected a `microbatch` of at least 1 in it, found {size}"):
+    with pytest.raises(InputError, match=f"`plan`: expected a `microbatch` of at least 1 in it, found {size}"):
         unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(4)[None], plan=given)
-    with pytest.raises(InputError, match=r"unroll plan: expected what mtt_fast\.plan returned, found int"):
+    with pytest.raises(InputError, match=r"`plan`: expected what mtt_fast\.plan returned, found int"):
         unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(4)[None], plan=size)  # type: ignore[call-overload]
 
 

@@ -158,9 +158,7 @@ def test_a_loss_that_leaves_out_pixels_of_a_later_batch_is_not_cut(ignored: int)
     labels[4, :3] = ignored  # in the second batch and the third
     loss = nn.CrossEntropyLoss(ignore_index=ignored)
     check(MAP, rows_of(1, 6, 6), labels, loss)
-    with pytest.raises(
-        InputError, match="unroll loss: expected the mean of the samples' losses, since batches are cut"
-    ):
+    with pytest.raises(InputError, match="`loss`: expected the mean of the samples' losses, since batches are cut"):
         unroll(net, net.init(), rows_of(1, 6, 6), labels, 0.1, BATCHES, loss=loss, microbatch=2)
     unroll(
         net, net.init(), rows_of(1, 6, 6), labels, 0.1, BATCHES[:1], loss=loss, microbatch=2
@@ -170,7 +168,7 @@ def test_a_loss_that_leaves_out_pixels_of_a_later_batch_is_not_cut(ignored: int)
 def test_labels_of_another_shape_need_a_loss() -> None:
     net = FlatModule(MAP)
     for labels in (torch.zeros(5, 6, 6, dtype=torch.long), torch.zeros(5)):
-        with pytest.raises(InputError, match=r"unroll labels: expected indices .* give a `loss` that takes these"):
+        with pytest.raises(InputError, match=r"`labels`: expected indices .* give a `loss` that takes these"):
             unroll(net, net.init(), rows_of(1, 6, 6), labels, 0.1, BATCHES)
     with pytest.raises(InputError, match="and as many labels"):
         unroll(net, net.init(), rows_of(1, 6, 6), torch.tensor(1.0), 0.1, BATCHES, loss=F.mse_loss)
@@ -283,7 +281,7 @@ def test_a_graph_that_is_one_sample() -> None:
 def test_a_whole_batch_is_tried_as_strictly() -> None:
     """Read a learned tensor in a loss that takes five samples only."""
     scale = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(InputError, match="unroll loss: expected no tensor that requires a gradient"):
+    with pytest.raises(InputError, match="`loss`: expected no tensor that requires a gradient"):
         check(mlp(3), rows_of(4), CLASSES, lambda z, y: F.cross_entropy(scale * z, y), [torch.arange(5)])
 
 

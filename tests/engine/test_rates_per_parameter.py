@@ -122,8 +122,6 @@ def test_the_plan_counts_the_gradients_of_the_rates() -> None:
 @pytest.mark.parametrize("shape", [(1, NET.num_parameters), (NET.num_parameters,), (STEPS, 1), (STEPS, 1, 1), (0,)])
 def test_rates_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     start, _, images, labels, _ = make()
-    expected = (
-        rf"unroll lr: expected a scalar, .* \({STEPS},\), or one .* \({STEPS}, {NET.num_parameters}\), found shape"
-    )
+    expected = rf"`lr`: expected a scalar, .* \({STEPS},\), or one .* \({STEPS}, {NET.num_parameters}\), found shape"
     with pytest.raises(InputError, match=expected):
         unroll(NET, start, images, labels, torch.ones(shape).double(), BATCHES)

@@ -96,5 +96,5 @@ def test_it_is_an_approximation() -> None:
 
 
 def test_other_words_are_refused() -> None:
-    with pytest.raises(InputError, match="unroll gradient: expected 'exact' or 'truncated', found 'tesla'"):
+    with pytest.raises(InputError, match="`gradient`: expected 'exact' or 'truncated', found 'tesla'"):
         by_engine(case(), gradient="tesla")

@@ -228,11 +228,11 @@ def test_what_is_returned_is_the_callers_own() -> None:
     [
         (
             torch.zeros(3, dtype=torch.float64),
-            r"unroll velocity: expected shape \(\d+,\), found \(3,\)",
+            r"`velocity`: expected shape \(\d+,\), found \(3,\)",
         ),
         (
             torch.zeros(NET.num_parameters),
-            "unroll velocity: expected dtype torch.float64 of theta, found torch.float32",
+            "`velocity`: expected dtype torch.float64 of theta, found torch.float32",
         ),
         (
             torch.zeros(NET.num_parameters, dtype=torch.float64, device="meta"),
