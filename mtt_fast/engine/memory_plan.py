@@ -29,7 +29,7 @@ from mtt_fast.runtime.provenance import choose_device
 
 log = logging.getLogger(__name__)
 
-_VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1}, and room for temporaries of a loss
+_VECTORS = 5  # λ_{n+1}, the loss's gradient to θ_N, and room for those to a few more rows, or for temporaries of a loss
 _VECTORS_OF_STATE = (0, 2, 9)  # by moments: the adjoint of the state, the direction, and temporaries of Adam
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
@@ -57,7 +57,7 @@ class Work:
     augment_bytes: int = 0
     """memory of the augmentation for each image of a batch, beyond the augmented image"""
     path_gradient: bool = False
-    """whether the gradient of the loss with respect to the path is as large as the path, as with `path.index_select`"""
+    """whether the gradient of the loss takes as much memory as the path, as with `path.index_select` or a loss of all rows"""
     lr_per_parameter: bool = False
     """whether each step has a learning rate for each parameter, (N, P)"""
 
@@ -196,13 +196,14 @@ def plan(
         optimizer: as in `unroll`.
         augment: the augmentation, or True for any that keeps the images' shape.
         label_kind: as in `unroll`, as are `loss` and `precision`.
-        path_gradient: whether the loss uses `path` itself (as `path.mean()`), so that its gradient is as large as the path.
-            Rows `path[n]` do not need this.
+        path_gradient: whether the loss uses `path` itself (as `path.mean()`), or more than three rows `path[n]`, so that its
+            gradient takes as much memory as the path. What such a loss allocates besides is not counted: `path.square()` and its
+            backward pass take twice the memory of the path more.
         lr_per_parameter: whether `lr` is (N, P), a rate for each step and parameter.
 
     Raises:
-        InputError: this machine has no such device, the budget is too small even for one sample at once (the message says how much is needed), or the network
-            mixes samples, so that its batches cannot be cut.
+        InputError: this machine has no such device, the budget is too small even for one sample at once (the message says how much
+            is needed), or the network mixes samples, so that its batches cannot be cut.
     """
     device = torch.device(device)
     if device.type == "cuda":

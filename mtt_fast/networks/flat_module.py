@@ -34,7 +34,8 @@ class FlatModule:
     May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
     differ between the two sweeps. Torch's dropout layers are detected, and layers whose share is their `dropout`, as
     that of attention and recurrent layers; `unroll` refuses a module that draws otherwise. Refused as well are a compiled
-    module, which has no second derivative, and one that cannot be copied or called with other parameters.
+    module and `nn.EmbeddingBag`, which have no second derivative, options of `nn.Embedding` that have none or a wrong one,
+    and a module that cannot be copied or called with other parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -228,6 +229,8 @@ def _check_kind(module: nn.Module) -> None:
             raise InputError(f"FlatModule: {where} is {type(part).__name__}, one copy a device; wrap its .module")
         if isinstance(part, torch.jit.ScriptModule):
             raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (problem := _problem_of_embedding(part)):
+            raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
     if not any(True for _ in module.parameters()):
         raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
     if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:
@@ -239,6 +242,22 @@ def _check_kind(module: nn.Module) -> None:
         raise InputError(
             "FlatModule: expected a module that knows its sizes, found a lazy layer before its first call; call the module once"
         )
+
+
+def _problem_of_embedding(part: nn.Embedding | nn.EmbeddingBag) -> str | None:
+    """Return why the second derivative of an embedding fails or is wrong in torch, and how to mend it; None if it is right."""
+    if isinstance(part, nn.EmbeddingBag):
+        return ", which has no second derivative in torch; use nn.Embedding, and .mean(1), .sum(1) or .amax(1) of its result"
+    if part.sparse:
+        return "(sparse=True), whose gradient does not fit into a vector of all parameters; use sparse=False"
+    if part.max_norm is not None:
+        return (
+            "(max_norm=…), which overwrites its weights in the forward pass; leave max_norm out, and scale the looked-up vectors, as "
+            "torch.renorm does"
+        )
+    if part.scale_grad_by_freq:
+        return "(scale_grad_by_freq=True), whose second derivative in torch leaves the scale out; use scale_grad_by_freq=False"
+    return None
 
 
 def _copy_of(module: nn.Module) -> nn.Module:

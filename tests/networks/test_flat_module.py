@@ -172,6 +172,13 @@ def compiled(module: nn.Module) -> nn.Module:
             nn.Linear(2, 2, dtype=torch.complex64),
             "expected real parameters, found weight complex; .* torch.view_as_complex",
         ),
+        (nn.EmbeddingBag(5, 2), r"the module is nn\.EmbeddingBag, .* use nn\.Embedding, and \.mean"),
+        (
+            nn.Sequential(nn.Embedding(5, 2, sparse=True)),
+            r"layer 0 is nn\.Embedding\(sparse=True\), .* use sparse=False",
+        ),
+        (nn.Embedding(5, 2, max_norm=1.0), r"the module is nn\.Embedding\(max_norm=…\), .* leave max_norm out"),
+        (nn.Embedding(5, 2, scale_grad_by_freq=True), r".* use scale_grad_by_freq=False"),
         (nn.Flatten(), "expected a module with parameters, found Flatten without any"),
         (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
     ],
