@@ -158,7 +158,7 @@ def live_and_planned_bytes(
     *,
     steps: int = 3,
     on_host: bool = False,
-    **work: bool,
+    **work: Any,
 ) -> tuple[int, int]:
     """Return the peak of what torch allocates on the device, and its plan.
 
