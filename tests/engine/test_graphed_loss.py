@@ -415,15 +415,28 @@ def test_arguments_that_do_not_fit_are_told(changed: dict[str, Any], message: st
         graphed(**{"batches": BATCHES} | given | changed)
 
 
-def test_options_that_do_not_fit_are_told() -> None:
-    given = tensors()
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"gradient": "exactly"}, "`gradient`: expected 'exact' or 'truncated'"),
         (
             {"microbatch": 2, "memory_budget": "1GiB"},
             "`microbatch`, `memory_budget`: expected one of these, found 2; give one",
         ),
         ({"momentum": -1.0}, "`momentum`: expected a finite number"),
+        ({"augment": "crop"}, "`augment`: expected an augmentation"),
+        ({"optimizer": 0.1}, "`optimizer`: expected mtt_fast.Adam"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_call(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        GraphedMatchingLoss(NET, **options)
+
+
+def test_augmentations_whose_draws_are_no_rows_are_told() -> None:
+    given = tensors()
+    options: dict[str, Any]
+    for options, message in (
         (
             {"augment": Augmentation(lambda images, _: 0.5, lambda images, share: images * share)},
             "a row for each of 1 images, found float",

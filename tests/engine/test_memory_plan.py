@@ -158,7 +158,7 @@ def live_and_planned_bytes(
     *,
     steps: int = 3,
     on_host: bool = False,
-    **work: bool,
+    **work: Any,
 ) -> tuple[int, int]:
     """Return the peak of what torch allocates on the device, and its plan.
 
@@ -317,6 +317,9 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
         ({"batch": -3}, "^`batch`: expected at least 1, found -3$"),
         ({"images": (3, 32, 32)}, r"^`images`: expected a tensor or a shape \(n, C, H, W\), found \(3, 32, 32\)$"),
         ({"images": torch.zeros(2, 0, 4, 4)}, r"^`images`: .* found \(2, 0, 4, 4\)$"),
+        ({"images": 50}, r"^`images`: expected .*, found 50$"),
+        ({"momentum": -1.0}, "^`momentum`: expected a finite number of at least 0, found -1.0$"),
+        ({"augment": "crop"}, "^`augment`: expected an augmentation, such as SiameseAugment, found str$"),
         ({"microbatch": 3}, "^expected `microbatch` or `memory_budget`, found both"),
     ],
 )
