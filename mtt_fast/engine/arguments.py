@@ -78,11 +78,15 @@ def _differ(first: Tensor, again: Tensor) -> Tensor:
     return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()
 
 
-def check_types(augment: Augment | None, **tensors: Tensor) -> None:
-    """Raise `InputError` unless `tensors` are tensors, and `augment`, if there is one, an augmentation."""
+def check_types(**tensors: Tensor) -> None:
+    """Raise `InputError` unless `tensors` are tensors."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
+
+
+def check_augment(augment: Augment | None) -> None:
+    """Raise `InputError` unless `augment` is None or an augmentation."""
     if augment is not None and not hasattr(augment, "draw"):
         raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}")
 

@@ -80,18 +80,17 @@ class GraphedMatchingLoss:
         gradient: Gradient = "exact",
         of_path: PathLoss = path_loss,
     ) -> None:
-        arguments.check_optimizer(optimizer, momentum, weight_decay)
+        self._options = StepOptions(
+            augment=augment, microbatch=microbatch, memory_budget=memory_budget, momentum=momentum,
+            weight_decay=weight_decay, optimizer=optimizer, label_kind=label_kind, loss=loss, precision=precision,
+            gradient=gradient,
+        )  # fmt: skip
         if optimizer is not None and optimizer.steps:
             raise InputError(
                 f"`optimizer`: expected Adam(steps=0), since the students start a training, found steps={optimizer.steps}; use "
                 "`unroll`, which takes the moments as `velocity`"
             )
         self._net, self._of_path = net, of_path
-        self._options = StepOptions(
-            augment=augment, microbatch=microbatch, memory_budget=memory_budget, momentum=momentum,
-            weight_decay=weight_decay, optimizer=optimizer, label_kind=label_kind, loss=loss, precision=precision,
-            gradient=gradient,
-        )  # fmt: skip
         self._iterations: dict[Any, Iteration] = {}
         self._obstacle: str | None = None
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
-from mtt_fast.engine.arguments import check_optimizer
-from mtt_fast.engine.number_checks import check_count
+from mtt_fast.engine.arguments import check_augment, check_optimizer
+from mtt_fast.engine.number_checks import check_count, check_number
 from mtt_fast.engine.optimizers import Adam, StudentSgd
 from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
@@ -209,7 +209,9 @@ def plan(
     if device.type == "cuda":
         choose_device(str(device))
     shape = _shape_of(images, is_2d=isinstance(net, ConvNet))
+    check_number("momentum", momentum)
     check_optimizer(optimizer, momentum, 0.0)
+    check_augment(None if isinstance(augment, bool) else augment)
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None:
             check_count(name, value)
@@ -235,8 +237,8 @@ def plan(
 
 def _shape_of(images: Any, *, is_2d: bool) -> torch.Size:
     """Return the shape of `images`, a tensor or its shape. Raises `InputError` unless it is (n, …), or with `is_2d` (n, C, H, W)."""
-    shape = tuple(images.shape if isinstance(images, Tensor) else images)
-    fits = len(shape) == 4 if is_2d else len(shape) > 1
+    shape = tuple(images.shape) if isinstance(images, Tensor) else images
+    fits = isinstance(shape, Sequence) and (len(shape) == 4 if is_2d else len(shape) > 1)
     if not fits or not all(isinstance(side, Integral) and int(side) > 0 for side in shape):
         raise InputError(
             f"`images`: expected a tensor or a shape {'(n, C, H, W)' if is_2d else '(n, …)'}, found {shape}"

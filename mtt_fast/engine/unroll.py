@@ -104,7 +104,7 @@ def unroll(
         microbatch: largest number of samples in memory at once; exact for networks that do not mix samples.
         memory_budget: limit on the peak of the unroll's own memory: bytes, "6GiB", or "auto" for most of the free memory. Batches
             are cut to fit, and activations are saved where there is room. By default batches are whole, and nothing is saved that
-            can be computed again.
+            can be computed again. For a loss of the path itself or of more than three rows give a `plan` with `path_gradient`.
         momentum: SGD momentum (as torch.optim.SGD); keeps N + 1 more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
         velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimiser. With
@@ -175,6 +175,18 @@ class StepOptions:
     precision: Precision = "fp32"
     gradient: Gradient = "exact"
 
+    def __post_init__(self) -> None:
+        """Raise `InputError` for options that are wrong by themselves or do not fit each other."""
+        arguments.check_augment(self.augment)
+        for name in ("momentum", "weight_decay"):
+            check_number(name, getattr(self, name))
+        arguments.check_optimizer(self.optimizer, self.momentum, self.weight_decay)
+        if self.gradient not in get_args(Gradient):
+            raise InputError(f"`gradient`: expected 'exact' or 'truncated', found '{self.gradient}'")
+        sizes = [f"`{name}`" for name in ("microbatch", "memory_budget", "plan") if getattr(self, name) is not None]
+        if len(sizes) > 1:
+            raise InputError(f"{', '.join(sizes)}: expected one of these, found {len(sizes)}; give one")
+
 
 class CheckedSteps(NamedTuple):
     """The checked tensors of `unroll`, and the student that computes its steps."""
@@ -209,23 +221,16 @@ def checked_steps(
 ) -> CheckedSteps:
     """Return the arguments of `unroll` as tensors, with the student for the steps of `options`.
 
-    `theta_name` is the caller's argument for the parameters `theta`. Raises `InputError` for options and tensors that do not fit each other, and for a call where no gradient can be taken.
+    `theta_name` is the caller's argument for the parameters `theta`. Raises `InputError` for options and tensors that do not fit
+    each other, and for a call where no gradient can be taken.
     """
     arguments.check_context()
-    arguments.check_types(options.augment, **{theta_name: theta}, images=images, labels=labels)
+    arguments.check_types(**{theta_name: theta}, images=images, labels=labels)
     indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
-    for name in ("momentum", "weight_decay"):
-        check_number(name, getattr(options, name))
-    arguments.check_optimizer(options.optimizer, options.momentum, options.weight_decay)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
     arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss, theta_name=theta_name)
-    if options.gradient not in get_args(Gradient):
-        raise InputError(f"`gradient`: expected 'exact' or 'truncated', found '{options.gradient}'")
-    sizes = [f"`{name}`" for name in ("microbatch", "memory_budget", "plan") if getattr(options, name) is not None]
-    if len(sizes) > 1:
-        raise InputError(f"{', '.join(sizes)}: expected one of these, found {len(sizes)}; give one")
     return CheckedSteps(student, theta, images, labels, rates, indices)
 
 

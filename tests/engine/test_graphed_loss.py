@@ -415,30 +415,42 @@ def test_arguments_that_do_not_fit_are_told(changed: dict[str, Any], message: st
         graphed(**{"batches": BATCHES} | given | changed)
 
 
-def test_options_that_do_not_fit_are_told() -> None:
-    given = tensors()
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"gradient": "exactly"}, "`gradient`: expected 'exact' or 'truncated'"),
         (
             {"microbatch": 2, "memory_budget": "1GiB"},
             "`microbatch`, `memory_budget`: expected one of these, found 2; give one",
         ),
         ({"momentum": -1.0}, "`momentum`: expected a finite number"),
+        ({"augment": "crop"}, "`augment`: expected an augmentation"),
+        ({"optimizer": 0.1}, "`optimizer`: expected mtt_fast.Adam"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_call(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        GraphedMatchingLoss(NET, **options)
+
+
+def test_augmentations_whose_draws_are_no_rows_are_told() -> None:
+    given = tensors()
+    for augment, message in (
         (
-            {"augment": Augmentation(lambda images, _: 0.5, lambda images, share: images * share)},
+            Augmentation(lambda images, _: 0.5, lambda images, share: images * share),
             "a row for each of 1 images, found float",
         ),
         (
-            {"augment": Augmentation(lambda images, _: torch.ones(2), lambda images, shares: images * shares[0])},
+            Augmentation(lambda images, _: torch.ones(2), lambda images, shares: images * shares[0]),
             r"a row for each of 1 images, found shape \(2,\)",
         ),
         (
-            {"augment": Augmentation(lambda images, _: torch.ones(len(images), len(images)), lambda images, _: images)},
+            Augmentation(lambda images, _: torch.ones(len(images), len(images)), lambda images, _: images),
             "draws of one dtype and shape in all steps",
         ),
     ):
         with pytest.raises(InputError, match=message):
-            GraphedMatchingLoss(NET, label_kind="logits", **options)(**given, batches=BATCHES)
+            GraphedMatchingLoss(NET, label_kind="logits", augment=augment)(**given, batches=BATCHES)
 
 
 def test_a_network_that_draws_is_refused() -> None:
