@@ -158,7 +158,7 @@ class _Unroll(torch.autograd.Function):
         images, labels, lr, rows = (tensor.detach() for tensor in tensors)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
         states = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
-        _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
+        _, _, wants_velocity, wants_images, wants_labels, wants_lr = ctx.needs_input_grad
         start = path.on_device(0)
         rates, targets = _rates(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
         # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimiser with a state the direction is ν itself
@@ -166,7 +166,7 @@ class _Unroll(torch.autograd.Function):
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if wants_labels else None
-        grad_negated_rates: list[Tensor] = []  # dL/d(−α_n), the last step first
+        grad_negated_rates: list[Tensor] = []  # dL/d(−α_n), the last step first; each () or (P,)
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
@@ -182,21 +182,22 @@ class _Unroll(torch.autograd.Function):
         for n in reversed(range(last)):
             # the loss depends on g_n through ν·g_n. Without a state ν = −α λ, and λ itself is the direction: this also
             # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
-            direction = adjoint
+            direction, negated_rate = adjoint, None
             if states is not None and state_adjoint is not None:
                 before, after = states.load(n), states.on_device(n + 1)  # which the step before in this loop loaded
                 direction, negated_rate = steps.optimizer.adjoint(n, adjoint, state_adjoint, rates[n], before, after)
-                grad_negated_rates.append(negated_rate)
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
             if steps.compares:
                 repeated.append(_fingerprint(batch.inputs, tangent.loss))
 
             weight_decay = steps.optimizer.weight_decay
-            if states is None and weight_decay:
-                grad_negated_rates.append(tangent.v_dot_g + weight_decay * torch.dot(direction, theta))
-            elif states is None:
-                grad_negated_rates.append(tangent.v_dot_g)
+            if states is None:
+                negated_rate = tangent.v_dot_g
+                if weight_decay:
+                    negated_rate = negated_rate + weight_decay * torch.dot(direction, theta)
+            if wants_lr and negated_rate is not None:
+                grad_negated_rates.append(negated_rate)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
                 grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype).contiguous()
@@ -211,14 +212,19 @@ class _Unroll(torch.autograd.Function):
                 weight_decay=weight_decay,
                 batch=to_add,
             )
-            del batch, tangent, to_add
+            del batch, tangent, to_add, negated_rate
 
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
-        grad_rates = torch.zeros_like(rates)
-        if grad_negated_rates:
-            torch.stack(grad_negated_rates[::-1], out=grad_rates[:last]).neg_()
-        grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
+        grad_lr = _gradient_of_rates(grad_negated_rates[::-1], rates, lr) if wants_lr else None
         return None, adjoint, state_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+
+
+def _gradient_of_rates(grad_negated_rates: list[Tensor], rates: Tensor, lr: Tensor) -> Tensor:
+    """Return the gradient of `lr`, whose rates of all steps are `rates`, from dL/d(−α_n) of the first steps; that of others is zero."""
+    grad_rates = torch.zeros_like(rates)
+    if grad_negated_rates:
+        torch.stack(grad_negated_rates, out=grad_rates[: len(grad_negated_rates)]).neg_()
+    return grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
 
 
 def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:

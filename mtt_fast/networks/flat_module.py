@@ -229,8 +229,9 @@ def _check_kind(module: nn.Module) -> None:
             raise InputError(f"FlatModule: {where} is {type(part).__name__}, one copy a device; wrap its .module")
         if isinstance(part, torch.jit.ScriptModule):
             raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (problem := _problem_of_embedding(part)):
-            raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.weight.requires_grad:
+            if problem := _problem_of_embedding(part):
+                raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
     if not any(True for _ in module.parameters()):
         raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
     if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:

@@ -189,6 +189,29 @@ def test_a_module_that_cannot_be_wrapped_is_refused(module: nn.Module, message: 
         FlatModule(module)
 
 
+@pytest.mark.parametrize(
+    "embedding",
+    [nn.Embedding(7, 4, sparse=True), nn.Embedding(7, 4, max_norm=1.0), nn.EmbeddingBag(7, 4, mode="sum")],
+    ids=["sparse", "max_norm", "bag"],
+)
+def test_a_frozen_embedding_may_be_of_any_kind(embedding: nn.Module) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = embedding.requires_grad_(False), nn.Linear(4, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            embedded = self.embedding(tokens.long())
+            logits: torch.Tensor = self.linear(embedded if embedded.dim() == 2 else embedded.sum(1))
+            return logits
+
+    net = FlatModule(Classifier().double())
+    labels = torch.full((2, 3), 1 / 3, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[0, 1], [2, 6]], dtype=torch.float64)
+    path = unroll(net, net.init(), tokens, labels, 0.1, torch.tensor([[0, 1], [1, 0]]))
+    assert torch.autograd.grad(path[-1].square().sum(), labels)[0].abs().sum() > 0
+
+
 def test_a_module_compiled_in_place_is_refused() -> None:
     module = nn.Linear(2, 2)
     module.compile()
