@@ -229,9 +229,8 @@ def _check_kind(module: nn.Module) -> None:
             raise InputError(f"FlatModule: {where} is {type(part).__name__}, one copy a device; wrap its .module")
         if isinstance(part, torch.jit.ScriptModule):
             raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.weight.requires_grad:
-            if problem := _problem_of_embedding(part):
-                raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (problem := _problem_of_embedding(part)):
+            raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
     if not any(True for _ in module.parameters()):
         raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
     if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:
@@ -247,6 +246,8 @@ def _check_kind(module: nn.Module) -> None:
 
 def _problem_of_embedding(part: nn.Embedding | nn.EmbeddingBag) -> str | None:
     """Return why the second derivative of an embedding fails or is wrong in torch, and how to mend it; None if it is right."""
+    if not part.weight.requires_grad:
+        return None
     if isinstance(part, nn.EmbeddingBag):
         return ", which has no second derivative in torch; use nn.Embedding, and .mean(1), .sum(1) or .amax(1) of its result"
     if part.sparse:
