@@ -46,8 +46,8 @@ class Options(CommonOptions, Shape):
     """Time one iteration of the method by every engine."""
 
     engines: str | None = None
-    """engines to time, in this order; without it all of mtt_fast and autograd that the device can run; also ENGINE@PRECISION, as in fused-graph@fp16, and
-    MODULE:FUNCTION, a function of your own from a case to the gradients"""
+    """engines to time, in this order; without it all of mtt_fast and autograd that the device can run; also ENGINE@PRECISION, as in
+    fused-graph@fp16, and MODULE:FUNCTION, a function of your own from a case to the gradients"""
     memory_budget: str = "400MiB"
     """memory budget of fused-budget"""
     precision: str = "tf32"
