@@ -93,13 +93,11 @@ class Plan:
         peaks = [step.gradient_jvp, step.gradient]
         if self.saved_steps:  # the last piece of the forward sweep, and the first one of the backward sweep
             peaks = [saved_bytes - step.saved + step.gradient_saving, saved_bytes + step.gradient_jvp_saved, *peaks]
+        rates = 2 * work.steps if work.lr_per_parameter else 0  # of each step, and all as one tensor
         parts = {
             "path": rows * vector,
             "vectors": vectors * vector,
-            "gradients of rates": 2
-            * work.lr_per_parameter
-            * work.steps
-            * vector,  # of each step, and all as one tensor
+            "gradients of rates": rates * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
             "saved activations": saved_bytes,
@@ -191,7 +189,7 @@ def plan(
             of `device`. None is no limit: whole batches, and no saved activations.
         microbatch: largest number of samples at once, in place of a budget.
         device: of the run, on this machine.
-        dtype: of the parameters.
+        dtype: of the parameters: float32 or float64.
         momentum: as in `unroll`; only zero or not zero matters.
         optimizer: as in `unroll`.
         augment: the augmentation, or True for any that keeps the images' shape.
@@ -203,8 +201,10 @@ def plan(
 
     Raises:
         InputError: this machine has no such device, the budget is too small even for one sample at once (the message says how much
-            is needed), or the network mixes samples, so that its batches cannot be cut.
+            is needed), the network mixes samples, so that its batches cannot be cut, or an argument is wrong.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f"`dtype`: expected torch.float32 or torch.float64, found {dtype!r}")
     device = torch.device(device)
     if device.type == "cuda":
         choose_device(str(device))

@@ -321,10 +321,12 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
         ({"momentum": -1.0}, "^`momentum`: expected a finite number of at least 0, found -1.0$"),
         ({"augment": "crop"}, "^`augment`: expected an augmentation, such as SiameseAugment, found str$"),
         ({"microbatch": 3}, "^expected `microbatch` or `memory_budget`, found both"),
+        ({"dtype": torch.float16}, "^`dtype`: expected torch.float32 or torch.float64, found torch.float16$"),
+        ({"dtype": "float32"}, "^`dtype`: expected .*, found 'float32'$"),
         ({"device": "cuda:99"}, "^`device` cuda:99: this machine has .* usable GPUs"),
     ],
 )
-def test_a_plan_for_no_steps_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_plan_of_wrong_arguments_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         planned("1GiB", **change)
 
