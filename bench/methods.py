@@ -90,6 +90,12 @@ METHODS = {
         "--pix_init real --lr_img 0.03 --batch_real 512 --window 20 --totwindow 60",
         _ITERATIONS,
     ),
+    "atbptt": Method(
+        "AT-BPTT",
+        "baselines atbptt",
+        "--pix_init real --lr_img 0.03 --batch_real 512 --window 20 --d 5 --totwindow 60",
+        _ITERATIONS,
+    ),
     "mtt": _mtt("MTT"),
     "mtt-tesla": _mtt("MTT with TESLA's gradient (approximate)", "--gradient truncated"),
     "mtt-teacher": _mtt("MTT with TESLA's labels of a teacher", "--teacher_label"),
@@ -109,7 +115,7 @@ METHODS = {
         "--ipc {images_of_frequencies} --msz_per_channel {frequencies} --lr_img {rate_of_frequencies}",
     ),
 }
-"""The rows in the table's order. Rates of DD, LD and RaT-BPTT are for hundreds of iterations here; the papers' for tens of thousands."""
+"""The rows in the table's order. Rates of DD, LD, RaT-BPTT and AT-BPTT are for hundreds of iterations here; the papers' for tens of thousands."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mtt_fast.baselines.atbptt import AtBpttOptions, atbptt
 from mtt_fast.baselines.dd import DdOptions, dd
 from mtt_fast.baselines.dm import DmOptions, dm
 from mtt_fast.baselines.forgetting import forgetting
@@ -55,6 +56,12 @@ METHODS = {
         "Feng, Vedantam & Kempe, Embarrassingly Simple Dataset Distillation, ICLR 2024",
         RatBpttOptions,
         ratbptt,
+    ),
+    "atbptt": Method(
+        "AT-BPTT",
+        "Li et al., Beyond Random: Automatic Inner-loop Optimization in Dataset Distillation, NeurIPS 2025",
+        AtBpttOptions,
+        atbptt,
     ),
 }
 """The methods by their names after `python -m mtt_fast.baselines`."""

@@ -32,8 +32,9 @@ TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --
 SHORT = "--Iteration 2 --eval_it 2 --batch_real 32 --save_seconds 0".split()
 LOOPS = "--outer_loop 2 --inner_loop 1".split()
 WINDOW = "--window 2 --totwindow 4 --inner_lr 0.01".split()
+WIDTH = "--d 1".split()
 CHOSEN = ["random", "herding", "forgetting", "kmeans"]
-LEARNED = ["dm", "dc", "dsa", "dd", "ld", "ratbptt"]
+LEARNED = ["dm", "dc", "dsa", "dd", "ld", "ratbptt", "atbptt"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ def flags(method: str, shared: Path) -> list[str]:
         words += ["--buffer_path", str(shared / "buffers"), "--train_epochs", "3"]
     if method in LEARNED:
         words += SHORT
-    return words + (LOOPS if method in ("dc", "dsa") else []) + (WINDOW if method == "ratbptt" else [])
+    if method in ("ratbptt", "atbptt"):
+        words += WINDOW
+    return words + (LOOPS if method in ("dc", "dsa") else []) + (WIDTH if method == "atbptt" else [])
 
 
 def test_a_rate_in_place_of_which_the_protocol_has_one_is_told(
@@ -114,7 +117,7 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         kinds = [json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert kinds == ["evaluation", "step", "step", "evaluation"]
     assert {path.name for path in out.iterdir()} - {".lock"} == names
-    assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ratbptt"))
+    assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ratbptt", "atbptt"))
     with Image.open(out / "images.png") as picture:
         assert picture.height > 500
 

@@ -1,151 +1,35 @@
-"""Test RaT-BPTT against recorded steps of Adam and torch's clipping, in float64."""
+"""Test where RaT-BPTT puts its window."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from mtt_fast import ConvNet, InputError
-from mtt_fast.baselines.ratbptt import RatBpttOptions, clipped, random_batches, ratbptt, window_start
-from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.testing import assert_close
-from mtt_fast.training.images import Images, RealImages
-from tests.baselines.network import F64, SHAPE, plain, seeded
-
-
-class DoubleConvNet(ConvNet):
-    """ConvNet that starts in float64."""
-
-    def init(self, generator: torch.Generator | None = None) -> Tensor:
-        return super().init(generator).double()
-
-
-NET = DoubleConvNet(*SHAPE)
-
-
-@pytest.fixture(scope="module")
-def few(real: RealImages) -> RealImages:
-    """Return 700 real images in float64, more than fit in a piece."""
-    pixels, labels = real.train.batch(slice(700))
-    return replace(real, train=Images(pixels.double(), labels))
-
-
-def adams_update(gradient: Tensor, mean: Tensor, square: Tensor, t: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a step of torch.optim.Adam subtracts, and its new state."""
-    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-    return rate * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8), mean, square
-
-
-@pytest.mark.parametrize("before", [0, 3, 53])  # more than a stretch of the training without gradients
-def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) -> None:
-    """Take all synthetic and all real images in each step, so that no random order matters."""
-    options = RatBpttOptions(
-        dataset="digits", ipc=2, pix_init="real", lr_img=0.02, batch_real=1000, window=3, minwindow=before,
-        totwindow=before + 3, inner_lr=0.01, syn_strategy="none", real_strategy="none", clip_coef=0.5,
-    )  # fmt: skip
-    learned, network = ratbptt(options, few, NET), plain()
-    images, labels = learned.images.clone().requires_grad_(), learned.labels
-    seen, targets = few.train.batch(slice(None))
-    optimiser, average = torch.optim.Adam([images], lr=0.02), None
-    for iteration in range(3):
-        theta = NET.init(generator_for(0, "ratbptt", iteration))
-        mean = square = torch.zeros_like(theta)
-        for n in range(before + 3):
-            pixels = images if n >= before else images.detach()
-            leaf = theta if theta.requires_grad else theta.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(
-                F.cross_entropy(network(leaf, pixels), labels), leaf, create_graph=n >= before
-            )
-            update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
-            theta = (theta if n >= before else theta.detach()) - update
-        loss = F.cross_entropy(network(theta, seen), targets)
-        optimiser.zero_grad()
-        loss.backward()
-        assert images.grad is not None
-        length = float(images.grad.norm())
-        average = length if average is None else average - 0.5 * (average - length)
-        torch.nn.utils.clip_grad_norm_(images, 2 * average)
-        optimiser.step()
-        assert learned.step(iteration) == pytest.approx(float(loss.detach()), rel=1e-9)
-        assert_close("images", learned.images, images.detach(), 1e-6)
-        assert float(learned.carried["gradient_norm"]) == pytest.approx(average, rel=1e-6)
-
-
-def test_long_gradients_are_clipped_as_torch_does() -> None:
-    norm, average = torch.zeros(()), 0.0
-    for length in (1.0, 5.0, 40.0, 0.1):
-        gradient = F.normalize(torch.randn(7, generator=seeded()), dim=0) * length
-        average = average - 0.1 * (average - length) if average else length
-        leaf = torch.zeros(7, requires_grad=True)
-        leaf.grad = gradient.clone()
-        torch.nn.utils.clip_grad_norm_(leaf, 2 * average)
-        torch.testing.assert_close(clipped(gradient, norm, 0.9), leaf.grad)
-        assert float(norm) == pytest.approx(average)
+from mtt_fast import InputError
+from mtt_fast.baselines.ratbptt import RatBpttOptions, random_window, ratbptt
+from mtt_fast.baselines.truncated_bptt import Window
+from mtt_fast.training.images import RealImages
+from tests.baselines.network import NET
 
 
 def test_the_window_changes_from_epoch_to_epoch_within_its_bounds(
-    few: RealImages, monkeypatch: pytest.MonkeyPatch
+    real: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RatBpttOptions(minwindow=2, window=3, totwindow=7)
-    assert {window_start(options, epoch) for epoch in range(50)} == {2, 3, 4}
-    assert window_start(options, 4) == window_start(options, 4)
+    assert {random_window(options, epoch) for epoch in range(50)} == {Window(2, 3), Window(3, 3), Window(4, 3)}
+    assert random_window(options, 4) == random_window(options, 4)
     asked: list[int] = []
 
-    def asked_for(options: RatBpttOptions, epoch: int) -> int:
+    def asked_for(options: RatBpttOptions, epoch: int) -> Window:
         asked.append(epoch)
-        return options.minwindow
+        return Window(options.minwindow, options.window)
 
-    monkeypatch.setattr("mtt_fast.baselines.ratbptt.window_start", asked_for)
-    learned = ratbptt(replace(options, dataset="digits", batch_real=300), few, NET)  # 700 images are 3 batches
+    monkeypatch.setattr("mtt_fast.baselines.ratbptt.random_window", asked_for)
+    learned = ratbptt(replace(options, dataset="digits", batch_real=500), real, NET)  # 1,437 images are 3 batches
     for iteration in range(4):
         learned.step(iteration)
     assert asked == [0, 0, 0, 1]
-
-
-def test_a_step_takes_random_images_of_each_class() -> None:
-    batches = random_batches(RatBpttOptions(ipc=5, batch_per_class=3), 4, 40, seeded())
-    assert all((batch.view(4, 3) // 5 == torch.arange(4)[:, None]).all() for batch in batches)
-    assert all(len(batch.unique()) == 12 for batch in batches)
-    assert torch.stack(batches).unique().tolist() == list(range(20))
-    (whole,) = random_batches(RatBpttOptions(ipc=2, batch_per_class=3), 4, 1, seeded())
-    assert whole.sort().values.tolist() == list(range(8))
-
-
-def test_noise_has_length_one(few: RealImages) -> None:
-    images = ratbptt(RatBpttOptions(dataset="digits", ipc=2), few, NET).images
-    torch.testing.assert_close(images.flatten(1).norm(dim=1), torch.ones(20, dtype=F64))
-
-
-@pytest.mark.parametrize("strategy", ["syn_strategy", "real_strategy"])
-def test_both_augmentations_have_an_effect(few: RealImages, strategy: str) -> None:
-    options: dict[str, Any] = {
-        "dataset": "digits",
-        "window": 1,
-        "totwindow": 1,
-        "syn_strategy": "none",
-        "real_strategy": "none",
-    }
-    plain, augmented = (ratbptt(RatBpttOptions(**options | more), few, NET) for more in ({}, {strategy: "flip"}))
-    assert plain.step(0) != augmented.step(0)
-
-
-def test_it_lowers_its_loss_and_its_own_training_learns(real: RealImages) -> None:
-    options = RatBpttOptions(
-        dataset="digits", pix_init="real", lr_img=0.05, batch_real=200, window=10, totwindow=20, inner_lr=0.01,
-        syn_strategy="none", real_strategy="none",
-    )  # fmt: skip
-    learned = ratbptt(options, real, ConvNet(*SHAPE))
-    losses = [learned.step(iteration) for iteration in range(60)]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-    assert learned.own_training is not None
-    theta = learned.own_training(seeded(1))
-    seen, labels = real.test.batch(slice(None))
-    assert float((ConvNet(*SHAPE)(theta, seen).argmax(1) == labels).float().mean()) > 0.5
 
 
 def test_a_window_longer_than_the_training_is_refused() -> None:

@@ -42,7 +42,7 @@ def test_a_batch_has_every_image_once(real: RealImages) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "dd", "ld", "ratbptt"])
+@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "dd", "ld", "ratbptt", "atbptt"])
 def test_an_iteration_depends_on_its_number_alone(name: str, real: RealImages) -> None:
     method = METHODS[name]
     learnings = [method.make(method.options(dataset="digits"), real, NET) for _ in range(2)]
@@ -55,7 +55,7 @@ def test_an_iteration_depends_on_its_number_alone(name: str, real: RealImages) -
     assert torch.equal(*sets)
 
 
-@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "dd", "ld", "ratbptt"])
+@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "dd", "ld", "ratbptt", "atbptt"])
 def test_another_iteration_and_another_seed_draw_other_numbers(name: str, real: RealImages) -> None:
     """Begin with the same set each time, so that nothing but the iteration's own random numbers can make a difference."""
     method = METHODS[name]

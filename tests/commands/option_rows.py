@@ -65,8 +65,10 @@ COMMANDS = {
             baselines.main,
             f"{name} {EVALUATION} --out new"
             + " --train_epochs 3 --buffer_path fresh" * (name in ("herding", "forgetting", "kmeans"))
-            + " --Iteration 1 --batch_real 16 --eval_it 1" * (name in ("dm", "dc", "dsa", "dd", "ld", "ratbptt"))
+            + " --Iteration 1 --batch_real 16 --eval_it 1"
+            * (name in ("dm", "dc", "dsa", "dd", "ld", "ratbptt", "atbptt"))
             + " --window 2 --totwindow 3" * (name == "ratbptt")
+            + " --window 2 --d 1 --totwindow 4" * (name == "atbptt")
             + " --outer_loop 2 --inner_loop 1" * (name in ("dc", "dsa")),
         )
         for name, method in METHODS.items()
@@ -365,6 +367,15 @@ _OF_MATCHING = {
     "outer_loop": changes("--outer_loop 3"),
     "inner_loop": changes("--inner_loop 3"),
 }
+_OF_WINDOWS = {
+    **_OF_ITERATIONS,
+    "batch_per_class": changes("--batch_per_class 1", "--ipc 2"),
+    "totwindow": changes("--totwindow 9"),
+    "inner_lr": changes("--inner_lr 0.1"),
+    "syn_strategy": changes("--syn_strategy none"),
+    "real_strategy": changes("--real_strategy none"),
+    "clip_coef": changes("--clip_coef 0", "--Iteration 6 --pix_init real"),
+}
 OWN: dict[str, dict[str, Row]] = {
     "random": {},
     "herding": _OF_TRAINED,
@@ -390,15 +401,14 @@ OWN: dict[str, dict[str, Row]] = {
         "lr_y": changes("--lr_y 0.1"),
     },
     "ratbptt": {
-        **_OF_ITERATIONS,
-        "batch_per_class": changes("--batch_per_class 1", "--ipc 2"),
+        **_OF_WINDOWS,
         "window": changes("--window 1", "--minwindow 1"),
         "minwindow": changes("--minwindow 1", "--window 1"),
-        "totwindow": changes("--totwindow 9"),
-        "inner_lr": changes("--inner_lr 0.1"),
-        "syn_strategy": changes("--syn_strategy none"),
-        "real_strategy": changes("--real_strategy none"),
-        "clip_coef": changes("--clip_coef 0", "--Iteration 6 --pix_init real"),
+    },
+    "atbptt": {
+        **_OF_WINDOWS,
+        "window": changes("--window 3"),
+        "d": changes("--d 0", "--window 3 --totwindow 9"),
     },
 }
 """Of the methods of mtt_fast.baselines: the options of each. Those that all have are shown of random alone."""

@@ -160,6 +160,17 @@ _ONE_EXPERT: Flags = _BASELINE | {
     "decay": False,
 }
 _ITERATIVE: Flags = _BASELINE | {"Iteration": 20000, "eval_it": 2000, "batch_real": 256, "save_seconds": 60.0}
+_WINDOWS: Flags = {
+    "lr_img": 0.001,
+    "pix_init": "noise",
+    "batch_real": 5000,
+    "batch_per_class": 10,
+    "totwindow": 200,
+    "inner_lr": 0.001,
+    "syn_strategy": "flip_rotate",
+    "real_strategy": "flip_rotate",
+    "clip_coef": 0.9,
+}
 _LEARNED: Flags = _ITERATIVE | {"lr_img": 1.0, "pix_init": "real"}
 
 FLAGS: dict[str, Flags] = {
@@ -314,20 +325,8 @@ FLAGS: dict[str, Flags] = {
         "n_nets": 1,
     },
     "ld": _ITERATIVE | {"batch_real": 1024, "inner_batch_size": 50, "inner_lr": 0.01, "lr_y": 0.001},
-    "ratbptt": _ITERATIVE
-    | {
-        "lr_img": 0.001,
-        "pix_init": "noise",
-        "batch_real": 5000,
-        "batch_per_class": 10,
-        "window": 60,
-        "minwindow": 0,
-        "totwindow": 200,
-        "inner_lr": 0.001,
-        "syn_strategy": "flip_rotate",
-        "real_strategy": "flip_rotate",
-        "clip_coef": 0.9,
-    },
+    "ratbptt": _ITERATIVE | _WINDOWS | {"window": 60, "minwindow": 0},
+    "atbptt": _ITERATIVE | _WINDOWS | {"window": 40, "d": 10},
 }
 """The default of every flag that a command takes; those that public arguments have are in the tables above."""
 

@@ -149,8 +149,12 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
         ("ld", 2),
         ("dd --n_nets 2", 2),
         ("ratbptt --minwindow 2 --window 2 --totwindow 4", 1),
+        (
+            "atbptt --window 2 --d 1 --totwindow 4",
+            3,
+        ),  # and for the window and the accuracy of an epoch, here one iteration
     ],
-    ids=["dsa", "dm", "ld", "dd", "ratbptt"],
+    ids=["dsa", "dm", "ld", "dd", "ratbptt", "atbptt"],
 )
 def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits: int, run: Run, tmp_path: Path) -> None:
     words = (

@@ -1,0 +1,196 @@
+"""Learn images by the loss on real images, through a window of a training: truncated backpropagation through time.
+
+Each iteration trains a fresh network on the images by Adam. The gradient of its loss on real images goes through the last steps
+alone, the window. The methods (ratbptt.py, atbptt.py) differ in where the window lies. The options are those of their public
+codes. Here the real images of each iteration are drawn anew, and whitening (--zca) is that of MTT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy, augment_with
+from mtt_fast.baselines.method import LearnedSet
+from mtt_fast.baselines.options import LearnedImagesOptions
+from mtt_fast.baselines.real_data import random_batch, starting_images
+from mtt_fast.commands.options import Count, Rate, Share, Strategy
+from mtt_fast.engine.optimizers import Adam
+from mtt_fast.engine.student import InMicrobatches
+from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.engine.unroll import unroll
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.prefetch import upload
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import Images, RealImages
+
+_REAL_PIECE = 500  # real images in memory at once
+_PATH_STEPS = 50  # of training without gradients: its path is in memory
+_OWN_STEPS = 1000  # of the method's own training; the public codes test after 300, 600, 1000 and 3000
+
+
+@dataclass(frozen=True)
+class TruncatedBpttOptions(LearnedImagesOptions):
+    """Learn images so that training on them lowers the loss on real images, through a window of its steps."""
+
+    lr_img: Rate = 0.001
+    """learning rate of the pixels (Adam)"""
+    pix_init: Literal["real", "noise"] = "noise"
+    """initial images: real images, or noise of length 1"""
+    batch_real: Count = 5000
+    """real images in the loss"""
+    batch_per_class: Count = 10
+    """synthetic images of each class in a step; all if there are fewer"""
+    totwindow: Count = 200
+    """largest number of steps, those of the window included"""
+    inner_lr: Rate = 0.001
+    """learning rate of the networks (Adam)"""
+    syn_strategy: Strategy = "flip_rotate"
+    """augmentation of the synthetic images, as --dsa_strategy; none for none"""
+    real_strategy: Strategy = "flip_rotate"
+    """augmentation of the real images"""
+    clip_coef: Share = 0.9
+    """gradients are clipped to twice the running average of their length; this is its decay"""
+
+
+class Window(NamedTuple):
+    """The last steps of a training, through which gradients go."""
+
+    before: int  # number of steps before the window
+    steps: int
+
+
+class RealLoss(NamedTuple):
+    """The loss () on real images at the end of a training, with the parameters (P,) there, and the images, augmented."""
+
+    loss: Tensor
+    theta: Tensor
+    images: Images
+
+
+class TruncatedBptt:
+    """Learn images through windows of trainings, for the method called `method`.
+
+    A ConvNet's steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32.
+    """
+
+    def __init__(self, method: str, options: TruncatedBpttOptions, real: RealImages, network: Trainable) -> None:
+        self._method, self._options, self._real, self._network = method, options, real, network
+        start = _starting_images(options, real)
+        self.images, self.labels, self._device = start.pixels, start.labels, start.labels.device
+        self._norm = self.images.new_zeros(())  # the running average of the gradient's length
+        self._optimiser = torch.optim.Adam([self.images], lr=options.lr_img)
+        self._precision: Precision = "fp32"
+        if options.precision != "auto":
+            self._precision = precision_on(self._device, network, options.precision)
+        self._augment, self._augment_real = (
+            augment_by_strategy(name) for name in (options.syn_strategy, options.real_strategy)
+        )
+        self._everything = torch.arange(len(real.train))
+        self._student = student_for(network, self._device, "indices", precision=self._precision)
+        if not network.mixes_samples:
+            self._student = InMicrobatches(self._student, _REAL_PIECE)
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Return the number of iterations in an epoch of the real images."""
+        return math.ceil(len(self._everything) / self._options.batch_real)
+
+    def learned_set(self, step: Callable[[int], float], carried: Mapping[str, Tensor] | None = None) -> LearnedSet:
+        """Return the set that `step` learns by calls of `improve`, and the tensors `carried` with it."""
+        return LearnedSet(
+            self.images, self.labels, self._optimiser, step, lr=lambda: torch.tensor(self._options.lr_net),
+            carried={"gradient_norm": self._norm} | dict(carried or {}),
+            own_training=lambda generator: self._trained(_OWN_STEPS, generator)[0],
+        )  # fmt: skip
+
+    def improve(self, iteration: int, window: Window) -> RealLoss:
+        """Improve the images by the gradient of a training's loss on real images, through `window`. Return that loss."""
+        generator = generator_for(self._options.seed, self._method, iteration)
+        theta, moments = self._trained(window.before, generator)
+        pixels = self.images.detach().requires_grad_()
+        path, _ = self._steps(theta, pixels, window, moments, generator)
+        end = path[-1].detach()
+        inputs, targets = random_batch(self._real.train, self._everything, self._options.batch_real, generator)
+        inputs = self._augmented(inputs, self._augment_real, generator)
+        at_end = self._student.gradient(end, inputs, targets)
+        (gradient,) = torch.autograd.grad(path[-1], pixels, at_end.theta)
+        self.images.grad = clipped(gradient, self._norm, self._options.clip_coef)
+        self._optimiser.step()
+        return RealLoss(at_end.loss, end, Images(inputs, targets))
+
+    def gradient_lengths(self, steps: int, generator: torch.Generator) -> Tensor:
+        """Return the lengths (steps,) of the gradients in a training of a fresh network on the images."""
+        theta = upload(self._network.init(generator), self._device)
+        adam, images, lengths = (
+            torch.optim.Adam([theta], lr=self._options.inner_lr),
+            Images(self.images, self.labels),
+            [],
+        )
+        for index in self._batches(steps, generator):
+            inputs, targets = images.batch(upload(index, self._device))
+            inputs = self._augmented(inputs, self._augment, generator)
+            theta.grad = self._student.gradient(theta, inputs, targets).theta
+            lengths.append(torch.linalg.vector_norm(theta.grad))
+            adam.step()
+        return torch.stack(lengths)
+
+    def _trained(self, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Return the parameters and moments of a fresh network after some steps on the images."""
+        theta, moments = upload(self._network.init(generator), self._device), None
+        with torch.no_grad():
+            for before in range(0, steps, _PATH_STEPS):
+                stretch = Window(before, min(_PATH_STEPS, steps - before))
+                path, moments = self._steps(theta, self.images, stretch, moments, generator)
+                theta = path[-1].clone()
+        return theta, moments
+
+    def _steps(
+        self, theta: Tensor, pixels: Tensor, window: Window, moments: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the path and the last moments of the steps of `window` on `pixels`; those before it left `moments`."""
+        return unroll(
+            self._network, theta, pixels, self.labels, self._options.inner_lr, self._batches(window.steps, generator),
+            self._augment, optimizer=Adam(steps=window.before), velocity=moments, return_velocity=True,
+            generator=generator, precision=self._precision,
+        )  # fmt: skip
+
+    def _batches(self, steps: int, generator: torch.Generator) -> list[Tensor]:
+        options = self._options
+        return random_batches(self._real.data.num_classes, options.ipc, options.batch_per_class, steps, generator)
+
+    def _augmented(self, inputs: Tensor, augment: SiameseAugment | None, generator: torch.Generator) -> Tensor:
+        if augment is None:
+            return inputs
+        return augment_with(inputs, upload(augment.draw_parameters([inputs], generator), self._device))
+
+
+def _starting_images(options: TruncatedBpttOptions, real: RealImages) -> Images:
+    """Return real images, or noise of which each image has length 1."""
+    start = starting_images(real, options.ipc, options.pix_init, options.seed)
+    if options.pix_init == "real":
+        return start
+    return Images(start.pixels / start.pixels.flatten(1).norm(dim=1)[:, None, None, None], start.labels)
+
+
+def random_batches(
+    num_classes: int, ipc: int, batch_per_class: int, steps: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Return the indices of the images of some steps: of each class `batch_per_class` random ones of its `ipc`, or all."""
+    first = torch.arange(num_classes)[:, None] * ipc
+    order = torch.rand(steps, num_classes, ipc, generator=generator).argsort(-1)[..., :batch_per_class]
+    return list((first + order).flatten(1))
+
+
+def clipped(gradient: Tensor, norm: Tensor, decay: float) -> Tensor:
+    """Return the gradient with a length of at most twice the running average `norm` (), which is brought up to date before."""
+    length: Tensor = torch.linalg.vector_norm(gradient)
+    norm.copy_(torch.where(norm == 0, length, torch.lerp(length, norm, decay)))
+    share: Tensor = (2 * norm / (length + 1e-6)).clamp(max=1)
+    return gradient * share

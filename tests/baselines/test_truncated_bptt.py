@@ -1,0 +1,148 @@
+"""Test windows of trainings against recorded steps of Adam and torch's clipping, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import ConvNet
+from mtt_fast.baselines.truncated_bptt import TruncatedBptt, TruncatedBpttOptions, Window, clipped, random_batches
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.testing import assert_close
+from mtt_fast.training.images import Images, RealImages
+from tests.baselines.network import F64, SHAPE, plain, seeded
+
+
+class DoubleConvNet(ConvNet):
+    """ConvNet that starts in float64."""
+
+    def init(self, generator: torch.Generator | None = None) -> Tensor:
+        return super().init(generator).double()
+
+
+NET = DoubleConvNet(*SHAPE)
+
+
+@pytest.fixture(scope="module")
+def few(real: RealImages) -> RealImages:
+    """Return 700 real images in float64, more than fit in a piece."""
+    pixels, labels = real.train.batch(slice(700))
+    return replace(real, train=Images(pixels.double(), labels))
+
+
+def adams_update(gradient: Tensor, mean: Tensor, square: Tensor, t: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a step of torch.optim.Adam subtracts, and its new state."""
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+    return rate * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8), mean, square
+
+
+@pytest.mark.parametrize("before", [0, 3, 53])  # more than a stretch of the training without gradients
+def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) -> None:
+    """Take all synthetic and all real images in each step, so that no random order matters."""
+    options = TruncatedBpttOptions(
+        dataset="digits", ipc=2, pix_init="real", lr_img=0.02, batch_real=1000, inner_lr=0.01, syn_strategy="none",
+        real_strategy="none", clip_coef=0.5,
+    )  # fmt: skip
+    bptt, network = TruncatedBptt("method", options, few, NET), plain()
+    images, labels = bptt.images.clone().requires_grad_(), bptt.labels
+    seen, targets = few.train.batch(slice(None))
+    optimiser, average = torch.optim.Adam([images], lr=0.02), None
+    for iteration in range(3):
+        theta = NET.init(generator_for(0, "method", iteration))
+        mean = square = torch.zeros_like(theta)
+        for n in range(before + 3):
+            pixels = images if n >= before else images.detach()
+            leaf = theta if theta.requires_grad else theta.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(
+                F.cross_entropy(network(leaf, pixels), labels), leaf, create_graph=n >= before
+            )
+            update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
+            theta = (theta if n >= before else theta.detach()) - update
+        loss = F.cross_entropy(network(theta, seen), targets)
+        optimiser.zero_grad()
+        loss.backward()
+        assert images.grad is not None
+        length = float(images.grad.norm())
+        average = length if average is None else average - 0.5 * (average - length)
+        torch.nn.utils.clip_grad_norm_(images, 2 * average)
+        optimiser.step()
+        reached = bptt.improve(iteration, Window(before, 3))
+        assert float(reached.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
+        assert_close("end of the training", reached.theta, theta.detach(), 1e-6)
+        assert reached.images.labels.sort().values.equal(targets.sort().values)
+        assert_close("images", bptt.images, images.detach(), 1e-6)
+        norm = bptt.learned_set(lambda _: 0.0).carried["gradient_norm"]
+        assert float(norm) == pytest.approx(average, rel=1e-6)
+
+
+def test_lengths_of_gradients_are_those_of_recorded_steps(few: RealImages) -> None:
+    options = TruncatedBpttOptions(dataset="digits", ipc=2, pix_init="real", inner_lr=0.01, syn_strategy="none")
+    bptt, network = TruncatedBptt("method", options, few, NET), plain()
+    theta = NET.init(seeded(3))
+    mean = square = torch.zeros_like(theta)
+    lengths = []
+    for n in range(5):
+        leaf = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network(leaf, bptt.images), bptt.labels), leaf)
+        lengths.append(float(gradient.norm()))
+        update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
+        theta = theta - update
+    assert bptt.gradient_lengths(5, seeded(3)).tolist() == pytest.approx(lengths, rel=1e-6)
+    augmented = TruncatedBptt("method", replace(options, syn_strategy="flip"), few, NET)
+    assert augmented.gradient_lengths(1, seeded(3)).tolist() != pytest.approx(lengths[:1], rel=1e-6)
+
+
+def test_long_gradients_are_clipped_as_torch_does() -> None:
+    norm, average = torch.zeros(()), 0.0
+    for length in (1.0, 5.0, 40.0, 0.1):
+        gradient = F.normalize(torch.randn(7, generator=seeded()), dim=0) * length
+        average = average - 0.1 * (average - length) if average else length
+        leaf = torch.zeros(7, requires_grad=True)
+        leaf.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(leaf, 2 * average)
+        torch.testing.assert_close(clipped(gradient, norm, 0.9), leaf.grad)
+        assert float(norm) == pytest.approx(average)
+
+
+def test_a_step_takes_random_images_of_each_class() -> None:
+    batches = random_batches(4, 5, 3, 40, seeded())
+    assert all((batch.view(4, 3) // 5 == torch.arange(4)[:, None]).all() for batch in batches)
+    assert all(len(batch.unique()) == 12 for batch in batches)
+    assert torch.stack(batches).unique().tolist() == list(range(20))
+    (whole,) = random_batches(4, 2, 3, 1, seeded())
+    assert whole.sort().values.tolist() == list(range(8))
+
+
+def test_noise_has_length_one(few: RealImages) -> None:
+    images = TruncatedBptt("method", TruncatedBpttOptions(dataset="digits", ipc=2), few, NET).images
+    torch.testing.assert_close(images.flatten(1).norm(dim=1), torch.ones(20, dtype=F64))
+
+
+@pytest.mark.parametrize("strategy", ["syn_strategy", "real_strategy"])
+def test_both_augmentations_have_an_effect(few: RealImages, strategy: str) -> None:
+    options: dict[str, Any] = {"dataset": "digits", "syn_strategy": "none", "real_strategy": "none"}
+    plain, augmented = (
+        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).improve(0, Window(0, 1))
+        for more in ({}, {strategy: "flip"})
+    )
+    assert float(plain.loss) != float(augmented.loss)
+
+
+def test_it_lowers_its_loss_and_its_own_training_learns(real: RealImages) -> None:
+    options = TruncatedBpttOptions(
+        dataset="digits", pix_init="real", lr_img=0.05, batch_real=200, inner_lr=0.01, syn_strategy="none",
+        real_strategy="none",
+    )  # fmt: skip
+    bptt = TruncatedBptt("method", options, real, ConvNet(*SHAPE))
+    losses = [float(bptt.improve(iteration, Window(iteration % 11, 10)).loss) for iteration in range(60)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    own_training = bptt.learned_set(lambda _: 0.0).own_training
+    assert own_training is not None
+    theta = own_training(seeded(1))
+    seen, labels = real.test.batch(slice(None))
+    assert float((ConvNet(*SHAPE)(theta, seen).argmax(1) == labels).float().mean()) > 0.5
