@@ -32,10 +32,16 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from mtt_fast.kernels import native
+
+    missing = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+        missing["gpu"] = "needs a CUDA device, and torch finds none here"
+    if not native.available:
+        missing["native"] = "needs the native kernels, which were not built or are turned off"
+    for item in items:
+        for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=missing[marker]))
 
 
 @pytest.fixture(autouse=True)

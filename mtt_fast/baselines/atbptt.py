@@ -60,12 +60,10 @@ class Stages:
         """
         gain = accuracy - float(self.accuracy)
         self.accuracy.fill_(accuracy)
-        for stage, (
-            least_gain,
-            share,
-        ) in _ENDS_OF_STAGES.items():  # the epoch that ends a stage counts for the next one
+        # An epoch that ends a stage counts for the next one as well.
+        for stage, (least_gain, share) in _ENDS_OF_STAGES.items():
             if int(self.stage) == stage:
-                self.slow_epochs.copy_(self.slow_epochs + 1 if gain < least_gain else 0)
+                self.slow_epochs.fill_(int(self.slow_epochs) + 1 if gain < least_gain else 0)
                 if int(self.slow_epochs) >= share * totwindow:
                     self.stage.fill_(stage + 1)
                     self.slow_epochs.zero_()
@@ -74,11 +72,9 @@ class Stages:
 def atbptt(options: AtBpttOptions, real: RealImages, network: Trainable) -> LearnedSet:
     """Return the set to be learned, of --ipc images of each class."""
     bptt, stages = TruncatedBptt("atbptt", options, real, network), Stages()
-    window = torch.zeros(2, dtype=torch.long)  # of the current epoch
-    right = torch.zeros(
-        (), dtype=torch.long, device=bptt.labels.device
-    )  # real images of the epoch, classified correctly
     iterations = bptt.iterations_per_epoch
+    # Of the current epoch: the window, and the number of real images that were classified correctly.
+    window, right = torch.zeros(2, dtype=torch.long), torch.zeros((), dtype=torch.long, device=bptt.labels.device)
 
     def step(iteration: int) -> float:
         epoch, number = divmod(iteration, iterations)
@@ -92,16 +88,7 @@ def atbptt(options: AtBpttOptions, real: RealImages, network: Trainable) -> Lear
             stages.end_epoch(int(right) / (iterations * len(reached.images)), options.totwindow)
         return float(reached.loss)
 
-    return bptt.learned_set(
-        step,
-        {
-            "window": window,
-            "right": right,
-            "stage": stages.stage,
-            "slow_epochs": stages.slow_epochs,
-            "accuracy": stages.accuracy,
-        },
-    )
+    return bptt.learned_set(step, {"window": window, "right": right, **vars(stages)})
 
 
 def window_of_stage(

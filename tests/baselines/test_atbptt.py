@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from mtt_fast.baselines.truncated_bptt import RealLoss, TruncatedBptt, Window
 from mtt_fast.training.images import RealImages
 from tests.baselines.network import NET, seeded
 
-OPTIONS = AtBpttOptions(window=4, d=2, totwindow=10)
+OPTIONS = AtBpttOptions(dataset="digits", window=4, d=2, totwindow=10)
 LENGTHS = torch.tensor([1.0, 3.0, 2.5, 2.5, 2.0, 4.0, 1.0, 1.5, 1.2, 1.3])
 
 
@@ -105,4 +106,4 @@ def test_an_epoch_has_one_window_and_its_mean_accuracy_counts(
 )
 def test_windows_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        AtBpttOptions(**{"dataset": "digits", "window": 4, "d": 2, "totwindow": 10} | change).check()
+        replace(OPTIONS, **change).check()

@@ -131,6 +131,7 @@ def test_the_benchmark_of_the_first_block_runs(tmp_path: Path) -> None:
         assert row["seconds"]["n"] == 2
 
 
+@pytest.mark.native
 def test_the_profile_runs(tmp_path: Path) -> None:
     bench("profile", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     events = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]

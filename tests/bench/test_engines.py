@@ -34,7 +34,14 @@ def wrong_in_float32(case: Case) -> Gradients:
 
 
 @pytest.mark.parametrize("net", [{}, {"norm": "none"}, {"in_channels": 1}], ids=str)
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.native] * name.startswith("fused"))
+        for name in ENGINES
+        if name != "compiled"
+    ],
+)
 def test_engines_that_claim_to_be_exact_are(name: str, net: dict[str, Any]) -> None:
     engine, setting = ENGINES[name], replace(TINY, net=replace(TINY.net, **net))
     if engine.package:

@@ -61,6 +61,7 @@ def test_the_peak_is_what_was_allocated_meanwhile() -> None:
     assert 60 * 2**20 < peak["bytes"] < 80 * 2**20
 
 
+@pytest.mark.native
 def test_shares_of_an_iteration_add_up() -> None:
     case = case_on(make_case(TINY), torch.float32, CPU)
     shares = share_of_operations(lambda: fused(case), CPU)

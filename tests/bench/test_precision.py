@@ -30,6 +30,7 @@ TOY_RUN = (
 ).split()
 
 
+@pytest.mark.native
 def test_the_benchmark_of_precision_runs(tmp_path: Path) -> None:
     bench("precision", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     (row,) = rows_of(tmp_path, "found")
@@ -40,6 +41,7 @@ def test_the_benchmark_of_precision_runs(tmp_path: Path) -> None:
     assert row["of_tf32"]["fp16"] < 2
 
 
+@pytest.mark.native
 def test_a_distillation_is_compared_in_each_precision(tmp_path: Path) -> None:
     bench("distillation", *TOY_RUN, "--out", str(tmp_path), "--name", "found")
     rows = {row["precision"]: row for row in rows_of(tmp_path, "found")}
@@ -52,6 +54,7 @@ def test_a_distillation_is_compared_in_each_precision(tmp_path: Path) -> None:
     assert all((row["skipped"], row["repeated"]) == (0, 0) for row in rows.values())
 
 
+@pytest.mark.native
 def test_iterations_that_are_too_large_for_fp16_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
     bench("distillation", *TOY_RUN, "--precisions", "fp16", "--out", str(tmp_path), "--name", "found")
@@ -59,6 +62,7 @@ def test_iterations_that_are_too_large_for_fp16_are_counted(tmp_path: Path, monk
     assert (row["skipped"], row["repeated"]) == (0, 3)
 
 
+@pytest.mark.native
 def test_the_precision_of_golden_cases_is_measured(
     golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +89,7 @@ def test_the_precision_of_golden_cases_is_measured(
     assert "expected golden cases, found none" in capsys.readouterr().err
 
 
+@pytest.mark.native
 def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = DistillOptions(
         dataset="digits", model="ConvNetD2W8", buffer_path=str(tmp_path), syn_steps=3, expert_epochs=2, student_mom=0.5,

@@ -34,7 +34,7 @@ from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.engine.memory_plan import Plan, Work, plan
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import Precision, native
+from mtt_fast.kernels import Precision
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.metrics import MetricsLog
@@ -383,12 +383,7 @@ def test_networks_are_evaluated_as_the_run_says(
     assert (tmp_path / "best.safetensors").exists()  # even where no image is classified correctly
 
 
-fused_on_a_cpu = pytest.mark.skipif(
-    not native.available, reason="without the native kernels a CPU has no fused student"
-)
-
-
-@fused_on_a_cpu
+@pytest.mark.native
 def test_what_overflows_in_fp16_is_repeated_in_tf32(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -412,7 +407,7 @@ def test_what_overflows_in_fp16_is_repeated_in_tf32(
     ] == [0, 0, 4]
 
 
-@fused_on_a_cpu
+@pytest.mark.native
 @pytest.mark.parametrize(("budget", "at_once"), [("auto", 2), ("least", 1)])
 def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
     budget: str,
@@ -471,7 +466,7 @@ def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
     assert made[3:] == ([True] * 2 if at_once == 2 else [True, False] * 4)
 
 
-@fused_on_a_cpu
+@pytest.mark.native
 @pytest.mark.parametrize("batch", [None, 60])
 def test_what_is_planned_in_fp16_can_be_repeated_in_tf32_in_the_same_memory(batch: int | None) -> None:
     def plan_of(precision: Precision, **options: Any) -> Plan:

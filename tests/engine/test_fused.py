@@ -20,10 +20,8 @@ from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import assert_close
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "reference"])
 def either_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "native" and not native.available:
-        pytest.skip("the native kernels are not installed or turned off")
     monkeypatch.setattr(native, "available", request.param == "native")
 
 

@@ -88,7 +88,6 @@ print(json.dumps(run(**json.loads(sys.argv[1]))))
 """
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
-needs_native = pytest.mark.skipif(not native.available, reason="the native kernels are not installed or turned off")
 
 
 def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
 
 
 @needs_proc
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "case",
     [
@@ -120,7 +119,7 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
     assert memory["measured"] == pytest.approx(memory["planned"], rel=0.15)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("batch", [10, 50])
 @pytest.mark.parametrize("norm", ["instance", "none"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
@@ -205,13 +204,14 @@ def test_the_allowance_for_a_loss_of_the_path_is_enough(
 ) -> None:
     live, planned = live_and_planned_bytes(loss, options, steps=9, path_gradient=path_gradient)
     assert live <= planned
-    if path_gradient:  # without it the plan would be too small
+    # Without it the plan would be too small, unless the step, where there are no kernels, takes much more than the path.
+    if path_gradient and native.available:
         live, planned = live_and_planned_bytes(loss, {}, steps=9)
         assert live > planned
 
 
 @needs_proc
-@needs_native
+@pytest.mark.native
 @pytest.mark.slow
 def test_no_page_of_the_steady_state_is_faulted_in_twice() -> None:
     # as the command lines tell glibc, which keeps what is small
@@ -337,7 +337,7 @@ def test_a_smaller_plan_saves_nothing_and_then_has_pieces_of_half_the_size() -> 
     assert [planned(None, microbatch=size).smaller().microbatch for size in (200, 50, 7)] == [25, 25, 3]
 
 
-@needs_native
+@pytest.mark.native
 def test_imagenet_of_50_a_class_is_planned_below_4_gib() -> None:
     net = ConvNet(image_size=128, depth=5)
     plan = planned("4GiB", net, images=(500, 3, 128, 128), steps=20, augment=True)
@@ -347,7 +347,7 @@ def test_imagenet_of_50_a_class_is_planned_below_4_gib() -> None:
     assert "MiB of 4096 MiB" in str(plan)
 
 
-@needs_native
+@pytest.mark.native
 def test_costs_are_counted_in_convolution_passes() -> None:
     whole = planned(None)
     assert whole.passes == 11
@@ -527,7 +527,7 @@ def test_the_last_steps_save_their_activations(monkeypatch: pytest.MonkeyPatch) 
     assert saved[:4] == [False, False, False, True]
 
 
-@needs_native
+@pytest.mark.native
 def test_a_second_backward_computes_what_the_first_one_used_up() -> None:
     images = torch.randn(9, 3, 8, 8, requires_grad=True)
     plan = dataclasses.replace(small_plan(), saved_steps=4)
@@ -573,7 +573,7 @@ def test_the_peak_of_the_device_is_within_the_budget() -> None:
     assert taken <= 4 * GIB
 
 
-@needs_native
+@pytest.mark.native
 def test_out_of_memory_repeats_in_less_exactly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -606,7 +606,7 @@ def test_every_out_of_memory_is_one(error: Exception) -> None:
 
 
 @needs_proc
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "call",
     ["conv3x3(x, weight, 1)", "conv3x3_weight_gradient(wide, wide, 1)"],  # no room for results, and for work space

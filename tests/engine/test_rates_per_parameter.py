@@ -104,6 +104,7 @@ def test_two_rates_of_two_parts_by_a_recorded_loss() -> None:
     assert_close("loss", one_rate, matching_loss(last, start=case.start, target=target), 1e-12)
 
 
+@pytest.mark.native
 def test_the_plan_counts_the_gradients_of_the_rates() -> None:
     """Count the vectors of a network that is nearly all parameters: enough, and not more than the allowance for losses."""
     net, steps = ConvNet(image_size=8, width=128, depth=2), 8

@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import native
-
 EPS = 1e-5
 FORMATS = [torch.contiguous_format, torch.channels_last]
-needs_native = pytest.mark.skipif(not native.available, reason="the native kernels are not installed or turned off")
 
 PLANES = [
     (2, 3, 4, 4),

@@ -16,7 +16,7 @@ from mtt_fast import kernels
 from mtt_fast.kernels import reference
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
-from tests.kernels.helpers import FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
+from tests.kernels.helpers import FORMATS, PLANES, jvp, plane_arguments, refused
 from tests.kernels.triton_comparison import compare, each_part
 
 
@@ -69,7 +69,7 @@ def test_the_derivatives_of_bias_relu_pool_are_numerical_ones() -> None:
         assert_close(name, actual[name], (after - before) / (2 * step), 1e-7)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -94,7 +94,7 @@ def test_the_relu_passes_nothing_at_zero(layout: torch.memory_format) -> None:
         assert torch.count_nonzero(value) == 0, name
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dual", [False, True])
 def test_the_gradient_takes_the_memory_of_what_it_may_reuse(dual: bool) -> None:
     given = plane_arguments((2, 20, 4, 5), torch.float32, torch.channels_last)
@@ -109,7 +109,7 @@ def test_the_gradient_takes_the_memory_of_what_it_may_reuse(dual: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, reused, strict=True))
 
 
-@needs_native
+@pytest.mark.native
 def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     given = plane_arguments((9, 70, 8, 9), torch.float32, torch.channels_last)
     results = []

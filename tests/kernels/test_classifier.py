@@ -19,7 +19,7 @@ from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.kernels.types import LARGEST_COTANGENT, accumulator
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
-from tests.kernels.helpers import FORMATS, draw, jvp, needs_native, refused
+from tests.kernels.helpers import FORMATS, draw, jvp, refused
 from tests.kernels.triton_comparison import compare, each_part
 
 CLASSIFIERS = [  # batch, channels, height, width, classes
@@ -105,7 +105,7 @@ def test_the_classifier_is_what_autograd_makes_of_cross_entropy(
         assert_close(name, actual[name], value, 1e-12, floor=1e-3)  # of one class, all gradients are zero
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 def test_the_native_classifier_in_float32(case: tuple[int, ...], kind: str) -> None:
@@ -137,7 +137,7 @@ def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str)
         assert_close(name, actual, expected[name], 2e-6 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("dtype", "least", "tolerance"), [(torch.float32, -78, 1e-6), (torch.float64, -699, 5e-15)], ids=str
 )
@@ -151,7 +151,7 @@ def test_the_native_exponential_over_all_its_range(dtype: torch.dtype, least: in
     assert float((o[:, 1].double() / expected - 1).abs().max()) <= tolerance
 
 
-@needs_native
+@pytest.mark.native
 def test_the_native_softmax_passes_on_what_is_not_finite() -> None:
     for value in (float("nan"), float("inf")):
         given = classifier_arguments((3, 4, 1, 1, 40), "indices", torch.float32)
@@ -160,7 +160,7 @@ def test_the_native_softmax_passes_on_what_is_not_finite() -> None:
             assert not torch.isfinite(actual).all(), name
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_native_softmax_does_not_depend_on_threads(kind: str) -> None:
     """Leave out the matrix products, which are torch's and may depend on threads."""

@@ -45,7 +45,6 @@ from tests.kernels.helpers import (
     convolution_arguments,
     draw,
     jvp,
-    needs_native,
     refused,
 )
 from tests.kernels.triton_comparison import cases_of, compare, each_part
@@ -117,7 +116,7 @@ def test_convolutions_are_what_autograd_makes_of_conv2d(case: tuple[int, ...], l
         assert value.is_contiguous() if weights else value.is_contiguous(memory_format=memory_format(model))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
     given = convolution_arguments(case, torch.float32)
@@ -127,7 +126,7 @@ def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
         assert_close(name, actual, expected[name], 3e-6)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     every = [convolution_arguments(case, torch.float32) for case in CONVOLUTIONS]
     results = []
@@ -138,7 +137,7 @@ def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None])
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@needs_native
+@pytest.mark.native
 def test_large_results_are_written_whole_into_memory_that_was_used_before(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     empty = planes._empty

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(SOURCES, tmp_path / "cpp"))
 
 
-@pytest.mark.skipif(not LOADED, reason="needs the native kernels")
+@pytest.mark.native
 @pytest.mark.parametrize("change", ["edit", "new", "gone"])
 def test_other_sources_are_refused(folder: Path, change: str) -> None:
     check_sources(extension(), folder)

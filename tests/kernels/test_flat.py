@@ -39,13 +39,12 @@ from mtt_fast.kernels import (
 from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, needs_triton, recording
-from tests.kernels.helpers import needs_native
 from tests.kernels.triton_comparison import compare, each_part
 
 SIZES = [0, 1, 15, 1003, (1 << 14) + 1, 400_003]  # less than a vector, around a block, several threads' shares
 DTYPES = [torch.float32, torch.float64]
 DISTANCE_DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-DISTANCES = [pytest.param(native.squared_distance, id="native", marks=needs_native), reference.squared_distance]
+DISTANCES = [pytest.param(native.squared_distance, id="native", marks=pytest.mark.native), reference.squared_distance]
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -318,7 +317,7 @@ def test_the_distance_is_exact_to_rounding(distance: Distance, pairs: list[tuple
     assert abs(Fraction(distance(a, b).item()) - exact) <= exact * (len(pairs) + 4) * Fraction(2) ** -52
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DISTANCE_DTYPES, ids=str)
 def test_the_native_distance_does_not_depend_on_threads(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     a, b = two_vectors(3_000_001, dtype)

@@ -17,7 +17,7 @@ from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, in_parts, meta, recording
-from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
+from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, plane_arguments, refused
 from tests.kernels.triton_comparison import compare, each_part
 
 
@@ -83,7 +83,7 @@ def test_the_planes_derivatives_are_numerical_ones() -> None:
         assert_close(name, actual[name], (after - before) / (2 * step), 1e-7)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -98,7 +98,7 @@ def test_native_is_the_reference(
         assert_close(name, actual, expected[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dual", [False, True])
 def test_gradients_take_the_memory_of_what_they_may_reuse(dual: bool) -> None:
     given = plane_arguments((2, 20, 4, 5), torch.float32, torch.channels_last)
@@ -136,7 +136,7 @@ def test_a_constant_plane_is_finite() -> None:
         assert torch.isfinite(value).all(), name
 
 
-@needs_native
+@pytest.mark.native
 def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     given = plane_arguments((9, 70, 8, 9), torch.float32, torch.channels_last)
     results = []

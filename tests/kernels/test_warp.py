@@ -16,7 +16,6 @@ from mtt_fast.kernels.native import extension
 from mtt_fast.kernels.native import warp as native_warp
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
-from tests.kernels.helpers import needs_native
 from tests.kernels.triton_comparison import compare
 
 SHAPES = [
@@ -124,7 +123,7 @@ def test_adding_is_to_the_bit_what_its_parts_do(dtype: torch.dtype) -> None:
     assert torch.equal(kernels.colour_warp_mask_transpose_add(out, index, y_bar, parameters, factor), expected)
 
 
-@needs_native
+@pytest.mark.native
 @each_shape
 def test_the_native_kernel_in_float32(shape: tuple[int, int, int, int]) -> None:
     images, parameters = torch.randn(shape), some_parameters(shape).float()
@@ -169,7 +168,7 @@ def test_a_mask_over_everything_and_one_over_nothing() -> None:
             assert torch.equal(getattr(kernels, name)(images, nothing), images)
 
 
-@needs_native
+@pytest.mark.native
 def test_the_native_kernel_does_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     shape = (30, 3, 40, 41)
     images, parameters = torch.randn(shape), some_parameters(shape).float()
@@ -181,7 +180,7 @@ def test_the_native_kernel_does_not_depend_on_threads(threads: Callable[[int], N
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@needs_native
+@pytest.mark.native
 def test_large_results_are_written_whole_into_memory_that_was_used_before(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = extension.allocate
     monkeypatch.setattr(native_warp, "allocate", lambda like, shape: memory(like, shape).fill_(float("nan")))

@@ -136,6 +136,7 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
 
 
+@pytest.mark.native
 def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
     net = ConvNet(1, 3, 6, width=4, depth=1)
     images, start = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3), net.init(torch.Generator().manual_seed(0))
@@ -149,6 +150,7 @@ def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
     assert torch.equal(train_network(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1)), theta)
 
 
+@pytest.mark.native
 def test_a_network_is_trained_in_the_precision_that_is_asked_for() -> None:
     net = network_by_name("ConvNetD1W4", (1, 6, 6), 3)
     images, start = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3), net.init(torch.Generator().manual_seed(0))
