@@ -40,10 +40,10 @@ def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scal
 def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> None:
     """Check the dtype, the device and the layout of partial sums.
 
-    Pieces and factors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
+    Pieces and divisors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
     """
-    for factor in sums.factors:
-        check_tensors(op, first, {f"a factor of {name}": factor}, ())
+    for divisor in sums.divisors:
+        check_tensors(op, first, {f"a divisor of {name}": divisor}, ())
     for piece in sums.pieces:
         summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
         as_products_lie = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand

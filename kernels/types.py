@@ -71,15 +71,15 @@ class PartialSums(NamedTuple):
     """
 
     pieces: tuple[Tensor, ...]
-    factors: tuple[Tensor, ...] = ()  # () each: powers of two by which the sums are divided
+    divisors: tuple[Tensor, ...] = ()  # () each: powers of two by which the sums are divided
 
     def vector(self) -> Tensor:
         """Return the vector (P,), computed in plain torch."""
         # most often there is one summand, of which a view is enough
         pieces = [piece[0] if len(piece) == 1 else piece.sum(0) for piece in self.pieces]
         vector = pieces[0].flatten() if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
-        for factor in self.factors:
-            vector = vector / factor
+        for divisor in self.divisors:
+            vector = vector / divisor
         return vector
 
 

@@ -20,7 +20,7 @@ from ..types import BatchGradient, BatchImages, PackedParameters, PartialSums, P
 
 
 def add_up(sums: PartialSums) -> Tensor:
-    """Return the vector (P,) of partial sums, divided by their factors.
+    """Return the vector (P,) of partial sums, divided by their `divisors`.
 
     The pieces (S, …) are of one floating dtype and device. Each summand is contiguous, or, of weights (S, K, C, 3, 3),
     channels_last. Raises `ValueError` for anything else.
