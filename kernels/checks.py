@@ -194,7 +194,7 @@ def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
 
 def check_batch_images(op: str, batch: BatchImages) -> None:
     """Check the images of a batch for the first block: shapes, dtypes, device, memory format, and on a CPU the indices."""
-    x, padding, index, parameters = batch
+    x, padding, indices, warp = batch
     if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
         raise ValueError(
             f"{op}: expected images (B, C, H, W) of at least 4×4 pixels with their padding, "
@@ -202,24 +202,24 @@ def check_batch_images(op: str, batch: BatchImages) -> None:
         )
     if accumulator(x.dtype) != x.dtype:
         raise ValueError(f"{op}: expected float32 or float64 images, found {x.dtype}")
-    check_tensors(op, x, {"x": x}, x.shape, like_format=x if parameters is None else None)
-    if index is not None:
-        check_index(op, index, index.numel(), x)
-    if parameters is not None:
-        check_warp_parameters(op, parameters, len(x) if index is None else len(index), x)
+    check_tensors(op, x, {"x": x}, x.shape, like_format=x if warp is None else None)
+    if indices is not None:
+        check_index(op, indices, indices.numel(), x)
+    if warp is not None:
+        check_warp_parameters(op, warp, len(x) if indices is None else len(indices), x)
 
 
 def check_batch_gradient(op: str, batch: BatchGradient, factor: Tensor) -> None:
     """Check the gradient of a batch that is added to the gradient to all images times `factor` ()."""
-    out, index, y_bar, parameters = batch
+    out, indices, y_bar, warp = batch
     if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
         raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")
     check_tensors(op, y_bar, {"y_bar": y_bar}, y_bar.shape)
     check_tensors(op, y_bar, {"out": out}, (len(out), *y_bar.shape[1:]))
     check_tensors(op, y_bar, {"factor": factor}, ())
-    check_index(op, index, len(y_bar), out)
-    if parameters is not None:
-        check_warp_parameters(op, parameters, len(y_bar), y_bar)
+    check_index(op, indices, len(y_bar), out)
+    if warp is not None:
+        check_warp_parameters(op, warp, len(y_bar), y_bar)
 
 
 def check_warp_parameters(op: str, parameters: Tensor, count: int, images: Tensor) -> None:

@@ -112,17 +112,17 @@ class BatchImages(NamedTuple):
 
     x: Tensor  # (n, C, H, W), float32 or float64; contiguous, or channels_last without `parameters`
     padding: int  # of the convolution
-    rows: Tensor | None = None  # (B,) int64, of `x`; None for all
-    parameters: Tensor | None = None  # (B, 13), of `colour_warp_mask`; None for rows that are not augmented
+    indices: Tensor | None = None  # (B,) int64, into `x`; None for all
+    warp: Tensor | None = None  # (B, 13), the parameters of `colour_warp_mask`; None for images that are not augmented
 
 
 class BatchGradient(NamedTuple):
     """The gradient of the augmented images of a batch, to be added to the gradient of all images."""
 
     out: Tensor  # (n, C, H, W), contiguous: the gradient of all images
-    rows: Tensor  # (B,) int64: the images of the batch
+    indices: Tensor  # (B,) int64: the images of the batch
     y_bar: Tensor  # (B, C, H, W), contiguous: the gradient of the augmented images
-    parameters: Tensor | None  # (B, 13), of `colour_warp_mask`; None without augmentation
+    warp: Tensor | None  # (B, 13), the parameters of `colour_warp_mask`; None without augmentation
 
 
 class PackedWeight(NamedTuple):
