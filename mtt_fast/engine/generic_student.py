@@ -132,7 +132,7 @@ class GenericStudent:
             gradient_jvp=int(_STEP_OVERHEAD * live.gradient_jvp),
             gradient_jvp_saved=int(_STEP_OVERHEAD * live.gradient_jvp_saved),
             saved=saved,
-            work=0,
+            workspace=0,
         )
 
     def live_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:

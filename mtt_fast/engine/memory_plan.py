@@ -104,7 +104,7 @@ class Plan:
             "augmentation": work.augment_bytes * work.batch,
             "saved activations": saved_bytes,
             "step": max(peaks) - saved_bytes,
-            "work space": step.work,
+            "workspace": step.workspace,
         }
         return parts | {"rest": _BASE[work.device.type == "cuda"] + sum(parts.values()) // _ROUNDING}
 

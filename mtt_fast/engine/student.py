@@ -53,7 +53,7 @@ class StepBytes(NamedTuple):
     gradient_jvp: int
     gradient_jvp_saved: int  # of `gradient_jvp` with saved activations, beyond these
     saved: int  # saved activations of one step; 0 if the student saves nothing
-    work: int  # work space that stays allocated between calls
+    workspace: int  # memory for intermediate results, which stays allocated between calls
 
 
 class GradientTangent(NamedTuple):
