@@ -21,7 +21,7 @@ from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.checkpoint import Form, State, check_forms
+from mtt_fast.storage.checkpoint import State, TensorSpec, check_tensors
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
@@ -66,14 +66,14 @@ def initial_state(
 
 
 def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
-    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the forms that `initial_state` gives them."""
+    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the dtypes and shapes that `initial_state` gives them."""
     classes, (channels, height, width) = data.num_classes, data.image_shape
     count, side = options.ipc * classes, 1 if options.canvas is None else options.canvas.size
     images = torch.float32, (count, channels, height * side, width * side)
     logits, indices = (torch.float32, (count, classes)), (torch.int64, (count,))
     rate = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
     learned = options.lr_y is not None
-    forms: dict[str, Form | None] = {
+    specs: dict[str, TensorSpec | None] = {
         "images": images,
         "images_velocity": images,
         "labels": logits if learned else indices,
@@ -84,8 +84,8 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
         "frequencies": None if options.msz_per_channel is None else (torch.bool, (classes, height, width)),
     }
     if state.pixel_weights is not None or options.cam_model is None:  # the first iteration computes them
-        forms["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
-    check_forms(folder, state, forms)
+        specs["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
+    check_tensors(folder, state, specs)
 
 
 class InitialImages(NamedTuple):
