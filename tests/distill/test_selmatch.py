@@ -21,7 +21,7 @@ from mtt_fast.distill.gradients import finish_gradients
 from mtt_fast.distill.initial import read_hardness
 from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.updates import of_distilled
+from mtt_fast.distill.updates import mask_real_images
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
@@ -190,14 +190,13 @@ def test_files_of_other_software_are_told_which_images_are_real(
 
 def test_the_gradients_of_the_other_images_are_untouched() -> None:
     images, rate, labels = torch.randn(6, 1, 2, 2), torch.randn(()), torch.randn(6, 2)
-    masked = of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate, labels])
-    assert masked is not None
+    masked = mask_real_images(DistillOptions(ipc=3, distilled_share=0.67), [images, rate, labels])
     assert masked[1] is rate
     for after, before in zip(masked[::2], (images, labels), strict=True):
         assert [bool(image.any()) for image in after] == [True, True, False] * 2
         assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
-    assert len(of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate]) or []) == 2
-    assert of_distilled(DistillOptions(ipc=3), [images, rate]) == [images, rate]
+    assert len(mask_real_images(DistillOptions(ipc=3, distilled_share=0.67), [images, rate])) == 2
+    assert mask_real_images(DistillOptions(ipc=3), [images, rate]) == [images, rate]
 
 
 def test_learned_labels_of_real_images_stay_as_they_begin(digits: ImageData) -> None:
