@@ -200,7 +200,7 @@ class CheckedSteps(NamedTuple):
 
 
 def optimizer_of(options: StepOptions, lr: Tensor, *, has_velocity: bool = False) -> Optimizer:
-    """Return the optimiser of `options`, which are checked before.
+    """Return the optimiser of `options`, which have been checked.
 
     SGD without momentum has a state if `has_velocity`, or if each parameter has a rate: the gradient of that rate is λ ∘ g, and g
     is in the state.
@@ -245,7 +245,7 @@ def checked_plan(
 ) -> Plan:
     """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    `draws` are those of the first step, and `moments` is that of the optimiser. `path_gradient` says whether the gradient of the
+    `draws` are those of the first step, and `moments` are the optimiser's. `path_gradient` says whether the gradient of the
     loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, lr, batches = steps
