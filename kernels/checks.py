@@ -46,12 +46,12 @@ def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> 
         check_tensors(op, first, {f"a divisor of {name}": divisor}, ())
     for piece in sums.pieces:
         summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
-        as_products_lie = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand
+        as_channels_last = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand
         if piece.dtype != first.dtype or piece.device != first.device or piece.requires_grad:
             raise ValueError(
                 f"{op}: expected {name} of {first.dtype} on {first.device} and without a graph, found {piece.dtype} on {piece.device}"
             )
-        if not (summand.is_contiguous() or as_products_lie.is_contiguous()):
+        if not (summand.is_contiguous() or as_channels_last.is_contiguous()):
             raise ValueError(
                 f"{op}: expected summands of {name} contiguous or channels_last, found strides {piece.stride()}"
             )
@@ -100,7 +100,7 @@ def check_convolution(
 ) -> None:
     """Check that the inputs and the weights of a convolution fit.
 
-    `channel_axis` is the axis of the weights that has the inputs' channels: 1, or 0 for the gradient to the input.
+    `channel_axis` is the axis of the weights that has the inputs' channels: 1, or 0 for the gradient of the input.
     """
     plain = {name: weight_of(each) for name, each in weights.items()}
     first, weight = next(iter(inputs.values())), next(iter(plain.values()))
@@ -210,7 +210,7 @@ def check_batch_images(op: str, batch: BatchImages) -> None:
 
 
 def check_batch_gradient(op: str, batch: BatchGradient, factor: Tensor) -> None:
-    """Check the gradient of a batch that is added to the gradient to all images times `factor` ()."""
+    """Check the gradient of a batch that, times `factor` (), is added to the gradient of all images."""
     out, indices, y_bar, warp = batch
     if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
         raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")

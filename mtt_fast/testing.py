@@ -169,7 +169,7 @@ def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, f
 
 
 def added_up(operation: str, results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the results of an operation of `mtt_fast.kernels`, with summands of gradients to parameters added up.
+    """Return the results of an operation of `mtt_fast.kernels`, with summands of the parameters' gradients added up.
 
     How many there are is the back end's choice, so only their sums can be compared.
     """

@@ -65,7 +65,8 @@ def conv_norm_relu_pool_backward(
     """Return summands of the gradients W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K), given the gradient `p_bar`.
 
     `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and may be partial sums (`PartialPlanes`), which are
-    added up. `folded` is the result of `conv_norm_relu_pool` for the same arguments. Errors: `conv_norm_relu_pool`.
+    added up. `folded` is the result of `conv_norm_relu_pool` for the same arguments. Errors are those of
+    `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
@@ -85,7 +86,7 @@ def conv_norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, Folded | None]:
     """Return p and its derivative ṗ (B, K, H'//2, W'//2), and the folded norm that the backward takes.
 
-    Shapes, errors: `conv_norm_relu_pool`.
+    Shapes and errors are those of `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_dual"
     _check(op, patches, {"weight": weight, "weight_dot": weight_dot}, with_dots(affine, affine_dot), {})
@@ -110,8 +111,8 @@ def conv_norm_relu_pool_dual_backward(
     """Return the derivatives of the gradients: x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K).
 
     All have the parameters' dtype. Only x̄̇ is divided by the `divisors`, at most two scalars () of that dtype, one after
-    the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot`, errors:
-    `conv_norm_relu_pool_backward`.
+    the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot` and errors
+    are those of `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}

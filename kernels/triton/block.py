@@ -266,7 +266,7 @@ def _parameter_gradients(
     sums: Tensor,
     sums_dot: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Return the gradients to weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
+    """Return the gradients of the weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
 
     In a direction, return the derivatives of these gradients, and M as a summand (B, blocks, TERMS, TERMS) for each block of
     filters.

@@ -140,6 +140,6 @@ def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -
 
 
 def empty_input(y_bar: Tensor, weight: Weight, padding: int) -> Tensor:
-    """Allocate x̄, the gradient to a convolution's input, in the format of `y_bar`, the gradient to its result."""
+    """Allocate x̄, the gradient of a convolution's input, in the format of `y_bar`, the gradient of its result."""
     planes, (_, channels, *_) = Planes.from_tensors(y_bar), weight_of(weight).shape
     return planes.empty(y_bar, channels, planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)

@@ -1,4 +1,4 @@
-"""Compute a softmax and the gradients to logits from blocks of classes, for the kernels of the classifier.
+"""Compute a softmax and the gradients of logits from blocks of classes, for the kernels of the classifier.
 
 A row is cut into blocks of classes. `softmax_parts` returns six numbers of a block, and `combine` combines those of a row's
 blocks to all that its softmax and its loss need.
@@ -125,7 +125,7 @@ def cotangents(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return ō, the gradient to the logits, ō̇, its derivative, and the derivative of the gradient to the labels.
+    """Return ō, the gradient of the logits, ō̇, its derivative, and the derivative of the labels' gradient.
 
     Each is (rows, columns). ō and ō̇ are 0 where `mask` is false. `softmax` is what `combine` returned for the rows.
     """

@@ -92,7 +92,10 @@ def matching_gradient(
     augment: Callable[[Tensor], Tensor],
     distance: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the `distance` () of the student's gradient at `theta` (P,) on augmented `images`, and its gradient to `images`."""
+    """Return the `distance` () of the student's gradient, and the gradient of this distance with respect to `images`.
+
+    The student's gradient is that at `theta` (P,) on the augmented `images`.
+    """
     own = images.detach().requires_grad_()
     augmented = augment(own)
     inputs = augmented.detach().contiguous()

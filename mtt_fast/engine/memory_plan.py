@@ -29,7 +29,7 @@ from mtt_fast.runtime.provenance import choose_device
 
 log = logging.getLogger(__name__)
 
-_VECTORS = 5  # λ_{n+1}, the loss's gradient to θ_N, and room for those to a few more rows, or for temporaries of a loss
+_VECTORS = 5  # λ_{n+1}, the loss's gradient with respect to θ_N, and room for those of a few more rows, or for temporaries of a loss
 _VECTORS_OF_STATE = (0, 2, 9)  # by moments: the adjoint of the state, the direction, and temporaries of Adam
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
