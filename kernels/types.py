@@ -143,13 +143,13 @@ def weight_of(weight: Weight) -> Tensor:
 
 
 class PackedParameters(NamedTuple):
-    """The packed weights of a step, of its parameters and of their direction."""
+    """The result of `pack_parameters`: the packed weights of a step's parameters and of their direction."""
 
-    weights: tuple[Weight, ...]  # of the layers in `places`
-    weights_dot: tuple[Weight, ...]  # of the direction; empty without one
+    weights: tuple[Weight, ...]  # of the layers at `places`
+    weights_dot: tuple[Weight, ...]  # the same of the direction; empty without one
     direction: Tensor | None  # (P,): the direction times `scale`
     scale: Tensor | None  # (): a power of two; None for 1
-    patches: Patches | None = None  # of the `batch`, if one was given
+    patches: Patches | None = None  # of the images in `batch`; None without them
 
 
 class WeightBytes(NamedTuple):

@@ -21,7 +21,7 @@ class DistillRun(LoopRun):
     options: DistillOptions
     experts: TrajectoryStore
     matched_experts: int
-    """the first so many of `experts` are matched"""
+    """number of `experts` that are matched, the first ones"""
     cam: CamNetwork | None = None
     """the network whose Grad-CAM maps weigh the pixels' gradients"""
     hardness: Tensor | None = None
