@@ -49,7 +49,7 @@ def conv_norm_relu_pool(
     """
     op = "conv_norm_relu_pool"
     _check(op, patches, {"weight": weight}, affine._asdict(), {})
-    p, folded = _implementation(op, patches, weight, precision)(patches, weight, affine, eps)
+    p, folded = _implementation(op, weight, precision)(patches, weight, affine, eps)
     return p, folded
 
 
@@ -70,7 +70,7 @@ def conv_norm_relu_pool_backward(
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
-    implementation = _implementation(op, patches, weight, precision)
+    implementation = _implementation(op, weight, precision)
     weight_bar, gamma_bar, beta_bar = implementation(patches, weight, affine, p_bar, folded, eps)
     return weight_bar, gamma_bar, beta_bar
 
@@ -90,7 +90,7 @@ def conv_norm_relu_pool_dual(
     """
     op = "conv_norm_relu_pool_dual"
     _check(op, patches, {"weight": weight, "weight_dot": weight_dot}, with_dots(affine, affine_dot), {})
-    implementation = _implementation(op, patches, weight, precision)
+    implementation = _implementation(op, weight, precision)
     p, p_dot, folded = implementation(patches, weight, weight_dot, affine, affine_dot, eps)
     return p, p_dot, folded
 
@@ -120,7 +120,7 @@ def conv_norm_relu_pool_dual_backward(
     if len(divisors) > 2:
         raise ValueError(f"{op}: expected at most two divisors, found {len(divisors)}")
     check_tensors(op, weight, {f"divisor {number}": each for number, each in enumerate(divisors, 1)}, ())
-    implementation = _implementation(op, patches, weight, precision)
+    implementation = _implementation(op, weight, precision)
     directions = (weight, weight_dot, affine, affine_dot)
     x_bar_dot, *parameters = implementation(patches, *directions, p_bar, p_bar_dot, folded, eps, divisors=divisors)
     weight_bar_dot, gamma_bar_dot, beta_bar_dot = parameters
@@ -144,5 +144,5 @@ def _check(
         check_parts(op, name, each)
 
 
-def _implementation(op: str, patches: Patches, weight: Tensor, precision: Precision) -> dispatch.Implementation:
+def _implementation(op: str, weight: Tensor, precision: Precision) -> dispatch.Implementation:
     return dispatch.block_implementation_of(op, weight.shape[1], len(weight), weight.device, precision)

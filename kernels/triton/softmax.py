@@ -122,7 +122,6 @@ def cotangents(
     mask: tl.tensor,
     softmax: tl.tuple,
     batch: tl.tensor,
-    DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return ō, the gradient of the logits, ō̇, its derivative, and the derivative of the labels' gradient.
@@ -161,6 +160,4 @@ def load_cotangents(
     logits_dot = logits
     if z_dot is not None:
         logits_dot = tl.load(z_dot + offsets, mask, 0)
-    return cotangents(  # type: ignore[no-any-return]
-        logits, logits_dot, targets, mask, softmax, batch, z_dot is not None, KIND
-    )
+    return cotangents(logits, logits_dot, targets, mask, softmax, batch, KIND)  # type: ignore[no-any-return]

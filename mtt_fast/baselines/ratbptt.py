@@ -120,7 +120,7 @@ def ratbptt(options: RatBpttOptions, real: RealImages, network: Trainable) -> Le
         if augment_real is not None:
             inputs = augment_with(inputs, upload(augment_real.draw_parameters([inputs], generator), device))
         real_loss = student.gradient(path[-1].detach(), inputs, targets)
-        (gradient,) = torch.autograd.grad(path[-1], pixels, real_loss.theta)
+        (gradient,) = torch.autograd.grad(path[-1], pixels, real_loss.gradient)
         images.grad = clipped(gradient, norm, options.clip_coef)
         optimiser.step()
         return float(real_loss.loss)

@@ -37,13 +37,13 @@ def initial_state(
     network: Network,
     experts: TrajectoryStore,
     matched: int,
-    hardness: Tensor | None,
+    difficulty: Tensor | None,
 ) -> State:
     """Return the state before the first iteration, for a run that matches the first `matched` of `experts`.
 
-    For `hardness` see `initial_images`.
+    For `difficulty` see `initial_images`.
     """
-    start, wrong, frequencies = initial_images(options, real, network, experts, matched, hardness)
+    start, wrong, frequencies = initial_images(options, real, network, experts, matched, difficulty)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -61,7 +61,7 @@ def initial_state(
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=frequencies,
         data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
-        scores_digest="" if hardness is None else digest(hardness),
+        scores_digest="" if difficulty is None else digest(difficulty),
     )  # fmt: skip
 
 
@@ -102,12 +102,12 @@ def initial_images(
     network: Network,
     experts: TrajectoryStore,
     matched: int,
-    hardness: Tensor | None = None,
+    difficulty: Tensor | None = None,
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
     The first `matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
-    correctly, others fill it up. A window needs the `hardness` of the training images, which `read_hardness` returns. A canvas is
+    correctly, others fill it up. A window needs the `difficulty` of the training images, which `read_difficulty` returns. A canvas is
     tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
@@ -118,8 +118,8 @@ def initial_images(
         chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
-        assert hardness is not None
-        images = window_of_difficulty(real, hardness, ipc, options.window_start_image)
+        assert difficulty is not None
+        images = window_of_difficulty(real, difficulty, ipc, options.window_start_image)
     else:
         images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
@@ -132,7 +132,7 @@ def initial_images(
     return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
 
 
-def read_hardness(options: DistillOptions, data: ImageData) -> Tensor:
+def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
     """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
 
     Raises `InputError` for a file that is missing, broken, of other images, or of another kind of scores than `score` says: they
@@ -153,10 +153,10 @@ def read_hardness(options: DistillOptions, data: ImageData) -> Tensor:
     return -scores if options.score == "cscore" else scores
 
 
-def check_same_scores(options: DistillOptions, hardness: Tensor | None, began_with: State) -> None:
-    """Raise `InputError` if the `hardness` of the training images is another than that with which the run began."""
+def check_same_scores(options: DistillOptions, difficulty: Tensor | None, began_with: State) -> None:
+    """Raise `InputError` if the `difficulty` of the training images is another than that with which the run began."""
     # only a checkpoint of a former version has no digest
-    if hardness is not None and began_with.scores_digest not in ("", digest(hardness)):
+    if difficulty is not None and began_with.scores_digest not in ("", digest(difficulty)):
         raise InputError(
             f"--score_path {options.score_path}: expected the scores with which the run began, found others; restore the file, or "
             "choose another --out"

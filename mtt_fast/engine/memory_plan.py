@@ -18,7 +18,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.arguments import check_augment, check_optimizer
 from mtt_fast.engine.number_checks import check_count, check_number
 from mtt_fast.engine.optimizers import Adam, StudentSgd
-from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
+from mtt_fast.engine.student import InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
@@ -36,6 +36,12 @@ _COPIES_OF_AUGMENTATION = 1  # the augmented batch
 _BASE = (4 << 20, 256 << 20)  # code loaded at its first use, stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
 _ROUNDING = 20  # allow 1/20 for what allocators round up and keep; at most 1/28 was measured
 _LARGE_PATH = 4  # a path of more than 1/4 of the budget is kept on the host
+
+CANNOT_CUT = (
+    "`microbatch`: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
+    "use instance norm, evaluation mode, or no micro-batches"
+)
+"""The error for a plan that cuts the batches of a network that mixes samples."""
 
 
 @dataclass(frozen=True)

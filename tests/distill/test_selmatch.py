@@ -18,7 +18,7 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import finish_gradients
-from mtt_fast.distill.initial import read_hardness
+from mtt_fast.distill.initial import read_difficulty
 from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import mask_real_images
@@ -77,14 +77,14 @@ def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: Ima
     )
     assert options.window_start_image == 3
     real = real_images(digits, torch.device("cpu"), zca=False)
-    window = window_of_difficulty(real, read_hardness(options, digits), 7, 3)
+    window = window_of_difficulty(real, read_difficulty(options, digits), 7, 3)
     expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
     assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
     assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
     with pytest.raises(
         InputError, match=r"`ipc` 7, `window_start` \(leaves 140 out\): class 0 has only 143 of the 147 "
     ):
-        window_of_difficulty(real, read_hardness(options, digits), 7, 140)
+        window_of_difficulty(real, read_difficulty(options, digits), 7, 140)
 
 
 def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits: ImageData) -> None:
