@@ -55,7 +55,7 @@ def make_case(setting: Setting) -> Case:
     target, student = start, GenericStudent(net)
     labels = torch.randint(net.num_classes, (_TARGET_BATCH,), generator=generator)
     for _ in range(setting.steps):
-        target = target - 10 * _LR * student.gradient(target, other_images, labels).theta
+        target = target - 10 * _LR * student.gradient(target, other_images, labels).gradient
     images = torch.randn(setting.images, *other_images.shape[1:], generator=generator)
     batches = [torch.randperm(setting.images, generator=generator)[: setting.batch] for _ in range(setting.steps)]
     return Case(

@@ -72,7 +72,7 @@ def _runs(setting: Setting, device: torch.device, precision: Any) -> dict[str, C
         Parameters(random(net.width, net.in_channels, 3, 3) / 5, (random(net.width), random(net.width)))
         for _ in range(2)
     )
-    in_parts = PlaneBlock(EPILOGUES["instance"], at, along, padding, precision, True)
+    in_parts = PlaneBlock(EPILOGUES["instance"], at, along, padding, precision, is_first=True)
     planes_of = partial(x.to, plane_dtype(x.dtype, precision), memory_format=torch.channels_last)
     ways: dict[str, tuple[Block, Callable[[], Any]]] = {"in parts": (in_parts, planes_of)}
     if kernels.has_image_block(ConvLayer(*x.shape[1:], net.width, padding), device):
@@ -92,12 +92,12 @@ def _runs(setting: Setting, device: torch.device, precision: Any) -> dict[str, C
 
 def _forward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor) -> None:
     _, activations = block.forward(inputs_of())
-    block.backward(activations, p_bar, True)
+    block.backward(activations, p_bar, reuse=True)
 
 
 def _backward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor, p_bar_dot: Tensor) -> None:
     _, _, activations = block.dual(inputs_of(), None, None)
-    block.dual_backward(activations, p_bar, p_bar_dot, False)
+    block.dual_backward(activations, p_bar, p_bar_dot, wants_x_bar=False)
 
 
 def _products(patches: Tensor, weight: Tensor, directions: int) -> None:

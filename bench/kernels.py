@@ -342,7 +342,7 @@ def in_float64(argument: Any) -> Any:
     if isinstance(argument, PartialPlanes):
         return argument.parts.double().sum(0).contiguous(memory_format=torch.channels_last)
     if isinstance(argument, PartialSums):
-        return PartialSums(tuple(map(in_float64, argument.pieces)), tuple(map(in_float64, argument.factors)))
+        return PartialSums(tuple(map(in_float64, argument.pieces)), tuple(map(in_float64, argument.divisors)))
     if isinstance(argument, (Affine, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
     is_number = isinstance(argument, Tensor) and argument.is_floating_point()

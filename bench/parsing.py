@@ -10,7 +10,7 @@ import torch
 
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked
-from mtt_fast.engine.student_choice import kernels_for
+from mtt_fast.engine.student_choice import has_fused_kernels
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.runtime.provenance import choose_device
@@ -45,7 +45,7 @@ def precisions_in(names: str, device: torch.device) -> list[Precision]:
     precisions = [cast(Precision, name) for name in names.split(",")]
     if unknown := [name for name in precisions if name not in get_args(Precision)]:
         raise InputError(f"--precisions {unknown[0]}: expected some of {', '.join(get_args(Precision))}")
-    if not kernels_for(device):
+    if not has_fused_kernels(device):
         raise InputError(
             f"--precisions: expected a device with kernels for ConvNet's fused step, found {device} without; see python -m mtt_fast.env"
         )

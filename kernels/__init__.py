@@ -17,7 +17,7 @@ from .dispatch import (
     native_available,
     release_memory,
     weight_bytes,
-    work_bytes,
+    workspace_bytes,
 )
 from .ops import (
     add_planes,
@@ -141,5 +141,5 @@ __all__ = [
     "squared_distance",
     "weight_bytes",
     "weight_of",
-    "work_bytes",
+    "workspace_bytes",
 ]

@@ -40,18 +40,18 @@ def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scal
 def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> None:
     """Check the dtype, the device and the layout of partial sums.
 
-    Pieces and factors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
+    Pieces and divisors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
     """
-    for factor in sums.factors:
-        check_tensors(op, first, {f"a factor of {name}": factor}, ())
+    for divisor in sums.divisors:
+        check_tensors(op, first, {f"a divisor of {name}": divisor}, ())
     for piece in sums.pieces:
         summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
-        as_products_lie = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand
+        as_channels_last = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand
         if piece.dtype != first.dtype or piece.device != first.device or piece.requires_grad:
             raise ValueError(
                 f"{op}: expected {name} of {first.dtype} on {first.device} and without a graph, found {piece.dtype} on {piece.device}"
             )
-        if not (summand.is_contiguous() or as_products_lie.is_contiguous()):
+        if not (summand.is_contiguous() or as_channels_last.is_contiguous()):
             raise ValueError(
                 f"{op}: expected summands of {name} contiguous or channels_last, found strides {piece.stride()}"
             )
@@ -100,7 +100,7 @@ def check_convolution(
 ) -> None:
     """Check that the inputs and the weights of a convolution fit.
 
-    `channel_axis` is the axis of the weights that has the inputs' channels: 1, or 0 for the gradient to the input.
+    `channel_axis` is the axis of the weights that has the inputs' channels: 1, or 0 for the gradient of the input.
     """
     plain = {name: weight_of(each) for name, each in weights.items()}
     first, weight = next(iter(inputs.values())), next(iter(plain.values()))
@@ -194,7 +194,7 @@ def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
 
 def check_batch_images(op: str, batch: BatchImages) -> None:
     """Check the images of a batch for the first block: shapes, dtypes, device, memory format, and on a CPU the indices."""
-    x, padding, index, parameters = batch
+    x, padding, indices, warp = batch
     if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
         raise ValueError(
             f"{op}: expected images (B, C, H, W) of at least 4×4 pixels with their padding, "
@@ -202,24 +202,24 @@ def check_batch_images(op: str, batch: BatchImages) -> None:
         )
     if accumulator(x.dtype) != x.dtype:
         raise ValueError(f"{op}: expected float32 or float64 images, found {x.dtype}")
-    check_tensors(op, x, {"x": x}, x.shape, like_format=x if parameters is None else None)
-    if index is not None:
-        check_index(op, index, index.numel(), x)
-    if parameters is not None:
-        check_warp_parameters(op, parameters, len(x) if index is None else len(index), x)
+    check_tensors(op, x, {"x": x}, x.shape, like_format=x if warp is None else None)
+    if indices is not None:
+        check_index(op, indices, indices.numel(), x)
+    if warp is not None:
+        check_warp_parameters(op, warp, len(x) if indices is None else len(indices), x)
 
 
 def check_batch_gradient(op: str, batch: BatchGradient, factor: Tensor) -> None:
-    """Check the gradient of a batch that is added to the gradient to all images times `factor` ()."""
-    out, index, y_bar, parameters = batch
+    """Check the gradient of a batch that, times `factor` (), is added to the gradient of all images."""
+    out, indices, y_bar, warp = batch
     if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
         raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")
     check_tensors(op, y_bar, {"y_bar": y_bar}, y_bar.shape)
     check_tensors(op, y_bar, {"out": out}, (len(out), *y_bar.shape[1:]))
     check_tensors(op, y_bar, {"factor": factor}, ())
-    check_index(op, index, len(y_bar), out)
-    if parameters is not None:
-        check_warp_parameters(op, parameters, len(y_bar), y_bar)
+    check_index(op, indices, len(y_bar), out)
+    if warp is not None:
+        check_warp_parameters(op, warp, len(y_bar), y_bar)
 
 
 def check_warp_parameters(op: str, parameters: Tensor, count: int, images: Tensor) -> None:

@@ -81,19 +81,19 @@ def compile_ahead(call: Callable[[], object]) -> None:
     triton.compile_ahead(call)
 
 
-def work_bytes(
+def workspace_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> int:
-    """Return the bytes of work space that the convolutions of a step take, in all operations on all `layers` of planes of `dtype`.
+    """Return the bytes of workspace that the convolutions of a step take, in all operations on all `layers` of planes of `dtype`.
 
-    On a CPU the work space is kept from one call to the next, a part of it for each of torch's threads. On CUDA the number is an
+    On a CPU the workspace is kept from one call to the next, a part of it for each of torch's threads. On CUDA the number is an
     allowance for convolutions by cuDNN. For the reference it is unknown, and 0 is returned.
     """
     if _runs_triton(device):
-        return triton.work_bytes(batch, layers, dtype, device, precision)
+        return triton.workspace_bytes(batch, layers, dtype, device, precision)
     if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype, device=device)):
         return 0
-    return native.work_bytes(batch, layers, dtype)
+    return native.workspace_bytes(batch, layers, dtype)
 
 
 def weight_bytes(
@@ -106,7 +106,7 @@ def weight_bytes(
 
 
 def release_memory() -> None:
-    """Free the work space that the native kernels keep from one call to the next, as far as it is not in use."""
+    """Free the workspace that the native kernels keep from one call to the next, as far as it is not in use."""
     native.release_memory()
 
 

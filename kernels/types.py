@@ -71,15 +71,15 @@ class PartialSums(NamedTuple):
     """
 
     pieces: tuple[Tensor, ...]
-    factors: tuple[Tensor, ...] = ()  # () each: powers of two by which the sums are divided
+    divisors: tuple[Tensor, ...] = ()  # () each: powers of two by which the sums are divided
 
     def vector(self) -> Tensor:
         """Return the vector (P,), computed in plain torch."""
         # most often there is one summand, of which a view is enough
         pieces = [piece[0] if len(piece) == 1 else piece.sum(0) for piece in self.pieces]
         vector = pieces[0].flatten() if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
-        for factor in self.factors:
-            vector = vector / factor
+        for divisor in self.divisors:
+            vector = vector / divisor
         return vector
 
 
@@ -112,17 +112,17 @@ class BatchImages(NamedTuple):
 
     x: Tensor  # (n, C, H, W), float32 or float64; contiguous, or channels_last without `parameters`
     padding: int  # of the convolution
-    rows: Tensor | None = None  # (B,) int64, of `x`; None for all
-    parameters: Tensor | None = None  # (B, 13), of `colour_warp_mask`; None for rows that are not augmented
+    indices: Tensor | None = None  # (B,) int64, into `x`; None for all
+    warp: Tensor | None = None  # (B, 13), the parameters of `colour_warp_mask`; None for images that are not augmented
 
 
 class BatchGradient(NamedTuple):
     """The gradient of the augmented images of a batch, to be added to the gradient of all images."""
 
     out: Tensor  # (n, C, H, W), contiguous: the gradient of all images
-    rows: Tensor  # (B,) int64: the images of the batch
+    indices: Tensor  # (B,) int64: the images of the batch
     y_bar: Tensor  # (B, C, H, W), contiguous: the gradient of the augmented images
-    parameters: Tensor | None  # (B, 13), of `colour_warp_mask`; None without augmentation
+    warp: Tensor | None  # (B, 13), the parameters of `colour_warp_mask`; None without augmentation
 
 
 class PackedWeight(NamedTuple):
@@ -143,13 +143,13 @@ def weight_of(weight: Weight) -> Tensor:
 
 
 class PackedParameters(NamedTuple):
-    """The packed weights of a step, of its parameters and of their direction."""
+    """The result of `pack_parameters`: the packed weights of a step's parameters and of their direction."""
 
-    weights: tuple[Weight, ...]  # of the layers in `places`
-    weights_dot: tuple[Weight, ...]  # of the direction; empty without one
+    weights: tuple[Weight, ...]  # of the layers at `places`
+    weights_dot: tuple[Weight, ...]  # the same of the direction; empty without one
     direction: Tensor | None  # (P,): the direction times `scale`
     scale: Tensor | None  # (): a power of two; None for 1
-    patches: Patches | None = None  # of the `batch`, if one was given
+    patches: Patches | None = None  # of the images in `batch`; None without them
 
 
 class WeightBytes(NamedTuple):

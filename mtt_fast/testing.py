@@ -120,7 +120,7 @@ def truncated(
 
     The last adjoint stands for that of every step. The second loop records one step at a time. The image gradient is
     that of the formula: the public code returns half of it, since that code doubles a tuple in place of its only member.
-    `labels` are class indices or probabilities; `lr` is a scalar, or one a step. The rest is as in `whole_graph`.
+    `labels` are class indices or probabilities; `lr` is a scalar, or has one rate for each step. The rest is as in `whole_graph`.
     """
 
     def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, f
 
 
 def added_up(operation: str, results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the results of an operation of `mtt_fast.kernels`, with summands of gradients to parameters added up.
+    """Return the results of an operation of `mtt_fast.kernels`, with summands of the parameters' gradients added up.
 
     How many there are is the back end's choice, so only their sums can be compared.
     """

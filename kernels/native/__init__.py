@@ -20,7 +20,7 @@ from .conv import (
     conv3x3_tangent,
     conv3x3_weight_gradient,
 )
-from .conv import work_bytes as work_bytes
+from .conv import workspace_bytes as workspace_bytes
 from .extension import LOADED
 from .extension import release_memory as release_memory
 from .flat import adjoint_step, sgd_step, squared_distance

@@ -9,7 +9,7 @@ from ..types import LabelKind, in_format_of
 from .extension import extension
 
 # The products of the classifier are torch's: at a student's shapes its library comes close to the processor's peak.
-# Between the products lies one pass over the logits, which become the gradients to them. Planes of float16 and
+# Between the products lies one pass over the logits, which become their gradients. Planes of float16 and
 # bfloat16, and the scale that float16 needs, are left to the reference.
 
 

@@ -105,7 +105,7 @@ def conv3x3_dual_weight_gradient(
     return weight_bar_dot[None]
 
 
-def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype) -> int:
-    """See `mtt_fast.kernels.work_bytes`."""
+def workspace_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype) -> int:
+    """See `mtt_fast.kernels.workspace_bytes`."""
     of_dtype = {torch.float32: extension().step_work_float32, torch.float64: extension().step_work_float64}[dtype]
     return int(of_dtype(batch, [tuple(layer) for layer in layers], _FEW_CHANNELS, torch.get_num_threads()))

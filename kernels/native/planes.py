@@ -18,7 +18,7 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def output_buffer(y: Tensor, reuse: bool) -> Tensor:
-    """Return memory for the gradient to `y`: with `reuse` that of `y`, if it is channels_last, and else new memory.
+    """Return memory for the gradient of `y`: with `reuse` that of `y`, if it is channels_last, and else new memory.
 
     Kernels may write over `y`: they read a pixel for the last time before they write its gradient.
     """

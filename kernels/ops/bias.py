@@ -36,7 +36,7 @@ def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Convolved, *, reuse:
 
 
 def bias_relu_pool_dual(y: Convolved, y_dot: Convolved, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
-    """Return p and its derivative ṗ in the direction (`y_dot`, `beta_dot`). Shapes, formats, errors: `bias_relu_pool`."""
+    """Return p and its derivative ṗ in the direction (`y_dot`, `beta_dot`). All else is as in `bias_relu_pool`."""
     y, y_dot = add_planes(y, y_dot)
     check_planes("bias_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, {"beta": beta, "beta_dot": beta_dot})
     p, p_dot = dispatch.implementation_of("bias_relu_pool_dual", y)(y, y_dot, beta, beta_dot)
@@ -46,11 +46,11 @@ def bias_relu_pool_dual(y: Convolved, y_dot: Convolved, beta: Tensor, beta_dot: 
 def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Convolved, p_bar_dot: Convolved, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient ȳ and its derivative ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇, the derivative of the gradient to β.
+    """Return the gradient ȳ and its derivative ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇, the derivative of β's gradient.
 
-    `p_bar` (B, C, H//2, W//2) is the gradient to p and `p_bar_dot` its derivative. ẏ and β̇ have no effect, since the
+    `p_bar` (B, C, H//2, W//2) is the gradient of p and `p_bar_dot` its derivative. ẏ and β̇ have no effect, since the
     operation is linear between ReLU's kinks. With `reuse`, ȳ may be written over `y`.
-    Shapes, formats, errors: `bias_relu_pool`.
+    Shapes, formats and errors are those of `bias_relu_pool`.
     """
     p_bar, p_bar_dot = add_planes(p_bar, p_bar_dot)
     pooled = {"p_bar": p_bar, "p_bar_dot": p_bar_dot}

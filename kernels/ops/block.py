@@ -49,7 +49,7 @@ def conv_norm_relu_pool(
     """
     op = "conv_norm_relu_pool"
     _check(op, patches, {"weight": weight}, affine._asdict(), {})
-    p, folded = _implementation(op, patches, weight, precision)(patches, weight, affine, eps)
+    p, folded = _implementation(op, weight, precision)(patches, weight, affine, eps)
     return p, folded
 
 
@@ -65,11 +65,12 @@ def conv_norm_relu_pool_backward(
     """Return summands of the gradients W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K), given the gradient `p_bar`.
 
     `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and may be partial sums (`PartialPlanes`), which are
-    added up. `folded` is the result of `conv_norm_relu_pool` for the same arguments. Errors: `conv_norm_relu_pool`.
+    added up. `folded` is the result of `conv_norm_relu_pool` for the same arguments. Errors are those of
+    `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
-    implementation = _implementation(op, patches, weight, precision)
+    implementation = _implementation(op, weight, precision)
     weight_bar, gamma_bar, beta_bar = implementation(patches, weight, affine, p_bar, folded, eps)
     return weight_bar, gamma_bar, beta_bar
 
@@ -85,11 +86,11 @@ def conv_norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, Folded | None]:
     """Return p and its derivative ṗ (B, K, H'//2, W'//2), and the folded norm that the backward takes.
 
-    Shapes, errors: `conv_norm_relu_pool`.
+    Shapes and errors are those of `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_dual"
     _check(op, patches, {"weight": weight, "weight_dot": weight_dot}, with_dots(affine, affine_dot), {})
-    implementation = _implementation(op, patches, weight, precision)
+    implementation = _implementation(op, weight, precision)
     p, p_dot, folded = implementation(patches, weight, weight_dot, affine, affine_dot, eps)
     return p, p_dot, folded
 
@@ -110,8 +111,8 @@ def conv_norm_relu_pool_dual_backward(
     """Return the derivatives of the gradients: x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K).
 
     All have the parameters' dtype. Only x̄̇ is divided by the `divisors`, at most two scalars () of that dtype, one after
-    the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot`, errors:
-    `conv_norm_relu_pool_backward`.
+    the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot` and errors
+    are those of `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
@@ -119,7 +120,7 @@ def conv_norm_relu_pool_dual_backward(
     if len(divisors) > 2:
         raise ValueError(f"{op}: expected at most two divisors, found {len(divisors)}")
     check_tensors(op, weight, {f"divisor {number}": each for number, each in enumerate(divisors, 1)}, ())
-    implementation = _implementation(op, patches, weight, precision)
+    implementation = _implementation(op, weight, precision)
     directions = (weight, weight_dot, affine, affine_dot)
     x_bar_dot, *parameters = implementation(patches, *directions, p_bar, p_bar_dot, folded, eps, divisors=divisors)
     weight_bar_dot, gamma_bar_dot, beta_bar_dot = parameters
@@ -143,5 +144,5 @@ def _check(
         check_parts(op, name, each)
 
 
-def _implementation(op: str, patches: Patches, weight: Tensor, precision: Precision) -> dispatch.Implementation:
+def _implementation(op: str, weight: Tensor, precision: Precision) -> dispatch.Implementation:
     return dispatch.block_implementation_of(op, weight.shape[1], len(weight), weight.device, precision)

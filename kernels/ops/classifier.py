@@ -46,13 +46,13 @@ def linear_cross_entropy_dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the loss's derivative () in the direction of the dots, p̄, p̄̇, Ā̇, c̄̇, the labels' derivative, and `scale`.
 
-    p̄ is the gradient to `p`, and p̄̇, Ā̇, c̄̇ are the derivatives of the gradients. The labels' derivative (B, K) is
-    that of the gradient to them, and None for indices.
+    p̄ is the gradient of `p`, and p̄̇, Ā̇, c̄̇ are the derivatives of the gradients. The labels' derivative (B, K) is
+    that of their gradient, and None for indices.
 
     `scale` is the factor of p̄, p̄̇, Ā̇ and c̄̇ for float16 planes. If it is given, because an earlier p̄ has it, it is kept; else
     it is the power of two that suits p̄ and p̄̇ together. `direction_scale` (), None for 1, is a power of two that the dots
     were multiplied with. The derivatives of the loss and of the labels' gradient are divided by it; the others keep it.
-    Shapes, errors: `linear_cross_entropy`.
+    Shapes and errors are those of `linear_cross_entropy`.
     """
     scales = {"scale": scale, "direction_scale": direction_scale}
     weights, biases = [weight, weight_dot], [bias, bias_dot]

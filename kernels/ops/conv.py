@@ -43,14 +43,14 @@ def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp3
 
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Convolved:
-    """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
+    """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient of the result of `conv3x3`, in its memory format."""
     check_convolution("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
     x_bar: Convolved = dispatch.implementation_of("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
     return x_bar
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
-    """Return summands (S, K, C, 3, 3) of W̄ = ȳ ⋆ x from `y_bar`, the gradient to the result of `conv3x3`.
+    """Return summands (S, K, C, 3, 3) of W̄ = ȳ ⋆ x from `y_bar`, the gradient of the result of `conv3x3`.
 
     `add_up` sums them over S, together with the summands of all other parameters' gradients.
     """
@@ -69,7 +69,7 @@ def conv3x3_dual(
 ) -> tuple[Convolved, Convolved]:
     """Return y = W∗x and its derivative ẏ = Ẇ∗x + W∗ẋ. `x_dot` None stands for zero (images).
 
-    Shapes, formats, errors: `conv3x3`.
+    Shapes, formats and errors are those of `conv3x3`.
     """
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_convolution("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
@@ -137,7 +137,7 @@ def conv3x3_dual_weight_gradient(
     padding: int,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Return summands (S, K, C, 3, 3) of W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ. `x_dot` None stands for zero. Errors: `conv3x3`."""
+    """Return summands (S, K, C, 3, 3) of W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ. `x_dot` None stands for zero."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_correlation("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
     implementation = dispatch.implementation_of("conv3x3_dual_weight_gradient", x, precision)

@@ -20,7 +20,7 @@ from ..types import BatchGradient, BatchImages, PackedParameters, PartialSums, P
 
 
 def add_up(sums: PartialSums) -> Tensor:
-    """Return the vector (P,) of partial sums, divided by their factors.
+    """Return the vector (P,) of partial sums, divided by their `divisors`.
 
     The pieces (S, …) are of one floating dtype and device. Each summand is contiguous, or, of weights (S, K, C, 3, 3),
     channels_last. Raises `ValueError` for anything else.
@@ -76,7 +76,7 @@ def adjoint_step(
     check_vectors("adjoint_step", vectors, {"scale": scale})
     if batch is not None:
         check_batch_gradient("adjoint_step", batch, scale)
-        batch = batch._replace(rows=batch.rows.contiguous())
+        batch = batch._replace(indices=batch.indices.contiguous())
     arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay, batch)
     return dispatch.implementation_of("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
 
@@ -141,7 +141,7 @@ def pack_parameters(
     if batch is not None:
         check_batch_images("pack_parameters", batch)
         check_tensors("pack_parameters", theta, {"x": batch.x}, batch.x.shape, like_format=batch.x)
-        batch = batch if batch.rows is None else batch._replace(rows=batch.rows.contiguous())
+        batch = batch if batch.indices is None else batch._replace(indices=batch.indices.contiguous())
     implementation = dispatch.implementation_of("pack_parameters", theta, precision)
     packed: PackedParameters = implementation(theta, direction, places, largest=largest, batch=batch)
     return packed

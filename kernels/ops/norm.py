@@ -45,7 +45,7 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, PlaneStats]:
     """Return p, its derivative ṗ in the direction (`y_dot`, `affine_dot`), and the statistics for the backward.
 
-    `y` and `y_dot` may be partial sums. Shapes, formats, errors: `norm_relu_pool`.
+    `y` and `y_dot` may be partial sums. Shapes, formats and errors are those of `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual"
     check_planes(op, planes_of(y), {"y": y, "y_dot": y_dot}, with_dots(affine, affine_dot))
@@ -69,7 +69,7 @@ def norm_relu_pool_dual_backward(
 
     The arguments are those of `norm_relu_pool_dual`, the statistics that it returned, and the gradient `p_bar`
     (B, C, H//2, W//2) with its derivative `p_bar_dot`, which may be partial sums. With `reuse`, ȳ and ȳ̇ may be written over
-    `y` and `y_dot`. Shapes, formats, errors: `norm_relu_pool`.
+    `y` and `y_dot`. Shapes, formats and errors are those of `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual_backward"
     check_planes(

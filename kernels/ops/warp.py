@@ -31,9 +31,9 @@ def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
-    """Return x̄ = Aᵀ ȳ (B, C, H, W), the gradient to the images from `y_bar`, that to the result of `colour_warp_mask`.
+    """Return x̄ = Aᵀ ȳ (B, C, H, W), the gradient of the images, from `y_bar`, that of the result of `colour_warp_mask`.
 
-    Shapes, dtypes, errors: `colour_warp_mask`. On a GPU each pixel of x̄ searches the pixels of ȳ that may
+    Shapes, dtypes and errors are those of `colour_warp_mask`. On a GPU each pixel of x̄ searches the pixels of ȳ that may
     have read it: at most ⌈2r⌉², with r the largest sum of magnitudes in a row of the inverse warp. That is 3 × 3 for
     rotations of square images by at most 15 degrees, and for scales of at least 1/1.2.
     """

@@ -100,7 +100,7 @@ def pack_parameters(
     weights_dot = () if direction is None else weights_at(direction, places)
     patches = None
     if batch is not None:
-        patches = image_patches(batch.x, batch.padding, precision, batch.rows, batch.parameters)
+        patches = image_patches(batch.x, batch.padding, precision, batch.indices, batch.warp)
     return PackedParameters(weights_at(theta, places), weights_dot, direction, scale, patches)
 
 

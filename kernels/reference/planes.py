@@ -15,7 +15,7 @@ def pool(z: Tensor, y: Tensor) -> Tensor:
 
 
 def unpool(p_bar: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient to planes like `y` from `p_bar`, that to their 2×2 means (B, C, H//2, W//2).
+    """Return the gradient of planes like `y`, from `p_bar`, that of their 2×2 means (B, C, H//2, W//2).
 
     An odd last row or column, which no mean has in it, gets zeros.
     """

@@ -126,12 +126,12 @@ def weight_bytes(
     return dispatch.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
 
 
-def work_bytes(
+def workspace_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> int:
-    """See `mtt_fast.kernels.work_bytes`. Raises `ImportError` where Triton is missing."""
+    """See `mtt_fast.kernels.workspace_bytes`. Raises `ImportError` where Triton is missing."""
     dispatch = importlib.import_module(".dispatch", __package__)
-    return dispatch.work_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
+    return dispatch.workspace_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
 
 
 def compile_ahead(call: Callable[[], object]) -> None:

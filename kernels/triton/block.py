@@ -96,11 +96,11 @@ class Gathering(NamedTuple):
 
 def gathering_of(batch: BatchImages, precision: Precision) -> Gathering:
     """Return the launch that makes the patches of a batch. Raises `ValueError` for more channels than a patch has terms for."""
-    x, padding, index, parameters = batch
+    x, padding, indices, warp = batch
     channels, height, width = x.shape[1:]
     if not has_image_block(channels, None):
         raise ValueError(f"expected images of fewer channels, found {channels}; use mtt_fast.kernels.image_patches")
-    samples = len(x) if index is None else len(index)
+    samples = len(x) if indices is None else len(indices)
     padded = (height + 2 * padding, width + 2 * padding)
     terms = _patch_terms(channels)
     if terms * padded[0] * padded[1] >= OFFSETS:
@@ -124,7 +124,7 @@ def gathering_of(batch: BatchImages, precision: Precision) -> Gathering:
         BLOCK_M=row.pop("BLOCK_M"),
         ELEMENTS=row.pop("ELEMENTS"),
     )
-    arguments = (x, index, parameters, images, gram, parts, tiles)
+    arguments = (x, indices, warp, images, gram, parts, tiles)
     return Gathering(Patches(images, gram, padding), samples * parts, arguments, sizes, row)
 
 
@@ -266,7 +266,7 @@ def _parameter_gradients(
     sums: Tensor,
     sums_dot: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Return the gradients to weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
+    """Return the gradients of the weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
 
     In a direction, return the derivatives of these gradients, and M as a summand (B, blocks, TERMS, TERMS) for each block of
     filters.

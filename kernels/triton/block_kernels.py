@@ -221,7 +221,7 @@ def finish(
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store the gradients to the parameters. In a direction, store the derivatives of these, and M."""
+    """Store the gradients of the parameters. In a direction, store the derivatives of these, and M."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
     program = tl.program_id(0)

@@ -58,7 +58,7 @@ def _launch(
     scale: Tensor | None,
     direction_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the loss, p̄, p̄̇, Ā, c̄, the derivative of the gradient to the labels, and the scale.
+    """Return the loss, p̄, p̄̇, Ā, c̄, the derivative of the labels' gradient, and the scale.
 
     With a `p_dot`, the first, fourth and fifth are the derivatives of the loss, Ā and c̄. Without it, p̄̇ and the derivative
     for the labels are None. For indices, the derivative for the labels is always None.

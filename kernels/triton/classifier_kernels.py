@@ -2,7 +2,7 @@
 
 `score` computes tiles of logits. For each row of a tile it also stores the six numbers that a softmax needs (softmax.py).
 `differentiate` computes tiles of the gradients. It combines the six numbers over the tiles of a row, and recomputes the
-gradient to a logit wherever it needs one. `measure` computes the largest gradient to float16 features.
+gradient of a logit wherever it needs one. `measure` computes the largest gradient of float16 features.
 
 Planes are (B, PIXELS, CHANNELS) in memory. Contiguous planes are passed as one channel with all features as pixels. Column
 c · PIXELS + pixel of the weights belongs to channel c at that pixel: features have the order of a contiguous sample.
@@ -114,10 +114,10 @@ def differentiate(
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Store COLUMNS × BLOCK_D gradients to weights, summed over all samples, or BLOCK_B × BLOCK_D gradients to features.
+    """Store COLUMNS × BLOCK_D gradients of weights, summed over all samples, or BLOCK_B × BLOCK_D gradients of features.
 
-    The first WEIGHT_PROGRAMS programs compute the gradients to weights and biases and the loss. The others sum the gradients
-    to features over all classes, and in a direction store the derivative of the gradient to labels too.
+    The first WEIGHT_PROGRAMS programs compute the gradients of weights and biases and the loss. The others sum the gradients
+    of features over all classes, and in a direction store the derivative of the labels' gradient too.
     """
     ACC: tl.constexpr = z.dtype.element_ty
     WIDTH: tl.constexpr = CHANNELS * PIXELS
@@ -179,7 +179,7 @@ def measure(
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features and in their derivatives."""
+    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients of features and in their derivatives."""
     ACC: tl.constexpr = z.dtype.element_ty
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     feature = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -293,7 +293,7 @@ def _largest_feature_gradient(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the bits of the largest magnitude in the rows' gradients to features and in their derivatives.
+    """Return the bits of the largest magnitude in the rows' gradients of features and in their derivatives.
 
     A thread adds up the classes of its own features, one after the other. A sum across threads would make all of them wait.
     """
@@ -345,7 +345,7 @@ def _sum_over_samples(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the gradients to weights (COLUMNS, BLOCK_D) and to biases (1, COLUMNS), and the loss.
+    """Return the gradients of weights (COLUMNS, BLOCK_D) and of biases (1, COLUMNS), and the loss.
 
     In a direction, return the derivatives of these three.
     """
@@ -381,7 +381,7 @@ def _sum_over_classes(
     partials: tl.tensor,
     labels_bar_dot: tl.tensor,
     divisor: tl.tensor,
-    first: tl.tensor,  # whether to store the derivatives of the gradients to labels
+    first: tl.tensor,  # whether to store the derivatives of the labels' gradients
     row: tl.tensor,  # (BLOCK_B, 1)
     feature: tl.tensor,  # (1, BLOCK_D)
     feature_mask: tl.tensor,
@@ -396,9 +396,9 @@ def _sum_over_classes(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the gradients to features (BLOCK_B, BLOCK_D) and, in a direction, their derivatives, else zeros.
+    """Return the gradients of features (BLOCK_B, BLOCK_D) and, in a direction, their derivatives, else zeros.
 
-    Where `first` is set, also store the derivatives of the gradients to labels, divided by `divisor`.
+    Where `first` is set, also store the derivatives of the labels' gradients, divided by `divisor`.
     """
     softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, PADDED_BLOCKS, ACC)
     to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)

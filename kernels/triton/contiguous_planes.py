@@ -103,7 +103,7 @@ def empty_stat(y: Tensor) -> Tensor:
 
 
 def output_buffer(y: Tensor, reuse: bool) -> Tensor:
-    """Return memory for the gradient to `y`: with `reuse` that of `y`, else new memory.
+    """Return memory for the gradient of `y`: with `reuse` that of `y`, else new memory.
 
     Reuse is safe, since a program reads a window for the last time before it writes there.
     """

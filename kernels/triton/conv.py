@@ -23,8 +23,8 @@ Correlate = Callable[..., Tensor]
 
 def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Convolve = convolve) -> Convolved:
     """See `mtt_fast.kernels.conv3x3`."""
-    y, (factors,) = empty_output(x, weight, padding), straight((weight,), x, precision)
-    operands = (x, None, factors, factors, None, y)  # y = W∗x is computed as ẏ in the direction of W
+    y, (packed,) = empty_output(x, weight, padding), straight((weight,), x, precision)
+    operands = (x, None, packed, packed, None, y)  # y = W∗x is computed as ẏ in the direction of W
     return convolve("conv3x3", *operands, padding, precision)[1]
 
 
@@ -32,8 +32,8 @@ def conv3x3_input_gradient(
     y_bar: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Convolve = convolve
 ) -> Convolved:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
-    x_bar, (factors,) = empty_input(y_bar, weight, padding), rotated((weight,), y_bar, precision)
-    operands = (y_bar, None, factors, factors, None, x_bar)
+    x_bar, (packed,) = empty_input(y_bar, weight, padding), rotated((weight,), y_bar, precision)
+    operands = (y_bar, None, packed, packed, None, x_bar)
     return convolve("conv3x3_input_gradient", *operands, 2 - padding, precision)[1]
 
 
@@ -140,6 +140,6 @@ def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -
 
 
 def empty_input(y_bar: Tensor, weight: Weight, padding: int) -> Tensor:
-    """Allocate x̄, the gradient to a convolution's input, in the format of `y_bar`, the gradient to its result."""
+    """Allocate x̄, the gradient of a convolution's input, in the format of `y_bar`, the gradient of its result."""
     planes, (_, channels, *_) = Planes.from_tensors(y_bar), weight_of(weight).shape
     return planes.empty(y_bar, channels, planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)

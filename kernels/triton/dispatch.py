@@ -21,7 +21,7 @@ from .tma_descriptors import fits
 BACKENDS: dict[str, ModuleType] = {"triton": conv, "tma": tma, "cudnn": cudnn}
 
 _CUDNN_PLANES = 5
-"""Work space of cuDNN in full precision, as a multiple of the larger of a convolution's input and output.
+"""Workspace of cuDNN in full precision, as a multiple of the larger of a convolution's input and output.
 
 On an H200 a step on 100 × 3 × 32² images took 246 MiB more than its tensors in fp32, which is 4.7 times its largest planes.
 With tf32 it took no more than its tensors.
@@ -69,10 +69,10 @@ def weight_bytes(
     return layer_bytes
 
 
-def work_bytes(
+def workspace_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> int:
-    """See `mtt_fast.kernels.work_bytes`."""
+    """See `mtt_fast.kernels.workspace_bytes`."""
     x, most = torch.empty(0, dtype=dtype, device=device), 0
     for layer in layers if effective_precision(dtype, precision) in ("fp32", "fp64") else ():
         inputs, outputs = _planes_of_layer(batch, layer)

@@ -22,7 +22,7 @@ from .warp import padded_batch, pixel_blocks, transpose_add
 
 @triton.jit
 def _sum_piece(
-    source: tl.tensor, factors: tl.tuple, PIECE: tl.constexpr, ACC: tl.constexpr
+    source: tl.tensor, divisors: tl.tuple, PIECE: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return offsets in the vector (TAP_BLOCK, COLUMNS), their mask, and the sums: one program's tile of PIECE, a `_Piece`.
 
@@ -44,8 +44,8 @@ def _sum_piece(
         total += tl.load(source + element, mask[None, :, :] & (start + row < PIECE.summands), 0).to(ACC)
         source += ROWS * PIECE.stride
     numbers = tl.sum(total, 0)
-    for factor in tl.static_range(len(factors)):
-        numbers /= tl.load(factors[factor]).to(ACC)
+    for number in tl.static_range(len(divisors)):
+        numbers /= tl.load(divisors[number]).to(ACC)
     return PIECE.begin + (group * PIECE.channels + channel) * PIECE.taps + tap, mask, numbers
 
 
@@ -56,11 +56,11 @@ def _owns_piece(PIECE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
+def _add_up(out: tl.tensor, pieces: tl.tuple, divisors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
     """Store the vector of the pieces' sums in `out`."""
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(item(PIECES, piece)):
-            offsets, mask, total = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
+            offsets, mask, total = _sum_piece(pieces[piece], divisors, item(PIECES, piece), ACC)
             tl.store(out + offsets, total, mask)
 
 
@@ -69,7 +69,7 @@ def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.cons
 def _sgd_step(
     theta: tl.tensor,
     pieces: tl.tuple,  # pointers to the first summand of each piece
-    factors: tl.tuple,  # pointers to scalars that divide the sums
+    divisors: tl.tuple,  # pointers to scalars that divide the sums
     rate: tl.tensor,
     out: tl.tensor,
     velocity: tl.tensor,  # or None
@@ -85,7 +85,7 @@ def _sgd_step(
     """
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(item(PIECES, piece)):
-            offsets, mask, gradient = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
+            offsets, mask, gradient = _sum_piece(pieces[piece], divisors, item(PIECES, piece), ACC)
             value = tl.load(theta + offsets, mask, 0).to(ACC)
             update = gradient + WEIGHT_DECAY * value
             if velocity is not None:
@@ -100,7 +100,7 @@ def _sgd_step(
 def _adjoint_step(
     adjoint: tl.tensor,
     pieces: tl.tuple,  # pointers to the first summand of each piece
-    factors: tl.tuple,  # pointers to scalars that divide the sums
+    divisors: tl.tuple,  # pointers to scalars that divide the sums
     direction: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,
@@ -137,7 +137,7 @@ def _adjoint_step(
             )
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(item(PIECES, piece)):
-            offsets, mask, curvature = _sum_piece(pieces[piece], factors, item(PIECES, piece), ACC)
+            offsets, mask, curvature = _sum_piece(pieces[piece], divisors, item(PIECES, piece), ACC)
             if WEIGHT_DECAY != 0:
                 curvature += WEIGHT_DECAY * tl.load(direction + offsets, mask, 0).to(ACC)
             result = tl.load(adjoint + offsets, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
@@ -281,7 +281,7 @@ def _launch_step(
 ) -> None:
     """Launch `kernel` with one program for each tile of SIZE summands of each piece of `gradient`, after `first_program` others.
 
-    The kernel's arguments are `first`, the pieces and factors of the gradient, and `rest`.
+    The kernel's arguments are `first`, the pieces and divisors of the gradient, and `rest`.
     """
     sums = PartialSums((gradient[None],)) if isinstance(gradient, Tensor) else gradient
     pieces, begin, programs = [], 0, first_program
@@ -290,7 +290,7 @@ def _launch_step(
         begin += piece.shape[1:].numel()
         programs = pieces[-1].end
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
-    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=tuple(pieces), ACC=acc, **constants)
+    launch(kernel, programs, first, sums.pieces, sums.divisors, *rest, PIECES=tuple(pieces), ACC=acc, **constants)
 
 
 class _Images(NamedTuple):

@@ -211,12 +211,12 @@ def convolve(
     The weights are those of weights.py, (CO, 3, 3, CI). The configuration of `operation` sets the tile.
     """
     inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_dot, y)
-    row = tile_of(operation, inputs, outputs, precision, x)
+    tile = tile_of(operation, inputs, outputs, precision, x)
     x, x_dot = _factors(precision, x, x_dot)
-    tiles = triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
+    tiles = triton.cdiv(outputs.height * outputs.width, tile["BLOCK_M"])
     launch(
         _convolve,
-        outputs.samples * tiles * triton.cdiv(outputs.channels, row["BLOCK_N"]),
+        outputs.samples * tiles * triton.cdiv(outputs.channels, tile["BLOCK_N"]),
         *(x, x_dot, weight, weight_dot, y, y_dot),
         CI=inputs.channels,
         CO=outputs.channels,
@@ -228,7 +228,7 @@ def convolve(
         CHANNELS_LAST=inputs.channels_last,
         PRECISION=effective_precision(x.dtype, precision),
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
-        **row,
+        **tile,
     )
     return y, y_dot
 
@@ -247,7 +247,7 @@ def correlate(
     Without `x_dot`, W̄̇ = ȳ̇ ⋆ x. The configuration of `operation` sets the tile and S.
     """
     inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
-    row, programs, tiles, tiles_per_part = _split(operation, inputs, outputs, precision, x)
+    tile, programs, tiles, tiles_per_part = _split(operation, inputs, outputs, precision, x)
     channels, count = inputs.channels, triton.cdiv(tiles, tiles_per_part)
     x, x_dot, y_bar, y_bar_dot = _factors(precision, x, x_dot, y_bar, y_bar_dot)
     parts = torch.empty((count, outputs.channels, 3, 3, channels), dtype=accumulator(x.dtype), device=x.device)
@@ -265,7 +265,7 @@ def correlate(
         X_CHANNELS_LAST=inputs.channels_last,
         Y_CHANNELS_LAST=outputs.channels_last,
         PRECISION=effective_precision(x.dtype, precision),
-        **row,
+        **tile,
     )
     return parts.permute(0, 1, 4, 2, 3)
 
@@ -281,14 +281,14 @@ def _split(
     operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor
 ) -> tuple[Configuration, int, int, int]:
     """Return the tile, the programs for each part, the tiles of pixels in all parts, and the tiles in one part."""
-    row = tile_of(operation, inputs, outputs, precision, x)
-    target = row.pop("PROGRAMS")
-    row["BLOCK_K"] = min(row["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
-    tiles = outputs.samples * triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
-    channels, terms = inputs.channels, row["BLOCK_K"]
+    tile = tile_of(operation, inputs, outputs, precision, x)
+    target = tile.pop("PROGRAMS")
+    tile["BLOCK_K"] = min(tile["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
+    tiles = outputs.samples * triton.cdiv(outputs.height * outputs.width, tile["BLOCK_M"])
+    channels, terms = inputs.channels, tile["BLOCK_K"]
     steps = triton.cdiv(9 * channels, terms) if channels < terms else 9 * triton.cdiv(channels, terms)
-    programs = steps * triton.cdiv(outputs.channels, row["BLOCK_N"])
-    return row, programs, tiles, triton.cdiv(tiles, max(1, min(tiles, target // programs)))
+    programs = steps * triton.cdiv(outputs.channels, tile["BLOCK_N"])
+    return tile, programs, tiles, triton.cdiv(tiles, max(1, min(tiles, target // programs)))
 
 
 def _factors(precision: Precision, *planes: Tensor | None) -> list[Any]:
@@ -321,7 +321,7 @@ def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str,
 def tile_of(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> Configuration:
     """Return the configuration of `operation`, with BLOCK_M limited to the pixels of a plane, and BLOCK_N to the channels."""
     classes = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
-    row = dict(configuration(operation, classes[0], architecture(x.device), *classes[1:]))
-    row["BLOCK_M"] = min(row["BLOCK_M"], max(16, triton.next_power_of_2(outputs.height * outputs.width)))
-    row["BLOCK_N"] = min(row["BLOCK_N"], max(16, triton.next_power_of_2(outputs.channels)))
-    return row
+    tile = dict(configuration(operation, classes[0], architecture(x.device), *classes[1:]))
+    tile["BLOCK_M"] = min(tile["BLOCK_M"], max(16, triton.next_power_of_2(outputs.height * outputs.width)))
+    tile["BLOCK_N"] = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(outputs.channels)))
+    return tile

@@ -1,4 +1,4 @@
-"""Normalise, scale, take ReLU and average-pool 2×2, and compute the derivatives that the mixed step needs.
+"""Normalise, scale, take ReLU and average-pool 2×2, with derivatives.
 
 For channels_last planes, this module calls the kernels of norm_three_passes.py if the planes are large, and those of
 norm_single_pass.py if one tile holds a plane. The kernels here are for contiguous planes. A program loops over the planes of its

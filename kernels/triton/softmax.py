@@ -1,4 +1,4 @@
-"""Compute a softmax and the gradients to logits from blocks of classes, for the kernels of the classifier.
+"""Compute a softmax and the gradients of logits from blocks of classes, for the kernels of the classifier.
 
 A row is cut into blocks of classes. `softmax_parts` returns six numbers of a block, and `combine` combines those of a row's
 blocks to all that its softmax and its loss need.
@@ -122,10 +122,9 @@ def cotangents(
     mask: tl.tensor,
     softmax: tl.tuple,
     batch: tl.tensor,
-    DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return ō, the gradient to the logits, ō̇, its derivative, and the derivative of the gradient to the labels.
+    """Return ō, the gradient of the logits, ō̇, its derivative, and the derivative of the labels' gradient.
 
     Each is (rows, columns). ō and ō̇ are 0 where `mask` is false. `softmax` is what `combine` returned for the rows.
     """
@@ -161,6 +160,4 @@ def load_cotangents(
     logits_dot = logits
     if z_dot is not None:
         logits_dot = tl.load(z_dot + offsets, mask, 0)
-    return cotangents(  # type: ignore[no-any-return]
-        logits, logits_dot, targets, mask, softmax, batch, z_dot is not None, KIND
-    )
+    return cotangents(logits, logits_dot, targets, mask, softmax, batch, KIND)  # type: ignore[no-any-return]

@@ -82,14 +82,14 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
             counters.pop(name, None)
         progress = Progress(**counters)
         for name, tensor in _tensors(learned).items():
-            _check_form(name, saved[name], tensor)
+            _check_like(name, saved[name], tensor)
             tensor.resize_(saved[name].shape).copy_(saved[name])
         parameters = [parameter for group in learned.optimiser.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, value in saved.items():
             if name.startswith(_OPTIMISER):
                 index, key = name.removeprefix(_OPTIMISER).split(".")
-                _check_form(name, value, torch.tensor(0.0) if key == "step" else parameters[int(index)])
+                _check_like(name, value, torch.tensor(0.0) if key == "step" else parameters[int(index)])
                 state[int(index)][key] = value.clone()
         groups = learned.optimiser.state_dict()["param_groups"]
         learned.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
@@ -98,11 +98,11 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
     return progress
 
 
-def _check_form(name: str, saved: Tensor, now: Tensor) -> None:
+def _check_like(name: str, saved: Tensor, now: Tensor) -> None:
     """Raise `ValueError` unless `saved` has the dtype and the shape of the tensor `now`, whose length may grow if it is empty."""
     grows = now.shape == (0,) and saved.dim() == 1
     if saved.dtype != now.dtype or (saved.shape != now.shape and not grows):
-        raise ValueError(f"{name} of another form")
+        raise ValueError(f"{name} of another dtype or shape")
 
 
 def _tensors(learned: LearnedSet) -> dict[str, Tensor]:

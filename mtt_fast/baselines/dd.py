@@ -1,8 +1,8 @@
 """Learn images that lower the loss on real images after a few steps: Dataset Distillation (DD: Wang et al., 2018).
 
-Each iteration takes fresh networks (or always the same one) through all steps, and moves images and learning rates, one
-a step, by Adam. Options and defaults are those of the public code for random initialisations; the public code draws those
-by Xavier's rule, this one as the network does. The public code's 400 epochs, at CIFAR-10, are 19,600 iterations.
+Each iteration takes fresh networks (or always the same one) through all steps, and moves the images and the learning rate
+of each step by Adam. Options and defaults are those of the public code for random initialisations; the public code draws
+those by Xavier's rule, this one as the network does. The public code's 400 epochs, at CIFAR-10, are 19,600 iterations.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _learned_set(options: DcOptions, real: RealImages, network: Trainable, strat
         for label, indices in enumerate(members):
             inputs, targets = random_batch(real.train, indices, options.batch_real, generator)
             augment = siamese_augmentation(strategy, inputs, generator)
-            real_gradient = student.gradient(theta, augment(inputs), targets).theta
+            real_gradient = student.gradient(theta, augment(inputs), targets).gradient
             rows = slice(label * options.ipc, (label + 1) * options.ipc)
             distance_to = partial(DISTANCES[options.dis_metric], real=real_gradient, layout=network.layout)
             distance, images.grad[rows] = matching_gradient(
@@ -92,11 +92,14 @@ def matching_gradient(
     augment: Callable[[Tensor], Tensor],
     distance: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the `distance` () of the student's gradient at `theta` (P,) on augmented `images`, and its gradient to `images`."""
+    """Return the `distance` () of the student's gradient, and the gradient of this distance with respect to `images`.
+
+    The student's gradient is that at `theta` (P,) on the augmented `images`.
+    """
     own = images.detach().requires_grad_()
     augmented = augment(own)
     inputs = augmented.detach().contiguous()
-    gradient = student.gradient(theta, inputs, labels).theta.requires_grad_()
+    gradient = student.gradient(theta, inputs, labels).gradient.requires_grad_()
     value = distance(gradient)
     (direction,) = torch.autograd.grad(value, gradient)
     tangent = student.gradient_jvp(theta, inputs, labels, direction)

@@ -65,7 +65,7 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         logits = logits_after_steps(network, theta, images, soft, rate, [index], inputs, precision)
         loss = F.cross_entropy(logits, targets)
         (labels.grad,) = torch.autograd.grad(loss, soft)
-        theta.grad = student.gradient(theta, images[index], labels[index]).theta
+        theta.grad = student.gradient(theta, images[index], labels[index]).gradient
         optimiser.step()
         labels.clamp_(0, 1)
         labels.div_(labels.sum(dim=1, keepdim=True))

@@ -120,7 +120,7 @@ class TruncatedBptt:
         inputs, targets = random_batch(self._real.train, self._everything, self._options.batch_real, generator)
         inputs = self._augmented(inputs, self._augment_real, generator)
         at_end = self._student.gradient(end, inputs, targets)
-        (gradient,) = torch.autograd.grad(path[-1], pixels, at_end.theta)
+        (gradient,) = torch.autograd.grad(path[-1], pixels, at_end.gradient)
         self.images.grad = clipped(gradient, self._norm, self._options.clip_coef)
         self._optimiser.step()
         return RealLoss(at_end.loss, end, Images(inputs, targets))
@@ -136,7 +136,7 @@ class TruncatedBptt:
         for index in self._batches(steps, generator):
             inputs, targets = images.batch(upload(index, self._device))
             inputs = self._augmented(inputs, self._augment, generator)
-            theta.grad = self._student.gradient(theta, inputs, targets).theta
+            theta.grad = self._student.gradient(theta, inputs, targets).gradient
             lengths.append(torch.linalg.vector_norm(theta.grad))
             adam.step()
         return torch.stack(lengths)

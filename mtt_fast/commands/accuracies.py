@@ -59,7 +59,7 @@ def accuracy_in_words(line: Mapping[str, Any]) -> str:
     return f"{100 * line['accuracy_mean']:.2f} % ± {100 * line['accuracy_std']:.2f}{diverged}"
 
 
-def label_of(accuracy: Mapping[str, Any]) -> str:
+def remarks_on(accuracy: Mapping[str, Any]) -> str:
     """Return the remarks on an accuracy's record, as " (best epoch, 1 of 5 diverged)"; "" if there are none."""
     words = ["best epoch"] if accuracy.get("epoch") == "best" else []
     words += [f"{accuracy['diverged']} of {accuracy.get('n', '?')} diverged"] if accuracy.get("diverged") else []

@@ -120,7 +120,7 @@ def run_to_the_end(
     saved = time.monotonic()
     part: Part = "first_iteration"  # compiles kernels, and records the graph on CUDA
 
-    def keep() -> None:
+    def save_progress() -> None:
         with seconds_of("saving"):
             save(metrics.evaluations)
             save_seconds(run.folder, run.seconds)
@@ -132,7 +132,7 @@ def run_to_the_end(
     ):
         try:
             if progress.iteration == 0:
-                keep()  # with it the run knows its experts, whatever stops the first evaluation
+                save_progress()  # with it the run knows its experts, whatever stops the first evaluation
             while True:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
@@ -140,7 +140,7 @@ def run_to_the_end(
                         evaluate(stop)
                     with seconds_of("saving"):
                         draw_curves(run)
-                    keep()
+                    save_progress()
                 if progress.iteration >= options.Iteration:
                     break
                 start = time.monotonic()
@@ -152,12 +152,12 @@ def run_to_the_end(
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
                 if time.monotonic() - saved > options.save_seconds:
-                    keep()
+                    save_progress()
                     saved = time.monotonic()
             with seconds_of("saving"):
                 summarise(stop)
         except Stopped as stopped:
-            keep()  # in the block of `stop_request`, so that a terminal that ends does not cut it short
+            save_progress()  # in the block of `stop_request`, so that a terminal that ends does not cut it short
             raise Stopped(
                 f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
                 f"{run.program} --out {shlex.quote(str(run.folder))} --resume",

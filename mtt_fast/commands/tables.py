@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtt_fast.commands.accuracies import label_of
+from mtt_fast.commands.accuracies import remarks_on
 from mtt_fast.storage.files import atomic_path
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def marked_method(name: str, options: Mapping[str, Any]) -> str:
 def percent(accuracy: Mapping[str, Any] | None, digits: int = 1) -> str:
     """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
 
-    A single network has no deviation; `label_of` adds the best epoch and the networks that diverged.
+    A single network has no deviation; `remarks_on` adds the best epoch and the networks that diverged.
     """
     if accuracy is None:
         return MISSING
     spread = accuracy.get("std") if accuracy.get("n") != 1 else None
     values = [accuracy["mean"]] if spread is None else [accuracy["mean"], spread]
-    return " ± ".join(f"{100 * value:.{digits}f}" for value in values) + label_of(accuracy)
+    return " ± ".join(f"{100 * value:.{digits}f}" for value in values) + remarks_on(accuracy)

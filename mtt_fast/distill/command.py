@@ -54,7 +54,7 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, check_state_fits, initial_state, read_hardness
+from mtt_fast.distill.initial import check_same_scores, check_state_fits, initial_state, read_difficulty
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -121,7 +121,7 @@ def _run(
         data = options.load_data()
     network = options.network(data)
     check_fits(options, inventory_of(options, data), data, network, device, requested)
-    hardness = read_hardness(options, data) if options.pix_init == "window" else None
+    difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
     if precision is None:
         precision = precision_on(device, network, options.precision, iterations=True)
         numerics_text = describe_numerics(device, network, options.precision, iterations=True)
@@ -136,7 +136,7 @@ def _run(
             check_state_fits(folder, options, data, state)
             check_same_experts_so_far(options, state, inventory_of(options, data))
             check_same_cam_expert(options, data, state)
-            check_same_scores(options, hardness, state)
+            check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
             # the inventory is taken again here and after training, since other processes may write into the same folder
             experts = prepare_experts(options, inventory_of(options, data), real, network, requested)
@@ -159,7 +159,7 @@ def _run(
         if frequencies := frequencies_in_words(options, data):
             log.info("images: %s", frequencies)
         if state is None:
-            state = initial_state(options, real, network, experts, matched, hardness)
+            state = initial_state(options, real, network, experts, matched, difficulty)
             state.cam_digest = "" if cam is None else cam.digest
         else:
             log.info("continuing at iteration %d", state.iteration)
@@ -169,7 +169,7 @@ def _run(
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=matched, cam=cam, hardness=hardness, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
+            matched_experts=matched, cam=cam, difficulty=difficulty, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 

@@ -44,12 +44,12 @@ def with_frequencies(images: Tensor, kept: Tensor) -> Tensor:
     return _filtered(images, kept.double())
 
 
-def of_frequencies(state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
+def filter_frequencies(state: State, gradients: list[Tensor]) -> list[Tensor]:
     """Return `gradients` with that of the images filtered, so that SGD with it is SGD on the kept frequencies F.
 
-    Gradients that are not finite (None) are returned as they are, and so are all gradients where no frequencies are chosen.
+    Where no frequencies are chosen, all gradients are returned as they are.
     """
-    if state.frequencies is None or gradients is None:
+    if state.frequencies is None:
         return gradients
     of_images, *others = gradients
     # x = Bᵀ F, where the rows of B are orthogonal, so dL/dF = B dL/dx, and a step on F changes x by Bᵀ B dL/dx

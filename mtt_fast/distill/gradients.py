@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mtt_fast.distill.cam_network import weigh_gradients
-from mtt_fast.distill.frequencies import of_frequencies
+from mtt_fast.distill.frequencies import filter_frequencies
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_in_tf32
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, augmentation, step_indices
-from mtt_fast.distill.updates import of_distilled
+from mtt_fast.distill.updates import mask_real_images
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -172,12 +172,12 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
 
 
 def gradients_to_apply(run: DistillRun, state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
-    """Return the gradients by which `state` is updated, from those of the loss; None stays None.
+    """Return the gradients by which `state` is updated, from those of the loss; None, for not finite, stays None.
 
-    That of the images is weighed by Grad-CAM maps (EDF), zero for real images (SelMatch), and that of the kept frequencies (FreD).
+    The gradient of the images is weighed by Grad-CAM maps (EDF), zero for real images (SelMatch), and that of the kept frequencies (FreD).
     """
     weighed = weigh_gradients(run.options, run.cam, state, gradients)
-    return of_frequencies(state, of_distilled(run.options, weighed))
+    return None if weighed is None else filter_frequencies(state, mask_real_images(run.options, weighed))
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:

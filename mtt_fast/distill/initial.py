@@ -21,7 +21,7 @@ from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.checkpoint import Form, State, check_forms
+from mtt_fast.storage.checkpoint import State, TensorSpec, check_tensors
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
@@ -37,13 +37,13 @@ def initial_state(
     network: Network,
     experts: TrajectoryStore,
     matched: int,
-    hardness: Tensor | None,
+    difficulty: Tensor | None,
 ) -> State:
     """Return the state before the first iteration, for a run that matches the first `matched` of `experts`.
 
-    For `hardness` see `initial_images`.
+    For `difficulty` see `initial_images`.
     """
-    start, wrong, frequencies = initial_images(options, real, network, experts, matched, hardness)
+    start, wrong, frequencies = initial_images(options, real, network, experts, matched, difficulty)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -61,19 +61,19 @@ def initial_state(
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=frequencies,
         data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
-        scores_digest="" if hardness is None else digest(hardness),
+        scores_digest="" if difficulty is None else digest(difficulty),
     )  # fmt: skip
 
 
 def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
-    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the forms that `initial_state` gives them."""
+    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the dtypes and shapes that `initial_state` gives them."""
     classes, (channels, height, width) = data.num_classes, data.image_shape
     count, side = options.ipc * classes, 1 if options.canvas is None else options.canvas.size
     images = torch.float32, (count, channels, height * side, width * side)
     logits, indices = (torch.float32, (count, classes)), (torch.int64, (count,))
     rate = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
     learned = options.lr_y is not None
-    forms: dict[str, Form | None] = {
+    specs: dict[str, TensorSpec | None] = {
         "images": images,
         "images_velocity": images,
         "labels": logits if learned else indices,
@@ -84,8 +84,8 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
         "frequencies": None if options.msz_per_channel is None else (torch.bool, (classes, height, width)),
     }
     if state.pixel_weights is not None or options.cam_model is None:  # the first iteration computes them
-        forms["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
-    check_forms(folder, state, forms)
+        specs["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
+    check_tensors(folder, state, specs)
 
 
 class InitialImages(NamedTuple):
@@ -102,12 +102,12 @@ def initial_images(
     network: Network,
     experts: TrajectoryStore,
     matched: int,
-    hardness: Tensor | None = None,
+    difficulty: Tensor | None = None,
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
     The first `matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
-    correctly, others fill it up. A window needs the `hardness` of the training images, which `read_hardness` returns. A canvas is
+    correctly, others fill it up. A window needs the `difficulty` of the training images, which `read_difficulty` returns. A canvas is
     tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
@@ -118,8 +118,8 @@ def initial_images(
         chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
-        assert hardness is not None
-        images = window_of_difficulty(real, hardness, ipc, options.window_start_image)
+        assert difficulty is not None
+        images = window_of_difficulty(real, difficulty, ipc, options.window_start_image)
     else:
         images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
@@ -132,7 +132,7 @@ def initial_images(
     return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
 
 
-def read_hardness(options: DistillOptions, data: ImageData) -> Tensor:
+def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
     """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
 
     Raises `InputError` for a file that is missing, broken, of other images, or of another kind of scores than `score` says: they
@@ -153,10 +153,10 @@ def read_hardness(options: DistillOptions, data: ImageData) -> Tensor:
     return -scores if options.score == "cscore" else scores
 
 
-def check_same_scores(options: DistillOptions, hardness: Tensor | None, began_with: State) -> None:
-    """Raise `InputError` if the `hardness` of the training images is another than that with which the run began."""
+def check_same_scores(options: DistillOptions, difficulty: Tensor | None, began_with: State) -> None:
+    """Raise `InputError` if the `difficulty` of the training images is another than that with which the run began."""
     # only a checkpoint of a former version has no digest
-    if hardness is not None and began_with.scores_digest not in ("", digest(hardness)):
+    if difficulty is not None and began_with.scores_digest not in ("", digest(difficulty)):
         raise InputError(
             f"--score_path {options.score_path}: expected the scores with which the run began, found others; restore the file, or "
             "choose another --out"

@@ -237,7 +237,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def tiles(self) -> int:
-        """Return the size of a synthetic image in real images: more than one for a canvas."""
+        """Return the number of real images that a synthetic image is tiled from: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
 
     def remarks(self, given: Container[str]) -> list[str]:

@@ -19,9 +19,9 @@ from mtt_fast.networks.protocol import Trainable
 def plan_steps(
     options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
 ) -> Plan:
-    """Return the memory plan of the student steps of an iteration. `images` is the shape (n, C, H, W), before it is a canvas.
+    """Return the memory plan of the student steps of an iteration.
 
-    Raises `InputError` for a budget that is too small. In fp16 it must also suffice for tf32, since an iteration that overflows is
+    `images` is (n, C, H, W): the number of synthetic images, and the shape of a real one. Raises `InputError` for a budget that is too small. In fp16 it must also suffice for tf32, since an iteration that overflows is
     repeated in tf32.
     """
     if precision == "fp16":

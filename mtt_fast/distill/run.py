@@ -21,14 +21,16 @@ class DistillRun(LoopRun):
     options: DistillOptions
     experts: TrajectoryStore
     matched_experts: int
-    """the first so many of `experts` are matched"""
+    """number of `experts` that are matched, the first ones"""
     cam: CamNetwork | None = None
     """the network whose Grad-CAM maps weigh the pixels' gradients"""
-    hardness: Tensor | None = None
+    difficulty: Tensor | None = None
     """the difficulty of each training image, if the initial images are a window of it"""
 
     @cached_property
     def first_images(self) -> Tensor:
         """Return the run's initial images (n, C, H, W), which every picture shows."""
-        first = initial_images(self.options, self.real, self.network, self.experts, self.matched_experts, self.hardness)
+        first = initial_images(
+            self.options, self.real, self.network, self.experts, self.matched_experts, self.difficulty
+        )
         return first.images.pixels

@@ -40,10 +40,8 @@ def apply_gradients(
     return "step", {"loss": loss, "lr": state.mean_lr, **log_fields(segments)}
 
 
-def of_distilled(options: DistillOptions, gradients: list[Tensor] | None) -> list[Tensor] | None:
+def mask_real_images(options: DistillOptions, gradients: list[Tensor]) -> list[Tensor]:
     """Return the `gradients` of an iteration with zeros for the real images that are not distilled, and for their labels (SelMatch)."""
-    if gradients is None:
-        return None
     of_images, of_lr, *of_labels = gradients
     real = real_ones(len(of_images), len(of_images) // options.ipc, options.distilled_share, of_images.device)
     if real is None:

@@ -16,20 +16,20 @@ import mtt_fast.kernels as kernels
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch that is not gathered yet: images, indices into them, and the parameters of a warp.
+    """A batch that is not gathered yet: images, indices into them, and a warp.
 
     Shape, length and slices are those of the gathered batch.
     """
 
     images: Tensor  # (n, C, H, W), contiguous, without a graph
     index: Tensor  # (b,) int64
-    parameters: Tensor | None  # (b, 13), of `kernels.colour_warp_mask`; None leaves the images as they are
+    warp: Tensor | None  # (b, 13), the parameters of `kernels.colour_warp_mask`; None leaves the images as they are
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, piece: slice) -> Batch:
-        return Batch(self.images, self.index[piece], None if self.parameters is None else self.parameters[piece])
+        return Batch(self.images, self.index[piece], None if self.warp is None else self.warp[piece])
 
     @property
     def shape(self) -> torch.Size:
@@ -49,14 +49,14 @@ class Batch:
     def gathered(self) -> Tensor:
         """Return the batch as a tensor (b, C, H, W)."""
         selected = self.images[self.index]
-        return selected if self.parameters is None else kernels.colour_warp_mask(selected, self.parameters)
+        return selected if self.warp is None else kernels.colour_warp_mask(selected, self.warp)
 
     def gradient_to_add(self, out: Tensor, inputs_bar: Tensor) -> kernels.BatchGradient:
         """Return the argument with which `kernels.adjoint_step` adds the gradient of the images to `out` (n, C, H, W).
 
         `inputs_bar` is the gradient of the gathered batch (b, C, H, W).
         """
-        return kernels.BatchGradient(out, self.index, inputs_bar.contiguous(), self.parameters)
+        return kernels.BatchGradient(out, self.index, inputs_bar.contiguous(), self.warp)
 
 
 Inputs = Tensor | Batch
@@ -99,7 +99,7 @@ def batch_images(images: Inputs, padding: int) -> kernels.BatchImages:
     """Return the images of a step for a first block with this padding that gathers and augments them itself."""
     if isinstance(images, Tensor):
         return kernels.BatchImages(images.contiguous(), padding)
-    return kernels.BatchImages(images.images, padding, images.index, images.parameters)
+    return kernels.BatchImages(images.images, padding, images.index, images.warp)
 
 
 def gathered(images: Inputs) -> Tensor:

@@ -84,7 +84,7 @@ class FusedConvNetStudent:
             assert x_bar is not None
             if save:
                 saved.append((block.to_save(activations[-1]), planes_of(x_bar)))
-            x_bar, parameters_bar = block.backward(activations.pop(), x_bar, not save)
+            x_bar, parameters_bar = block.backward(activations.pop(), x_bar, reuse=not save)
             gradients.append(parameters_bar)
         sums = self._sums(gradients, () if scale is None else (scale,))
         return StepGradient(loss, sums, saved if save else None)
@@ -125,7 +125,7 @@ class FusedConvNetStudent:
             p_bar = x_bar if saved_bar is None else saved_bar
             assert p_bar is not None
             x_bar, x_bar_dot, parameters_bar_dot = block.dual_backward(
-                activations.pop(), p_bar, x_bar_dot, saved_bar is None, scales
+                activations.pop(), p_bar, x_bar_dot, wants_x_bar=saved_bar is None, divisors=scales
             )
             derivatives.append(parameters_bar_dot)
         assert isinstance(x_bar_dot, Tensor)
@@ -158,7 +158,7 @@ class FusedConvNetStudent:
         """Return the blocks with their parameters and directions. The first is an `ImageBlock` if a back end has one."""
         epilogue, precision = EPILOGUES[self.network.norm], self.precision
         blocks: list[Block] = [
-            PlaneBlock(epilogue, *each, self._padding(number), precision, number == 0)
+            PlaneBlock(epilogue, *each, self._padding(number), precision, is_first=number == 0)
             for number, each in enumerate(zip(parameters, directions, strict=True))
         ]
         if self._has_image_block(images.shape[1:], images.device):

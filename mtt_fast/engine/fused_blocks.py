@@ -50,7 +50,7 @@ class Block(Protocol):
         """Return the part of the activations of `forward` that `dual` takes as `saved`, and does not compute again."""
         ...
 
-    def backward(self, activations: Any, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
+    def backward(self, activations: Any, p_bar: Convolved, *, reuse: bool) -> tuple[Convolved | None, Tensors]:
         """Return x̄ (None for images), and summands of the parameters' gradients. With `reuse`, y may be overwritten.
 
         The activations are consumed: each tensor is freed after its last use. x̄ may be partial sums (`kernels.PartialPlanes`). If
@@ -63,7 +63,7 @@ class Block(Protocol):
         ...
 
     def dual_backward(
-        self, activations: Any, p_bar: Convolved, p_bar_dot: Convolved, wants_x_bar: bool, divisors: Tensors = ()
+        self, activations: Any, p_bar: Convolved, p_bar_dot: Convolved, *, wants_x_bar: bool, divisors: Tensors = ()
     ) -> tuple[Convolved | None, Convolved, Tensors]:
         """Return x̄ (None for images, and unless `wants_x_bar`), x̄̇, and summands of the derivatives of the parameters' gradients.
 
@@ -197,7 +197,7 @@ class PlaneBlock:
         """See `Block.to_save`."""
         return activations.y
 
-    def backward(self, activations: Activations, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
+    def backward(self, activations: Activations, p_bar: Convolved, *, reuse: bool) -> tuple[Convolved | None, Tensors]:
         """See `Block.backward`."""
         x, _, y, _, stats = activations.take()
         y_bar, affine_bar = self.epilogue.backward(y, stats, self.parameters.affine, p_bar, reuse)
@@ -222,6 +222,7 @@ class PlaneBlock:
         activations: Activations,
         p_bar: Convolved,
         p_bar_dot: Convolved,
+        *,
         wants_x_bar: bool,
         divisors: Tensors = (),
     ) -> tuple[Convolved | None, Convolved, Tensors]:
@@ -272,7 +273,7 @@ class ImageBlock:
         """See `Block.to_save`."""
         return activations.patches
 
-    def backward(self, activations: ImageActivations, p_bar: Convolved, reuse: bool) -> tuple[None, Tensors]:
+    def backward(self, activations: ImageActivations, p_bar: Convolved, *, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
         patches, folded = activations
         arguments = (
@@ -295,6 +296,7 @@ class ImageBlock:
         activations: ImageActivations,
         p_bar: Convolved,
         p_bar_dot: Convolved,
+        *,
         wants_x_bar: bool,
         divisors: Tensors = (),
     ) -> tuple[None, Tensor, Tensors]:

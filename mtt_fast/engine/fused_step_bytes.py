@@ -89,7 +89,7 @@ def fused_step_bytes(
         gradient_jvp=max(dual, adding_up) + throughout + direction,
         gradient_jvp_saved=max(max(dual_forward, dual) - ys, adding_up) + throughout + direction,
         saved=ys + sum(block.p for block in blocks) + patches,
-        work=kernels.work_bytes(batch, layers[int(has_image_block) :], planes, device, precision),
+        workspace=kernels.workspace_bytes(batch, layers[int(has_image_block) :], planes, device, precision),
     )
 
 

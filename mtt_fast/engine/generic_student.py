@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.engine.live_bytes import live_bytes
@@ -20,36 +15,13 @@ from mtt_fast.engine.step_checks import check_labels
 from mtt_fast.engine.student import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient, as_sums
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.numerics import plain_attention
 
 # The memory of a generic step as a multiple of its live bytes, and that of a saved graph as a multiple of its tensors'. It is
 # more than one, since operations allocate inside, and glibc's allocator keeps freed blocks between those in use. Measured: 0.8 to
 # 2.3, and up to 1.9, with ConvNet (32 to 128 pixels), ResNet18, VGG11, AlexNet and a ViT.
 _STEP_OVERHEAD, _SAVED_OVERHEAD = 2.6, 2.0
 _MANY = 128  # samples
-
-
-class _SharedSetting:
-    """A process-wide setting, active from the first thread's entry to the last thread's exit."""
-
-    def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._setting, self._lock, self._entries = setting, threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._entries:
-                self._active = self._setting()
-                self._active.__enter__()
-            self._entries += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._entries -= 1
-            if not self._entries:
-                self._active.__exit__(None, None, None)
-
-
-# attention in plain operations: the only implementation of torch that can be differentiated twice
-plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,7 +104,7 @@ class GenericStudent:
             gradient_jvp=int(_STEP_OVERHEAD * live.gradient_jvp),
             gradient_jvp_saved=int(_STEP_OVERHEAD * live.gradient_jvp_saved),
             saved=saved,
-            work=0,
+            workspace=0,
         )
 
     def live_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:

@@ -92,7 +92,7 @@ class GraphedMatchingLoss:
             )
         self._net, self._of_path = net, of_path
         self._iterations: dict[Any, Iteration] = {}
-        self._obstacle: str | None = None
+        self._problem: str | None = None
 
     def __call__(
         self,
@@ -122,7 +122,7 @@ class GraphedMatchingLoss:
     @property
     def problem(self) -> str | None:
         """Return the reason why some calls on a GPU are not recorded, and so run slower, or None."""
-        return next((each.problem for each in self._recorded() if each.problem), self._obstacle)
+        return next((each.problem for each in self._recorded() if each.problem), self._problem)
 
     def _recorded(self) -> list[GraphedFunction]:
         return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
@@ -144,10 +144,10 @@ class GraphedMatchingLoss:
             _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
         is_full = len(self._recorded()) == _MOST_GRAPHS
         if is_full or plan.path_on_host:
-            self._obstacle = (
+            self._problem = (
                 f"more than {_MOST_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
             )
-            log.warning("not recorded, so that it runs slower, with the same result: %s", self._obstacle)
+            log.warning("not recorded, so that it runs slower, with the same result: %s", self._problem)
         self._iterations[key] = planned_iteration(
             plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), optimizer=optimizer,
             gradient=options.gradient, graph=not is_full,
@@ -188,9 +188,8 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
 def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
     """Raise `InputError` if `of_path` reads another tensor that requires a gradient, since no gradient would flow to it."""
     start = steps.theta.detach()
-    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(
-        start
-    )  # laid out like a student's path
+    # laid out like a student's path
+    path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)
     loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(

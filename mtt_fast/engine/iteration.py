@@ -65,9 +65,9 @@ def iteration(
     `lengths` are the batch sizes of the steps, and `gradient` is that of `unroll`; `saved_steps` and `path_on_host` are those of a
     plan (mtt_fast/engine/memory_plan.py).
 
-    The returned function is pure. Its arguments are tensors on one device: those of `matching_loss` and `unroll`, with all
-    synthetic images (n, C, H, W), and those of `StepDraws`, where ΣB = Σ `lengths`. They are not checked. Gradients that are not
-    finite are returned like any other.
+    The returned function is pure. Its arguments are tensors on one device: the expert's parameters start and target (P,), all
+    synthetic images (n, C, H, W), labels and lr as in `unroll`, and the tensors of `StepDraws`, where ΣB = Σ `lengths`. They are
+    not checked. Gradients that are not finite are returned like any other.
     """
 
     def iterate(

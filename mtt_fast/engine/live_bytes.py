@@ -68,7 +68,7 @@ def _counted_live_bytes(
         gradient_jvp=gradient_jvp.peak,
         gradient_jvp_saved=saving.peak - saved,
         saved=saved,
-        work=0,
+        workspace=0,
     )
 
 

@@ -18,7 +18,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.arguments import check_augment, check_optimizer
 from mtt_fast.engine.number_checks import check_count, check_number
 from mtt_fast.engine.optimizers import Adam, StudentSgd
-from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
+from mtt_fast.engine.student import InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
@@ -29,13 +29,19 @@ from mtt_fast.runtime.provenance import choose_device
 
 log = logging.getLogger(__name__)
 
-_VECTORS = 5  # λ_{n+1}, the loss's gradient to θ_N, and room for those to a few more rows, or for temporaries of a loss
+_VECTORS = 5  # λ_{n+1}, the loss's gradient with respect to θ_N, and room for those of a few more rows, or for temporaries of a loss
 _VECTORS_OF_STATE = (0, 2, 9)  # by moments: the adjoint of the state, the direction, and temporaries of Adam
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
 _BASE = (4 << 20, 256 << 20)  # code loaded at its first use, stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
 _ROUNDING = 20  # allow 1/20 for what allocators round up and keep; at most 1/28 was measured
 _LARGE_PATH = 4  # a path of more than 1/4 of the budget is kept on the host
+
+CANNOT_CUT = (
+    "`microbatch`: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
+    "use instance norm, evaluation mode, or no micro-batches"
+)
+"""The error for a plan that cuts the batches of a network that mixes samples."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +93,22 @@ class Plan:
             2 * (1 + work.moments) if self.path_on_host else (work.steps + 1) * (1 + work.path_gradient + work.moments)
         )
         vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + self.cut
+        gradients_of_rates = 2 * work.steps * work.lr_per_parameter  # of each step, and all as one tensor
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
         peaks = [step.gradient_jvp, step.gradient]
         if self.saved_steps:  # the last piece of the forward sweep, and the first one of the backward sweep
             peaks = [saved_bytes - step.saved + step.gradient_saving, saved_bytes + step.gradient_jvp_saved, *peaks]
-        rates = 2 * work.steps if work.lr_per_parameter else 0  # of each step, and all as one tensor
         parts = {
             "path": rows * vector,
             "vectors": vectors * vector,
-            "gradients of rates": rates * vector,
+            "gradients of rates": gradients_of_rates * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
             "saved activations": saved_bytes,
             "step": max(peaks) - saved_bytes,
-            "work space": step.work,
+            "workspace": step.workspace,
         }
         return parts | {"rest": _BASE[work.device.type == "cuda"] + sum(parts.values()) // _ROUNDING}
 

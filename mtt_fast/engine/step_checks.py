@@ -1,4 +1,4 @@
-"""Check the arguments of one step of the fused student, without waiting for a GPU."""
+"""Check the arguments of one step of a student, without waiting for a GPU."""
 
 from __future__ import annotations
 

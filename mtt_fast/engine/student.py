@@ -17,12 +17,6 @@ import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs
 from mtt_fast.kernels import PartialSums
 
-CANNOT_CUT = (
-    "`microbatch`: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
-    "use instance norm, evaluation mode, or no micro-batches"
-)
-"""The error for a plan that cuts the batches of a network that mixes samples."""
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Loss () of a batch from the network's output (b, …) and labels (b, …): a mean over the samples, if batches are cut."""
 
@@ -39,7 +33,7 @@ class StepGradient(NamedTuple):
     saved: SavedActivations | None
 
     @property
-    def theta(self) -> Tensor:
+    def gradient(self) -> Tensor:
         """Return the gradient (P,)."""
         gradient: Tensor = kernels.add_up(self.sums)
         return gradient
@@ -53,7 +47,7 @@ class StepBytes(NamedTuple):
     gradient_jvp: int
     gradient_jvp_saved: int  # of `gradient_jvp` with saved activations, beyond these
     saved: int  # saved activations of one step; 0 if the student saves nothing
-    work: int  # work space that stays allocated between calls
+    workspace: int  # memory for intermediate results, which stays allocated between calls
 
 
 class GradientTangent(NamedTuple):
@@ -122,7 +116,7 @@ class InMicrobatches:
         for piece, weight in self._pieces(len(images)):
             part = self.student.gradient(theta, images[piece], labels[piece], save)
             total_loss.add_(part.loss, alpha=weight)
-            total.add_(part.theta, alpha=weight)
+            total.add_(part.gradient, alpha=weight)
             saved.append(part.saved)
         return StepGradient(total_loss, as_sums(total), saved if save else None)
 

@@ -52,13 +52,13 @@ def student_for(
         raise InputError(
             f"`loss`: expected a function of logits and labels, found {loss!r}; leave it out for cross-entropy"
         )
-    if isinstance(network, ConvNet) and loss is None and kernels_for(device):
+    if isinstance(network, ConvNet) and loss is None and has_fused_kernels(device):
         return FusedConvNetStudent(network, label_kind, precision)
     default = cross_entropy_from_logits if label_kind == "logits" else cross_entropy
     return GenericStudent(network, loss or default)
 
 
-def kernels_for(device: torch.device) -> bool:
+def has_fused_kernels(device: torch.device) -> bool:
     """Return whether a back end has the fused student's kernels for `device`.
 
     The reference runs everywhere, but in plain torch a fused gradient takes twice the time of autograd's. Raises

@@ -182,10 +182,12 @@ class _Unroll(torch.autograd.Function):
         for n in reversed(range(last)):
             # the loss depends on g_n through ν·g_n. Without a state ν = −α λ, and λ itself is the direction: this also
             # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
-            direction, negated_rate = adjoint, None
+            direction, grad_negated_rate = adjoint, None
             if states is not None and state_adjoint is not None:
                 before, after = states.load(n), states.on_device(n + 1)  # which the step before in this loop loaded
-                direction, negated_rate = steps.optimizer.adjoint(n, adjoint, state_adjoint, rates[n], before, after)
+                direction, grad_negated_rate = steps.optimizer.adjoint(
+                    n, adjoint, state_adjoint, rates[n], before, after
+                )
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
             if steps.compares:
@@ -193,11 +195,11 @@ class _Unroll(torch.autograd.Function):
 
             weight_decay = steps.optimizer.weight_decay
             if states is None:
-                negated_rate = tangent.v_dot_g
+                grad_negated_rate = tangent.v_dot_g
                 if weight_decay:
-                    negated_rate = negated_rate + weight_decay * torch.dot(direction, theta)
-            if wants_lr and negated_rate is not None:
-                grad_negated_rates.append(negated_rate)
+                    grad_negated_rate = grad_negated_rate + weight_decay * torch.dot(direction, theta)
+            if wants_lr and grad_negated_rate is not None:
+                grad_negated_rates.append(grad_negated_rate)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
                 grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype).contiguous()
@@ -212,7 +214,7 @@ class _Unroll(torch.autograd.Function):
                 weight_decay=weight_decay,
                 batch=to_add,
             )
-            del batch, tangent, to_add, negated_rate
+            del batch, tangent, to_add, grad_negated_rate
 
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
         grad_lr = _gradient_of_rates(grad_negated_rates[::-1], rates, lr) if wants_lr else None

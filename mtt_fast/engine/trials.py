@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
-from mtt_fast.engine.generic_student import GenericStudent, plain_attention
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
-from mtt_fast.runtime.numerics import without_autocast
+from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MOST_SAMPLES = 8  # of a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient

@@ -12,10 +12,10 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.memory_plan import Plan, Work, plan_for
+from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
 from mtt_fast.engine.number_checks import check_number
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
-from mtt_fast.engine.student import CANNOT_CUT, Loss, Student
+from mtt_fast.engine.student import Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.engine.trials import try_augmentation, try_step
@@ -200,7 +200,7 @@ class CheckedSteps(NamedTuple):
 
 
 def optimizer_of(options: StepOptions, lr: Tensor, *, has_velocity: bool = False) -> Optimizer:
-    """Return the optimiser of `options`, which are checked before.
+    """Return the optimiser of `options`, which have been checked.
 
     SGD without momentum has a state if `has_velocity`, or if each parameter has a rate: the gradient of that rate is λ ∘ g, and g
     is in the state.
@@ -245,7 +245,7 @@ def checked_plan(
 ) -> Plan:
     """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    `draws` are those of the first step, and `moments` is that of the optimiser. `path_gradient` says whether the gradient of the
+    `draws` are those of the first step, and `moments` are the optimiser's. `path_gradient` says whether the gradient of the
     loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, lr, batches = steps

@@ -93,9 +93,9 @@ def _course(points: Any, pieces: Any) -> Course:
     sizes = tuple(tensor.numel() for tensor in points[0])
     ends = tuple(itertools.accumulate((len(piece) - 1 for piece in pieces), initial=0))
     positions = torch.zeros(ends[-1] + 1, len(sizes), dtype=torch.float64, device="cpu")
-    for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
-        positions[begin + 1 : begin + len(piece)] = segment + positions.new_tensor(piece[1:])
-        positions[begin + len(piece) - 1] = segment + 1
+    for k, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
+        positions[begin + 1 : begin + len(piece)] = k + positions.new_tensor(piece[1:])
+        positions[begin + len(piece) - 1] = k + 1
     course = Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
     course.check()
     return course
@@ -104,8 +104,8 @@ def _course(points: Any, pieces: Any) -> Course:
 def _shares(course: Course) -> list[list[list[Tensor]]]:
     """Return the shares of the way, indexed by piece, epoch and parameter tensor, each a tensor ()."""
     return [
-        [list((course.positions[epoch] - segment).float().clone().unbind()) for epoch in range(begin, end + 1)]
-        for segment, (begin, end) in enumerate(itertools.pairwise(course.epochs))
+        [list((course.positions[epoch] - k).float().clone().unbind()) for epoch in range(begin, end + 1)]
+        for k, (begin, end) in enumerate(itertools.pairwise(course.epochs))
     ]
 
 

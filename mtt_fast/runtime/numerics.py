@@ -1,14 +1,17 @@
-"""Set the precision of products and deterministic algorithms, so that the same run gives the same bits."""
+"""Set how torch computes within a block: precision of products, deterministic algorithms, defaults, autocast, attention."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in another order on each stream
 
@@ -77,3 +80,27 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute in the dtype of the tensors, whatever the caller has chosen for networks of their own."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+class _SharedSetting:
+    """A process-wide setting, active from the first thread's entry to the last thread's exit."""
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._setting, self._lock, self._entries = setting, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._entries:
+                self._active = self._setting()
+                self._active.__enter__()
+            self._entries += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._entries -= 1
+            if not self._entries:
+                self._active.__exit__(None, None, None)
+
+
+# attention in plain operations: the only implementation of torch that can be differentiated twice
+plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))

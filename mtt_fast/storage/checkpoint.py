@@ -46,7 +46,7 @@ class State:
 
     @property
     def mean_lr(self) -> float:
-        """Return the student's learning rate; of several, one a step, the mean."""
+        """Return the student's learning rate, or the mean if each step has one."""
         return float(self.lr.mean())
 
 
@@ -138,19 +138,19 @@ def _of_another_version(path: Path) -> InputError:
     return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
 
 
-Form = tuple[torch.dtype, tuple[int, ...]]
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """The dtype and the shape of a tensor."""
 
 
-def check_forms(folder: Path, state: State, forms: Mapping[str, Form | None]) -> None:
-    """Check that each tensor of `state`, by name, has its form; None stands for a tensor that is not there.
+def check_tensors(folder: Path, state: State, specs: Mapping[str, TensorSpec | None]) -> None:
+    """Check that each tensor of `state`, by name, has its dtype and shape; None stands for a tensor that is not there.
 
     Raises `InputError` that names the checkpoint of the run in `folder` otherwise.
     """
-    for name, form in forms.items():
+    for name, spec in specs.items():
         tensor = getattr(state, name)
-        if form != (None if tensor is None else (tensor.dtype, tuple(tensor.shape))):
-            expected = "none" if form is None else f"{dtype_name(form[0])} {form[1]}"
+        if spec != (None if tensor is None else (tensor.dtype, tuple(tensor.shape))):
+            expected = "none" if spec is None else f"{dtype_name(spec[0])} {spec[1]}"
             raise InputError(
                 f"{folder / CHECKPOINT}: {name}: expected {expected}, as options and data set ask for, found "
                 f"{'none' if tensor is None else shown(tensor)}; restore a copy, or choose another `out`"

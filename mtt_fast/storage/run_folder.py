@@ -1,4 +1,4 @@
-"""The folder of one distillation: its options, its checkpoint, its metrics. Whatever stops the run, it can go on."""
+"""The folder of one run, a distillation or a baseline: its options, its checkpoint, its metrics. Whatever stops the run, it can go on."""
 
 from __future__ import annotations
 

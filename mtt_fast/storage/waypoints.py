@@ -41,12 +41,12 @@ class Course:
 
     def at(self, epoch: float) -> tuple[int, Tensor | None]:
         """Return k and w (P,), float32, at `epoch`, or k and None where waypoint k itself is."""
-        segment = bisect.bisect_right(self.epochs, epoch) - 1
-        if self.epochs[segment] == epoch:
-            return segment, None
+        k = bisect.bisect_right(self.epochs, epoch) - 1
+        if self.epochs[k] == epoch:
+            return k, None
         whole = math.floor(epoch)
-        layers = torch.lerp(self.positions[whole], self.positions[whole + 1], epoch - whole) - segment
-        return segment, layers.float().repeat_interleave(torch.tensor(self.sizes, device="cpu"))
+        layers = torch.lerp(self.positions[whole], self.positions[whole + 1], epoch - whole) - k
+        return k, layers.float().repeat_interleave(torch.tensor(self.sizes, device="cpu"))
 
     def to_text(self) -> str:
         """Return the course as JSON."""
@@ -88,7 +88,7 @@ def convexified(
 ) -> tuple[Tensor, Course]:
     """Return the waypoints (K, P) of a trajectory `parameters` (epochs + 1, P) at `epochs`, and their course.
 
-    `layer_sizes`: those of `Course`. With `smooth` a waypoint is the mean of the epochs before and
+    `layer_sizes` are the `sizes` of `Course`. With `smooth` a waypoint is the mean of the epochs before and
     after it, and the last that of the last two, as in MCT's code; the first is always the initialisation.
     Raises `InputError` unless `epochs` rise from 0 to the last one.
     """
@@ -101,11 +101,11 @@ def convexified(
     strides = torch.stack([layer.norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)
     positions = strides.new_empty(last + 1, len(layer_sizes))
     positions[0] = 0
-    for segment, (begin, end) in enumerate(itertools.pairwise(epochs)):
+    for k, (begin, end) in enumerate(itertools.pairwise(epochs)):
         walked = strides[begin:end].cumsum(dim=0)
         evenly = torch.arange(1, end - begin + 1, dtype=torch.float64, device=strides.device) / (end - begin)
         # a layer that does not move, as a bias before a norm, has no pace of its own
-        positions[begin + 1 : end + 1] = segment + torch.where(walked[-1] > 0, walked / walked[-1], evenly[:, None])
+        positions[begin + 1 : end + 1] = k + torch.where(walked[-1] > 0, walked / walked[-1], evenly[:, None])
     if smooth:
         around = [(epoch - 1, min(epoch + 1, last)) for epoch in epochs[1:]]
         rows = torch.stack([parameters[0], *((parameters[a] + parameters[b]) / 2 for a, b in around)])

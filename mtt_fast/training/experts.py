@@ -27,7 +27,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, result_of
 from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Epoch, Gradients, Sgd, accuracy, chunks_on, count_right, epoch_on
+from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_right, epoch_on
 from mtt_fast.training.sharpness import sharpness_aware
 
 
@@ -108,8 +108,8 @@ def expert_job(
         if last is None or stage.lr != last.lr:
             velocity = torch.zeros_like(theta)  # of a new optimiser
         if stage != last:
-            gradients, sgd, visited = _in_stage(stage, training, student)
-            run_epoch: Epoch = epoch_on(gradients, images.train, sgd, augment, track_of(network), visited)
+            student_of_stage, sgd, visited = _in_stage(stage, training, student)
+            run_epoch: Epoch = epoch_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
             last = stage
         if stop:
             raise Stopped(
@@ -143,13 +143,13 @@ def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
     return _Stage(training.lr, training.rho_max, shares)
 
 
-def _in_stage(stage: _Stage, training: ExpertTraining, student: Student) -> tuple[Gradients, Sgd, Tensor | None]:
-    """Return the gradients and the SGD of a stage, and the indices of the images that its epochs visit (None for all)."""
-    gradients = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
+def _in_stage(stage: _Stage, training: ExpertTraining, student: Student) -> tuple[SupportsGradient, Sgd, Tensor | None]:
+    """Return the student of a stage and its SGD, and the indices of the images that its epochs visit (None for all)."""
+    student_of_stage = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
     sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
     if training.curriculum is None or stage.shares == EVERY:
-        return gradients, sgd, None
-    return gradients, sgd, training.curriculum.between(*stage.shares)
+        return student_of_stage, sgd, None
+    return student_of_stage, sgd, training.curriculum.between(*stage.shares)
 
 
 def expert_steps(
@@ -176,8 +176,8 @@ def expert_steps(
         if last is None or stage.lr != last.lr:
             velocity = torch.zeros_like(theta)  # of a new optimiser
         if stage != last:
-            gradients, sgd, visited = _in_stage(stage, training, student)
-            steps = chunks_on(gradients, images.train, sgd, augment, visited=visited, at_once=1)
+            student_of_stage, sgd, visited = _in_stage(stage, training, student)
+            steps = chunks_on(student_of_stage, images.train, sgd, augment, visited=visited, at_once=1)
             last = stage
         for step in steps(theta, velocity, generator):
             theta, velocity = step.theta, step.velocity

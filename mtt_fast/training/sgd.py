@@ -39,8 +39,8 @@ class Sgd:
     batch_size: int = 256
 
 
-class Gradients(Protocol):
-    """Compute the gradient of a step: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
+class SupportsGradient(Protocol):
+    """An object that computes the gradient of a step: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
         """Return the loss () at `theta`, and the direction (P,) that SGD uses as the gradient."""
@@ -71,7 +71,7 @@ Chunks = Callable[..., Iterator[Chunk]]
 
 
 def epoch_on(
-    student: Gradients,
+    student: SupportsGradient,
     images: Images,
     sgd: Sgd,
     augment: SiameseAugment | None,
@@ -94,7 +94,7 @@ def epoch_on(
 
 
 def epochs_on(
-    student: Gradients,
+    student: SupportsGradient,
     images: Images,
     sgd: Sgd,
     augment: SiameseAugment | None,
@@ -123,7 +123,7 @@ def epochs_on(
 
 
 def chunks_on(
-    student: Gradients,
+    student: SupportsGradient,
     images: Images,
     sgd: Sgd,
     augment: SiameseAugment | None,
@@ -196,7 +196,7 @@ def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
 
 
 def training_steps(
-    student: Gradients,
+    student: SupportsGradient,
     images: Images,
     sgd: Sgd,
     augment: Apply | None,
@@ -226,7 +226,7 @@ def training_steps(
 
 
 def training_step(
-    student: Gradients, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor, rate: Tensor
+    student: SupportsGradient, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor, rate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameters and velocity (P,) after a step at learning rate `rate` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)

@@ -34,11 +34,11 @@ class SharpnessAware:
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
         """Return the loss () at `theta`, and the direction (P,) in place of its gradient. Both gradients are of the same images."""
         step = self.student.gradient(theta, images, labels)
-        gradient = step.theta
+        gradient = step.gradient
         scaled = theta * gradient if self.adaptive else gradient
         ascent = theta * scaled if self.adaptive else gradient
         perturbed = theta + ascent * (self.rho / (torch.linalg.vector_norm(scaled) + _SMALLEST_NORM))
-        direction = self.student.gradient(perturbed, images, labels).theta
+        direction = self.student.gradient(perturbed, images, labels).gradient
         if self.alpha:
             projection = (gradient * direction).sum() / (direction.square().sum() + _SMALLEST_NORM**2)
             direction = direction - self.alpha * (gradient - projection * direction)

@@ -42,15 +42,15 @@ def shuffled_classes(real: RealImages, ipc: int, generator: torch.Generator) -> 
     return [members[torch.randperm(len(members), generator=generator)] for members in class_members(real, ipc)]
 
 
-def window_of_difficulty(real: RealImages, hardness: Tensor, ipc: int, start: int) -> Images:
+def window_of_difficulty(real: RealImages, difficulty: Tensor, ipc: int, start: int) -> Images:
     """Return the `ipc` training images of each class that come after its `start` hardest ones, class-major, the easiest first.
 
-    `hardness` (n,) is on the CPU; among equals the first image counts as the hardest. Raises `InputError` if a class has too few
+    `difficulty` (n,) is on the CPU; among equals the first image counts as the hardest. Raises `InputError` if a class has too few
     images.
     """
     members = class_members(real, ipc, start)
-    by_hardness = (each[hardness[each].argsort(descending=True, stable=True)] for each in members)
-    return real.train.subset(torch.cat([each[start : start + ipc].flip(0) for each in by_hardness]))
+    by_difficulty = (each[difficulty[each].argsort(descending=True, stable=True)] for each in members)
+    return real.train.subset(torch.cat([each[start : start + ipc].flip(0) for each in by_difficulty]))
 
 
 def random_subset(real: RealImages, ipc: int, generator: torch.Generator) -> Images:

@@ -256,7 +256,7 @@ def test_the_network_may_be_that_of_the_experts(
 def test_what_the_network_cannot_be_is_known_before_the_experts_are_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(student_choice, "kernels_for", lambda device: True)
+    monkeypatch.setattr(student_choice, "has_fused_kernels", lambda device: True)
     info, gpu = dataset_info("ImageNet", "imagenette", 32), torch.device("cuda")
     options = DistillOptions(dataset="ImageNet", ipc=1, precision="fp16", cam_model="ConvNetD2W4")
     check_options_fit(options, info, options.network(info), gpu)

@@ -18,10 +18,10 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import finish_gradients
-from mtt_fast.distill.initial import read_hardness
+from mtt_fast.distill.initial import read_difficulty
 from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.updates import of_distilled
+from mtt_fast.distill.updates import mask_real_images
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
@@ -77,14 +77,14 @@ def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: Ima
     )
     assert options.window_start_image == 3
     real = real_images(digits, torch.device("cpu"), zca=False)
-    window = window_of_difficulty(real, read_hardness(options, digits), 7, 3)
+    window = window_of_difficulty(real, read_difficulty(options, digits), 7, 3)
     expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
     assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
     assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
     with pytest.raises(
         InputError, match=r"`ipc` 7, `window_start` \(leaves 140 out\): class 0 has only 143 of the 147 "
     ):
-        window_of_difficulty(real, read_hardness(options, digits), 7, 140)
+        window_of_difficulty(real, read_difficulty(options, digits), 7, 140)
 
 
 def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits: ImageData) -> None:
@@ -190,14 +190,13 @@ def test_files_of_other_software_are_told_which_images_are_real(
 
 def test_the_gradients_of_the_other_images_are_untouched() -> None:
     images, rate, labels = torch.randn(6, 1, 2, 2), torch.randn(()), torch.randn(6, 2)
-    masked = of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate, labels])
-    assert masked is not None
+    masked = mask_real_images(DistillOptions(ipc=3, distilled_share=0.67), [images, rate, labels])
     assert masked[1] is rate
     for after, before in zip(masked[::2], (images, labels), strict=True):
         assert [bool(image.any()) for image in after] == [True, True, False] * 2
         assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
-    assert len(of_distilled(DistillOptions(ipc=3, distilled_share=0.67), [images, rate]) or []) == 2
-    assert of_distilled(DistillOptions(ipc=3), [images, rate]) == [images, rate]
+    assert len(mask_real_images(DistillOptions(ipc=3, distilled_share=0.67), [images, rate])) == 2
+    assert mask_real_images(DistillOptions(ipc=3), [images, rate]) == [images, rate]
 
 
 def test_learned_labels_of_real_images_stay_as_they_begin(digits: ImageData) -> None:

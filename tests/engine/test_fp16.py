@@ -70,9 +70,9 @@ def test_one_step_is_as_exact_as_in_tf32(norm: str, label_kind: LabelKind) -> No
 def test_the_scale_of_the_cotangents_is_taken_out_of_the_gradient(norm: str) -> None:
     net = ConvNet(3, 4, 16, 16, 2, norm)  # type: ignore[arg-type]
     theta, images, labels, _ = step_of(net, 4)
-    expected = FusedConvNetStudent(net).gradient(theta.double(), images.double(), labels).theta
+    expected = FusedConvNetStudent(net).gradient(theta.double(), images.double(), labels).gradient
     for save in (False, True):
-        actual = FusedConvNetStudent(net, precision="fp16").gradient(theta, images, labels, save).theta
+        actual = FusedConvNetStudent(net, precision="fp16").gradient(theta, images, labels, save).gradient
         assert relative_error(actual.double(), expected) <= 2**-5
 
 
@@ -99,5 +99,5 @@ def test_what_overflows_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     theta, images, labels, v = step_of(NET, 3)
     monkeypatch.setattr(classifier, "LARGEST_COTANGENT", 2.0**20)
     student = FusedConvNetStudent(NET, precision="fp16")
-    assert not student.gradient(theta, images, labels).theta.isfinite().all()
+    assert not student.gradient(theta, images, labels).gradient.isfinite().all()
     assert not student.gradient_jvp(theta, images, labels, v).images.isfinite().all()

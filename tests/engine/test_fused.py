@@ -47,7 +47,7 @@ def assert_same_as_generic(net: ConvNet, batch: int, label_kind: Any, seed: int 
     generic = GenericStudent(net, cross_entropy_from_logits if label_kind == "logits" else cross_entropy)
     actual, wanted = fused.gradient(theta, images, labels), generic.gradient(theta, images, labels)
     assert_close("loss", actual.loss, wanted.loss, 1e-9, floor=1e-6)
-    assert_close("gradient", actual.theta, wanted.theta, 1e-9, floor=1e-6)
+    assert_close("gradient", actual.gradient, wanted.gradient, 1e-9, floor=1e-6)
     found_jvp, expected_jvp = (
         fused.gradient_jvp(theta, images, labels, v),
         generic.gradient_jvp(theta, images, labels, v),

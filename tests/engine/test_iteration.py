@@ -148,7 +148,7 @@ def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
         if applied is not None:
             expected = augment_with(expected, parameters)
         actual = training_steps(Watched(NET), images, sgd, applied, None, len(index), theta, theta, rate, *rows)[0]
-        gradient = GenericStudent(NET).gradient(theta, expected, labels[index]).theta
+        gradient = GenericStudent(NET).gradient(theta, expected, labels[index]).gradient
         assert_close("theta", actual, theta - 0.1 * gradient, 1e-6)
     assert [isinstance(images, Batch) for images in handed] == [True, True, False, False]
 

@@ -131,7 +131,7 @@ def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkey
     student = FusedConvNetStudent(net)
     counted = live_bytes_of_a_step(student, net, batch, "cpu")
     formula = student.step_bytes(batch, image_shape(net), torch.float32, CPU)._replace(
-        work=0
+        workspace=0
     )  # torch does not count it
     assert tuple(counted) == pytest.approx(tuple(formula), rel=0.1)
 
@@ -174,7 +174,7 @@ def live_and_planned_bytes(
         torch.stack([loss(path, start).double(), *(each.sum().double() for each in state)]).sum().backward()
     vector, parts = 4 * net.num_parameters, chosen.parts
     in_host_memory = (steps + 1) * (1 + chosen.work.moments) * vector if on_host else 0  # is counted, too
-    planned = sum(parts[name] for name in ("path", "vectors", "images", "step"))  # torch does not count the work space
+    planned = sum(parts[name] for name in ("path", "vectors", "images", "step"))  # torch does not count the workspace
     numbers = 2**13  # (), for which the plan's rest has room; a vector takes 70 times as much
     return counted.peak - in_host_memory - numbers, planned
 
@@ -609,7 +609,7 @@ def test_every_out_of_memory_is_one(error: Exception) -> None:
 @pytest.mark.native
 @pytest.mark.parametrize(
     "call",
-    ["conv3x3(x, weight, 1)", "conv3x3_weight_gradient(wide, wide, 1)"],  # no room for results, and for work space
+    ["conv3x3(x, weight, 1)", "conv3x3_weight_gradient(wide, wide, 1)"],  # no room for results, and for workspace
 )
 def test_native_kernels_say_that_memory_ran_out(call: str) -> None:
     program = (

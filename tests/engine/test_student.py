@@ -64,10 +64,10 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
         assert_close("labels", actual.labels, expected[2], 1e-10)
     assert (of_pieces.saved is not None) == save
     assert_close("loss", of_pieces.loss, loss, 1e-12)
-    assert_close("gradient", of_pieces.theta, gradient, 1e-12)
+    assert_close("gradient", of_pieces.gradient, gradient, 1e-12)
     assert actual.loss is not None
     assert_close("loss again", actual.loss, loss, 1e-12)
-    results = (of_pieces.loss, of_pieces.theta, actual.v_dot_g, actual.hessian_v, actual.images, actual.loss)
+    results = (of_pieces.loss, of_pieces.gradient, actual.v_dot_g, actual.hessian_v, actual.images, actual.loss)
     assert not any(result.requires_grad for result in results)
 
 
@@ -89,4 +89,4 @@ def test_a_gradient_may_have_any_strides() -> None:
     network: Any = lambda theta, images: theta.sum() * images.flatten(1)  # noqa: E731
     theta, images, labels = torch.randn(5), torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 2, 0])
     step = GenericStudent(network).gradient(theta, images, labels)
-    assert_close("gradient", step.theta, step.theta[:1].expand(5), 0)
+    assert_close("gradient", step.gradient, step.gradient[:1].expand(5), 0)

@@ -231,13 +231,13 @@ def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> No
         work = {
             precision: FusedConvNetStudent(net, "indices", precision)
             .step_bytes(100, image_shape(net), torch.float32, torch.device("meta"))
-            .work
+            .workspace
             for precision in get_args(Precision)
         }
         of_more, of_fewer = (  # filters than the images have channels, in a first block that asks the library
             FusedConvNetStudent(ConvNet(3, 10, 32, width, 1, "none"))
             .step_bytes(100, image_shape(net), torch.float32, torch.device("meta"))
-            .work
+            .workspace
             for width in (128, 2)
         )
     assert work == {"fp32": 5 * 100 * 128 * 16 * 16 * 4, "tf32": 0, "fp16": 0, "bf16": 0}

@@ -50,7 +50,7 @@ LARGE_TOLERANCES = {"fp32": 1e-2, "tf32": 8e-2, "fp16": 8e-2, "bf16": 0.2}
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
     """Return every result of a student, also with saved activations."""
     gradient = student.gradient(theta, images, labels, save=True)
-    values = {"loss": gradient.loss, "gradient": gradient.theta}
+    values = {"loss": gradient.loss, "gradient": gradient.gradient}
     for name, saved in (("", None), (" from saved activations", gradient.saved)):
         tangent = student.gradient_jvp(theta, images, labels, v, saved)
         values[f"v_dot_g{name}"] = tangent.v_dot_g

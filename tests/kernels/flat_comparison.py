@@ -231,7 +231,7 @@ def patches_beside_parameters(device: str) -> None:
         for direction, batch in ((None, BatchImages(x, 1)), (theta * 1e-7, BatchImages(x, 3, rows, warp))):
             both = triton.pack_parameters(theta, direction, places, precision, 1.0, batch)
             alone = triton.pack_parameters(theta, direction, places, precision, 1.0)
-            patches = triton.image_patches(batch.x, batch.padding, precision, batch.rows, batch.parameters)
+            patches = triton.image_patches(batch.x, batch.padding, precision, batch.indices, batch.warp)
             assert all(torch.equal(a, b) for a, b in zip(copies_in(both), copies_in(alone), strict=True))
             assert both.patches is not None
             tolerance = PATCH_TOLERANCES["fp64" if dtype == torch.float64 else precision]

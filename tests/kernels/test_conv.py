@@ -489,7 +489,9 @@ def test_memory_of_the_library_is_planned_where_the_table_takes_it(
 
     monkeypatch.setattr(dispatch, "backend_of", backend_of)
     layers = [kernels.ConvLayer(8, 18, 18, 16, 0)]  # 324 pixels, and 256 of the result
-    planned = [dispatch.work_bytes(2, layers, torch.float32, torch.device("cpu"), each) for each in ("fp32", "tf32")]
+    planned = [
+        dispatch.workspace_bytes(2, layers, torch.float32, torch.device("cpu"), each) for each in ("fp32", "tf32")
+    ]
     assert planned == [5 * 2 * (16 * 256) * 4, 0]
 
 

@@ -132,7 +132,7 @@ def test_work_space_is_planned_for_every_thread_and_for_the_gradients_of_weights
 ) -> None:
     def planned(threads: int) -> int:
         monkeypatch.setattr("torch.get_num_threads", lambda: threads)
-        planned_bytes: int = native.work_bytes(4, [ConvLayer(256, 16, 16, 256, 1)], torch.float32)
+        planned_bytes: int = native.workspace_bytes(4, [ConvLayer(256, 16, 16, 256, 1)], torch.float32)
         return planned_bytes
 
     one, two, three = map(planned, (1, 2, 3))

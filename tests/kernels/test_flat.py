@@ -187,10 +187,14 @@ def of_batch(**changed: Any) -> BatchGradient:
         (adjoint_step, (V, V, V, V, V), "expected scale of shape"),
         (adjoint_step, (V, torch.zeros(12)[::2], V, RATE, V), "expected hessian_v contiguous"),
         (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(y_bar=IMAGES)), r"int64 indices \(4,\)"),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(rows=ROWS.to("meta"))), r"int64 indices \(2,\) on cpu"),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(rows=ROWS + 1)), "indices 0 … 3, found 1 … 4"),
+        (
+            adjoint_step,
+            (V, V, V, RATE, V, None, 0.0, of_batch(indices=ROWS.to("meta"))),
+            r"int64 indices \(2,\) on cpu",
+        ),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(indices=ROWS + 1)), "indices 0 … 3, found 1 … 4"),
         (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(out=IMAGES.double())), "out of floating dtype"),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(parameters=IMAGES[0, 0])), "parameters of shape"),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(warp=IMAGES[0, 0])), "parameters of shape"),
         (pack_parameters, (V.half(), None, (), "fp32"), "expected float32 or float64, found torch.float16"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES[:, :, :1], 1)), "at least 4×4 pixels"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES, 1, ROWS + 1)), "indices 0 … 3, found 1 … 4"),
@@ -200,8 +204,8 @@ def of_batch(**changed: Any) -> BatchGradient:
         (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
         (sgd_step, (V, PartialSums((V[None].to("meta"),)), RATE, V), "found torch.float32 on meta"),
         (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), RATE, V), "and without a graph"),
-        (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a factor of gradient of shape"),
-        (sgd_step, (V, PartialSums((V[None],), (RATE, V)), RATE, V), "expected a factor of gradient of shape"),
+        (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a divisor of gradient of shape"),
+        (sgd_step, (V, PartialSums((V[None],), (RATE, V)), RATE, V), "expected a divisor of gradient of shape"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -226,8 +230,8 @@ def test_a_back_end_gets_the_indices_contiguous(monkeypatch: pytest.MonkeyPatch)
     given: list[Tensor] = []
 
     def noted(theta: Any, direction: Any, places: Any, *, largest: float, batch: BatchImages) -> None:
-        assert batch.rows is not None
-        given.append(batch.rows)
+        assert batch.indices is not None
+        given.append(batch.indices)
 
     operations = {"index_add": lambda out, index, *_: given.append(index), "pack_parameters": noted}
     monkeypatch.setattr("mtt_fast.kernels.dispatch.implementation_of", lambda name, *_: operations[name])

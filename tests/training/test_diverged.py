@@ -21,7 +21,7 @@ from mtt_fast.commands.accuracies import (
     accuracy_fields,
     accuracy_in_words,
     accuracy_record,
-    label_of,
+    remarks_on,
 )
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown
@@ -145,9 +145,9 @@ def test_records_tell_how_many_networks_diverged() -> None:
     assert accuracy_in_words(line).endswith(" (2 of 3 diverged)")
     assert "diverged" not in accuracy_fields({"B": other})
     record = one.record() | {"epoch": "best"}
-    assert label_of(record) == " (best epoch, 2 of 3 diverged)"
+    assert remarks_on(record) == " (best epoch, 2 of 3 diverged)"
     for shown in (tables.percent(record, digits=2), tables.percent(record)):
-        assert shown.endswith(label_of(record))
+        assert shown.endswith(remarks_on(record))
     cell = {"set": "mine", "question": {"network": "A", "dataset": "x", "ipc": 1}, "accuracy": record}
     assert "(best epoch, 2 of 3 diverged)" in markdown([cell], [], "p")
 
