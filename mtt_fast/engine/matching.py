@@ -10,6 +10,8 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of a distance
+
 MatchStep = Literal["last", "nearest"]
 """The student's step that is compared with the target: the last, or the one nearest to the target."""
 
@@ -116,7 +118,15 @@ def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: floa
 
 
 def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `_relative_distance` after its checks: vectors that do not fit, or an expert that did not move, raise `InputError`."""
+    """Return `_relative_distance` after its checks: vectors that do not fit, or an expert that did not move, raise `InputError`.
+
+    So does a transform of `torch.func`, in which the distance cannot be computed.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise InputError(
+            f"{name}: found a transform of torch.func, whose tensors the distance cannot read; call without it, and take "
+            "derivatives by torch.autograd"
+        )
     for argument, vector in (("end", end), ("start", start), ("target", target)):
         if not isinstance(vector, Tensor) or vector.dim() != 1:
             found = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
@@ -127,6 +137,11 @@ def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ra
         raise InputError(
             f"{name}: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
             f"target {tuple(target.shape)}"
+        )
+    if end.dtype not in _DTYPES or not (start.is_floating_point() and target.is_floating_point()):
+        raise InputError(
+            f"{name}: expected end float32, float64 or bfloat16, and start and target floating, found {end.dtype}, {start.dtype} and "
+            f"{target.dtype}; use .float()"
         )
     loss = _relative_distance(end, start, target, loss_ratio)
     if not loss.isfinite() and start.to(end).equal(target.to(end)):

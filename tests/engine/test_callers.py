@@ -256,6 +256,15 @@ def test_functional_transforms_are_refused(network: Network, transform: Callable
         transform(loss)(images[None] if transform is torch.func.vmap else images)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_traced_caller_is_refused() -> None:
+    def traced(images: Tensor) -> Tensor:
+        return unroll(NETWORK, START, images, LABELS, 0.1, BATCHES)[-1]
+
+    with pytest.raises(InputError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(traced, torch.zeros(6, 2, 8, 8))
+
+
 def test_a_compiled_caller_is_refused() -> None:
     def loss(images: Tensor) -> Tensor:
         return unroll(NETWORK, START, images, LABELS, 0.2, BATCHES)[-1].sum()

@@ -44,3 +44,19 @@ def test_errors_name_the_cause() -> None:
         matching_loss(torch.zeros(3), cast(Any, [still]), still)  # as an expert of the public code
     with pytest.raises(InputError, match=r"end: expected a flat vector \(P,\), found shape \(1, 3\)"):
         matching_loss(torch.zeros(1, 3), still, still)
+    with pytest.raises(
+        InputError, match=r"expected end float32, float64 or bfloat16, .*, found torch.float16, torch.float32"
+    ):
+        matching_loss(torch.zeros(3).half(), still, 2 * still)
+    with pytest.raises(InputError, match=r"and start and target floating, found .* torch.int64; use .float\(\)"):
+        matching_loss(torch.zeros(3), still, still.long() * 2)
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap], ids=lambda each: each.__name__
+)
+def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
+    with pytest.raises(InputError, match=r"^matching_loss: found a transform of torch.func"):
+        transform(lambda end: matching_loss(end, torch.ones(3), torch.zeros(3)))(
+            torch.eye(3)[0 if transform is not torch.func.vmap else slice(None)]
+        )
