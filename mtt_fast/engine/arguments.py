@@ -32,7 +32,7 @@ def check_context() -> None:
             "found a transform of torch.func, whose tensors the sweeps cannot read; call without it, and take the "
             "gradient by backward() or torch.autograd.grad"
         )
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing, which its types leave out
         raise InputError("found torch.jit.trace, which cannot trace the sweeps; call outside of what is traced")
     if torch.compiler.is_compiling():
         raise InputError("found torch.compile, which cannot trace the sweeps; call outside of what is compiled")

@@ -306,4 +306,4 @@ def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
     """Return the learning rates of all steps, (N,) or (N, P), in the dtype and on the device of `like`."""
-    return lr.detach().to(like).expand(steps, *lr.shape[1:])
+    return lr.detach().to(like).resolve_neg().expand(steps, *lr.shape[1:])

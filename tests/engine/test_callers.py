@@ -256,6 +256,15 @@ def test_functional_transforms_are_refused(network: Network, transform: Callable
         transform(loss)(images[None] if transform is torch.func.vmap else images)
 
 
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_a_rate_may_be_a_negative_view(network: Network) -> None:
+    """Take a rate that torch keeps as a view with another sign, as it does the imaginary part of a conjugate."""
+    rate = torch.tensor(-0.2j, dtype=torch.complex128).conj().imag
+    assert rate.is_neg()
+    images = Distilled().images
+    assert torch.equal(*(unroll(network, START, images, LABELS, lr, BATCHES) for lr in (rate, 0.2)))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_a_traced_caller_is_refused() -> None:
     def traced(images: Tensor) -> Tensor:
