@@ -273,18 +273,22 @@ def check_tensors(
 def check_plain(op: str, name: str, tensor: Tensor) -> None:
     """Check that nothing is lost if compiled code reads the memory of `tensor`: no derivative, no transform, no sign.
 
-    Such code sees neither of them, so its result would be wrong without any other symptom. The memory of a tensor of a subclass,
-    such as a fake one, need not be there.
+    Such code sees neither of them, so its result would be wrong without any other symptom.
     """
     if tensor.requires_grad or _has_tangent(tensor):
         found = "that requires grad" if tensor.requires_grad else "with a tangent of forward mode"
         raise ValueError(f"{op}: is not differentiable, found {name} {found}; detach it")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise ValueError(f"{op}: expected a plain tensor, found {name} of a transform of torch.func; call without it")
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not _has_memory(tensor):
         raise ValueError(f"{op}: expected a plain tensor, found {name} of the subclass {type(tensor).__name__}")
     if tensor.is_neg():
         raise ValueError(f"{op}: expected a plain tensor, found {name} that is a negative view; use .resolve_neg()")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether the numbers of `tensor` are at its address: those of a subclass that computes by itself need not be."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _has_tangent(tensor: Tensor) -> bool:

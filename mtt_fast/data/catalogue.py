@@ -57,7 +57,7 @@ def find(
         raise InputError(f"`dataset`: expected a name or the path of an image folder, found {shown(dataset)}")
     data_path = Path(data_path).expanduser().absolute()
     name = name_of(dataset) if isinstance(dataset, str) else None
-    if res is not None and not (isinstance(res, Integral) and res >= 1):
+    if res is not None and not (isinstance(res, int | Integral) and res >= 1):
         raise InputError(
             f"`res`: expected a positive number of pixels, found {shown(res)}; leave it out for the default"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
@@ -81,13 +82,12 @@ def _differ(first: Tensor, again: Tensor) -> Tensor:
 
 
 def check_types(**tensors: Tensor) -> None:
-    """Raise `InputError` unless `tensors` are tensors whose numbers are in memory: neither sparse nor nested nor fake ones."""
+    """Raise `InputError` unless `tensors` are tensors, and neither sparse nor nested nor fake ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
-        is_subclass = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        if is_subclass or value.is_nested or value.layout != torch.strided:
-            found = type(value).__name__ if is_subclass else "a nested one" if value.is_nested else value.layout
+        if isinstance(value, FakeTensor) or value.is_nested or value.layout != torch.strided:
+            found = "a nested tensor" if value.is_nested else f"{type(value).__name__} of layout {value.layout}"
             raise InputError(f"`{name}`: expected an ordinary tensor, found {found}; make it a dense torch.Tensor")
 
 

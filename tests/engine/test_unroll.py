@@ -358,11 +358,11 @@ def test_a_custom_loss() -> None:
         ({"images": torch.zeros(0, 3, 8, 8)}, r"`images`: expected at least one, \(n, …\), found shape \(0, 3, 8, 8\)"),
         (
             {"images": torch.zeros(6, 3, 8, 8).to_sparse()},
-            "`images`: expected an ordinary tensor, found torch.sparse_coo",
+            "`images`: expected an ordinary tensor, found Tensor of layout torch.sparse_coo",
         ),
         (
             {"images": torch.nested.nested_tensor([torch.zeros(3, 8, 8)] * 6, layout=torch.jagged)},
-            "expected an ordinary tensor, found NestedTensor",
+            "expected an ordinary tensor, found a nested tensor",
         ),
         (
             {"images": FakeTensorMode().from_tensor(torch.zeros(6, 3, 8, 8))},
