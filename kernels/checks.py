@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -144,6 +145,8 @@ def check_classifier(
 ) -> None:
     """Check the arguments of a classifier against the first of its planes (B, C, h, w) and of its biases (K,)."""
     first = planes[0]
+    if label_kind not in get_args(LabelKind):
+        raise ValueError(f"{op}: expected label_kind {', '.join(get_args(LabelKind))}, found {label_kind!r}")
     if first.dim() != 4 or first.numel() < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
         raise ValueError(
             f"{op}: expected p (B, C, h, w) and bias (K,) of at least one sample, feature and class, "

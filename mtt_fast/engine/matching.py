@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio:
     The ⌊`loss_ratio` · P⌋ parameters whose `(θ_N − θ*)²` is smallest are dropped from numerator and denominator, and get no
     gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
     """
-    if not 0 <= loss_ratio < 1:
-        raise InputError(f"masked_matching_loss loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
+    _check_ratio("masked_matching_loss", loss_ratio)
     return _checked_loss("masked_matching_loss", end, start, target, loss_ratio)
 
 
@@ -95,18 +94,26 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
 def path_loss(
     path: Tensor, start: Tensor, target: Tensor, match_step: MatchStep = "last", loss_ratio: float = 0.0
 ) -> Tensor:
-    """Return the matching loss of `path` (N + 1, P) without checks, so that no tensor is read on the host.
+    """Return the matching loss of `path` (N + 1, P) without checks of tensors, so that no tensor is read on the host.
 
     With the defaults it is `matching_loss`; `match_step="nearest"` is `nearest_step_loss`, `loss_ratio` is that of
     `masked_matching_loss`, and the two can be combined. With "nearest" the gradient is as large as the path, since the row is
-    selected by a tensor.
+    selected by a tensor. Raises `InputError` for another `match_step` and `loss_ratio`.
     """
+    if match_step not in get_args(MatchStep):
+        raise InputError(f"path_loss match_step: expected {' or '.join(get_args(MatchStep))}, found {match_step!r}")
+    _check_ratio("path_loss", loss_ratio)
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)
         end = path.index_select(0, step.view(1))[0].to(target.device)
     else:
         end = path[-1]
     return _relative_distance(end, start, target, loss_ratio)
+
+
+def _check_ratio(name: str, loss_ratio: float) -> None:
+    if not 0 <= loss_ratio < 1:
+        raise InputError(f"{name} loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
 
 
 def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mtt_fast import InputError, matching_loss
+from mtt_fast import InputError, matching_loss, path_loss
 from mtt_fast.testing import assert_close
 
 
@@ -60,3 +60,15 @@ def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
         transform(lambda end: matching_loss(end, torch.ones(3), torch.zeros(3)))(
             torch.eye(3)[0 if transform is not torch.func.vmap else slice(None)]
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"match_step": "Nearest"}, "path_loss match_step: expected last or nearest, found 'Nearest'"),
+        ({"loss_ratio": 1.5}, "path_loss loss_ratio: expected at least 0 and less than 1, found 1.5"),
+    ],
+)
+def test_other_options_of_the_loss_of_a_path_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        path_loss(torch.randn(3, 4), torch.zeros(4), torch.ones(4), **options)

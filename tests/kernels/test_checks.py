@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from mtt_fast import kernels
-from mtt_fast.kernels import Affine, PartialSums
+from mtt_fast.kernels import Affine, PartialSums, WeightPlace
 
 pytestmark = pytest.mark.usefixtures("either_backend")
 
@@ -79,3 +79,18 @@ def test_a_negative_view_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"found .* a negative view; use "):
         operation(view)
     operation(view.resolve_neg())
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda word: kernels.conv3x3(PLANES, torch.ones(2, 3, 3, 3), 1, word),
+        lambda word: kernels.image_patches(PLANES, 1, word),
+        lambda word: kernels.pack_parameters(torch.ones(54), None, [WeightPlace(0, 2, 3)], word),
+        lambda word: kernels.linear_cross_entropy(PLANES, torch.ones(2, 48), V[:2], torch.ones(2, 2), word),
+    ],
+    ids=["conv", "block", "pack", "classifier"],
+)
+def test_another_word_for_a_precision_or_a_kind_of_labels_is_refused(operation: Callable[[str], object]) -> None:
+    with pytest.raises(ValueError, match=r": expected (precision fp32, .*|label_kind indices, .*), found 'fp'$"):
+        operation("fp")
