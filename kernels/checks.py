@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .types import (
     WARP_PARAMETERS,
@@ -47,10 +49,11 @@ def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> 
     for piece in sums.pieces:
         summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
         as_channels_last = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand
-        if piece.dtype != first.dtype or piece.device != first.device or piece.requires_grad:
+        if piece.dtype != first.dtype or piece.device != first.device:
             raise ValueError(
-                f"{op}: expected {name} of {first.dtype} on {first.device} and without a graph, found {piece.dtype} on {piece.device}"
+                f"{op}: expected {name} of {first.dtype} on {first.device}, found {piece.dtype} on {piece.device}"
             )
+        check_plain(op, name, piece)
         if not (summand.is_contiguous() or as_channels_last.is_contiguous()):
             raise ValueError(
                 f"{op}: expected summands of {name} contiguous or channels_last, found strides {piece.stride()}"
@@ -142,6 +145,8 @@ def check_classifier(
 ) -> None:
     """Check the arguments of a classifier against the first of its planes (B, C, h, w) and of its biases (K,)."""
     first = planes[0]
+    if label_kind not in get_args(LabelKind):
+        raise ValueError(f"{op}: expected label_kind {', '.join(get_args(LabelKind))}, found {label_kind!r}")
     if first.dim() != 4 or first.numel() < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
         raise ValueError(
             f"{op}: expected p (B, C, h, w) and bias (K,) of at least one sample, feature and class, "
@@ -163,6 +168,7 @@ def check_classifier(
         raise ValueError(
             f"{op}: expected int64 indices ({batch},), contiguous, found {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    check_plain(op, "labels", labels)
     if labels.device != first.device:
         raise ValueError(f"{op}: expected one device, found indices on {labels.device} and {first.device}")
     # on an accelerator the look-up itself checks, without a wait for the device
@@ -180,6 +186,7 @@ def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
             f"{op}: expected int64 indices ({count},) on {rows.device}, found {index.dtype} of shape "
             f"{tuple(index.shape)} on {index.device}"
         )
+    check_plain(op, "index", index)
     if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(rows):
         raise ValueError(f"{op}: expected indices 0 … {len(rows) - 1}, found {int(index.min())} … {int(index.max())}")
 
@@ -257,11 +264,36 @@ def check_tensors(
             raise ValueError(f"{op}: expected {name} of floating dtype {dtype}, found {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{op}: expected one device, found {name} on {tensor.device} and {first.device}")
-        if tensor.requires_grad:
-            raise ValueError(f"{op}: is not differentiable, found {name} that requires grad; detach it")
+        check_plain(op, name, tensor)
         try:
             expected = torch.contiguous_format if like_format is None else memory_format(like_format)
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
         if not tensor.is_contiguous(memory_format=expected):
             raise ValueError(f"{op}: expected {name} {str(expected)[6:]}, found strides {tensor.stride()}")
+
+
+def check_plain(op: str, name: str, tensor: Tensor) -> None:
+    """Check that nothing is lost if compiled code reads the memory of `tensor`: no derivative, no transform, no sign.
+
+    Such code sees neither of them, so its result would be wrong without any other symptom.
+    """
+    if tensor.requires_grad or _has_tangent(tensor):
+        found = "that requires grad" if tensor.requires_grad else "with a tangent of forward mode"
+        raise ValueError(f"{op}: is not differentiable, found {name} {found}; detach it")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ValueError(f"{op}: expected a plain tensor, found {name} of a transform of torch.func; call without it")
+    if not _has_memory(tensor):
+        raise ValueError(f"{op}: expected a plain tensor, found {name} of the subclass {type(tensor).__name__}")
+    if tensor.is_neg():
+        raise ValueError(f"{op}: expected a plain tensor, found {name} that is a negative view; use .resolve_neg()")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether the numbers of `tensor` are at its address: those of a subclass that computes by itself need not be."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode and forward_ad.unpack_dual(tensor).tangent is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from . import native, reference, triton
 from .types import ConvLayer, Convolved, Precision, WeightBytes, accumulator, planes_of
 
 Implementation = Callable[..., Any]
+
+_PRECISIONS = get_args(Precision)
 
 # with Triton's own switch, its kernels run on the CPU in Triton's interpreter, in place of the native ones
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
@@ -39,7 +41,10 @@ def implementation_of(operation: str, tensor: Tensor, precision: Precision | Non
     """Return the fastest implementation of `operation` for tensors like `tensor`.
 
     `precision`, for operations with matrix products, is bound to the implementation. The native back end has only `fp32`.
+    Raises `ValueError` for an unknown precision.
     """
+    if precision is not None:
+        _check_precision(operation, precision)
     if operation in triton.OPERATIONS and _runs_triton(tensor.device):
         implementation: Implementation = getattr(triton, operation)
     elif native.has(operation, tensor) and precision in (None, "fp32"):
@@ -62,8 +67,9 @@ def block_implementation_of(
 ) -> Implementation:
     """Return the implementation of an `operation` of the first block: Triton's if `has_image_block`, else the reference.
 
-    `filters` is None for `image_patches`, which depends only on the images.
+    `filters` is None for `image_patches`, which depends only on the images. Raises `ValueError` for an unknown precision.
     """
+    _check_precision(operation, precision)
     has_kernels = _runs_triton(device) and triton.has_image_block(channels, filters)
     return partial(getattr(triton if has_kernels else reference, operation), precision=precision)
 
@@ -108,6 +114,11 @@ def weight_bytes(
 def release_memory() -> None:
     """Free the workspace that the native kernels keep from one call to the next, as far as it is not in use."""
     native.release_memory()
+
+
+def _check_precision(operation: str, precision: str) -> None:
+    if precision not in _PRECISIONS:
+        raise ValueError(f"{operation}: expected precision {', '.join(_PRECISIONS)}, found {precision!r}")
 
 
 def _runs_triton(device: torch.device) -> bool:

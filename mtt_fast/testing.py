@@ -36,8 +36,10 @@ def reference_convnet(
 ) -> nn.Module:
     """Return ConvNet as an ordinary `nn.Module`, as the public code builds it; random parameters.
 
-    `norm` is "instance" or "none". The parameters bear the public code's names.
+    `norm` is "instance" or "none". The parameters bear the public code's names. Raises `ValueError` for another norm.
     """
+    if norm not in ("instance", "none"):
+        raise ValueError(f"reference_convnet norm: expected instance or none, found {norm}")
     layers: list[nn.Module] = []
     side = image_size
     for block in range(depth):
@@ -88,6 +90,7 @@ def whole_graph(
     soft = labels.is_floating_point()
     all_targets = labels.detach().clone().requires_grad_(soft)
     theta, velocity = theta_0, torch.zeros_like(start)
+    rates = rate.expand(len(batches), *rate.shape[1:])
     for n, index in enumerate(batches):
         inputs = pixels[index] if augment is None else augment(pixels[index], n)
         targets = all_targets[index]
@@ -98,7 +101,7 @@ def whole_graph(
             loss = -((F.softmax(targets, dim=1) if label_logits else targets) * log_p).sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         velocity = momentum * velocity + gradient + weight_decay * theta
-        theta = theta - (rate[n] if rate.dim() else rate) * velocity
+        theta = theta - rates[n] * velocity
     distance = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
     leaves = [theta_0, pixels, rate] + ([all_targets] if soft else [])
     to_start, to_images, to_lr, *to_labels = torch.autograd.grad(distance, leaves)
@@ -149,12 +152,20 @@ def truncated(
             to_labels.index_add_(0, index, -rates[n] * to_targets[0])
         to_rates[n] = -along.detach()
     loss = (path[-1] - target).square().sum() / moved
-    return MetaGradient(path[-1], loss, to_images, to_labels, to_rates if lr.dim() else to_rates.sum(), adjoint)
+    return MetaGradient(
+        path[-1], loss, to_images, to_labels, to_rates if lr.numel() > 1 else to_rates.sum().view(lr.shape), adjoint
+    )
 
 
 def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Return |found − expected| / max(|expected|, `floor`) in the Euclidean norm, computed in float64."""
-    found, expected = found.detach().double(), expected.detach().double()
+    """Return |found − expected| / max(|expected|, `floor`) in the Euclidean norm, computed in float64.
+
+    Raises `ValueError` for tensors whose shapes differ by more than sides of 1: torch would compare them by broadcasting.
+    """
+    found, expected = (each.detach().squeeze() for each in (found, expected))
+    if found.shape != expected.shape:
+        raise ValueError(f"expected tensors of one shape, found {tuple(found.shape)} and {tuple(expected.shape)}")
+    found, expected = (each.to(torch.promote_types(each.dtype, torch.float64)) for each in (found, expected))
     return float((found - expected).norm() / expected.norm().clamp_min(max(floor, torch.finfo(torch.float64).tiny)))
 
 

@@ -13,6 +13,7 @@ from ..checks import (
     check_batch_images,
     check_index,
     check_partial_sums,
+    check_plain,
     check_tensors,
     check_vectors,
 )
@@ -97,8 +98,8 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"squared_distance: expected one device, found {a.device} and {b.device}")
     if not (a.is_contiguous() and b.is_contiguous()):
         raise ValueError(f"squared_distance: expected contiguous vectors, found strides {a.stride()}, {b.stride()}")
-    if a.requires_grad or b.requires_grad:
-        raise ValueError("squared_distance: is not differentiable, found a vector that requires grad; detach it")
+    for name, vector in (("a", a), ("b", b)):
+        check_plain("squared_distance", name, vector)
     distance: Tensor = dispatch.implementation_of("squared_distance", a)(a, b)
     return distance
 

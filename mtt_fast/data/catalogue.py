@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 import os
+from numbers import Integral
 from pathlib import Path
 
 from mtt_fast.data import cifar, digits, folder, imagenet, mnist, tiny_imagenet
 from mtt_fast.data.image_data import ImageData
 from mtt_fast.data.packing import Source, packed
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shown
 
 NAMES = (*cifar.SPECS, *mnist.SPECS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
 
 
 def load(
-    dataset: str,
+    dataset: str | Path,
     *,
     data_path: str | Path = "data",
     subset: str | None = None,
@@ -39,7 +41,7 @@ def load(
 
 
 def find(
-    dataset: str,
+    dataset: str | Path,
     *,
     data_path: str | Path = "data",
     subset: str | None = None,
@@ -51,10 +53,14 @@ def find(
 
     Raises `NotFound` if its files are in none of the usual places, and `InputError` as `load` does.
     """
+    if not isinstance(dataset, str | Path):
+        raise InputError(f"`dataset`: expected a name or the path of an image folder, found {shown(dataset)}")
     data_path = Path(data_path).expanduser().absolute()
-    name = name_of(dataset)
-    if res is not None and res < 1:
-        raise InputError(f"`res`: expected a positive number of pixels, found {res}; leave it out for the default")
+    name = name_of(dataset) if isinstance(dataset, str) else None
+    if res is not None and not (isinstance(res, int | Integral) and res >= 1):
+        raise InputError(
+            f"`res`: expected a positive number of pixels, found {shown(res)}; leave it out for the default"
+        )
     if subset is not None and name != "ImageNet":
         raise InputError(f"`subset`: expected only with `dataset` ImageNet, found with {dataset}; leave it out")
     match name:
@@ -77,7 +83,7 @@ def find(
             assert name in imagenet.SUBSETS, f"{name} is one of NAMES, but has no case here"
             return imagenet.source(data_path, name, res)
     path = Path(dataset).expanduser()
-    if path.is_dir() or os.sep in dataset:
+    if isinstance(dataset, Path) or path.is_dir() or os.sep in dataset:
         return folder.source(path, res)
     raise _unknown("`dataset`", dataset, NAMES, ", or the path of an image folder")
 

@@ -100,7 +100,8 @@ class SyntheticDataset:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically.
 
-        Raises `InputError`, before anything is written, for a set that fails `mtt_fast.data.set_checks.check_set`.
+        Raises `InputError`, before anything is written, for a set that fails `mtt_fast.data.set_checks.check_set`, and for a
+        `recipe` that JSON cannot hold.
         """
         check_set(self, f"{os.fspath(path)}: not written")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
@@ -111,7 +112,14 @@ class SyntheticDataset:
         record = {name: getattr(self, name) for name in _RECORD}
         if self.canvas:
             record["canvas"] = dataclasses.asdict(self.canvas)
-        save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
+        try:
+            text = json.dumps(record)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{os.fspath(path)}: not written: expected texts, numbers, lists and dictionaries in all fields but tensors ({error}); "
+                "use .tolist() of an array, and .item() of a number of NumPy or torch"
+            ) from error
+        save_tensors(path, tensors, {"format": _FORMAT, "record": text})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:

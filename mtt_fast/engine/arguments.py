@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
@@ -22,7 +23,7 @@ from mtt_fast.runtime.prefetch import upload
 
 
 def check_context() -> None:
-    """Raise `InputError` in `torch.inference_mode`, in a `torch.func` transform and in `torch.compile`, where gradients cannot be taken."""
+    """Raise `InputError` where no gradient can be taken: in `torch.inference_mode`, `torch.func`, `torch.jit.trace` and `torch.compile`."""
     if torch.is_inference_mode_enabled():
         raise InputError(
             "found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
@@ -32,6 +33,8 @@ def check_context() -> None:
             "found a transform of torch.func, whose tensors the sweeps cannot read; call without it, and take the "
             "gradient by backward() or torch.autograd.grad"
         )
+    if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing, which its types leave out
+        raise InputError("found torch.jit.trace, which cannot trace the sweeps; call outside of what is traced")
     if torch.compiler.is_compiling():
         raise InputError("found torch.compile, which cannot trace the sweeps; call outside of what is compiled")
 
@@ -79,10 +82,21 @@ def _differ(first: Tensor, again: Tensor) -> Tensor:
 
 
 def check_types(**tensors: Tensor) -> None:
-    """Raise `InputError` unless `tensors` are tensors."""
+    """Raise `InputError` unless `tensors` are tensors, and neither sparse nor nested nor fake ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
+        if isinstance(value, FakeTensor) or value.is_nested or value.layout != torch.strided:
+            found = "a nested tensor" if value.is_nested else f"{type(value).__name__} of layout {value.layout}"
+            raise InputError(f"`{name}`: expected an ordinary tensor, found {found}; make it a dense torch.Tensor")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise `InputError` unless `generator` is None or a generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"`generator`: expected a torch.Generator, found {type(generator).__name__}; torch.Generator().manual_seed(…) makes one"
+        )
 
 
 def check_augment(augment: Augment | None) -> None:
@@ -160,6 +174,8 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
 
     They are copies, so that a caller may overwrite `batches` before the backward pass.
     """
+    if not images.dim() or not len(images):
+        raise InputError(f"`images`: expected at least one, (n, …), found shape {tuple(images.shape)}")
     try:
         rows = tuple(row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu") for row in batches)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -177,7 +193,7 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
     # indices on a GPU are checked by the look-up of the labels, without waiting for the device
     on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}
     if on_host and not _are_in_range(torch.cat([row.long() for row in on_host.values()]), len(images)):
-        n, row = next((n, row) for n, row in on_host.items() if not _are_in_range(row, len(images)))
+        n, row = next((n, row.long()) for n, row in on_host.items() if not _are_in_range(row.long(), len(images)))
         raise InputError(
             f"`batches`: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
         )
@@ -230,7 +246,11 @@ def check_tensors(
             f"`images`, `labels`: expected floating-point images and as many labels, found {images.dtype} of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}{remedy}"
         )
-    if not has_loss and labels.dim() != (2 if labels.is_floating_point() else 1):
+    if labels.is_complex() and labels.requires_grad:
+        raise InputError(
+            f"`labels`: expected real numbers where they require a gradient, found {labels.dtype}; use torch.view_as_real"
+        )
+    if not has_loss and (labels.is_complex() or labels.dim() != (2 if labels.is_floating_point() else 1)):
         raise InputError(
             f"`labels`: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
             f"{tuple(labels.shape)}; give a `loss` that takes these"

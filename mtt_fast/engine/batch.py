@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,19 @@ class AugmentedBatch:
     def of(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
-        """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed."""
+        """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed.
+
+        Raises `InputError` if it will, and `augment` cuts it off.
+        """
         with torch.set_grad_enabled(tracked):
             selected = images[index].detach().requires_grad_(tracked)
-            return cls(selected, augment(selected).contiguous().to(dtype), index)
+            augmented = augment(selected).contiguous().to(dtype)
+        if tracked and not augmented.requires_grad:
+            raise InputError(
+                "`augment`: expected a differentiable function of the images, found one that cuts the gradient off; for images that "
+                "play no part in a step multiply by zero"
+            )
+        return cls(selected, augmented, index)
 
     @property
     def inputs(self) -> Tensor:

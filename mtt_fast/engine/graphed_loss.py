@@ -114,10 +114,11 @@ class GraphedMatchingLoss:
         """
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches, theta_name="start")
         arguments.check_target(target, start)
+        arguments.check_generator(generator)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)
         constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
-        return _LossWithGradients.apply(iteration, constants, images, labels, steps.lr)  # type: ignore[no-any-return]
+        return _LossWithGradients.apply(iteration, constants, images, steps.labels, steps.lr)  # type: ignore[no-any-return]
 
     @property
     def problem(self) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of a distance
 
 MatchStep = Literal["last", "nearest"]
 """The student's step that is compared with the target: the last, or the one nearest to the target."""
@@ -45,8 +47,7 @@ def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio:
     The ⌊`loss_ratio` · P⌋ parameters whose `(θ_N − θ*)²` is smallest are dropped from numerator and denominator, and get no
     gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
     """
-    if not 0 <= loss_ratio < 1:
-        raise InputError(f"masked_matching_loss loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
+    _check_ratio("masked_matching_loss", loss_ratio)
     return _checked_loss("masked_matching_loss", end, start, target, loss_ratio)
 
 
@@ -93,18 +94,26 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
 def path_loss(
     path: Tensor, start: Tensor, target: Tensor, match_step: MatchStep = "last", loss_ratio: float = 0.0
 ) -> Tensor:
-    """Return the matching loss of `path` (N + 1, P) without checks, so that no tensor is read on the host.
+    """Return the matching loss of `path` (N + 1, P) without checks of tensors, so that no tensor is read on the host.
 
     With the defaults it is `matching_loss`; `match_step="nearest"` is `nearest_step_loss`, `loss_ratio` is that of
     `masked_matching_loss`, and the two can be combined. With "nearest" the gradient is as large as the path, since the row is
-    selected by a tensor.
+    selected by a tensor. Raises `InputError` for another `match_step` and `loss_ratio`.
     """
+    if match_step not in get_args(MatchStep):
+        raise InputError(f"path_loss match_step: expected {' or '.join(get_args(MatchStep))}, found {match_step!r}")
+    _check_ratio("path_loss", loss_ratio)
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)
         end = path.index_select(0, step.view(1))[0].to(target.device)
     else:
         end = path[-1]
     return _relative_distance(end, start, target, loss_ratio)
+
+
+def _check_ratio(name: str, loss_ratio: float) -> None:
+    if not 0 <= loss_ratio < 1:
+        raise InputError(f"{name} loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
 
 
 def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:
@@ -116,7 +125,15 @@ def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: floa
 
 
 def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `_relative_distance` after its checks: vectors that do not fit, or an expert that did not move, raise `InputError`."""
+    """Return `_relative_distance` after its checks: vectors that do not fit, or an expert that did not move, raise `InputError`.
+
+    So does a transform of `torch.func`, in which the distance cannot be computed.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise InputError(
+            f"{name}: found a transform of torch.func, whose tensors the distance cannot read; call without it, and take "
+            "derivatives by torch.autograd"
+        )
     for argument, vector in (("end", end), ("start", start), ("target", target)):
         if not isinstance(vector, Tensor) or vector.dim() != 1:
             found = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
@@ -127,6 +144,11 @@ def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ra
         raise InputError(
             f"{name}: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
             f"target {tuple(target.shape)}"
+        )
+    if end.dtype not in _DTYPES or not (start.is_floating_point() and target.is_floating_point()):
+        raise InputError(
+            f"{name}: expected end float32, float64 or bfloat16, and start and target floating, found {end.dtype}, {start.dtype} and "
+            f"{target.dtype}; use .float()"
         )
     loss = _relative_distance(end, start, target, loss_ratio)
     if not loss.isfinite() and start.to(end).equal(target.to(end)):

@@ -43,6 +43,8 @@ def student_for(
     whose parameters are not one vector.
     """
     check_choices(label_kind, precision)
+    if isinstance(network, type):
+        raise InputError(f"`net`: expected a network, found the class {network.__name__}; call it to make one")
     if not (hasattr(network, "num_parameters") and hasattr(network, "mixes_samples")):
         raise InputError(
             f"`net`: expected a network of one vector of parameters, found {type(network).__name__}; use ConvNet, or "

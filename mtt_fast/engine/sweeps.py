@@ -64,13 +64,13 @@ class StudentSteps:
         return AugmentedBatch.of(images, index, augmented, dtype, tracked=tracked)
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """Return a function that maps n to the targets of step n: int64 class indices, or soft labels in `dtype`.
+        """Return a function that maps n to the targets of step n: soft labels in `dtype`, and others as they are.
 
         Class indices are small, so they are gathered for all steps at once. Soft labels are gathered step by step.
         """
         if labels.is_floating_point():
             return lambda n: labels[self.batches[n]].to(dtype)
-        targets = labels[torch.cat(self.batches)].long().split([len(index) for index in self.batches])
+        targets = labels[torch.cat(self.batches)].split([len(index) for index in self.batches])
         return lambda n: targets[n]
 
 
@@ -308,4 +308,4 @@ def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
     """Return the learning rates of all steps, (N,) or (N, P), in the dtype and on the device of `like`."""
-    return lr.detach().to(like).expand(steps, *lr.shape[1:])
+    return lr.detach().to(like).resolve_neg().expand(steps, *lr.shape[1:])

@@ -76,7 +76,7 @@ def try_step(
         """Return inputs and targets at `positions` of the batch, in the dtypes that the sweeps use."""
         inputs = images.detach()[index[positions]] if augmented is None else augmented[positions]
         targets = labels.detach()[index[positions]]
-        return inputs.to(theta.dtype), targets.to(theta.dtype if labels.is_floating_point() else torch.long)
+        return inputs.to(theta.dtype), targets.to(theta.dtype) if labels.is_floating_point() else targets
 
     inputs, targets = samples(_trial_positions(network, len(index)))
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
@@ -184,13 +184,12 @@ def _check_samples_are_independent(student: GenericStudent, theta: Tensor, input
 def _with_extremes(targets: Tensor, labels: Tensor) -> Tensor:
     """Return `targets`, the first and the last replaced by those of all `labels` with the smallest and the largest number.
 
-    These are the labels that a loss may leave out (`ignore_index`), and they need not be in the first batch. Floating targets are
-    returned as they are.
+    These are the labels that a loss may leave out (`ignore_index`), and they need not be in the first batch. Floating and complex
+    targets are returned as they are.
     """
-    if targets.is_floating_point():
+    if targets.is_floating_point() or targets.is_complex():
         return targets
-    labels = labels.to(targets.dtype)
-    rows, targets = labels.view(len(labels), -1), targets.clone()
+    rows, targets = labels.view(len(labels), -1).long(), targets.clone()
     targets[0], targets[-1] = labels[rows.amin(1).argmin()], labels[rows.amax(1).argmax()]
     return targets
 

@@ -115,8 +115,8 @@ def unroll(
         plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: a function of the network's output and the labels of a step, in place of cross-entropy. It gets the labels
-            unchanged, whatever `label_kind` says, and the gradient flows to all numbers in floating ones, such as a teacher's
-            logits and a temperature. If batches are cut, it has to be a mean over the samples.
+            unchanged, whatever `label_kind` says, but floating ones in the dtype of `theta`. The gradient flows to all numbers in
+            these, such as a teacher's logits and a temperature. If batches are cut, it has to be a mean over the samples.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
@@ -142,6 +142,7 @@ def unroll(
     steps = checked_steps(net, options, theta, images, labels, lr, batches)
     student_optimizer = optimizer_of(options, steps.lr, has_velocity=velocity is not None or return_velocity)
     arguments.check_velocity(velocity, theta, optimizer)
+    arguments.check_generator(generator)
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
     plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
     student_steps = StudentSteps(
@@ -155,7 +156,7 @@ def unroll(
         gradient=gradient,
         compares=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
     )
-    path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
+    path, after = path_of(student_steps, theta, images, steps.labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
 
@@ -231,6 +232,8 @@ def checked_steps(
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
     arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss, theta_name=theta_name)
+    if not (has_loss or labels.is_floating_point()):
+        labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known
     return CheckedSteps(student, theta, images, labels, rates, indices)
 
 

@@ -47,11 +47,14 @@ class ConvNet:
                 raise InputError(f"ConvNet {name}: expected a whole number, found {value!r}")
             if value < 1:
                 raise InputError(f"ConvNet {name}: expected at least 1, found {value}")
+            object.__setattr__(self, name, int(value))  # a whole number of NumPy is none for JSON
         sides = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size, self.image_size)
         if isinstance(sides, str) or len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
             raise InputError(f"ConvNet image_size: expected a side, or height and width, found {self.image_size!r}")
         if min(sides) < 1:
             raise InputError(f"ConvNet image_size: expected at least 1, found {self.image_size}")
+        size = int(sides[0]) if isinstance(self.image_size, Integral) else (int(sides[0]), int(sides[1]))
+        object.__setattr__(self, "image_size", size)  # a list has no hash
         if self.norm not in get_args(Norm):
             raise InputError(f"ConvNet norm: expected {' or '.join(get_args(Norm))}, found {self.norm}")
         if min(self.feature_size) < 1:

@@ -25,7 +25,7 @@ class FlatModule:
     """A copy of `module`, called with its parameters as one vector `theta` (P,), in `module.parameters()` order.
 
     Buffers keep the values that they have now, even if layers write into them. So do frozen parameters (those with
-    `requires_grad` False beside others), which are not part of `theta`. The copy keeps the module's
+    `requires_grad` False beside others, and whole numbers), which are not part of `theta`. The copy keeps the module's
     mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is not a mean
     over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
     The running statistics that `torch` keeps in buffers are explicit: `statistics` are those at the start, `track` updates
@@ -48,7 +48,8 @@ class FlatModule:
                     "sweep would not repeat the forward one; set its share to 0, or call .eval()"
                 )
         everything = dict(tracked.named_parameters())
-        parameters = {name: value for name, value in everything.items() if value.requires_grad} or everything
+        trained = {name: value for name, value in everything.items() if value.requires_grad}
+        parameters = trained or {name: value for name, value in everything.items() if value.is_floating_point()}
         self.layout = ParameterLayout(tuple(parameters), tuple(tuple(value.shape) for value in parameters.values()))
         norms = {name: part for name, part in tracked.named_modules() if isinstance(part, _BatchNorm)}
         mixing = {name: part for name, part in norms.items() if part.training or part.running_mean is None}
@@ -169,6 +170,11 @@ class _Stateless:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # each tensor once: a buffer may be a parameter, too
+        names: dict[Tensor, str] = {}
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            names.setdefault(value, name)
+        self._own = {name: value for value, name in names.items()}
         self._idle: list[nn.Module] = []
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -180,7 +186,7 @@ class _Stateless:
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
             name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
-            for name, value in (*self.module.named_parameters(), *self.module.named_buffers())
+            for name, value in self._own.items()
             if name not in tensors
         }
         if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
@@ -231,12 +237,17 @@ def _check_kind(module: nn.Module) -> None:
             raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (problem := _problem_of_embedding(part)):
             raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
-    if not any(True for _ in module.parameters()):
+    if not any(value.is_floating_point() or value.is_complex() for value in module.parameters()):
         raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
     if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:
         raise InputError(
             f"FlatModule: expected real parameters, found {complex_ones[0]} complex; keep it as real numbers, and take "
             "torch.view_as_complex of them in the forward pass"
+        )
+    if hooked := [name for name, value in module.named_parameters() if value._backward_hooks]:
+        raise InputError(
+            f"FlatModule: parameter {hooked[0]} has a hook on its gradient, which would not be called; remove it, and do in the forward "
+            "pass what it does"
         )
     if any(nn.parameter.is_lazy(value) for value in module.parameters()):
         raise InputError(

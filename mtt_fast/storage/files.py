@@ -180,7 +180,7 @@ def save_tensors(
 
     Each tensor has a checksum; those in `by_row`, which are read by rows, have one for each row.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous().resolve_neg() for name, tensor in tensors.items()}
     # the format wants data aligned, so wide types come first
     order = sorted(contiguous, key=lambda name: (-contiguous[name].element_size(), name))
     shapes = {name: (_NAMES[contiguous[name].dtype], tuple(contiguous[name].shape)) for name in order}

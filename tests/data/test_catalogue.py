@@ -15,6 +15,7 @@ from PIL import Image
 from mtt_fast.data import NAMES, catalogue, load
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.errors import InputError
+from tests.data.folders import folder
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -30,13 +31,23 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
         ("CIFAR10", {"res": 64}, "`res`: expected 32 or nothing, the size of CIFAR10, found 64"),
         ("digits", {"res": 32}, "`res`: expected 8 or nothing"),
         ("imagenette", {"res": -1}, "`res`: expected a positive number"),
+        ("imagenette", {"res": 32.0}, "`res`: expected a positive number of pixels, found 32.0"),
+        ("imagenette", {"res": "32"}, "`res`: expected a positive number of pixels, found '32'"),
+        (None, {}, "`dataset`: expected a name or the path of an image folder, found None"),
+        (Path("digits"), {}, "digits: expected an image folder"),
     ],
 )
-def test_wrong_words_are_explained(tmp_path: Path, dataset: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_words_are_explained(tmp_path: Path, dataset: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load(dataset, data_path=tmp_path, **options)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_that_of_an_image_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path / "digits")  # whatever its name
+    data, expected = (load(each, data_path=tmp_path / "data", progress=False) for each in (root, str(root)))
+    assert torch.equal(data.train.images, expected.train.images)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from mtt_fast import SyntheticDataset
+from mtt_fast import InputError, SyntheticDataset
 
 
 @pytest.mark.parametrize("label_kind", ["probabilities", "logits"])
@@ -42,3 +43,25 @@ def test_pictures_are_the_images_without_normalisation_clipped_to_what_can_be_sh
     images = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0, 0.5]).view(1, 1, 2, 3)
     synthetic = SyntheticDataset(images, torch.tensor([0]), torch.tensor(0.1), ("a",), (0.5,), (0.25,))
     assert synthetic.pictures().flatten().tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 0.625]
+
+
+def test_a_negative_view_is_saved_with_its_sign(tmp_path: Path) -> None:
+    """Save a rate that is the imaginary part of a conjugate, which torch keeps as a view with another sign."""
+    lr = torch.tensor(-0.1j).conj().imag
+    assert lr.is_neg()
+    made = SyntheticDataset(torch.zeros(1, 1, 2, 2), torch.tensor([0]), lr, ("a",), (0.5,), (0.25,))
+    made.save(tmp_path / "set.safetensors")
+    assert SyntheticDataset.load(tmp_path / "set.safetensors").lr == lr
+
+
+def test_what_json_cannot_hold_is_told(tmp_path: Path) -> None:
+    """Save the numbers of NumPy and torch that a loop of one's own has."""
+    parts = (torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor(0.1), ("a",))
+    recipe = {"lr_img": torch.tensor(100.0)}
+    for made in (
+        SyntheticDataset(*parts, np.array([0.5]), np.array([0.25])),  # type: ignore[arg-type]
+        SyntheticDataset(*parts, (0.5,), (0.25,), recipe=recipe),
+    ):
+        with pytest.raises(InputError, match=r"not written: expected texts, numbers, .* use .tolist\(\) of an array"):
+            made.save(tmp_path / "set.safetensors")
+    assert not list(tmp_path.iterdir())

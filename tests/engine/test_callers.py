@@ -256,6 +256,24 @@ def test_functional_transforms_are_refused(network: Network, transform: Callable
         transform(loss)(images[None] if transform is torch.func.vmap else images)
 
 
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_a_rate_may_be_a_negative_view(network: Network) -> None:
+    """Take a rate that torch keeps as a view with another sign, as it does the imaginary part of a conjugate."""
+    rate = torch.tensor(-0.2j, dtype=torch.complex128).conj().imag
+    assert rate.is_neg()
+    images = Distilled().images
+    assert torch.equal(*(unroll(network, START, images, LABELS, lr, BATCHES) for lr in (rate, 0.2)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_traced_caller_is_refused() -> None:
+    def traced(images: Tensor) -> Tensor:
+        return unroll(NETWORK, START, images, LABELS, 0.1, BATCHES)[-1]
+
+    with pytest.raises(InputError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(traced, torch.zeros(6, 2, 8, 8))
+
+
 def test_a_compiled_caller_is_refused() -> None:
     def loss(images: Tensor) -> Tensor:
         return unroll(NETWORK, START, images, LABELS, 0.2, BATCHES)[-1].sum()

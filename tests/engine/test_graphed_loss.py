@@ -405,6 +405,7 @@ def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
         ({"lr": -1.0}, "`lr`: expected finite numbers of at least 0"),
         ({"batches": [torch.tensor([6])]}, r"expected indices 0 … 5, found 6 … 6 in step 0"),
         ({"labels": torch.zeros(5, 3)}, "as many labels"),
+        ({"generator": 3}, "`generator`: expected a torch.Generator, found int"),
     ],
 )
 def test_arguments_that_do_not_fit_are_told(changed: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mtt_fast import InputError, matching_loss
+from mtt_fast import InputError, matching_loss, path_loss
 from mtt_fast.testing import assert_close
 
 
@@ -44,3 +44,31 @@ def test_errors_name_the_cause() -> None:
         matching_loss(torch.zeros(3), cast(Any, [still]), still)  # as an expert of the public code
     with pytest.raises(InputError, match=r"end: expected a flat vector \(P,\), found shape \(1, 3\)"):
         matching_loss(torch.zeros(1, 3), still, still)
+    with pytest.raises(
+        InputError, match=r"expected end float32, float64 or bfloat16, .*, found torch.float16, torch.float32"
+    ):
+        matching_loss(torch.zeros(3).half(), still, 2 * still)
+    with pytest.raises(InputError, match=r"and start and target floating, found .* torch.int64; use .float\(\)"):
+        matching_loss(torch.zeros(3), still, still.long() * 2)
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap], ids=lambda each: each.__name__
+)
+def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
+    with pytest.raises(InputError, match=r"^matching_loss: found a transform of torch.func"):
+        transform(lambda end: matching_loss(end, torch.ones(3), torch.zeros(3)))(
+            torch.eye(3)[0 if transform is not torch.func.vmap else slice(None)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"match_step": "Nearest"}, "path_loss match_step: expected last or nearest, found 'Nearest'"),
+        ({"loss_ratio": 1.5}, "path_loss loss_ratio: expected at least 0 and less than 1, found 1.5"),
+    ],
+)
+def test_other_options_of_the_loss_of_a_path_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        path_loss(torch.randn(3, 4), torch.zeros(4), torch.ones(4), **options)

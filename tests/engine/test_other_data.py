@@ -151,6 +151,28 @@ def test_labels_of_a_loss_of_ones_own_may_have_any_shape(name: str, options: dic
     check(module, rows_of(*shape), labels.clone(), loss, **options)
 
 
+OTHER_DTYPES: dict[str, tuple[Tensor, Loss]] = {
+    "a mask": (torch.rand(5, 3) < 0.5, lambda logits, mask: (logits.sigmoid() * ~mask).mean()),
+    "bytes": (torch.arange(15, dtype=torch.uint8).view(5, 3), lambda logits, step: (logits + (step - 8) / 255).square().mean()),
+    "complex": (torch.randn(5, 3, dtype=torch.complex128), lambda logits, wave: (logits - wave).abs().mean()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+@pytest.mark.parametrize("name", OTHER_DTYPES)
+def test_a_loss_gets_labels_in_their_own_dtype(name: str, options: dict[str, Any]) -> None:
+    labels, loss = OTHER_DTYPES[name]
+    check(mlp(3), rows_of(4), labels, loss, **options)
+
+
+def test_complex_labels_are_constants_of_a_loss() -> None:
+    net, labels = FlatModule(mlp(3).double()), torch.randn(5, 3, dtype=torch.complex128)
+    with pytest.raises(InputError, match=r"`labels`: expected indices .* found torch.complex128"):
+        unroll(net, net.init(), rows_of(4), labels[:, 0], 0.1, BATCHES)
+    with pytest.raises(InputError, match=r"`labels`: expected real numbers where they require a gradient"):
+        unroll(net, net.init(), rows_of(4), labels.requires_grad_(), 0.1, BATCHES, loss=OTHER_DTYPES["complex"][1])
+
+
 @pytest.mark.parametrize("ignored", [-100, 255])
 def test_a_loss_that_leaves_out_pixels_of_a_later_batch_is_not_cut(ignored: int) -> None:
     """Check the labels of all steps: the pieces of such a batch are means over other numbers of pixels."""

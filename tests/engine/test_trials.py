@@ -453,6 +453,28 @@ def test_an_augmentation_that_is_another_where_images_are_learned_is_refused() -
             gradient(net, start, augment=augment)
 
 
+class Dropping:
+    """An augmentation whose second step leaves the images out."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None, /) -> bool:
+        return len(images) == 2
+
+    def __call__(self, images: Tensor, draws: bool) -> Tensor:
+        return torch.zeros_like(images) if draws else 2 * images
+
+
+@pytest.mark.parametrize("microbatch", [None, 1])
+def test_an_augmentation_that_cuts_the_gradient_off_is_refused(microbatch: int | None) -> None:
+    net, images = ConvNet(2, 3, 6, 4, 1), torch.randn(6, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    batches = [torch.tensor([0, 1, 2]), torch.tensor([3, 4])]
+    path = unroll(net, start, images, LABELS, 0.3, batches, augment=Dropping(), microbatch=microbatch)
+    with pytest.raises(
+        InputError, match=r"`augment`: expected a differentiable .* cuts the gradient off; .* multiply by zero"
+    ):
+        path[-1].sum().backward()
+
+
 def test_attention_in_half_precision_is_not_taken_for_a_change() -> None:
     """Take other kernels in the two sweeps: a second derivative has that of attention by its definition alone."""
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtt_fast import ConvNet, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.engine.arguments import for_checked_lookup
@@ -352,6 +353,23 @@ def test_a_custom_loss() -> None:
         ({"images": np.zeros((6, 3, 8, 8))}, "`images`: expected a tensor, found ndarray"),
         ({"labels": [0] * 6}, "`labels`: expected a tensor, found list"),
         ({"augment": torch.relu}, "expected an augmentation, such as SiameseAugment, found builtin_function_or_method"),
+        ({"net": ConvNet}, "`net`: expected a network, found the class ConvNet; call it to make one"),
+        ({"images": torch.tensor(1.0)}, r"`images`: expected at least one, \(n, …\), found shape \(\)"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, r"`images`: expected at least one, \(n, …\), found shape \(0, 3, 8, 8\)"),
+        (
+            {"images": torch.zeros(6, 3, 8, 8).to_sparse()},
+            "`images`: expected an ordinary tensor, found Tensor of layout torch.sparse_coo",
+        ),
+        (
+            {"images": torch.nested.nested_tensor([torch.zeros(3, 8, 8)] * 6, layout=torch.jagged)},
+            "expected an ordinary tensor, found a nested tensor",
+        ),
+        (
+            {"images": FakeTensorMode().from_tensor(torch.zeros(6, 3, 8, 8))},
+            "expected an ordinary tensor, found FakeTensor",
+        ),
+        ({"batches": [torch.tensor([2**63], dtype=torch.uint64)]}, "expected indices 0 … 5, found -"),
+        ({"generator": 3}, "`generator`: expected a torch.Generator, found int; "),
         ({"augment": "color_crop"}, "expected an augmentation, such as SiameseAugment, found str"),
     ],
 )

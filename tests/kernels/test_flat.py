@@ -203,7 +203,7 @@ def of_batch(**changed: Any) -> BatchGradient:
         (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), RATE, V), "summands of gradient contiguous"),
         (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
         (sgd_step, (V, PartialSums((V[None].to("meta"),)), RATE, V), "found torch.float32 on meta"),
-        (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), RATE, V), "and without a graph"),
+        (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), RATE, V), "found gradient that requires grad"),
         (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a divisor of gradient of shape"),
         (sgd_step, (V, PartialSums((V[None],), (RATE, V)), RATE, V), "expected a divisor of gradient of shape"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +101,15 @@ def test_gradients_of_both_orders_and_modes(norm: Norm) -> None:
     images = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, (theta, images))
     assert torch.autograd.gradgradcheck(net, (theta, images))
+
+
+def test_sizes_may_be_whole_numbers_of_numpy_and_lists() -> None:
+    width, side = np.int64(8), np.int64(16)
+    for size, same in ((side, 16), ([side, 16], (16, 16)), (torch.Size([16, 16]), (16, 16))):
+        net, expected = ConvNet(width=width, image_size=size), ConvNet(width=8, image_size=same)  # type: ignore[arg-type]
+        assert net == expected
+        assert hash(net) == hash(expected)
+        assert json.dumps(net.describe()) == json.dumps(expected.describe())
 
 
 def test_errors_name_the_cause() -> None:

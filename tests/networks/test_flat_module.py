@@ -160,6 +160,11 @@ def compiled(module: nn.Module) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
+def hooked(module: nn.Module) -> nn.Module:
+    next(module.parameters()).register_hook(torch.neg)
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -180,6 +185,7 @@ def compiled(module: nn.Module) -> nn.Module:
         (nn.Embedding(5, 2, max_norm=1.0), r"the module is nn\.Embedding\(max_norm=…\), .* leave max_norm out"),
         (nn.Embedding(5, 2, scale_grad_by_freq=True), r".* use scale_grad_by_freq=False"),
         (nn.Flatten(), "expected a module with parameters, found Flatten without any"),
+        (hooked(nn.Sequential(nn.Linear(2, 2))), "parameter 0.weight has a hook on its gradient, .* remove it"),
         (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
     ],
 )
@@ -210,6 +216,31 @@ def test_a_frozen_embedding_may_be_of_any_kind(embedding: nn.Module) -> None:
     tokens = torch.tensor([[0, 1], [2, 6]], dtype=torch.float64)
     path = unroll(net, net.init(), tokens, labels, 0.1, torch.tensor([[0, 1], [1, 0]]))
     assert torch.autograd.grad(path[-1].square().sum(), labels)[0].abs().sum() > 0
+
+
+class Permuted(nn.Module):
+    """A linear layer whose inputs are permuted, and whose weight is a buffer, too."""
+
+    again: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("again", self.linear.weight)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(images[:, self.order])) @ self.again
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_whole_numbers_are_no_parameters_and_a_buffer_may_be_one(frozen: bool) -> None:
+    module, images = Permuted().double(), torch.randn(4, 3, dtype=torch.float64)
+    net = FlatModule(module.requires_grad_(False) if frozen else module)
+    theta = torch.randn(net.num_parameters, dtype=torch.float64)
+    weight, bias = theta[:9].view(3, 3), theta[9:]
+    expected = torch.tanh(images[:, [2, 0, 1]] @ weight.T + bias) @ weight
+    torch.testing.assert_close(net(theta, images), expected)
 
 
 def test_a_module_compiled_in_place_is_refused() -> None:
