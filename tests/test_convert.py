@@ -110,7 +110,7 @@ def test_a_public_pair_becomes_a_set_that_can_be_evaluated(caplog: pytest.LogCap
 
 
 def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture) -> None:
-    labels = torch.randn(10, 10)
+    labels = torch.randn(10, 10) + 9 * torch.eye(10).roll(3, dims=0)
     images = save_public_pair(labels)
     caplog.set_level("INFO")
     assert convert("theirs/images_best.pt", "ours.safetensors", *DIGITS) == 0
@@ -124,6 +124,27 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(SyntheticDataset.load("sorted.safetensors").labels, labels[order])
     assert convert("theirs", "hard.safetensors", "--hard_labels", *DIGITS) == 0
     assert SyntheticDataset.load("hard.safetensors").labels.tolist() == list(range(10))
+    assert convert("theirs", "both.safetensors", "--reorder", "--hard_labels", *DIGITS) == 0
+    both = SyntheticDataset.load("both.safetensors")
+    assert both.labels.tolist() == list(range(10))
+    assert torch.equal(both.images, images[order])
+
+
+def test_learned_labels_do_not_reorder_a_set(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that images keep their classes where a learned label of class 8 favours class 5."""
+    labels = 9 * torch.eye(10)
+    labels[8, 5] = 10
+    save_public_pair(labels)
+    caplog.set_level("INFO")
+    assert convert("theirs", "ours.safetensors", *DIGITS) == 0
+    assert "in 9 of 10 images the largest label is the class of their place" in caplog.text
+    assert "--reorder" not in caplog.text
+    assert convert("theirs", "hard.safetensors", "--reorder", "--hard_labels", *DIGITS) == 2
+    expected = "--reorder: expected every class to be the largest label of as many images, found 0 to 2; leave it out"
+    assert expected in capsys.readouterr().err
+    assert not Path("hard.safetensors").exists()
 
 
 def test_names_tell_the_method_that_made_the_set(caplog: pytest.LogCaptureFixture) -> None:

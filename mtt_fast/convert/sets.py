@@ -31,7 +31,7 @@ from mtt_fast.interop import (
 )
 from mtt_fast.interop.ddranking import VERSION
 from mtt_fast.interop.pairs import doubts
-from mtt_fast.interop.tensor_set import hardened, in_place
+from mtt_fast.interop.tensor_set import hardened, in_place, largest_label_counts
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
 from mtt_fast.storage.outputs import check_output_folder
@@ -180,9 +180,9 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
     if not torch.equal(ordered.labels, plain.labels):
         log.info("reordered: class by class")
     elif plain.label_kind != "indices" and before < count:
-        log.info(
-            "in %d of %d images the largest label is the class of their place; --reorder sorts by it", before, count
-        )
+        fewest, most = largest_label_counts(plain)
+        sorts = "; --reorder sorts by it" if fewest == most else ""  # else places tell classes, and learned labels do not
+        log.info("in %d of %d images the largest label is the class of their place%s", before, count, sorts)
     if options.hard_labels:
         ordered = hardened(ordered)
     changed: dict[str, Any] = {

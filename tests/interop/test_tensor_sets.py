@@ -258,6 +258,10 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
     assert class_major(soft, reorder_soft=True).images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
     assert hardened(soft).labels.tolist() == [0, 0, 1, 1, 2, 2]
 
+    learned = tensor_set(images, 9.0 * torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 2, 0])), None, "x")
+    with pytest.raises(InputError, match="`reorder`: expected every class to be the largest label of as many images"):
+        class_major(learned, reorder_soft=True)
+
 
 @pytest.mark.parametrize(
     ("labels", "kind"),
