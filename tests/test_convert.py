@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -362,6 +363,56 @@ def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> No
     store = TrajectoryStore("anew/digits/ConvNetD1W4")
     assert (store.indices, store.dtype(0)) == ((1,), torch.bfloat16)
     assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 2  # nothing is written over
+
+
+def test_a_stopped_conversion_of_experts_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS) == 0
+
+    def stopped_after_the_first(*arguments: Any) -> None:
+        write_expert(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("mtt_fast.convert.experts.write_expert", stopped_after_the_first)
+    assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 128 + signal.SIGINT
+    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert not Path("anew").exists()
+
+
+def test_experts_of_a_renamed_folder_are_written_where_their_readers_look() -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS, "--zca") == 0
+    assert cli.run(compress, ["ours/digits_ZCA/ConvNetD1W4", "--num_interpolation", "2", "--out", "few"]) == 0
+    Path("ours/digits_ZCA/ConvNetD1W4").rename("renamed")
+    for source, kind, file in (
+        ("renamed", "buffer", "digits/ConvNetD1W4/replay_buffer_0.pt"),
+        ("renamed", "experts", "digits_ZCA/ConvNetD1W4/expert_0000.safetensors"),
+        ("few", "waypoints", "digits/ConvNetD1W4/waypoint_buffer_0.pt"),
+        ("few", "experts", "digits_ZCA/ConvNetD1W4/waypoints_2/expert_0000.safetensors"),
+    ):
+        assert convert(source, f"{source}-{kind}", "--to", kind) == 0
+        assert file in [str(path.relative_to(f"{source}-{kind}")) for path in Path(f"{source}-{kind}").rglob("*0.*")]
+
+
+def test_experts_that_are_there_are_not_taken_for_others(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check what is said where the same experts are imported again, to be stored or measured otherwise."""
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS) == 0
+    assert convert("theirs", "ours", *DIGITS, "--measure", "all") == 0
+    assert (
+        "--measure all: has no effect on 2 experts that were there already, such as "
+        "ours/digits/ConvNetD1W4/expert_0000.safetensors, of which the last epoch was measured; delete them first"
+        in caplog.text
+    )
+    assert convert("theirs", "ours", *DIGITS, "--store_dtype", "bfloat16") == 2
+    assert "expert_0000.safetensors: stored as float32, not bfloat16; choose another" in capsys.readouterr().err
+    caplog.clear()
+    assert convert("theirs", "measured", *DIGITS, "--measure", "all") == 0
+    assert "--measure" not in caplog.text
 
 
 def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
