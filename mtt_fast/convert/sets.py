@@ -180,10 +180,8 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
     if not torch.equal(ordered.labels, plain.labels):
         log.info("reordered: class by class")
     elif plain.label_kind != "indices" and before < count:
-        fewest, most = largest_label_counts(plain)
-        sorts = (
-            "; --reorder sorts by it" if fewest == most else ""
-        )  # else places tell classes, and learned labels do not
+        fewest, most = largest_label_counts(plain)  # if they differ, labels were learned, and places tell the classes
+        sorts = "; --reorder sorts by it" if fewest == most else ""
         log.info("in %d of %d images the largest label is the class of their place%s", before, count, sorts)
     if options.hard_labels:
         ordered = hardened(ordered)
