@@ -196,7 +196,7 @@ def import_experts(
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    with only_writer_of_experts(folder):
+    with only_writer_of_experts(folder, "choose another destination"):
         present = TrajectoryStore(folder, unfinished=True)
         for index, expert in enumerate(experts()):
             if index in present.indices:
