@@ -170,13 +170,16 @@ def test_canvases_are_told_to_be_such(caplog: pytest.LogCaptureFixture) -> None:
 def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCaptureFixture) -> None:
     ours = dataclasses.replace(distilled("indices"), lr=torch.tensor(0.03), lr_per_step=torch.tensor([0.02, 0.04]))
     ours.save("run/synthetic.safetensors")
+    none, mean = "hold no learning rate: train on these images at the set's own, 0.03 ", "the mean was written"
     for kind, told in {
-        "dc": "files of this kind hold no learning rate: train on these images at the set's own, 0.03 ",
-        "mtt": "of the 2 learned for each step, 0.02 to 0.04, the mean was written",
+        "dc": f"files of this kind {none}",
+        "dc_benchmark --method DM": f"files of this kind {none}",
+        "dc_benchmark --method random": f"of the 2 learned for each step, 0.02 to 0.04, {mean}",
+        "mtt": f"of the 2 learned for each step, 0.02 to 0.04, {mean}",
         "png": "",
     }.items():
         caplog.clear()
-        assert convert("run", kind, "--to", kind) == 0
+        assert convert("run", kind, "--to", *kind.split()) == 0
         warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) == bool(told)
         assert told in "".join(warnings)

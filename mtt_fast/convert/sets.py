@@ -30,7 +30,7 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
-from mtt_fast.interop.pairs import doubts
+from mtt_fast.interop.pairs import beside, doubts
 from mtt_fast.interop.tensor_set import hardened, in_place, largest_label_counts
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
@@ -82,7 +82,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, distilled))
-    for line in _left_out(to, distilled):
+    for line in _left_out(to, distilled, written):
         log.warning("%s", line)
     if isinstance(distilled, SyntheticDataset) and distilled.canvas and to != "synthetic":
         log.info(
@@ -91,15 +91,16 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         )  # fmt: skip
 
 
-def _left_out(to: str, distilled: SyntheticDataset | TensorSet) -> Iterator[str]:
-    """Yield what files of the kind `to` cannot hold: learning rates of the set, and which of its images are real."""
+def _left_out(to: str, distilled: SyntheticDataset | TensorSet, written: list[Path]) -> Iterator[str]:
+    """Yield what the `written` files of the kind `to` do not hold: learning rates of the set, and which of its images are real."""
     if isinstance(distilled, SyntheticDataset) and distilled.real is not None and to not in ("synthetic", *_PICTURES):
         yield (
             f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
             f"ones of each class (evaluate, convert: --distilled_share {distilled.recipe['distilled_share']:g})"
         )
     rates = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
-    if to == "dc" and distilled.lr is not None:
+    images, *others = written
+    if to in ("dc", "dc_benchmark") and distilled.lr is not None and beside(images, "lr") not in others:
         yield (
             f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
             "(evaluate: --lr_teacher)"
