@@ -343,12 +343,17 @@ def test_experts_come_back_from_buffers() -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--zca"]])
-def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trained_on(flags: list[str]) -> None:
+def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trained_on(
+    flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     data = [*DIGITS, *flags]
     assert cli.run(experts, [*data, "--num_experts", "1", "--train_epochs", "2", "--batch_train", "128"]) == 0
     (folder,) = Path("buffers").glob("*/ConvNetD1W4")
     assert convert(str(folder), "theirs") == 0
+    caplog.set_level("INFO")
     assert convert("theirs/digits/ConvNetD1W4", "back", *data, "--measure", "all", "--store_dtype", "bfloat16") == 0
+    assert "the folder's name says --dataset digits, --model ConvNetD1W4" in caplog.text
+    assert "is it another?" not in caplog.text
     before, after = (
         TrajectoryStore(root / folder.parent.name / folder.name) for root in (Path("buffers"), Path("back"))
     )
@@ -476,7 +481,7 @@ def test_experts_are_written_where_the_public_code_looks(
     [
         ("CIFAR10/ConvNet", {"dataset": "CIFAR10", "zca": True, "model": "ConvNet"}),
         ("CIFAR100_NO_ZCA/ConvNetD3", {"dataset": "CIFAR100", "zca": False, "model": "ConvNetD3"}),
-        ("Tiny/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
+        ("Tiny/ConvNetD4", {"dataset": "Tiny", "model": "ConvNetD4"}),  # whitened or not: the public code writes both there
         ("Tiny_NO_ZCA/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
         ("ImageNet/imagefruit/128/ConvNetD5",
          {"dataset": "ImageNet", "subset": "imagefruit", "res": 128, "model": "ConvNetD5"}),

@@ -69,7 +69,10 @@ def expert_kind_of(source: Path) -> str | None:
 
 
 def options_in_path(source: Path) -> dict[str, Any]:
-    """Return the options in the names of the public code's folders: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
+    """Return the options in the names of the public code's folders: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL.
+
+    The names tell whether images of CIFAR were whitened; those of other data sets may have been.
+    """
     path = Path(os.path.realpath(source))
     folder = path if path.is_dir() else path.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
@@ -81,7 +84,8 @@ def options_in_path(source: Path) -> dict[str, Any]:
         name = above[0].removesuffix("_NO_ZCA")
         if name not in NAMES:
             return {}
-        options = {"dataset": name, "zca": name.startswith("CIFAR") and name == above[0], "model": model}
+        tells = name != above[0] or name.startswith("CIFAR")
+        options = {"dataset": name} | ({"zca": name == above[0]} if tells else {}) | {"model": model}
     log.info("the folder's name says %s", ", ".join(f"--{option} {value}" for option, value in options.items()))
     return options
 
