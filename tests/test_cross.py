@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,11 @@ def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_ar
             == 0
         )
         assert len(table()) == count
+
+
+def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+    """Check that matplotlib has a label to show: it warns where it leaves all out."""
+    cell = {"set": "_old", "question": {"network": "MLP"}, "accuracy": {"mean": 0.5, "std": 0.1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_plot(tmp_path / "cross.png", [cell], [])

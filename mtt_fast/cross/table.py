@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtt_fast.commands.published import published_numbers
-from mtt_fast.commands.tables import markdown_table, percent, save_figure
+from mtt_fast.commands.tables import legend_label, markdown_table, percent, save_figure
 
 
 class Quoted(NamedTuple):
@@ -93,7 +93,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
             width,
             yerr=[100 * cell["accuracy"]["std"] for cell in own],
             capsize=3,
-            label=name.replace("$", r"\$"),  # no formula
+            label=legend_label(name).replace("$", r"\$"),  # no formula
         )
     for row, marker in zip(quoted, "x+*1234", strict=False):
         known = [network for network in networks if network in row.accuracies]
