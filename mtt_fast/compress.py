@@ -114,10 +114,11 @@ def _check_same(
     compressed = done.indices.index(index)
     course = done.course(compressed)
     if course is None or (course.epochs, course.smooth) != (epochs, smooth):
-        content = "a whole expert" if course is None else f"waypoints at {course.epochs}, smooth {course.smooth}"
+        content, mend = "a whole expert", "choose another --out"
+        if course is not None:
+            content, mend = f"waypoints at {course.epochs}, smooth {course.smooth}", f"{mend}, or delete that folder"
         raise InputError(
-            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; "
-            "choose another --out, or delete that folder"
+            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; {mend}"
         )
     check_made_of(done, [compressed], whole)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_a_public_pair_becomes_a_set_that_can_be_evaluated(caplog: pytest.LogCap
 
 
 def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture) -> None:
-    labels = torch.randn(10, 10)
+    labels = torch.randn(10, 10) + 9 * torch.eye(10).roll(3, dims=0)
     images = save_public_pair(labels)
     caplog.set_level("INFO")
     assert convert("theirs/images_best.pt", "ours.safetensors", *DIGITS) == 0
@@ -124,6 +125,27 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(SyntheticDataset.load("sorted.safetensors").labels, labels[order])
     assert convert("theirs", "hard.safetensors", "--hard_labels", *DIGITS) == 0
     assert SyntheticDataset.load("hard.safetensors").labels.tolist() == list(range(10))
+    assert convert("theirs", "both.safetensors", "--reorder", "--hard_labels", *DIGITS) == 0
+    both = SyntheticDataset.load("both.safetensors")
+    assert both.labels.tolist() == list(range(10))
+    assert torch.equal(both.images, images[order])
+
+
+def test_learned_labels_do_not_reorder_a_set(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that images keep their classes where a learned label of class 8 favours class 5."""
+    labels = 9 * torch.eye(10)
+    labels[8, 5] = 10
+    save_public_pair(labels)
+    caplog.set_level("INFO")
+    assert convert("theirs", "ours.safetensors", *DIGITS) == 0
+    assert "in 9 of 10 images the largest label is the class of their place" in caplog.text
+    assert "--reorder" not in caplog.text
+    assert convert("theirs", "hard.safetensors", "--reorder", "--hard_labels", *DIGITS) == 2
+    expected = "--reorder: expected every class to be the largest label of as many images, found 0 to 2; leave it out"
+    assert expected in capsys.readouterr().err
+    assert not Path("hard.safetensors").exists()
 
 
 def test_names_tell_the_method_that_made_the_set(caplog: pytest.LogCaptureFixture) -> None:
@@ -148,13 +170,16 @@ def test_canvases_are_told_to_be_such(caplog: pytest.LogCaptureFixture) -> None:
 def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCaptureFixture) -> None:
     ours = dataclasses.replace(distilled("indices"), lr=torch.tensor(0.03), lr_per_step=torch.tensor([0.02, 0.04]))
     ours.save("run/synthetic.safetensors")
+    none, mean = "hold no learning rate: train on these images at the set's own, 0.03 ", "the mean was written"
     for kind, told in {
-        "dc": "files of this kind hold no learning rate: train on these images at the set's own, 0.03 ",
-        "mtt": "of the 2 learned for each step, 0.02 to 0.04, the mean was written",
+        "dc": f"files of this kind {none}",
+        "dc_benchmark --method DM": f"files of this kind {none}",
+        "dc_benchmark --method random": f"of the 2 learned for each step, 0.02 to 0.04, {mean}",
+        "mtt": f"of the 2 learned for each step, 0.02 to 0.04, {mean}",
         "png": "",
     }.items():
         caplog.clear()
-        assert convert("run", kind, "--to", kind) == 0
+        assert convert("run", kind, "--to", *kind.split()) == 0
         warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) == bool(told)
         assert told in "".join(warnings)
@@ -318,12 +343,17 @@ def test_experts_come_back_from_buffers() -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--zca"]])
-def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trained_on(flags: list[str]) -> None:
+def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trained_on(
+    flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     data = [*DIGITS, *flags]
     assert cli.run(experts, [*data, "--num_experts", "1", "--train_epochs", "2", "--batch_train", "128"]) == 0
     (folder,) = Path("buffers").glob("*/ConvNetD1W4")
     assert convert(str(folder), "theirs") == 0
+    caplog.set_level("INFO")
     assert convert("theirs/digits/ConvNetD1W4", "back", *data, "--measure", "all", "--store_dtype", "bfloat16") == 0
+    assert "the folder's name says --dataset digits, --model ConvNetD1W4" in caplog.text
+    assert "is it another?" not in caplog.text
     before, after = (
         TrajectoryStore(root / folder.parent.name / folder.name) for root in (Path("buffers"), Path("back"))
     )
@@ -341,6 +371,56 @@ def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> No
     store = TrajectoryStore("anew/digits/ConvNetD1W4")
     assert (store.indices, store.dtype(0)) == ((1,), torch.bfloat16)
     assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 2  # nothing is written over
+
+
+def test_a_stopped_conversion_of_experts_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS) == 0
+
+    def stopped_after_the_first(*arguments: Any) -> None:
+        write_expert(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("mtt_fast.convert.experts.write_expert", stopped_after_the_first)
+    assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 128 + signal.SIGINT
+    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert not Path("anew").exists()
+
+
+def test_experts_of_a_renamed_folder_are_written_where_their_readers_look() -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS, "--zca") == 0
+    assert cli.run(compress, ["ours/digits_ZCA/ConvNetD1W4", "--num_interpolation", "2", "--out", "few"]) == 0
+    Path("ours/digits_ZCA/ConvNetD1W4").rename("renamed")
+    for source, kind, file in (
+        ("renamed", "buffer", "digits/ConvNetD1W4/replay_buffer_0.pt"),
+        ("renamed", "experts", "digits_ZCA/ConvNetD1W4/expert_0000.safetensors"),
+        ("few", "waypoints", "digits/ConvNetD1W4/waypoint_buffer_0.pt"),
+        ("few", "experts", "digits_ZCA/ConvNetD1W4/waypoints_2/expert_0000.safetensors"),
+    ):
+        assert convert(source, f"{source}-{kind}", "--to", kind) == 0
+        assert file in [str(path.relative_to(f"{source}-{kind}")) for path in Path(f"{source}-{kind}").rglob("*0.*")]
+
+
+def test_experts_that_are_there_are_not_taken_for_others(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check what is said where the same experts are imported again, to be stored or measured otherwise."""
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS) == 0
+    assert convert("theirs", "ours", *DIGITS, "--measure", "all") == 0
+    assert (
+        "--measure all: has no effect on 2 experts that were there already, such as "
+        "ours/digits/ConvNetD1W4/expert_0000.safetensors, of which the last epoch was measured; delete them first"
+        in caplog.text
+    )
+    assert convert("theirs", "ours", *DIGITS, "--store_dtype", "bfloat16") == 2
+    assert "expert_0000.safetensors: stored as float32, not bfloat16; choose another" in capsys.readouterr().err
+    caplog.clear()
+    assert convert("theirs", "measured", *DIGITS, "--measure", "all") == 0
+    assert "--measure" not in caplog.text
 
 
 def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -401,7 +481,7 @@ def test_experts_are_written_where_the_public_code_looks(
     [
         ("CIFAR10/ConvNet", {"dataset": "CIFAR10", "zca": True, "model": "ConvNet"}),
         ("CIFAR100_NO_ZCA/ConvNetD3", {"dataset": "CIFAR100", "zca": False, "model": "ConvNetD3"}),
-        ("Tiny/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
+        ("Tiny/ConvNetD4", {"dataset": "Tiny", "model": "ConvNetD4"}),  # whitened or not: the public code writes both there
         ("Tiny_NO_ZCA/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
         ("ImageNet/imagefruit/128/ConvNetD5",
          {"dataset": "ImageNet", "subset": "imagefruit", "res": 128, "model": "ConvNetD5"}),

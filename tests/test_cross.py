@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPat
     assert all(cell["accuracy"]["n"] == 2 and cell["question"]["ipc"] == 2 for cell in cells)
     assert (cells[0]["question"]["lr"], cells[2]["question"]["lr"]) == (pytest.approx(0.02), 0.01)
     lines = Path("table/cross.md").read_text().splitlines()
-    assert lines[0] == "| set | images per class | ConvNetD1W4 | MLP |"
+    assert lines[0] == "| set | data set | images per class | ConvNetD1W4 | MLP |"
     accuracy = cells[1]["accuracy"]
     assert f"| {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} |" in lines[2]
-    assert lines[3].startswith("| random | 2 |")
+    assert lines[3].startswith("| random | digits | 2 |")
     assert "mean ± standard deviation over 2 networks; protocol mtt: 3 epochs" in lines[5]
     with Image.open("table/cross.png") as picture:
         assert picture.width > 300
@@ -175,9 +176,9 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     assert [row.text for row in quoted] == [f"{name}, 10 per class (quoted)" for name in ("MTT", "DSA", "KIP", "ATT")]
     assert quoted[0].accuracies["AlexNet"] == pytest.approx({"mean": 0.342, "std": 0.026})
     lines = markdown(cells, quoted, "protocol x").splitlines()
-    assert lines[2] == "| mine | 10 |" + " 65.1 ± 0.4 (best epoch) |" * 3
-    assert lines[3] == "| MTT, 10 per class (quoted) | 10 | 64.3 ± 0.7 | 50.3 ± 0.8 |  |"
-    assert lines[6] == "| ATT, 10 per class (quoted) | 10 | 67.7 | 54.2 |  |"
+    assert lines[2] == "| mine | CIFAR10 | 10 |" + " 65.1 ± 0.4 (best epoch) |" * 3
+    assert lines[3] == "| MTT, 10 per class (quoted) | CIFAR10 | 10 | 64.3 ± 0.7 | 50.3 ± 0.8 |  |"
+    assert lines[6] == "| ATT, 10 per class (quoted) | CIFAR10 | 10 | 67.7 | 54.2 |  |"
     assert "they were not measured here. MTT, 10 per class: Table 3 of the paper; DSA" in lines[-1]
     assert lines[-1].endswith("ATT, 10 per class: the cross-architecture table of ATT (arXiv 2407.14245).")
     at_50 = [cell("ConvNet") | {"question": {"dataset": "CIFAR10", "ipc": 50, "network": "ConvNet"}}]
@@ -188,9 +189,9 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     with Image.open("plot.png") as picture:
         assert picture.width > 300
     both = markdown([*cells, at_50[0] | {"set": "larger"}], [], "x").splitlines()
-    assert both[3] == "| larger | 50 | 65.1 ± 0.4 (best epoch) |  |  |"
+    assert both[3] == "| larger | CIFAR10 | 50 | 65.1 ± 0.4 (best epoch) |  |  |"
     (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
-    assert line == r"| a\|b | 10 | 65.1 ± 0.4 (best epoch) |"
+    assert line == r"| a\|b | CIFAR10 | 10 | 65.1 ± 0.4 (best epoch) |"
     assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
 
 
@@ -280,3 +281,11 @@ def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_ar
             == 0
         )
         assert len(table()) == count
+
+
+def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+    """Check that matplotlib has a label to show: it warns where it leaves all out."""
+    cell = {"set": "_old", "question": {"network": "MLP"}, "accuracy": {"mean": 0.5, "std": 0.1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_plot(tmp_path / "cross.png", [cell], [])

@@ -96,6 +96,7 @@ def test_a_file_brings_its_own_settings() -> None:
     assert result["accuracy"]["n"] == 2
     assert result["protocol"]["epochs"] == 3
     assert result["lr"] == pytest.approx(0.02)
+    assert result["images"] == 10
     assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
 
 
@@ -147,6 +148,7 @@ def test_each_network_is_trained_on_random_images_of_its_own() -> None:
 def test_random_real_images_are_evaluated() -> None:
     result = result_of("random", "--dataset", "digits", "--ipc", "2", *TOY)
     assert result["lr"] == 0.01
+    assert result["images"] == 20
     assert 0 < result["accuracy"]["mean"] < 1
 
 

@@ -17,7 +17,7 @@ from mtt_fast.commands import cli
 from mtt_fast.commands.tables import percent
 from mtt_fast.distill.command import main as distill
 from mtt_fast.report.__main__ import main
-from mtt_fast.report.charts import draw_accuracy, thinned
+from mtt_fast.report.charts import charts, draw_accuracy, thinned
 from mtt_fast.report.page import mebibytes, number, pictures, seconds
 from mtt_fast.report.runs import Run
 from mtt_fast.storage.files import write_json
@@ -259,6 +259,14 @@ def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
         assert [high - low for (_, low), (_, high) in spreads.get_segments()] == pytest.approx(
             [20 * mean for mean in both]
         )
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legends() -> None:
+    record = {"kind": "evaluation", "iteration": 0, "accuracy_mean": 0.5, "accuracy_std": 0.1, "networks": 2}
+    runs = [Run(name, {}, {}, [record, {"kind": "step", "iteration": 0, "loss": 1.0}], {}) for name in ("_old", "_new")]
+    for svg in charts(runs).values():
+        assert "_old" in svg
+        assert "_new" in svg
 
 
 def test_thinned_keeps_the_level() -> None:

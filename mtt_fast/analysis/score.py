@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m mtt_fast.analysis score"
 _BOARD = "ddranking"
 """The protocol of DD-Ranking's board."""
+_OF_TRAINING = ("epochs", "batch_size", "augment")
+"""The settings of a protocol that have options, besides the learning rate, in which sets may differ."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ScoreOptions:
 
 
 class _Accuracy(NamedTuple):
-    """A mean accuracy in [0, 1], with its data set, network, protocol and epoch that is reported, where a file names them."""
+    """A mean accuracy in [0, 1], with its data set, network, number of images and protocol, where a file names them."""
 
     mean: float
     setting: dict[str, str]
@@ -122,7 +124,9 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         setting = {name: str(record[name]) for name in ("dataset", "model")}
         protocol, data = record["protocol"], record.get("data", {})
         setting["protocol"] = str(protocol["name"])
-        setting |= {"best_epoch": str(protocol["best_epoch"])} if "best_epoch" in protocol else {}
+        of_set = () if option == "--full" else _OF_TRAINING
+        setting |= {name: str(protocol[name]) for name in ("best_epoch", *of_set) if name in protocol}
+        setting |= {"images": str(record["images"])} if of_set and "images" in record else {}
         setting |= {"fingerprint": str(data["fingerprint"])} if "fingerprint" in data else {}
     except InputError as error:
         raise InputError(f"{option}: expected a number in per cent or a file; {error}") from error
@@ -133,6 +137,8 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         ) from error
     if not 0 <= mean <= 1:
         raise InputError(f"{option} {path}: expected an accuracy from 0 to 1, found {mean}")
+    if diverged := record["accuracy"].get("diverged"):
+        log.warning("%s %s: %d networks diverged, and their accuracy counts as 0", option, path, diverged)
     if option in ("--distilled", "--hard") and record.get("source") == RANDOM:
         raise InputError(f"{option} {path}: expected the accuracy on a distilled set, found that on random real images")
     if option == "--random" and record.get("made_from") is not None:

@@ -35,6 +35,7 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.provenance import check_device_name, choose_device
+from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.training.protocols import EvaluationProtocol, protocol_by_name, published_protocol
 
 TrueOrFalse = Annotated[bool, tyro.conf.FlagConversionOff]
@@ -228,7 +229,7 @@ def _known_name(dataset: str) -> str:
     return {name.casefold(): name for name in NAMES}.get(dataset.casefold(), dataset)
 
 
-def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, *, zca: bool) -> Path:
+def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo | DatasetIdentity, model: str, *, zca: bool) -> Path:
     """Return the folder of the experts, such as PATH/CIFAR10_NO_ZCA/ConvNet; that of an ImageNet subset is PATH/imagenette-128/ConvNetD5."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"

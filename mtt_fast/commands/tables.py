@@ -24,6 +24,11 @@ def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
+def legend_label(name: str) -> str:
+    """Return a name as a label of a plot; matplotlib leaves those that begin with an underscore out of the legend."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown, one line a row; a bar within a cell is escaped."""
     lines = [header, ["---"] * len(header), *rows]

@@ -25,12 +25,14 @@ from mtt_fast.experts import STORE_DTYPES
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
-from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.networks.by_name import full_name, short_name
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in
+from mtt_fast.storage.identity import NORMALISED, WHITENED
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
@@ -67,7 +69,10 @@ def expert_kind_of(source: Path) -> str | None:
 
 
 def options_in_path(source: Path) -> dict[str, Any]:
-    """Return the options in the names of the public code's folders: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
+    """Return the options in the names of the public code's folders: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL.
+
+    The names tell whether images of CIFAR were whitened; those of other data sets may have been.
+    """
     path = Path(os.path.realpath(source))
     folder = path if path.is_dir() else path.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
@@ -79,7 +84,8 @@ def options_in_path(source: Path) -> dict[str, Any]:
         name = above[0].removesuffix("_NO_ZCA")
         if name not in NAMES:
             return {}
-        options = {"dataset": name, "zca": name.startswith("CIFAR") and name == above[0], "model": model}
+        tells = name != above[0] or name.startswith("CIFAR")
+        options = {"dataset": name} | ({"zca": name == above[0]} if tells else {}) | {"model": model}
     log.info("the folder's name says %s", ", ".join(f"--{option} {value}" for option, value in options.items()))
     return options
 
@@ -153,6 +159,15 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
     lengths = sorted({store.epochs(expert) for expert in range(len(store))})
     log.info("wrote %d experts of %s epochs to %s", len(store), " or ".join(map(str, lengths)), store.folder)
     log.info("their test accuracy is %.4f", final.mean())
+    if options.measure == "all" and (
+        before := [expert for expert in range(len(store)) if not _is_measured(store, expert)]
+    ):
+        log.warning(
+            "--measure all: has no effect on %d experts that were there already, such as %s, of which the last epoch was measured; "
+            "delete them first to measure all",
+            len(before),
+            store.path(before[0]),
+        )
     first_with: dict[str, int] = {}
     for index in range(len(store)):
         if (first := first_with.setdefault(store.digest(index), index)) != index:
@@ -174,6 +189,12 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
     log.info("use them with: python -m mtt_fast.distill --buffer_path %s %s …", options.destination, " ".join(flags))
 
 
+def _is_measured(store: TrajectoryStore, expert: int) -> bool:
+    """Return whether there is an accuracy at each recorded row of the expert."""
+    accuracy, course = store.metadata(expert).accuracy, store.course(expert)
+    return not any(math.isnan(accuracy[epoch]) for epoch in (course.epochs if course else range(len(accuracy))))
+
+
 def export_to(options: ConvertOptions) -> None:
     """Write this software's experts in `options.source` as buffers, in the folder where the buffers' readers look for them.
 
@@ -189,7 +210,7 @@ def export_to(options: ConvertOptions) -> None:
     check_one_kind(store)
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
     if kind == "experts":
-        _copy(store, Path(options.destination))
+        _copy(store, options.destination)
         return
     if kind not in ("buffer", "waypoints"):
         raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer, waypoints or experts")
@@ -202,35 +223,47 @@ def export_to(options: ConvertOptions) -> None:
         for path in files:
             written.append(path)
             bar.update(min(options.experts_per_file, len(store) - bar.n))
-            if stop:
-                raise Stopped("stopped; nothing was written", stop.signum)
+            _stop_if_asked(stop)
     log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
     readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
     log.info("%s them with --buffer_path %s", readers[kind], options.destination)
 
 
-def _copy(store: TrajectoryStore, root: Path) -> None:
-    """Rewrite the experts in the same folder below `root` as below the --buffer_path of `store`."""
-    source = store.folder.resolve()
-    folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
+def _copy(store: TrajectoryStore, buffer_path: str) -> None:
+    """Rewrite the experts in the folder below `buffer_path` where distill looks for them. Nothing is written if the command is stopped."""
+    identity, course = store.metadata(0).identity, store.course(0)
+    folder = buffer_folder(buffer_path, identity, _model(store), zca=identity.whitening == WHITENED)
+    folder = waypoint_folder(folder, len(course.epochs)) if course else folder
     if not is_free(folder):
         raise InputError(f"{folder}: is there already; choose another destination, or delete it")
     check_output_folder(folder, _ELSEWHERE)
-    with whole_folder(folder) as content:
+    with stop_request() as stop, whole_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)
             rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
             write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), course)
+            _stop_if_asked(stop)
     log.info("wrote %d experts to %s", len(store), folder)
+
+
+def _stop_if_asked(stop: StopRequest) -> None:
+    if stop:
+        raise Stopped("stopped; nothing was written", stop.signum)
+
+
+def _model(store: TrajectoryStore) -> str:
+    """Return the name of the experts' network, as --model spells it: that of their folder, or if it has another name the shortest."""
+    folder, network = store.folder.resolve(), store.metadata(0).network
+    names = (name for name in (folder.name, folder.parent.name) if full_name({"kind": name}) == full_name(network))
+    return next(names, short_name(network) or folder.name)
 
 
 def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
     """Return the folder below `root`, a --buffer_path, where the public code, or for waypoints MCT's, looks for these experts."""
-    folder, metadata = store.folder.resolve(), store.metadata(0)
-    model = folder.parent.name if folder.name.startswith("waypoints_") else folder.name
+    metadata, model = store.metadata(0), _model(store)
     subset, _, res = metadata.dataset.partition("-")
     if subset in SUBSETS:
         return root / "ImageNet" / subset / res / model
     suffixed = ("CIFAR10", "CIFAR100", "Tiny") if kind == "waypoints" else ("CIFAR10", "CIFAR100")
-    plain = metadata.dataset in suffixed and metadata.whitening == "none"
+    plain = metadata.dataset in suffixed and metadata.whitening == NORMALISED
     return root / (metadata.dataset + ("_NO_ZCA" if plain else "")) / model

@@ -30,8 +30,8 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
-from mtt_fast.interop.pairs import doubts
-from mtt_fast.interop.tensor_set import hardened, in_place
+from mtt_fast.interop.pairs import beside, doubts
+from mtt_fast.interop.tensor_set import hardened, in_place, largest_label_counts
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
 from mtt_fast.storage.outputs import check_output_folder
@@ -82,7 +82,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, distilled))
-    for line in _left_out(to, distilled):
+    for line in _left_out(to, distilled, written):
         log.warning("%s", line)
     if isinstance(distilled, SyntheticDataset) and distilled.canvas and to != "synthetic":
         log.info(
@@ -91,15 +91,16 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         )  # fmt: skip
 
 
-def _left_out(to: str, distilled: SyntheticDataset | TensorSet) -> Iterator[str]:
-    """Yield what files of the kind `to` cannot hold: learning rates of the set, and which of its images are real."""
+def _left_out(to: str, distilled: SyntheticDataset | TensorSet, written: list[Path]) -> Iterator[str]:
+    """Yield what the `written` files of the kind `to` do not hold: learning rates of the set, and which of its images are real."""
     if isinstance(distilled, SyntheticDataset) and distilled.real is not None and to not in ("synthetic", *_PICTURES):
         yield (
             f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
             f"ones of each class (evaluate, convert: --distilled_share {distilled.recipe['distilled_share']:g})"
         )
     rates = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
-    if to == "dc" and distilled.lr is not None:
+    images, *others = written
+    if to in ("dc", "dc_benchmark") and distilled.lr is not None and beside(images, "lr") not in others:
         yield (
             f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
             "(evaluate: --lr_teacher)"
@@ -180,9 +181,9 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
     if not torch.equal(ordered.labels, plain.labels):
         log.info("reordered: class by class")
     elif plain.label_kind != "indices" and before < count:
-        log.info(
-            "in %d of %d images the largest label is the class of their place; --reorder sorts by it", before, count
-        )
+        fewest, most = largest_label_counts(plain)  # if they differ, labels were learned, and places tell the classes
+        sorts = "; --reorder sorts by it" if fewest == most else ""
+        log.info("in %d of %d images the largest label is the class of their place%s", before, count, sorts)
     if options.hard_labels:
         ordered = hardened(ordered)
     changed: dict[str, Any] = {

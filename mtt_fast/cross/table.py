@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtt_fast.commands.published import published_numbers
-from mtt_fast.commands.tables import markdown_table, percent, save_figure
+from mtt_fast.commands.tables import legend_label, markdown_table, percent, save_figure
 
 
 class Quoted(NamedTuple):
@@ -46,22 +46,23 @@ def quoted_for(cells: Sequence[dict[str, Any]]) -> list[Quoted]:
 
 
 def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol: str) -> str:
-    """Return the table: a row a set, a column a network, mean ± std of the test accuracy in per cent.
+    """Return the table: a row a set, with its data set, a column a network, mean ± std of the test accuracy in per cent.
 
     Each cell is a record of cross.json, with the name of its "set".
     """
     networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
     rows = []
 
-    def add_row(title: str, ipc: int, accuracies: Mapping[str, Mapping[str, Any]]) -> None:
+    def add_row(title: str, dataset: str, ipc: int, accuracies: Mapping[str, Mapping[str, Any]]) -> None:
         known = (accuracies.get(network) for network in networks)
-        rows.append([title, str(ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
+        rows.append([title, dataset, str(ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
 
     for name in dict.fromkeys(cell["set"] for cell in cells):
         own = [cell for cell in cells if cell["set"] == name]
-        add_row(name, own[0]["question"]["ipc"], {cell["question"]["network"]: cell["accuracy"] for cell in own})
+        accuracies = {cell["question"]["network"]: cell["accuracy"] for cell in own}
+        add_row(name, own[0]["question"]["dataset"], own[0]["question"]["ipc"], accuracies)
     for row in quoted:
-        add_row(row.text, row.ipc, row.accuracies)
+        add_row(row.text, row.dataset, row.ipc, row.accuracies)
     counts = sorted({cell["accuracy"]["n"] for cell in cells})
     notes = [
         f"Test accuracy in per cent, mean ± standard deviation over {' or '.join(map(str, counts))} networks; {protocol}."
@@ -72,7 +73,7 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
             "Rows marked as quoted are the papers' own numbers, under their own protocols: they were not measured here. "
             f"{sources}."
         )
-    return "\n".join([markdown_table(["set", "images per class", *networks], rows), *notes, ""])
+    return "\n".join([markdown_table(["set", "data set", "images per class", *networks], rows), *notes, ""])
 
 
 def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted]) -> None:
@@ -92,7 +93,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
             width,
             yerr=[100 * cell["accuracy"]["std"] for cell in own],
             capsize=3,
-            label=name.replace("$", r"\$"),  # no formula
+            label=legend_label(name).replace("$", r"\$"),  # no formula
         )
     for row, marker in zip(quoted, "x+*1234", strict=False):
         known = [network for network in networks if network in row.accuracies]

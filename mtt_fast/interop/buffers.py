@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.layout import ParameterLayout
@@ -189,18 +189,18 @@ def import_experts(
     """Write `experts()`, whole or as waypoints, to expert_0000.safetensors, … in `folder`; return the store.
 
     All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
-    Experts that an earlier, stopped call wrote are kept; until all are there, nobody else takes the folder for a whole one.
+    Experts that an earlier, stopped call wrote are kept as they are; until all are there, nobody else takes the folder for a whole one.
     `each` is called after every expert.
     Raises `InputError` for an expert that is none, if `folder` holds others, and if another process writes there.
     """
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    with only_writer_of_experts(folder):
+    with only_writer_of_experts(folder, "choose another destination"):
         present = TrajectoryStore(folder, unfinished=True)
         for index, expert in enumerate(experts()):
             if index in present.indices:
-                _check_is(present, present.indices.index(index), expert, metadata)
+                _check_is(present, present.indices.index(index), expert, metadata, dtype)
         with being_filled(folder):
             for index, expert in enumerate(experts()):
                 if index not in present.indices:
@@ -209,8 +209,10 @@ def import_experts(
     return TrajectoryStore(folder)
 
 
-def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
-    """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
+def _check_is(
+    present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata, dtype: torch.dtype
+) -> None:
+    """Raise `InputError` unless the expert at `place` is this one, imported before as `dtype`, of the same images and network."""
     path, written = present.path(place), present.metadata(place)
     otherwise = "choose another destination, or delete it"
     check_same_data(written.identity, metadata.identity, path, mend=otherwise)
@@ -222,6 +224,8 @@ def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata
     )
     if not (known and same):
         raise InputError(f"{path}: holds another expert than {expert.name}; {otherwise}")
+    if present.dtype(place) != dtype:
+        raise InputError(f"{path}: stored as {dtype_name(present.dtype(place))}, not {dtype_name(dtype)}; {otherwise}")
 
 
 def _write(

@@ -7,6 +7,7 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mtt_fast.data.listing import is_image_name
 from mtt_fast.data.set_checks import check_set
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError, did_you_mean
@@ -52,7 +53,13 @@ def set_kind_of(source: str | os.PathLike[str]) -> str | None:
         return "dc_benchmark"
     if kinds:
         return min(kinds)
-    return "png" if any(os.path.isdir(source / name) for name in names) else None
+    folders = (source / name for name in names if os.path.isdir(source / name))
+    return "png" if any(_holds_pictures(folder) for folder in folders) else None
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Return whether there is an image file in `folder` or below."""
+    return any(is_image_name(name) for _, _, files in os.walk(folder) for name in files)
 
 
 def _kind_of_file(path: Path) -> str | None:
@@ -159,10 +166,12 @@ def _only(source: Path, pattern: str) -> Path:
 
 
 def _dataset(distilled: SyntheticDataset | TensorSet, dataset: str | None) -> str:
-    name = dataset or (None if isinstance(distilled, TensorSet) else distilled.recipe.get("dataset"))
+    """Return the name of the data set for names of files: of an image folder, which is given as a path, the last part."""
+    path = dataset or (None if isinstance(distilled, TensorSet) else distilled.recipe.get("dataset"))
+    name = os.path.basename(os.path.abspath(path)) if path else ""
     if not name:
         raise InputError("`dataset`: expected the data set's name, which the other software's files bear, found none")
-    return str(name)
+    return name
 
 
 def _unknown(where: Path, option: str, kind: str | None) -> str:

@@ -157,12 +157,27 @@ def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSe
     """Return the set in the order of its classes; images of one class keep theirs.
 
     Sets with soft labels stay as they are, as the largest of an image's learned labels need not be its class, unless
-    `reorder_soft` orders them by it.
+    `reorder_soft` orders them by it. Raises `InputError` if it is asked for and the largest labels name some classes more often
+    than others: the places of the images would no longer tell their classes.
     """
-    if distilled.label_kind != "indices" and not reorder_soft:
+    soft = distilled.label_kind != "indices"
+    if soft and not reorder_soft:
         return distilled
     order = _largest(distilled).argsort(stable=True)
-    return dataclasses.replace(distilled, images=distilled.images[order], labels=distilled.labels[order])
+    ordered = dataclasses.replace(distilled, images=distilled.images[order], labels=distilled.labels[order])
+    if soft and in_place(ordered) < len(order):
+        fewest, most = largest_label_counts(distilled)
+        raise InputError(
+            f"`reorder`: expected every class to be the largest label of as many images, found {fewest} to {most}; leave it out: "
+            "the order of a set with learned labels tells the classes of its images"
+        )
+    return ordered
+
+
+def largest_label_counts(distilled: TensorSet) -> tuple[int, int]:
+    """Return of how many images a class is the largest label: of the rarest class, and of the most frequent."""
+    counts = torch.bincount(_largest(distilled), minlength=distilled.num_classes)
+    return int(counts.min()), int(counts.max())
 
 
 def in_place(distilled: TensorSet) -> int:

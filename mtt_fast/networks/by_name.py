@@ -74,7 +74,7 @@ def network_by_name(
     all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images
     too small for it.
     """
-    match = _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
+    match = _convnet_parts(name)
     if match is None and name not in _OTHERS:
         raise InputError(
             f"`{option}` {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
@@ -108,11 +108,27 @@ def full_name(described: Mapping[str, Any]) -> str:
             return ""
         return f"ConvNetD{described['depth']}W{described['width']}AR{norm}AP"
     kind = str(described.get("kind", ""))
-    match = _CONVNET.fullmatch(kind)
+    match = _convnet_parts(kind)
     if match is None:
         return kind
     parts = match[1] or 3, match[2] or 128, match[3] or "AR", match[4] or "IN", match[5] or "AP"
     return "ConvNetD{}W{}{}{}{}".format(*parts)
+
+
+def short_name(described: Mapping[str, Any]) -> str:
+    """Return the shortest name of the network that `described` describes, as ConvNetD2W32; "" where the record lacks its parts."""
+    full = full_name(described)
+    match = _convnet_parts(full)
+    if match is None:
+        return full
+    depth, width, *others = match.groups()
+    parts = (f"D{depth}", "D3"), (f"W{width}", "W128"), *zip(others, ("AR", "IN", "AP"), strict=True)
+    return "ConvNet" + "".join(part for part, usual in parts if part != usual)
+
+
+def _convnet_parts(name: str) -> re.Match[str] | None:
+    """Return the parts of a ConvNet's name, None where one is left out; None for the name of another network."""
+    return _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
 
 
 def _named(name: str, build: Callable[[], nn.Module]) -> NamedNetwork:

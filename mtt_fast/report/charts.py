@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtt_fast.commands.tables import legend_label
 from mtt_fast.report.runs import Run
 
 _POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy
@@ -33,7 +34,7 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
         if not steps:
             return False
         x, y = thinned([step["iteration"] for step in steps], [step[key] for step in steps])
-        axes.plot(x, y, color=colour, linewidth=1.6, label=run.name)
+        axes.plot(x, y, color=colour, linewidth=1.6, label=legend_label(run.name))
         return True
 
     return draw
@@ -41,7 +42,8 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
 
 def draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
     """Draw the accuracy of a run's evaluations, with its deviation, and return whether there is any."""
-    styles = {"evaluation": ("-", run.name), "ema_evaluation": ("--", f"{run.name}, average over the iterations")}
+    name = legend_label(run.name)
+    styles = {"evaluation": ("-", name), "ema_evaluation": ("--", f"{name}, average over the iterations")}
     for kind, (style, label) in styles.items():
         records = run.of_kind(kind)
         iterations = [record["iteration"] for record in records]

@@ -8,6 +8,8 @@ from pathlib import Path
 from mtt_fast.errors import InputError
 
 _OTHERWISE = "choose another place"
+_NOT_WRITTEN_OVER = (".safetensors", ".pt", ".npz", ".parquet", ".toml", ".jsonl", "summary.json", "seconds.json")
+"""Endings of sets, experts, checkpoints and a run's records, which no result replaces."""
 
 
 def check_output_folder(folder: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
@@ -25,9 +27,16 @@ def check_output_folder(folder: str | os.PathLike[str], otherwise: str = _OTHERW
 
 
 def check_output_file(path: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
-    """Check that `path` is a file, or nothing yet, in a folder where files can be made. Raises as `check_output_folder`."""
+    """Check that `path` is a result that can be replaced, or nothing yet, in a folder where files can be made.
+
+    Raises as `check_output_folder`.
+    """
     if os.path.isdir(path):
         raise InputError(f"{path}: expected a file to write, found a folder; {otherwise}")
+    if os.path.lexists(path) and os.fspath(path).endswith(_NOT_WRITTEN_OVER):
+        raise InputError(
+            f"{path}: expected a new file, or a result to replace, found a set or a run's own file; {otherwise}"
+        )
     check_output_folder(Path(path).absolute().parent, otherwise)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.distance import (
     DistanceOptions,
+    _draw,
     default_options,
     nearest_steps,
     read_distilled_sets,
@@ -328,3 +330,10 @@ def test_a_set_is_labelled_by_its_argument_or_its_folder(
     (tmp_path / "N=2").symlink_to(toy / "run")
     sets = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
     assert list(sets) == ["N=2", "short", "x"]
+
+
+def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+    """Check that matplotlib has a label to show: it warns where it leaves all out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _draw(tmp_path / "distance.png", {"_old": [{"real_steps": 1, "mean": 0.5, "std": 0.1}]})

@@ -47,6 +47,15 @@ def test_evolution_shows_every_snapshot(toy: Path, tmp_path: Path) -> None:
             assert pixels(part).equal(pixels(snapshot))
 
 
+def test_pictures_stay_as_long_as_a_gif_can_hold_them(toy: Path, tmp_path: Path) -> None:
+    for seconds, status in {"131": 0, "132": 2}.items():
+        assert run("evolution", str(toy / "run"), "--out", str(tmp_path), "--seconds", seconds) == status
+    with Image.open(tmp_path / "evolution.gif") as gif:
+        assert gif.info["duration"] == 131_000
+        gif.seek(2)
+        assert gif.info["duration"] == 5 * 131_000
+
+
 def pixels(image: Image.Image) -> torch.Tensor:
     return torch.tensor(list(image.tobytes()), dtype=torch.int16)
 

@@ -17,9 +17,11 @@ def write_evaluation(path: Path, mean: float, **others: Any) -> str:
     record = {
         "dataset": "CIFAR10",
         "model": "ConvNet",
-        "protocol": {"name": others.pop("protocol", "ddranking"), "best_epoch": others.pop("best_epoch", True)},
+        "protocol": {"name": others.pop("protocol", "ddranking"), "best_epoch": others.pop("best_epoch", True)}
+        | others.pop("training", {}),
     } | others
-    write_json(path, record | {"accuracy": {"mean": mean, "std": 0.0, "n": 5}})
+    diverged = {"diverged": record.pop("diverged")} if "diverged" in record else {}
+    write_json(path, record | {"accuracy": {"mean": mean, "std": 0.0, "n": 5} | diverged})
     return str(path)
 
 
@@ -55,6 +57,18 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
     assert run("score", "--full", "85", "--distilled", "0.6", "--random", other) == 0
     assert "--distilled 0.6: taken as 0.6 %; is it a fraction, 60 %?" in caplog.text
     assert "set.json: was measured on the distilled set runs/x; is it one of random real images?" in caplog.text
+    some = write_evaluation(tmp_path / "random.json", 0.3, source="random", diverged=2)
+    assert run("score", "--full", "85", "--distilled", "60", "--random", some) == 0
+    assert "random.json: 2 networks diverged, and their accuracy counts as 0" in caplog.text
+
+
+def test_a_rate_of_its_own_and_the_accuracy_of_all_images_compare(tmp_path: Path) -> None:
+    files = {
+        "full": write_evaluation(tmp_path / "full.json", 0.8, training={"epochs": 100}, images=50_000),
+        "distilled": write_evaluation(tmp_path / "set.json", 0.6, training={"epochs": 1000, "lr": 0.1}, images=10),
+        "random": write_evaluation(tmp_path / "random.json", 0.3, training={"epochs": 1000, "lr": 0.01}, images=10),
+    }
+    assert run("score", *(word for name, file in files.items() for word in (f"--{name}", file))) == 0
 
 
 @pytest.mark.parametrize(
@@ -89,6 +103,14 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
         ("--full 85 --distilled a.json --random last.json", "--random: expected the best_epoch True as in the files"),
         ("--full 85 --distilled a.json --random other.json", "--random: expected the fingerprint 1 as in the files"),
         ("--full 85 --distilled a.json --random large.json", "--random: expected the model ConvNet as in the files"),
+        (
+            "--full 85 --distilled ten.json --random hundred.json",
+            "--random: expected the images 10 as in the files before",
+        ),
+        (
+            "--full 85 --distilled ten.json --random short.json",
+            "--random: expected the epochs 1000 as in the files before",
+        ),
         ("--full 85 --distilled random.json --random 30", "found that on random real images"),
         (
             "--full 85 --hard random.json --distilled 60 --random 30",
@@ -116,6 +138,9 @@ def test_wrong_numbers_are_refused(
     write_evaluation(Path("damaged.json"), 0.6, format=2, checksum="0")
     write_evaluation(Path("b.json"), 0.3, protocol="mtt")
     write_evaluation(Path("large.json"), 0.3, model="ConvNetW256")
+    write_evaluation(Path("ten.json"), 0.6, images=10, training={"epochs": 1000})
+    write_evaluation(Path("hundred.json"), 0.3, images=100, training={"epochs": 1000})
+    write_evaluation(Path("short.json"), 0.3, images=10, training={"epochs": 300})
     assert run("score", *flags.split(), "--out", "score.json") == 2
     assert message in capsys.readouterr().err
     assert not Path("score.json").exists()

@@ -197,6 +197,22 @@ def test_folders_of_dc_benchmark_come_back(tmp_path: Path, method: str) -> None:
         write_set(tmp_path, synthetic, "dc_benchmark", method=method)
 
 
+@pytest.mark.parametrize("given", ["pets", "data/pets", "../elsewhere/pets/"])
+@pytest.mark.parametrize(
+    ("kind", "file"), [("dc", "res_TM_pets_ConvNet_2ipc.pt"), ("dc_benchmark", "TM/pets/IPC2/images_best.pt")]
+)
+def test_the_path_of_an_image_folder_leads_no_file_out_of_the_destination(
+    kind: str, file: str, given: str, tmp_path: Path
+) -> None:
+    for number, path in enumerate((given, str(tmp_path / given))):
+        root = tmp_path / "to" / str(number)
+        by_recipe = distilled(recipe={"dataset": path}).export(kind, root / "recipe")
+        by_name = write_set(root / "name", as_tensor_set(distilled()), kind, dataset=path)
+        assert by_recipe[0] == root / "recipe" / file
+        assert by_name[0] == root / "name" / file
+    assert [path.name for path in tmp_path.iterdir()] == ["to"]
+
+
 def test_tiny_imagenet_at_fifty_is_in_five_parts(tmp_path: Path) -> None:
     labels = torch.arange(2).repeat_interleave(50)
     synthetic = distilled(images=torch.randn(100, 3, 2, 2), labels=labels, recipe={"dataset": "Tiny"})
@@ -257,6 +273,10 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
     assert class_major(soft) is soft
     assert class_major(soft, reorder_soft=True).images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
     assert hardened(soft).labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+    learned = tensor_set(images, 9.0 * torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 2, 0])), None, "x")
+    with pytest.raises(InputError, match="`reorder`: expected every class to be the largest label of as many images"):
+        class_major(learned, reorder_soft=True)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +374,15 @@ def test_files_that_are_no_result_of_dc_are_refused(tmp_path: Path, content: Any
         read_set(tmp_path / "res_x.pt")
 
 
+def test_folders_without_pictures_are_no_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "CIFAR10" / "ConvNet").mkdir(parents=True)
+    (tmp_path / "CIFAR10" / "ConvNet" / "replay_buffer_0.pt").touch()
+    assert set_kind_of(tmp_path) is None
+    (tmp_path / "cat" / "tabby").mkdir(parents=True)
+    (tmp_path / "cat" / "tabby" / "0.JPEG").touch()
+    assert set_kind_of(tmp_path) == "png"
+
+
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`to` pgn: expected one of .*\(did you mean png\?\)"):
         distilled().export("pgn", tmp_path)
@@ -361,8 +390,9 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
         read_set(tmp_path / "nothing")
     with pytest.raises(InputError, match="expected the properties of the real images for kind png"):
         write_set(tmp_path, as_tensor_set(distilled()), "png")
-    with pytest.raises(InputError, match="`dataset`: expected the data set's name"):
-        write_set(tmp_path, as_tensor_set(distilled()), "dc_benchmark")
+    for name in (None, "/"):
+        with pytest.raises(InputError, match="`dataset`: expected the data set's name"):
+            write_set(tmp_path, as_tensor_set(distilled()), "dc_benchmark", dataset=name)
     with pytest.raises(InputError, match="expected class indices, as dc_benchmark makes all labels whole numbers"):
         distilled("logits").export("dc_benchmark", tmp_path)
     assert list(tmp_path.iterdir()) == []

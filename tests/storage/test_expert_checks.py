@@ -13,7 +13,7 @@ import torch
 from mtt_fast import TrajectoryStore
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.networks.by_name import full_name, network_by_name
+from mtt_fast.networks.by_name import full_name, network_by_name, short_name
 from mtt_fast.storage.expert_checks import (
     as_trained,
     check_alike,
@@ -256,5 +256,27 @@ def test_networks_are_compared_by_their_full_names(name: str, full: str) -> None
     assert full_name(network_by_name(name, (3, 32, 32), 10).describe()) == full
 
 
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("ConvNet", "ConvNet"),
+        ("ConvNetD2W32", "ConvNetD2W32"),
+        ("ConvNetD3W128ARINAP", "ConvNet"),
+        ("ConvNetKIP", "ConvNetW1024NN"),
+        ("ConvNetASwishBNMP", "ConvNetASwishBNMP"),
+        ("ResNet18BN_AP", "ResNet18BN_AP"),
+    ],
+)
+def test_networks_have_a_shortest_name(name: str, short: str) -> None:
+    described = network_by_name(name, (3, 32, 32), 10).describe()
+    assert short_name(described) == short
+    assert full_name(network_by_name(short, (3, 32, 32), 10).describe()) == full_name(described)
+
+
 def test_a_network_that_does_not_tell_is_unknown() -> None:
     assert full_name({}) == full_name({"kind": "ConvNet"}) == full_name({"kind": "ConvNet", "width": 4}) == ""
+    assert short_name({}) == ""
+
+
+def test_the_name_of_kips_network_is_known() -> None:
+    assert full_name({"kind": "ConvNetKIP"}) == full_name({"kind": "ConvNetW1024NN"}) == "ConvNetD3W1024ARNNAP"

@@ -266,15 +266,16 @@ def test_one_process_writes_experts(working_folder: Path, capsys: pytest.Capture
     (EXPERTS / "waypoints_3").mkdir()
     list(export_experts(TrajectoryStore(EXPERTS), "theirs"))
     with FileLock(EXPERTS / ".lock"), FileLock(EXPERTS / "waypoints_3" / ".lock"):
-        for main, words in (
-            (experts, [*trains, "--num_experts", "3"]),
-            (experts, [*trains, "--num_experts", "3", "--buffer_path", "./buffers"]),
-            (distill, distil(*TRAINED, "--num_experts", "3")),
-            (compress, [str(EXPERTS), "--num_interpolation", "3"]),
-            (convert, ["theirs", "buffers", "--dataset", "digits", *MODEL]),
+        for main, place, words in (
+            (experts, "--buffer_path", [*trains, "--num_experts", "3"]),
+            (experts, "--buffer_path", [*trains, "--num_experts", "3", "--buffer_path", "./buffers"]),
+            (distill, "--buffer_path", distil(*TRAINED, "--num_experts", "3")),
+            (compress, "--out", [str(EXPERTS), "--num_interpolation", "3"]),
+            (convert, "destination", ["theirs", "buffers", "--dataset", "digits", *MODEL]),
         ):
             error = refused(capsys, main, *words)
-            assert "another process is training or writing experts here; wait for it or choose another" in error
+            said = "another process is training or writing experts here; wait for it or choose another"
+            assert f"{said} {place}" in error
         assert cli.run(distill, distil()) == 0  # a reader does not wait
         assert cli.run(experts, [*trains, "--num_experts", "2"]) == 0
     assert {path: path.read_bytes() for path in files} == files

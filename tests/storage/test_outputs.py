@@ -111,6 +111,22 @@ def test_a_file_is_expected_where_a_folder_is(tmp_path: Path, capsys: pytest.Cap
         assert line == f"error: --out {tmp_path}: expected a file to write, found a folder; choose another place\n"
 
 
+@pytest.mark.parametrize("name", ["images_best.pt", "synthetic.safetensors", "summary.json", "config.toml"])
+def test_no_result_replaces_a_set_or_a_file_of_a_run(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.write_text("precious")
+    for command, words in ((evaluate.main, f"random {DIGITS}"), (report.main, "run"), (score.main, "--hlr 1 --ior 1")):
+        assert cli.run(command, [*words.split(), "--out", str(file)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(
+            f"error: --out {file}: expected a new file, or a result to replace, found a set or a run's"
+        )
+    assert file.read_text() == "precious"
+    check_output_file(tmp_path / "new" / name)
+
+
 def test_what_is_there_already_is_used_where_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,7 +219,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             "expected waypoints at (0, 4, 10), smooth True, found waypoints at (0, 5",
         ),
         ([folder, "--num_interpolation", "3", "--smooth", "False"], "smooth False, found waypoints at"),
-        ([folder, "--out", folder], "found a whole expert"),
+        ([folder, "--out", folder], "found a whole expert; choose another --out\n"),
     ):
         assert run(*words) == 2
         assert complaint in capsys.readouterr().err
