@@ -120,6 +120,10 @@ class GraphedMatchingLoss:
         constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
         return _LossWithGradients.apply(iteration, constants, images, steps.labels, steps.lr)  # type: ignore[no-any-return]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what was recorded belongs to this process, and its memory to this object
+        return vars(self) | {"_iterations": {}, "_obstacle": None}
+
     @property
     def problem(self) -> str | None:
         """Return the reason why some calls on a GPU are not recorded, and so run slower, or None."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -218,6 +220,14 @@ def test_the_draws_are_those_that_a_subclass_makes(augment: Any) -> None:
     start, target = given.pop("start"), given.pop("target")
     path = unroll(NET, start, given["images"], given["labels"], given["lr"], BATCHES, augment=augment)
     assert_close("loss", found, matching_loss(path[-1], start, target), 1e-6)
+
+
+def test_a_used_one_can_be_copied_and_pickled() -> None:
+    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits", augment=SiameseAugment("flip"))
+    draws = [SiameseAugment("flip").draw(given["images"][index]) for index in BATCHES]
+    loss = graphed(**given, batches=BATCHES, draws=draws)
+    for other in (copy.deepcopy(graphed), pickle.loads(pickle.dumps(graphed))):
+        assert torch.equal(other(**given, batches=BATCHES, draws=draws), loss)
 
 
 def test_a_second_derivative_is_refused() -> None:
