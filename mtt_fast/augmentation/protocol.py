@@ -58,5 +58,23 @@ def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -
 
 
 def warp_of(augment: object, draws: Any, shape: torch.Size) -> Tensor | None:
-    """Return the parameters (b, 13) of `augment` with `draws` on images of `shape` (b, C, H, W), or None if it is no `Warp`."""
-    return augment.warp_parameters(draws, shape) if isinstance(augment, Warp) else None
+    """Return the parameters (b, 13) of `augment` with `draws` on images of `shape` (b, C, H, W), or None if it is no `Warp`.
+
+    A subclass of a warp with a `__call__` of its own is none.
+    """
+    if not (isinstance(augment, Warp) and is_up_to_date(augment, "warp_parameters", "__call__")):
+        return None
+    return augment.warp_parameters(draws, shape)
+
+
+def is_up_to_date(augment: object, method: str, other: str) -> bool:
+    """Return whether `method` of `augment`, a short cut for its method `other`, belongs to the `other` that it has.
+
+    It does not if a subclass defines `other` again, and if a wrapper passes `method` on by `__getattr__`.
+    """
+
+    def depth(name: str) -> int:
+        classes = type(augment).__mro__
+        return next((number for number, each in enumerate(classes) if name in vars(each)), len(classes))
+
+    return depth(method) <= depth(other)

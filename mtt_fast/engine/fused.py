@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,6 +42,13 @@ from mtt_fast.networks.convnet import ConvNet
 _LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
 
 
+def is_plain_convnet(network: object) -> TypeGuard[ConvNet]:
+    """Return whether `network` is a `ConvNet`, or a subclass that computes its logits as it does."""
+    return isinstance(network, ConvNet) and all(
+        getattr(type(network), name) is getattr(ConvNet, name) for name in ("__call__", "_features")
+    )
+
+
 @dataclass(frozen=True)
 class FusedConvNetStudent:
     """Compute a step of `ConvNet` with cross-entropy, in float32 or float64.
@@ -57,7 +64,7 @@ class FusedConvNetStudent:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.network, ConvNet):
+        if not is_plain_convnet(self.network):
             raise InputError(f"`network`: expected a ConvNet, found {type(self.network).__name__}; use student_for")
         check_choices(self.label_kind, self.precision)
 

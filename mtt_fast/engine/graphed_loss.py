@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.protocol import Augment, warp_of
+from mtt_fast.augmentation.protocol import Augment, is_up_to_date, warp_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
@@ -120,6 +120,10 @@ class GraphedMatchingLoss:
         constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
         return _LossWithGradients.apply(iteration, constants, images, steps.labels, steps.lr)  # type: ignore[no-any-return]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what was recorded belongs to this process, and its memory to this object
+        return vars(self) | {"_iterations": {}, "_obstacle": None}
+
     @property
     def problem(self) -> str | None:
         """Return the reason why some calls on a GPU are not recorded, and so run slower, or None."""
@@ -208,7 +212,8 @@ def _parameters(
 ) -> Tensor | None:
     """Return the draws of all steps as one tensor (ΣB, …) on the device of `images`; None without an augmentation."""
     draw_all: Draw | None = getattr(augment, "draw_parameters", None)
-    if draws is None and draw_all is not None:  # the same random numbers, and less work
+    # the same random numbers, and less work
+    if draws is None and draw_all is not None and is_up_to_date(augment, "draw_parameters", "draw"):
         drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator)
         return None if drawn.parameters is None else upload(drawn.parameters, images.device)
     draws = arguments.draws_of(draws, augment, images, batches, generator)

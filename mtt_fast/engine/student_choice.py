@@ -6,13 +6,12 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.fused import FusedConvNetStudent, is_plain_convnet
 from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
 from mtt_fast.engine.step_checks import check_choices
 from mtt_fast.engine.student import Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import HALF_PRECISIONS, LabelKind, Precision, has_kernels
-from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 
 PrecisionRequest = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
@@ -38,6 +37,7 @@ def student_for(
 ) -> Student:
     """Return the student for `network` on `device`: `FusedConvNetStudent` for a `ConvNet` if kernels exist, else `GenericStudent`.
 
+    A subclass of `ConvNet` that computes other logits has `GenericStudent`, too.
     The default loss is cross-entropy with labels of `label_kind`; a `loss` of the user's own needs `GenericStudent`, which ignores
     `precision` and follows torch's own settings. Raises `InputError` for an unknown `label_kind` or `precision`, and for a module
     whose parameters are not one vector.
@@ -54,7 +54,7 @@ def student_for(
         raise InputError(
             f"`loss`: expected a function of logits and labels, found {loss!r}; leave it out for cross-entropy"
         )
-    if isinstance(network, ConvNet) and loss is None and has_fused_kernels(device):
+    if loss is None and is_plain_convnet(network) and has_fused_kernels(device):
         return FusedConvNetStudent(network, label_kind, precision)
     default = cross_entropy_from_logits if label_kind == "logits" else cross_entropy
     return GenericStudent(network, loss or default)

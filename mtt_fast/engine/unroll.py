@@ -129,10 +129,10 @@ def unroll(
 
     Raises:
         InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
-            `torch.func` or `torch.compile`. A network, a loss or an augmentation of the caller's own is first tried on a few
-            samples (on a whole batch if the network mixes samples). It is refused if a second call gives other results, if a
-            batch is cut and its loss is not the mean over its samples, or if it reads a tensor that requires a gradient besides
-            its arguments, since no gradient would flow to that tensor.
+            `torch.func`, `torch.jit.trace` or `torch.compile`. A network, a loss or an augmentation of the caller's own is first
+            tried on a few samples (on a whole batch if the network mixes samples). It is refused if a second call gives other
+            results, if a batch is cut and its loss is not the mean over its samples, or if it reads a tensor that requires a
+            gradient besides its arguments, since no gradient would flow to that tensor.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,

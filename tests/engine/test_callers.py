@@ -256,6 +256,64 @@ def test_functional_transforms_are_refused(network: Network, transform: Callable
         transform(loss)(images[None] if transform is torch.func.vmap else images)
 
 
+class Scaled(ConvNet):
+    """ConvNet with other logits."""
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        return 2 * super().__call__(theta, images)
+
+
+class Wavy(ConvNet):
+    """ConvNet with other features, and so other logits."""
+
+    def _features(self, blocks: Any, images: Tensor) -> Tensor:
+        return super()._features(blocks, images).sin()
+
+
+class Clipped(SiameseAugment):
+    """DSA within bounds."""
+
+    def __call__(self, images: Tensor, draws: Any) -> Tensor:
+        return super().__call__(images, draws).clamp(-0.8, 0.8)
+
+
+class Logged:
+    """A wrapper that passes on all that it does not change."""
+
+    def __init__(self, inner: SiameseAugment) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, images: Tensor, draws: Any) -> Tensor:
+        return self.inner(images, draws).clamp(-0.8, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("network", "augment"),
+    [
+        (Scaled(2, 3, 8, 4, 2), None),
+        (Wavy(2, 3, 8, 4, 2), None),
+        (NETWORK, Clipped("flip_color")),
+        (NETWORK, Logged(SiameseAugment("flip_color"))),
+    ],
+    ids=["logits", "features", "augmentation", "wrapper"],
+)
+def test_what_a_subclass_overrides_is_used(network: ConvNet, augment: Any) -> None:
+    """Compare with the subclass itself: ConvNet's fused steps and DSA as a warp are short cuts that know the base class alone."""
+    images, lr = Distilled().images, torch.tensor(0.2, dtype=torch.float64)
+    random = torch.Generator().manual_seed(4)
+    draws = None if augment is None else [augment.draw(images[index], random) for index in BATCHES]
+    path = unroll(network, START, images, LABELS, lr, BATCHES, augment=augment, draws=draws)
+    matching_loss(path[-1], START, TARGET).backward()
+    apply = None if draws is None else (lambda rows, n: augment(rows, draws[n]))
+    expected = whole_graph(network, START, TARGET, images, LABELS, lr, list(BATCHES), augment=apply)
+    assert_close("end", path[-1] - START, expected.end - START, 1e-10)
+    assert images.grad is not None
+    assert_close("images", images.grad, expected.images, 1e-9)
+
+
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
 def test_a_rate_may_be_a_negative_view(network: Network) -> None:
     """Take a rate that torch keeps as a view with another sign, as it does the imaginary part of a conjugate."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +28,7 @@ from mtt_fast import (
     plan,
     unroll,
 )
+from mtt_fast.augmentation.siamese import Draws
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.unroll import checked_plan
@@ -189,6 +192,42 @@ def test_canvases_are_cropped() -> None:
     loss = GraphedMatchingLoss(NET, augment=crops)(**given, batches=BATCHES, generator=random.manual_seed(2))
     for mine, theirs in zip(gradients(loss, given), expected, strict=True):
         assert_close("loss or gradient", mine, theirs, 1e-12)
+
+
+class Seldom(SiameseAugment):
+    """DSA without random numbers of its own: it turns no image."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Draws:
+        return Draws("flip", (torch.ones(len(images), dtype=images.dtype),))
+
+
+class SeldomCrops(CanvasCrops):
+    """Crops from the first corner."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.zeros(len(images), 2, dtype=images.dtype)
+
+
+@pytest.mark.parametrize("augment", [Seldom("flip"), SeldomCrops(2)], ids=["warp", "crops"])
+def test_the_draws_are_those_that_a_subclass_makes(augment: Any) -> None:
+    given = tensors()
+    given["labels"] = given["labels"].detach().softmax(1)
+    if isinstance(augment, CanvasCrops):
+        given["images"] = given["images"].detach().repeat(1, 1, 2, 2) * torch.linspace(
+            1, 2, 2 * given["images"].shape[3]
+        )
+    found = GraphedMatchingLoss(NET, augment=augment)(**given, batches=BATCHES)
+    start, target = given.pop("start"), given.pop("target")
+    path = unroll(NET, start, given["images"], given["labels"], given["lr"], BATCHES, augment=augment)
+    assert_close("loss", found, matching_loss(path[-1], start, target), 1e-6)
+
+
+def test_a_used_one_can_be_copied_and_pickled() -> None:
+    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits", augment=SiameseAugment("flip"))
+    draws = [SiameseAugment("flip").draw(given["images"][index]) for index in BATCHES]
+    loss = graphed(**given, batches=BATCHES, draws=draws)
+    for other in (copy.deepcopy(graphed), pickle.loads(pickle.dumps(graphed))):
+        assert torch.equal(other(**given, batches=BATCHES, draws=draws), loss)
 
 
 def test_a_second_derivative_is_refused() -> None:
