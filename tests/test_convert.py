@@ -131,6 +131,23 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(both.images, images[order])
 
 
+def test_a_share_of_classes_of_several_sizes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that images of which the place does not tell the class are not taken for real ones."""
+    share = ["--dataset", "digits", "--distilled_share"]
+    save_public_pair(torch.tensor([0] * 11 + list(range(1, 10))))
+    save_public_pair(torch.arange(10), "even")
+    settings = ["--protocol", "selmatch", "--num_eval", "1", "--epoch_eval_train", "1"]
+    for source, value, complaint in (
+        ("theirs", "0.5", "expected as many images of"),
+        ("even", "0.5", "expected a --distilled_share that leaves an image of 1 in each class, found 0.5"),
+    ):
+        assert convert(source, "ours", *share, value) == 2
+        assert complaint in capsys.readouterr().err
+        assert cli.run(evaluate, [f"{source}/images_best.pt", *share, value, *settings]) == 2
+        assert complaint in capsys.readouterr().err
+    assert not Path("ours").exists()
+
+
 def test_learned_labels_do_not_reorder_a_set(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
