@@ -307,6 +307,17 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     assert f"their test accuracy is {sum(final) / 2:.4f}" in caplog.text
 
 
+def test_commands_to_copy_are_quoted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    save_public_buffer("theirs")
+    assert convert("theirs", "my $buffers", *DIGITS, "--data_path", "my data") == 0
+    words = "--dataset digits --data_path 'my data' --model ConvNetD1W4 --num_experts 2 …"
+    assert f"python -m mtt_fast.distill --buffer_path 'my $buffers' {words}" in caplog.text
+    save_public_pair(torch.arange(10), "pair")
+    assert convert("pair", "my set", *DIGITS) == 0
+    assert "python -m mtt_fast.evaluate 'my set/synthetic.safetensors'" in caplog.text
+
+
 def test_experts_may_lie_beside_the_buffers_that_they_were_read_from() -> None:
     folder = "buffers/digits/ConvNetD1W4"
     save_public_buffer(folder)
