@@ -131,6 +131,23 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(both.images, images[order])
 
 
+def test_a_share_of_classes_of_several_sizes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that images of which the place does not tell the class are not taken for real ones."""
+    share = ["--dataset", "digits", "--distilled_share"]
+    save_public_pair(torch.tensor([0] * 11 + list(range(1, 10))))
+    save_public_pair(torch.arange(10), "even")
+    settings = ["--protocol", "selmatch", "--num_eval", "1", "--epoch_eval_train", "1"]
+    for source, value, complaint in (
+        ("theirs", "0.5", "expected as many images of"),
+        ("even", "0.5", "expected a --distilled_share that leaves an image of 1 in each class, found 0.5"),
+    ):
+        assert convert(source, "ours", *share, value) == 2
+        assert complaint in capsys.readouterr().err
+        assert cli.run(evaluate, [f"{source}/images_best.pt", *share, value, *settings]) == 2
+        assert complaint in capsys.readouterr().err
+    assert not Path("ours").exists()
+
+
 def test_learned_labels_do_not_reorder_a_set(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +305,17 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     final = [store.metadata(expert).accuracy[-1] for expert in range(2)]
     assert summary["accuracy"]["experts"]["mean"] == pytest.approx(sum(final) / 2)
     assert f"their test accuracy is {sum(final) / 2:.4f}" in caplog.text
+
+
+def test_commands_to_copy_are_quoted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    save_public_buffer("theirs")
+    assert convert("theirs", "my $buffers", *DIGITS, "--data_path", "my data") == 0
+    words = "--dataset digits --data_path 'my data' --model ConvNetD1W4 --num_experts 2 …"
+    assert f"python -m mtt_fast.distill --buffer_path 'my $buffers' {words}" in caplog.text
+    save_public_pair(torch.arange(10), "pair")
+    assert convert("pair", "my set", *DIGITS) == 0
+    assert "python -m mtt_fast.evaluate 'my set/synthetic.safetensors'" in caplog.text
 
 
 def test_experts_may_lie_beside_the_buffers_that_they_were_read_from() -> None:

@@ -283,6 +283,11 @@ def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_ar
         assert len(table()) == count
 
 
+def test_an_unknown_network_is_told_by_the_option_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cross.main, ["run", "--models", "MLP", "RestNet18", "--out", "table"]) == 2
+    assert "error: --models RestNet18: expected ConvNet" in capsys.readouterr().err
+
+
 def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
     """Check that matplotlib has a label to show: it warns where it leaves all out."""
     cell = {"set": "_old", "question": {"network": "MLP"}, "accuracy": {"mean": 0.5, "std": 0.1}}

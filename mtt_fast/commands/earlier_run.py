@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +122,9 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
     ]
     if other:
         log.info(
-            "its evaluations were made with %s; python -m mtt_fast.evaluate %s makes others", ", ".join(other), folder
+            "its evaluations were made with %s; python -m mtt_fast.evaluate %s makes others",
+            ", ".join(other),
+            shlex.quote(str(folder)),
         )
     return True
 

@@ -16,7 +16,7 @@ from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
 from mtt_fast.commands.options import Count, EvaluationOptions, PositiveShare, RateOrNone
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
-from mtt_fast.data.set_checks import check_classes
+from mtt_fast.data.set_checks import check_classes, check_share
 from mtt_fast.data.synthetic import SyntheticDataset, real_ones
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
@@ -183,7 +183,9 @@ class EvaluatedSet:
         real = None
         if options.distilled_share < 1:
             pair = class_major(pair)
-            real = real_ones(len(pair.labels), len(pair.labels) // pair.ipc(self.source), options.distilled_share)
+            classes = len(pair.labels) // pair.ipc(self.source)
+            check_share(options.distilled_share, pair.labels, pair.label_kind, classes, self.source)
+            real = real_ones(len(pair.labels), classes, options.distilled_share)
         elif options.evaluation_protocol().combined:
             log.warning(
                 "%s: all images count as distilled; if some are real, say so with --distilled_share", self.source

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,14 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
             data.name, "with" if options.zca else "without",
         )  # fmt: skip
     names = ("dataset", "subset", "res", "data_path", "model")
-    flags = [f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None]
-    flags += ["--zca"] * options.zca + [f"--num_experts {len(store)}"]
+    flags = [
+        word for name in names if (value := getattr(options, name)) is not None for word in (f"--{name}", str(value))
+    ]
+    flags += ["--zca"] * options.zca + ["--num_experts", str(len(store))]
     course = store.course(0)
-    flags += [f"--num_interpolation {len(course.epochs)}"] if course else []
-    log.info("use them with: python -m mtt_fast.distill --buffer_path %s %s …", options.destination, " ".join(flags))
+    flags += ["--num_interpolation", str(len(course.epochs))] if course else []
+    command = shlex.join(["--buffer_path", options.destination, *flags])
+    log.info("use them with: python -m mtt_fast.distill %s …", command)
 
 
 def _is_measured(store: TrajectoryStore, expert: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
     space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
     match kind:
         case "synthetic":
-            return f"use it with: python -m mtt_fast.evaluate {first}"
+            return f"use it with: python -m mtt_fast.evaluate {shlex.quote(str(first))}"
         case "ddranking":
             return _for_ddranking(options, first.parent, distilled, zca)
         case "dc_benchmark":

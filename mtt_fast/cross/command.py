@@ -149,7 +149,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
 def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict[str, Trainable]:
     """Return the networks of a row by name. Raises `InputError` for an unknown one, before any network is trained."""
     if models:
-        return {name: network_by_name(name, data.image_shape, data.num_classes) for name in models}
+        return {name: network_by_name(name, data.image_shape, data.num_classes, option="models") for name in models}
     return row.options.evaluated_networks(data)
 
 

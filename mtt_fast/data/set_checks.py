@@ -50,6 +50,31 @@ def check_set(synthetic: SyntheticDataset, where: Where) -> None:
     share = synthetic.recipe.get("distilled_share", 1.0)
     if not _is_number(share) or not 0 < share <= 1:
         raise InputError(f"{where}: recipe: expected a distilled_share above 0 and at most 1, found {shown(share)}")
+    if share < 1:
+        check_share(share, synthetic.labels, synthetic.label_kind, len(synthetic.class_names), where)
+
+
+def distilled_in_class(ipc: int, distilled_share: float) -> int:
+    """Return how many of the `ipc` images of a class are distilled, the first ones; the others are real ones that stay (SelMatch)."""
+    return int(ipc * distilled_share)
+
+
+def check_share(share: float, labels: Tensor, label_kind: str, classes: int, where: Where) -> None:
+    """Check that the places of images tell which ones are real if a `share` of each class was distilled, the first ones.
+
+    There are as many images of every class, and one of each is distilled. Raises `InputError`, which begins with `where`.
+    """
+    counts = torch.bincount(labels, minlength=classes) if label_kind == "indices" else labels.new_tensor([len(labels)])
+    if len(labels) % classes or bool((counts != counts[0]).any()):
+        raise InputError(
+            f"{where}: expected as many images of each of {classes} classes with a `distilled_share`, found {len(labels)} images "
+            "of which some classes have more than others; leave it out"
+        )
+    if not distilled_in_class(len(labels) // classes, share):
+        raise InputError(
+            f"{where}: expected a `distilled_share` that leaves an image of {len(labels) // classes} in each class, found {share}; "
+            "give a larger one"
+        )
 
 
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:

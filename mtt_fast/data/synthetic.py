@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data import Normalisation
-from mtt_fast.data.set_checks import check_set
+from mtt_fast.data.set_checks import check_set, distilled_in_class
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
@@ -163,11 +163,6 @@ _RECORD = {
     "fingerprint": str,
 }  # fmt: skip
 """The fields of a set's record, and their types."""
-
-
-def distilled_in_class(ipc: int, distilled_share: float) -> int:
-    """Return how many of the `ipc` images of a class are distilled, the first ones; the others are real ones that stay (SelMatch)."""
-    return int(ipc * distilled_share)
 
 
 def real_ones(

@@ -8,7 +8,16 @@ from pathlib import Path
 from mtt_fast.errors import InputError
 
 _OTHERWISE = "choose another place"
-_NOT_WRITTEN_OVER = (".safetensors", ".pt", ".npz", ".parquet", ".toml", ".jsonl", "summary.json", "seconds.json")
+_NOT_WRITTEN_OVER = (
+    ".safetensors",
+    ".pt",
+    ".npz",
+    ".parquet",
+    "config.toml",
+    "metrics.jsonl",
+    "summary.json",
+    "seconds.json",
+)
 """Endings of sets, experts, checkpoints and a run's records, which no result replaces."""
 
 

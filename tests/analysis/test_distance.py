@@ -16,7 +16,6 @@ from PIL import Image
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.distance import (
     DistanceOptions,
-    _draw,
     default_options,
     nearest_steps,
     read_distilled_sets,
@@ -332,8 +331,9 @@ def test_a_set_is_labelled_by_its_argument_or_its_folder(
     assert list(sets) == ["N=2", "short", "x"]
 
 
-def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(toy: Path, tmp_path: Path) -> None:
     """Check that matplotlib has a label to show: it warns where it leaves all out."""
+    flags = ["--deltas", "1", "--steps", "1", "--out", str(tmp_path)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _draw(tmp_path / "distance.png", {"_old": [{"real_steps": 1, "mean": 0.5, "std": 0.1}]})
+        warnings.filterwarnings("error", message="No artists with labels")
+        assert run("distance", f"_old={toy / 'run'}", *flags) == 0

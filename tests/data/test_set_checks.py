@@ -75,6 +75,18 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "recipe that is none": ({"recipe": []}, "recipe: expected a dictionary"),
     "no share": ({"recipe": {"distilled_share": "0.5"}}, "expected a distilled_share above 0 and at most 1, found"),
     "share of none": ({"recipe": {"distilled_share": 0}}, "expected a distilled_share above 0 and at most 1, found 0"),
+    "share of uneven classes": (
+        {"recipe": {"distilled_share": 0.5}, "labels": torch.tensor([0, 0, 0, 1, 1, 2])},
+        "expected as many images of each of 3 classes with a `distilled_share`, found 6 images of which some classes have more",
+    ),
+    "share of two classes of three": (
+        {"recipe": {"distilled_share": 0.5}, "labels": torch.tensor([0, 0, 0, 1, 1, 1])},
+        "expected as many images of each of 3 classes with a `distilled_share`, found 6 images of which some classes have more",
+    ),
+    "share that leaves none": (
+        {"recipe": {"distilled_share": 0.4}},
+        "expected a `distilled_share` that leaves an image of 2 in each class, found 0.4",
+    ),
     "share of more": ({"recipe": {"distilled_share": 1.5}}, "expected a distilled_share above 0 and at most 1, found 1.5"),
 }  # fmt: skip
 
