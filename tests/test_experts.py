@@ -25,10 +25,11 @@ from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions, main, train_missing_experts
 from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.experts import ExpertTraining, train_expert
+from mtt_fast.training.experts import ExpertTraining, expert_job, train_expert
 from mtt_fast.training.images import RealImages, real_images
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 2 --batch_train 512".split()
@@ -232,6 +233,16 @@ def test_experts_in_bfloat16_take_half_the_size(tmp_path: Path) -> None:
     exact = TrajectoryStore(buffers(tmp_path)).read(0, 2)
     rounded = TrajectoryStore(tmp_path / "half" / "digits" / "ConvNetD1W4").read(0, 2)
     assert torch.equal(rounded, exact.bfloat16().float())
+
+
+def test_a_stop_request_ends_an_expert_after_its_epoch(images: RealImages) -> None:
+    stop = StopRequest()
+    job = expert_job(images, NET, ExpertTraining(train_epochs=3), "fp32", seed=0, index=4, stop=stop)
+    next(job)
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Stopped, match="^stopped in expert 4; .* the same command continues$") as stopped:
+        next(job)
+    assert stopped.value.signum == signal.SIGTERM
 
 
 @pytest.mark.slow

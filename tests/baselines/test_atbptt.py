@@ -107,3 +107,4 @@ def test_an_epoch_has_one_window_and_its_mean_accuracy_counts(
 def test_windows_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(OPTIONS, **change).check()
+    replace(OPTIONS, d=3, totwindow=7).check()  # both bounds are allowed

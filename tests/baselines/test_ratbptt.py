@@ -35,3 +35,4 @@ def test_the_window_changes_from_epoch_to_epoch_within_its_bounds(
 def test_a_window_longer_than_the_training_is_refused() -> None:
     with pytest.raises(InputError, match="--totwindow 10: expected at least --minwindow 5 \\+ --window 6"):
         RatBpttOptions(dataset="digits", window=6, minwindow=5, totwindow=10).check()
+    RatBpttOptions(dataset="digits", window=6, minwindow=5, totwindow=11).check()

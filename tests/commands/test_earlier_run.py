@@ -81,6 +81,7 @@ def test_a_run_keeps_its_precision_unless_one_is_given(tmp_path: Path) -> None:
 def test_other_values_are_told_with_those_of_the_run(
     tmp_path: Path, recorded: dict[str, object], now: dict[str, object], told: str | None
 ) -> None:
+    check_same_run(tmp_path, Options(lr_img=9.0), {"iterations"})  # the folder is empty
     write_config(tmp_path, {"precision": "auto"} | recorded)
     options = replace(Options(), **now)  # type: ignore[arg-type]
     if told is None:

@@ -113,11 +113,13 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert all(torch.equal(getattr(whitening, f), getattr(again, f)) for f in ("mean", "matrix", "inverse"))
 
 
-def test_too_large_images_are_refused_before_the_fit() -> None:
+def test_too_large_images_are_refused_before_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     huge = torch.zeros(1, 1, 1, 1).expand(5, 3, 128, 128)
     with pytest.raises(InputError, match=rf"at most {LARGEST_IMAGE} .*49152 \(3x128x128\).*no `zca`") as raised:
         Whitening.fit(huge)
     assert "\n" not in str(raised.value)
+    monkeypatch.setattr("mtt_fast.data.whitening.LARGEST_IMAGE", 16)
+    Whitening.fit(torch.rand(2, 1, 4, 4))  # the fewest images, and the largest
 
 
 def test_images_without_a_finite_matrix_are_refused() -> None:

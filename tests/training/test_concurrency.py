@@ -65,11 +65,11 @@ def test_jobs_take_turns_in_their_contexts() -> None:
         entered.append(name)
         yield
 
-    jobs = (counting(number, counted) for number in (2, 1, 3))
+    jobs = (counting(number, counted) for number in (2, 1, 3, 1))
     results = list(round_robin(jobs, [lambda: context("a"), lambda: context("b")]))
-    assert results == [(1, 10), (0, 20), (2, 30)]
-    assert counted == [2, 1, 2, 3, 3, 3]
-    assert "".join(entered) == "ababa" + "bbbb"  # the end of a work is met in its lane too
+    assert results == [(1, 10), (0, 20), (3, 10), (2, 30)]
+    assert counted == [2, 1, 2, 3, 1, 3, 3]
+    assert "".join(entered) == "ababababa" + "bb"  # the end of a work is met in its lane too
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
