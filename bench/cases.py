@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.settings import Setting
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.storage.files import save_tensors
+from mtt_fast.storage.tensor_files import save_tensors
 
 _LR = 0.01  # of the experts, and of the students of most settings
 _TARGET_BATCH = 32

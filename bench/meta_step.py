@@ -32,7 +32,7 @@ from bench.shares import share_of_operations
 from bench.workers import Here, Process, Subjects, Worker
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
-from mtt_fast.storage.files import read_header, save_tensors
+from mtt_fast.storage.tensor_files import read_header, save_tensors
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")

@@ -14,7 +14,7 @@ import torch
 from bench.measuring import driver_version
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import device_name, versions
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.text_files import write_json
 
 log = logging.getLogger("mtt_fast")
 

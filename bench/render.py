@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from bench.records import PARTIAL, TRACE, read_record
 from mtt_fast.commands.option_fields import MAY_BE_EMPTY
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import write_text
+from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger("mtt_fast")
 

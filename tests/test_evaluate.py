@@ -265,7 +265,7 @@ def test_an_exported_set_is_evaluated_alike() -> None:
     ],
 )
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    from mtt_fast.storage.files import save_tensors
+    from mtt_fast.storage.tensor_files import save_tensors
 
     for folder in ("folder", "theirs", "pictures"):
         Path(folder).mkdir()

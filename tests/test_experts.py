@@ -26,7 +26,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions, main, train_missing_experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.experts import ExpertTraining, expert_job, train_expert
@@ -240,7 +240,7 @@ def test_a_stop_request_ends_an_expert_after_its_epoch(images: RealImages) -> No
     job = expert_job(images, NET, ExpertTraining(train_epochs=3), "fp32", seed=0, index=4, stop=stop)
     next(job)
     stop.signum = signal.SIGTERM
-    with pytest.raises(Stopped, match="^stopped in expert 4; .* the same command continues$") as stopped:
+    with pytest.raises(Stopped, match=r"^stopped in expert 4; .* the same command continues$") as stopped:
         next(job)
     assert stopped.value.signum == signal.SIGTERM
 

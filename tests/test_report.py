@@ -20,7 +20,7 @@ from mtt_fast.report.__main__ import main
 from mtt_fast.report.charts import charts, draw_accuracy, thinned
 from mtt_fast.report.page import mebibytes, number, pictures, seconds
 from mtt_fast.report.runs import Run
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.text_files import write_json
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "

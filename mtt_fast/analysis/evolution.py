@@ -22,7 +22,7 @@ from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo
 from mtt_fast.commands.plots import save_stacked
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.regular import read_bytes
 from mtt_fast.storage.run_folder import HISTORY

@@ -20,9 +20,9 @@ from mtt_fast.distill import command as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.files import write_text
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
+from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger(__name__)
 

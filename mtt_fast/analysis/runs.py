@@ -9,8 +9,8 @@ from typing import Any
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage import run_folder
-from mtt_fast.storage.files import MALFORMED
 from mtt_fast.storage.run_folder import SUMMARY
+from mtt_fast.storage.text_files import MALFORMED
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

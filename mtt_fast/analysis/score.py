@@ -22,10 +22,10 @@ from mtt_fast.commands.evaluated_set import RANDOM
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.interop import label_robust_score
-from mtt_fast.storage.files import parse_json, write_json
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import unsealed
 from mtt_fast.storage.regular import read_text
+from mtt_fast.storage.text_files import parse_json, write_json
 
 log = logging.getLogger(__name__)
 

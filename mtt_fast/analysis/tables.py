@@ -24,9 +24,9 @@ from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.published import Paper, Published, published_numbers
 from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import write_text
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
+from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger(__name__)
 

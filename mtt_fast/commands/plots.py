@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtt_fast.commands.tables import save_figure
 from mtt_fast.data.images import as_image
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.atomic import atomic_path
 
 _LONGEST_ROW = 10
 _MOST_CLASSES = 100  # in a snapshot

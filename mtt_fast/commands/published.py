@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
-from mtt_fast.storage.files import read_toml
+from mtt_fast.storage.text_files import read_toml
 
 
 class Published(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtt_fast.commands.accuracies import remarks_on
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.atomic import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

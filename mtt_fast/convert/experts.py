@@ -30,8 +30,8 @@ from mtt_fast.networks.by_name import full_name, short_name
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
+from mtt_fast.storage.atomic import whole_folder
 from mtt_fast.storage.expert_checks import check_one_kind
-from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import NORMALISED, WHITENED
 from mtt_fast.storage.outputs import check_output_folder

@@ -39,10 +39,10 @@ from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.files import write_text
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_folder import only_user
+from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.protocols import Accuracy, evaluate
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.atomic import atomic_path
 
 _BLOCK = 1 << 18
 _MOST = 1 << 30  # bytes of a file

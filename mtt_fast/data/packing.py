@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from mtt_fast.data.image_data import DatasetInfo, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError, reason_of, remedy_for
-from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
+from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import remove_leftovers
+from mtt_fast.storage.tensor_files import header_of, load_tensors
+from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 VERSION = 1  # of the packed content; raise it when the same source is packed differently
 _FORMAT = "mtt_fast data set 2"  # files without checksums have no format field

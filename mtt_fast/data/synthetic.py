@@ -18,8 +18,9 @@ from mtt_fast.data import Normalisation
 from mtt_fast.data.set_checks import check_set, distilled_in_class
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
+from mtt_fast.storage.text_files import MALFORMED, check_types, parse_json
 
 _FORMAT = "mtt_fast.data.synthetic.2"
 _BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtt_fast.data.image_data import ImageData
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import read_header
+from mtt_fast.storage.tensor_files import read_header
 
 _FORMAT = "mtt_fast whitening 2"  # files without checksums have no format field
 _CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.numerics import without_autocast
-from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import WHITENING_TOLERANCE
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
 # The covariance of images of 12,288 values (3x64x64) takes 1.2 GB, and its decomposition minutes; with 3x128x128 19 GB, and hours.
 LARGEST_IMAGE = 12_288

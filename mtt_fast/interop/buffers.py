@@ -26,7 +26,7 @@ from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.layout import ParameterLayout
-from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.atomic import whole_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.run_folder import only_writer_of_experts

@@ -23,8 +23,9 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
-from mtt_fast.storage.files import whole_folder, write_json
+from mtt_fast.storage.atomic import whole_folder
 from mtt_fast.storage.foreign import names_in, read_json, shown
+from mtt_fast.storage.text_files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.tensor_set import TensorSet, tensor_set
-from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.atomic import whole_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 
 _PART = re.compile(r"(.*best)_(0|[1-9]\d{0,4})\.pt")

@@ -23,9 +23,10 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
-from mtt_fast.storage.files import atomic_path, parse_json
+from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, shortened
 from mtt_fast.storage.regular import check_regular
+from mtt_fast.storage.text_files import parse_json
 
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")

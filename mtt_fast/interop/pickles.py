@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.foreign import LARGEST_FILE, plain_tensor, shown
 from mtt_fast.storage.regular import check_regular
 

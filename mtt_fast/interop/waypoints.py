@@ -21,7 +21,7 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
-from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.atomic import whole_folder
 from mtt_fast.storage.foreign import shortened, shown
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import Course

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.errors import InputError, did_you_mean
-from mtt_fast.storage.files import read_toml
+from mtt_fast.storage.text_files import read_toml
 
 _ABOUT = ("description", "source", "method")
 

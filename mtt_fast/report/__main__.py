@@ -16,8 +16,8 @@ from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.report.page import render
 from mtt_fast.report.runs import read_runs
-from mtt_fast.storage.files import write_text
 from mtt_fast.storage.outputs import check_output_file
+from mtt_fast.storage.text_files import write_text
 
 PROGRAM = "python -m mtt_fast.report"
 

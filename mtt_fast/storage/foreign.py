@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, dtype_name, reason_of, remedy_for
-from mtt_fast.storage.files import parse_json
 from mtt_fast.storage.regular import read_text
+from mtt_fast.storage.text_files import parse_json
 
 LARGEST_FILE = 64 << 30
 """Bytes; the largest distilled set that was published takes 10 GB, a buffer of ten experts of ResNet-18 23 GB."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import MALFORMED, checksum_of, parse_json, write_json
+from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.regular import read_text
+from mtt_fast.storage.text_files import MALFORMED, parse_json, write_json
 
 NUMBER = int | float
 """The form of a number, for `check_form`."""

@@ -12,11 +12,12 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import MALFORMED, checksum_of, parse_toml, write_text
+from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import NUMBER, check_form, read_record
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
+from mtt_fast.storage.text_files import MALFORMED, parse_toml, write_text
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 EVALUATIONS = "evaluations"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.text_files import write_json
 from tests.analysis.helpers import read, run
 
 

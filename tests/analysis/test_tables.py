@@ -11,7 +11,7 @@ import pytest
 from mtt_fast.analysis.measured import Measured, Setting, measurements
 from mtt_fast.analysis.tables import rows_by_table
 from mtt_fast.commands.published import published_numbers
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.text_files import write_json
 from tests.analysis.helpers import read, run
 
 

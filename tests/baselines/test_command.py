@@ -24,7 +24,7 @@ from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.protocols import Accuracy
 

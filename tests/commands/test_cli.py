@@ -26,8 +26,10 @@ from mtt_fast.recipes import recipe_about, recipe_names, recipe_options, recipe_
 from mtt_fast.recipes.__main__ import listing
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.files import atomic_path, load_tensors, read_header, read_toml, save_tensors, write_text
+from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.run_folder import read_config, write_config
+from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
+from mtt_fast.storage.text_files import read_toml, write_text
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.recipes import recipe_names, recipe_options
-from mtt_fast.storage.files import read_toml
 from mtt_fast.storage.run_folder import read_config, write_config
+from mtt_fast.storage.text_files import read_toml
 from tests.commands.test_flags import COMMANDS
 
 KINDS = {name: kind for name, kind in COMMANDS.items() if name != "score"}  # whose numbers it checks together

@@ -30,7 +30,7 @@ from mtt_fast.commands.option_fields import fields_of
 from mtt_fast.data import load
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import reference_convnet
 from tests.commands.option_rows import COMMANDS, EVALUATION, NETWORK, NO_EFFECT, OWN, ROWS, RUN, option_cases
 

@@ -15,8 +15,8 @@ from mtt_fast.commands import cli
 from mtt_fast.commands.seconds import PARTS, Seconds, counted_in, seconds_in_words
 from mtt_fast.distill.command import main as distill
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
-from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.records import read_record
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 "

@@ -22,7 +22,7 @@ from mtt_fast.data import from_tensors
 from mtt_fast.data.image_data import channel_statistics
 from mtt_fast.data.packing import Contents, Part, Source, key_of, packed
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import read_header
+from mtt_fast.storage.tensor_files import read_header
 
 
 def images(n: int, shape: tuple[int, int, int] = (3, 4, 5), seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -125,7 +125,7 @@ def empty(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    from mtt_fast.storage.files import save_tensors
+    from mtt_fast.storage.tensor_files import save_tensors
 
     save_tensors(path, {"x": torch.zeros(3)})
 

@@ -19,7 +19,7 @@ from mtt_fast.cross import command as cross
 from mtt_fast.data.set_checks import MOST_CLASSES, are_probabilities, check_classes, check_set, check_tensors
 from mtt_fast.interop import SET_KINDS, as_synthetic, as_tensor_set, read_set, write_set
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, guess_label_kind, tensor_set
-from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from tests.interop.helpers import CLASSES, N, distilled
 
 SQUARE = torch.eye(60)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtt_fast.data import ImageData, Normalisation, from_tensors, load, transform_for
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.tensor_files import load_tensors
 
 
 def tensors(n: int = 30, channels: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtt_fast.data.whitening import LARGEST_IMAGE, Whitening, check_same_whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import save_tensors
+from mtt_fast.storage.tensor_files import save_tensors
 
 
 def pictures(n: int = 40, shape: tuple[int, int, int] = (3, 5, 4), seed: int = 0) -> Tensor:

@@ -31,8 +31,8 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.resnets import resnet18
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.metrics import read_records
+from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import reference_convnet
 from mtt_fast.training.images import real_images

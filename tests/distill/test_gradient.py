@@ -36,8 +36,8 @@ from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import assert_close
 from mtt_fast.training.protocols import Accuracy
 

@@ -17,7 +17,7 @@ from mtt_fast.distill.labels import class_logits, expert_logits, mean_teacher_la
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import update
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
-from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
 from mtt_fast.training.images import as_training_images
 from mtt_fast.training.protocols import EvaluationProtocol, train_network

@@ -23,8 +23,8 @@ from mtt_fast.distill.segments import read_segment, start_epochs
 from mtt_fast.distill.updates import update
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
-from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.metrics import read_records
+from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy

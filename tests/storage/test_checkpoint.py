@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast.storage.checkpoint import State, experts_of_run, load_checkpoint, save_checkpoint
-from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_folder import CHECKPOINT, read_config, write_config
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
 
 def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ from mtt_fast.distill.command import main as distill
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.report.__main__ import main as report
-from mtt_fast.storage.files import load_tensors, parse_json, read_header, save_tensors
 from mtt_fast.storage.metrics import MetricsLog, read_records
 from mtt_fast.storage.records import check_form, read_record, sealed, unsealed, write_record
 from mtt_fast.storage.regular import open_regular, read_text
 from mtt_fast.storage.run_folder import read_config, write_config
+from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
+from mtt_fast.storage.text_files import parse_json
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from mtt_fast import InputError, SyntheticDataset
-from mtt_fast.storage.files import atomic_path, whole_folder, write_text
+from mtt_fast.storage.atomic import atomic_path, whole_folder
 from mtt_fast.storage.run_folder import only_user
 from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
+from mtt_fast.storage.text_files import write_text
 
 SCRIPT = Path(__file__).with_name("killed_script.py")
 

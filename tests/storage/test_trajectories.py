@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, layer_sizes, write_expert
 
 EPOCHS = 3

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and checked when they are read: atomic writes, safetensors with checksums.
+"""Write tensors to safetensors files with checksums, and check them when they are read.
 
 The metadata of every tensor file that is written here has two fields: `checksums` of the bytes of each tensor (of each row,
 for a tensor that is read by rows), and `checksum` of everything else in the header. A file that lacks one of them is damaged.
@@ -7,7 +7,6 @@ So is a file that lacks both, unless its format has the number 1, which had no c
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import logging
@@ -15,22 +14,21 @@ import math
 import os
 import re
 import struct
-import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
-from mtt_fast.storage.regular import open_regular, read_text
-from mtt_fast.storage.temporaries import is_free, temporary_folder
+from mtt_fast.storage.atomic import atomic_path
+from mtt_fast.storage.checksums import checksum_of
+from mtt_fast.storage.regular import open_regular
+from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 _LONGEST_HEADER = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
-_BLOCK = 64 << 20  # bytes hashed at once: between two blocks Ctrl-C is heard
 _MEND = "restore a copy, or delete it and make it again"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -38,124 +36,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""The errors of code that takes apart a record of another form than it expects."""
-
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path of an empty file to write; rename it to `path` if the block succeeds, delete it if it does not.
-
-    The content reaches the disk before the name does, so a crash at any moment leaves the old file or the new one.
-    Raises `InputError` when the folder cannot be made or written, or the disk is full.
-    """
-    path = Path(path)
-    with _naming_errors(path), temporary_folder(path) as folder:
-        temporary = folder / path.name
-        temporary.touch()
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
-    """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
-
-    Where `folder` holds other things, the files are moved into it one by one, those whose names begin with `last` after all
-    others, and the first of them at the very end. A reader who finds that one finds all.
-    Raises `InputError` when the folder cannot be made or written, or the disk is full.
-    """
-    folder = Path(folder).resolve()
-    with _naming_errors(folder):
-        # a folder that is in use, or holds things, cannot be replaced: it is filled
-        stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
-        with temporary_folder(folder / folder.name if stays else folder) as content:
-            try:
-                yield content
-            except InputError as error:  # from a write inside, which knows only the temporary place
-                raise InputError(str(error).replace(str(content), str(folder))) from error
-            for place, _, names in os.walk(content, topdown=False):
-                for name in names:
-                    _sync(Path(place, name))
-                _sync(Path(place))
-            if stays:
-                _move_files(content, folder, last)
-            else:
-                os.replace(content, folder)
-                _sync(folder.parent)
-
-
-def _move_files(source: Path, folder: Path, last: str) -> None:
-    """Move all files below `source` to the same places below `folder`, those whose names begin with `last` last."""
-    files = sorted((path for path in source.rglob("*") if path.is_file()), reverse=True)
-    for path in sorted(files, key=lambda path: path.name.startswith(last)):
-        place = folder / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-        _sync(place.parent)
-
-
-@contextlib.contextmanager
-def _naming_errors(path: Path) -> Iterator[None]:
-    """Raise `InputError` that names `path` in place of the `OSError` of a failed write."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({reason_of(error)}); nothing was changed; {remedy_for(error)}"
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` atomically, in UTF-8; bytes of a path that are not UTF-8 are written as \\udcNN."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` atomically, as indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of JSON text. Raises `ValueError` for text that is not JSON, or is nested too deeply to be read."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Raise `KeyError` or `TypeError` unless `record` has exactly these fields, of these types."""
-    for name, kind in types.items():
-        if not isinstance(record[name], kind):
-            raise TypeError(f"{name}: expected {kind.__name__}, found {type(record[name]).__name__}")
-    for name in record:
-        if name not in types:
-            raise TypeError(f"{name!r}: not known here; is the file from a later version?")
-
-
-def checksum_of(*parts: Any) -> str:
-    """Return the checksum, XXH3 of 128 bits, of bytes or of views of bytes, one after another."""
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        whole = memoryview(part)
-        for begin in range(0, whole.nbytes, _BLOCK):
-            digest.update(whole[begin : begin + _BLOCK])
-    return digest.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -337,16 +218,3 @@ def tell_unchecked(path: str | os.PathLike[str]) -> None:
         "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
         path,
     )
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the table in a TOML file. Raises `InputError` if it is missing or is not TOML."""
-    return parse_toml(read_text(path), path)
-
-
-def parse_toml(text: str, path: Path) -> dict[str, Any]:
-    """Return the table in TOML text from the file `path`. Raises `InputError` if it is not TOML."""
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of the syntax, a number's digits, or the depth
-        raise InputError(f"{path}: not valid TOML ({error})") from error

@@ -1,0 +1,86 @@
+"""Write files and folders that are whole or absent: a crash at any moment leaves the old content or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.storage.temporaries import is_free, temporary_folder
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of an empty file to write; rename it to `path` if the block succeeds, delete it if it does not.
+
+    The content reaches the disk before the name does, so a crash at any moment leaves the old file or the new one.
+    Raises `InputError` when the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    with _naming_errors(path), temporary_folder(path) as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
+    """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
+
+    Where `folder` holds other things, the files are moved into it one by one, those whose names begin with `last` after all
+    others, and the first of them at the very end. A reader who finds that one finds all.
+    Raises `InputError` when the folder cannot be made or written, or the disk is full.
+    """
+    folder = Path(folder).resolve()
+    with _naming_errors(folder):
+        # a folder that is in use, or holds things, cannot be replaced: it is filled
+        stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
+        with temporary_folder(folder / folder.name if stays else folder) as content:
+            try:
+                yield content
+            except InputError as error:  # from a write inside, which knows only the temporary place
+                raise InputError(str(error).replace(str(content), str(folder))) from error
+            for place, _, names in os.walk(content, topdown=False):
+                for name in names:
+                    _sync(Path(place, name))
+                _sync(Path(place))
+            if stays:
+                _move_files(content, folder, last)
+            else:
+                os.replace(content, folder)
+                _sync(folder.parent)
+
+
+def _move_files(source: Path, folder: Path, last: str) -> None:
+    """Move all files below `source` to the same places below `folder`, those whose names begin with `last` last."""
+    files = sorted((path for path in source.rglob("*") if path.is_file()), reverse=True)
+    for path in sorted(files, key=lambda path: path.name.startswith(last)):
+        place = folder / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+        _sync(place.parent)
+
+
+@contextlib.contextmanager
+def _naming_errors(path: Path) -> Iterator[None]:
+    """Raise `InputError` that names `path` in place of the `OSError` of a failed write."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({reason_of(error)}); nothing was changed; {remedy_for(error)}"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
