@@ -5,8 +5,8 @@ A recipe that says `base = "NAME"` has the options of that recipe, or of the fil
 
 from __future__ import annotations
 
+import re
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,16 @@ def recipe_about(name: str) -> dict[str, str]:
 
 
 def recipe_text(name: str) -> str:
-    """Return the text of the recipe's file, TOML, after the files that it is based on."""
-    names = _with_bases(name)[::-1]
-    return "\n".join([_text(names[0]), *(f"# over {base}\n{_text(other)}" for base, other in pairwise(names))])
+    """Return the text of the recipe's file, after the files that it is based on, as one TOML file of options.
+
+    What is no option, and what a later file overrides, becomes a comment.
+    """
+    texts, taken = [], {*_ABOUT, "base"}
+    for each in _with_bases(name):
+        text = re.sub(rf"^({'|'.join(sorted(taken))}) =", r"# \g<0>", _text(each), flags=re.MULTILINE)
+        texts.append(f"# over {base}\n{text}" if (base := _table(each).get("base")) else text)
+        taken |= _table(each).keys()
+    return "\n".join(texts[::-1])
 
 
 def _read(name: str) -> dict[str, Any]:

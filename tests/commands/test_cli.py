@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -279,11 +279,15 @@ def test_images_of_imagenet_are_found_by_its_name() -> None:
     assert "imagefruit-ipc10" in names_in(listing(["imagenet", "ipc10"]))
 
 
-def test_a_recipe_by_its_name_is_its_file(tmp_path: Path) -> None:
-    text = listing(["datm-cifar10-ipc10"])
-    assert 'source = "DATM (ICLR 2024), the public code, configs/CIFAR-10/ConvIN/IPC10.yaml"' in text
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_by_its_name_is_a_file_of_its_options(name: str, tmp_path: Path) -> None:
+    text = listing([name])
+    assert f'# source = "{recipe_about(name)["source"]}"' in text
     (tmp_path / "x.toml").write_text(text)
-    assert read_toml(tmp_path / "x.toml")["lr_y"] == 2.0
+    assert read_toml(tmp_path / "x.toml") == recipe_options(name)
+    assert parse_options(["--config", str(tmp_path / "x.toml")]) == replace(
+        parse_options(["--recipe", name]), recipe=None, config=str(tmp_path / "x.toml")
+    )
 
 
 def test_recipes_that_lead_back_to_themselves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +306,7 @@ def test_recipes_that_lead_back_to_themselves_are_refused(tmp_path: Path, monkey
             with pytest.raises(InputError, match=message):
                 read(name)
     assert recipe_options("last") == {"ipc": 2, "seed": 3}
-    assert recipe_text("last") == 'ipc = 1\nseed = 3\n\n# over bases-d\nbase = "bases-d"\nipc = 2\n'
+    assert recipe_text("last") == '# ipc = 1\nseed = 3\n\n# over bases-d\n# base = "bases-d"\nipc = 2\n'
 
 
 def test_an_unknown_recipe_is_refused() -> None:
