@@ -240,7 +240,7 @@ def test_a_stop_request_ends_an_expert_after_its_epoch(images: RealImages) -> No
     job = expert_job(images, NET, ExpertTraining(train_epochs=3), "fp32", seed=0, index=4, stop=stop)
     next(job)
     stop.signum = signal.SIGTERM
-    with pytest.raises(Stopped, match="^stopped in expert 4; .* the same command continues$") as stopped:
+    with pytest.raises(Stopped, match=r"^stopped in expert 4; .* the same command continues$") as stopped:
         next(job)
     assert stopped.value.signum == signal.SIGTERM
 
