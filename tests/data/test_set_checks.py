@@ -244,8 +244,9 @@ def test_a_picture_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_set_of_tensors_alone_is_checked() -> None:
-    with pytest.raises(InputError, match="expected one learning rate above 0"):
-        tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.ones(3), "x")
+    for lr in (torch.ones(3), torch.tensor(True)):
+        with pytest.raises(InputError, match="expected one learning rate above 0"):
+            tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), lr, "x")
     distilled = tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
     assert distilled == TensorSet(distilled.images, distilled.labels, distilled.lr, "indices")
     assert distilled.lr is not None

@@ -137,8 +137,10 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     assert asked["use_zca"] is bool(zca)
     assert (asked["eval_full_data"], asked["dist"], asked["num_workers"]) == (True, False, 0)
     assert asked["random_data_format"] == "tensor"
-    assert asked["aug_params"]["crop"] == 0.125
-    assert set(asked["aug_params"]) == set("flip rotate saturation brightness contrast scale crop cutout".split())
+    assert asked["aug_params"] == {  # as in the code of DSA
+        "flip": 0.5, "rotate": 15.0, "saturation": 2.0, "brightness": 1.0, "contrast": 0.5, "scale": 1.2, "crop": 0.125,
+        "cutout": 0.5,
+    }  # fmt: skip
     assert metric.metrics["image_tensor"].equal(distilled.images)
     assert metric.metrics["syn_lr"].item() == pytest.approx(0.02)
     if kind == "indices":
