@@ -222,6 +222,8 @@ def plan(
         if value is not None:
             check_count(name, value)
     input_shape, augment_bytes = footprint_of(augment, shape[1:], dtype)
+    if isinstance(net, ConvNet):
+        _check_size(net, input_shape)
     work = Work(
         student=student_for(net, device, label_kind, loss, precision),
         num_parameters=net.num_parameters,
@@ -250,6 +252,15 @@ def _shape_of(images: Any, *, is_2d: bool) -> torch.Size:
             f"`images`: expected a tensor or a shape {'(n, C, H, W)' if is_2d else '(n, …)'}, found {shape}"
         )
     return torch.Size(shape)
+
+
+def _check_size(net: ConvNet, image: torch.Size) -> None:
+    """Raise `InputError` unless `net` takes augmented images of this shape (C, H, W)."""
+    channels, *size = image
+    if channels != net.in_channels or net.feature_size_of(*size) != net.feature_size:
+        raise InputError(
+            f"`images`: expected those of the network, {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
+        )
 
 
 def plan_for(

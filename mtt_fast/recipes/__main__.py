@@ -20,8 +20,9 @@ PROGRAM = "python -m mtt_fast.recipes"
 
 @dataclass(frozen=True)
 class ListOptions:
-    """List the recipes (named settings). With words: list those that contain all words. With the name of a recipe: show its options,
-    as a file for --config."""
+    """List the recipes (named settings). With words: list those that contain all words. With the name of a recipe: show it as a file
+    for --config.
+    """
 
     words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[WORD …]")] = ()
     """words to search in names and descriptions, such as: datm cifar10; or the name of a recipe"""
@@ -45,8 +46,7 @@ class _Recipe(NamedTuple):
 
 
 def listing(words: Sequence[str]) -> str:
-    """Return the recipes that have all of `words`, by method and source; or, for the name of one recipe, its options
-    as a file for --config.
+    """Return the recipes that have all of `words`, by method and source; for the name of one recipe return the text of `recipe_text`.
 
     Raises `InputError` if there is none.
     """
