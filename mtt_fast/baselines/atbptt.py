@@ -102,7 +102,7 @@ def window_of_stage(
     if stage == 2:
         steps = options.window + options.d
         return Window(int(torch.randint(total - steps + 1, (), generator=generator)), steps)
-    lengths = gradient_lengths(total, generator).cpu()
+    lengths = gradient_lengths(total, generator).cpu().nan_to_num(0.0, 0.0)  # the loss tells that a run diverges
     drawn = int(torch.multinomial(lengths.softmax(0), 1, generator=generator))
     if stage == 3:
         return Window(max(total - least - drawn, 0), least)

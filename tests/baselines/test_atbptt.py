@@ -53,6 +53,12 @@ def test_the_third_window_is_narrow_and_lies_where_gradients_are_long_from_the_o
         assert drawn[window] == pytest.approx(times, abs=5 * times**0.5)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradients_that_are_not_finite_are_left_to_the_loss(stage: int) -> None:
+    lengths = torch.tensor([1.0, torch.nan, torch.inf, *[torch.nan] * 7])
+    assert len(windows(stage, lengths, times=100)) > 3
+
+
 @pytest.mark.parametrize(
     ("gains", "stages"),
     [
