@@ -107,6 +107,7 @@ def test_every_whole_number_is_in_range(command: str, option: str) -> None:
         "expansion_end_epoch",
         "epochs",
         "minwindow",
+        "d",
     }
     from_zero |= {"add_end_epoch", "rm_epoch_first", "rm_epoch_second"}
     if option in from_zero:
