@@ -409,6 +409,7 @@ OWN: dict[str, dict[str, Row]] = {
         **_OF_WINDOWS,
         "window": changes("--window 3"),
         "d": changes("--d 0", "--window 3 --totwindow 9"),
+        "clip_coef": changes("--clip_coef 0", "--Iteration 12 --pix_init real --batch_real 1"),
     },
 }
 """Of the methods of mtt_fast.baselines: the options of each. Those that all have are shown of random alone."""
