@@ -122,7 +122,7 @@ class GraphedMatchingLoss:
 
     def __getstate__(self) -> dict[str, Any]:
         # what was recorded belongs to this process, and its memory to this object
-        return vars(self) | {"_iterations": {}, "_obstacle": None}
+        return vars(self) | {"_iterations": {}, "_problem": None}
 
     @property
     def problem(self) -> str | None:

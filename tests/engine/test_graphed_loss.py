@@ -227,6 +227,7 @@ def test_a_used_one_can_be_copied_and_pickled() -> None:
     draws = [SiameseAugment("flip").draw(given["images"][index]) for index in BATCHES]
     loss = graphed(**given, batches=BATCHES, draws=draws)
     for other in (copy.deepcopy(graphed), pickle.loads(pickle.dumps(graphed))):
+        assert vars(other).keys() == vars(graphed).keys()
         assert torch.equal(other(**given, batches=BATCHES, draws=draws), loss)
 
 
