@@ -165,15 +165,18 @@ def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
     assert result["accuracy"]["mean"] == pytest.approx(result_of("set.safetensors", *TOY)["accuracy"]["mean"], abs=0.01)
 
 
-@pytest.mark.parametrize("kind", [None, "probabilities", "logits"])
-def test_soft_labels_in_files_become_probabilities(kind: Literal["probabilities", "logits"] | None) -> None:
-    given = torch.randn(10, 10) if kind != "probabilities" else torch.rand(10, 10).softmax(1)
+@pytest.mark.parametrize("kind", [None, "probabilities", "weights", "logits"])
+def test_soft_labels_in_files_become_targets(kind: Literal["probabilities", "weights", "logits"] | None) -> None:
+    given = {"probabilities": torch.rand(10, 10).softmax(1), "weights": torch.rand(10, 10)}.get(
+        kind or "", torch.randn(10, 10)
+    )
     torch.save(distilled().images, "images_best.pt")
     torch.save(given, "labels_best.pt")
     real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
     options = EvaluateOptions(dataset="digits", label_kind=kind)
     train, lr = EvaluatedSet("images_best.pt", options, None).training_images(real)
-    expected = given if kind == "probabilities" else given.exp() / given.exp().sum(1, keepdim=True)
+    is_target = kind in ("probabilities", "weights")
+    expected = given if is_target else given.exp() / given.exp().sum(1, keepdim=True)
     torch.testing.assert_close(train(torch.Generator()).labels, expected)
     assert lr == 0.01
 
@@ -183,7 +186,12 @@ def test_soft_labels_in_files_become_probabilities(kind: Literal["probabilities"
     [
         (torch.rand(10, 1, 8, 8), torch.arange(10), "", "look like pictures; those that networks see are normalised"),
         (torch.randn(10, 1, 8, 8), torch.arange(10), "images_zca_best.pt", "distilled from whitened images"),
-        (torch.randn(10, 1, 8, 8), torch.rand(10, 10), "", "are they probabilities whose sums are not 1?"),
+        (
+            torch.randn(10, 1, 8, 8),
+            3 * torch.rand(10, 10),
+            "",
+            "are they weights, as of cross-entropy, whose sums are not 1?",
+        ),
         (torch.randn(10, 1, 8, 8), torch.randn(10, 10), "", ""),
     ],
     ids=["pictures", "whitened", "sums", "nothing"],

@@ -77,7 +77,7 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         return float(loss.detach())
 
     return LearnedSet(
-        images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net),
+        images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net), label_kind="probabilities",
         carried={"theta": theta, "errors": errors},
     )  # fmt: skip
 

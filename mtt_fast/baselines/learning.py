@@ -61,7 +61,7 @@ def _iterate(run: LoopRun, learned: LearnedSet, progress: Progress) -> None:
 
 
 def _set(run: Run, learned: LearnedSet, iterations: int) -> SyntheticDataset:
-    return as_set(run, learned.images, learned.labels, learned.lr(), iterations)
+    return as_set(run, learned.images, learned.labels, learned.lr(), iterations, learned.label_kind)
 
 
 def _evaluate(

@@ -19,12 +19,14 @@ class LearnedSet:
     """A set that is being learned. An iteration changes its tensors in place, so they can be saved and loaded."""
 
     images: Tensor  # (n, C, H, W), class-major, as networks see them
-    labels: Tensor  # (n,) int64, or probabilities (n, classes)
+    labels: Tensor  # indices (n,), or soft labels (n, classes) of label_kind
     optimiser: torch.optim.Optimizer
     step: Callable[[int], float]
     """do iteration i, 0, 1, …, whose random numbers follow from the seed and i alone; return its loss"""
     lr: Callable[[], Tensor]
     """learning rate () of networks that train on the set as it is now"""
+    label_kind: str = "indices"
+    """see `SyntheticDataset`"""
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     """the other tensors that iterations carry over"""
     own_training: Callable[[torch.Generator], Tensor] | None = None

@@ -17,11 +17,12 @@ from mtt_fast.training.protocols import Accuracy
 log = logging.getLogger(__name__)
 
 
-def as_set(run: Run, images: Tensor, labels: Tensor, lr: Tensor, iterations: int) -> SyntheticDataset:
-    """Return the set that is saved; `labels` are class indices (n,) or probabilities (n, classes)."""
-    kind = "probabilities" if labels.is_floating_point() else "indices"
+def as_set(
+    run: Run, images: Tensor, labels: Tensor, lr: Tensor, iterations: int, label_kind: str = "indices"
+) -> SyntheticDataset:
+    """Return the set that is saved, with labels of `label_kind` (`SyntheticDataset`)."""
     recipe = {"method": run.method, "iterations": iterations}
-    return as_synthetic(run, images, labels, lr, label_kind=kind, recipe=recipe)
+    return as_synthetic(run, images, labels, lr, label_kind=label_kind, recipe=recipe)
 
 
 def log_accuracies(title: str, results: Mapping[str, Accuracy]) -> None:

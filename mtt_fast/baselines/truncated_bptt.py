@@ -10,21 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy, augment_with
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
-from mtt_fast.commands.options import Count, Rate, Share, Strategy
+from mtt_fast.commands.option_fields import Group, Needs
+from mtt_fast.commands.options import Count, CountOrNone, Rate, Share, Strategy
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.student import InMicrobatches
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.engine.unroll import unroll
-from mtt_fast.kernels import Precision
+from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
@@ -47,6 +49,8 @@ class TruncatedBpttOptions(LearnedImagesOptions):
     """real images in the loss"""
     batch_per_class: Count = 10
     """synthetic images of each class in a step; all if there are fewer"""
+    task_sampler_nc: CountOrNone = None
+    """classes in a step, drawn anew for each; all if there are fewer, or if not given"""
     totwindow: Count = 200
     """largest number of steps, those of the window included"""
     inner_lr: Rate = 0.001
@@ -56,7 +60,11 @@ class TruncatedBpttOptions(LearnedImagesOptions):
     real_strategy: Strategy = "flip_rotate"
     """augmentation of the real images"""
     clip_coef: Share = 0.9
-    """gradients are clipped to twice the running average of their length; this is its decay"""
+    """gradients of the images are clipped to twice the running average of their length; this is its decay"""
+    train_y: Annotated[bool, Group.LABELS] = False
+    """learn the labels too: weights of the classes, which begin as 1 for the image's class and 0 for the others"""
+    label_lr_scale: Annotated[Rate, Needs("train_y"), Group.LABELS] = 1.0
+    """the labels' learning rate is --lr_img divided by this"""
 
 
 class Window(NamedTuple):
@@ -84,8 +92,12 @@ class TruncatedBptt:
         self._method, self._options, self._real, self._network = method, options, real, network
         start = _starting_images(options, real)
         self.images, self.labels, self._device = start.pixels, start.labels, start.labels.device
+        learned = [{"params": [self.images]}]
+        if options.train_y:
+            self.labels = F.one_hot(start.labels, real.data.num_classes).to(self.images)
+            learned.append({"params": [self.labels], "lr": options.lr_img / options.label_lr_scale})
+        self._optimiser = torch.optim.Adam(learned, lr=options.lr_img)
         self._norm = self.images.new_zeros(())  # the running average of the gradient's length
-        self._optimiser = torch.optim.Adam([self.images], lr=options.lr_img)
         self._precision: Precision = "fp32"
         if options.precision != "auto":
             self._precision = precision_on(self._device, network, options.precision)
@@ -93,9 +105,11 @@ class TruncatedBptt:
             augment_by_strategy(name) for name in (options.syn_strategy, options.real_strategy)
         )
         self._everything = torch.arange(len(real.train))
-        self._student = student_for(network, self._device, "indices", precision=self._precision)
+        kind: LabelKind = "probabilities" if options.train_y else "indices"
+        self._student = student_for(network, self._device, kind, precision=self._precision)
+        self._student_of_real = student_for(network, self._device, "indices", precision=self._precision)
         if not network.mixes_samples:
-            self._student = InMicrobatches(self._student, _REAL_PIECE)
+            self._student_of_real = InMicrobatches(self._student_of_real, _REAL_PIECE)
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -106,23 +120,28 @@ class TruncatedBptt:
         """Return the set that `step` learns by calls of `improve`, and the tensors `carried` with it."""
         return LearnedSet(
             self.images, self.labels, self._optimiser, step, lr=lambda: torch.tensor(self._options.lr_net),
+            label_kind="weights" if self._options.train_y else "indices",
             carried={"gradient_norm": self._norm} | dict(carried or {}),
             own_training=lambda generator: self._trained(_OWN_STEPS, generator)[0],
         )  # fmt: skip
 
     def improve(self, iteration: int, window: Window) -> RealLoss:
-        """Improve the images by the gradient of a training's loss on real images, through `window`. Return that loss."""
+        """Improve the set by the gradient of a training's loss on real images, through `window`. Return that loss."""
         generator = generator_for(self._options.seed, self._method, iteration)
         theta, moments = self._trained(window.before, generator)
-        pixels = self.images.detach().requires_grad_()
-        path, _ = self._steps(theta, pixels, window, moments, generator)
+        learned = Images(self.images.detach().requires_grad_(), self.labels.detach())
+        learned.labels.requires_grad_(self._options.train_y)
+        path, _ = self._steps(theta, learned, window, moments, generator)
         end = path[-1].detach()
         inputs, targets = random_batch(self._real.train, self._everything, self._options.batch_real, generator)
         inputs = self._augmented(inputs, self._augment_real, generator)
-        at_end = self._student.gradient(end, inputs, targets)
-        (gradient,) = torch.autograd.grad(path[-1], pixels, at_end.gradient)
-        self.images.grad = clipped(gradient, self._norm, self._options.clip_coef)
+        at_end = self._student_of_real.gradient(end, inputs, targets)
+        path[-1].backward(at_end.gradient)
+        assert learned.pixels.grad is not None
+        self.images.grad = clipped(learned.pixels.grad, self._norm, self._options.clip_coef)
+        self.labels.grad = learned.labels.grad
         self._optimiser.step()
+        self.labels.clamp_(min=0)
         return RealLoss(at_end.loss, end, Images(inputs, targets))
 
     def gradient_lengths(self, steps: int, generator: torch.Generator) -> Tensor:
@@ -147,23 +166,24 @@ class TruncatedBptt:
         with torch.no_grad():
             for before in range(0, steps, _PATH_STEPS):
                 stretch = Window(before, min(_PATH_STEPS, steps - before))
-                path, moments = self._steps(theta, self.images, stretch, moments, generator)
+                path, moments = self._steps(theta, Images(self.images, self.labels), stretch, moments, generator)
                 theta = path[-1].clone()
         return theta, moments
 
     def _steps(
-        self, theta: Tensor, pixels: Tensor, window: Window, moments: Tensor | None, generator: torch.Generator
+        self, theta: Tensor, images: Images, window: Window, moments: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return the path and the last moments of the steps of `window` on `pixels`; those before it left `moments`."""
+        """Return the path and the last moments of the steps of `window` on `images`; those before it left `moments`."""
         return unroll(
-            self._network, theta, pixels, self.labels, self._options.inner_lr, self._batches(window.steps, generator),
+            self._network, theta, images.pixels, images.labels, self._options.inner_lr, self._batches(window.steps, generator),
             self._augment, optimizer=Adam(steps=window.before), velocity=moments, return_velocity=True,
             generator=generator, precision=self._precision,
         )  # fmt: skip
 
     def _batches(self, steps: int, generator: torch.Generator) -> list[Tensor]:
-        options = self._options
-        return random_batches(self._real.data.num_classes, options.ipc, options.batch_per_class, steps, generator)
+        options, num_classes = self._options, self._real.data.num_classes
+        classes = min(options.task_sampler_nc or num_classes, num_classes)
+        return random_batches(num_classes, options.ipc, classes, options.batch_per_class, steps, generator)
 
     def _augmented(self, inputs: Tensor, augment: SiameseAugment | None, generator: torch.Generator) -> Tensor:
         if augment is None:
@@ -180,12 +200,17 @@ def _starting_images(options: TruncatedBpttOptions, real: RealImages) -> Images:
 
 
 def random_batches(
-    num_classes: int, ipc: int, batch_per_class: int, steps: int, generator: torch.Generator
+    num_classes: int, ipc: int, classes: int, batch_per_class: int, steps: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Return the indices of the images of some steps: of each class `batch_per_class` random ones of its `ipc`, or all."""
-    first = torch.arange(num_classes)[:, None] * ipc
-    order = torch.rand(steps, num_classes, ipc, generator=generator).argsort(-1)[..., :batch_per_class]
-    return list((first + order).flatten(1))
+    """Return the indices of the images of some steps.
+
+    A step takes `classes` random classes, and of each of them `batch_per_class` random ones of its `ipc` images, or all.
+    """
+    drawn = torch.arange(num_classes).expand(steps, -1)
+    if classes < num_classes:
+        drawn = torch.rand(steps, num_classes, generator=generator).argsort(-1)[:, :classes]
+    order = torch.rand(steps, classes, ipc, generator=generator).argsort(-1)[..., :batch_per_class]
+    return list((drawn[..., None] * ipc + order).flatten(1))
 
 
 def clipped(gradient: Tensor, norm: Tensor, decay: float) -> Tensor:

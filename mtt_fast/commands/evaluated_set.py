@@ -53,7 +53,7 @@ class SetOptions(EvaluationOptions):
     """side length of a canvas of --texture, in images"""
     canvas_samples: Annotated[Count, Needs("texture"), Group.TEXTURE] = 1
     """crops of each canvas of --texture per step"""
-    label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
+    label_kind: Annotated[Literal["probabilities", "weights", "logits"] | None, Group.LABELS] = None
     """kind of the soft labels in a .pt file; if not given, guessed from their sums"""
     distilled_share: PositiveShare = 1.0
     """share of each class's images in a .pt file that was distilled, for --protocol selmatch: the first ones, as SelMatch writes them (its

@@ -62,7 +62,7 @@ class ConvertOptions:
     """learning rate of the set, if its files have none"""
     distilled_share: Annotated[PositiveShare, Group.SET] = 1.0
     """share of each class's images that was distilled, the first ones, if the others are real (SelMatch's alpha)"""
-    label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
+    label_kind: Annotated[Literal["probabilities", "weights", "logits"] | None, Group.LABELS] = None
     """kind of the source's soft labels; if not given, guessed from their sums"""
     reorder: Annotated[bool, Group.LABELS] = False
     """sort a set with soft labels by the class of the largest label"""
@@ -114,7 +114,7 @@ class ConvertOptions:
             reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "distilled_share"), unread)
         else:
             reasons |= self._without_effect_on_data()
-        if kind in ("dc", "dc_benchmark", "png", "parquet"):
+        if kind in ("dc_benchmark", "png", "parquet"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
         if kind in ("png", "parquet"):
             reasons["distilled_share"] = "on pictures, whose record has it"

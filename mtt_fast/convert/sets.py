@@ -229,5 +229,8 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
             return f"torchvision.datasets.ImageFolder({options.destination!r}) reads it. {_LOSSY}"
         case "parquet":
             return f"datasets.load_dataset('parquet', data_files={str(first)!r}) reads it. {_LOSSY}"
-    labels = {"indices": "class indices", "probabilities": "probabilities", "logits": "logits (take their softmax)"}
+    labels = {
+        "indices": "class indices", "probabilities": "probabilities", "weights": "weights of the classes",
+        "logits": "logits (take their softmax)",
+    }  # fmt: skip
     return f"torch.load reads each; images are {space}, labels are {labels[distilled.label_kind]}"

@@ -17,7 +17,7 @@ from mtt_fast.storage.foreign import shown
 if TYPE_CHECKING:
     from mtt_fast.data.synthetic import SyntheticDataset
 
-LABEL_KINDS = ("indices", "probabilities", "logits")
+LABEL_KINDS = ("indices", "probabilities", "weights", "logits")
 MOST_CLASSES = 1 << 20
 """A larger class index is damage: no data set has so many."""
 
@@ -80,7 +80,7 @@ def check_share(share: float, labels: Tensor, label_kind: str, classes: int, whe
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
     """Check images float32 (n, C, H, W) and labels of `label_kind`, int64 (n,) or float32 (n, classes): all finite.
 
-    Class indices are in [0, `MOST_CLASSES`), rows of probabilities at least 0 with the sum 1.
+    Class indices are in [0, `MOST_CLASSES`), rows of probabilities at least 0 with the sum 1, and weights at least 0.
     Raises `InputError`, which begins with `where`.
     """
     _check_images(images, where)
@@ -116,7 +116,7 @@ def _check_indices(labels: Tensor, where: Where) -> None:
         soft = labels.dim() == 2 and labels.is_floating_point()
         raise InputError(
             f"{where}: labels: expected class indices, int64 (n,), found {shown(labels)}; "
-            + ("soft labels need the `label_kind` 'probabilities' or 'logits'" if soft else "convert them")
+            + ("soft labels need the `label_kind` 'probabilities', 'weights' or 'logits'" if soft else "convert them")
         )
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= MOST_CLASSES:
@@ -136,7 +136,12 @@ def _check_soft(labels: Tensor, label_kind: str, where: Where) -> None:
         sums = labels.sum(dim=1)
         raise InputError(
             f"{where}: labels: expected rows of probabilities, at least 0 with the sum 1, found a least value of "
-            f"{float(labels.min()):.3g} and sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}; are they logits?"
+            f"{float(labels.min()):.3g} and sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}; are they "
+            f"{'logits' if (labels < 0).any() else 'weights'}?"
+        )
+    if label_kind == "weights" and bool((labels < 0).any()):
+        raise InputError(
+            f"{where}: labels: expected weights of the classes, at least 0, found {float(labels.min()):.3g}; are they logits?"
         )
 
 

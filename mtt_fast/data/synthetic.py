@@ -31,7 +31,8 @@ class SyntheticDataset:
     """A distilled set, sorted by class, with the same number of images of each class.
 
     `images` (n, C, H, W) float32 are inputs of networks: whitened if `whitening` is given, else normalised with `mean` and `std`.
-    `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
+    `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities", "logits", or "weights":
+    targets of the cross-entropy that are at least 0 and whose rows need not sum to 1, so that a row's sum weighs its image.
     `lr` () is the learned learning rate, with which networks are trained. If one was learned for each of the N student steps, these
     are `lr_per_step` (N,), and `lr` is their mean. With a `canvas` the images are textures, and networks are trained on random crops
     of them (mtt_fast/augmentation/texture.py).

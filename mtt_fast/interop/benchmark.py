@@ -38,8 +38,8 @@ _NAMES = {"Tiny": "tinyimagenet"}
 _PARTS = {("tinyimagenet", 50): 5}  # GitHub takes no larger files
 
 
-def read_result(path: str | os.PathLike[str]) -> TensorSet:
-    """Read the set of the last experiment in a res_*.pt, as dc_benchmark does.
+def read_result(path: str | os.PathLike[str], label_kind: str | None = None) -> TensorSet:
+    """Read the set of the last experiment in a res_*.pt, as dc_benchmark does. Soft labels are of `label_kind`, or it is guessed.
 
     Raises `InputError` for a missing, broken or hostile file, or one of another content.
     """
@@ -51,7 +51,7 @@ def read_result(path: str | os.PathLike[str]) -> TensorSet:
             "res_*.pt of DC, DSA or DM"
         )
     images, labels = data[-1][:2]
-    return tensor_set(images, labels, None, str(path))
+    return tensor_set(images, labels, None, str(path), label_kind)
 
 
 def write_result(path: str | os.PathLike[str], distilled: TensorSet) -> list[Path]:

@@ -105,9 +105,14 @@ def write_ddranking(folder: str | os.PathLike[str], distilled: TensorSet) -> lis
     Images must be class-major with as many of each class, as it gives hard labels by place. It takes soft labels for
     logits and applies softmax: probabilities would be smoothed a second time, so their logarithms are written, whose
     softmax they are (zero becomes the smallest normal number). `ddranking_call` says what to call.
-    Raises `InputError` if the classes differ in number.
+    Raises `InputError` if the classes differ in number, and for labels that are weights, which a softmax cannot give.
     """
     distilled.ipc("DD-Ranking")
+    if distilled.label_kind == "weights":
+        raise InputError(
+            f"{folder}: expected classes, probabilities or logits, as DD-Ranking takes the softmax of soft labels, found weights; "
+            "`hard_labels` writes the set with classes"
+        )
     labels = distilled.labels
     if distilled.label_kind == "probabilities":
         labels = labels.clamp_min(torch.finfo(labels.dtype).tiny).log()
@@ -133,8 +138,11 @@ def doubts(source: str | os.PathLike[str], distilled: TensorSet, *, zca: bool) -
             f"{source}: images from {least:.3g} to {most:.3g} look like pictures; those that networks see are "
             f"{'whitened' if zca else 'normalised'} and have negative values"
         )
-    if distilled.label_kind == "logits" and bool(((distilled.labels >= 0) & (distilled.labels <= 1)).all()):
-        yield f"{source}: labels taken as logits lie between 0 and 1; are they probabilities whose sums are not 1?"
+    if distilled.label_kind == "logits" and bool((distilled.labels >= 0).all()):
+        yield (
+            f"{source}: labels taken as logits are at least 0; are they weights, as of cross-entropy, whose sums are not 1? "
+            "Then give the `label_kind` weights"
+        )
 
 
 def find_images(source: Path) -> Path:

@@ -97,7 +97,7 @@ def read_set(
             soft = label_kind is None and distilled.label_kind != "indices"
             return dataclasses.replace(distilled, label_kind="logits") if soft else distilled
         case "dc":
-            return read_result(_only(source, "res_*.pt"))
+            return read_result(_only(source, "res_*.pt"), label_kind)
         case "dc_benchmark":
             return read_benchmark(source)
         case "png":

@@ -58,8 +58,8 @@ class TensorSet:
     """A distilled set without the properties that undo its normalisation.
 
     `images` (n, C, H, W) float32 are in the networks' input space; `labels` are indices (n,) int64 or soft labels
-    (n, classes) float32, of `label_kind` "indices", "probabilities" or "logits"; `lr` () float32, or None where the
-    software that wrote the set kept no learning rate.
+    (n, classes) float32, of `label_kind` "indices", "probabilities", "weights" or "logits" (`SyntheticDataset`);
+    `lr` () float32, or None where the software that wrote the set kept no learning rate.
     """
 
     images: Tensor

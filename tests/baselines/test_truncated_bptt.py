@@ -41,25 +41,31 @@ def adams_update(gradient: Tensor, mean: Tensor, square: Tensor, t: int, rate: f
     return rate * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8), mean, square
 
 
+@pytest.mark.parametrize("train_y", [False, True])
 @pytest.mark.parametrize("before", [0, 3, 53])  # more than a stretch of the training without gradients
-def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) -> None:
+def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int, train_y: bool) -> None:
     """Take all synthetic and all real images in each step, so that no random order matters."""
     options = TruncatedBpttOptions(
         dataset="digits", ipc=2, pix_init="real", lr_img=0.02, batch_real=1000, inner_lr=0.01, syn_strategy="none",
-        real_strategy="none", clip_coef=0.5,
+        real_strategy="none", clip_coef=0.5, train_y=train_y, label_lr_scale=0.1,
     )  # fmt: skip
     bptt, network = TruncatedBptt("method", options, few, NET), plain()
-    images, labels = bptt.images.clone().requires_grad_(), bptt.labels
+    images, labels = bptt.images.clone().requires_grad_(), torch.arange(10).repeat_interleave(2)
+    groups: list[dict[str, Any]] = [{"params": [images]}]
+    if train_y:
+        labels = torch.eye(10, dtype=F64)[labels].requires_grad_()
+        groups.append({"params": [labels], "lr": 0.2})
+    assert bptt.labels.equal(labels)
     seen, targets = few.train.batch(slice(None))
-    optimiser, average = torch.optim.Adam([images], lr=0.02), None
+    optimiser, average = torch.optim.Adam(groups, lr=0.02), None
     for iteration in range(3):
         theta = NET.init(generator_for(0, "method", iteration))
         mean = square = torch.zeros_like(theta)
         for n in range(before + 3):
-            pixels = images if n >= before else images.detach()
+            pixels, target = (images, labels) if n >= before else (images.detach(), labels.detach())
             leaf = theta if theta.requires_grad else theta.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(
-                F.cross_entropy(network(leaf, pixels), labels), leaf, create_graph=n >= before
+                F.cross_entropy(network(leaf, pixels), target), leaf, create_graph=n >= before
             )
             update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
             theta = (theta if n >= before else theta.detach()) - update
@@ -71,18 +77,29 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) ->
         average = length if average is None else average - 0.5 * (average - length)
         torch.nn.utils.clip_grad_norm_(images, 2 * average)
         optimiser.step()
+        with torch.no_grad():
+            labels.clamp_(min=0)
         reached = bptt.improve(iteration, Window(before, 3))
         assert float(reached.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
         assert_close("end of the training", reached.theta, theta.detach(), 1e-6)
         assert reached.images.labels.sort().values.equal(targets.sort().values)
         assert_close("images", bptt.images, images.detach(), 1e-6)
+        assert_close("labels", bptt.labels.double(), labels.detach().double(), 1e-6)
         norm = bptt.learned_set(lambda _: 0.0).carried["gradient_norm"]
         assert float(norm) == pytest.approx(average, rel=1e-6)
+    if train_y:
+        assert (labels == 0).any()
+        assert ((labels.sum(1) - 1).abs() > 0.1).any()
 
 
-def test_lengths_of_gradients_are_those_of_recorded_steps(few: RealImages) -> None:
-    options = TruncatedBpttOptions(dataset="digits", ipc=2, pix_init="real", inner_lr=0.01, syn_strategy="none")
+@pytest.mark.parametrize("train_y", [False, True])
+def test_lengths_of_gradients_are_those_of_recorded_steps(few: RealImages, train_y: bool) -> None:
+    options = TruncatedBpttOptions(
+        dataset="digits", ipc=2, pix_init="real", inner_lr=0.01, syn_strategy="none", train_y=train_y
+    )
     bptt, network = TruncatedBptt("method", options, few, NET), plain()
+    if train_y:
+        bptt.labels.copy_(torch.rand(20, 10, generator=seeded(), dtype=F64))
     theta = NET.init(seeded(3))
     mean = square = torch.zeros_like(theta)
     lengths = []
@@ -110,12 +127,40 @@ def test_long_gradients_are_clipped_as_torch_does() -> None:
 
 
 def test_a_step_takes_random_images_of_each_class() -> None:
-    batches = random_batches(4, 5, 3, 40, seeded())
+    batches = random_batches(4, 5, 4, 3, 40, seeded())
     assert all((batch.view(4, 3) // 5 == torch.arange(4)[:, None]).all() for batch in batches)
     assert all(len(batch.unique()) == 12 for batch in batches)
     assert torch.stack(batches).unique().tolist() == list(range(20))
-    (whole,) = random_batches(4, 2, 3, 1, seeded())
+    (whole,) = random_batches(4, 2, 4, 3, 1, seeded())
     assert whole.sort().values.tolist() == list(range(8))
+
+
+def test_a_step_takes_random_classes() -> None:
+    batches = torch.stack(random_batches(4, 5, 2, 3, 600, seeded())).view(600, 2, 3)
+    classes = (batches // 5).sort(1).values
+    assert (classes == classes[..., :1]).all()
+    assert (classes[:, 0] < classes[:, 1]).all()
+    counts = torch.bincount(batches.flatten(), minlength=20)
+    assert counts.min() > 100  # of 180 in the mean
+    pairs = {tuple(pair) for pair in classes[..., 0].tolist()}
+    assert len(pairs) == 6
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, 10), (10, 10), (12, 10), (3, 3)])
+def test_more_classes_than_there_are_is_all_of_them(
+    few: RealImages, monkeypatch: pytest.MonkeyPatch, asked: int | None, taken: int
+) -> None:
+    sizes = []
+
+    def recorded(*args: Any) -> list[Tensor]:
+        batches = random_batches(*args)
+        sizes.extend(map(len, batches))
+        return batches
+
+    monkeypatch.setattr("mtt_fast.baselines.truncated_bptt.random_batches", recorded)
+    options = TruncatedBpttOptions(dataset="digits", ipc=2, batch_per_class=1, task_sampler_nc=asked)
+    TruncatedBptt("method", options, few, NET).improve(0, Window(1, 1))
+    assert sizes == [taken, taken]
 
 
 def test_noise_has_length_one(few: RealImages) -> None:

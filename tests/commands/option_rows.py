@@ -370,11 +370,14 @@ _OF_MATCHING = {
 _OF_WINDOWS = {
     **_OF_ITERATIONS,
     "batch_per_class": changes("--batch_per_class 1", "--ipc 2"),
+    "task_sampler_nc": changes("--task_sampler_nc 4"),
     "totwindow": changes("--totwindow 9"),
     "inner_lr": changes("--inner_lr 0.1"),
     "syn_strategy": changes("--syn_strategy none"),
     "real_strategy": changes("--real_strategy none"),
     "clip_coef": changes("--clip_coef 0", "--Iteration 6 --pix_init real"),
+    "train_y": changes("--train_y"),
+    "label_lr_scale": needs("--train_y", "--label_lr_scale 0.01"),
 }
 OWN: dict[str, dict[str, Row]] = {
     "random": {},

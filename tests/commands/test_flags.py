@@ -165,11 +165,14 @@ _WINDOWS: Flags = {
     "pix_init": "noise",
     "batch_real": 5000,
     "batch_per_class": 10,
+    "task_sampler_nc": None,
     "totwindow": 200,
     "inner_lr": 0.001,
     "syn_strategy": "flip_rotate",
     "real_strategy": "flip_rotate",
     "clip_coef": 0.9,
+    "train_y": False,
+    "label_lr_scale": 1.0,
 }
 _LEARNED: Flags = _ITERATIVE | {"lr_img": 1.0, "pix_init": "real"}
 

@@ -42,11 +42,12 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "whole floating-point labels": ({"labels": torch.zeros(N)}, "found Tensor float32"),
     "soft labels that are called indices": ({"labels": torch.rand(N, CLASSES)}, "expected class indices, int64 .*; soft labels need the `label_kind`"),
     "indices that are called logits": ({"label_kind": "logits"}, r"expected logits, float32 \(n, classes\)"),
-    "no such kind": ({"label_kind": "soft"}, "label_kind: expected indices, probabilities, logits, found 'soft'"),
+    "no such kind": ({"label_kind": "soft"}, "label_kind: expected indices, probabilities, weights, logits, found 'soft'"),
     "soft labels of another width": ({"labels": torch.rand(N, CLASSES + 1), "label_kind": "logits"}, "expected soft labels of 3 classes, found 4"),
     "one column": ({"labels": torch.ones(N, 1), "label_kind": "logits"}, "of two or more classes"),
-    "probabilities below 0": ({"labels": torch.tensor([[1.5, -0.5, 0]] * N), "label_kind": "probabilities"}, "a least value of -0.5"),
-    "probabilities of another sum": ({"labels": torch.full((N, 3), 0.4), "label_kind": "probabilities"}, "sums from 1.2 to 1.2; are they logits"),
+    "probabilities below 0": ({"labels": torch.tensor([[1.5, -0.5, 0]] * N), "label_kind": "probabilities"}, "a least value of -0.5 .* are they logits"),
+    "weights below 0": ({"labels": torch.tensor([[1.5, -0.5, 0]] * N), "label_kind": "weights"}, "at least 0, found -0.5"),
+    "probabilities of another sum": ({"labels": torch.full((N, 3), 0.4), "label_kind": "probabilities"}, "sums from 1.2 to 1.2; are they weights"),
     "infinite logits": ({"labels": torch.full((N, 3), math.inf), "label_kind": "logits"}, "labels: expected finite numbers"),
     "rate 0": ({"lr": torch.tensor(0.0)}, "lr: expected one learning rate, finite and above 0, found 0"),
     "rate below 0": ({"lr": torch.tensor(-0.1)}, "lr: expected one learning rate"),
@@ -131,7 +132,7 @@ def test_an_unsound_set_is_not_read(tmp_path: Path, changes: dict[str, Tensor], 
 
 def test_a_sound_set_passes_whatever_it_has() -> None:
     white = Whitening(torch.zeros(60), SQUARE, SQUARE)
-    for kind in ("indices", "probabilities", "logits"):
+    for kind in ("indices", "probabilities", "weights", "logits"):
         check_set(distilled(kind, whitening=white, lr_per_step=torch.rand(3) + 0.1), "here")
     check_set(distilled(images=torch.randn(N, 3, 4, 6), canvas=Canvas(2, 3)), "here")
     check_set(distilled(labels=torch.zeros(N).long()), "here")  # classes may be left out

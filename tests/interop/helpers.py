@@ -24,6 +24,7 @@ def distilled(label_kind: str = "indices", whitening: Whitening | None = None, *
     kinds = {
         "indices": torch.arange(CLASSES).repeat_interleave(IPC),
         "probabilities": soft.softmax(1),
+        "weights": 2 * soft.relu(),
         "logits": soft,
     }
     arguments: dict[str, Any] = {

@@ -27,7 +27,7 @@ from tests.interop.helpers import N, distilled
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "weights", "logits"])
 @pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: str, labels: str, channels: int) -> None:
     info: dict[str, Any] = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "lr_per_step": torch.rand(4)}
