@@ -29,7 +29,9 @@ from tests.interop.helpers import CLASSES, IPC, N, assert_same, distilled
 @pytest.mark.parametrize("kind", ["mtt", "ddranking", "dc", "synthetic"])
 def test_tensors_come_back_bit_for_bit(tmp_path: Path, kind: str, labels: str) -> None:
     if (kind, labels) == ("ddranking", "weights"):
-        with pytest.raises(InputError, match=r"expected classes, probabilities or logits.*found weights; `hard_labels`"):
+        with pytest.raises(
+            InputError, match=r"expected classes, probabilities or logits.*found weights; `hard_labels`"
+        ):
             distilled(labels).export(kind, tmp_path / "x")
         assert not (tmp_path / "x").exists()
         return
