@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtt_fast import kernels
 from mtt_fast.kernels import (
     BatchGradient,
     BatchImages,
