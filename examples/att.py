@@ -40,7 +40,7 @@ def main(iterations: int = 100, steps: int = 30, experts: int = 4, epochs: int =
     real = pixels[[int((targets == label).nonzero()[0]) for label in labels]]  # the first of each class
     images = real.clone().requires_grad_()
     rates = torch.full((steps,), 0.02, requires_grad=True)
-    optimiser = torch.optim.SGD([{"params": [images], "lr": 20.0}, {"params": [rates], "lr": 1e-5}], momentum=0.5)
+    optimizer = torch.optim.SGD([{"params": [images], "lr": 20.0}, {"params": [rates], "lr": 1e-5}], momentum=0.5)
     batches = torch.arange(10).expand(steps, -1)
     for iteration in range(iterations):
         trajectory = trajectories[iteration % experts]
@@ -50,9 +50,9 @@ def main(iterations: int = 100, steps: int = 30, experts: int = 4, epochs: int =
         path = mtt_fast.unroll(net, start, images, labels, rates, batches)
         nearest = int(mtt_fast.nearest_step(path, target))
         loss = mtt_fast.matching_loss(path[nearest], start, target)  # later steps have no part in it
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if iteration % 10 == 0:
             print(f"{iteration}: matching loss {loss.item():.3f} at step {nearest} of {steps}")
 

@@ -57,13 +57,13 @@ def main(iterations: int = 200, tasks: int = 4, shots: int = 1, steps: int = 3, 
         path = mtt_fast.unroll(net, start, support, names, rates, torch.arange(len(names)).expand(steps, -1))
         return net(path[-1], query)
 
-    optimiser = torch.optim.Adam([{"params": [start], "lr": 3e-3}, {"params": [rates], "lr": 1e-3}])
+    optimizer = torch.optim.Adam([{"params": [start], "lr": 3e-3}, {"params": [rates], "lr": 1e-3}])
     for iteration in range(iterations):
         losses = [F.cross_entropy(answers_from(start, kinds[:28]), right) for _ in range(tasks)]
         loss = torch.stack(losses).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if iteration % 15 == 0:
             print(f"{iteration}: loss {loss.item():.3f} after {steps} steps")
 

@@ -62,14 +62,14 @@ def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))  # one batch holds all: its order does not matter
     lr = training.lr
-    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
+    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
     for epoch in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(pixels), labels).backward()
-        optimiser.step()
+        optimizer.step()
         if decay and epoch == 5 // 2 + 1:
             lr *= 0.1
-            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
+            optimizer = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
         flat = torch.nn.utils.parameters_to_vector(module.parameters())
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
     seen, truth = images.test.batch(slice(None))

@@ -81,7 +81,7 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     batches = step_batches(options, real.data.num_classes)
     # rates are the softplus of the learned numbers, so that they stay positive
     raw = torch.full((len(batches),), options.distill_lr, device=device).expm1_().log_()
-    optimiser = torch.optim.Adam([images, raw], lr=options.lr_img, betas=_BETAS)
+    optimizer = torch.optim.Adam([images, raw], lr=options.lr_img, betas=_BETAS)
     everything = torch.arange(len(real.train))
     precision = precision_on(device, network, options.precision)
 
@@ -101,8 +101,8 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
             loss.backward()
             total += loss.detach()
         images.grad, raw.grad = pixels.grad, learned.grad
-        optimiser.param_groups[0]["lr"] = options.lr_img * options.decay_factor ** (iteration // options.decay_it)
-        optimiser.step()
+        optimizer.param_groups[0]["lr"] = options.lr_img * options.decay_factor ** (iteration // options.decay_it)
+        optimizer.step()
         return float(total)
 
     def own_training(generator: torch.Generator) -> Tensor:
@@ -110,7 +110,7 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         return unroll(network, initial(generator), images, labels, rates, batches, precision=precision)[-1]
 
     return LearnedSet(
-        images, labels, optimiser, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},
+        images, labels, optimizer, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},
         own_training=own_training,
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     labels = torch.full((count, classes), 1 / classes, device=device)
     theta = network.init(generator_for(options.seed, "ld network", 0)).to(device)
     errors = torch.empty(0)  # since the start of this network's training
-    optimiser = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
+    optimizer = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
     precision = precision_on(device, network, options.precision)
     student = student_for(network, device, "probabilities", precision=precision)
     everything, rate = torch.arange(len(real.train)), torch.tensor(options.inner_lr, device=device)
@@ -66,18 +66,18 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         loss = F.cross_entropy(logits, targets)
         (labels.grad,) = torch.autograd.grad(loss, soft)
         theta.grad = student.gradient(theta, images[index], labels[index]).gradient
-        optimiser.step()
+        optimizer.step()
         labels.clamp_(0, 1)
         labels.div_(labels.sum(dim=1, keepdim=True))
         errors.resize_(len(errors) + 1)[-1] = (logits.argmax(dim=1) != targets).float().mean().cpu()
         if stagnates(errors, window):
             theta.copy_(network.init(generator_for(options.seed, "ld network", iteration + 1)))
-            optimiser.state.pop(theta)
+            optimizer.state.pop(theta)
             errors.resize_(0)
         return float(loss.detach())
 
     return LearnedSet(
-        images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net),
+        images, labels, optimizer, step, lr=lambda: torch.tensor(options.lr_net),
         carried={"theta": theta, "errors": errors},
     )  # fmt: skip
 

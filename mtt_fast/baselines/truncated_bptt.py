@@ -85,7 +85,7 @@ class TruncatedBptt:
         start = _starting_images(options, real)
         self.images, self.labels, self._device = start.pixels, start.labels, start.labels.device
         self._norm = self.images.new_zeros(())  # the running average of the gradient's length
-        self._optimiser = torch.optim.Adam([self.images], lr=options.lr_img)
+        self._optimizer = torch.optim.Adam([self.images], lr=options.lr_img)
         self._precision: Precision = "fp32"
         if options.precision != "auto":
             self._precision = precision_on(self._device, network, options.precision)
@@ -105,7 +105,7 @@ class TruncatedBptt:
     def learned_set(self, step: Callable[[int], float], carried: Mapping[str, Tensor] | None = None) -> LearnedSet:
         """Return the set that `step` learns by calls of `improve`, and the tensors `carried` with it."""
         return LearnedSet(
-            self.images, self.labels, self._optimiser, step, lr=lambda: torch.tensor(self._options.lr_net),
+            self.images, self.labels, self._optimizer, step, lr=lambda: torch.tensor(self._options.lr_net),
             carried={"gradient_norm": self._norm} | dict(carried or {}),
             own_training=lambda generator: self._trained(_OWN_STEPS, generator)[0],
         )  # fmt: skip
@@ -122,7 +122,7 @@ class TruncatedBptt:
         at_end = self._student.gradient(end, inputs, targets)
         (gradient,) = torch.autograd.grad(path[-1], pixels, at_end.gradient)
         self.images.grad = clipped(gradient, self._norm, self._options.clip_coef)
-        self._optimiser.step()
+        self._optimizer.step()
         return RealLoss(at_end.loss, end, Images(inputs, targets))
 
     def gradient_lengths(self, steps: int, generator: torch.Generator) -> Tensor:

@@ -58,9 +58,9 @@ class GraphedMatchingLoss:
         graphed_loss = mtt_fast.GraphedMatchingLoss(net, augment=augment, memory_budget="2GiB")
         for start, target, order in segments:
             loss = graphed_loss(start, target, images, labels, lr, order)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         ```
     """
 

@@ -58,7 +58,7 @@ class Work:
     dtype: torch.dtype
     device: torch.device
     moments: int = 0
-    """vectors of the optimiser's state: 1 with momentum, 2 with Adam"""
+    """vectors of the optimizer's state: 1 with momentum, 2 with Adam"""
     augment: bool = False
     augment_bytes: int = 0
     """memory of the augmentation for each image of a batch, beyond the augmented image"""

@@ -1,6 +1,6 @@
-"""The optimisers of a student: a step, and the adjoint of a step.
+"""The optimizers of a student: a step, and the adjoint of a step.
 
-A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimiser's state, and gives θ − α u and a new state. The adjoint of a
+A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimizer's state, and gives θ − α u and a new state. The adjoint of a
 step takes the gradients of the loss with respect to its results, and gives those with respect to g, α and the state before it. What
 follows from g, the gradients with respect to θ and the images, is the student's (docs/adjoint.md, Momentum and Adam).
 """
@@ -23,7 +23,7 @@ from mtt_fast.kernels import PartialSums
 
 
 class GradientAdjoint(NamedTuple):
-    """Gradients of the loss through a step of an optimiser with state."""
+    """Gradients of the loss through a step of an optimizer with state."""
 
     nu: Tensor  # (P,): with respect to the step's gradient g
     negated_rate: Tensor  # () or (P,): with respect to −α, which is λ·u, or λ ∘ u of a rate for each parameter
@@ -32,7 +32,7 @@ class GradientAdjoint(NamedTuple):
 class Optimizer(Protocol):
     """Take a step, and go back through it. Vectors are (P,) on one device.
 
-    `rate` is the learning rate α: (), or of an optimiser with state also (P,), one for each parameter.
+    `rate` is the learning rate α: (), or of an optimizer with state also (P,), one for each parameter.
     """
 
     @property
@@ -57,14 +57,14 @@ class Optimizer(Protocol):
     ) -> None:
         """Write the parameters after step `n`, counted from 0, to `out`, and the state to `after`.
 
-        `before` and `after` are None for an optimiser without a state.
+        `before` and `after` are None for an optimizer without a state.
         """
         ...
 
     def adjoint(
         self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
     ) -> GradientAdjoint:
-        """Return the gradients through step `n` of an optimiser with state, from those with respect to its results.
+        """Return the gradients through step `n` of an optimizer with state, from those with respect to its results.
 
         `adjoint` is λ, that with respect to the parameters. `state_adjoint` is that with respect to the state `after`; it becomes that
         with respect to the state `before`, in place.

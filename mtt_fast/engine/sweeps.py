@@ -77,7 +77,7 @@ class StudentSteps:
 def path_of(
     steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the path (N + 1, P) and the optimiser's last state, `velocity`, or None without one. The arguments are not checked.
+    """Return the path (N + 1, P) and the optimizer's last state, `velocity`, or None without one. The arguments are not checked.
 
     Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be recorded in a CUDA
     graph (mtt_fast/runtime/cuda_graphs.py).
@@ -113,7 +113,7 @@ class _Unroll(torch.autograd.Function):
         labels: Tensor,
         lr: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """Return the path (N + 1, P), the last state of the optimiser or None, and the rows of the path as separate outputs."""
+        """Return the path (N + 1, P), the last state of the optimizer or None, and the rows of the path as separate outputs."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
         path = Rows.empty(count + 1, theta, on_host=steps.path_on_host)
@@ -161,7 +161,7 @@ class _Unroll(torch.autograd.Function):
         _, _, wants_velocity, wants_images, wants_labels, wants_lr = ctx.needs_input_grad
         start = path.on_device(0)
         rates, targets = _rates(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
-        # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimiser with a state the direction is ν itself
+        # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimizer with a state the direction is ν itself
         scales = -rates if states is None else rates.new_ones(len(rates))
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
@@ -176,7 +176,7 @@ class _Unroll(torch.autograd.Function):
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
         adjoint = _copy_or_zeros(direct_gradient(last), start)  # λ_{n+1}, of the parameters
-        state_adjoint = None  # π_{n+1}, of the optimiser's state
+        state_adjoint = None  # π_{n+1}, of the optimizer's state
         if states is not None:
             state_adjoint = _copy_or_zeros(grad_velocity, states.load(last))
         for n in reversed(range(last)):
@@ -230,9 +230,9 @@ def _gradient_of_rates(grad_negated_rates: list[Tensor], rates: Tensor, lr: Tens
 
 
 def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:
-    """Return rows for the optimiser's state before the steps and after each, with the `first` one, or zeros for None, set.
+    """Return rows for the optimizer's state before the steps and after each, with the `first` one, or zeros for None, set.
 
-    Return None for an optimiser without a state.
+    Return None for an optimizer without a state.
     """
     moments = steps.optimizer.moments
     if not moments:

@@ -107,7 +107,7 @@ def unroll(
             can be computed again. For a loss of the path itself or of more than three rows give a `plan` with `path_gradient`.
         momentum: SGD momentum (as torch.optim.SGD); keeps N + 1 more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
-        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimiser. With
+        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimizer. With
             `Adam` its moments (2, P).
         return_velocity: return the momentum buffer (P,), or Adam's moments (2, P), after the last step as well, on the device of
             `theta`.
@@ -201,7 +201,7 @@ class CheckedSteps(NamedTuple):
 
 
 def optimizer_of(options: StepOptions, lr: Tensor, *, has_velocity: bool = False) -> Optimizer:
-    """Return the optimiser of `options`, which have been checked.
+    """Return the optimizer of `options`, which have been checked.
 
     SGD without momentum has a state if `has_velocity`, or if each parameter has a rate: the gradient of that rate is λ ∘ g, and g
     is in the state.
@@ -248,7 +248,7 @@ def checked_plan(
 ) -> Plan:
     """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    `draws` are those of the first step, and `moments` are the optimiser's. `path_gradient` says whether the gradient of the
+    `draws` are those of the first step, and `moments` are the optimizer's. `path_gradient` says whether the gradient of the
     loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, lr, batches = steps

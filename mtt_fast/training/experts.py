@@ -106,7 +106,7 @@ def expert_job(
     for epoch in range(training.train_epochs):
         stage = _stage_of(epoch, training)
         if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimiser
+            velocity = torch.zeros_like(theta)  # of a new optimizer
         if stage != last:
             student_of_stage, sgd, visited = _in_stage(stage, training, student)
             run_epoch: Epoch = epoch_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
@@ -174,7 +174,7 @@ def expert_steps(
     for epoch in itertools.count():
         stage = _stage_of(epoch, training)
         if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimiser
+            velocity = torch.zeros_like(theta)  # of a new optimizer
         if stage != last:
             student_of_stage, sgd, visited = _in_stage(stage, training, student)
             steps = chunks_on(student_of_stage, images.train, sgd, augment, visited=visited, at_once=1)

@@ -53,8 +53,8 @@ class EvaluationProtocol:
     augment: str = "color_crop_cutout_flip_scale_rotate"
     name: str = "mtt"
     loop: Literal["public", "scheduler", "cosine"] = "public"
-    """public: `epochs` + 1 epochs; after `epochs` // 2 + 2 of them a new optimiser at a tenth of the rate.
-    scheduler: `epochs` epochs; after `epochs` // 2 of them a tenth of the rate in the same optimiser.
+    """public: `epochs` + 1 epochs; after `epochs` // 2 + 2 of them a new optimizer at a tenth of the rate.
+    scheduler: `epochs` epochs; after `epochs` // 2 of them a tenth of the rate in the same optimizer.
     cosine: `epochs` + 1 epochs; the rate falls to a hundredth along half a period of the cosine"""
     lr: float | None = None
     """learning rate in place of the set's, see `rate`"""
@@ -91,10 +91,10 @@ class EvaluationProtocol:
 
     def describe(self) -> str:
         """Return the protocol in words, on one line."""
-        optimiser = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
+        optimizer = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
         drop = {
-            "public": f"a tenth of it after {self.epochs_before_drop} epochs in a new optimiser",
-            "scheduler": f"a tenth of it after {self.epochs_before_drop} epochs in the same optimiser",
+            "public": f"a tenth of it after {self.epochs_before_drop} epochs in a new optimizer",
+            "scheduler": f"a tenth of it after {self.epochs_before_drop} epochs in the same optimizer",
             "cosine": f"which falls to {_LEAST_RATE:g} of it along a cosine",
         }[self.loop]
         rate = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
@@ -110,7 +110,7 @@ class EvaluationProtocol:
             else "the last epoch is reported"
         )
         return (
-            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimiser}, {rate}, "
+            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {rate}, "
             f"{drop}, augmentation {self.augment}{combined}; {reported}"
         )
 

@@ -51,7 +51,7 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) ->
     bptt, network = TruncatedBptt("method", options, few, NET), plain()
     images, labels = bptt.images.clone().requires_grad_(), bptt.labels
     seen, targets = few.train.batch(slice(None))
-    optimiser, average = torch.optim.Adam([images], lr=0.02), None
+    optimizer, average = torch.optim.Adam([images], lr=0.02), None
     for iteration in range(3):
         theta = NET.init(generator_for(0, "method", iteration))
         mean = square = torch.zeros_like(theta)
@@ -64,13 +64,13 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) ->
             update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
             theta = (theta if n >= before else theta.detach()) - update
         loss = F.cross_entropy(network(theta, seen), targets)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         assert images.grad is not None
         length = float(images.grad.norm())
         average = length if average is None else average - 0.5 * (average - length)
         torch.nn.utils.clip_grad_norm_(images, 2 * average)
-        optimiser.step()
+        optimizer.step()
         reached = bptt.improve(iteration, Window(before, 3))
         assert float(reached.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
         assert_close("end of the training", reached.theta, theta.detach(), 1e-6)

@@ -69,11 +69,11 @@ def test_three_sgd_steps_are_those_of_torch_optim(
     (start,) = vectors(size, 1, dtype)
     rate = torch.tensor(0.3, dtype=dtype)
     parameters = start.double().clone().requires_grad_()
-    optimiser = torch.optim.SGD([parameters], rate.item(), momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD([parameters], rate.item(), momentum=momentum, weight_decay=weight_decay)
     theta, velocity = start, None
     for gradient in gradients:
         parameters.grad = gradient.double()
-        optimiser.step()
+        optimizer.step()
         out = unwritten(start)
         velocity_out = unwritten(start) if momentum else None
         factors = {"momentum": momentum, "weight_decay": weight_decay}
@@ -82,7 +82,7 @@ def test_three_sgd_steps_are_those_of_torch_optim(
         moved, expected = theta.double() - start.double(), parameters.detach() - start.double()
         assert_close("displacement", moved, expected, 1e-6 if dtype == torch.float32 else 1e-13)
         if velocity is not None:
-            buffer = optimiser.state[parameters]["momentum_buffer"]
+            buffer = optimizer.state[parameters]["momentum_buffer"]
             assert_close("velocity", velocity, buffer, 1e-6 if dtype == torch.float32 else 1e-13)
 
 

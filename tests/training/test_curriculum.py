@@ -66,15 +66,15 @@ def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealIma
     module = reference_convnet(1, 3, 6, 4, 1)
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))
-    optimiser = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
     # of 10 images, whose order is that of falling indices
     of_each_class = [(0, 5), (0, 7), (0, 10), (0, 10), (2, 10), (3, 10)]
     for epoch, (first, last) in enumerate(of_each_class):
         rank = (29 - torch.arange(30)) // 3
         seen = (rank >= first) & (rank < last)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(pixels[seen]), labels[seen]).backward()
-        optimiser.step()
+        optimizer.step()
         flat = torch.nn.utils.parameters_to_vector(module.parameters())
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
 
