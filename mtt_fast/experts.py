@@ -23,10 +23,10 @@ from mtt_fast.commands.options import (
     Count,
     CountFromZero,
     Networks,
+    NonNegative,
+    NonNegativeOrNone,
+    Positive,
     PositiveShare,
-    Rate,
-    RateOrZero,
-    RateOrZeroOrNone,
     Share,
     StoreDtype,
     TrainingOptions,
@@ -76,15 +76,15 @@ class ExpertTrainingOptions(TrainingOptions):
     """epochs of each expert"""
     mom: Share = 0.0
     """momentum of the experts"""
-    l2: RateOrZero = 0.0
+    l2: NonNegative = 0.0
     """weight decay of the experts"""
     decay: bool = False
     """divide the experts' learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
-    rho_max: RateOrZero = 0.0
+    rho_max: NonNegative = 0.0
     """radius of SAM for the experts at the full learning rate; 0: plain SGD. FTD and DATM use 0.01"""
-    rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
+    rho_min: Annotated[NonNegativeOrNone, Needs("rho_max")] = None
     """radius of SAM after --decay has divided the learning rate; if not given, --rho_max"""
-    alpha: Annotated[RateOrZero, Needs("rho_max")] = 0.0
+    alpha: Annotated[NonNegative, Needs("rho_max")] = 0.0
     """weight of GSAM: subtract this much of the experts' plain gradient, orthogonal to SAM's gradient. FTD uses 0.3 or 1"""
     adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
     """scale SAM's radius by the size of each parameter (ASAM), as FTD's code does"""
@@ -118,7 +118,7 @@ class ExpertOptions(ExpertTrainingOptions):
 
     num_experts: Annotated[Networks, Role.EXTENT] = 100
     """number of experts; missing ones are trained"""
-    lr_teacher: Rate = 0.01
+    lr_teacher: Positive = 0.01
     """learning rate of the experts"""
     batch_train: Count = 256
     """batch size of the experts' training"""

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
-from mtt_fast.commands.options import CommonOptions, Count, Networks, Rate
+from mtt_fast.commands.options import CommonOptions, Count, Networks, Positive
 from mtt_fast.commands.tables import legend_label, markdown_table, save_figure
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.segments import student_batches
@@ -84,7 +84,7 @@ class DistanceOptions(ExpertTrainingOptions):
     """K: steps on the distilled set; K + 1 parameter vectors are in memory together"""
     starts: Networks = 1
     """number of initial networks; each is trained on real images"""
-    expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
+    expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01
     """learning rate of the real training"""
     batch_real: Annotated[Count, Group.EXPERTS] = 256
     """batch size of the real training"""
@@ -224,12 +224,12 @@ def student_path(
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
     batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
     augment = augment_by_strategy(strategy_of(recipe, options))
-    rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
-    if rates.dim():  # one for each of N steps, which are repeated
-        rates = rates.repeat(math.ceil(options.steps / len(rates)))[: options.steps]
+    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+    if lrs.dim():  # one for each of N steps, which are repeated
+        lrs = lrs.repeat(math.ceil(options.steps / len(lrs)))[: options.steps]
     with torch.no_grad():
         path: Tensor = unroll(
-            network, start, images.pixels, images.labels, rates.to(start.device),
+            network, start, images.pixels, images.labels, lrs.to(start.device),
             [images.expand_crops(index) for index in batches],
             augment if images.canvas is None else images.canvas.crops(augment),
             memory_budget="auto", momentum=recipe.get("student_mom", 0.0), weight_decay=recipe.get("student_l2", 0.0),
@@ -255,18 +255,18 @@ def nearest_steps(path: Tensor, targets: Tensor) -> list[Nearest]:
         norms: Tensor = torch.linalg.vector_norm(targets - theta, dim=1, dtype=torch.float64)
         return norms.square()
 
-    moved = squared_distances(path[0])
-    distances = torch.stack([squared_distances(theta) for theta in path]) / moved  # (K + 1, n)
+    initial_distances = squared_distances(path[0])
+    distances = torch.stack([squared_distances(theta) for theta in path]) / initial_distances  # (K + 1, n)
     least, step = distances.nan_to_num(nan=math.inf).min(dim=0)
     return [(float(value), int(k)) for value, k in zip(least, step, strict=True)]
 
 
 def _question(options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int) -> dict[str, Any]:
     """Return everything that determines a set's distances from one start: the same question has one answer."""
-    rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
     question = {
-        "set": digest(synthetic.images, synthetic.labels, rates),
+        "set": digest(synthetic.images, synthetic.labels, lrs),
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
         "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},

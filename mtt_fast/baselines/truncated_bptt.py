@@ -19,7 +19,7 @@ from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy, a
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
-from mtt_fast.commands.options import Count, Rate, Share, Strategy
+from mtt_fast.commands.options import Count, Positive, Share, Strategy
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.student import InMicrobatches
 from mtt_fast.engine.student_choice import precision_on, student_for
@@ -39,7 +39,7 @@ _OWN_STEPS = 1000  # of the method's own training; the public codes test after 3
 class TruncatedBpttOptions(LearnedImagesOptions):
     """Learn images so that training on them lowers the loss on real images, through a window of its steps."""
 
-    lr_img: Rate = 0.001
+    lr_img: Positive = 0.001
     """learning rate of the pixels (Adam)"""
     pix_init: Literal["real", "noise"] = "noise"
     """initial images: real images, or noise of length 1"""
@@ -49,7 +49,7 @@ class TruncatedBpttOptions(LearnedImagesOptions):
     """synthetic images of each class in a step; all if there are fewer"""
     totwindow: Count = 200
     """largest number of steps, those of the window included"""
-    inner_lr: Rate = 0.001
+    inner_lr: Positive = 0.001
     """learning rate of the networks (Adam)"""
     syn_strategy: Strategy = "flip_rotate"
     """augmentation of the synthetic images, as --dsa_strategy; none for none"""

@@ -91,13 +91,13 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
     from matplotlib.figure import Figure  # slow to import, and only the commands draw
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    loss, rate, accuracy = figure.subplots(1, 3)
+    loss, lr, accuracy = figure.subplots(1, 3)
     steps = [record for record in records if record["kind"] == "step"]
     iterations = [record["iteration"] for record in steps]
     loss.plot(iterations, [record["loss"] for record in steps], linewidth=0.8)
     loss.set(title="loss", xlabel="iteration")
-    rate.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
-    rate.set(title="student's learning rate", xlabel="iteration")
+    lr.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
+    lr.set(title="student's learning rate", xlabel="iteration")
     for kind, name in (("evaluation", "distilled"), ("ema_evaluation", "average over the iterations")):
         if evaluations := [record for record in records if record["kind"] == kind]:
             accuracy.errorbar(
@@ -112,7 +112,7 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
         accuracy.axhline(baseline, color="grey", linestyle="--", label="random real images")
     accuracy.set(title="test accuracy of fresh networks", xlabel="iteration")
     accuracy.legend(frameon=False)
-    for axes in (loss, rate, accuracy):
+    for axes in (loss, lr, accuracy):
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)
 

@@ -12,7 +12,7 @@ import tyro
 
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Role
-from mtt_fast.commands.options import CommonOptions, Count, PositiveShare, Rate, Side, StoreDtype
+from mtt_fast.commands.options import CommonOptions, Count, Positive, PositiveShare, Side, StoreDtype
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import check_device_name
 
@@ -58,7 +58,7 @@ class ConvertOptions:
     device: Annotated[str, Role.MACHINE, HARMLESS, Group.MACHINE, Checked(check_device_name)] = "auto"
     """device that tests imported experts: auto, cpu, cuda, cuda:1, …"""
 
-    lr_teacher: Annotated[Rate, Group.SET] = 0.01
+    lr_teacher: Annotated[Positive, Group.SET] = 0.01
     """learning rate of the set, if its files have none"""
     distilled_share: Annotated[PositiveShare, Group.SET] = 1.0
     """share of each class's images that was distilled, the first ones, if the others are real (SelMatch's alpha)"""

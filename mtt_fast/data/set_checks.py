@@ -28,14 +28,14 @@ Where = str | os.PathLike[str]
 
 
 def check_set(synthetic: SyntheticDataset, where: Where) -> None:
-    """Check that a distilled set is whole and sound: tensors, rates, and the properties that undo its normalisation.
+    """Check that a distilled set is whole and sound: tensors, learning rates, and the properties that undo its normalisation.
 
     Raises `InputError`, which begins with `where` and names what is wrong.
     """
     check_tensors(synthetic.images, synthetic.labels, synthetic.label_kind, where)
-    check_rate(synthetic.lr, where)
+    check_lr(synthetic.lr, where)
     if synthetic.lr_per_step is not None:
-        _check_rates(synthetic.lr_per_step, where)
+        _check_lrs(synthetic.lr_per_step, where)
     check_names(synthetic.class_names, where)
     check_classes(synthetic.labels, len(synthetic.class_names), where)
     channels, height, width = synthetic.images.shape[1:]
@@ -169,7 +169,7 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
     return len(labels.unique())
 
 
-def check_rate(lr: Tensor, where: Where) -> None:
+def check_lr(lr: Tensor, where: Where) -> None:
     """Check that `lr` is one learning rate (), positive and finite. Raises `InputError`, which begins with `where`."""
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
@@ -178,11 +178,11 @@ def check_rate(lr: Tensor, where: Where) -> None:
         )
 
 
-def _check_rates(rates: Tensor, where: Where) -> None:
-    good = isinstance(rates, Tensor) and rates.dim() == 1 and len(rates) and rates.is_floating_point()
-    if not good or not bool(((rates > 0) & rates.isfinite()).all()):
+def _check_lrs(lrs: Tensor, where: Where) -> None:
+    good = isinstance(lrs, Tensor) and lrs.dim() == 1 and len(lrs) and lrs.is_floating_point()
+    if not good or not bool(((lrs > 0) & lrs.isfinite()).all()):
         raise InputError(
-            f"{where}: lr_per_step: expected a learning rate of each step, finite and above 0, found {shown(rates)} that is "
+            f"{where}: lr_per_step: expected a learning rate of each step, finite and above 0, found {shown(lrs)} that is "
             "not so; make the set again"
         )
 

@@ -135,7 +135,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     )
     accuracies = {
         "random_real_images": accuracy_record(baseline)
-        | {"lr": run.options.evaluation_protocol().rate(REAL_IMAGES_LR)},
+        | {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)},
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }

@@ -71,15 +71,15 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
     count, side = options.ipc * classes, 1 if options.canvas is None else options.canvas.size
     images = torch.float32, (count, channels, height * side, width * side)
     logits, indices = (torch.float32, (count, classes)), (torch.int64, (count,))
-    rate = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
+    lr = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
     learned = options.lr_y is not None
     specs: dict[str, TensorSpec | None] = {
         "images": images,
         "images_velocity": images,
         "labels": logits if learned else indices,
         "labels_velocity": logits if learned else None,
-        "lr": rate,
-        "lr_velocity": rate,
+        "lr": lr,
+        "lr_velocity": lr,
         "ema": None if options.ema_decay is None else images,
         "frequencies": None if options.msz_per_channel is None else (torch.bool, (classes, height, width)),
     }

@@ -17,11 +17,11 @@ from mtt_fast.commands.options import (
     EvaluationOptions,
     Networks,
     NetworksOrNone,
+    NonNegative,
+    NonNegativeOrNone,
+    Positive,
+    PositiveOrInfinityOrNone,
     PositiveShare,
-    Rate,
-    RateOrInfinityOrNone,
-    RateOrZero,
-    RateOrZeroOrNone,
     Seconds,
     Share,
     ShareOrNone,
@@ -78,7 +78,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T+: the student starts at a random expert epoch below this"""
     continuous_start: bool = False
     """the student also starts between two epochs, at a point on the straight line between their parameters (MCT)"""
-    noise_start: RateOrZero = 0.0
+    noise_start: NonNegative = 0.0
     """multiply the parameters from which the student starts by 1 plus Gaussian noise of this standard deviation (MCT)"""
     min_start_epoch: CountFromZero = 0
     """T-: earliest expert epoch at which the student starts (DATM)"""
@@ -86,23 +86,23 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T: upper bound of the start epoch in the first iteration; it grows linearly to --max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
     """iteration at which the bound of --current_max_start_epoch has grown to --max_start_epoch"""
-    threshold: RateOrInfinityOrNone = None
+    threshold: PositiveOrInfinityOrNone = None
     """skip the update of an iteration with a matching loss above this (DATM); if not given, or inf, no update is skipped"""
     batch_syn: CountOrNone = None
     """synthetic images per student step; if not given, all synthetic images"""
-    lr_img: RateOrZero = 1000.0
+    lr_img: NonNegative = 1000.0
     """learning rate of the pixels, or of the frequencies of --msz_per_channel (FreD's lr_freq); 0 keeps them fixed"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
-    lr_lr: RateOrZero = 1e-5
+    lr_lr: NonNegative = 1e-5
     """learning rate of the student's learning rate; 0 keeps that rate fixed"""
-    lr_teacher: Rate = 0.01
+    lr_teacher: Positive = 0.01
     """initial learning rate of the student"""
     lr_per_step: bool = False
     """learn a separate learning rate for each student step; evaluations use their mean"""
     student_mom: Share = 0.0
     """momentum of the student's steps"""
-    student_l2: RateOrZero = 0.0
+    student_l2: NonNegative = 0.0
     """weight decay of the student's steps"""
     gradient: Gradient = "exact"
     """meta-gradient. exact; truncated: TESLA's approximation without the Hessian terms, compared with the exact one at each evaluation"""
@@ -120,14 +120,14 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     scores/"""
     score: Annotated[Literal["cscore", "forgetting"], Needs("score_path")] = "cscore"
     """meaning of the scores. cscore: from 0 for the hardest images to 1; forgetting: whole numbers, higher for harder images"""
-    window_start: Annotated[RateOrZero, Needs("score_path")] = 0.0
+    window_start: Annotated[NonNegative, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
     """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
     msz_per_channel: CountOrNone = None
     """distil this many frequencies of each channel in place of all pixels: those in which the initial images of a class differ most
     (FreD)"""
-    lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
+    lr_y: Annotated[NonNegativeOrNone, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
     mom_y: Annotated[Share, Needs("lr_y"), Group.LABELS] = 0.9
@@ -145,7 +145,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """weigh the gradients of the pixels by Grad-CAM maps of this network, such as ResNet18, which is trained as the experts are (EDF)"""
     cam_interval: Annotated[Count, Needs("cam_model")] = 100
     """iterations after which the maps of --cam_model are made anew"""
-    cam_beta: Annotated[RateOrZero, Needs("cam_model")] = 1.0
+    cam_beta: Annotated[NonNegative, Needs("cam_model")] = 1.0
     """the gradient of a pixel is multiplied by this plus the map of --cam_model, from 0 to 1, where the map is at least its mean"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """do not augment during distillation; evaluations still augment"""
@@ -174,7 +174,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """use at most this many experts; if not given, all in the folder"""
     num_interpolation: Annotated[AtLeastTwoOrNone, Group.EXPERTS] = None
     """replace each expert by this many waypoints with straight lines between them (MCT: 4); experts are compressed first if needed"""
-    expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
+    expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01
     """learning rate of experts that this command trains"""
     batch_real: Annotated[
         Count,

@@ -86,10 +86,10 @@ def update(
     state.lr_velocity.masked_fill_(~positive, 0)
 
 
-def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, momentum: float) -> None:
+def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
     """Do one step of torch.optim.SGD in place."""
     velocity.mul_(momentum).add_(gradient)
-    values.sub_(velocity, alpha=rate)
+    values.sub_(velocity, alpha=lr)
 
 
 def _reject_above_threshold(state: State, loss: float, threshold: float) -> None:

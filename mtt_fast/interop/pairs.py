@@ -50,7 +50,7 @@ def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> 
                 f"{beside(file, 'labels')}: cannot be read (no such file); expected the labels of {file.name} in it"
             )
     labels = _joined([load_tensor(beside(file, "labels")) for file in files], beside(path, "labels"))
-    lr = next((_load_rate(file) for file in _rate_files(path) if os.path.lexists(file)), None)
+    lr = next((_load_lr(file) for file in _lr_files(path) if os.path.lexists(file)), None)
     return tensor_set(images, labels, lr, str(path), label_kind)
 
 
@@ -79,7 +79,7 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     parts = {"images": distilled.images, "labels": distilled.labels} | (
         {} if distilled.lr is None else {"lr": distilled.lr}
     )
-    for file in _rate_files(path):
+    for file in _lr_files(path):
         if file.exists() and (distilled.lr is None or file != beside(path, "lr")):
             raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
     with whole_folder(path.parent, last=path.name) as folder:
@@ -190,14 +190,14 @@ def _parts(path: Path) -> list[Path]:
     return [numbered[number] for number in sorted(numbered, key=int)] or [path]
 
 
-def _rate_files(path: Path) -> list[Path]:
+def _lr_files(path: Path) -> list[Path]:
     """Return the files that may hold the learning rate of a set, likeliest first."""
     whole = _whole(path)
     tag = whole.stem.rpartition("images_")[2]
     return [beside(whole, "lr"), whole.with_name(f"{tag}_lr.pt"), whole.with_name(f"lr_{tag}.pt")]
 
 
-def _load_rate(file: Path) -> Tensor:
+def _load_lr(file: Path) -> Tensor:
     value = load_pickle(file, numpy_numbers=True)
     if isinstance(value, float | np.floating):
         return torch.tensor(float(value), dtype=torch.float32, device="cpu")

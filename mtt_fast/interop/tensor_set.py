@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
-from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_rate, check_set, check_tensors
+from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_lr, check_set, check_tensors
 from mtt_fast.data.synthetic import SyntheticDataset, classes_by_place
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
@@ -120,7 +120,7 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
         raise InputError(
             f"`label_kind` {label_kind}: has no effect on labels that are classes, as those of {where}; leave it out"
         )
-    distilled = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    distilled = TensorSet(images.float(), labels, None if lr is None else _checked_lr(lr, where), kind)
     check_plain(distilled, where)
     return distilled
 
@@ -129,7 +129,7 @@ def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
     """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for unsound ones."""
     check_tensors(distilled.images, distilled.labels, distilled.label_kind, where)
     if distilled.lr is not None:
-        check_rate(distilled.lr, where)
+        check_lr(distilled.lr, where)
 
 
 def _as_indices(labels: Tensor, where: str) -> Tensor:
@@ -246,8 +246,8 @@ def as_synthetic(
     return synthetic
 
 
-def _rate(lr: Any, where: str) -> Tensor:
-    rate = plain_tensor(lr, f"{where}: lr")
-    if rate.numel() != 1 or rate.dtype == torch.bool:
-        raise InputError(f"{where}: expected one learning rate above 0 beside it, found {shown(rate)}")
-    return rate.float().reshape(())
+def _checked_lr(lr: Any, where: str) -> Tensor:
+    tensor = plain_tensor(lr, f"{where}: lr")
+    if tensor.numel() != 1 or tensor.dtype == torch.bool:
+        raise InputError(f"{where}: expected one learning rate above 0, found {shown(tensor)}")
+    return tensor.float().reshape(())

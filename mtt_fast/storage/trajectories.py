@@ -175,8 +175,8 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
     origin = metadata.hyperparameters.get("imported_from")
     if origin is not None:
         return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
-    rate = metadata.hyperparameters.get("lr")
-    than = "" if rate is None else f" than {rate:g}"
+    lr = metadata.hyperparameters.get("lr")
+    than = "" if lr is None else f" than {lr:g}"
     return f"its training diverged; train with a smaller `lr_teacher`{than}"
 
 

@@ -61,7 +61,7 @@ def test_a_rate_in_place_of_which_the_protocol_has_one_is_told(
     caplog.set_level("INFO")
     words = [*"random --lr_net 0.3 --protocol selmatch".split(), *TOY]
     assert run(*words, "--out", "run") == 0
-    assert "--lr_net 0.3: evaluations take the rate of --protocol selmatch, 0.1" in caplog.text
+    assert "--lr_net 0.3: evaluations use the learning rate of --protocol selmatch, 0.1" in caplog.text
     caplog.clear()
     assert run(*words, "--out", "other", "--protocol", "mtt") == 0
     assert "--lr_net" not in caplog.text

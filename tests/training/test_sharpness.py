@@ -77,8 +77,8 @@ def test_steps_are_those_of_the_definition(
     theta, velocity = start, torch.zeros_like(start)
     sgd = Sgd(0.1, momentum, decay)
     rate = torch.tensor(sgd.lr, dtype=torch.float64)
-    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd, rate=rate)
-    plain = partial(training_step, student, sgd, rate=rate)
+    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd, lr=rate)
+    plain = partial(training_step, student, sgd, lr=rate)
     for number in range(3):
         before = F.cross_entropy(module(images.pixels[number:]), images.labels[number:])
         reference_step(module, optimizer, images.pixels[number:], images.labels[number:], rho, alpha, adaptive)
