@@ -65,7 +65,7 @@ def mtt_fast_loop(
 
 @functools.lru_cache(maxsize=1)
 def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
-    """Return the epoch function, the same object in every call, since on CUDA its first epoch records a graph."""
+    """Return the epoch function, the same object in every call, since on CUDA its first epoch captures a graph."""
     return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 

@@ -1,4 +1,4 @@
-"""Train experts on real images and record their parameters after every epoch: `python -m mtt_fast.experts`.
+"""Train experts on real images and save their parameters after every epoch: `python -m mtt_fast.experts`.
 
 The first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i), and is written as soon as it
 is trained, so a stopped run continues where it was. mtt_fast/training/experts.py trains one.
@@ -110,7 +110,7 @@ class ExpertTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class ExpertOptions(ExpertTrainingOptions):
-    """Train experts and record their trajectories."""
+    """Train experts and save their trajectories."""
 
     IGNORED: ClassVar[dict[str, str]] = ExpertTrainingOptions.IGNORED | {
         "batch_real": "it changes no expert in the public code either; --batch_train is the batch size of their training",
@@ -125,7 +125,7 @@ class ExpertOptions(ExpertTrainingOptions):
     buffer_path: Annotated[str, Role.LOCATION, Group.OUTPUT] = "buffers"
     """folder for the trajectories: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
     store_dtype: Annotated[StoreDtype, Group.OUTPUT] = "float32"
-    """number format of the recorded parameters; bfloat16 takes half the disk space"""
+    """number format of the saved parameters; bfloat16 takes half the disk space"""
 
     sort_method: Annotated[str | None, Role.LOCATION] = None
     """file with the training images of each class in the order of their difficulty, for PAD's curriculum: the indices, the easiest

@@ -82,7 +82,7 @@ def whole_graph(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> MetaGradient:
-    """Differentiate `|θ_N − θ*|² / |θ_0 − θ*|²` through N recorded SGD steps (the denominator held constant).
+    """Differentiate `|θ_N − θ*|² / |θ_0 − θ*|²` through the autograd graph of N SGD steps (the denominator held constant).
 
     `augment(images, n)` is the augmentation of step n, with its random numbers fixed. Shapes are those of `mtt_fast.unroll`.
     """
@@ -121,7 +121,7 @@ def truncated(
 ) -> MetaGradient:
     """Return TESLA's approximation of the meta-gradient (Cui et al., 2023), by its two loops. Not exact.
 
-    The last adjoint stands for that of every step. The second loop records one step at a time. The image gradient is
+    The last adjoint stands for that of every step. The second loop builds the graph of one step at a time. The image gradient is
     that of the formula: the public code returns half of it, since that code doubles a tuple in place of its only member.
     `labels` are class indices or probabilities; `lr` is a scalar, or has one rate for each step. The rest is as in `whole_graph`.
     """

@@ -11,7 +11,7 @@ of training: there of CIFAR-100 with 1 image per class, MTT and DSA. From one se
 
 the normalised squared error of the matching loss at the step that comes closest: 1 where no step is closer than the start,
 0 where a step meets the target. The start and the real steps are those of an expert, so after whole epochs θ* is the row that
-`mtt_fast.experts` records. With --starts the distances are measured from several sets of initial parameters.
+`mtt_fast.experts` saves. With --starts the distances are measured from several sets of initial parameters.
 """
 
 from __future__ import annotations

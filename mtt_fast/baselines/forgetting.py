@@ -26,7 +26,7 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Traina
     """Return the --ipc images of each class with the most forgetting events; among equals, chance decides.
 
     The paper classifies an image whenever it is in a batch, once an epoch; here all images are classified after each epoch,
-    without augmentation, since the expert's parameters are recorded then.
+    without augmentation, since the expert's parameters were saved then.
     """
     members = class_members(real, options.ipc)
     store = first_expert(options, real, network)

@@ -118,7 +118,7 @@ def run_to_the_end(
     """
     options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
     saved = time.monotonic()
-    part: Part = "first_iteration"  # compiles kernels, and records the graph on CUDA
+    part: Part = "first_iteration"  # compiles kernels, and on CUDA captures the graph
 
     def save_progress() -> None:
         with seconds_of("saving"):

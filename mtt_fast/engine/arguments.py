@@ -44,7 +44,7 @@ def check_differentiated_once() -> None:
     if torch.is_grad_enabled():
         raise InputError(
             "a student's steps are differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
-            "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
+            "take the steps yourself by torch.autograd.grad(…, create_graph=True)"
         )
 
 

@@ -66,7 +66,7 @@ Inputs = Tensor | Batch
 
 @dataclass(frozen=True)
 class AugmentedBatch:
-    """A gathered batch, and its augmentation recorded by autograd."""
+    """A gathered batch, and the augmented batch with its autograd graph."""
 
     selected: Tensor  # (b, C, H, W)
     augmented: Tensor  # (b, C', H', W')

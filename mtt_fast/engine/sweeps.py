@@ -79,7 +79,7 @@ def path_of(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the path (N + 1, P) and the optimizer's last state, `velocity`, or None without one. The arguments are not checked.
 
-    Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be recorded in a CUDA
+    Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be captured in a CUDA
     graph (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):

@@ -209,7 +209,7 @@ def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None
 
 
 class _RandomOperations(TorchDispatchMode):
-    """Record the names of operations that may draw random numbers."""
+    """Collect the names of operations that may draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -276,7 +276,7 @@ class TrajectoryStore:
         return row.float()
 
     def epochs(self, expert: int) -> int:
-        """Return the number of epochs of training that are recorded."""
+        """Return the number of epochs of training."""
         return self._header(expert).epochs
 
     def dtype(self, expert: int) -> torch.dtype:
@@ -284,7 +284,7 @@ class TrajectoryStore:
         return self._header(expert).dtype
 
     def course(self, expert: int) -> Course | None:
-        """Return the course between the waypoints of a compressed expert; None for one that is recorded whole."""
+        """Return the course between the waypoints of a compressed expert; None for an uncompressed one."""
         return self._header(expert).course
 
     def metadata(self, expert: int) -> ExpertMetadata:

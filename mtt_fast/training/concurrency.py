@@ -32,7 +32,7 @@ Context = Callable[[], contextlib.AbstractContextManager[object]]
 _SMALL_STEP = 64 * 2**20  # bytes
 # A GPU counts as full with this many numbers for each of its resident threads. This is an estimate, not measured on a device.
 _NUMBERS_PER_THREAD = 200
-_VECTORS = 12  # parameters and velocity before, within and after a recorded step; SAM's gradients with their parts
+_VECTORS = 12  # parameters and velocity before, within and after a captured step; SAM's gradients with their parts
 
 
 class Concurrency(NamedTuple):

@@ -1,4 +1,4 @@
-"""Train an expert by SGD or SAM on real images, and record its parameters after every epoch.
+"""Train an expert by SGD or SAM on real images, and return its parameters after every epoch.
 
 This is the first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i).
 """
@@ -90,7 +90,7 @@ def expert_job(
     accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
 
     def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Wait for the results of an epoch, and record them."""
+        """Wait for the results of an epoch, and store them."""
         trained, right, loss = results()
         parameters[epoch + 1] = trained
         accuracies.append(int(right) / len(images.test))
@@ -163,7 +163,7 @@ def expert_steps(
 ) -> Iterator[Tensor]:
     """Yield the parameters (P,), on the device, before the first and after each step of expert `index`, without end.
 
-    After the last step of an epoch they are the row that `train_expert` records.
+    After the last step of an epoch they are the row that `train_expert` returns.
     """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)

@@ -24,7 +24,7 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
-# Steps in one CUDA graph. To launch a graph takes longer than a small step, and to record it three times as long as its steps.
+# Steps in one CUDA graph. Launching a graph takes longer than a small step, and capturing it three times as long as its steps.
 STEPS_AT_ONCE = 4
 _TEST_BATCH = 500
 

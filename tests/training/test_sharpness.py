@@ -119,7 +119,7 @@ def test_a_gradient_of_nothing_stays_finite() -> None:
 
 
 def test_no_value_is_asked_for() -> None:
-    """Use tensors without data, which have no values to give, so that a CUDA graph can record the step."""
+    """Use tensors without data, which have no values to give, so that a CUDA graph can capture the step."""
     theta = torch.empty(NET.num_parameters, device="meta")
     images, labels = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
     step = SharpnessAware(GenericStudent(NET), 0.1, 0.3, adaptive=True).gradient(theta, images, labels)
