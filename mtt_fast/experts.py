@@ -226,7 +226,7 @@ def first_expert(
 class _Request(NamedTuple):
     """The experts that a folder is to hold."""
 
-    experts: int
+    num_experts: int
     images: RealImages
     network: Trainable
     training: ExpertTraining
@@ -238,7 +238,7 @@ class _Request(NamedTuple):
 def _missing(folder: Path, request: _Request) -> list[int]:
     """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested."""
     present = experts_in(folder)
-    missing = _numbers_missing(present, request.experts)
+    missing = _numbers_missing(present, request.num_experts)
     if present:
         check_trained_alike(
             present, request.network, request.images.identity, request.training, request.seed,
@@ -291,7 +291,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
     device, training_images = images.train.labels.device, images.train
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), jobs=max(1, len(missing)), at_once=at_once,
+        batch=min(training.batch_size, len(training_images)), num_jobs=max(1, len(missing)), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     with (

@@ -222,7 +222,7 @@ def evaluate_network(
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
     with run.seconds.of("evaluations"):
         return evaluate(
-            network, train, test, protocol.initial_lr(lr), protocol, networks=options.num_eval, seed=options.seed,
+            network, train, test, protocol.initial_lr(lr), protocol, num_networks=options.num_eval, seed=options.seed,
             indices=indices, name=name, stop=stop,
             precision=precision_on(test.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=run.memory_budget,

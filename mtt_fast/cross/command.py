@@ -184,7 +184,7 @@ def _measure(
     start = time.monotonic()
     try:
         result = evaluate(
-            network, train, real.test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+            network, train, real.test, lr, options.evaluation_protocol(), num_networks=options.num_eval, seed=options.seed,
             name=f"{row.source} on {name}", stop=stop, precision=precision_on(device, network, options.precision),
             at_once=options.networks_at_once,
         )  # fmt: skip

@@ -71,14 +71,14 @@ class DatasetInfo:
     name: str
     image_shape: tuple[int, int, int]  # (C, H, W)
     num_classes: int
-    train: int  # images
-    test: int
+    num_train: int  # training images
+    num_test: int  # test images
 
     @property
     def packed_bytes(self) -> int:
         """Return the size of its packed file: one byte per value, eight per label."""
         channels, height, width = self.image_shape
-        return (self.train + self.test) * (channels * height * width + 8)
+        return (self.num_train + self.num_test) * (channels * height * width + 8)
 
     def identity(self, *, zca: bool) -> DatasetIdentity:
         """Return the part of `ImageData.identity` that is known without reading images; the name of an image folder is left out."""

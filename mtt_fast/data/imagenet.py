@@ -26,8 +26,10 @@ def info(subset: str | None, res: int | None) -> DatasetInfo:
     size = res or _RES
     name = f"{subset or 'ImageNet'}-{size}"
     if subset is None:
-        return DatasetInfo(name, (3, size, size), num_classes=_CLASSES, train=1_281_167, test=50_000)
-    return DatasetInfo(name, (3, size, size), num_classes=10, train=13_000, test=500)  # 12,000 to 13,000, by subset
+        return DatasetInfo(name, (3, size, size), num_classes=_CLASSES, num_train=1_281_167, num_test=50_000)
+    return DatasetInfo(
+        name, (3, size, size), num_classes=10, num_train=13_000, num_test=500
+    )  # 12,000 to 13,000, by subset
 
 
 def source(data_path: Path, subset: str | None, res: int | None) -> Source:

@@ -24,7 +24,7 @@ def info(res: int | None) -> DatasetInfo:
     """Return Tiny ImageNet in numbers: those that are published."""
     side = res or _SIDE
     name = "Tiny" if side == _SIDE else f"Tiny-{side}"
-    return DatasetInfo(name, (3, side, side), num_classes=200, train=100_000, test=10_000)
+    return DatasetInfo(name, (3, side, side), num_classes=200, num_train=100_000, num_test=10_000)
 
 
 def source(data_path: Path, res: int | None) -> Source:

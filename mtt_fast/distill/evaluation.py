@@ -100,7 +100,7 @@ def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDatase
     """
     options, labels = run.options, state.labels
     if options.teacher_label:
-        experts = experts_at(run.experts, run.matched_experts, options.max_start_epoch, images.device)
+        experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device)
         labels = mean_teacher_labels(run.network, experts, images)
     return as_synthetic(
         run, images, labels, state.lr.mean(), label_kind=options.label_kind, recipe={"iterations": state.iteration},
@@ -160,7 +160,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
         },
         "experts": {
             "folder": str(run.experts.folder),
-            "number": run.matched_experts,
+            "number": run.num_matched_experts,
             "hyperparameters": first.hyperparameters,
             "data": first.identity.record(),
         },

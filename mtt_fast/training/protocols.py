@@ -305,7 +305,7 @@ def evaluate(
     lr: float,
     protocol: EvaluationProtocol,
     *,
-    networks: int,
+    num_networks: int,
     seed: int,
     indices: Sequence[int] = (),
     name: str = "evaluation",
@@ -314,7 +314,7 @@ def evaluate(
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> Accuracy:
-    """Train `networks` new networks, each on the images `train(generator)`, and return their accuracies on `test`.
+    """Train `num_networks` new networks, each on the images `train(generator)`, and return their accuracies on `test`.
 
     The random numbers of network k depend only on (`seed`, "evaluation", *`indices`, k), and its result does not depend on the
     number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that diverges before its first test has
@@ -342,18 +342,18 @@ def evaluate(
     example = train(generator_for(seed, "evaluation", *indices, 0))
     concurrency = concurrency_for(
         network, _student(network, example, precision), example.input_shape, device,
-        batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, at_once=at_once,
+        batch=example.crops * min(protocol.batch_size, len(example)), num_jobs=num_networks, at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    values, failed = [0.0] * networks, 0
-    with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:
-        for k, (value, diverged) in run_concurrently((job(k) for k in range(networks)), concurrency, device):
+    values, num_diverged = [0.0] * num_networks, 0
+    with tqdm(total=num_networks, desc=name, unit="network", leave=False) as bar:
+        for k, (value, diverged) in run_concurrently((job(k) for k in range(num_networks)), concurrency, device):
             values[k] = value
-            failed += diverged
+            num_diverged += diverged
             bar.update()
-    if failed:
+    if num_diverged:
         log.warning(
             "%s: %d of %d networks diverged at the learning rate %.3g and count as 0 %%; a smaller one may do",
-            name, failed, networks, lr,
+            name, num_diverged, num_networks, lr,
         )  # fmt: skip
-    return Accuracy(tuple(values), protocol.best_epoch, failed)
+    return Accuracy(tuple(values), protocol.best_epoch, num_diverged)

@@ -16,7 +16,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
-from mtt_fast.distill.experts import inventory_of, matched_experts
+from mtt_fast.distill.experts import count_matched_experts, inventory_of
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
@@ -132,7 +132,8 @@ def test_all_experts_that_are_there_are_matched_unless_fewer_are_asked_for(
 ) -> None:
     write_experts(tmp_path, "012")
     assert (
-        matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path)) == expected
+        count_matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path))
+        == expected
     )
 
 

@@ -73,7 +73,7 @@ def test_the_start_is_multiplied_by_noise_and_the_target_is_not() -> None:
 
     def segment(noise: float, number: int) -> tuple[torch.Tensor, ...]:
         options = DistillOptions(syn_steps=2, noise_start=noise)
-        run: Any = SimpleNamespace(options=options, matched_experts=2, experts=Experts())
+        run: Any = SimpleNamespace(options=options, num_matched_experts=2, experts=Experts())
         return read_segment(run, lambda tensors: lambda: tensors, torch.zeros(4, 1, 8, 8), number).tensors()
 
     for number in (0, 7):

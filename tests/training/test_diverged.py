@@ -79,11 +79,11 @@ def test_a_rate_that_is_too_large_is_told(model: str, best_epoch: bool, caplog: 
     net = network_by_name(model, (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=12, augment="none", best_epoch=best_epoch)
-    good = measure(net, lambda _: images, images, 0.01, protocol, networks=2, seed=0)
+    good = measure(net, lambda _: images, images, 0.01, protocol, num_networks=2, seed=0)
     assert good.diverged == 0
     assert "diverged" not in good.record()
     assert not caplog.records
-    bad = measure(net, lambda _: images, images, 1e9, protocol, networks=2, seed=0, name="mine")
+    bad = measure(net, lambda _: images, images, 1e9, protocol, num_networks=2, seed=0, name="mine")
     assert bad.values == (0.0, 0.0)
     assert bad.record()["diverged"] == 2
     assert str(bad) == f"0.00 % ± 0.00 (n = 2{', best epoch' if best_epoch else ''}, 2 diverged)"
@@ -95,7 +95,7 @@ def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch:
     monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", lambda *_: torch.tensor(True))
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
-    result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), networks=2, seed=0)
+    result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), num_networks=2, seed=0)
     assert result.values == (0.0, 0.0)
     assert result.diverged == 2
 
@@ -111,7 +111,7 @@ def test_a_training_is_judged_by_the_losses_of_all_its_epochs(monkeypatch: pytes
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=21, augment="none", best_epoch=True)
-    measure(net, lambda _: images, images, 0.01, protocol, networks=1, seed=0)
+    measure(net, lambda _: images, images, 0.01, protocol, num_networks=1, seed=0)
     assert [len(losses) for losses in seen] == [10, 20, 22]
     assert seen[2][:10].equal(seen[0])
 
@@ -127,7 +127,7 @@ def test_a_network_that_diverges_after_its_best_epoch_keeps_that_accuracy(monkey
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=20, augment="none", best_epoch=True)
-    result = measure(net, lambda _: images, images, 0.01, protocol, networks=1, seed=0)
+    result = measure(net, lambda _: images, images, 0.01, protocol, num_networks=1, seed=0)
     assert tests == [False, *[True] * (len(tests) - 1)]
     assert len(tests) > 1
     assert result.values[0] > 0

@@ -130,7 +130,7 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     plain = nn.utils.parameters_to_vector(module.parameters()).detach()
     assert_close("parameters", end - start, plain - start, 1e-10)
 
-    result = measure(net, lambda _: train, test, 0.05, protocol, networks=1, seed=0)
+    result = measure(net, lambda _: train, test, 0.05, protocol, num_networks=1, seed=0)
     tested = [accuracies[1], accuracies[3], accuracies[5], accuracies[6]] if name == "ddranking" else accuracies[-1:]
     assert result.values[0] == pytest.approx(max(tested), abs=0.5 / 60)
     assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
