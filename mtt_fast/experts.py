@@ -269,9 +269,9 @@ def check_trained_alike(
     *,
     more: bool = True,
 ) -> None:
-    """Check that all `present` experts are of `network` and the images of `identity`, and were trained by these settings.
+    """Raise `InputError` unless all `present` experts are of `network` and the images of `identity`, and were trained with these settings.
 
-    Raises `InputError` that names the first that is not, and where `more` are to be added to compressed experts.
+    The message names the first one that was not. If `more` experts are to be trained, compressed ones are refused too.
     """
     if more and present.course(0) is not None:
         raise InputError(

@@ -51,9 +51,9 @@ def save_checkpoint(
 
 
 def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder`, if there is one, was started with the real images of this `identity`.
+    """Raise `InputError` if the run in `folder`, if there is one, was started with other real images than those of `identity`.
 
-    Raises `InputError` otherwise, or for a file that is broken.
+    A broken file raises it too.
     """
     path = folder / CHECKPOINT
     if not path.exists():

@@ -28,9 +28,9 @@ Where = str | os.PathLike[str]
 
 
 def check_set(synthetic: SyntheticDataset, where: Where) -> None:
-    """Check that a distilled set is whole and sound: tensors, learning rates, and the properties that undo its normalisation.
+    """Raise `InputError` unless a distilled set has valid tensors, learning rates, and the properties that undo its normalisation.
 
-    Raises `InputError`, which begins with `where` and names what is wrong.
+    The message begins with `where`, as those of all checks here, and names what is wrong.
     """
     check_tensors(synthetic.images, synthetic.labels, synthetic.label_kind, where)
     check_lr(synthetic.lr, where)
@@ -60,9 +60,9 @@ def distilled_in_class(ipc: int, distilled_share: float) -> int:
 
 
 def check_share(share: float, labels: Tensor, label_kind: str, classes: int, where: Where) -> None:
-    """Check that the places of images tell which ones are real if a `share` of each class was distilled, the first ones.
+    """Raise `InputError` unless the positions of images say which ones are real, if the first `share` of each class was distilled.
 
-    There are as many images of every class, and one of each is distilled. Raises `InputError`, which begins with `where`.
+    Every class must have the same number of images, of which at least one is distilled.
     """
     counts = torch.bincount(labels, minlength=classes) if label_kind == "indices" else labels.new_tensor([len(labels)])
     if len(labels) % classes or bool((counts != counts[0]).any()):
@@ -78,10 +78,9 @@ def check_share(share: float, labels: Tensor, label_kind: str, classes: int, whe
 
 
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
-    """Check images float32 (n, C, H, W) and labels of `label_kind`, int64 (n,) or float32 (n, classes): all finite.
+    """Raise `InputError` unless images are float32 (n, C, H, W), labels int64 (n,) or float32 (n, classes), and all are finite.
 
-    Class indices are in [0, `MOST_CLASSES`), rows of probabilities at least 0 with the sum 1.
-    Raises `InputError`, which begins with `where`.
+    Class indices must be in [0, `MOST_CLASSES`); rows of probabilities must be at least 0 with the sum 1.
     """
     _check_images(images, where)
     if label_kind not in LABEL_KINDS:
@@ -147,10 +146,9 @@ def are_probabilities(labels: Tensor) -> bool:
 
 
 def check_classes(labels: Tensor, classes: int, where: Where) -> int:
-    """Check that `labels`, indices (n,) or soft labels (n, classes), are of `classes` classes.
+    """Return the number of classes in `labels`, indices (n,) or soft labels (n, classes), after a check.
 
-    Return the number of classes that they name: class indices may leave some out, soft labels may not.
-    Raises `InputError`, which begins with `where`.
+    Class indices may leave classes out. Raises `InputError` if the labels are not of `classes` classes.
     """
     if labels.is_floating_point():
         if labels.shape[1] != classes:
@@ -170,7 +168,7 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
 
 
 def check_lr(lr: Tensor, where: Where) -> None:
-    """Check that `lr` is one learning rate (), positive and finite. Raises `InputError`, which begins with `where`."""
+    """Raise `InputError` unless `lr` is one learning rate (), positive and finite."""
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
@@ -188,7 +186,7 @@ def _check_lrs(lrs: Tensor, where: Where) -> None:
 
 
 def check_names(names: Sequence[str], where: Where) -> None:
-    """Check that there are names of classes, each once. Raises `InputError`, which begins with `where`."""
+    """Raise `InputError` unless there are names of classes, each of them once."""
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: class_names: expected the classes' names, found {shown(names)}")
     if len(set(names)) < len(names):
@@ -197,7 +195,7 @@ def check_names(names: Sequence[str], where: Where) -> None:
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int, where: Where) -> None:
-    """Check that `mean` and `std` are finite numbers, one a channel, and `std` above 0. Raises `InputError`."""
+    """Raise `InputError` unless `mean` and `std` are finite numbers, one for each channel, and `std` is above 0."""
     for name, values, least in (("mean", mean, -_LARGEST), ("std", std, 0.0)):
         if len(values) != channels or not all(_is_number(value) and least < value < _LARGEST for value in values):
             more = " above 0" if name == "std" else ""

@@ -80,11 +80,11 @@ def check_experts(
     network: Trainable,
     requested: Mapping[str, Any],
 ) -> None:
-    """Check that the run can use the experts of `inventory` that exist, and can train or compress the missing ones.
+    """Raise `InputError` unless the run can use the experts of `inventory` that exist, and can train or compress the missing ones.
 
     `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
-    yet; then few properties of the images are compared. Raises `InputError` that names the file of an expert, the options that do
-    not fit, a folder that cannot be written, or a folder that lacks experts with which a resumed run began.
+    yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
+    folder that cannot be written, or a folder that lacks experts with which a resumed run began.
     """
     check_missing_experts(options, inventory)
     whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
@@ -243,7 +243,7 @@ def _remarks(
 
 
 def check_same_experts_so_far(options: DistillOptions, state: State, inventory: ExpertInventory) -> None:
-    """Check the existing experts as `check_same_experts` does, before others are trained or compressed."""
+    """Raise `InputError` as `check_same_experts` does, before missing experts are trained or compressed."""
     store = experts_in(inventory.used)
     if store is not None and (len(store) >= state.num_experts or not (inventory.missing or inventory.uncompressed)):
         check_same_experts(options, state, store)

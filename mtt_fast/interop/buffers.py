@@ -121,10 +121,10 @@ def experts_in(content: Any, file: Path) -> list[Any]:
 
 
 def check_points(points: Any, where: str, kind: str) -> None:
-    """Check that an expert is a list of two or more points, each a list of as many plain floating-point tensors.
+    """Raise `InputError` unless an expert is a list of two or more points, each a list of as many plain floating-point tensors.
 
-    The lists are distinct, as programs write them: a small file could name one list a million times. `kind` is what the
-    points are called. Raises `InputError`, which begins with `where`.
+    The lists must be distinct objects, as programs write them: a small file could refer to one list a million times. `kind`
+    is the word for the points. The message begins with `where`.
     """
     lists = points if isinstance(points, list) else []
     odd = [point for point in lists if not isinstance(point, list) or not point]

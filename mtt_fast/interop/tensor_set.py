@@ -126,7 +126,7 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
 
 
 def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
-    """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for unsound ones."""
+    """Raise `InputError` unless the tensors and the learning rate of a set are valid; the message begins with `where`."""
     check_tensors(distilled.images, distilled.labels, distilled.label_kind, where)
     if distilled.lr is not None:
         check_lr(distilled.lr, where)

@@ -147,9 +147,9 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def check_tensors(folder: Path, state: State, specs: Mapping[str, TensorSpec | None]) -> None:
-    """Check that each tensor of `state`, by name, has its dtype and shape; None stands for a tensor that is not there.
+    """Raise `InputError` unless each tensor of `state` has the dtype and shape in `specs`; None stands for no tensor.
 
-    Raises `InputError` that names the checkpoint of the run in `folder` otherwise.
+    The message names the checkpoint of the run in `folder`.
     """
     for name, spec in specs.items():
         tensor = getattr(state, name)
@@ -162,9 +162,9 @@ def check_tensors(folder: Path, state: State, specs: Mapping[str, TensorSpec | N
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder` goes on with the real images that it `began_with`: those of this `identity`.
+    """Raise `InputError` unless the run in `folder` continues with the real images that it `began_with`: those of `identity`.
 
-    Raises `InputError` that names its checkpoint otherwise.
+    The message names the run's checkpoint.
     """
     mend = "give back the images that the run began with, or choose another `out`"
     check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)

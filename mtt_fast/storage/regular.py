@@ -40,7 +40,7 @@ def open_regular(path: StrPath, most: int | None = None, mend: str = _CHECK_PATH
 
 
 def check_regular(path: StrPath, most: int, mend: str = _CHECK_PATH) -> None:
-    """Check, without opening it, a file that a library is to open by its path. Raises `InputError` as `open_regular`."""
+    """Raise `InputError` as `open_regular` does, without opening the file, for a library that opens it by its path."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
