@@ -303,7 +303,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
             return expert_job(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
 
         for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
-            metadata = ExpertMetadata.of(
+            metadata = ExpertMetadata.from_identity(
                 images.identity,
                 network=network.describe(),
                 layout=network.layout.describe(),

@@ -189,9 +189,9 @@ def test_flat_and_other_experts_are_not_mixed(tmp_path: Path, capsys: pytest.Cap
     recorded = TrajectoryStore(buffers(tmp_path)).metadata(0).hyperparameters
     assert [recorded[name] for name in ("rho_max", "rho_min", "alpha", "adaptive")] == [0.01, 0.01, 0.3, True]
     assert run(tmp_path, "--rho_max", "0.01", "--alpha", "0.3", "--num_experts", "4") == 0
-    for other, complaint in ([], "rho_max 0.01, not 0.0"), ([*flat, "--adaptive", "False"], "adaptive True, not False"):
+    for other, problem in ([], "rho_max 0.01, not 0.0"), ([*flat, "--adaptive", "False"], "adaptive True, not False"):
         assert run(tmp_path, *other, "--num_experts", "5") == 2
-        assert f"trained with {complaint}" in capsys.readouterr().err
+        assert f"trained with {problem}" in capsys.readouterr().err
     assert len(TrajectoryStore(buffers(tmp_path))) == 4
 
 

@@ -50,7 +50,7 @@ def save_checkpoint(
     )
 
 
-def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
+def check_continues(folder: Path, identity: DatasetIdentity) -> None:
     """Raise `InputError` if the run in `folder`, if there is one, was started with other real images than those of `identity`.
 
     A broken file raises it too.

@@ -60,7 +60,7 @@ class BaselineOptions(EvaluationOptions):
         return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
 
     def check(self) -> None:
-        """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""
+        """Raise `InputError` for the first values that do not fit each other. Single values are checked when they are parsed."""
         self.evaluation_protocol()
 
 
@@ -84,8 +84,8 @@ class TrainedNetworkOptions(BaselineOptions):
     """divide the first expert's learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
 
     @property
-    def asks_network(self) -> bool:
-        """Return whether the method, with these options, asks a trained network at all."""
+    def uses_network(self) -> bool:
+        """Return whether the method, with these options, uses a trained network."""
         return True
 
     def expert(self) -> ExpertTraining:

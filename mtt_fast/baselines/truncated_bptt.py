@@ -1,8 +1,8 @@
-"""Learn images by the loss on real images, through a window of a training: truncated backpropagation through time.
+"""Learn images by the loss on real images, by truncated backpropagation through time.
 
-Each iteration trains a fresh network on the images by Adam. The gradient of its loss on real images goes through the last steps
-alone, the window. The methods (ratbptt.py, atbptt.py) differ in where the window lies. The options are those of their public
-codes. Here the real images of each iteration are drawn anew, and whitening (--zca) is that of MTT.
+Each iteration trains a fresh network on the images by Adam. The gradient of its loss on real images is propagated only through the
+last steps, the window. The methods (ratbptt.py, atbptt.py) differ in the choice of the window. The options are those of their
+public codes. Here the real images of each iteration are drawn anew, and whitening (--zca) is that of MTT.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ class TruncatedBpttOptions(LearnedImagesOptions):
     lr_img: Positive = 0.001
     """learning rate of the pixels (Adam)"""
     pix_init: Literal["real", "noise"] = "noise"
-    """initial images: real images, or noise of length 1"""
+    """initial images: real images, or noise in which each image has norm 1"""
     batch_real: Count = 5000
     """real images in the loss"""
     batch_per_class: Count = 10
     """synthetic images of each class in a step; all if there are fewer"""
     totwindow: Count = 200
-    """largest number of steps, those of the window included"""
+    """largest number of steps, including the window"""
     inner_lr: Positive = 0.001
     """learning rate of the networks (Adam)"""
     syn_strategy: Strategy = "flip_rotate"
-    """augmentation of the synthetic images, as --dsa_strategy; none for none"""
+    """augmentation of the synthetic images: operations as in --dsa_strategy, or none"""
     real_strategy: Strategy = "flip_rotate"
-    """augmentation of the real images"""
+    """augmentation of the real images: operations as in --dsa_strategy, or none"""
     clip_coef: Share = 0.9
-    """gradients are clipped to twice the running average of their length; this is its decay"""
+    """decay of the running average of the gradient norm; gradients are clipped to twice this average"""
 
 
 class Window(NamedTuple):
-    """The last steps of a training, through which gradients go."""
+    """The last steps of a training, which gradients are propagated through."""
 
     before: int  # number of steps before the window
     steps: int
@@ -75,7 +75,7 @@ class RealLoss(NamedTuple):
 
 
 class TruncatedBptt:
-    """Learn images through windows of trainings, for the method called `method`.
+    """Learn images by truncated backpropagation, for the method called `method`.
 
     A ConvNet's steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32.
     """
@@ -84,7 +84,7 @@ class TruncatedBptt:
         self._method, self._options, self._real, self._network = method, options, real, network
         start = _starting_images(options, real)
         self.images, self.labels, self._device = start.pixels, start.labels, start.labels.device
-        self._norm = self.images.new_zeros(())  # the running average of the gradient's length
+        self._norm = self.images.new_zeros(())  # the running average of the gradient norm
         self._optimizer = torch.optim.Adam([self.images], lr=options.lr_img)
         self._precision: Precision = "fp32"
         if options.precision != "auto":
@@ -103,15 +103,15 @@ class TruncatedBptt:
         return math.ceil(len(self._everything) / self._options.batch_real)
 
     def learned_set(self, step: Callable[[int], float], carried: Mapping[str, Tensor] | None = None) -> LearnedSet:
-        """Return the set that `step` learns by calls of `improve`, and the tensors `carried` with it."""
+        """Return the set that `step` learns by calls of `update_images`, and the tensors `carried` with it."""
         return LearnedSet(
             self.images, self.labels, self._optimizer, step, lr=lambda: torch.tensor(self._options.lr_net),
             carried={"gradient_norm": self._norm} | dict(carried or {}),
             own_training=lambda generator: self._trained(_OWN_STEPS, generator)[0],
         )  # fmt: skip
 
-    def improve(self, iteration: int, window: Window) -> RealLoss:
-        """Improve the images by the gradient of a training's loss on real images, through `window`. Return that loss."""
+    def update_images(self, iteration: int, window: Window) -> RealLoss:
+        """Update the images by the gradient, through `window`, of a training's loss on real images. Return that loss."""
         generator = generator_for(self._options.seed, self._method, iteration)
         theta, moments = self._trained(window.before, generator)
         pixels = self.images.detach().requires_grad_()
@@ -125,10 +125,10 @@ class TruncatedBptt:
         self._optimizer.step()
         return RealLoss(at_end.loss, end, Images(inputs, targets))
 
-    def gradient_lengths(self, steps: int, generator: torch.Generator) -> Tensor:
-        """Return the lengths (steps,) of the gradients in a training of a fresh network on the images."""
+    def gradient_norms(self, steps: int, generator: torch.Generator) -> Tensor:
+        """Return the norms (steps,) of the gradients in a training of a fresh network on the images."""
         theta = upload(self._network.init(generator), self._device)
-        adam, images, lengths = (
+        adam, images, norms = (
             torch.optim.Adam([theta], lr=self._options.inner_lr),
             Images(self.images, self.labels),
             [],
@@ -137,9 +137,9 @@ class TruncatedBptt:
             inputs, targets = images.batch(upload(index, self._device))
             inputs = self._augmented(inputs, self._augment, generator)
             theta.grad = self._student.gradient(theta, inputs, targets).gradient
-            lengths.append(torch.linalg.vector_norm(theta.grad))
+            norms.append(torch.linalg.vector_norm(theta.grad))
             adam.step()
-        return torch.stack(lengths)
+        return torch.stack(norms)
 
     def _trained(self, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Return the parameters and moments of a fresh network after some steps on the images."""
@@ -172,7 +172,7 @@ class TruncatedBptt:
 
 
 def _starting_images(options: TruncatedBpttOptions, real: RealImages) -> Images:
-    """Return real images, or noise of which each image has length 1."""
+    """Return real images, or noise in which each image has norm 1."""
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     if options.pix_init == "real":
         return start
@@ -189,8 +189,8 @@ def random_batches(
 
 
 def clipped(gradient: Tensor, norm: Tensor, decay: float) -> Tensor:
-    """Return the gradient with a length of at most twice the running average `norm` (), which is brought up to date before."""
-    length: Tensor = torch.linalg.vector_norm(gradient)
-    norm.copy_(torch.where(norm == 0, length, torch.lerp(length, norm, decay)))
-    share: Tensor = (2 * norm / (length + 1e-6)).clamp(max=1)
-    return gradient * share
+    """Return the gradient, clipped to twice the running average `norm` (), which is updated in place first."""
+    gradient_norm: Tensor = torch.linalg.vector_norm(gradient)
+    norm.copy_(torch.where(norm == 0, gradient_norm, torch.lerp(gradient_norm, norm, decay)))
+    scale: Tensor = (2 * norm / (gradient_norm + 1e-6)).clamp(max=1)
+    return gradient * scale

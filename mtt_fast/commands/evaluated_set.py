@@ -21,7 +21,7 @@ from mtt_fast.data.synthetic import SyntheticDataset, real_ones
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
 from mtt_fast.interop import SET_KINDS, set_kind_of
-from mtt_fast.interop.pairs import doubts, read_pair
+from mtt_fast.interop.pairs import read_pair, whitening_warnings
 from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
@@ -73,9 +73,9 @@ class SetOptions(EvaluationOptions):
         if RANDOM not in sources:
             reasons["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
         if not any(source.endswith(".pt") for source in sources):
-            of_pt = "without a .pt file among the sets: those of this package know it themselves"
-            of_files = ("texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share")
-            reasons |= dict.fromkeys(of_files, of_pt)
+            pt_reason = "without a .pt file among the sets: those of this package know it themselves"
+            pt_options = ("texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share")
+            reasons |= dict.fromkeys(pt_options, pt_reason)
         elif self.texture or not self.evaluation_protocol().combined:
             reasons["distilled_share"] = "with --texture" if self.texture else "without --protocol selmatch"
         return reasons
@@ -178,7 +178,7 @@ class EvaluatedSet:
         pair = read_pair(self.source, options.label_kind)
         if pair.label_kind != "indices" and options.label_kind is None:
             log.info("labels are soft; taken as %s", pair.label_kind)
-        for line in doubts(self.source, pair, zca=options.zca):
+        for line in whitening_warnings(self.source, pair, zca=options.zca):
             log.warning("%s", line)
         real = None
         if options.distilled_share < 1:

@@ -44,7 +44,7 @@ class Range:
     largest: int | None = None
     """the largest number that makes sense; a larger one would only exhaust the memory"""
 
-    def complaint(self, value: float) -> str | None:
+    def problem(self, value: float) -> str | None:
         """Return what is expected in place of `value` if that is out of range, else None."""
         if isinstance(value, float) and not math.isfinite(value):
             return None if self.infinite and value == math.inf else f"expected a finite number{self._of()}"
@@ -327,8 +327,8 @@ def _check_one(field: Field, value: Any) -> None:
     """Raise `InvalidValue` if a value of the right type is out of the option's range."""
     if isinstance(value, int | float):
         ranges = field.declarations(Range) or [_ANY_INTEGER if isinstance(value, int) else _ANY]
-        for complaint in filter(None, (each.complaint(value) for each in ranges)):
-            raise InvalidValue(complaint)
+        for problem in filter(None, (each.problem(value) for each in ranges)):
+            raise InvalidValue(problem)
     if isinstance(value, str) and value != field.default:
         if not value and MAY_BE_EMPTY not in field.declared:
             raise InvalidValue("expected a text, found an empty one")

@@ -10,7 +10,7 @@ from pathlib import Path
 from mtt_fast.data.class_names import class_indices, shortened
 from mtt_fast.data.image_data import DatasetInfo, check_several
 from mtt_fast.data.images import decode, read_headers
-from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, tell_skipped
+from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, log_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
 from mtt_fast.errors import InputError
 
@@ -35,7 +35,7 @@ def source(root: Path, res: int | None) -> Source:
     root = root.resolve()
     train, test = (list_classes(root, folder) for folder in find_splits(root))
     suffix = f"-{res}" if res else ""
-    tell_skipped(name := f"folder-{root.name}{suffix}", train, test)
+    log_skipped(name := f"folder-{root.name}{suffix}", train, test)
     place = hashlib.blake2b(str(root).encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return image_source(
         name,

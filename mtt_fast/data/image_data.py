@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtt_fast.data.set_checks import MOST_CLASSES, check_names, check_normalisation
+from mtt_fast.data.set_checks import MAX_CLASSES, check_names, check_normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import plain_tensor
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
@@ -108,7 +108,7 @@ def from_tensors(
             "one of them"
         )
     if class_names is None:
-        class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MOST_CLASSES))]
+        class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MAX_CLASSES))]
     check_names(class_names, name)
     check_labels(name, train_split.labels, test_split.labels, class_names)
     if mean is None or std is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mtt_fast.data.class_names import SUBSETS, imagenet_wnids, meant_classes
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
-from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, listed_by_wnid, tell_skipped
+from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, listed_by_wnid, log_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 
@@ -46,7 +46,7 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
         _subset_classes(root, root / split, subset) if subset else _all_classes(root, root / split) for split in _SPLITS
     )
     known = info(subset, res)
-    tell_skipped(known.name, train, test)
+    log_skipped(known.name, train, test)
     return image_source(
         known.name,
         root,

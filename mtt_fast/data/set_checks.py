@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mtt_fast.data.synthetic import SyntheticDataset
 
 LABEL_KINDS = ("indices", "probabilities", "logits")
-MOST_CLASSES = 1 << 20
+MAX_CLASSES = 1 << 20
 """A larger class index is damage: no data set has so many."""
 
 _LARGEST = 1e15  # that a mean or deviation may be; a larger whole number torch cannot take
@@ -80,7 +80,7 @@ def check_share(share: float, labels: Tensor, label_kind: str, classes: int, whe
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
     """Raise `InputError` unless images are float32 (n, C, H, W), labels int64 (n,) or float32 (n, classes), and all are finite.
 
-    Class indices must be in [0, `MOST_CLASSES`); rows of probabilities must be at least 0 with the sum 1.
+    Class indices must be in [0, `MAX_CLASSES`); rows of probabilities must be at least 0 with the sum 1.
     """
     _check_images(images, where)
     if label_kind not in LABEL_KINDS:
@@ -118,7 +118,7 @@ def _check_indices(labels: Tensor, where: Where) -> None:
             + ("soft labels need the `label_kind` 'probabilities' or 'logits'" if soft else "convert them")
         )
     lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= MOST_CLASSES:
+    if lowest < 0 or highest >= MAX_CLASSES:
         raise InputError(
             f"{where}: labels: expected class indices, counted from 0, found {lowest} to {highest}; mend the labels"
         )

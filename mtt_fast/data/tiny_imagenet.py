@@ -10,13 +10,13 @@ from mtt_fast.data.class_names import tiny_wnids
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.imagenet import MEAN, STD
-from mtt_fast.data.listing import Listing, is_image_name, list_classes, listed_by_wnid, tell_skipped
+from mtt_fast.data.listing import Listing, is_image_name, list_classes, listed_by_wnid, log_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 from mtt_fast.storage.regular import read_lines
 
 _SIDE = 64
-_MOST_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
+_MAX_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
 _MEND = "unpack the data set again"
 
 
@@ -55,7 +55,7 @@ def source(data_path: Path, res: int | None) -> Source:
     pictures = _pictures(root) if annotations.exists() else {}
     test = _annotated(annotations, pictures, wnids) if pictures else _rearranged(root)
     known = info(res)
-    tell_skipped(known.name, train, test)
+    log_skipped(known.name, train, test)
     return image_source(
         known.name,
         root,
@@ -77,7 +77,7 @@ def _annotated(annotations: Path, pictures: Mapping[str, str], wnids: list[str])
     """
     classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     named: set[str] = set()
-    for number, line in enumerate(read_lines(annotations, _MOST_BYTES, _MEND), 1):
+    for number, line in enumerate(read_lines(annotations, _MAX_BYTES, _MEND), 1):
         name, wnid = [*line.split("\t"), ""][:2]
         if wnid not in classes or not is_image_name(name) or "/" in name:
             raise InputError(
@@ -122,4 +122,4 @@ def _words(path: Path, wnids: list[str]) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_lines(path, _MOST_BYTES, _MEND) if line.strip()]
+    return [line.strip() for line in read_lines(path, _MAX_BYTES, _MEND) if line.strip()]

@@ -28,7 +28,11 @@ from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_folder import SUMMARY, read_config
 
 _SAMPLES = 16  # images in a timed step
-_CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # least and most calls of a timed step; total seconds that are enough
+_MIN_CALLS, _MAX_CALLS, _ENOUGH_SECONDS = (
+    3,
+    20,
+    0.2,
+)  # least and most calls of a timed step; total seconds that are enough
 _WHITENING = 2  # matrices (D, D) in a distilled set
 
 
@@ -272,7 +276,7 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
     Other processes can only make a call slower, so the fastest is the best estimate.
     """
     seconds: list[float] = []
-    while len(seconds) < _CALLS or (sum(seconds) < _LONG_ENOUGH and len(seconds) < _MOST_CALLS):
+    while len(seconds) < _MIN_CALLS or (sum(seconds) < _ENOUGH_SECONDS and len(seconds) < _MAX_CALLS):
         start = time.perf_counter()
         work()
         if device.type == "cuda":

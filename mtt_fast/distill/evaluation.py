@@ -74,8 +74,10 @@ def log_recognised(state: State, labels: Tensor) -> None:
     TESLA's gradient does not see that the labels move with the images, so an image may drift into another class.
     """
     predicted = labels.argmax(dim=1)
-    right = int((predicted == state.labels).sum())
-    log.info("iteration %d: the experts give %d of the %d images its own class", state.iteration, right, len(labels))
+    num_correct = int((predicted == state.labels).sum())
+    log.info(
+        "iteration %d: the experts give %d of the %d images its own class", state.iteration, num_correct, len(labels)
+    )
     if bool((predicted == predicted[0]).all()):
         log.warning(
             "iteration %d: the experts give all images one class, so networks learn nothing from this set; start again without "

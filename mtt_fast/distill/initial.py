@@ -176,7 +176,7 @@ def predicted_correctly(
     for theta in experts:
         for label, rows in enumerate(right):
             if len(rows) < ipc:
-                more, remaining[label] = _right_and_wrong(network, theta, real, remaining[label], ipc - len(rows))
+                more, remaining[label] = _split_by_correctness(network, theta, real, remaining[label], ipc - len(rows))
                 right[label] = torch.cat([rows, more])
         if all(len(rows) == ipc for rows in right):
             break
@@ -185,7 +185,9 @@ def predicted_correctly(
 
 
 @torch.no_grad()
-def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _split_by_correctness(
+    network: Network, theta: Tensor, real: Images, rows: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Return the first `count` of `rows` that the network gets right under `theta`, and the wrong ones before them."""
     right, wrong = rows[:0], rows[:0]
     for batch in rows.split(_BATCH):

@@ -286,7 +286,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return [f"--{option} has no effect at {reason}" for option, is_idle, reason in idle if is_idle]
 
     def check(self) -> None:
-        """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""
+        """Raise `InputError` for the first values that do not fit each other. Single values are checked when they are parsed."""
         self._check_start_epochs()
         if self.teacher_label and self.lr_y is not None:
             raise InputError("--teacher_label, --lr_y: expected one of them, found both: labels are given, or learned")

@@ -73,7 +73,7 @@ class AugmentedBatch:
     index: Tensor  # (b,)
 
     @classmethod
-    def of(
+    def from_images(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
         """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed.

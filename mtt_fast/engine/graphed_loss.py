@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.protocol import Augment, is_up_to_date, warp_of
+from mtt_fast.augmentation.protocol import Augment, is_equivalent, warp_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
@@ -34,7 +34,7 @@ from mtt_fast.runtime.prefetch import upload
 
 log = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 8  # of one object, since each holds the memory of its plan
+_MAX_GRAPHS = 8  # of one object, since each holds the memory of its plan
 
 
 class GraphedMatchingLoss:
@@ -147,10 +147,10 @@ class GraphedMatchingLoss:
                 moments=optimizer.moments, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
             _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
-        is_full = len(self._graphed_functions()) == _MOST_GRAPHS
+        is_full = len(self._graphed_functions()) == _MAX_GRAPHS
         if is_full or plan.path_on_host:
             self._problem = (
-                f"more than {_MOST_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
+                f"more than {_MAX_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
             )
             log.warning("not captured, so that it runs slower, with the same result: %s", self._problem)
         self._iterations[key] = planned_iteration(
@@ -195,7 +195,7 @@ def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tenso
     start = steps.theta.detach()
     # laid out like a student's path
     path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)
-    loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
+    loss = of_path(StudentPath.from_rows(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(
             "`of_path`: expected no tensor that requires a gradient besides the path, since none flows to it, found "
@@ -213,7 +213,7 @@ def _parameters(
     """Return the draws of all steps as one tensor (ΣB, …) on the device of `images`; None without an augmentation."""
     draw_all: Draw | None = getattr(augment, "draw_parameters", None)
     # the same random numbers, and less work
-    if draws is None and draw_all is not None and is_up_to_date(augment, "draw_parameters", "draw"):
+    if draws is None and draw_all is not None and is_equivalent(augment, "draw_parameters", "draw"):
         drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator)
         return None if drawn.parameters is None else upload(drawn.parameters, images.device)
     draws = arguments.draws_of(draws, augment, images, batches, generator)

@@ -61,7 +61,7 @@ class StudentSteps:
         def augmented(rows: Tensor) -> Tensor:
             return rows if augment is None else augment(rows, draws)
 
-        return AugmentedBatch.of(images, index, augmented, dtype, tracked=tracked)
+        return AugmentedBatch.from_images(images, index, augmented, dtype, tracked=tracked)
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
         """Return a function that maps n to the targets of step n: soft labels in `dtype`, and others as they are.
@@ -84,7 +84,7 @@ def path_of(
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
-    return StudentPath.of(path, rows, theta.device), after
+    return StudentPath.from_rows(path, rows, theta.device), after
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:

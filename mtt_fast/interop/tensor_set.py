@@ -165,7 +165,7 @@ def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSe
         return distilled
     order = _largest(distilled).argsort(stable=True)
     ordered = dataclasses.replace(distilled, images=distilled.images[order], labels=distilled.labels[order])
-    if soft and in_place(ordered) < len(order):
+    if soft and count_in_class_order(ordered) < len(order):
         fewest, most = largest_label_counts(distilled)
         raise InputError(
             f"`reorder`: expected every class to be the largest label of as many images, found {fewest} to {most}; leave it out: "
@@ -180,7 +180,7 @@ def largest_label_counts(distilled: TensorSet) -> tuple[int, int]:
     return int(counts.min()), int(counts.max())
 
 
-def in_place(distilled: TensorSet) -> int:
+def count_in_class_order(distilled: TensorSet) -> int:
     """Return the number of images whose (largest) label is the class that class-major order gives them."""
     return int((_largest(distilled) == distilled.places).sum())
 

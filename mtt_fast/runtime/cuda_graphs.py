@@ -31,7 +31,7 @@ class CapturedCall(NamedTuple):
 Capture = Callable[[Callable[[], tuple[Tensor, ...]]], CapturedCall]
 """A function that captures one call of a function without arguments."""
 
-_MOST = 8  # captured calls of one function, since each keeps its own inputs and outputs
+_MAX_CAPTURED = 8  # captured calls of one function, since each keeps its own inputs and outputs
 _one_capture = threading.Lock()  # a capture begins with a wait for the whole device, which no other capture survives
 
 
@@ -86,8 +86,8 @@ class GraphedFunction:
         return tuple(output.clone() for output in captured.outputs)  # the next replay writes over them
 
     def _add(self, kind: tuple[object, ...], inputs: tuple[Tensor, ...]) -> None:
-        if len(self._captured) == _MOST:
-            self._give_up(f"more than {_MOST} sets of shapes")
+        if len(self._captured) == _MAX_CAPTURED:
+            self._give_up(f"more than {_MAX_CAPTURED} sets of shapes")
             return
         static_inputs = tuple(tensor.detach().clone() for tensor in inputs)
         try:

@@ -116,7 +116,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             scores_digest=metadata.get(_SCORES_DIGEST, ""),
         )
     except MALFORMED as error:
-        raise _of_another_version(path) from error
+        raise _other_version_error(path) from error
 
 
 def initial_num_experts(folder: Path) -> tuple[int, bool]:
@@ -131,14 +131,14 @@ def initial_num_experts(folder: Path) -> tuple[int, bool]:
     try:
         return int(parse_json(metadata["numbers"])[_EXPERTS]), _says_imported(metadata)
     except MALFORMED as error:
-        raise _of_another_version(path) from error
+        raise _other_version_error(path) from error
 
 
 def _says_imported(metadata: Mapping[str, str]) -> bool:
     return bool(parse_json(metadata.get(_IMPORTED, "false")))
 
 
-def _of_another_version(path: Path) -> InputError:
+def _other_version_error(path: Path) -> InputError:
     return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
 
 

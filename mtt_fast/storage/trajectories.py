@@ -31,7 +31,7 @@ from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import open_regular
-from mtt_fast.storage.tensor_files import TensorEntry, bytes_of, check_part, read_header, save_tensors, tell_unchecked
+from mtt_fast.storage.tensor_files import TensorEntry, bytes_of, check_part, read_header, save_tensors, warn_unchecked
 from mtt_fast.storage.text_files import MALFORMED, check_types, parse_json, write_text
 from mtt_fast.storage.waypoints import Course
 
@@ -73,7 +73,7 @@ class ExpertMetadata:
     """`TrajectoryStore.digest` of the whole expert that a compressed one was made of"""
 
     @classmethod
-    def of(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
+    def from_identity(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
         """Return the metadata of an expert that was trained on the images of `identity`, with the `others` as given."""
         record = identity.record()
         own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
@@ -141,15 +141,15 @@ def write_expert(
     if dtype not in _DTYPES.values():
         raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
     stored = parameters.to("cpu", dtype)
-    complaint = _unfit(stored, course, metadata)
-    if complaint:
-        raise InputError(f"{path}: not written: {complaint}")
+    problem = _problem_with(stored, course, metadata)
+    if problem:
+        raise InputError(f"{path}: not written: {problem}")
     text = {"format": _WAYPOINTS, "course": course.to_text()} if course else {"format": _FORMAT}
     save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text, by_row=(_TENSOR,))
     return path
 
 
-def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
+def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
     """Return why `parameters` (rows, P) are no trajectory of the network in `metadata`, or None."""
     if parameters.dim() != 2 or len(parameters) < 2:
         return f"expected parameters of shape (epochs + 1, P) with at least one epoch, found {tuple(parameters.shape)}"
@@ -266,7 +266,7 @@ class TrajectoryStore:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
         elif not self._warned:
             self._warned = True
-            tell_unchecked(self.folder)
+            warn_unchecked(self.folder)
         if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
             epoch = header.course.epochs[number] if header.course else number
             raise InputError(

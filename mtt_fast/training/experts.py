@@ -27,7 +27,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, result_of
 from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_right, epoch_on
+from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_correct, epoch_on
 from mtt_fast.training.sharpness import sharpness_aware
 
 
@@ -91,9 +91,9 @@ def expert_job(
 
     def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
         """Wait for the results of an epoch, and store them."""
-        trained, right, loss = results()
+        trained, num_correct, loss = results()
         parameters[epoch + 1] = trained
-        accuracies.append(int(right) / len(images.test))
+        accuracies.append(int(num_correct) / len(images.test))
         if bar is not None:
             with bar.get_lock():  # several threads update it
                 bar.set_postfix(
@@ -117,10 +117,10 @@ def expert_job(
                 stop.signum,
             )
         theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
-        right = count_right(in_evaluation(network, *statistics), theta, images.test)
+        num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
         for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
             read_last()
-        unread = [partial(read, epoch, download(theta, right, loss))]
+        unread = [partial(read, epoch, download(theta, num_correct, loss))]
         yield
     for read_last in unread:
         read_last()

@@ -30,7 +30,7 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, count_right, epochs_on
+from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 
 log = logging.getLogger(__name__)
 
@@ -325,18 +325,18 @@ def evaluate(
     def job(k: int) -> Job[tuple[float, bool]]:
         generator = generator_for(seed, "evaluation", *indices, k)
         theta = network.init(generator).to(test.labels.device)
-        right: list[Tensor] = []
+        num_correct: list[Tensor] = []
         diverged: list[Tensor] = []
 
         def test_network(trained: Network, theta: Tensor, has_diverged: Tensor) -> None:
-            right.append(count_right(trained, theta, test).masked_fill(has_diverged, 0))
+            num_correct.append(count_correct(trained, theta, test).masked_fill(has_diverged, 0))
             diverged.append(has_diverged)
 
         yield from _training(
             network, theta, train(generator), lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield
-        return int(torch.stack(right).max()) / len(test), bool(torch.stack(diverged).all())
+        return int(torch.stack(num_correct).max()) / len(test), bool(torch.stack(diverged).all())
 
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *indices, 0))

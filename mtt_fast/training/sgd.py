@@ -259,18 +259,18 @@ def _inputs(
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:
     """Return the accuracy of `network` on `images`, in [0, 1]."""
-    return int(count_right(network, theta, images)) / len(images)
+    return int(count_correct(network, theta, images)) / len(images)
 
 
 @torch.no_grad()
-def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
+def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
     """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it.
 
     An image with logits that are not finite counts as wrong.
     """
-    right = torch.zeros((), dtype=torch.long, device=theta.device)
+    num_correct = torch.zeros((), dtype=torch.long, device=theta.device)
     for start in range(0, len(images), _TEST_BATCH):
         inputs, targets = images.batch(slice(start, start + _TEST_BATCH))
         logits = network(theta, inputs)
-        right += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
-    return right
+        num_correct += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
+    return num_correct

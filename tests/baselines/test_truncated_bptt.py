@@ -71,7 +71,7 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int) ->
         average = length if average is None else average - 0.5 * (average - length)
         torch.nn.utils.clip_grad_norm_(images, 2 * average)
         optimizer.step()
-        reached = bptt.improve(iteration, Window(before, 3))
+        reached = bptt.update_images(iteration, Window(before, 3))
         assert float(reached.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
         assert_close("end of the training", reached.theta, theta.detach(), 1e-6)
         assert reached.images.labels.sort().values.equal(targets.sort().values)
@@ -92,9 +92,9 @@ def test_lengths_of_gradients_are_those_of_recorded_steps(few: RealImages) -> No
         lengths.append(float(gradient.norm()))
         update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
         theta = theta - update
-    assert bptt.gradient_lengths(5, seeded(3)).tolist() == pytest.approx(lengths, rel=1e-6)
+    assert bptt.gradient_norms(5, seeded(3)).tolist() == pytest.approx(lengths, rel=1e-6)
     augmented = TruncatedBptt("method", replace(options, syn_strategy="flip"), few, NET)
-    assert augmented.gradient_lengths(1, seeded(3)).tolist() != pytest.approx(lengths[:1], rel=1e-6)
+    assert augmented.gradient_norms(1, seeded(3)).tolist() != pytest.approx(lengths[:1], rel=1e-6)
 
 
 def test_long_gradients_are_clipped_as_torch_does() -> None:
@@ -127,7 +127,7 @@ def test_noise_has_length_one(few: RealImages) -> None:
 def test_both_augmentations_have_an_effect(few: RealImages, strategy: str) -> None:
     options: dict[str, Any] = {"dataset": "digits", "syn_strategy": "none", "real_strategy": "none"}
     plain, augmented = (
-        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).improve(0, Window(0, 1))
+        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).update_images(0, Window(0, 1))
         for more in ({}, {strategy: "flip"})
     )
     assert float(plain.loss) != float(augmented.loss)
@@ -139,7 +139,7 @@ def test_it_lowers_its_loss_and_its_own_training_learns(real: RealImages) -> Non
         real_strategy="none",
     )  # fmt: skip
     bptt = TruncatedBptt("method", options, real, ConvNet(*SHAPE))
-    losses = [float(bptt.improve(iteration, Window(iteration % 11, 10)).loss) for iteration in range(60)]
+    losses = [float(bptt.update_images(iteration, Window(iteration % 11, 10)).loss) for iteration in range(60)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     own_training = bptt.learned_set(lambda _: 0.0).own_training
     assert own_training is not None

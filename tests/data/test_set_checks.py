@@ -16,7 +16,7 @@ from mtt_fast import InputError, SyntheticDataset, Whitening, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.cross import command as cross
-from mtt_fast.data.set_checks import MOST_CLASSES, are_probabilities, check_classes, check_set, check_tensors
+from mtt_fast.data.set_checks import MAX_CLASSES, are_probabilities, check_classes, check_set, check_tensors
 from mtt_fast.interop import SET_KINDS, as_synthetic, as_tensor_set, read_set, write_set
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, guess_label_kind, tensor_set
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
@@ -144,7 +144,7 @@ def test_labels_of_other_classes_than_the_datas_are_refused() -> None:
         with pytest.raises(InputError, match=r"^x: labels: "):
             check_classes(labels, 10, "x")
     with pytest.raises(InputError, match="found 0 to 1048576"):
-        check_tensors(torch.zeros(2, 1, 1, 1), torch.tensor([0, MOST_CLASSES]), "indices", "x")
+        check_tensors(torch.zeros(2, 1, 1, 1), torch.tensor([0, MAX_CLASSES]), "indices", "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

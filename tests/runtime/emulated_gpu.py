@@ -278,7 +278,7 @@ def emulated() -> Iterator[Log]:
         with Device():  # a mode is one thread's
             original_run(thread)
 
-    original_path, original_tolist, original_empty = StudentPath.of, Tensor.tolist, torch.empty
+    original_path, original_tolist, original_empty = StudentPath.from_rows, Tensor.tolist, torch.empty
     original_run, stream = threading.Thread.run, Stream()
     properties = SimpleNamespace(
         name="none", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
@@ -299,7 +299,7 @@ def emulated() -> Iterator[Log]:
             (Tensor, {"tolist": tolist, "pin_memory": _pinned, "record_stream": nothing}),
             (torch, {"empty": empty}),
             (threading.Thread, {"run": run_thread}),
-            (StudentPath, {"of": staticmethod(path_of)}),
+            (StudentPath, {"from_rows": staticmethod(path_of)}),
             (checks, {"_has_memory": lambda tensor: True}),  # the reference computes with what a tensor holds
             (dispatch, {"_runs_triton": lambda device: False}),
             (student_choice, {"has_kernels": lambda device: True}),

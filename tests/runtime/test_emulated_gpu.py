@@ -137,7 +137,7 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.refused == []
     assert "not captured" not in report.output
-    assert report.waits_below("chunks", "count_right") == []
+    assert report.waits_below("chunks", "count_correct") == []
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_sets_of_several_networks(run: Run, tmp_path: Path) -> None:
     report = run(*words.split(), "--out", str(tmp_path))
     assert report.refused == []
     assert "not captured" not in report.output
-    assert report.waits_below("chunks", "count_right") == []
+    assert report.waits_below("chunks", "count_correct") == []
 
 
 @pytest.mark.slow

@@ -289,7 +289,7 @@ def test_a_value_beyond_the_stored_type_is_not_written(tmp_path: Path, parameter
 def test_a_row_is_read_where_its_numbers_are_finite_and_only_there(
     tmp_path: Path, parameters: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtt_fast.storage.trajectories._unfit", lambda *_: None)  # as other software may write
+    monkeypatch.setattr("mtt_fast.storage.trajectories._problem_with", lambda *_: None)  # as other software may write
     parameters[1] = torch.finfo(torch.float32).max  # the sum of which is infinite
     for epoch, value in ((2, torch.nan), (3, torch.inf)):
         parameters[epoch, 5] = value

@@ -160,15 +160,15 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
         "empty": ([], "expected a row of indices for each class"),
         "words": ({"a": 1}, "expected a tensor, found a dictionary"),
     }
-    for name, (value, complaint) in wrong.items():
+    for name, (value, problem) in wrong.items():
         torch.save(value, f"{name}.pt")
         assert cli.run(main, [*TOY, "--sort_method", f"{name}.pt"]) == 2
-        assert f"error: {name}.pt: {complaint}" in capsys.readouterr().err
+        assert f"error: {name}.pt: {problem}" in capsys.readouterr().err
     assert cli.run(main, [*TOY, "--sort_method", "none.pt"]) == 2
     assert "--sort_method none.pt: expected a file" in capsys.readouterr().err
     torch.save(order, "order.pt")
     given = [*TOY, "--sort_method", "order.pt"]
-    for flags, complaint in {
+    for flags, problem in {
         (
             "--rm_epoch_first",
             "10",
@@ -180,7 +180,7 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
         ("--init_ratio", "0"): "--init_ratio 0",
     }.items():
         assert cli.run(main, [*given, *flags]) == 2
-        assert complaint in capsys.readouterr().err
+        assert problem in capsys.readouterr().err
     assert cli.run(main, [*TOY, "--init_ratio", "0.5"]) == 2
     assert "--sort_method" in capsys.readouterr().err
     assert not Path("buffers").exists()

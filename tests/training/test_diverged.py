@@ -36,7 +36,7 @@ from mtt_fast.storage.waypoints import convexified
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, has_diverged
 from mtt_fast.training.protocols import evaluate as measure
-from mtt_fast.training.sgd import count_right
+from mtt_fast.training.sgd import count_correct
 from tests.interop.test_buffers import NET, flat, imported, metadata, save_buffers, trained
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -70,7 +70,7 @@ def test_losses_and_parameters_tell_whether_a_training_diverged(
 def test_logits_that_are_not_finite_put_an_image_into_no_class() -> None:
     net = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
     images = Images(torch.randn(30, 1, 6, 6), torch.zeros(30).long())
-    assert int(count_right(net, torch.full((net.num_parameters,), math.nan), images)) == 0
+    assert int(count_correct(net, torch.full((net.num_parameters,), math.nan), images)) == 0
 
 
 @pytest.mark.parametrize("model", ["ConvNetD1W4", "ConvNetD1W4BN", "MLP"])
@@ -230,7 +230,7 @@ def write_expert_with_nan(folder: Path, monkeypatch: pytest.MonkeyPatch, index: 
     rows = torch.stack([store.read(index, e) for e in range(store.epochs(index) + 1)])
     rows[epoch, 5] = math.nan
     with monkeypatch.context() as patch:
-        patch.setattr("mtt_fast.storage.trajectories._unfit", lambda *_: None)
+        patch.setattr("mtt_fast.storage.trajectories._problem_with", lambda *_: None)
         write_expert(folder, index, rows, store.metadata(index))
 
 

@@ -29,7 +29,7 @@ from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, train_network
 from mtt_fast.training.protocols import evaluate as measure
-from mtt_fast.training.sgd import Sgd, count_right, epoch_on
+from mtt_fast.training.sgd import Sgd, count_correct, epoch_on
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -365,7 +365,7 @@ def test_the_accuracy_of_an_expert_with_batch_norm_is_that_of_its_evaluation_mod
     after = net.track(theta, test.pixels, statistics) if isinstance(net, FlatModule) else statistics
     assert not torch.equal(after, statistics)
     for values in (statistics, after):
-        assert int(count_right(in_evaluation(net, values), theta, test)) == right(values)
+        assert int(count_correct(in_evaluation(net, values), theta, test)) == right(values)
 
 
 def test_the_model_comes_first_in_its_pool_by_whichever_name() -> None:
