@@ -67,8 +67,8 @@ class ExpertTrainingOptions(TrainingOptions):
         "load_all": "trajectories are memory-mapped; nothing is loaded whole",
         "max_files": "there is one file an expert; limit them with --max_experts",
         "save_interval": "every expert is saved as soon as it is trained",
-        "force_save": "pictures are drawn, however many images there are",
-        "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
+        "force_save": "pictures are always drawn",
+        "lr_init": "the public code does not use it either; the learned learning rate starts at --lr_teacher in both",
     }
     """Flags of the public code that do nothing here, with the reasons: accepted, and named in the log."""
 
@@ -154,7 +154,7 @@ class ExpertOptions(ExpertTrainingOptions):
         if not Path(self.sort_method).is_file():
             raise InputError(
                 f"--sort_method {self.sort_method}: expected a file such as data_indices/CIFAR10_GraNd.pt of PAD's code, found none; "
-                "mend the path"
+                "check the path"
             )
         curriculum = Curriculum(
             read_order(self.sort_method),
@@ -172,8 +172,8 @@ def checked(training: ExpertTraining) -> ExpertTraining:
     """Return `training` with `adaptive` off where there is no radius; raise `InputError` for values that do not go together."""
     if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
         raise InputError(
-            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice, or --decay and a "
-            "smaller --rho_min; the radius falls as the learning rate does"
+            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value for both, or --decay with a "
+            "smaller --rho_min, since the radius falls when the learning rate does"
         )
     if not training.rho_max and training.alpha:
         raise InputError(f"--alpha {training.alpha}: expected --rho_max above 0 with it")
@@ -276,7 +276,7 @@ def check_trained_alike(
     if more and present.course(0) is not None:
         raise InputError(
             f"{present.folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
-            f"{len(present)} or less, or the --buffer_path of whole experts"
+            f"{len(present)} or less, or the --buffer_path of uncompressed experts"
         )
     for expert in range(len(present)):
         check_belongs(present, expert, network, identity)

@@ -36,7 +36,7 @@ def reference_convnet(
 ) -> nn.Module:
     """Return ConvNet as an ordinary `nn.Module`, as the public code builds it; random parameters.
 
-    `norm` is "instance" or "none". The parameters bear the public code's names. Raises `ValueError` for another norm.
+    `norm` is "instance" or "none". The parameters have the public code's names. Raises `ValueError` for another norm.
     """
     if norm not in ("instance", "none"):
         raise ValueError(f"reference_convnet norm: expected instance or none, found {norm}")

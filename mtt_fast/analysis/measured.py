@@ -66,7 +66,7 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
-        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may bear one name
+        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may have the same name
         all_options = {
             name: value for name, value in options.items() if name not in (*_LOCATION_AND_MACHINE_OPTIONS, "seed")
         }

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     for name in accuracies:
         if name not in used:
             raise InputError(
-                f"--{name}: has no effect beside --hlr or --ior, which say the difference already; leave it out"
+                f"--{name}: has no effect with --hlr or --ior, which give the difference already; leave it out"
             )
     hlr = _difference(options.hlr, "--hlr", accuracies, *recovery)
     ior = _difference(options.ior, "--ior", accuracies, *improvement)
@@ -110,7 +110,7 @@ def _accuracy(option: str, text: str) -> _Accuracy:
         raise InputError(f"{option} {text}: expected an accuracy in per cent, 0 to 100")
     if option == "--full" and per_cent <= 1:
         raise InputError(
-            f"{option} {text}: expected an accuracy in per cent, as 84.8; found what looks like a fraction"
+            f"{option} {text}: expected an accuracy in per cent, such as 84.8, found what looks like a fraction"
         )
     if 0 < per_cent <= 1:
         log.warning("%s %s: taken as %s %%; is it a fraction, %g %%?", option, text, text, 100 * per_cent)

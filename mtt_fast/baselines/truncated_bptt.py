@@ -2,7 +2,7 @@
 
 Each iteration trains a fresh network on the images by Adam. The gradient of its loss on real images is propagated only through the
 last steps, the window. The methods (ratbptt.py, atbptt.py) differ in the choice of the window. The options are those of their
-public codes. Here the real images of each iteration are drawn anew, and whitening (--zca) is that of MTT.
+public codes. Here the real images of each iteration are drawn again, and whitening (--zca) is that of MTT.
 """
 
 from __future__ import annotations

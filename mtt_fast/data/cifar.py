@@ -138,7 +138,7 @@ def source(name: str, data_path: Path, res: int | None, *, download: bool, progr
         raise NotFound(
             f"{name}: expected {spec.python.folder}/, {spec.binary.folder}/, {spec.python.archive}, "
             f"{spec.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
-            f"{data_path / name}, found none; add `download`, or mend `data_path`"
+            f"{data_path / name}, found none; give `download`, or correct `data_path`"
         )
     return copy
 

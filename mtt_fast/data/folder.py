@@ -84,7 +84,7 @@ def by_class(name: str, folder: Path, listing: Listing, class_names: Sequence[st
     if missing := [class_names[index] for index in range(len(class_names)) if index not in indices]:
         raise InputError(
             f"{folder.parent}: expected the {len(class_names)} class folders of {name} in {folder.name}/, found "
-            f"{len(places)}, none for {shortened(missing)}; mend `data_path`, or name the folder itself: `dataset` "
+            f"{len(places)}, none for {shortened(missing)}; correct `data_path`, or name the folder itself: `dataset` "
             f"{folder.parent}"
         )
     places_by_index = dict(zip(indices, places, strict=True))
@@ -131,7 +131,7 @@ def image_source(
     log.info("%s: %d classes in this order: %s", name, len(names), shortened(names))
 
     def image_shape() -> tuple[int, int, int]:
-        """Return (C, H, W) after a look at all images: the first may be the only grey one, or the only one of its size."""
+        """Return (C, H, W) from the headers of all images: the first may be the only grey one, or the only one of its size."""
         if channels and size and resize:
             return channels, size, size
         header = read_headers(train_files + test_files, (size, size) if size else None, resize=resize)

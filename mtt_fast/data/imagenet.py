@@ -111,7 +111,7 @@ def _find(data_path: Path, subset: str | None) -> Path:
     if subset is None:
         raise NotFound(
             f"ImageNet: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, "
-            "found none; mend `data_path` (sort the validation images into class folders first)"
+            "found none; correct `data_path` (sort the validation images into class folders first)"
         )
     missing = list(SUBSETS[subset])
     for root in roots:
@@ -122,6 +122,6 @@ def _find(data_path: Path, subset: str | None) -> Path:
         missing = min(missing, lacking, key=len)
     raise (InputError if roots else NotFound)(
         f"{subset}: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, found "
-        f"no training folder for {len(missing)} of {len(SUBSETS[subset])} classes ({', '.join(missing[:3])}…); mend "
+        f"no training folder for {len(missing)} of {len(SUBSETS[subset])} classes ({', '.join(missing[:3])}…); correct "
         "`data_path`"
     )

@@ -83,9 +83,9 @@ def source(name: str, data_path: Path, *, download: bool, progress: bool, url: s
         files = _find(name, data_path)
     if files is None:
         raise NotFound(
-            f"{name}: expected {FILES[0]} and its three companions (plain or .gz) in {data_path}, "
+            f"{name}: expected {FILES[0]} and the other three files (plain or .gz) in {data_path}, "
             f"{data_path / name} or {data_path / name / 'raw'}, found none of these places complete; add `download`, "
-            "or mend `data_path`"
+            "or correct `data_path`"
         )
 
     def read() -> Contents:

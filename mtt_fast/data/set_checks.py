@@ -67,12 +67,12 @@ def check_share(share: float, labels: Tensor, label_kind: str, classes: int, whe
     counts = torch.bincount(labels, minlength=classes) if label_kind == "indices" else labels.new_tensor([len(labels)])
     if len(labels) % classes or bool((counts != counts[0]).any()):
         raise InputError(
-            f"{where}: expected as many images of each of {classes} classes with a `distilled_share`, found {len(labels)} images "
-            "of which some classes have more than others; leave it out"
+            f"{where}: expected the same number of images of each of {classes} classes with a `distilled_share`, found {len(labels)} "
+            "images, more of some classes than of others; leave it out"
         )
     if not distilled_in_class(len(labels) // classes, share):
         raise InputError(
-            f"{where}: expected a `distilled_share` that leaves an image of {len(labels) // classes} in each class, found {share}; "
+            f"{where}: expected a `distilled_share` that is at least one of the {len(labels) // classes} images of a class, found {share}; "
             "give a larger one"
         )
 
@@ -86,7 +86,7 @@ def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where)
     if label_kind not in LABEL_KINDS:
         raise InputError(f"{where}: label_kind: expected {', '.join(LABEL_KINDS)}, found {shown(label_kind)}")
     if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
-        raise InputError(f"{where}: labels: expected one of each of {len(images)} images, found {shown(labels)}")
+        raise InputError(f"{where}: labels: expected one for each of {len(images)} images, found {shown(labels)}")
     if label_kind == "indices":
         _check_indices(labels, where)
     else:
@@ -120,7 +120,7 @@ def _check_indices(labels: Tensor, where: Where) -> None:
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= MAX_CLASSES:
         raise InputError(
-            f"{where}: labels: expected class indices, counted from 0, found {lowest} to {highest}; mend the labels"
+            f"{where}: labels: expected class indices, counted from 0, found {lowest} to {highest}; correct the labels"
         )
 
 
@@ -128,7 +128,7 @@ def _check_soft(labels: Tensor, label_kind: str, where: Where) -> None:
     if labels.dim() != 2 or labels.shape[1] < 2 or labels.dtype != torch.float32:
         raise InputError(
             f"{where}: labels: expected {label_kind}, float32 (n, classes) of two or more classes, found {shown(labels)}; "
-            "mend the labels"
+            "correct the labels"
         )
     _check_finite(labels, "labels", where)
     if label_kind == "probabilities" and not are_probabilities(labels):
@@ -172,7 +172,7 @@ def check_lr(lr: Tensor, where: Where) -> None:
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
-            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the one that it was made with"
+            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the learning rate that the set was made with"
         )
 
 
@@ -180,8 +180,8 @@ def _check_lrs(lrs: Tensor, where: Where) -> None:
     good = isinstance(lrs, Tensor) and lrs.dim() == 1 and len(lrs) and lrs.is_floating_point()
     if not good or not bool(((lrs > 0) & lrs.isfinite()).all()):
         raise InputError(
-            f"{where}: lr_per_step: expected a learning rate of each step, finite and above 0, found {shown(lrs)} that is "
-            "not so; make the set again"
+            f"{where}: lr_per_step: expected a learning rate for each step, finite and above 0, found {shown(lrs)} with others; "
+            "make the set again"
         )
 
 

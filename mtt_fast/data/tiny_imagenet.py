@@ -32,7 +32,7 @@ def source(data_path: Path, res: int | None) -> Source:
 
     The test split is the official validation split (the official test split has no labels). Classes come in the order
     of their WordNet ids, as in the public code, not in the order of wnids.txt; they are called by words.txt if it is
-    there. Folders may bear words or numbers in place of the ids. Grey images become RGB.
+    there. Folders may be named by words or numbers in place of the ids. Grey images become RGB.
     Raises `InputError` for a missing or incomplete copy.
     """
     root = next(
@@ -42,7 +42,7 @@ def source(data_path: Path, res: int | None) -> Source:
     if root is None:
         raise NotFound(
             f"Tiny: expected tiny-imagenet-200/ with train/ and val/ in {data_path}, found none; get "
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or mend `data_path`"
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or correct `data_path`"
         )
     train = listed_by_wnid(list_classes(root, root / "train"), tiny_wnids(), root / "train")
     wnids, listed = list(train.classes), root / "wnids.txt"

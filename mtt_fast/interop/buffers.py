@@ -145,7 +145,7 @@ def check_points(points: Any, where: str, kind: str) -> None:
 def _check_distinct(lists: list[Any], where: str) -> None:
     if len({id(one) for one in lists}) < len(lists):
         raise InputError(
-            f"{where}: expected lists of their own, found one in several places; it is no such file, or hostile"
+            f"{where}: expected distinct lists, found one list in several places; this is another kind of file, or a hostile one"
         )
 
 
@@ -172,7 +172,7 @@ def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
             if not bool(tensor.detach().float().isfinite().all()):
                 raise InputError(
                     f"{expert.file}: expert {expert.place}: the parameters after epoch {epochs[point]} are not finite (in "
-                    f"{name}): its training diverged, or the file is damaged; train it again with the software that wrote it, or "
+                    f"{name}): the training diverged, or the file is damaged; train it again with the software that wrote it, or "
                     "leave it out"
                 )
 

@@ -75,7 +75,9 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     """
     path = Path(images_path)
     if "images" not in path.name:
-        raise InputError(f"{path}: expected a name with the word images, as in images_best.pt; choose such a one")
+        raise InputError(
+            f"{path}: expected a file name that contains images, such as images_best.pt; choose another name"
+        )
     parts = {"images": distilled.images, "labels": distilled.labels} | (
         {} if distilled.lr is None else {"lr": distilled.lr}
     )
@@ -134,7 +136,7 @@ def whitening_warnings(source: str | os.PathLike[str], distilled: TensorSet, *, 
             f"{'whitened' if zca else 'normalised'} and have negative values"
         )
     if distilled.label_kind == "logits" and bool(((distilled.labels >= 0) & (distilled.labels <= 1)).all()):
-        yield f"{source}: labels taken as logits lie between 0 and 1; are they probabilities whose sums are not 1?"
+        yield f"{source}: labels taken as logits are all between 0 and 1; are they probabilities whose sums are not 1?"
 
 
 def find_images(source: Path) -> Path:

@@ -96,7 +96,9 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
     try:
         targets = as_tensor(labels, torch.int64) if soft is None else as_tensor(soft, torch.float32)
     except ValueError as error:
-        raise InputError(f"{path}: expected a label of each image, found others ({error}); mend its column") from error
+        raise InputError(
+            f"{path}: expected a label for each image, found others ({error}); correct the column"
+        ) from error
     if names:
         indices = class_indices(names, info.class_names, path)
         targets = relabelled(targets, indices, len(info.class_names), path)

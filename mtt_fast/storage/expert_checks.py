@@ -45,7 +45,7 @@ def check_belongs(
     The message names the expert's file. `other_data` is that of `check_same_data`.
     """
     metadata, path = store.metadata(expert), store.path(expert)
-    mend = "give the options that it was trained with (`model`, `dataset`, `res`), or train experts anew"
+    mend = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts"
     _check_network(path, metadata, network.layout.describe(), network.describe(), mend)
     check_same_data(metadata.identity, identity, path, other_data=other_data)
 
@@ -143,7 +143,7 @@ def check_same_training(
     path, metadata = store.path(expert), store.metadata(expert)
     if metadata.imported:
         raise InputError(
-            f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
+            f"{path}: was imported, so its training is not known, and no further experts can be trained in its folder; "
             "choose another `buffer_path`"
         )
     expected = _NOT_RECORDED | {

@@ -186,7 +186,7 @@ def _is_from_before(metadata: Mapping[str, str]) -> bool:
 
 
 def check_part(path: str | os.PathLike[str], name: str, part: memoryview, checksum: str) -> None:
-    """Raise `InputError` unless these bytes of a file, which hold the tensor or row `name`, have this checksum."""
+    """Raise `InputError` unless these bytes of a file, those of the tensor or row `name`, have this checksum."""
     if checksum_of(part) != checksum:
         raise InputError(f"{path}: damaged: {name}: not the bytes that were written; {_MEND}")
 
@@ -217,6 +217,6 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 def warn_unchecked(path: str | os.PathLike[str]) -> None:
     """Warn in the log that a file or a folder has no checksums."""
     log.warning(
-        "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
+        "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert rewrites it",
         path,
     )

@@ -165,7 +165,7 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
             return f"the parameters after epoch {epoch} are not finite; {_why_not_finite(metadata)}"
     if (parameters == parameters[0]).all():
         return (
-            "the parameters are the same in every epoch; was each epoch copied, or a view of the live network recorded?"
+            "the parameters are the same in every epoch; were they saved as views of the live network, without a copy?"
         )
     return None
 
@@ -174,7 +174,7 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
     """Return the origin of NaN or infinite parameters, as far as the metadata tells, and what to do."""
     origin = metadata.hyperparameters.get("imported_from")
     if origin is not None:
-        return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
+        return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
     lr = metadata.hyperparameters.get("lr")
     than = "" if lr is None else f" than {lr:g}"
     return f"its training diverged; train with a smaller `lr_teacher`{than}"
@@ -229,7 +229,7 @@ class TrajectoryStore:
             ) from error
         if _UNFINISHED in names and not unfinished:
             raise InputError(
-                f"{self.folder}: expected all experts of a conversion, found it stopped half-way; give its command again, or "
+                f"{self.folder}: expected all experts of a conversion, found an unfinished one; repeat its command, or "
                 "delete the folder"
             )
         numbers = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names)
@@ -292,7 +292,7 @@ class TrajectoryStore:
         header, path = self._header(expert), self.path(expert)
         metadata = ExpertMetadata.from_text(header.text, path)
         if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
-            raise InputError(f"{path}: its parameters are not those that its metadata tells of; {_TRAIN_AGAIN}")
+            raise InputError(f"{path}: its parameters do not match its metadata; {_TRAIN_AGAIN}")
         return metadata
 
     def path(self, expert: int) -> Path:

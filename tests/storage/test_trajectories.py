@@ -256,7 +256,7 @@ def test_verify_finds_one_changed_bit(store: TrajectoryStore) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda p: p[0].expand_as(p), "the same in every epoch; was each epoch copied"),
+        (lambda p: p[0].expand_as(p), "the same in every epoch; were they saved as views"),
         (lambda p: p.index_fill(0, torch.tensor([2]), float("nan")), "after epoch 2 are not finite"),
         (lambda p: p.index_fill(0, torch.tensor([1]), float("inf")), "after epoch 1 are not finite"),
         (lambda p: p[:, :-1], "describes 752 parameters, found 751"),
