@@ -1,4 +1,4 @@
-"""Time training on distilled images, as in an evaluation: mtt_fast beside an ordinary module and optimiser."""
+"""Time training on distilled images, as in an evaluation: mtt_fast beside an ordinary module and optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time the training of experts on real images: mtt_fast beside an ordinary module and optimiser."""
+"""Time the training of experts on real images: mtt_fast beside an ordinary module and optimizer."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
             f"--runs {folder}: expected a run of a ConvNet without --texture, found --model {options.model}"
         )
     last, count = int(store.epochs(0)) - options.expert_epochs, len(distilled.images)
-    rates = distilled.lr if distilled.lr_per_step is None else distilled.lr_per_step
+    lrs = distilled.lr if distilled.lr_per_step is None else distilled.lr_per_step
     for place in reversed(range(starts)):
         epoch = last - place * last // (2 * max(1, starts - 1))
         generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
             target=store.read(0, epoch + options.expert_epochs).double(),
             images=distilled.images.double(),
             labels=distilled.labels.double() if distilled.labels.is_floating_point() else distilled.labels,
-            lr=rates.double(),
+            lr=lrs.double(),
             batches=torch.stack(batches),
         )
         kind, name = cast(LabelKind, distilled.label_kind), f"{folder.name}, epoch {epoch}"

@@ -311,12 +311,12 @@ def _block_operations(
 def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[Operation]:
     """Yield the operations on flat vectors, with the fewest arguments and with all."""
     a, b, c, d, *out = vectors
-    rate, shape, one = a.new_full((), 0.01), f"{len(a)}", a.nbytes
-    yield Operation("sgd_step", shape, (a, b, rate, out[0], None, None, 0.0, 0.0), 3 * one, 0)
-    momentum = (a, b, rate, out[0], c, out[1], 0.9, 5e-4)
+    lr, shape, one = a.new_full((), 0.01), f"{len(a)}", a.nbytes
+    yield Operation("sgd_step", shape, (a, b, lr, out[0], None, None, 0.0, 0.0), 3 * one, 0)
+    momentum = (a, b, lr, out[0], c, out[1], 0.9, 5e-4)
     yield Operation("sgd_step", f"{shape} momentum, decay", momentum, 5 * one, 0)
-    yield Operation("adjoint_step", shape, (a, b, c, rate, out[0], None, 0.0), 3 * one, 0)
-    incoming = (a, b, c, rate, out[0], d, 5e-4)
+    yield Operation("adjoint_step", shape, (a, b, c, lr, out[0], None, 0.0), 3 * one, 0)
+    incoming = (a, b, c, lr, out[0], d, 5e-4)
     yield Operation("adjoint_step", f"{shape} incoming, decay", incoming, 5 * one, 0)
     sums = PartialSums((a.view(1, -1),))
     yield Operation("add_up", shape, (sums,), 2 * one, 0)

@@ -61,10 +61,10 @@ def gradients_by(
         leaf = theta.detach().requires_grad_()
         theta = theta - lr * torch.autograd.grad(loss_on(index)(leaf, images[index]), leaf)[0]
     adjoint = 2 * (theta - target) / (start - target).square().sum()
-    to_images, to_lr, rate = torch.zeros_like(images), torch.zeros_like(lr), float(lr)
+    to_images, to_lr = torch.zeros_like(images), torch.zeros_like(lr)
     for at, index in zip(reversed(path), reversed(batches.unbind()), strict=True):
         v_dot_g, hessian_v, to_batch = product(loss_on(index), at, images[index], adjoint)
-        to_images.index_add_(0, index, to_batch, alpha=-rate)
+        to_images.index_add_(0, index, to_batch, alpha=-float(lr))
         to_lr -= v_dot_g
         adjoint = adjoint - lr * hessian_v
     return to_images, to_lr

@@ -24,9 +24,9 @@ def higher(case: Case) -> Gradients:
     from higher import innerloop_ctx
 
     module, images, lr = _module(case), *_learned(case)
-    optimiser = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     options: dict[str, Any] = {"copy_initial_weights": False, "override": {"lr": [lr]}}
-    with innerloop_ctx(module, optimiser, **options) as (student, steps):
+    with innerloop_ctx(module, optimizer, **options) as (student, steps):
         for index in case.batches:
             steps.step(F.cross_entropy(student(images[index]), case.labels[index]))
         return _differentiated(case, student.parameters(), images, lr)
@@ -37,9 +37,9 @@ def torchopt(case: Case) -> Gradients:
     from torchopt import MetaSGD
 
     module, images, lr = _module(case), *_learned(case)
-    optimiser = MetaSGD(module, lr=lr)
+    optimizer = MetaSGD(module, lr=lr)
     for index in case.batches:
-        optimiser.step(F.cross_entropy(module(images[index]), case.labels[index]))
+        optimizer.step(F.cross_entropy(module(images[index]), case.labels[index]))
     return _differentiated(case, module.parameters(), images, lr)
 
 

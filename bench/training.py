@@ -1,4 +1,4 @@
-"""Compare training on images by mtt_fast and by an ordinary module and optimiser, for `experts` and `evaluate`."""
+"""Compare training on images by mtt_fast and by an ordinary module and optimizer, for `experts` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def plain_loop(
     shape = (net.in_channels, net.num_classes, net.image_size, net.width, net.depth)
     module = testing.reference_convnet(*shape, net.norm).to(start)
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
-    optimiser = torch.optim.SGD(module.parameters(), sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    optimizer = torch.optim.SGD(module.parameters(), sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     augmentation = augment_by_strategy(augment)
     order = torch.randperm(len(images), generator=generator).to(start.device)
     for index in order.split(sgd.batch_size):
         inputs, targets = images.batch(index)
         if augmentation:
             inputs = augmentation(inputs, upload(augmentation.draw_parameters([inputs], generator), inputs.device))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(module(inputs), targets).backward()
-        optimiser.step()
+        optimizer.step()
     return torch.nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
@@ -65,7 +65,7 @@ def mtt_fast_loop(
 
 @functools.lru_cache(maxsize=1)
 def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
-    """Return the epoch function, the same object in every call, since on CUDA its first epoch records a graph."""
+    """Return the epoch function, the same object in every call, since on CUDA its first epoch captures a graph."""
     return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 

@@ -39,20 +39,20 @@ def main(iterations: int = 100, steps: int = 30, experts: int = 4, epochs: int =
     labels = torch.arange(10)
     real = pixels[[int((targets == label).nonzero()[0]) for label in labels]]  # the first of each class
     images = real.clone().requires_grad_()
-    rates = torch.full((steps,), 0.02, requires_grad=True)
-    optimiser = torch.optim.SGD([{"params": [images], "lr": 20.0}, {"params": [rates], "lr": 1e-5}], momentum=0.5)
+    lrs = torch.full((steps,), 0.02, requires_grad=True)
+    optimizer = torch.optim.SGD([{"params": [images], "lr": 20.0}, {"params": [lrs], "lr": 1e-5}], momentum=0.5)
     batches = torch.arange(10).expand(steps, -1)
     for iteration in range(iterations):
         trajectory = trajectories[iteration % experts]
         epoch = int(torch.randint(epochs - 1, (), generator=random))
         start, target = trajectory[epoch], trajectory[epoch + 2]
 
-        path = mtt_fast.unroll(net, start, images, labels, rates, batches)
+        path = mtt_fast.unroll(net, start, images, labels, lrs, batches)
         nearest = int(mtt_fast.nearest_step(path, target))
         loss = mtt_fast.matching_loss(path[nearest], start, target)  # later steps have no part in it
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if iteration % 10 == 0:
             print(f"{iteration}: matching loss {loss.item():.3f} at step {nearest} of {steps}")
 
@@ -60,7 +60,7 @@ def main(iterations: int = 100, steps: int = 30, experts: int = 4, epochs: int =
     for name, ten in (("real", real), ("distilled", images.detach())):
         with torch.no_grad():
             often = torch.arange(10).expand(200, -1)
-            path = mtt_fast.unroll(net, net.init(random), ten, labels, rates.mean(), often, momentum=0.9)
+            path = mtt_fast.unroll(net, net.init(random), ten, labels, lrs.mean(), often, momentum=0.9)
             right = net(path[-1], pixels[test]).argmax(1) == targets[test]
         print(f"trained on ten {name} images: {100 * right.double().mean():.1f} % right")
 

@@ -50,20 +50,20 @@ def main(iterations: int = 200, tasks: int = 4, shots: int = 1, steps: int = 3, 
     ]
     net, right = mtt_fast.FlatModule(network(width)), torch.arange(WAYS).repeat_interleave(10)
     untrained = net.init()
-    start, rates = untrained.clone().requires_grad_(), torch.full((steps,), 0.1, requires_grad=True)
+    start, lrs = untrained.clone().requires_grad_(), torch.full((steps,), 0.1, requires_grad=True)
 
     def answers_from(start: Tensor, kinds: list[Tensor]) -> Tensor:
         support, query, names = task(kinds, shots, random)
-        path = mtt_fast.unroll(net, start, support, names, rates, torch.arange(len(names)).expand(steps, -1))
+        path = mtt_fast.unroll(net, start, support, names, lrs, torch.arange(len(names)).expand(steps, -1))
         return net(path[-1], query)
 
-    optimiser = torch.optim.Adam([{"params": [start], "lr": 3e-3}, {"params": [rates], "lr": 1e-3}])
+    optimizer = torch.optim.Adam([{"params": [start], "lr": 3e-3}, {"params": [lrs], "lr": 1e-3}])
     for iteration in range(iterations):
         losses = [F.cross_entropy(answers_from(start, kinds[:28]), right) for _ in range(tasks)]
         loss = torch.stack(losses).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if iteration % 15 == 0:
             print(f"{iteration}: loss {loss.item():.3f} after {steps} steps")
 

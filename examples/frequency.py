@@ -56,7 +56,7 @@ def main(
     labels = torch.arange(10).repeat_interleave(ipc)
     chosen = torch.cat([(targets[:1400] == label).nonzero()[:ipc, 0] for label in range(10)])
     frequencies, lr = spectra[chosen][:, kept].requires_grad_(), torch.tensor(0.02, requires_grad=True)
-    optimiser = torch.optim.SGD([{"params": [frequencies], "lr": 20.0}, {"params": [lr], "lr": 1e-5}], momentum=0.5)
+    optimizer = torch.optim.SGD([{"params": [frequencies], "lr": 20.0}, {"params": [lr], "lr": 1e-5}], momentum=0.5)
     batches = torch.arange(len(labels)).expand(steps, -1)
     for iteration in range(iterations):
         epoch = int(torch.randint(epochs - 1, (), generator=random))
@@ -64,9 +64,9 @@ def main(
         images = images_of(frequencies, kept)
         path = mtt_fast.unroll(net, start, images, labels, lr, batches, AUGMENT, generator=random)
         loss = mtt_fast.matching_loss(path[-1], start, target)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # to the images, and on to the frequencies
-        optimiser.step()
+        optimizer.step()
         if iteration % 10 == 0:
             print(f"{iteration}: matching loss {loss.item():.3f}, learning rate {lr.item():.4f}")
     for name, seen in (("real images", pixels[chosen]), ("frequencies", images_of(frequencies.detach(), kept))):

@@ -49,7 +49,7 @@ def main(iterations: int = 100, steps: int = 20, experts: int = 4, epochs: int =
     labels = torch.arange(10)
     real = train[0][[int((train[1] == label).nonzero()[0]) for label in labels]]  # the first of each class
     images, lr = real.clone().requires_grad_(), torch.tensor(0.02, requires_grad=True)
-    optimiser = torch.optim.SGD([{"params": [images], "lr": 20.0}, {"params": [lr], "lr": 1e-5}], momentum=0.5)
+    optimizer = torch.optim.SGD([{"params": [images], "lr": 20.0}, {"params": [lr], "lr": 1e-5}], momentum=0.5)
     batches = torch.arange(10).expand(steps, -1)  # every step sees all ten
     for iteration in range(iterations):
         trajectory = trajectories[iteration % experts]
@@ -58,9 +58,9 @@ def main(iterations: int = 100, steps: int = 20, experts: int = 4, epochs: int =
 
         path = mtt_fast.unroll(net, start, images, labels, lr, batches, AUGMENT, generator=random)
         loss = mtt_fast.matching_loss(path[-1], start, target)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # exact, through all steps
-        optimiser.step()
+        optimizer.step()
         if iteration % 10 == 0:
             print(f"{iteration}: matching loss {loss.item():.3f}, learning rate {lr.item():.4f}")
 

@@ -35,7 +35,7 @@ def main(
     labels = torch.arange(10).repeat_interleave(ipc)
     chosen = torch.cat([(targets == label).nonzero()[:ipc, 0] for label in range(10)])
     images = pixels[chosen].requires_grad_()
-    optimiser = torch.optim.Adam([images], lr=0.01)
+    optimizer = torch.optim.Adam([images], lr=0.01)
 
     def train(
         start: Tensor, images: Tensor, steps: int, before: int = 0, moments: Tensor | None = None
@@ -57,9 +57,9 @@ def main(
 
         real = training[torch.randint(len(training), (256,), generator=random)]
         loss = F.cross_entropy(net(path[-1], pixels[real]), targets[real])  # any function of the path will do
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if iteration % 15 == 0:
             print(f"{iteration}: loss {loss.item():.3f} after {before} + {window} steps")
 

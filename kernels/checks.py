@@ -26,7 +26,7 @@ from .types import (
 
 
 def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scalars: dict[str, Tensor]) -> None:
-    """Check that flat vectors have the size, dtype and device of the first that is a tensor, and scalars its dtype and device."""
+    """Raise `ValueError` unless vectors have the size, dtype and device of the first one that is a tensor, and scalars its dtype and device."""
     given = {name: vector for name, vector in vectors.items() if isinstance(vector, Tensor)}
     first = next(iter(given.values()))
     check_tensors(op, first, given, (first.numel(),))
@@ -40,9 +40,9 @@ def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scal
 
 
 def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> None:
-    """Check the dtype, the device and the layout of partial sums.
+    """Raise `ValueError` unless the pieces and divisors of partial sums have the dtype and device of `first`.
 
-    Pieces and divisors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
+    Each summand must be contiguous, or channels_last if it is a weight.
     """
     for divisor in sums.divisors:
         check_tensors(op, first, {f"a divisor of {name}": divisor}, ())
@@ -68,7 +68,7 @@ def check_planes(
     stats: dict[str, Tensor] | None = None,
     pooled: Mapping[str, Convolved] | None = None,
 ) -> None:
-    """Check the arguments of a plane operation against `y` (B, C, H, W): shapes, dtypes, device, memory format.
+    """Raise `ValueError` unless the arguments of a plane operation fit `y` (B, C, H, W) in shape, dtype, device and memory format.
 
     `planes` are like `y`, `channels` are (C,), `stats` (B, C), and `pooled` (B, C, H//2, W//2).
     """
@@ -86,7 +86,7 @@ def check_planes(
 
 
 def check_parts(op: str, name: str, planes: Convolved) -> None:
-    """Check the parts of planes that are in parts: at least one, float32, of the planes' shape, device and memory format."""
+    """Raise `ValueError` unless partial planes have at least one part, float32, of the planes' shape, device and memory format."""
     if isinstance(planes, PartialPlanes):
         if planes.parts.dim() != 5 or len(planes.parts) < 1:
             raise ValueError(f"{op}: expected parts of {name} (S, B, C, H, W), found {tuple(planes.parts.shape)}")
@@ -101,7 +101,7 @@ def check_parts(op: str, name: str, planes: Convolved) -> None:
 def check_convolution(
     op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Weight], channel_axis: int
 ) -> None:
-    """Check that the inputs and the weights of a convolution fit.
+    """Raise `ValueError` unless the inputs and the weights of a convolution fit.
 
     `channel_axis` is the axis of the weights that has the inputs' channels: 1, or 0 for the gradient of the input.
     """
@@ -125,7 +125,7 @@ def check_convolution(
 
 
 def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    """Check the `inputs` of a weight gradient, one of them named "x", and its `outputs`, shaped as convolutions of x."""
+    """Raise `ValueError` unless the `inputs` of a weight gradient, one of them named "x", fit its `outputs`, shaped as convolutions of x."""
     x, y = inputs["x"], next(iter(outputs.values()))
     if x.dim() != 4 or y.dim() != 4:
         raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
@@ -143,7 +143,7 @@ def check_classifier(
     label_kind: LabelKind,
     scales: dict[str, Tensor | None] | None = None,
 ) -> None:
-    """Check the arguments of a classifier against the first of its planes (B, C, h, w) and of its biases (K,)."""
+    """Raise `ValueError` unless the arguments of a classifier fit the first of its planes (B, C, h, w) and of its biases (K,)."""
     first = planes[0]
     if label_kind not in get_args(LabelKind):
         raise ValueError(f"{op}: expected label_kind {', '.join(get_args(LabelKind))}, found {label_kind!r}")
@@ -177,7 +177,7 @@ def check_classifier(
 
 
 def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
-    """Check that `index` is int64 (count,) on the device of `rows`, and on a CPU that its values are rows.
+    """Raise `ValueError` unless `index` is int64 (count,) on the device of `rows`, and on a CPU its values are rows.
 
     On an accelerator the values are not checked: that would wait for the device.
     """
@@ -192,7 +192,7 @@ def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
 
 
 def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
-    """Check the images (B, C, H, W) of a warp, which the operation calls `name`, and its parameters against them."""
+    """Raise `ValueError` unless the images (B, C, H, W) of a warp, which the operation calls `name`, and its parameters fit."""
     if images.dim() != 4 or min(images.shape[1:]) < 1:
         raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
     check_tensors(op, images, {name: images}, images.shape)
@@ -200,7 +200,7 @@ def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
 
 
 def check_batch_images(op: str, batch: BatchImages) -> None:
-    """Check the images of a batch for the first block: shapes, dtypes, device, memory format, and on a CPU the indices."""
+    """Raise `ValueError` unless the images of a batch fit the first block in shape, dtype, device and memory format, and on a CPU in the indices."""
     x, padding, indices, warp = batch
     if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
         raise ValueError(
@@ -217,7 +217,7 @@ def check_batch_images(op: str, batch: BatchImages) -> None:
 
 
 def check_batch_gradient(op: str, batch: BatchGradient, factor: Tensor) -> None:
-    """Check the gradient of a batch that, times `factor` (), is added to the gradient of all images."""
+    """Raise `ValueError` unless the gradient of a batch can, times `factor` (), be added to the gradient of all images."""
     out, indices, y_bar, warp = batch
     if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
         raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")
@@ -230,7 +230,7 @@ def check_batch_gradient(op: str, batch: BatchGradient, factor: Tensor) -> None:
 
 
 def check_warp_parameters(op: str, parameters: Tensor, count: int, images: Tensor) -> None:
-    """Check the parameters (count, 13) of warps of `images`, and on a CPU that each warp has an inverse."""
+    """Raise `ValueError` unless the parameters (count, 13) of warps fit `images`; on a CPU each warp must have an inverse."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=images.device)
     check_tensors(op, like, {"parameters": parameters}, (count, len(WARP_PARAMETERS)))
@@ -252,7 +252,7 @@ def check_tensors(
     like_format: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Check that each of `tensors` has `shape`, the device of `first`, and no graph.
+    """Raise `ValueError` unless each of `tensors` has `shape`, the device of `first`, and no graph.
 
     Its dtype is `dtype`, or that of `first`. Its memory format is that of `like_format`; without one it is contiguous.
     """
@@ -274,9 +274,9 @@ def check_tensors(
 
 
 def check_plain(op: str, name: str, tensor: Tensor) -> None:
-    """Check that nothing is lost if compiled code reads the memory of `tensor`: no derivative, no transform, no sign.
+    """Raise `ValueError` unless compiled code can read the values of `tensor` from its memory.
 
-    Such code sees neither of them, so its result would be wrong without any other symptom.
+    Such code does not see a derivative, a transform of torch.func or a negative view, so its result would be silently wrong.
     """
     if tensor.requires_grad or _has_tangent(tensor):
         found = "that requires grad" if tensor.requires_grad else "with a tangent of forward mode"

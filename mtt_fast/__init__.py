@@ -59,7 +59,7 @@ __all__ = [
     "unroll",
 ]
 
-_LATER = {
+_LAZY = {
     "SyntheticDataset": "data.synthetic",
     "TrajectoryStore": "storage.trajectories",
     "Whitening": "data.whitening",
@@ -67,9 +67,9 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module 'mtt_fast' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"mtt_fast.{_LATER[name]}"), name)
+    return getattr(importlib.import_module(f"mtt_fast.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ from mtt_fast.commands import cli
 from mtt_fast.errors import InputError, did_you_mean
 
 _COMMANDS = {
-    "experts": "train experts on real images and record their trajectories",
+    "experts": "train experts on real images and save their trajectories",
     "buffer": "the same, by the public code's name",
     "distill": "distil a data set into a few synthetic images per class",
     "compress": "compress experts to a few waypoints each",

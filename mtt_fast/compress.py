@@ -124,9 +124,9 @@ def _check_same(
 
 
 def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
-    """Check that `experts` of the `compressed` store were made from the `whole` experts of the same numbers, where these exist.
+    """Raise `InputError` if one of `experts` in the `compressed` store was made from another expert than that in `whole`.
 
-    Raises `InputError` that names both files.
+    Experts of the same number are compared. The message names both files.
     """
     for expert in experts:
         index, made_of = compressed.indices[expert], compressed.metadata(expert).made_of

@@ -90,7 +90,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     with stop_request() as stop:
         for name, network in networks.items():
             accuracies[name] = evaluate(
-                network, train, real.test, lr, protocol, networks=options.num_eval, seed=options.seed, name=name,
+                network, train, real.test, lr, protocol, num_networks=options.num_eval, seed=options.seed, name=name,
                 stop=stop, precision=precision_on(device, network, options.precision),
                 at_once=options.networks_at_once,
             )  # fmt: skip

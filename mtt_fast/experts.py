@@ -1,4 +1,4 @@
-"""Train experts on real images and record their parameters after every epoch: `python -m mtt_fast.experts`.
+"""Train experts on real images and save their parameters after every epoch: `python -m mtt_fast.experts`.
 
 The first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i), and is written as soon as it
 is trained, so a stopped run continues where it was. mtt_fast/training/experts.py trains one.
@@ -23,10 +23,10 @@ from mtt_fast.commands.options import (
     Count,
     CountFromZero,
     Networks,
+    NonNegative,
+    NonNegativeOrNone,
+    Positive,
     PositiveShare,
-    Rate,
-    RateOrZero,
-    RateOrZeroOrNone,
     Share,
     StoreDtype,
     TrainingOptions,
@@ -67,8 +67,8 @@ class ExpertTrainingOptions(TrainingOptions):
         "load_all": "trajectories are memory-mapped; nothing is loaded whole",
         "max_files": "there is one file an expert; limit them with --max_experts",
         "save_interval": "every expert is saved as soon as it is trained",
-        "force_save": "pictures are drawn, however many images there are",
-        "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
+        "force_save": "pictures are always drawn",
+        "lr_init": "the public code does not use it either; the learned learning rate starts at --lr_teacher in both",
     }
     """Flags of the public code that do nothing here, with the reasons: accepted, and named in the log."""
 
@@ -76,15 +76,15 @@ class ExpertTrainingOptions(TrainingOptions):
     """epochs of each expert"""
     mom: Share = 0.0
     """momentum of the experts"""
-    l2: RateOrZero = 0.0
+    l2: NonNegative = 0.0
     """weight decay of the experts"""
     decay: bool = False
     """divide the experts' learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
-    rho_max: RateOrZero = 0.0
+    rho_max: NonNegative = 0.0
     """radius of SAM for the experts at the full learning rate; 0: plain SGD. FTD and DATM use 0.01"""
-    rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
+    rho_min: Annotated[NonNegativeOrNone, Needs("rho_max")] = None
     """radius of SAM after --decay has divided the learning rate; if not given, --rho_max"""
-    alpha: Annotated[RateOrZero, Needs("rho_max")] = 0.0
+    alpha: Annotated[NonNegative, Needs("rho_max")] = 0.0
     """weight of GSAM: subtract this much of the experts' plain gradient, orthogonal to SAM's gradient. FTD uses 0.3 or 1"""
     adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
     """scale SAM's radius by the size of each parameter (ASAM), as FTD's code does"""
@@ -110,7 +110,7 @@ class ExpertTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class ExpertOptions(ExpertTrainingOptions):
-    """Train experts and record their trajectories."""
+    """Train experts and save their trajectories."""
 
     IGNORED: ClassVar[dict[str, str]] = ExpertTrainingOptions.IGNORED | {
         "batch_real": "it changes no expert in the public code either; --batch_train is the batch size of their training",
@@ -118,14 +118,14 @@ class ExpertOptions(ExpertTrainingOptions):
 
     num_experts: Annotated[Networks, Role.EXTENT] = 100
     """number of experts; missing ones are trained"""
-    lr_teacher: Rate = 0.01
+    lr_teacher: Positive = 0.01
     """learning rate of the experts"""
     batch_train: Count = 256
     """batch size of the experts' training"""
     buffer_path: Annotated[str, Role.LOCATION, Group.OUTPUT] = "buffers"
     """folder for the trajectories: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
     store_dtype: Annotated[StoreDtype, Group.OUTPUT] = "float32"
-    """number format of the recorded parameters; bfloat16 takes half the disk space"""
+    """number format of the saved parameters; bfloat16 takes half the disk space"""
 
     sort_method: Annotated[str | None, Role.LOCATION] = None
     """file with the training images of each class in the order of their difficulty, for PAD's curriculum: the indices, the easiest
@@ -154,7 +154,7 @@ class ExpertOptions(ExpertTrainingOptions):
         if not Path(self.sort_method).is_file():
             raise InputError(
                 f"--sort_method {self.sort_method}: expected a file such as data_indices/CIFAR10_GraNd.pt of PAD's code, found none; "
-                "mend the path"
+                "check the path"
             )
         curriculum = Curriculum(
             read_order(self.sort_method),
@@ -172,8 +172,8 @@ def checked(training: ExpertTraining) -> ExpertTraining:
     """Return `training` with `adaptive` off where there is no radius; raise `InputError` for values that do not go together."""
     if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
         raise InputError(
-            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice, or --decay and a "
-            "smaller --rho_min; the radius falls as the learning rate does"
+            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value for both, or --decay with a "
+            "smaller --rho_min, since the radius falls when the learning rate does"
         )
     if not training.rho_max and training.alpha:
         raise InputError(f"--alpha {training.alpha}: expected --rho_max above 0 with it")
@@ -226,7 +226,7 @@ def first_expert(
 class _Request(NamedTuple):
     """The experts that a folder is to hold."""
 
-    experts: int
+    num_experts: int
     images: RealImages
     network: Trainable
     training: ExpertTraining
@@ -238,7 +238,7 @@ class _Request(NamedTuple):
 def _missing(folder: Path, request: _Request) -> list[int]:
     """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested."""
     present = experts_in(folder)
-    missing = _numbers_missing(present, request.experts)
+    missing = _numbers_missing(present, request.num_experts)
     if present:
         check_trained_alike(
             present, request.network, request.images.identity, request.training, request.seed,
@@ -269,14 +269,14 @@ def check_trained_alike(
     *,
     more: bool = True,
 ) -> None:
-    """Check that all `present` experts are of `network` and the images of `identity`, and were trained by these settings.
+    """Raise `InputError` unless all `present` experts are of `network` and the images of `identity`, and were trained with these settings.
 
-    Raises `InputError` that names the first that is not, and where `more` are to be added to compressed experts.
+    The message names the first one that was not. If `more` experts are to be trained, compressed ones are refused too.
     """
     if more and present.course(0) is not None:
         raise InputError(
             f"{present.folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
-            f"{len(present)} or less, or the --buffer_path of whole experts"
+            f"{len(present)} or less, or the --buffer_path of uncompressed experts"
         )
     for expert in range(len(present)):
         check_belongs(present, expert, network, identity)
@@ -291,7 +291,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
     device, training_images = images.train.labels.device, images.train
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), jobs=max(1, len(missing)), at_once=at_once,
+        batch=min(training.batch_size, len(training_images)), num_jobs=max(1, len(missing)), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     with (
@@ -303,7 +303,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
             return expert_job(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
 
         for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
-            metadata = ExpertMetadata.of(
+            metadata = ExpertMetadata.from_identity(
                 images.identity,
                 network=network.describe(),
                 layout=network.layout.describe(),

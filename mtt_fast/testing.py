@@ -36,7 +36,7 @@ def reference_convnet(
 ) -> nn.Module:
     """Return ConvNet as an ordinary `nn.Module`, as the public code builds it; random parameters.
 
-    `norm` is "instance" or "none". The parameters bear the public code's names. Raises `ValueError` for another norm.
+    `norm` is "instance" or "none". The parameters have the public code's names. Raises `ValueError` for another norm.
     """
     if norm not in ("instance", "none"):
         raise ValueError(f"reference_convnet norm: expected instance or none, found {norm}")
@@ -82,15 +82,15 @@ def whole_graph(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> MetaGradient:
-    """Differentiate `|θ_N − θ*|² / |θ_0 − θ*|²` through N recorded SGD steps (the denominator held constant).
+    """Differentiate `|θ_N − θ*|² / |θ_0 − θ*|²` through the autograd graph of N SGD steps (the denominator held constant).
 
     `augment(images, n)` is the augmentation of step n, with its random numbers fixed. Shapes are those of `mtt_fast.unroll`.
     """
-    theta_0, pixels, rate = (value.detach().clone().requires_grad_() for value in (start, images, lr))
+    theta_0, pixels, lr = (value.detach().clone().requires_grad_() for value in (start, images, lr))
     soft = labels.is_floating_point()
     all_targets = labels.detach().clone().requires_grad_(soft)
     theta, velocity = theta_0, torch.zeros_like(start)
-    rates = rate.expand(len(batches), *rate.shape[1:])
+    lrs = lr.expand(len(batches), *lr.shape[1:])
     for n, index in enumerate(batches):
         inputs = pixels[index] if augment is None else augment(pixels[index], n)
         targets = all_targets[index]
@@ -101,9 +101,9 @@ def whole_graph(
             loss = -((F.softmax(targets, dim=1) if label_logits else targets) * log_p).sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         velocity = momentum * velocity + gradient + weight_decay * theta
-        theta = theta - rates[n] * velocity
+        theta = theta - lrs[n] * velocity
     distance = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
-    leaves = [theta_0, pixels, rate] + ([all_targets] if soft else [])
+    leaves = [theta_0, pixels, lr] + ([all_targets] if soft else [])
     to_start, to_images, to_lr, *to_labels = torch.autograd.grad(distance, leaves)
     return MetaGradient(
         theta.detach(), distance.detach(), to_images, to_labels[0] if to_labels else None, to_lr, to_start
@@ -121,7 +121,7 @@ def truncated(
 ) -> MetaGradient:
     """Return TESLA's approximation of the meta-gradient (Cui et al., 2023), by its two loops. Not exact.
 
-    The last adjoint stands for that of every step. The second loop records one step at a time. The image gradient is
+    The last adjoint stands for that of every step. The second loop builds the graph of one step at a time. The image gradient is
     that of the formula: the public code returns half of it, since that code doubles a tuple in place of its only member.
     `labels` are class indices or probabilities; `lr` is a scalar, or has one rate for each step. The rest is as in `whole_graph`.
     """
@@ -131,29 +131,29 @@ def truncated(
         return -(labels * log_p).sum(1).mean() if labels.is_floating_point() else F.nll_loss(log_p, labels)
 
     start, target, images, labels, lr = (value.detach() for value in (start, target, images, labels, lr))
-    rates, path = lr.expand(len(batches)), [start]
-    for rate, index in zip(rates, batches, strict=True):
+    lrs, path = lr.expand(len(batches)), [start]
+    for step_lr, index in zip(lrs, batches, strict=True):
         theta = path[-1].detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(theta, images[index], labels[index]), theta)
-        path.append(path[-1] - rate * gradient)
-    moved = (start - target).square().sum()
-    adjoint = 2 * (path[-1] - target) / moved
+        path.append(path[-1] - step_lr * gradient)
+    initial_distance = (start - target).square().sum()
+    adjoint = 2 * (path[-1] - target) / initial_distance
     soft = labels.is_floating_point()
-    to_images, to_rates = torch.zeros_like(images), torch.zeros_like(rates)
+    to_images, to_lrs = torch.zeros_like(images), torch.zeros_like(lrs)
     to_labels = torch.zeros_like(labels) if soft else None
     for n, index in enumerate(batches):
         theta, pixels, targets = path[n].detach().requires_grad_(), images[index].requires_grad_(), labels[index]
         targets.requires_grad_(soft)
         (gradient,) = torch.autograd.grad(loss_of(theta, pixels, targets), theta, create_graph=True)
-        along = gradient @ adjoint
-        to_pixels, *to_targets = torch.autograd.grad(along, (pixels, targets) if soft else (pixels,))
-        to_images.index_add_(0, index, -rates[n] * to_pixels)
+        v_dot_g = gradient @ adjoint
+        to_pixels, *to_targets = torch.autograd.grad(v_dot_g, (pixels, targets) if soft else (pixels,))
+        to_images.index_add_(0, index, -lrs[n] * to_pixels)
         if to_labels is not None:
-            to_labels.index_add_(0, index, -rates[n] * to_targets[0])
-        to_rates[n] = -along.detach()
-    loss = (path[-1] - target).square().sum() / moved
+            to_labels.index_add_(0, index, -lrs[n] * to_targets[0])
+        to_lrs[n] = -v_dot_g.detach()
+    loss = (path[-1] - target).square().sum() / initial_distance
     return MetaGradient(
-        path[-1], loss, to_images, to_labels, to_rates if lr.numel() > 1 else to_rates.sum().view(lr.shape), adjoint
+        path[-1], loss, to_images, to_labels, to_lrs if lr.numel() > 1 else to_lrs.sum().view(lr.shape), adjoint
     )
 
 

@@ -123,7 +123,7 @@ def test_a_set_brings_its_batch_size_and_the_table_all_else(monkeypatch: pytest.
     def measured(
         network: Any, train: Any, test: Any, lr: float, protocol: EvaluationProtocol, **others: Any
     ) -> Accuracy:
-        named = ("networks", "seed", "precision", "at_once")
+        named = ("num_networks", "seed", "precision", "at_once")
         asked.append((round(lr, 6), protocol.epochs, protocol.batch_size, *(others[name] for name in named)))
         return Accuracy((0.5,))
 

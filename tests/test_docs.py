@@ -156,12 +156,12 @@ def test_the_window_of_adam_starts_with_the_moments_that_were_left() -> None:
     exec(of_adam, space)
     net, images, labels, lr = (space[name] for name in ("net", "images", "labels", "lr"))
     theta = space["start"].detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([theta], lr.item())
+    optimizer = torch.optim.Adam([theta], lr.item())
     for index in space["before"]:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(theta, images[index].detach()), labels[index]).backward()
-        optimiser.step()
-    state = optimiser.state[theta]
+        optimizer.step()
+    state = optimizer.state[theta]
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     theta = theta.detach().requires_grad_()
     for n, index in enumerate(space["window"], len(space["before"]) + 1):

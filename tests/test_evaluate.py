@@ -35,14 +35,14 @@ def test_the_protocol_is_the_public_one_written_out() -> None:
     module = reference_convnet(1, 3, 6, 4, 1)
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
     lr = 0.1
-    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     for epoch in range(6 + 1):  # one more than asked, as in the public code
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(pixels), labels).backward()
-        optimiser.step()
+        optimizer.step()
         if epoch == 6 // 2 + 1:
             lr *= 0.1
-            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+            optimizer = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
     assert_close("parameters", end - start, flat - start, 1e-4)
 

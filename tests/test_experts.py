@@ -62,14 +62,14 @@ def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))  # one batch holds all: its order does not matter
     lr = training.lr
-    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
+    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
     for epoch in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(pixels), labels).backward()
-        optimiser.step()
+        optimizer.step()
         if decay and epoch == 5 // 2 + 1:
             lr *= 0.1
-            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
+            optimizer = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
         flat = torch.nn.utils.parameters_to_vector(module.parameters())
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
     seen, truth = images.test.batch(slice(None))
@@ -189,9 +189,9 @@ def test_flat_and_other_experts_are_not_mixed(tmp_path: Path, capsys: pytest.Cap
     recorded = TrajectoryStore(buffers(tmp_path)).metadata(0).hyperparameters
     assert [recorded[name] for name in ("rho_max", "rho_min", "alpha", "adaptive")] == [0.01, 0.01, 0.3, True]
     assert run(tmp_path, "--rho_max", "0.01", "--alpha", "0.3", "--num_experts", "4") == 0
-    for other, complaint in ([], "rho_max 0.01, not 0.0"), ([*flat, "--adaptive", "False"], "adaptive True, not False"):
+    for other, problem in ([], "rho_max 0.01, not 0.0"), ([*flat, "--adaptive", "False"], "adaptive True, not False"):
         assert run(tmp_path, *other, "--num_experts", "5") == 2
-        assert f"trained with {complaint}" in capsys.readouterr().err
+        assert f"trained with {problem}" in capsys.readouterr().err
     assert len(TrajectoryStore(buffers(tmp_path))) == 4
 
 
@@ -280,7 +280,10 @@ def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
         (["--store_dtype", "int4"], "--store_dtype: expected one of 'float32', 'bfloat16', found 'int4'"),
         (["--lr_teacher", "-1"], "--lr_teacher -1.0: expected more than 0"),
         (["--rho_max", "0.01"], "trained with rho_max 0.0, not 0.01"),
-        (["--rho_max", "0.01", "--rho_min", "0"], "--rho_max 0.01, --rho_min 0.0: expected the same value twice, or"),
+        (
+            ["--rho_max", "0.01", "--rho_min", "0"],
+            "--rho_max 0.01, --rho_min 0.0: expected the same value for both, or",
+        ),
         (["--rho_min", "0.01", "--decay"], "--rho_min 0.01: has no effect without --rho_max"),
         (["--rho_max", "-1", "--rho_min", "-1"], "--rho_max -1.0: expected at least 0"),
         (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),

@@ -19,10 +19,9 @@ CPP = Path(__file__).resolve().parents[1] / "cpp"
 
 
 def check_sources(module: ModuleType, folder: Path = CPP) -> None:
-    """Check that the extension `module` was built from the C++ sources in `folder`, where there are any.
+    """Raise `ImportError` if the extension `module` was built from other C++ sources than those in `folder`.
 
-    Only an editable install has them: a pull or an edit changes them, and leaves the extension as it was built.
-    Raises `ImportError` where they differ.
+    Only an editable install has sources there. A pull or an edit changes them, and leaves the extension as it was built.
     """
     files = sorted(path for kind in ("*.cpp", "*.h") for path in folder.glob(kind))
     digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)

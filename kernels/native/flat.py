@@ -13,7 +13,7 @@ from .warp import colour_warp_mask_transpose_add
 def sgd_step(
     theta: Tensor,
     gradient: Tensor | PartialSums,
-    rate: Tensor,
+    lr: Tensor,
     out: Tensor,
     velocity: Tensor | None,
     velocity_out: Tensor | None,
@@ -22,7 +22,7 @@ def sgd_step(
 ) -> Tensor:
     """See `mtt_fast.kernels.sgd_step`."""
     factors = (momentum, weight_decay, torch.get_num_threads())
-    extension().sgd_step(theta, vector_of(gradient), rate.item(), out, velocity, velocity_out, *factors)
+    extension().sgd_step(theta, vector_of(gradient), lr.item(), out, velocity, velocity_out, *factors)
     torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])
     return out
 

@@ -130,7 +130,7 @@ def conv_norm_relu_pool_dual_backward(
 def _check(
     op: str, patches: Patches, weights: dict[str, Tensor], channels: dict[str, Tensor], pooled: dict[str, Convolved]
 ) -> None:
-    """Check parameters and pooled planes against the patches (B, H + 2·padding, W + 2·padding, C)."""
+    """Raise `ValueError` unless parameters and pooled planes fit the patches (B, H + 2·padding, W + 2·padding, C)."""
     batch, height, width, image_channels = patches.images.shape
     weight, wide = weights["weight"], accumulator(patches.images.dtype)
     if weight.dim() != 4 or len(weight) < 1 or weight.shape[1:] != (image_channels, 3, 3):

@@ -34,23 +34,23 @@ def add_up(sums: PartialSums) -> Tensor:
 def sgd_step(
     theta: Tensor,
     gradient: Tensor | PartialSums,
-    rate: Tensor,
+    lr: Tensor,
     out: Tensor,
     velocity: Tensor | None = None,
     velocity_out: Tensor | None = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> Tensor:
-    """Write θ − `rate` · u to `out` and return it, with u = `momentum` · `velocity` + `gradient` + `weight_decay` · θ.
+    """Write θ − `lr` · u to `out` and return it, with u = `momentum` · `velocity` + `gradient` + `weight_decay` · θ.
 
     That is a step of torch.optim.SGD. The new velocity u is written to `velocity_out` if there is one, and no `velocity`
-    stands for zero. `theta` and the other vectors (P,), contiguous, and `rate` () are of one floating dtype and device.
+    stands for zero. `theta` and the other vectors (P,), contiguous, and `lr` () are of one floating dtype and device.
     `out` may be `theta`, and `velocity_out` may be `velocity`. `gradient` may be partial sums, as `add_up` takes them.
     Raises `ValueError` for anything else.
     """
     vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
-    check_vectors("sgd_step", vectors, {"rate": rate})
-    arguments = (theta, gradient, rate, out, velocity, velocity_out, momentum, weight_decay)
+    check_vectors("sgd_step", vectors, {"lr": lr})
+    arguments = (theta, gradient, lr, out, velocity, velocity_out, momentum, weight_decay)
     return dispatch.implementation_of("sgd_step", theta)(*arguments)  # type: ignore[no-any-return]
 
 

@@ -30,20 +30,20 @@ def add_up(sums: PartialSums) -> Tensor:
 def sgd_step(
     theta: Tensor,
     gradient: Tensor | PartialSums,
-    rate: Tensor,
+    lr: Tensor,
     out: Tensor,
     velocity: Tensor | None,
     velocity_out: Tensor | None,
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    """Write u = μ velocity + g + ω θ to `velocity_out` and θ − `rate` u to `out`. All (P,), `rate` ()."""
+    """Write u = μ velocity + g + ω θ to `velocity_out` and θ − `lr` u to `out`. All (P,), `lr` ()."""
     update = vector_of(gradient) + weight_decay * theta
     if velocity is not None:
         update = update + momentum * velocity
     if velocity_out is not None:
         velocity_out.copy_(update)
-    return out.copy_(theta - rate * update)
+    return out.copy_(theta - lr * update)
 
 
 def adjoint_step(

@@ -64,13 +64,13 @@ def _add_up(out: tl.tensor, pieces: tl.tuple, divisors: tl.tuple, PIECES: tl.con
             tl.store(out + offsets, total, mask)
 
 
-# an element of a vector of rates has any alignment
-@triton.jit(do_not_specialize_on_alignment=["rate"])
+# `lr` may be an element of a vector, so it has any alignment
+@triton.jit(do_not_specialize_on_alignment=["lr"])
 def _sgd_step(
     theta: tl.tensor,
     pieces: tl.tuple,  # pointers to the first summand of each piece
     divisors: tl.tuple,  # pointers to scalars that divide the sums
-    rate: tl.tensor,
+    lr: tl.tensor,
     out: tl.tensor,
     velocity: tl.tensor,  # or None
     velocity_out: tl.tensor,  # or None
@@ -92,7 +92,7 @@ def _sgd_step(
                 update += MOMENTUM * tl.load(velocity + offsets, mask, 0).to(ACC)
             if velocity_out is not None:
                 tl.store(velocity_out + offsets, update, mask)
-            tl.store(out + offsets, value - tl.load(rate).to(ACC) * update, mask)
+            tl.store(out + offsets, value - tl.load(lr).to(ACC) * update, mask)
 
 
 # these arguments of a step have any alignment, and single loads read them
@@ -224,7 +224,7 @@ def add_up(sums: PartialSums) -> Tensor:
 def sgd_step(
     theta: Tensor,
     gradient: Tensor | PartialSums,
-    rate: Tensor,
+    lr: Tensor,
     out: Tensor,
     velocity: Tensor | None,
     velocity_out: Tensor | None,
@@ -232,7 +232,7 @@ def sgd_step(
     weight_decay: float,
 ) -> Tensor:
     """See `mtt_fast.kernels.sgd_step`. The rate is read on the device, so nothing waits for its value."""
-    vectors = (rate, out, velocity, velocity_out)
+    vectors = (lr, out, velocity, velocity_out)
     constants: dict[str, Any] = {"MOMENTUM": momentum, "WEIGHT_DECAY": weight_decay, **_row("sgd_step", theta)}
     _launch_step(_sgd_step, theta, gradient, *vectors, **constants)
     torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])

@@ -1,17 +1,17 @@
-"""Measure how close students on distilled sets come to where real training goes: `python -m mtt_fast.analysis distance`.
+"""Measure the distance between training on distilled sets and on real images: `python -m mtt_fast.analysis distance`.
 
-The right of Figure 5 of the paper (section 4.2), which compares sets that were distilled to match long and short pieces
-of training: there of CIFAR-100 with 1 image per class, MTT and DSA. From one set of initial parameters θ_0
+This is Figure 5, right, of the paper (section 4.2), which compares MTT and DSA on CIFAR-100 with 1 image per class. From one set
+of initial parameters θ_0
 
-    θ*_Δt   is where Δt steps of training on real images lead (as experts are trained: SGD, its augmentation, …)
-    θ̂_k     is where k steps on the distilled set lead (as in its distillation: its learning rate, batch size,
-            augmentation, momentum and weight decay), k = 0 … K, in the paper K = 1,000
+    θ*_Δt   are the parameters after Δt steps of training on real images, as experts are trained
+    θ̂_k     are the parameters after k steps on the distilled set, with the learning rate, batch size, augmentation, momentum
+            and weight decay of its distillation; k = 0 … K, in the paper K = 1,000
 
     d(Δt) = min_k |θ̂_k − θ*_Δt|² / |θ_0 − θ*_Δt|²
 
-the normalised squared error of the matching loss at the step that comes closest: 1 where no step is closer than the start,
-0 where a step meets the target. The start and the real steps are those of an expert, so after whole epochs θ* is the row that
-`mtt_fast.experts` records. With --starts the distances are measured from several sets of initial parameters.
+d is the normalised squared error of the matching loss at the closest step: 1 if no step is closer than the start, 0 if a step
+reaches the target. The start and the real steps are those of an expert, so after whole epochs θ* is the row that
+`mtt_fast.experts` saves. With --starts the distances are measured from several sets of initial parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
-from mtt_fast.commands.options import CommonOptions, Count, Networks, Rate
+from mtt_fast.commands.options import CommonOptions, Count, Networks, Positive
 from mtt_fast.commands.tables import legend_label, markdown_table, save_figure
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.segments import student_batches
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m mtt_fast.analysis distance"
 RECORD = "distance.json"
 _WITHOUT_AUGMENTATION = {"DC", "DD", "LD"}  # methods whose distillation sees the images as they are
-_OF_EXPERTS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
+_EXPERT_OPTIONS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
     field.name for field in dataclasses.fields(CommonOptions)
 } | {"expert_lr", "batch_real"}
 
@@ -84,7 +84,7 @@ class DistanceOptions(ExpertTrainingOptions):
     """K: steps on the distilled set; K + 1 parameter vectors are in memory together"""
     starts: Networks = 1
     """number of initial networks; each is trained on real images"""
-    expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
+    expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01
     """learning rate of the real training"""
     batch_real: Annotated[Count, Group.EXPERTS] = 256
     """batch size of the real training"""
@@ -135,8 +135,8 @@ def default_options(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the defaults of the options: data and network by the first set's recipe, experts by the first that names some."""
     common = names_of(CommonOptions, Role.RESULT, Role.LOCATION)
     with_experts = next((recipe for recipe in recipes if "expert_epochs" in recipe), {})
-    of_first = {name: value for name, value in (recipes[0] if recipes else {}).items() if name in common}
-    return of_first | {name: value for name, value in with_experts.items() if name in _OF_EXPERTS}
+    first_options = {name: value for name, value in (recipes[0] if recipes else {}).items() if name in common}
+    return first_options | {name: value for name, value in with_experts.items() if name in _EXPERT_OPTIONS}
 
 
 def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]:
@@ -160,12 +160,12 @@ def _run(
     folder, deltas, device = Path(options.out), real.deltas, real.images.train.labels.device
     precision = precision_on(device, real.network, options.precision)
     measured = _read_measurements(folder)
-    questions = {
-        (start, label): _question(options, synthetic, real, start)
+    keys = {
+        (start, label): _measurement_key(options, synthetic, real, start)
         for start in range(options.starts)
         for label, synthetic in sets.items()
     }
-    missing = [pair for pair, question in questions.items() if _answer(measured, question) is None]
+    missing = [pair for pair, key in keys.items() if _find_nearest(measured, key) is None]
     trainings = {start for start, _ in missing}
     with tqdm(total=len(trainings) * deltas[-1] + len(missing) * options.steps, desc="distance", unit="step") as bar:
         for start in sorted(trainings):
@@ -178,10 +178,10 @@ def _run(
                 path = student_path(real.network, initial, sets[label], options, generator)
                 nearest = nearest_steps(path, torch.stack(targets))
                 bar.update(options.steps)
-                measured.append({"question": questions[start, label], "nearest": nearest})
-                _write_record(_curves(questions, measured, deltas), measured, options, device)
-                _stop_if_asked(stop)
-    curves = _curves(questions, measured, deltas)
+                measured.append({"question": keys[start, label], "nearest": nearest})
+                _write_record(_curves(keys, measured, deltas), measured, options, device)
+                _raise_if_stopped(stop)
+    curves = _curves(keys, measured, deltas)
     _write_record(curves, measured, options, device)
     write_text(folder / "distance.md", _as_markdown(curves, options))
     _draw(folder / "distance.png", curves)
@@ -190,7 +190,7 @@ def _run(
         log.info("%s: closest %.3f ± %.3f, Δt = %d", label, closest["mean"], closest["std"], closest["real_steps"])
 
 
-def _stop_if_asked(stop: StopRequest) -> None:
+def _raise_if_stopped(stop: StopRequest) -> None:
     if stop:
         raise Stopped("stopped; the sets that were finished are saved, and the same command goes on", stop.signum)
 
@@ -202,7 +202,7 @@ def parameters_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopR
     """
     parameters = []
     for number, theta in enumerate(itertools.islice(steps, deltas[-1] + 1)):
-        _stop_if_asked(stop)
+        _raise_if_stopped(stop)
         if number in (0, *deltas):
             parameters.append(theta)
             if not bool(theta.isfinite().all()):
@@ -224,12 +224,12 @@ def student_path(
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
     batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
     augment = augment_by_strategy(strategy_of(recipe, options))
-    rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
-    if rates.dim():  # one for each of N steps, which are repeated
-        rates = rates.repeat(math.ceil(options.steps / len(rates)))[: options.steps]
+    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+    if lrs.dim():  # one for each of N steps, which are repeated
+        lrs = lrs.repeat(math.ceil(options.steps / len(lrs)))[: options.steps]
     with torch.no_grad():
         path: Tensor = unroll(
-            network, start, images.pixels, images.labels, rates.to(start.device),
+            network, start, images.pixels, images.labels, lrs.to(start.device),
             [images.expand_crops(index) for index in batches],
             augment if images.canvas is None else images.canvas.crops(augment),
             memory_budget="auto", momentum=recipe.get("student_mom", 0.0), weight_decay=recipe.get("student_l2", 0.0),
@@ -255,18 +255,20 @@ def nearest_steps(path: Tensor, targets: Tensor) -> list[Nearest]:
         norms: Tensor = torch.linalg.vector_norm(targets - theta, dim=1, dtype=torch.float64)
         return norms.square()
 
-    moved = squared_distances(path[0])
-    distances = torch.stack([squared_distances(theta) for theta in path]) / moved  # (K + 1, n)
+    initial_distances = squared_distances(path[0])
+    distances = torch.stack([squared_distances(theta) for theta in path]) / initial_distances  # (K + 1, n)
     least, step = distances.nan_to_num(nan=math.inf).min(dim=0)
     return [(float(value), int(k)) for value, k in zip(least, step, strict=True)]
 
 
-def _question(options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int) -> dict[str, Any]:
-    """Return everything that determines a set's distances from one start: the same question has one answer."""
-    rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+def _measurement_key(
+    options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int
+) -> dict[str, Any]:
+    """Return everything on which a set's distances from one start depend. It is the "question" of an entry in distance.json."""
+    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
-    question = {
-        "set": digest(synthetic.images, synthetic.labels, rates),
+    key = {
+        "set": digest(synthetic.images, synthetic.labels, lrs),
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
         "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},
@@ -279,7 +281,7 @@ def _question(options: DistanceOptions, synthetic: SyntheticDataset, real: _Real
         "whitening": real.images.whitening,
         "precision": precision_on(real.images.train.labels.device, real.network, options.precision),
     }
-    return dict(json.loads(json.dumps(question)))  # as in the record that is read back
+    return dict(json.loads(json.dumps(key)))  # as in the record that is read back
 
 
 def _read_measurements(folder: Path) -> list[dict[str, Any]]:
@@ -294,21 +296,21 @@ def _measurement(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"question": dict(entry["question"]), "nearest": nearest}
 
 
-def _answer(measured: Sequence[Mapping[str, Any]], question: Mapping[str, Any]) -> Sequence[Nearest] | None:
-    return next((entry["nearest"] for entry in measured if entry["question"] == question), None)
+def _find_nearest(measured: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Sequence[Nearest] | None:
+    return next((entry["nearest"] for entry in measured if entry["question"] == key), None)
 
 
 def _curves(
-    questions: Mapping[tuple[int, str], Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], deltas: Sequence[int]
+    keys: Mapping[tuple[int, str], Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], deltas: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return, by label, a point for each Δt, over the starts that are measured."""
-    answers: dict[str, list[Sequence[Nearest]]] = {}
-    for (_, label), question in questions.items():
-        if (answer := _answer(measured, question)) is not None:
-            answers.setdefault(label, []).append(answer)
+    nearest_by_label: dict[str, list[Sequence[Nearest]]] = {}
+    for (_, label), key in keys.items():
+        if (nearest := _find_nearest(measured, key)) is not None:
+            nearest_by_label.setdefault(label, []).append(nearest)
     return {
         label: [_point(delta, [nearest[index] for nearest in by_start]) for index, delta in enumerate(deltas)]
-        for label, by_start in answers.items()
+        for label, by_start in nearest_by_label.items()
     }
 
 

@@ -33,9 +33,9 @@ PROGRAM = "python -m mtt_fast.analysis evolution"
 CAPTION = 24
 """Pixels above each picture for the number of its iteration."""
 _LARGEST = 64 << 20  # bytes of a snapshot
-_NARROWEST = 480  # pixels on the screen
-_LAST_STAYS = 5  # times as long as the others
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_MIN_WIDTH = 480  # pixels on the screen
+_LAST_FRAME_FACTOR = 5  # times as long as the others
+_BACKGROUND, _TEXT_COLOUR = (255, 255, 255), (40, 40, 40)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def evenly(items: Sequence[Image.Image], count: int) -> list[Image.Image]:
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
     """Write `frames` as an endless GIF, each shown for `seconds` and the last longer, atomically."""
-    shown = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * seconds * _LAST_STAYS)]
+    shown = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * seconds * _LAST_FRAME_FACTOR)]
     with atomic_path(path) as temporary:
         frames[0].save(
             temporary, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False
@@ -114,9 +114,11 @@ def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) ->
 
 def _with_caption(iteration: int, image: Image.Image) -> Image.Image:
     """Return the picture below its iteration's number; a small picture is enlarged by a whole factor, without smoothing."""
-    factor = max(1, math.ceil(_NARROWEST / image.width))
+    factor = max(1, math.ceil(_MIN_WIDTH / image.width))
     width, height = image.width * factor, image.height * factor
-    frame = Image.new("RGB", (width, height + CAPTION), _PAPER)
-    ImageDraw.Draw(frame).text((4, 3), f"iteration {iteration}", fill=_INK, font=ImageFont.load_default(size=15))
+    frame = Image.new("RGB", (width, height + CAPTION), _BACKGROUND)
+    ImageDraw.Draw(frame).text(
+        (4, 3), f"iteration {iteration}", fill=_TEXT_COLOUR, font=ImageFont.load_default(size=15)
+    )
     frame.paste(image.resize((width, height), Image.Resampling.NEAREST), (0, CAPTION))
     return frame

@@ -20,8 +20,8 @@ PAPER_RES = 128
 """Resolution of the paper's ImageNet subsets."""
 PAPER_PROTOCOL = "mtt"
 """Protocol of the paper's evaluations."""
-_WHERE_AND_HOW_FAST = names_of(DistillOptions, Role.LOCATION, Role.MACHINE)
-_OF_RANDOM_IMAGES = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
+_LOCATION_AND_MACHINE_OPTIONS = names_of(DistillOptions, Role.LOCATION, Role.MACHINE)
+_RANDOM_IMAGE_OPTIONS = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
 """Options on which the accuracy of random real images depends, besides the seed."""
 
 
@@ -66,12 +66,14 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
-        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may bear one name
-        own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
-        of_random = {name: options.get(name) for name in sorted(_OF_RANDOM_IMAGES)}
+        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may have the same name
+        all_options = {
+            name: value for name, value in options.items() if name not in (*_LOCATION_AND_MACHINE_OPTIONS, "seed")
+        }
+        random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
         for trained_on, method, others in (
-            ("distilled", setting.method, own),
-            ("random_real_images", RANDOM + _protocol(options), of_random),
+            ("distilled", setting.method, all_options),
+            ("random_real_images", RANDOM + _protocol(options), random_options),
         ):
             for network, accuracy in _by_network(summary, trained_on).items():
                 key = setting._replace(model=network, method=method), json.dumps(images | others, sort_keys=True)

@@ -23,7 +23,7 @@ from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.interop import label_robust_score
 from mtt_fast.storage.outputs import check_output_file
-from mtt_fast.storage.records import unsealed
+from mtt_fast.storage.records import verified
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.text_files import parse_json, write_json
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m mtt_fast.analysis score"
 _BOARD = "ddranking"
 """The protocol of DD-Ranking's board."""
-_OF_TRAINING = ("epochs", "batch_size", "augment")
+_TRAINING_FIELDS = ("epochs", "batch_size", "augment")
 """The settings of a protocol that have options, besides the learning rate, in which sets may differ."""
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     for name in accuracies:
         if name not in used:
             raise InputError(
-                f"--{name}: has no effect beside --hlr or --ior, which say the difference already; leave it out"
+                f"--{name}: has no effect with --hlr or --ior, which give the difference already; leave it out"
             )
     hlr = _difference(options.hlr, "--hlr", accuracies, *recovery)
     ior = _difference(options.ior, "--ior", accuracies, *improvement)
@@ -105,28 +105,28 @@ def _accuracy(option: str, text: str) -> _Accuracy:
     try:
         per_cent = float(text)
     except ValueError:
-        return _of_file(option, Path(text))
+        return _read_accuracy(option, Path(text))
     if not 0 <= per_cent <= 100:
         raise InputError(f"{option} {text}: expected an accuracy in per cent, 0 to 100")
     if option == "--full" and per_cent <= 1:
         raise InputError(
-            f"{option} {text}: expected an accuracy in per cent, as 84.8; found what looks like a fraction"
+            f"{option} {text}: expected an accuracy in per cent, such as 84.8, found what looks like a fraction"
         )
     if 0 < per_cent <= 1:
         log.warning("%s %s: taken as %s %%; is it a fraction, %g %%?", option, text, text, 100 * per_cent)
     return _Accuracy(per_cent / 100, {})
 
 
-def _of_file(option: str, path: Path) -> _Accuracy:
+def _read_accuracy(option: str, path: Path) -> _Accuracy:
     try:
-        record = unsealed(parse_json(read_text(path)))
+        record = verified(parse_json(read_text(path)))
         mean = float(record["accuracy"]["mean"])
         setting = {name: str(record[name]) for name in ("dataset", "model")}
         protocol, data = record["protocol"], record.get("data", {})
         setting["protocol"] = str(protocol["name"])
-        of_set = () if option == "--full" else _OF_TRAINING
-        setting |= {name: str(protocol[name]) for name in ("best_epoch", *of_set) if name in protocol}
-        setting |= {"images": str(record["images"])} if of_set and "images" in record else {}
+        training_fields = () if option == "--full" else _TRAINING_FIELDS
+        setting |= {name: str(protocol[name]) for name in ("best_epoch", *training_fields) if name in protocol}
+        setting |= {"images": str(record["images"])} if training_fields and "images" in record else {}
         setting |= {"fingerprint": str(data["fingerprint"])} if "fingerprint" in data else {}
     except InputError as error:
         raise InputError(f"{option}: expected a number in per cent or a file; {error}") from error

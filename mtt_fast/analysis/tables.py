@@ -114,16 +114,16 @@ def rows_by_table(
     for line in rows:
         sources.setdefault((line.table, line.dataset, line.model, line.method), []).append(line)
     for (table, dataset, model, method), lines in sources.items():
-        of_row = {setting: measured[setting] for setting in measured if _fits(setting, lines[0])}
-        not_in_paper -= set(of_row)
-        tables[table] += _rows(dataset, method, model, lines, of_row)
+        row_measurements = {setting: measured[setting] for setting in measured if _fits(setting, lines[0])}
+        not_in_paper -= set(row_measurements)
+        tables[table] += _rows(dataset, method, model, lines, row_measurements)
     others: dict[tuple[str, str, str], dict[Setting, Sequence[Measured]]] = {}
     for setting in measured:
         if setting in not_in_paper:
             others.setdefault((setting.dataset, setting.method, setting.model), {})[setting] = measured[setting]
     subsets = {line.dataset for line in rows if line.table == "4"}
-    for (dataset, method, model), of_row in sorted(others.items()):
-        tables["4" if dataset in subsets else "1"] += _rows(dataset, method, model, (), of_row)
+    for (dataset, method, model), row_measurements in sorted(others.items()):
+        tables["4" if dataset in subsets else "1"] += _rows(dataset, method, model, (), row_measurements)
     return tables
 
 

@@ -46,7 +46,7 @@ class KorniaAugment:
 
     Its parameters are drawn once a step, by `forward_parameters`, and given to it again in the backward sweep. kornia
     draws from torch's own CPU generator; it is seeded from the generator of `draw` for the draw, and then restored, so that
-    a run repeats. Labels stay unchanged, so operations that mix images are unfit. Most of kornia's operations expect
+    a run repeats. Labels stay unchanged, so operations that mix images do not work. Most of kornia's operations expect
     images in [0, 1]; distilled images are normalised, so operations that move pixels fit best.
 
     Args:

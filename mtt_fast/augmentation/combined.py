@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.siamese import Draws, SiameseAugment, parameters_of_steps
 
-_REACH = 4  # pixels that a real image is shifted by at most, along each axis
+_MAX_SHIFT = 4  # pixels that a real image is shifted by at most, along each axis
 
 
 class CombinedAugment(SiameseAugment):
@@ -37,25 +37,27 @@ class CombinedAugment(SiameseAugment):
 
     def draw_both(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Return parameters (Σb, 2 · 13) of each image, first as a distilled and then as a real one; `select` takes one of the two."""
-        of_real: list[Tensor] = []
+        real_parameters: list[Tensor] = []
 
         def each_step() -> Iterator[Tensor]:
             for images in batches:
                 yield images
-                of_real.append(_crop_and_flip(images, generator))
+                real_parameters.append(_crop_and_flip(images, generator))
 
         distilled = self.draw_parameters(each_step(), generator)
-        return torch.cat([distilled, torch.cat(of_real).to(distilled.dtype)], dim=1)
+        return torch.cat([distilled, torch.cat(real_parameters).to(distilled.dtype)], dim=1)
 
     def select(self, parameters: Tensor, real: Tensor) -> Tensor:
-        """Return what applies of `parameters` (b, 2 · 13), as `draw_both` returns them, to images that are `real` (b,) or not."""
-        distilled, of_real = parameters.chunk(2, dim=1)
-        return torch.where(real[:, None], of_real, distilled)
+        """Return the half of `parameters` (b, 2 · 13), from `draw_both`, that applies to each image; `real` (b,) marks real images."""
+        distilled, real_parameters = parameters.chunk(2, dim=1)
+        return torch.where(real[:, None], real_parameters, distilled)
 
 
 def _crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return the parameters (b, 13) of shifts by up to four pixels, with zeros from outside, and flips of half the images (b, C, H, W)."""
     device = torch.device("cpu") if generator is None else generator.device
-    shifts = (torch.randint(-_REACH, _REACH + 1, (len(images),), generator=generator, device=device) for _ in range(2))
+    shifts = (
+        torch.randint(-_MAX_SHIFT, _MAX_SHIFT + 1, (len(images),), generator=generator, device=device) for _ in range(2)
+    )
     crop, flip = Draws("crop", tuple(shifts)), SiameseAugment("flip").draw(images, generator)
     return parameters_of_steps([crop], images.shape) + parameters_of_steps([flip], images.shape)

@@ -45,7 +45,7 @@ class HasFootprint(Protocol):
 
 @runtime_checkable
 class Warp(Protocol):
-    """An augmentation that is `kernels.colour_warp_mask`, which a student can do while it gathers a batch."""
+    """An augmentation that is computed by `kernels.colour_warp_mask`, which a student can apply while it gathers a batch."""
 
     def warp_parameters(self, draws: Any, shape: torch.Size) -> Tensor:
         """Return the parameters (b, 13) of the operation for `draws` on images of `shape` (b, C, H, W)."""
@@ -60,17 +60,17 @@ def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -
 def warp_of(augment: object, draws: Any, shape: torch.Size) -> Tensor | None:
     """Return the parameters (b, 13) of `augment` with `draws` on images of `shape` (b, C, H, W), or None if it is no `Warp`.
 
-    A subclass of a warp with a `__call__` of its own is none.
+    A subclass that overrides `__call__` does not count as a `Warp`.
     """
-    if not (isinstance(augment, Warp) and is_up_to_date(augment, "warp_parameters", "__call__")):
+    if not (isinstance(augment, Warp) and is_equivalent(augment, "warp_parameters", "__call__")):
         return None
     return augment.warp_parameters(draws, shape)
 
 
-def is_up_to_date(augment: object, method: str, other: str) -> bool:
-    """Return whether `method` of `augment`, a short cut for its method `other`, belongs to the `other` that it has.
+def is_equivalent(augment: object, method: str, other: str) -> bool:
+    """Return whether `method`, a faster equivalent of the method `other` of `augment`, still computes the same as `other`.
 
-    It does not if a subclass defines `other` again, and if a wrapper passes `method` on by `__getattr__`.
+    It does not if a subclass overrides only `other`, or if a wrapper forwards `method` by `__getattr__`.
     """
 
     def depth(name: str) -> int:

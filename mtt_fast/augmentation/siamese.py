@@ -82,7 +82,7 @@ class SiameseAugment:
         return parameters_of_steps(draws, like.shape).to(torch.promote_types(like.dtype, torch.float32))
 
     def warp_parameters(self, draws: Draws | Tensor, shape: torch.Size) -> Tensor:
-        """Return the parameters (b, 13) of `augment_with` for images of `shape` (b, C, H, W); those of `draw_parameters` are these."""
+        """Return the parameters (b, 13) of `augment_with` for images of `shape` (b, C, H, W). A tensor from `draw_parameters` is returned unchanged."""
         return draws if isinstance(draws, Tensor) else augment_parameters(draws, shape)
 
     def __call__(self, images: Tensor, draws: Draws | Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def _scale(shape: torch.Size, u: Tensor, w: Tensor) -> _Parameters:
 def _rotate(shape: torch.Size, u: Tensor) -> _Parameters:
     """Rotate the sampling grid by (u − ½)·30 degrees; u (b,) in [0, 1)."""
     angle = (u - 0.5) * 2 * LARGEST_DEGREES / 180 * torch.pi
-    # the image is turned as if it were square, so an oblong one is sheared too; a line of pixels stays in its line
+    # as in the public code the grid is rotated as if the image were square, so an oblong image is sheared too
     height, width = (side - 1 for side in shape[2:])
     return {
         "row_by_row": angle.cos() - 1,
@@ -265,7 +265,7 @@ def augment_with(images: Tensor, parameters: Tensor) -> Tensor:
     """Return `images` (b, C, H, W) augmented by `parameters` (b, 13), as `augment_parameters` makes them.
 
     Differentiable in the images, forward and backward, any number of times, and under `torch.func`. For parameters in
-    float32 (float64 for float64 images) on the images' device nothing is copied or awaited, as in a CUDA graph.
+    float32 (float64 for float64 images) on the images' device there is no copy and no synchronisation, so a CUDA graph can capture it.
     Raises `InputError` for parameters that require grad, and `ValueError` as `mtt_fast.kernels.colour_warp_mask` does.
     """
     if parameters.requires_grad:

@@ -1,8 +1,8 @@
 """Textures: canvases larger than an image, from which each step takes random crops.
 
-A crop that runs over one border goes on at the opposite one, as on a torus, so what is learned tiles without seams
+A crop that crosses one border continues at the opposite one, as on a torus, so the learned textures tile without seams
 (Cazenavette et al., Wearable ImageNet, CVPR 2022 Workshops; `--texture` of the public code). The crop is one more
-augmentation before the others, with its draws kept apart from the operation; the engine knows its `footprint` alone.
+augmentation before the others. The engine knows only its `footprint`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Canvas:
         """Return the canvas of each crop of a step on the canvases `index` (b,), as indices (`samples` · b,)."""
         return index.repeat(self.samples)
 
-    def crops(self, then: SiameseAugment | None) -> CanvasCrops:
-        """Return the augmentation that crops, and then applies `then`."""
-        return CanvasCrops(self.size, then)
+    def crops(self, augment: SiameseAugment | None) -> CanvasCrops:
+        """Return the augmentation that crops, and then applies `augment` if it is not None."""
+        return CanvasCrops(self.size, augment)
 
     def image_shape(self, canvas_shape: torch.Size) -> torch.Size:
         """Return the shape (C, H, W) of a crop, from that of a canvas."""
@@ -47,16 +47,16 @@ class Canvas:
 
 @dataclass(frozen=True)
 class CanvasCrops:
-    """A random crop of each canvas, and then the augmentation `then`, as one augmentation.
+    """A random crop of each canvas, followed by `augment`, as one augmentation.
 
     It is used as `SiameseAugment` is, both by `mtt_fast.unroll` and with its draws as a tensor.
     """
 
     size: int
-    then: SiameseAugment | None = None
+    augment: SiameseAugment | None = None
 
     def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Draw, step by step, for batches like the canvases `batches` (b, C, H, W): the corner of each crop, then `then`'s.
+        """Draw, step by step, for batches like the canvases `batches` (b, C, H, W): the corner of each crop, then `augment`'s.
 
         A corner is the first row and column. The result is (Σb, 2) or (Σb, 2 + 13), float64 for float64 canvases, else float32,
         which holds every row and column exactly.
@@ -71,19 +71,19 @@ class CanvasCrops:
                 corners.append(torch.stack(places, dim=1).to(torch.promote_types(images.dtype, torch.float32)))
                 yield images[..., :height, :width]
 
-        every = crops()
-        of_then = [] if self.then is None else [self.then.draw_parameters(every, generator)]
-        deque(every, maxlen=0)
-        return torch.cat([torch.cat(corners), *of_then], dim=1)
+        crops_of_batches = crops()
+        augment_parameters = [] if self.augment is None else [self.augment.draw_parameters(crops_of_batches, generator)]
+        deque(crops_of_batches, maxlen=0)
+        return torch.cat([torch.cat(corners), *augment_parameters], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return the augmented crops of the canvases `images` (b, C, H, W) for what `draw_parameters` returned.
 
-        The result is differentiable in the canvases. For draws on the canvases' device nothing is copied or awaited, as
-        in a CUDA graph.
+        The result is differentiable in the canvases. For draws on the canvases' device there is no copy and no
+        synchronisation, so a CUDA graph can capture the call.
         """
         crops = crop(images, draws[:, :2].to(images.device), *self._sides(images))
-        return crops if self.then is None else self.then(crops, draws[:, 2:].contiguous())
+        return crops if self.augment is None else self.augment(crops, draws[:, 2:].contiguous())
 
     def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
         """Return the shape of a crop of a canvas of `image_shape` (C, H, W), and the memory that cropping takes."""
@@ -104,7 +104,7 @@ def crop(images: Tensor, corners: Tensor, height: int, width: int) -> Tensor:
 
     After the last row comes the first, and likewise with columns: out[n, :, i, j] = images[n, :, (r + i) mod H, (c + j)
     mod W]. `corners` are whole numbers in any dtype, and `height` and `width` at most H and W. The result is
-    differentiable in `images`; no tensor is asked for its value.
+    differentiable in `images`, and computed without a synchronisation.
     """
     rows, columns = (
         (corners[:, side, None].long() + torch.arange(length, device=images.device)) % images.shape[2 + side]

@@ -1,8 +1,9 @@
 """Learn images through a window that follows the gradients of a training (AT-BPTT: Li et al., NeurIPS 2025).
 
-A run has three stages. In the first, the window begins where the gradients of a training on the images are long, and is wider
-where their length changes more. In the second it is wide, and lies anywhere. In the third it is narrow, and lies where, counted from
-the other end, the gradients are long. The next stage begins when the accuracy on real images no longer rises. Defaults are those of
+A run has three stages. In the first, the window starts at a step with a large gradient norm, and is wider if the norm changes more
+there. In the second, the window is wide, and starts at a random step. In the third, it is narrow, and starts at a step whose mirror
+image, counted from the end, has a large gradient norm. The next stage begins when the accuracy on real images no longer rises.
+Defaults are those of
 the public code's command for CIFAR-10, whose 60,000 epochs with --batch_real 5000 are 600,000 iterations.
 """
 
@@ -21,7 +22,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import count_right
+from mtt_fast.training.sgd import count_correct
 
 _ENDS_OF_STAGES = {1: (0.015, 0.15), 2: (0.01, 0.125)}
 """a stage ends after epochs that each gain less than this accuracy, as many in a row as this share of --totwindow"""
@@ -32,9 +33,9 @@ class AtBpttOptions(TruncatedBpttOptions):
     """Learn images so that training on them lowers the loss on real images, through a window that follows its gradients."""
 
     window: Count = 40
-    """steps through which gradients go, more or less by --d"""
+    """number of steps that gradients are propagated through, ± --d"""
     d: CountFromZero = 10
-    """largest difference of the window's steps from --window"""
+    """largest difference between the number of steps in the window and --window"""
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""
@@ -50,13 +51,13 @@ class Stages:
     """The stage of a run, and what decides when the next one begins. Its tensors change in place."""
 
     stage: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.long))  # 1, 2 or 3
-    slow_epochs: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))  # the last ones of the stage
+    slow_epochs: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))  # in a row, up to now
     accuracy: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # of the last epoch
 
     def end_epoch(self, accuracy: float, totwindow: int) -> None:
-        """Count an epoch with this mean accuracy on real images, and begin the next stage if it is time.
+        """Count an epoch with this mean accuracy on real images, and begin the next stage after enough slow epochs.
 
-        The public code asks for exactly this share of epochs, so that with 300 steps, where it is 37.5, its third stage never begins.
+        The public code requires exactly this number of epochs. With 300 steps it is 37.5, so its third stage never begins.
         """
         gain = accuracy - float(self.accuracy)
         self.accuracy.fill_(accuracy)
@@ -74,39 +75,39 @@ def atbptt(options: AtBpttOptions, real: RealImages, network: Trainable) -> Lear
     bptt, stages = TruncatedBptt("atbptt", options, real, network), Stages()
     iterations = bptt.iterations_per_epoch
     # Of the current epoch: the window, and the number of real images that were classified correctly.
-    window, right = torch.zeros(2, dtype=torch.long), torch.zeros((), dtype=torch.long, device=bptt.labels.device)
+    window, num_correct = torch.zeros(2, dtype=torch.long), torch.zeros((), dtype=torch.long, device=bptt.labels.device)
 
     def step(iteration: int) -> float:
         epoch, number = divmod(iteration, iterations)
         if number == 0:
             generator = generator_for(options.seed, "atbptt window", epoch)
-            window.copy_(torch.tensor(window_of_stage(options, int(stages.stage), bptt.gradient_lengths, generator)))
-            right.zero_()
-        reached: RealLoss = bptt.improve(iteration, Window(*window.tolist()))
-        right.add_(count_right(network, reached.theta, reached.images))
+            window.copy_(torch.tensor(window_of_stage(options, int(stages.stage), bptt.gradient_norms, generator)))
+            num_correct.zero_()
+        reached: RealLoss = bptt.update_set(iteration, Window(*window.tolist()))
+        num_correct.add_(count_correct(network, reached.theta, reached.images))
         if number == iterations - 1:
-            stages.end_epoch(int(right) / (iterations * len(reached.images)), options.totwindow)
+            stages.end_epoch(int(num_correct) / (iterations * len(reached.images)), options.totwindow)
         return float(reached.loss)
 
-    return bptt.learned_set(step, {"window": window, "right": right, **vars(stages)})
+    return bptt.learned_set(step, {"window": window, "right": num_correct, **vars(stages)})
 
 
 def window_of_stage(
     options: AtBpttOptions,
     stage: int,
-    gradient_lengths: Callable[[int, torch.Generator], Tensor],
+    gradient_norms: Callable[[int, torch.Generator], Tensor],
     generator: torch.Generator,
 ) -> Window:
-    """Draw the window of an epoch in `stage`. `gradient_lengths` gives the lengths (n,) of the gradients in n steps of a training."""
+    """Draw the window of an epoch in `stage`. `gradient_norms` returns the norms (n,) of the gradients in n steps of a training."""
     total, least = options.totwindow, options.window - options.d
     if stage == 2:
         steps = options.window + options.d
         return Window(int(torch.randint(total - steps + 1, (), generator=generator)), steps)
-    lengths = gradient_lengths(total, generator).cpu().nan_to_num(0.0, 0.0)  # the loss tells that a run diverges
-    drawn = int(torch.multinomial(lengths.softmax(0), 1, generator=generator))
+    norms = gradient_norms(total, generator).cpu().nan_to_num(0.0, 0.0)  # a diverged run ends by its loss
+    drawn = int(torch.multinomial(norms.softmax(0), 1, generator=generator))
     if stage == 3:
         return Window(max(total - least - drawn, 0), least)
-    changes = torch.cat([lengths.new_zeros(1), lengths.diff().abs()])
+    changes = torch.cat([norms.new_zeros(1), norms.diff().abs()])
     rank = int((changes < changes[drawn]).sum())
     steps = least + 2 * options.d * rank // total
     return Window(min(drawn, total - steps), steps)

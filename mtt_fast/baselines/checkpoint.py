@@ -21,7 +21,7 @@ from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensor
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 _FORMAT = "mtt_fast baseline checkpoint 2"  # those from before there were checksums say nothing
-_OPTIMISER = "optimiser."
+_OPTIMIZER = "optimiser."  # the spelling that checkpoints have on disk
 
 
 @dataclass
@@ -35,25 +35,25 @@ class Progress:
 def save_checkpoint(
     folder: Path, learned: LearnedSet, progress: Progress, evaluations: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Write the tensors of `learned` with those of its optimiser, `progress`, and the evaluations so far, atomically."""
-    state = learned.optimiser.state_dict()["state"]
-    of_optimiser = {
-        f"{_OPTIMISER}{index}.{name}": value
+    """Write the tensors of `learned` with those of its optimizer, `progress`, and the evaluations so far, atomically."""
+    state = learned.optimizer.state_dict()["state"]
+    optimizer_tensors = {
+        f"{_OPTIMIZER}{index}.{name}": value
         for index, values in state.items()
         for name, value in values.items()
         if value is not None
     }
     save_tensors(
         folder / CHECKPOINT,
-        _tensors(learned) | of_optimiser,
+        _tensors(learned) | optimizer_tensors,
         {"format": _FORMAT, "progress": json.dumps(asdict(progress)), EVALUATIONS: json.dumps(evaluations)},
     )
 
 
-def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder`, if there is one, was started with the real images of this `identity`.
+def check_continues(folder: Path, identity: DatasetIdentity) -> None:
+    """Raise `InputError` if the run in `folder`, if there is one, was started with other real images than those of `identity`.
 
-    Raises `InputError` otherwise, or for a file that is broken.
+    A broken file raises it too.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -85,15 +85,15 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
         for name, tensor in _tensors(learned).items():
             _check_like(name, saved[name], tensor)
             tensor.resize_(saved[name].shape).copy_(saved[name])
-        parameters = [parameter for group in learned.optimiser.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in learned.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, value in saved.items():
-            if name.startswith(_OPTIMISER):
-                index, key = name.removeprefix(_OPTIMISER).split(".")
+            if name.startswith(_OPTIMIZER):
+                index, key = name.removeprefix(_OPTIMIZER).split(".")
                 _check_like(name, value, torch.tensor(0.0) if key == "step" else parameters[int(index)])
                 state[int(index)][key] = value.clone()
-        groups = learned.optimiser.state_dict()["param_groups"]
-        learned.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
+        groups = learned.optimizer.state_dict()["param_groups"]
+        learned.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
     return progress

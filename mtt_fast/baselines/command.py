@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mtt_fast.baselines.catalogue import METHODS
-from mtt_fast.baselines.checkpoint import check_goes_on
+from mtt_fast.baselines.checkpoint import check_continues
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import LearnedSet
@@ -131,11 +131,11 @@ def _run(
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
     check_enough(data, options.ipc)
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    if isinstance(options, TrainedNetworkOptions) and options.asks_network:
+    if isinstance(options, TrainedNetworkOptions) and options.uses_network:
         options = with_first_expert_training(options, real, network, requested_hyperparameters(options, given))
     method = METHODS[name]
     with only_user(folder), counted_in(folder, seconds):
-        check_goes_on(folder, real.identity)
+        check_continues(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         numerics_in_words = describe_numerics(device, network, options.precision)
         log.info(
@@ -147,7 +147,7 @@ def _run(
             program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder, real=real,
             network=network, evaluated=evaluated, numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
-        if isinstance(options, TrainedNetworkOptions) and options.asks_network:
+        if isinstance(options, TrainedNetworkOptions) and options.uses_network:
             with seconds.of("experts"):
                 first_expert(options, real, network)
         with seconds.of("iterations"):

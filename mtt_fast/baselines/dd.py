@@ -18,7 +18,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
-from mtt_fast.commands.options import Count, Rate
+from mtt_fast.commands.options import Count, Positive
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
@@ -34,11 +34,11 @@ _BETAS = (0.5, 0.999)
 class DdOptions(LearnedImagesOptions):
     """Learn images so that a few training steps on them lower the loss on real images."""
 
-    lr_img: Rate = 0.01
+    lr_img: Positive = 0.01
     """learning rate of the pixels and of the learning rates (Adam)"""
     decay_it: Count = 2000
     """iterations between decays of --lr_img"""
-    decay_factor: Rate = 0.5
+    decay_factor: Positive = 0.5
     """factor by which each decay multiplies --lr_img"""
     batch_real: Count = 1024
     """real images in the loss"""
@@ -48,7 +48,7 @@ class DdOptions(LearnedImagesOptions):
     """synthetic images per class and step; it divides --ipc, and the quotient is the number of different steps"""
     distill_epochs: Count = 3
     """number of passes of the student over all synthetic images"""
-    distill_lr: Rate = 0.02
+    distill_lr: Positive = 0.02
     """initial learning rate of each student step"""
     train_nets_type: Literal["unknown_init", "known_init"] = "unknown_init"
     """initial networks. unknown_init: new random ones in each iteration; known_init: always the same"""
@@ -57,9 +57,7 @@ class DdOptions(LearnedImagesOptions):
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        return super().without_effect() | {
-            "lr_net": "on a set that brings learned rates: --distill_lr is where they begin"
-        }
+        return super().without_effect() | {"lr_net": "on a set with learned rates, which start at --distill_lr"}
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""
@@ -72,16 +70,16 @@ class DdOptions(LearnedImagesOptions):
 
 
 def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
-    """Return the set to be learned: --ipc images of each class, and a rate for each step.
+    """Return the set to be learned: --ipc images of each class, and a learning rate for each step.
 
-    Evaluations by the common protocol take the mean of the rates; the method's own training takes each rate in its step.
+    Evaluations by the common protocol use the mean of the learning rates. The method's own training uses each in its step.
     """
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images, labels, device = start.pixels, start.labels, start.labels.device
     batches = step_batches(options, real.data.num_classes)
-    # rates are the softplus of the learned numbers, so that they stay positive
+    # the learning rates are the softplus of the learned numbers, so that they stay positive
     raw = torch.full((len(batches),), options.distill_lr, device=device).expm1_().log_()
-    optimiser = torch.optim.Adam([images, raw], lr=options.lr_img, betas=_BETAS)
+    optimizer = torch.optim.Adam([images, raw], lr=options.lr_img, betas=_BETAS)
     everything = torch.arange(len(real.train))
     precision = precision_on(device, network, options.precision)
 
@@ -95,22 +93,22 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         pixels, learned = images.detach().requires_grad_(), raw.detach().requires_grad_()
         total = torch.zeros((), device=device)
         for _ in range(options.n_nets):
-            theta, rates = initial(generator), F.softplus(learned)
-            logits = logits_after_steps(network, theta, pixels, labels, rates, batches, inputs, precision)
+            theta, lrs = initial(generator), F.softplus(learned)
+            logits = logits_after_steps(network, theta, pixels, labels, lrs, batches, inputs, precision)
             loss = F.cross_entropy(logits, targets) / options.n_nets
             loss.backward()
             total += loss.detach()
         images.grad, raw.grad = pixels.grad, learned.grad
-        optimiser.param_groups[0]["lr"] = options.lr_img * options.decay_factor ** (iteration // options.decay_it)
-        optimiser.step()
+        optimizer.param_groups[0]["lr"] = options.lr_img * options.decay_factor ** (iteration // options.decay_it)
+        optimizer.step()
         return float(total)
 
     def own_training(generator: torch.Generator) -> Tensor:
-        rates = F.softplus(raw)
-        return unroll(network, initial(generator), images, labels, rates, batches, precision=precision)[-1]
+        lrs = F.softplus(raw)
+        return unroll(network, initial(generator), images, labels, lrs, batches, precision=precision)[-1]
 
     return LearnedSet(
-        images, labels, optimiser, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},
+        images, labels, optimizer, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},
         own_training=own_training,
     )  # fmt: skip
 

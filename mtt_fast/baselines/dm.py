@@ -35,7 +35,7 @@ def dm(options: DmOptions, real: RealImages, network: Trainable) -> LearnedSet:
     members = class_members(real, options.ipc)
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images = start.pixels
-    optimiser = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
+    optimizer = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "dm", iteration)
@@ -50,10 +50,10 @@ def dm(options: DmOptions, real: RealImages, network: Trainable) -> LearnedSet:
             distance = embedding_distance(network, theta, augment(own), augment(inputs))
             (images.grad[rows],) = torch.autograd.grad(distance, own)
             total += distance.detach()
-        optimiser.step()
+        optimizer.step()
         return float(total) / len(members)
 
-    return LearnedSet(images, start.labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
+    return LearnedSet(images, start.labels, optimizer, step, lr=lambda: torch.tensor(options.lr_net))
 
 
 def embedding_distance(network: Trainable, theta: Tensor, images: Tensor, real: Tensor) -> Tensor:

@@ -26,37 +26,37 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Traina
     """Return the --ipc images of each class with the most forgetting events; among equals, chance decides.
 
     The paper classifies an image whenever it is in a batch, once an epoch; here all images are classified after each epoch,
-    without augmentation, since the expert's parameters are recorded then.
+    without augmentation, since the expert's parameters were saved then.
     """
     members = class_members(real, options.ipc)
     store = first_expert(options, real, network)
     if store.course(0) is not None:
         raise InputError(
-            f"{store.folder}: the expert is compressed, so it is not known what it forgot between its waypoints; give the "
-            "--buffer_path of whole experts"
+            f"{store.folder}: the expert is compressed, which does not show what it forgot between its waypoints; give the "
+            "--buffer_path of uncompressed experts"
         )
-    events = forgetting_events(right_at_each_epoch(store, real.train, network))
+    events = forgetting_events(correct_after_each_epoch(store, real.train, network))
     generator = generator_for(options.seed, "forgetting")
     chosen = torch.cat([most_forgotten(indices, events, options.ipc, generator) for indices in members])
     return real.train.subset(chosen)
 
 
 @torch.no_grad()
-def right_at_each_epoch(store: TrajectoryStore, images: Images, network: Trainable) -> Tensor:
-    """Return whether the first expert gets each of `images` right after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
-    right = torch.empty(store.epochs(0), len(images), dtype=torch.bool)
-    for epoch in tqdm(range(len(right)), desc="forgetting", unit="epoch", leave=False):
+def correct_after_each_epoch(store: TrajectoryStore, images: Images, network: Trainable) -> Tensor:
+    """Return whether the first expert classifies each of `images` correctly after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
+    correct = torch.empty(store.epochs(0), len(images), dtype=torch.bool)
+    for epoch in tqdm(range(len(correct)), desc="forgetting", unit="epoch", leave=False):
         theta = store.read(0, epoch + 1).to(images.labels.device)
         for begin in range(0, len(images), _BLOCK):
             block = slice(begin, begin + _BLOCK)
             inputs, labels = images.batch(block)
-            right[epoch, block] = (network(theta, inputs).argmax(dim=1) == labels).cpu()
-    return right
+            correct[epoch, block] = (network(theta, inputs).argmax(dim=1) == labels).cpu()
+    return correct
 
 
-def forgetting_events(right: Tensor) -> Tensor:
-    """Return how often each image was right after one epoch and wrong after the next, (n,), from `right` (epochs, n)."""
-    return (right[:-1] & ~right[1:]).sum(dim=0)
+def forgetting_events(correct: Tensor) -> Tensor:
+    """Return how often each image was classified correctly after one epoch and wrongly after the next, (n,), from `correct` (epochs, n)."""
+    return (correct[:-1] & ~correct[1:]).sum(dim=0)
 
 
 def most_forgotten(members: Tensor, events: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -47,7 +47,7 @@ def _learned_set(options: DcOptions, real: RealImages, network: Trainable, strat
     members = class_members(real, options.ipc)
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images, labels = start.pixels, start.labels
-    optimiser = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
+    optimizer = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
     student = student_for(network, images.device, precision=precision_on(images.device, network, options.precision))
     sgd = Sgd(options.lr_net, batch_size=options.batch_size)
     train = epoch_on(student, Images(images, labels), sgd, augment_by_strategy(strategy))
@@ -75,13 +75,13 @@ def _learned_set(options: DcOptions, real: RealImages, network: Trainable, strat
         total = torch.zeros((), device=images.device)
         for update in range(outer_loop):
             total += match(theta, generator)
-            optimiser.step()
+            optimizer.step()
             if update + 1 < outer_loop:
                 for _ in range(inner_loop):
                     theta, _, _ = train(theta, torch.zeros_like(theta), generator)
         return float(total) / (len(members) * outer_loop)
 
-    return LearnedSet(images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
+    return LearnedSet(images, labels, optimizer, step, lr=lambda: torch.tensor(options.lr_net))
 
 
 def matching_gradient(

@@ -9,7 +9,7 @@ from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.baselines.gradient_distance import Metric
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.commands.option_fields import Group, Role
-from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Rate
+from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Positive
 from mtt_fast.errors import InputError
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -24,7 +24,7 @@ class DcOptions(LearnedImagesOptions):
     """iterations, each with a fresh network"""
     eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 500
     """iterations between evaluations"""
-    lr_img: Rate = 0.1
+    lr_img: Positive = 0.1
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "noise"
     """initial images: real images or noise"""

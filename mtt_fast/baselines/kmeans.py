@@ -33,16 +33,16 @@ class KmeansOptions(TrainedNetworkOptions):
     """image of each cluster. nearest: the real image nearest to the centre of its embeddings; centres: the centre of its pixels"""
 
     @property
-    def asks_network(self) -> bool:
-        """See `TrainedNetworkOptions.asks_network`."""
+    def uses_network(self) -> bool:
+        """See `TrainedNetworkOptions.uses_network`."""
         return self.pick == "nearest"
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
         reasons = super().without_effect()
-        if not self.asks_network:
-            of_expert = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
-            reasons |= dict.fromkeys(of_expert, "with --pick centres, which asks no trained network")
+        if not self.uses_network:
+            expert_options = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
+            reasons |= dict.fromkeys(expert_options, "with --pick centres, which uses no trained network")
         return reasons
 
 
@@ -65,8 +65,8 @@ def _centres(real: RealImages, members: list[Tensor], ipc: int, generator: torch
     train, centres = real.train, []
     for indices in tqdm(members, desc="cluster", unit="class", leave=False):
         pixels, _ = train.batch(indices.to(train.labels.device))
-        of_class = cluster_centres(pixels.flatten(1).cpu(), ipc, generator)
-        centres.append(of_class.view(ipc, *real.data.image_shape))
+        class_centres = cluster_centres(pixels.flatten(1).cpu(), ipc, generator)
+        centres.append(class_centres.view(ipc, *real.data.image_shape))
     labels = torch.arange(len(members), device=train.labels.device).repeat_interleave(ipc)
     return Images(torch.cat(centres).to(labels.device), labels)
 
@@ -88,7 +88,7 @@ def nearest_rows(points: Tensor, centres: Tensor) -> Tensor:
     """Return for each of `centres` (k, F) the index (k,) of the nearest of `points` (n, F) that no centre has yet."""
     distances = torch.cdist(centres.double(), points.double())
     chosen: list[int] = []
-    for of_centre in distances:
-        of_centre[chosen] = torch.inf
-        chosen.append(int(of_centre.argmin()))
+    for centre_distances in distances:
+        centre_distances[chosen] = torch.inf
+        chosen.append(int(centre_distances.argmin()))
     return torch.tensor(chosen)

@@ -20,7 +20,7 @@ from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.commands.option_fields import Group
-from mtt_fast.commands.options import Count, Rate
+from mtt_fast.commands.options import Count, Positive
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload
@@ -38,9 +38,9 @@ class LdOptions(IterativeOptions):
     """real images in the loss"""
     inner_batch_size: Count = 50
     """images with learned labels per step of the network; all if there are fewer"""
-    inner_lr: Rate = 0.01
+    inner_lr: Positive = 0.01
     """learning rate of the network step through which the labels are learned"""
-    lr_y: Annotated[Rate, Group.LABELS] = 1e-3
+    lr_y: Annotated[Positive, Group.LABELS] = 1e-3
     """learning rate of the labels (Adam)"""
 
 
@@ -51,10 +51,10 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     labels = torch.full((count, classes), 1 / classes, device=device)
     theta = network.init(generator_for(options.seed, "ld network", 0)).to(device)
     errors = torch.empty(0)  # since the start of this network's training
-    optimiser = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
+    optimizer = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
     precision = precision_on(device, network, options.precision)
     student = student_for(network, device, "probabilities", precision=precision)
-    everything, rate = torch.arange(len(real.train)), torch.tensor(options.inner_lr, device=device)
+    everything, lr = torch.arange(len(real.train)), torch.tensor(options.inner_lr, device=device)
     window = patience(count, classes)
 
     def step(iteration: int) -> float:
@@ -62,22 +62,22 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         inputs, targets = random_batch(real.train, everything, options.batch_real, generator)
         index = upload(torch.randperm(count, generator=generator)[: options.inner_batch_size], device)
         soft = labels.detach().requires_grad_()
-        logits = logits_after_steps(network, theta, images, soft, rate, [index], inputs, precision)
+        logits = logits_after_steps(network, theta, images, soft, lr, [index], inputs, precision)
         loss = F.cross_entropy(logits, targets)
         (labels.grad,) = torch.autograd.grad(loss, soft)
         theta.grad = student.gradient(theta, images[index], labels[index]).gradient
-        optimiser.step()
+        optimizer.step()
         labels.clamp_(0, 1)
         labels.div_(labels.sum(dim=1, keepdim=True))
         errors.resize_(len(errors) + 1)[-1] = (logits.argmax(dim=1) != targets).float().mean().cpu()
         if stagnates(errors, window):
             theta.copy_(network.init(generator_for(options.seed, "ld network", iteration + 1)))
-            optimiser.state.pop(theta)
+            optimizer.state.pop(theta)
             errors.resize_(0)
         return float(loss.detach())
 
     return LearnedSet(
-        images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net), label_kind="probabilities",
+        images, labels, optimizer, step, lr=lambda: torch.tensor(options.lr_net), label_kind="probabilities",
         carried={"theta": theta, "errors": errors},
     )  # fmt: skip
 

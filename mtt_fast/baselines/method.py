@@ -20,7 +20,7 @@ class LearnedSet:
 
     images: Tensor  # (n, C, H, W), class-major, as networks see them
     labels: Tensor  # indices (n,), or soft labels (n, classes) of label_kind
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     step: Callable[[int], float]
     """do iteration i, 0, 1, …, whose random numbers follow from the seed and i alone; return its loss"""
     lr: Callable[[], Tensor]

@@ -14,8 +14,8 @@ from mtt_fast.commands.options import (
     CountFromZero,
     CountOrNone,
     EvaluationOptions,
-    Rate,
-    RateOrZero,
+    NonNegative,
+    Positive,
     Seconds,
     Share,
 )
@@ -37,16 +37,16 @@ class BaselineOptions(EvaluationOptions):
 
     ipc: Annotated[Count, Group.SET] = 1
     """images per class"""
-    lr_net: Rate = REAL_IMAGES_LR
+    lr_net: Positive = REAL_IMAGES_LR
     """learning rate of networks that are trained on the set"""
 
     def remarks(self, given: Container[str]) -> list[str]:
         """See `CommonOptions.remarks`."""
-        remarks, rate = super().remarks(given), self.evaluation_protocol().lr
-        if "lr_net" in given and rate not in (None, self.lr_net):
+        remarks, lr = super().remarks(given), self.evaluation_protocol().lr
+        if "lr_net" in given and lr not in (None, self.lr_net):
             remarks.append(
-                f"--lr_net {self.lr_net:g}: evaluations take the rate of --protocol {self.protocol}, {rate:g}; for another one say "
-                "--lr_teacher to python -m mtt_fast.evaluate"
+                f"--lr_net {self.lr_net:g}: evaluations use the learning rate of --protocol {self.protocol}, {lr:g}; to evaluate with "
+                "another, give --lr_teacher to python -m mtt_fast.evaluate"
             )
         return remarks
 
@@ -60,7 +60,7 @@ class BaselineOptions(EvaluationOptions):
         return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
 
     def check(self) -> None:
-        """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""
+        """Raise `InputError` for the first values that do not fit each other. Single values are checked when they are parsed."""
         self.evaluation_protocol()
 
 
@@ -74,18 +74,18 @@ class TrainedNetworkOptions(BaselineOptions):
     """folder of the experts' trajectories; if it is empty, one expert is trained"""
     train_epochs: Annotated[Count, Role.EXTENT] = 50
     """epochs of the first expert"""
-    expert_lr: Rate = 0.01
+    expert_lr: Positive = 0.01
     """learning rate of the first expert"""
     mom: Share = 0.0
     """momentum of the first expert"""
-    l2: RateOrZero = 0.0
+    l2: NonNegative = 0.0
     """weight decay of the first expert"""
     decay: bool = False
     """divide the first expert's learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
 
     @property
-    def asks_network(self) -> bool:
-        """Return whether the method, with these options, asks a trained network at all."""
+    def uses_network(self) -> bool:
+        """Return whether the method, with these options, uses a trained network."""
         return True
 
     def expert(self) -> ExpertTraining:
@@ -128,7 +128,7 @@ class IterativeOptions(BaselineOptions):
 class LearnedImagesOptions(IterativeOptions):
     """Learn images in iterations."""
 
-    lr_img: Rate = 1.0
+    lr_img: Positive = 1.0
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "real"
     """initial images: real images or noise"""

@@ -1,6 +1,6 @@
 """Learn images through a random window of a training (RaT-BPTT: Feng, Vedantam & Kempe, ICLR 2024).
 
-Where the window begins is drawn once for each epoch of the real images. Defaults are those of the public code's command for CIFAR-10,
+The first step of the window is drawn once for each epoch of the real images. Defaults are those of the public code's command for CIFAR-10,
 whose 60,000 epochs with --batch_real 5000 are 600,000 iterations.
 """
 
@@ -24,7 +24,7 @@ class RatBpttOptions(TruncatedBpttOptions):
     """Learn images so that training on them lowers the loss on real images, through a random window of its steps."""
 
     window: Count = 60
-    """steps through which gradients go"""
+    """number of steps that gradients are propagated through"""
     minwindow: CountFromZero = 0
     """least number of steps before the window"""
 
@@ -42,7 +42,7 @@ def ratbptt(options: RatBpttOptions, real: RealImages, network: Trainable) -> Le
     bptt = TruncatedBptt("ratbptt", options, real, network)
 
     def step(iteration: int) -> float:
-        return float(bptt.improve(iteration, random_window(options, iteration // bptt.iterations_per_epoch)).loss)
+        return float(bptt.update_set(iteration, random_window(options, iteration // bptt.iterations_per_epoch)).loss)
 
     return bptt.learned_set(step)
 

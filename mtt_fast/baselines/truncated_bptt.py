@@ -1,8 +1,8 @@
-"""Learn images by the loss on real images, through a window of a training: truncated backpropagation through time.
+"""Learn images by the loss on real images, by truncated backpropagation through time.
 
-Each iteration trains a fresh network on the images by Adam. The gradient of its loss on real images goes through the last steps
-alone, the window. The methods (ratbptt.py, atbptt.py) differ in where the window lies. The options are those of their public
-codes. Here the real images of each iteration are drawn anew, and whitening (--zca) is that of MTT.
+Each iteration trains a fresh network on the images by Adam. The gradient of its loss on real images is propagated only through the
+last steps, the window. The methods (ratbptt.py, atbptt.py) differ in the choice of the window. The options are those of their
+public codes. Here the real images of each iteration are drawn again, and whitening (--zca) is that of MTT.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.commands.option_fields import Group, Needs
-from mtt_fast.commands.options import Count, CountOrNone, Rate, Share, Strategy
+from mtt_fast.commands.options import Count, CountOrNone, Positive, Share, Strategy
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.student import InMicrobatches
 from mtt_fast.engine.student_choice import precision_on, student_for
@@ -41,10 +41,10 @@ _OWN_STEPS = 1000  # of the method's own training; the public codes test after 3
 class TruncatedBpttOptions(LearnedImagesOptions):
     """Learn images so that training on them lowers the loss on real images, through a window of its steps."""
 
-    lr_img: Rate = 0.001
+    lr_img: Positive = 0.001
     """learning rate of the pixels (Adam)"""
     pix_init: Literal["real", "noise"] = "noise"
-    """initial images: real images, or noise of length 1"""
+    """initial images: real images, or noise in which each image has norm 1"""
     batch_real: Count = 5000
     """real images in the loss"""
     batch_per_class: Count = 10
@@ -52,23 +52,23 @@ class TruncatedBpttOptions(LearnedImagesOptions):
     task_sampler_nc: CountOrNone = None
     """classes in a step, drawn anew for each; all if there are fewer, or if not given"""
     totwindow: Count = 200
-    """largest number of steps, those of the window included"""
-    inner_lr: Rate = 0.001
+    """largest number of steps, including the window"""
+    inner_lr: Positive = 0.001
     """learning rate of the networks (Adam)"""
     syn_strategy: Strategy = "flip_rotate"
-    """augmentation of the synthetic images, as --dsa_strategy; none for none"""
+    """augmentation of the synthetic images: operations as in --dsa_strategy, or none"""
     real_strategy: Strategy = "flip_rotate"
-    """augmentation of the real images"""
+    """augmentation of the real images: operations as in --dsa_strategy, or none"""
     clip_coef: Share = 0.9
-    """gradients of the images are clipped to twice the running average of their length; this is its decay"""
+    """decay of the running average of the images' gradient norm; these gradients are clipped to twice this average"""
     train_y: Annotated[bool, Group.LABELS] = False
     """learn the labels too: weights of the classes, which begin as 1 for the image's class and 0 for the others"""
-    label_lr_scale: Annotated[Rate, Needs("train_y"), Group.LABELS] = 1.0
+    label_lr_scale: Annotated[Positive, Needs("train_y"), Group.LABELS] = 1.0
     """the labels' learning rate is --lr_img divided by this"""
 
 
 class Window(NamedTuple):
-    """The last steps of a training, through which gradients go."""
+    """The last steps of a training, which gradients are propagated through."""
 
     before: int  # number of steps before the window
     steps: int
@@ -83,7 +83,7 @@ class RealLoss(NamedTuple):
 
 
 class TruncatedBptt:
-    """Learn images through windows of trainings, for the method called `method`.
+    """Learn images by truncated backpropagation, for the method called `method`.
 
     A ConvNet's steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32.
     """
@@ -96,8 +96,8 @@ class TruncatedBptt:
         if options.train_y:
             self.labels = F.one_hot(start.labels, real.data.num_classes).to(self.images)
             learned.append({"params": [self.labels], "lr": options.lr_img / options.label_lr_scale})
-        self._optimiser = torch.optim.Adam(learned, lr=options.lr_img)
-        self._norm = self.images.new_zeros(())  # the running average of the gradient's length
+        self._optimizer = torch.optim.Adam(learned, lr=options.lr_img)
+        self._norm = self.images.new_zeros(())  # the running average of the gradient norm
         self._precision: Precision = "fp32"
         if options.precision != "auto":
             self._precision = precision_on(self._device, network, options.precision)
@@ -117,16 +117,16 @@ class TruncatedBptt:
         return math.ceil(len(self._everything) / self._options.batch_real)
 
     def learned_set(self, step: Callable[[int], float], carried: Mapping[str, Tensor] | None = None) -> LearnedSet:
-        """Return the set that `step` learns by calls of `improve`, and the tensors `carried` with it."""
+        """Return the set that `step` learns by calls of `update_set`, and the tensors `carried` with it."""
         return LearnedSet(
-            self.images, self.labels, self._optimiser, step, lr=lambda: torch.tensor(self._options.lr_net),
+            self.images, self.labels, self._optimizer, step, lr=lambda: torch.tensor(self._options.lr_net),
             label_kind="weights" if self._options.train_y else "indices",
             carried={"gradient_norm": self._norm} | dict(carried or {}),
             own_training=lambda generator: self._trained(_OWN_STEPS, generator)[0],
         )  # fmt: skip
 
-    def improve(self, iteration: int, window: Window) -> RealLoss:
-        """Improve the set by the gradient of a training's loss on real images, through `window`. Return that loss."""
+    def update_set(self, iteration: int, window: Window) -> RealLoss:
+        """Update the set by the gradient, through `window`, of a training's loss on real images. Return that loss."""
         generator = generator_for(self._options.seed, self._method, iteration)
         theta, moments = self._trained(window.before, generator)
         learned = Images(self.images.detach().requires_grad_(), self.labels.detach())
@@ -140,14 +140,14 @@ class TruncatedBptt:
         assert learned.pixels.grad is not None
         self.images.grad = clipped(learned.pixels.grad, self._norm, self._options.clip_coef)
         self.labels.grad = learned.labels.grad
-        self._optimiser.step()
+        self._optimizer.step()
         self.labels.clamp_(min=0)
         return RealLoss(at_end.loss, end, Images(inputs, targets))
 
-    def gradient_lengths(self, steps: int, generator: torch.Generator) -> Tensor:
-        """Return the lengths (steps,) of the gradients in a training of a fresh network on the images."""
+    def gradient_norms(self, steps: int, generator: torch.Generator) -> Tensor:
+        """Return the norms (steps,) of the gradients in a training of a fresh network on the images."""
         theta = upload(self._network.init(generator), self._device)
-        adam, images, lengths = (
+        adam, images, norms = (
             torch.optim.Adam([theta], lr=self._options.inner_lr),
             Images(self.images, self.labels),
             [],
@@ -156,9 +156,9 @@ class TruncatedBptt:
             inputs, targets = images.batch(upload(index, self._device))
             inputs = self._augmented(inputs, self._augment, generator)
             theta.grad = self._student.gradient(theta, inputs, targets).gradient
-            lengths.append(torch.linalg.vector_norm(theta.grad))
+            norms.append(torch.linalg.vector_norm(theta.grad))
             adam.step()
-        return torch.stack(lengths)
+        return torch.stack(norms)
 
     def _trained(self, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Return the parameters and moments of a fresh network after some steps on the images."""
@@ -192,7 +192,7 @@ class TruncatedBptt:
 
 
 def _starting_images(options: TruncatedBpttOptions, real: RealImages) -> Images:
-    """Return real images, or noise of which each image has length 1."""
+    """Return real images, or noise in which each image has norm 1."""
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     if options.pix_init == "real":
         return start
@@ -214,8 +214,8 @@ def random_batches(
 
 
 def clipped(gradient: Tensor, norm: Tensor, decay: float) -> Tensor:
-    """Return the gradient with a length of at most twice the running average `norm` (), which is brought up to date before."""
-    length: Tensor = torch.linalg.vector_norm(gradient)
-    norm.copy_(torch.where(norm == 0, length, torch.lerp(length, norm, decay)))
-    share: Tensor = (2 * norm / (length + 1e-6)).clamp(max=1)
-    return gradient * share
+    """Return the gradient, clipped to twice the running average `norm` (), which is updated in place first."""
+    gradient_norm: Tensor = torch.linalg.vector_norm(gradient)
+    norm.copy_(torch.where(norm == 0, gradient_norm, torch.lerp(gradient_norm, norm, decay)))
+    scale: Tensor = (2 * norm / (gradient_norm + 1e-6)).clamp(max=1)
+    return gradient * scale

@@ -13,7 +13,7 @@ import torch
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
-from mtt_fast.commands.options import Count, EvaluationOptions, PositiveShare, RateOrNone
+from mtt_fast.commands.options import Count, EvaluationOptions, PositiveOrNone, PositiveShare
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes, check_share
@@ -21,7 +21,7 @@ from mtt_fast.data.synthetic import SyntheticDataset, real_ones
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
 from mtt_fast.interop import SET_KINDS, set_kind_of
-from mtt_fast.interop.pairs import doubts, read_pair
+from mtt_fast.interop.pairs import read_pair, whitening_warnings
 from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
@@ -45,7 +45,7 @@ class SetOptions(EvaluationOptions):
 
     ipc: Count = 1
     """random real images per class, if the set is the word "random" """
-    lr_teacher: RateOrNone = None
+    lr_teacher: PositiveOrNone = None
     """learning rate of the networks; if not given, that of --protocol, of the set, or 0.01 if the set has none"""
     texture: Annotated[bool, Group.TEXTURE] = False
     """treat the images of a .pt file as textures; networks use random crops of them"""
@@ -73,9 +73,9 @@ class SetOptions(EvaluationOptions):
         if RANDOM not in sources:
             reasons["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
         if not any(source.endswith(".pt") for source in sources):
-            of_pt = "without a .pt file among the sets: those of this package know it themselves"
-            of_files = ("texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share")
-            reasons |= dict.fromkeys(of_files, of_pt)
+            pt_reason = "without a .pt file among the sets: those of this package know it themselves"
+            pt_options = ("texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share")
+            reasons |= dict.fromkeys(pt_options, pt_reason)
         elif self.texture or not self.evaluation_protocol().combined:
             reasons["distilled_share"] = "with --texture" if self.texture else "without --protocol selmatch"
         return reasons
@@ -158,17 +158,17 @@ class EvaluatedSet:
         The rate is that of --lr_teacher, of the protocol, or else of the set. Raises `InputError` for files that are broken or of
         another data set.
         """
-        source, options, rate = self.source, self.options, self.options.evaluation_protocol().rate
+        source, options, initial_lr = self.source, self.options, self.options.evaluation_protocol().initial_lr
         if source == RANDOM:
             check_enough(real.data, options.ipc)
-            return lambda generator: random_subset(real, options.ipc, generator), rate(REAL_IMAGES_LR)
+            return lambda generator: random_subset(real, options.ipc, generator), initial_lr(REAL_IMAGES_LR)
         images, learned = self._images_and_lr(real.test.labels.device)
         check_shape(images, real.data, source)
         classes = real.data.num_classes
         present = check_classes(images.labels, classes, source)
         if present < classes:
             log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
-        return lambda _: images, rate(learned)
+        return lambda _: images, initial_lr(learned)
 
     def _images_and_lr(self, device: torch.device) -> tuple[Images, float]:
         """Return the images of the set, and its learning rate; of files without a rate, that of real images."""
@@ -178,7 +178,7 @@ class EvaluatedSet:
         pair = read_pair(self.source, options.label_kind)
         if pair.label_kind != "indices" and options.label_kind is None:
             log.info("labels are soft; taken as %s", pair.label_kind)
-        for line in doubts(self.source, pair, zca=options.zca):
+        for line in whitening_warnings(self.source, pair, zca=options.zca):
             log.warning("%s", line)
         real = None
         if options.distilled_share < 1:

@@ -26,7 +26,7 @@ from mtt_fast.errors import InputError
 FLOAT64_MAX = int(sys.float_info.max)
 FLOAT32_MAX = 3.4028234e38
 FLOAT32_TINY = 1.1754944e-38
-"""The largest finite numbers of both formats, and the smallest normal one of float32, in which rates are used."""
+"""The largest finite numbers of both formats, and the smallest normal number of float32, in which learning rates are used."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Range:
     largest: int | None = None
     """the largest number that makes sense; a larger one would only exhaust the memory"""
 
-    def complaint(self, value: float) -> str | None:
+    def problem(self, value: float) -> str | None:
         """Return what is expected in place of `value` if that is out of range, else None."""
         if isinstance(value, float) and not math.isfinite(value):
             return None if self.infinite and value == math.inf else f"expected a finite number{self._of()}"
@@ -78,9 +78,9 @@ COUNT = Range(1, largest=10**9)
 COUNT_FROM_ZERO = Range(0, largest=10**9)
 NETWORKS = Range(1, largest=10**6)
 """Numbers of experts or networks: each is listed, in memory or in a folder."""
-RATE = Range(0, above=True)
-RATE_OR_ZERO = Range(0)
-RATE_OR_INFINITY = Range(0, above=True, infinite=True)
+POSITIVE = Range(0, above=True)
+NON_NEGATIVE = Range(0)
+POSITIVE_OR_INFINITY = Range(0, above=True, infinite=True)
 SHARE = Range(0, 1, below=True)
 POSITIVE_SHARE = Range(0, 1, above=True)
 SEED = Range(0, largest=2**63 - 1)
@@ -327,8 +327,8 @@ def _check_one(field: Field, value: Any) -> None:
     """Raise `InvalidValue` if a value of the right type is out of the option's range."""
     if isinstance(value, int | float):
         ranges = field.declarations(Range) or [_ANY_INTEGER if isinstance(value, int) else _ANY]
-        for complaint in filter(None, (each.complaint(value) for each in ranges)):
-            raise InvalidValue(complaint)
+        for problem in filter(None, (each.problem(value) for each in ranges)):
+            raise InvalidValue(problem)
     if isinstance(value, str) and value != field.default:
         if not value and MAY_BE_EMPTY not in field.declared:
             raise InvalidValue("expected a text, found an empty one")

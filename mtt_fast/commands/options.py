@@ -16,10 +16,10 @@ from mtt_fast.commands.option_fields import (
     COUNT_FROM_ZERO,
     HARMLESS,
     NETWORKS,
+    NON_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_INFINITY,
     POSITIVE_SHARE,
-    RATE,
-    RATE_OR_INFINITY,
-    RATE_OR_ZERO,
     SEED,
     SHARE,
     Checked,
@@ -53,11 +53,11 @@ CountFromZero = Annotated[int, COUNT_FROM_ZERO, _hint(COUNT_FROM_ZERO)]
 Networks = Annotated[int, NETWORKS, _hint(NETWORKS)]
 NetworksOrNone = Annotated[int | None, NETWORKS, _hint(NETWORKS)]
 Side = Annotated[int | None, Range(1, largest=2**14), _hint(Range(1))]
-Rate = Annotated[float, RATE, _hint(RATE)]
-RateOrNone = Annotated[float | None, RATE, _hint(RATE)]
-RateOrZero = Annotated[float, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
-RateOrZeroOrNone = Annotated[float | None, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
-RateOrInfinityOrNone = Annotated[float | None, RATE_OR_INFINITY, _hint(RATE_OR_INFINITY)]
+Positive = Annotated[float, POSITIVE, _hint(POSITIVE)]
+PositiveOrNone = Annotated[float | None, POSITIVE, _hint(POSITIVE)]
+NonNegative = Annotated[float, NON_NEGATIVE, _hint(NON_NEGATIVE)]
+NonNegativeOrNone = Annotated[float | None, NON_NEGATIVE, _hint(NON_NEGATIVE)]
+PositiveOrInfinityOrNone = Annotated[float | None, POSITIVE_OR_INFINITY, _hint(POSITIVE_OR_INFINITY)]
 Share = Annotated[float, SHARE, _hint(SHARE)]
 ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
 PositiveShare = Annotated[float, POSITIVE_SHARE, _hint(POSITIVE_SHARE)]

@@ -66,7 +66,7 @@ def preview(
     line = _read(kind, argv)
     if line.unknown:
         raise InputError(_unknown(line.unknown[0], kind))
-    if line.asks_for_help:
+    if line.wants_help:
         print_help(start, prog)  # which ends the process
     if line.others:
         raise InputError(_unknown(line.others[0], kind))
@@ -102,7 +102,7 @@ class _Line:
     """all words that belong to no option, in their order"""
     ignored: set[str] = dataclasses.field(default_factory=set)
     """flags without an effect"""
-    asks_for_help: bool = False
+    wants_help: bool = False
 
     @property
     def given(self) -> frozenset[str]:
@@ -123,7 +123,7 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
             _add_words(line, positional, words)
             break
         if word in ("-h", "--help"):
-            line.asks_for_help = True
+            line.wants_help = True
             continue
         if not _is_flag(word):
             _add_words(line, positional, [word])
@@ -219,7 +219,7 @@ def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
 def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Options, list[str]]:
     """Return an instance of the dataclass `kind` from its flags in `argv`, and the words that are not its own."""
     line = _read(kind, argv)
-    if line.asks_for_help:
+    if line.wants_help:
         print_help(kind(), prog)  # which ends the process
     options = _with_values(kind(), line, prog)
     _check_effects(options, argv)

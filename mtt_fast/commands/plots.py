@@ -14,11 +14,11 @@ from mtt_fast.commands.tables import save_figure
 from mtt_fast.data.images import as_image
 from mtt_fast.storage.atomic import atomic_path
 
-_LONGEST_ROW = 10
-_MOST_CLASSES = 100  # in a snapshot
+_MAX_COLUMNS = 10
+_MAX_CLASSES = 100  # in a snapshot
 _SMALLEST_TILE = 96  # pixels on the screen
 _GAP, _CAPTION, _HEADER = 6, 20, 34
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_BACKGROUND, _TEXT_COLOUR = (255, 255, 255), (40, 40, 40)
 
 
 def save_grid(
@@ -32,11 +32,11 @@ def save_grid(
     One image per class: ten classes a row, names above. More: a class a row, its first ten images.
     Small images are enlarged by a whole factor, without smoothing.
     """
-    by_class = [[int(i) for i in (labels == label).nonzero()[:_LONGEST_ROW, 0]] for label in range(len(class_names))]
+    by_class = [[int(i) for i in (labels == label).nonzero()[:_MAX_COLUMNS, 0]] for label in range(len(class_names))]
     rows: list[list[tuple[str, int]]]
     if max(map(len, by_class)) <= 1:
         present = [(name, indices[0]) for name, indices in zip(class_names, by_class, strict=True) if indices]
-        rows = [present[begin : begin + _LONGEST_ROW] for begin in range(0, len(present), _LONGEST_ROW)]
+        rows = [present[begin : begin + _MAX_COLUMNS] for begin in range(0, len(present), _MAX_COLUMNS)]
     else:
         rows = [
             [(name if column == 0 else "", index) for column, index in enumerate(indices)]
@@ -48,7 +48,9 @@ def save_grid(
 
 def save_stacked(path: str | os.PathLike[str], images: Sequence[Image.Image]) -> None:
     """Write `images` one below the other as PNG, atomically."""
-    canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), _PAPER)
+    canvas = Image.new(
+        "RGB", (max(image.width for image in images), sum(image.height for image in images)), _BACKGROUND
+    )
     top = 0
     for image in images:
         canvas.paste(image, (0, top))
@@ -64,14 +66,14 @@ def _panel(title: str, pictures: Tensor, rows: Sequence[Sequence[tuple[str, int]
     font, title_font = ImageFont.load_default(size=14), ImageFont.load_default(size=17)
     pitch = height + _CAPTION + _GAP
     columns = max(map(len, rows))
-    image = Image.new("RGB", (_GAP + columns * (width + _GAP), _HEADER + len(rows) * pitch + _GAP), _PAPER)
+    image = Image.new("RGB", (_GAP + columns * (width + _GAP), _HEADER + len(rows) * pitch + _GAP), _BACKGROUND)
     draw = ImageDraw.Draw(image)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=title_font)
+    draw.text((_GAP, _GAP), title, fill=_TEXT_COLOUR, font=title_font)
     for row, tiles in enumerate(rows):
         top = _HEADER + row * pitch
         for column, (name, index) in enumerate(tiles):
             left = _GAP + column * (width + _GAP)
-            draw.text((left, top), _shortened(name, width, font), fill=_INK, font=font)
+            draw.text((left, top), _shortened(name, width, font), fill=_TEXT_COLOUR, font=font)
             tile = as_image(pictures[index]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             image.paste(tile, (left, top + _CAPTION))
     return image
@@ -91,13 +93,13 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
     from matplotlib.figure import Figure  # slow to import, and only the commands draw
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    loss, rate, accuracy = figure.subplots(1, 3)
+    loss, lr, accuracy = figure.subplots(1, 3)
     steps = [record for record in records if record["kind"] == "step"]
     iterations = [record["iteration"] for record in steps]
     loss.plot(iterations, [record["loss"] for record in steps], linewidth=0.8)
     loss.set(title="loss", xlabel="iteration")
-    rate.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
-    rate.set(title="student's learning rate", xlabel="iteration")
+    lr.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
+    lr.set(title="student's learning rate", xlabel="iteration")
     for kind, name in (("evaluation", "distilled"), ("ema_evaluation", "average over the iterations")):
         if evaluations := [record for record in records if record["kind"] == kind]:
             accuracy.errorbar(
@@ -112,7 +114,7 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
         accuracy.axhline(baseline, color="grey", linestyle="--", label="random real images")
     accuracy.set(title="test accuracy of fresh networks", xlabel="iteration")
     accuracy.legend(frameon=False)
-    for axes in (loss, rate, accuracy):
+    for axes in (loss, lr, accuracy):
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)
 
@@ -123,10 +125,10 @@ def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor
     `pictures` (n, C, H, W) with class indices `labels` (n,). At most a hundred classes are shown. A class has the same
     position in the snapshots of all iterations.
     """
-    first = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()[:_MOST_CLASSES]]
+    first = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()[:_MAX_CLASSES]]
     height, width = pictures.shape[-2:]
-    columns = min(_LONGEST_ROW, len(first))
-    canvas = Image.new("RGB", (columns * width, math.ceil(len(first) / columns) * height), _PAPER)
+    columns = min(_MAX_COLUMNS, len(first))
+    canvas = Image.new("RGB", (columns * width, math.ceil(len(first) / columns) * height), _BACKGROUND)
     for position, index in enumerate(first):
         row, column = divmod(position, columns)
         canvas.paste(as_image(pictures[index]).convert("RGB"), (column * width, row * height))

@@ -118,7 +118,7 @@ def run_to_the_end(
     """
     options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
     saved = time.monotonic()
-    part: Part = "first_iteration"  # compiles kernels, and records the graph on CUDA
+    part: Part = "first_iteration"  # compiles kernels, and on CUDA captures the graph
 
     def save_progress() -> None:
         with seconds_of("saving"):
@@ -168,7 +168,7 @@ def run_to_the_end(
 def as_synthetic(
     run: Run, images: Tensor, labels: Tensor, lr: Tensor, *, label_kind: str, recipe: dict[str, Any], **others: Any
 ) -> SyntheticDataset:
-    """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on at the rate `lr` ().
+    """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on with the learning rate `lr` ().
 
     `recipe` is recorded besides the options; `others` are further fields of `SyntheticDataset`.
     """
@@ -222,7 +222,7 @@ def evaluate_network(
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
     with run.seconds.of("evaluations"):
         return evaluate(
-            network, train, test, protocol.rate(lr), protocol, networks=options.num_eval, seed=options.seed,
+            network, train, test, protocol.initial_lr(lr), protocol, num_networks=options.num_eval, seed=options.seed,
             indices=indices, name=name, stop=stop,
             precision=precision_on(test.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=run.memory_budget,

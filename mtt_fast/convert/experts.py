@@ -107,7 +107,7 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
     check_output_folder(folder, _ELSEWHERE)
-    metadata = ExpertMetadata.of(
+    metadata = ExpertMetadata.from_identity(
         data.identity(zca=options.zca),
         network=network.describe(),
         layout=network.layout.describe(),
@@ -227,7 +227,7 @@ def export_to(options: ConvertOptions) -> None:
         for path in files:
             written.append(path)
             bar.update(min(options.experts_per_file, len(store) - bar.n))
-            _stop_if_asked(stop)
+            _raise_if_stopped(stop)
     log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
     readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
     log.info("%s them with --buffer_path %s", readers[kind], options.destination)
@@ -246,11 +246,11 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)
             rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
             write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), course)
-            _stop_if_asked(stop)
+            _raise_if_stopped(stop)
     log.info("wrote %d experts to %s", len(store), folder)
 
 
-def _stop_if_asked(stop: StopRequest) -> None:
+def _raise_if_stopped(stop: StopRequest) -> None:
     if stop:
         raise Stopped("stopped; nothing was written", stop.signum)
 

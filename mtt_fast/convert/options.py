@@ -12,7 +12,7 @@ import tyro
 
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Role
-from mtt_fast.commands.options import CommonOptions, Count, PositiveShare, Rate, Side, StoreDtype
+from mtt_fast.commands.options import CommonOptions, Count, Positive, PositiveShare, Side, StoreDtype
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import check_device_name
 
@@ -58,7 +58,7 @@ class ConvertOptions:
     device: Annotated[str, Role.MACHINE, HARMLESS, Group.MACHINE, Checked(check_device_name)] = "auto"
     """device that tests imported experts: auto, cpu, cuda, cuda:1, …"""
 
-    lr_teacher: Annotated[Rate, Group.SET] = 0.01
+    lr_teacher: Annotated[Positive, Group.SET] = 0.01
     """learning rate of the set, if its files have none"""
     distilled_share: Annotated[PositiveShare, Group.SET] = 1.0
     """share of each class's images that was distilled, the first ones, if the others are real (SelMatch's alpha)"""
@@ -91,12 +91,12 @@ class ConvertOptions:
 
     def without_effect_on_experts(self, *, exported: bool) -> dict[str, str]:
         """Return the options that have no effect where experts are `exported`, or else imported, with the reasons."""
-        of_sets = ("lr_teacher", "distilled_share", "label_kind", "reorder", "hard_labels", "method")
-        reasons = dict.fromkeys(of_sets, "on experts, only on distilled sets")
+        set_options = ("lr_teacher", "distilled_share", "label_kind", "reorder", "hard_labels", "method")
+        reasons = dict.fromkeys(set_options, "on experts, only on distilled sets")
         if exported:
             known = "on experts of this software, which know it"
-            reasons |= dict.fromkeys((*_OF_DATA, "dataset", "zca", "model"), known)
-            reasons |= dict.fromkeys(_OF_IMPORTS, "on experts that are exported, only on imported ones")
+            reasons |= dict.fromkeys((*_DATA_OPTIONS, "dataset", "zca", "model"), known)
+            reasons |= dict.fromkeys(_IMPORT_OPTIONS, "on experts that are exported, only on imported ones")
         else:
             reasons["experts_per_file"] = "on experts that are imported, which have a file each"
             reasons |= self._without_effect_on_data()
@@ -104,14 +104,14 @@ class ConvertOptions:
 
     def without_effect_on_set(self, kind: str, to: str) -> dict[str, str]:
         """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, with the reasons."""
-        reasons = dict.fromkeys((*_OF_IMPORTS, "experts_per_file"), "on a distilled set, only on experts")
+        reasons = dict.fromkeys((*_IMPORT_OPTIONS, "experts_per_file"), "on a distilled set, only on experts")
         with_data_info = ("synthetic", "png", "parquet")
         if kind == "synthetic":
             known = "on a set of this software, which knows it"
-            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "distilled_share", "label_kind"), known)
+            reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "label_kind"), known)
         elif to not in with_data_info:
             unread = f"where nothing becomes {' or '.join(with_data_info)}"
-            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "distilled_share"), unread)
+            reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share"), unread)
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc_benchmark", "png", "parquet"):
@@ -125,11 +125,11 @@ class ConvertOptions:
     def _without_effect_on_data(self) -> dict[str, str]:
         """Return the options of the real images that have no effect on the data set, with the reasons."""
         reasons = {} if self.dataset is None else dataclasses.replace(self.common(), device="cpu").without_effect()
-        return {name: reason for name, reason in reasons.items() if name in _OF_DATA}
+        return {name: reason for name, reason in reasons.items() if name in _DATA_OPTIONS}
 
 
-_OF_DATA = ("subset", "res", "data_path", "packed_path", "download")
-_OF_IMPORTS = ("measure", "store_dtype", "device")
+_DATA_OPTIONS = ("subset", "res", "data_path", "packed_path", "download")
+_IMPORT_OPTIONS = ("measure", "store_dtype", "device")
 
 
 def parse_options(argv: Sequence[str], defaults: dict[str, Any] | None = None) -> ConvertOptions:

@@ -31,8 +31,8 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
-from mtt_fast.interop.pairs import beside, doubts
-from mtt_fast.interop.tensor_set import hardened, in_place, largest_label_counts
+from mtt_fast.interop.pairs import sibling, whitening_warnings
+from mtt_fast.interop.tensor_set import count_in_class_order, hardened, largest_label_counts
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
 from mtt_fast.storage.outputs import check_output_folder
@@ -67,7 +67,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     check_effects(options, given, _without_effect(distilled))
     distilled = _in_order(options, distilled)
     if isinstance(distilled, TensorSet):
-        for line in doubts(options.source, distilled, zca=options.zca):
+        for line in whitening_warnings(options.source, distilled, zca=options.zca):
             log.warning("%s", line)
     if isinstance(distilled, TensorSet) and to in ("synthetic", *_PICTURES):
         if distilled.lr is None:
@@ -99,17 +99,17 @@ def _left_out(to: str, distilled: SyntheticDataset | TensorSet, written: list[Pa
             f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
             f"ones of each class (evaluate, convert: --distilled_share {distilled.recipe['distilled_share']:g})"
         )
-    rates = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
+    lrs = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
     images, *others = written
-    if to in ("dc", "dc_benchmark") and distilled.lr is not None and beside(images, "lr") not in others:
+    if to in ("dc", "dc_benchmark") and distilled.lr is not None and sibling(images, "lr") not in others:
         yield (
             f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
             "(evaluate: --lr_teacher)"
         )
-    elif to not in ("synthetic", *_PICTURES) and rates is not None:
+    elif to not in ("synthetic", *_PICTURES) and lrs is not None:
         yield (
-            f"files of this kind hold one learning rate: of the {len(rates)} learned for each step, {float(rates.min()):.4g} to "
-            f"{float(rates.max()):.4g}, the mean was written"
+            f"files of this kind hold one learning rate: of the {len(lrs)} learned for each step, {float(lrs.min()):.4g} to "
+            f"{float(lrs.max()):.4g}, the mean was written"
         )
 
 
@@ -172,11 +172,11 @@ def _kind_for(destination: Path, *, native: bool) -> str:
 def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
     """Return the set class-major, with class indices in place of soft labels for --hard_labels; log its content."""
     plain = as_tensor_set(distilled)
-    count, before = len(plain.labels), in_place(plain)
-    rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
+    count, before = len(plain.labels), count_in_class_order(plain)
+    lr = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
     log.info(
         "%d images %s of %d classes, labels: %s, learning rate: %s",
-        count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, rate,
+        count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, lr,
     )  # fmt: skip
     ordered = class_major(plain, reorder_soft=options.reorder)
     if not torch.equal(ordered.labels, plain.labels):

@@ -1,7 +1,7 @@
 """Test sets on networks other than their own, as one table: `python -m mtt_fast.cross RUN_OR_FILE…`.
 
-The paper's Table 3: fresh networks of each kind are trained on each set. A cell that the table's folder holds already is not
-measured again, so a stopped table continues, and a set or a network can be added later.
+The paper's Table 3: fresh networks of each kind are trained on each set. A cell that is in cross.json already is not
+measured again, so a stopped command continues, and sets or networks can be added later.
 """
 
 from __future__ import annotations
@@ -124,14 +124,16 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         networks = _networks(options.models, row, data)
         real = row.real_images(data, device)
         train, lr = row.training_images(real)
-        question_of_row = _question(row, real, train, lr)
+        row_key = _row_key(row, real, train, lr)
         for name, network in networks.items():
-            question = question_of_row | {"network": name}
-            if precision_on(device, network, row.options.precision) == "bf16":  # of the others none makes a difference
-                question["precision"] = "bf16"
-            cell = next((cell for cell in measured if cell["question"] == question), None)
+            key = row_key | {"network": name}
+            if (
+                precision_on(device, network, row.options.precision) == "bf16"
+            ):  # the other precisions make no difference
+                key["precision"] = "bf16"
+            cell = next((cell for cell in measured if cell["question"] == key), None)
             if cell is None:
-                cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)
+                cell = {"question": key} | _measure(row, real, train, lr, name, network, stop)
                 measured.append(cell)
                 write_record(folder / TABLE, {"cells": measured, "versions": versions()})
             log.info("%s on %s: %s", row.source, name, cell["text"])
@@ -153,11 +155,11 @@ def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict
     return row.options.evaluated_networks(data)
 
 
-def _question(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
-    """Return everything that determines the cells of a row, except the network: the same question has one answer."""
+def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
+    """Return everything on which the cells of a row depend, except the network. It is the "question" of a cell in cross.json."""
     options, protocol = row.options, row.options.evaluation_protocol()
     example = train(generator_for(options.seed, "evaluation", 0))
-    question = {
+    key = {
         "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
         "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
         "ipc": len(example) // real.data.num_classes,
@@ -170,10 +172,10 @@ def _question(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> d
         "seed": options.seed,
     }
     if row.synthetic and options.other_data:
-        question["seen_as"] = row.synthetic.identity.record()
+        key["seen_as"] = row.synthetic.identity.record()
     if protocol.combined and example.real is not None:  # which are augmented in another way
-        question["real"] = digest(example.real)
-    return question
+        key["real"] = digest(example.real)
+    return key
 
 
 def _measure(
@@ -184,7 +186,7 @@ def _measure(
     start = time.monotonic()
     try:
         result = evaluate(
-            network, train, real.test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+            network, train, real.test, lr, options.evaluation_protocol(), num_networks=options.num_eval, seed=options.seed,
             name=f"{row.source} on {name}", stop=stop, precision=precision_on(device, network, options.precision),
             at_once=options.networks_at_once,
         )  # fmt: skip

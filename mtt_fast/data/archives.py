@@ -17,7 +17,7 @@ from mtt_fast.storage.regular import check_regular
 
 _BLOCK = 1 << 20
 _OVERHEAD = 1 << 20  # bytes of an archive besides the content of the files: headers, other small files
-_MOST_MEMBERS = 1000
+_MAX_MEMBERS = 1000
 
 
 def is_file_or_link(path: Path) -> bool:
@@ -67,8 +67,8 @@ def _read_members(tar: tarfile.TarFile, limits: Mapping[str, int]) -> dict[str, 
     """Return the content of the members at the paths in `limits`. Raises `TarError` for suspicious members."""
     files: dict[str, bytes] = {}
     for count, member in enumerate(tar):
-        if count > _MOST_MEMBERS:
-            raise tarfile.TarError(f"more than {_MOST_MEMBERS} members")
+        if count > _MAX_MEMBERS:
+            raise tarfile.TarError(f"more than {_MAX_MEMBERS} members")
         path = _path_in(member.name, limits)
         if path is None:
             continue

@@ -14,7 +14,7 @@ from mtt_fast.data.archives import is_file_or_link, read_tar
 from mtt_fast.data.download import fetch
 from mtt_fast.data.folder import by_class, find_splits, has_splits, image_source
 from mtt_fast.data.image_data import DatasetInfo
-from mtt_fast.data.listing import list_classes, tell_skipped
+from mtt_fast.data.listing import list_classes, log_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of
 from mtt_fast.data.safe_pickle import unpickle
 from mtt_fast.errors import InputError, NotFound
@@ -28,9 +28,9 @@ STD = (0.2023, 0.1994, 0.2010)
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
-_MOST_BESIDES = 200  # bytes beside the pixels of an image
-_MOST_ARCHIVE = 200 << 20  # bytes of an archive that is downloaded
-_MOST_NAMES = 1 << 16  # bytes of the file of class names
+_MAX_OTHER_BYTES = 200  # bytes beside the pixels of an image
+_MAX_ARCHIVE_BYTES = 200 << 20  # bytes of an archive that is downloaded
+_MAX_NAMES_BYTES = 1 << 16  # bytes of the file of class names
 
 _Images = np.ndarray[Any, np.dtype[np.uint8]]  # (n, 3, 32, 32)
 _Labels = np.ndarray[Any, np.dtype[np.int64]]  # (n,)
@@ -67,8 +67,8 @@ class DatasetSpec:
 
     def most_bytes(self, kind: _Distribution) -> dict[str, int]:
         """Return the largest size of each file: pixels, labels, and in a pickle the names of the images."""
-        train, test = (images * (_PIXELS + _MOST_BESIDES) for images in self.images)
-        return {**dict.fromkeys(kind.train, train), kind.test: test, kind.names: _MOST_NAMES}
+        train, test = (images * (_PIXELS + _MAX_OTHER_BYTES) for images in self.images)
+        return {**dict.fromkeys(kind.train, train), kind.test: test, kind.names: _MAX_NAMES_BYTES}
 
 
 _CIFAR10 = DatasetSpec(
@@ -132,13 +132,13 @@ def source(name: str, data_path: Path, res: int | None, *, download: bool, progr
     copy = _find(spec, data_path, res)
     if copy is None and download:
         archive = spec.python.archive
-        fetch(url + archive, data_path / archive, md5=spec.md5, most=_MOST_ARCHIVE, progress=progress)
+        fetch(url + archive, data_path / archive, md5=spec.md5, most=_MAX_ARCHIVE_BYTES, progress=progress)
         copy = _find(spec, data_path, res)
     if copy is None:
         raise NotFound(
             f"{name}: expected {spec.python.folder}/, {spec.binary.folder}/, {spec.python.archive}, "
             f"{spec.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
-            f"{data_path / name}, found none; add `download`, or mend `data_path`"
+            f"{data_path / name}, found none; give `download`, or correct `data_path`"
         )
     return copy
 
@@ -186,7 +186,7 @@ def _archived(spec: DatasetSpec, archive: Path, kind: _Distribution) -> Source:
 def _image_folder(spec: DatasetSpec, root: Path, res: int | None) -> Source:
     folders = find_splits(root)
     listings = [list_classes(root, folder) for folder in folders]
-    tell_skipped(spec.name, *listings)
+    log_skipped(spec.name, *listings)
     train, test = (
         by_class(spec.name, folder, listing, spec.class_names)
         for folder, listing in zip(folders, listings, strict=True)

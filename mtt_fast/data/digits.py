@@ -10,7 +10,7 @@ from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.packing import Contents, Part, Source, key_of
 from mtt_fast.errors import InputError
 
-INFO = DatasetInfo("digits", (1, 8, 8), num_classes=10, train=1_442, test=355)
+INFO = DatasetInfo("digits", (1, 8, 8), num_classes=10, num_train=1_442, num_test=355)
 
 
 def source() -> Source:

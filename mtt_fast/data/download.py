@@ -14,11 +14,11 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 
 _BLOCK = 1 << 18
-_MOST = 1 << 30  # bytes of a file
+_MAX_BYTES = 1 << 30  # bytes of a file
 _PATIENCE = 60  # seconds without a byte
 
 
-def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MOST) -> None:
+def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MAX_BYTES) -> None:
     """Download `url` to `path`; the name appears only when the content is whole and has the checksum `md5`.
 
     Raises `InputError` if the server cannot be reached, stops early or sends something else, or more than `most` bytes;

@@ -10,7 +10,7 @@ from pathlib import Path
 from mtt_fast.data.class_names import class_indices, shortened
 from mtt_fast.data.image_data import DatasetInfo, check_several
 from mtt_fast.data.images import decode, read_headers
-from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, tell_skipped
+from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, log_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
 from mtt_fast.errors import InputError
 
@@ -35,7 +35,7 @@ def source(root: Path, res: int | None) -> Source:
     root = root.resolve()
     train, test = (list_classes(root, folder) for folder in find_splits(root))
     suffix = f"-{res}" if res else ""
-    tell_skipped(name := f"folder-{root.name}{suffix}", train, test)
+    log_skipped(name := f"folder-{root.name}{suffix}", train, test)
     place = hashlib.blake2b(str(root).encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return image_source(
         name,
@@ -84,7 +84,7 @@ def by_class(name: str, folder: Path, listing: Listing, class_names: Sequence[st
     if missing := [class_names[index] for index in range(len(class_names)) if index not in indices]:
         raise InputError(
             f"{folder.parent}: expected the {len(class_names)} class folders of {name} in {folder.name}/, found "
-            f"{len(places)}, none for {shortened(missing)}; mend `data_path`, or name the folder itself: `dataset` "
+            f"{len(places)}, none for {shortened(missing)}; correct `data_path`, or name the folder itself: `dataset` "
             f"{folder.parent}"
         )
     places_by_index = dict(zip(indices, places, strict=True))
@@ -131,7 +131,7 @@ def image_source(
     log.info("%s: %d classes in this order: %s", name, len(names), shortened(names))
 
     def image_shape() -> tuple[int, int, int]:
-        """Return (C, H, W) after a look at all images: the first may be the only grey one, or the only one of its size."""
+        """Return (C, H, W) from the headers of all images: the first may be the only grey one, or the only one of its size."""
         if channels and size and resize:
             return channels, size, size
         header = read_headers(train_files + test_files, (size, size) if size else None, resize=resize)

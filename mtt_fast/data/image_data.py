@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtt_fast.data.set_checks import MOST_CLASSES, check_names, check_normalisation
+from mtt_fast.data.set_checks import MAX_CLASSES, check_names, check_normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import plain_tensor
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
@@ -71,14 +71,14 @@ class DatasetInfo:
     name: str
     image_shape: tuple[int, int, int]  # (C, H, W)
     num_classes: int
-    train: int  # images
-    test: int
+    num_train: int  # training images
+    num_test: int  # test images
 
     @property
     def packed_bytes(self) -> int:
         """Return the size of its packed file: one byte per value, eight per label."""
         channels, height, width = self.image_shape
-        return (self.train + self.test) * (channels * height * width + 8)
+        return (self.num_train + self.num_test) * (channels * height * width + 8)
 
     def identity(self, *, zca: bool) -> DatasetIdentity:
         """Return the part of `ImageData.identity` that is known without reading images; the name of an image folder is left out."""
@@ -108,7 +108,7 @@ def from_tensors(
             "one of them"
         )
     if class_names is None:
-        class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MOST_CLASSES))]
+        class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MAX_CLASSES))]
     check_names(class_names, name)
     check_labels(name, train_split.labels, test_split.labels, class_names)
     if mean is None or std is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mtt_fast.data.class_names import SUBSETS, imagenet_wnids, meant_classes
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
-from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, listed_by_wnid, tell_skipped
+from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, listed_by_wnid, log_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 
@@ -26,8 +26,10 @@ def info(subset: str | None, res: int | None) -> DatasetInfo:
     size = res or _RES
     name = f"{subset or 'ImageNet'}-{size}"
     if subset is None:
-        return DatasetInfo(name, (3, size, size), num_classes=_CLASSES, train=1_281_167, test=50_000)
-    return DatasetInfo(name, (3, size, size), num_classes=10, train=13_000, test=500)  # 12,000 to 13,000, by subset
+        return DatasetInfo(name, (3, size, size), num_classes=_CLASSES, num_train=1_281_167, num_test=50_000)
+    return DatasetInfo(
+        name, (3, size, size), num_classes=10, num_train=13_000, num_test=500
+    )  # 12,000 to 13,000, by subset
 
 
 def source(data_path: Path, subset: str | None, res: int | None) -> Source:
@@ -44,7 +46,7 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
         _subset_classes(root, root / split, subset) if subset else _all_classes(root, root / split) for split in _SPLITS
     )
     known = info(subset, res)
-    tell_skipped(known.name, train, test)
+    log_skipped(known.name, train, test)
     return image_source(
         known.name,
         root,
@@ -109,7 +111,7 @@ def _find(data_path: Path, subset: str | None) -> Path:
     if subset is None:
         raise NotFound(
             f"ImageNet: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, "
-            "found none; mend `data_path` (sort the validation images into class folders first)"
+            "found none; correct `data_path` (sort the validation images into class folders first)"
         )
     missing = list(SUBSETS[subset])
     for root in roots:
@@ -120,6 +122,6 @@ def _find(data_path: Path, subset: str | None) -> Path:
         missing = min(missing, lacking, key=len)
     raise (InputError if roots else NotFound)(
         f"{subset}: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, found "
-        f"no training folder for {len(missing)} of {len(SUBSETS[subset])} classes ({', '.join(missing[:3])}…); mend "
+        f"no training folder for {len(missing)} of {len(SUBSETS[subset])} classes ({', '.join(missing[:3])}…); correct "
         "`data_path`"
     )

@@ -24,12 +24,12 @@ from mtt_fast.storage.regular import check_regular, read_bytes
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 
 _CHUNK = 64  # images a task
-_MOST_THREADS = 32
+_MAX_THREADS = 32
 _SMALL = 64 * 64  # pixels; so small images take more Python than decoding
 _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-_MOST_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
-_MOST_BYTES = 4 * _MOST_PIXELS + (1 << 20)  # as many, without compression
+_MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
+_MAX_BYTES = 4 * _MAX_PIXELS + (1 << 20)  # as many, without compression
 _REPLACE = "replace or delete it"
 
 _Picture = np.ndarray[Any, np.dtype[np.uint8]]
@@ -52,7 +52,7 @@ def read_headers(paths: Sequence[str], size: tuple[int, int] | None, *, resize: 
     Raises `InputError`, which names the first file that is bad or differs.
     """
     grey, first = True, size
-    with _threads(_MOST_THREADS) as (pool, workers):
+    with _threads(_MAX_THREADS) as (pool, workers):
         chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
         for chunk, headers in _in_order(pool, workers, _read_chunk, chunks):
             for path, header in zip(chunk, headers, strict=True):
@@ -77,7 +77,7 @@ def decode(paths: Sequence[str], shape: tuple[int, int, int], *, resize: bool) -
     250 to 310 in 16. Two forked processes take half of one thread's time, but to fork under threads and CUDA is not safe.
     """
     transparent: list[str] = []
-    with _threads(1 if not resize and shape[1] * shape[2] <= _SMALL else _MOST_THREADS) as (pool, workers):
+    with _threads(1 if not resize and shape[1] * shape[2] <= _SMALL else _MAX_THREADS) as (pool, workers):
         chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
         for _, (block, names) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, resize), chunks):
             transparent += names
@@ -159,7 +159,7 @@ def _decode_chunk(paths: Sequence[str], shape: tuple[int, int, int], resize: boo
     block, transparent = np.empty((len(paths), *shape), np.uint8), []
     for picture, path in zip(block, paths, strict=True):
         # read whole: Pillow would ask the system for it in many pieces
-        content = read_bytes(path, _MOST_BYTES, _REPLACE)
+        content = read_bytes(path, _MAX_BYTES, _REPLACE)
         picture[:], is_transparent = _pixels(_opened(io.BytesIO(content), path), path, shape, resize)
         if is_transparent:
             transparent.append(path)
@@ -172,7 +172,7 @@ def _pixels(image: Image.Image, path: str, shape: tuple[int, int, int], resize: 
     if not resize:
         _check_size(path, (image.height, image.width), (height, width))
     wide, high = _covering(image.size, width, height)
-    if wide * high > _MOST_PIXELS:
+    if wide * high > _MAX_PIXELS:
         raise InputError(
             f"{path}: expected an image that can be resized to cover {width}x{height} pixels, found {image.width}x"
             f"{image.height}, which is too long; crop or remove it"
@@ -207,7 +207,7 @@ def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]
 
 
 def _opened_file(path: str) -> Image.Image:
-    check_regular(path, _MOST_BYTES, _REPLACE)
+    check_regular(path, _MAX_BYTES, _REPLACE)
     return _opened(path, path)
 
 
@@ -220,7 +220,7 @@ def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
     except Exception as error:
         raise _broken(name, error) from error
     try:
-        if image.width * image.height > _MOST_PIXELS:
+        if image.width * image.height > _MAX_PIXELS:
             raise _too_large(name, f"{image.width}x{image.height}")
         if image.mode not in _GREY + _COLOUR or _is_deep(image):
             kind = f"mode {image.mode!r}" + (" with 16 bits" if _is_deep(image) else "")
@@ -253,7 +253,7 @@ def _check_size(path: str, found: tuple[int, int], expected: tuple[int, int]) ->
 
 
 def _too_large(path: str, size: str) -> InputError:
-    return InputError(f"{path}: expected at most {_MOST_PIXELS:,} pixels, found {size}; shrink or delete it")
+    return InputError(f"{path}: expected at most {_MAX_PIXELS:,} pixels, found {size}; shrink or delete it")
 
 
 def _broken(path: str, error: Exception) -> InputError:

@@ -17,7 +17,7 @@ from mtt_fast.errors import InputError, reason_of, remedy_for
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 _LOOP = "link(s) to a folder around them"
-_MOST_KINDS = 8  # of skipped files, in a line of the log
+_MAX_KINDS = 8  # of skipped files, in a line of the log
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) 
     under two labels.
     """
     folders = class_folders(folder) if chosen is None else [folder / name for name in chosen]
-    homes = {os.path.realpath(place) for place in (root, folder, *folders)}
+    allowed_roots = {os.path.realpath(place) for place in (root, folder, *folders)}
     first: dict[str, tuple[str, str]] = {}  # file -> (class, path)
     classes, skipped = {}, _loose(folder, folders) if chosen is None else Counter[str]()
     for place in folders:
-        images = _Walk(homes, skipped).files_below(str(place))
+        images = _Walk(allowed_roots, skipped).files_below(str(place))
         for identity, path in images.items():
             label, other = first.setdefault(identity, (place.name, path))
             if label != place.name:
@@ -80,11 +80,11 @@ def listed_by_wnid(listing: Listing, wnids: list[str], where: Path) -> Listing:
     return Listing({wnids[index]: listing.classes[by_index[index]] for index in sorted(by_index)}, listing.skipped)
 
 
-def tell_skipped(name: str, *listings: Listing) -> None:
+def log_skipped(name: str, *listings: Listing) -> None:
     """Log in one line which entries of the folders of the data set `name` were skipped."""
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if skipped:
-        counts = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_MOST_KINDS))
+        counts = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_MAX_KINDS))
         log.info("%s: besides the images, not taken: %s (images end in %s)", name, counts, " ".join(SUFFIXES))
 
 
@@ -130,8 +130,8 @@ def _loose_kind(child: os.DirEntry[str]) -> str:
 class _Walk:
     """Walk through the folders below a class folder, find each image once, and count all other entries as skipped."""
 
-    def __init__(self, homes: set[str], skipped: Counter[str]) -> None:
-        self.homes, self.skipped = homes, skipped
+    def __init__(self, allowed_roots: set[str], skipped: Counter[str]) -> None:
+        self.allowed_roots, self.skipped = allowed_roots, skipped
         self.files: dict[str, str] = {}
         self.folders: list[tuple[str, str]] = []
         self.walked: set[str] = set()
@@ -172,7 +172,7 @@ class _Walk:
         target = os.path.realpath(link.path)
         if is_folder and _is_within(parent, {target}):
             self.skipped[_LOOP] += 1
-        elif not _is_within(target, self.homes):
+        elif not _is_within(target, self.allowed_roots):
             raise InputError(
                 f"{link.path}: expected links to files of the data set itself, found one to {target}; copy the images, or link "
                 "the whole class folder"
@@ -197,8 +197,8 @@ class _Walk:
             self.skipped["further name(s) of an image"] += 1
 
 
-def _is_within(path: str, homes: set[str]) -> bool:
-    return any(path == home or path.startswith(home.rstrip("/") + "/") for home in homes)
+def _is_within(path: str, allowed_roots: set[str]) -> bool:
+    return any(path == root or path.startswith(root.rstrip("/") + "/") for root in allowed_roots)
 
 
 def _check_target(link: str) -> None:

@@ -20,8 +20,8 @@ from mtt_fast.storage.regular import read_bytes
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 _SIDE = 28
-_MOST_IMAGES = (60_000, 10_000)  # of the training split, of the test split
-_MOST_ARCHIVE = 64 << 20  # bytes of a file that is downloaded
+_MAX_IMAGES = (60_000, 10_000)  # of the training split, of the test split
+_MAX_ARCHIVE_BYTES = 64 << 20  # bytes of a file that is downloaded
 _MEND = "get it again"
 
 
@@ -39,7 +39,7 @@ class DatasetSpec:
     @property
     def info(self) -> DatasetInfo:
         """Return the data set in numbers."""
-        return DatasetInfo(self.name, (1, _SIDE, _SIDE), len(self.class_names), *_MOST_IMAGES)
+        return DatasetInfo(self.name, (1, _SIDE, _SIDE), len(self.class_names), *_MAX_IMAGES)
 
 
 _MNIST = DatasetSpec(
@@ -83,14 +83,14 @@ def source(name: str, data_path: Path, *, download: bool, progress: bool, url: s
         files = _find(name, data_path)
     if files is None:
         raise NotFound(
-            f"{name}: expected {FILES[0]} and its three companions (plain or .gz) in {data_path}, "
+            f"{name}: expected {FILES[0]} and the other three files (plain or .gz) in {data_path}, "
             f"{data_path / name} or {data_path / name / 'raw'}, found none of these places complete; add `download`, "
-            "or mend `data_path`"
+            "or correct `data_path`"
         )
 
     def read() -> Contents:
-        images, labels = read_split(files[0], files[1], _MOST_IMAGES[0])
-        test_images, test_labels = read_split(files[2], files[3], _MOST_IMAGES[1])
+        images, labels = read_split(files[0], files[1], _MAX_IMAGES[0])
+        test_images, test_labels = read_split(files[2], files[3], _MAX_IMAGES[1])
         return Contents(spec.class_names, (1, _SIDE, _SIDE), Part(labels, [images]), Part(test_labels, [test_images]))
 
     return Source(name, name, key_of(data_path, files, name), read, (spec.mean,), (spec.std,))
@@ -113,7 +113,7 @@ def fetch_all(name: str, folder: Path, url: str, *, progress: bool) -> None:
     for file, md5 in zip(FILES, SPECS[name].md5, strict=True):
         path = folder / f"{file}.gz"
         if not path.is_file():
-            fetch(f"{url}{file}.gz", path, md5=md5, most=_MOST_ARCHIVE, progress=progress)
+            fetch(f"{url}{file}.gz", path, md5=md5, most=_MAX_ARCHIVE_BYTES, progress=progress)
 
 
 def read_split(

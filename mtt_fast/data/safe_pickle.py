@@ -21,9 +21,9 @@ _OPCODES = frozenset(
     "EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD".split()
 )
-_MOST_OPCODES = 1_000_000  # the 50,000 images of CIFAR-100 take 200,000, or 350,000 in protocol 0
+_MAX_OPCODES = 1_000_000  # the 50,000 images of CIFAR-100 take 200,000, or 350,000 in protocol 0
 # Tuples, calls and states; an array takes 13. More would allow many arrays, and tuples so deep that hashing overflows the stack.
-_MOST_OBJECTS = 30
+_MAX_OBJECTS = 30
 _NESTING = frozenset("TUPLE TUPLE1 TUPLE2 TUPLE3 REDUCE BUILD GLOBAL STACK_GLOBAL".split())
 
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -56,7 +56,7 @@ def _check_opcodes(raw: bytes) -> None:
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= count + 1:
             raise pickle.UnpicklingError("a memo with gaps")
         objects += opcode.name in _NESTING
-        if count > _MOST_OPCODES or objects > _MOST_OBJECTS:
+        if count > _MAX_OPCODES or objects > _MAX_OBJECTS:
             raise pickle.UnpicklingError("more objects than the images of CIFAR need")
 
 

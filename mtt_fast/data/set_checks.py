@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mtt_fast.data.synthetic import SyntheticDataset
 
 LABEL_KINDS = ("indices", "probabilities", "weights", "logits")
-MOST_CLASSES = 1 << 20
+MAX_CLASSES = 1 << 20
 """A larger class index is damage: no data set has so many."""
 
 _LARGEST = 1e15  # that a mean or deviation may be; a larger whole number torch cannot take
@@ -28,14 +28,14 @@ Where = str | os.PathLike[str]
 
 
 def check_set(synthetic: SyntheticDataset, where: Where) -> None:
-    """Check that a distilled set is whole and sound: tensors, rates, and the properties that undo its normalisation.
+    """Raise `InputError` unless a distilled set has valid tensors, learning rates, and the properties that undo its normalisation.
 
-    Raises `InputError`, which begins with `where` and names what is wrong.
+    The message begins with `where`, as those of all checks here, and names what is wrong.
     """
     check_tensors(synthetic.images, synthetic.labels, synthetic.label_kind, where)
-    check_rate(synthetic.lr, where)
+    check_lr(synthetic.lr, where)
     if synthetic.lr_per_step is not None:
-        _check_rates(synthetic.lr_per_step, where)
+        _check_lrs(synthetic.lr_per_step, where)
     check_names(synthetic.class_names, where)
     check_classes(synthetic.labels, len(synthetic.class_names), where)
     channels, height, width = synthetic.images.shape[1:]
@@ -60,34 +60,33 @@ def distilled_in_class(ipc: int, distilled_share: float) -> int:
 
 
 def check_share(share: float, labels: Tensor, label_kind: str, classes: int, where: Where) -> None:
-    """Check that the places of images tell which ones are real if a `share` of each class was distilled, the first ones.
+    """Raise `InputError` unless the positions of images say which ones are real, if the first `share` of each class was distilled.
 
-    There are as many images of every class, and one of each is distilled. Raises `InputError`, which begins with `where`.
+    Every class must have the same number of images, of which at least one is distilled.
     """
     counts = torch.bincount(labels, minlength=classes) if label_kind == "indices" else labels.new_tensor([len(labels)])
     if len(labels) % classes or bool((counts != counts[0]).any()):
         raise InputError(
-            f"{where}: expected as many images of each of {classes} classes with a `distilled_share`, found {len(labels)} images "
-            "of which some classes have more than others; leave it out"
+            f"{where}: expected the same number of images of each of {classes} classes with a `distilled_share`, found {len(labels)} "
+            "images, more of some classes than of others; leave it out"
         )
     if not distilled_in_class(len(labels) // classes, share):
         raise InputError(
-            f"{where}: expected a `distilled_share` that leaves an image of {len(labels) // classes} in each class, found {share}; "
+            f"{where}: expected a `distilled_share` that is at least one of the {len(labels) // classes} images of a class, found {share}; "
             "give a larger one"
         )
 
 
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
-    """Check images float32 (n, C, H, W) and labels of `label_kind`, int64 (n,) or float32 (n, classes): all finite.
+    """Raise `InputError` unless images are float32 (n, C, H, W), labels int64 (n,) or float32 (n, classes), and all are finite.
 
-    Class indices are in [0, `MOST_CLASSES`), rows of probabilities at least 0 with the sum 1, and weights at least 0.
-    Raises `InputError`, which begins with `where`.
+    Class indices must be in [0, `MAX_CLASSES`); rows of probabilities must be at least 0 with the sum 1, and weights at least 0.
     """
     _check_images(images, where)
     if label_kind not in LABEL_KINDS:
         raise InputError(f"{where}: label_kind: expected {', '.join(LABEL_KINDS)}, found {shown(label_kind)}")
     if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
-        raise InputError(f"{where}: labels: expected one of each of {len(images)} images, found {shown(labels)}")
+        raise InputError(f"{where}: labels: expected one for each of {len(images)} images, found {shown(labels)}")
     if label_kind == "indices":
         _check_indices(labels, where)
     else:
@@ -119,9 +118,9 @@ def _check_indices(labels: Tensor, where: Where) -> None:
             + ("soft labels need the `label_kind` 'probabilities', 'weights' or 'logits'" if soft else "convert them")
         )
     lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= MOST_CLASSES:
+    if lowest < 0 or highest >= MAX_CLASSES:
         raise InputError(
-            f"{where}: labels: expected class indices, counted from 0, found {lowest} to {highest}; mend the labels"
+            f"{where}: labels: expected class indices, counted from 0, found {lowest} to {highest}; correct the labels"
         )
 
 
@@ -129,7 +128,7 @@ def _check_soft(labels: Tensor, label_kind: str, where: Where) -> None:
     if labels.dim() != 2 or labels.shape[1] < 2 or labels.dtype != torch.float32:
         raise InputError(
             f"{where}: labels: expected {label_kind}, float32 (n, classes) of two or more classes, found {shown(labels)}; "
-            "mend the labels"
+            "correct the labels"
         )
     _check_finite(labels, "labels", where)
     if label_kind == "probabilities" and not are_probabilities(labels):
@@ -152,10 +151,9 @@ def are_probabilities(labels: Tensor) -> bool:
 
 
 def check_classes(labels: Tensor, classes: int, where: Where) -> int:
-    """Check that `labels`, indices (n,) or soft labels (n, classes), are of `classes` classes.
+    """Return the number of classes in `labels`, indices (n,) or soft labels (n, classes), after a check.
 
-    Return the number of classes that they name: class indices may leave some out, soft labels may not.
-    Raises `InputError`, which begins with `where`.
+    Class indices may leave classes out. Raises `InputError` if the labels are not of `classes` classes.
     """
     if labels.is_floating_point():
         if labels.shape[1] != classes:
@@ -174,26 +172,26 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
     return len(labels.unique())
 
 
-def check_rate(lr: Tensor, where: Where) -> None:
-    """Check that `lr` is one learning rate (), positive and finite. Raises `InputError`, which begins with `where`."""
+def check_lr(lr: Tensor, where: Where) -> None:
+    """Raise `InputError` unless `lr` is one learning rate (), positive and finite."""
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
-            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the one that it was made with"
+            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the learning rate that the set was made with"
         )
 
 
-def _check_rates(rates: Tensor, where: Where) -> None:
-    good = isinstance(rates, Tensor) and rates.dim() == 1 and len(rates) and rates.is_floating_point()
-    if not good or not bool(((rates > 0) & rates.isfinite()).all()):
+def _check_lrs(lrs: Tensor, where: Where) -> None:
+    good = isinstance(lrs, Tensor) and lrs.dim() == 1 and len(lrs) and lrs.is_floating_point()
+    if not good or not bool(((lrs > 0) & lrs.isfinite()).all()):
         raise InputError(
-            f"{where}: lr_per_step: expected a learning rate of each step, finite and above 0, found {shown(rates)} that is "
-            "not so; make the set again"
+            f"{where}: lr_per_step: expected a learning rate for each step, finite and above 0, found {shown(lrs)} with others; "
+            "make the set again"
         )
 
 
 def check_names(names: Sequence[str], where: Where) -> None:
-    """Check that there are names of classes, each once. Raises `InputError`, which begins with `where`."""
+    """Raise `InputError` unless there are names of classes, each of them once."""
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: class_names: expected the classes' names, found {shown(names)}")
     if len(set(names)) < len(names):
@@ -202,7 +200,7 @@ def check_names(names: Sequence[str], where: Where) -> None:
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int, where: Where) -> None:
-    """Check that `mean` and `std` are finite numbers, one a channel, and `std` above 0. Raises `InputError`."""
+    """Raise `InputError` unless `mean` and `std` are finite numbers, one for each channel, and `std` is above 0."""
     for name, values, least in (("mean", mean, -_LARGEST), ("std", std, 0.0)):
         if len(values) != channels or not all(_is_number(value) and least < value < _LARGEST for value in values):
             more = " above 0" if name == "std" else ""

@@ -10,13 +10,13 @@ from mtt_fast.data.class_names import tiny_wnids
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.imagenet import MEAN, STD
-from mtt_fast.data.listing import Listing, is_image_name, list_classes, listed_by_wnid, tell_skipped
+from mtt_fast.data.listing import Listing, is_image_name, list_classes, listed_by_wnid, log_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 from mtt_fast.storage.regular import read_lines
 
 _SIDE = 64
-_MOST_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
+_MAX_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
 _MEND = "unpack the data set again"
 
 
@@ -24,7 +24,7 @@ def info(res: int | None) -> DatasetInfo:
     """Return Tiny ImageNet in numbers: those that are published."""
     side = res or _SIDE
     name = "Tiny" if side == _SIDE else f"Tiny-{side}"
-    return DatasetInfo(name, (3, side, side), num_classes=200, train=100_000, test=10_000)
+    return DatasetInfo(name, (3, side, side), num_classes=200, num_train=100_000, num_test=10_000)
 
 
 def source(data_path: Path, res: int | None) -> Source:
@@ -32,7 +32,7 @@ def source(data_path: Path, res: int | None) -> Source:
 
     The test split is the official validation split (the official test split has no labels). Classes come in the order
     of their WordNet ids, as in the public code, not in the order of wnids.txt; they are called by words.txt if it is
-    there. Folders may bear words or numbers in place of the ids. Grey images become RGB.
+    there. Folders may be named by words or numbers in place of the ids. Grey images become RGB.
     Raises `InputError` for a missing or incomplete copy.
     """
     root = next(
@@ -42,7 +42,7 @@ def source(data_path: Path, res: int | None) -> Source:
     if root is None:
         raise NotFound(
             f"Tiny: expected tiny-imagenet-200/ with train/ and val/ in {data_path}, found none; get "
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or mend `data_path`"
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or correct `data_path`"
         )
     train = listed_by_wnid(list_classes(root, root / "train"), tiny_wnids(), root / "train")
     wnids, listed = list(train.classes), root / "wnids.txt"
@@ -55,7 +55,7 @@ def source(data_path: Path, res: int | None) -> Source:
     pictures = _pictures(root) if annotations.exists() else {}
     test = _annotated(annotations, pictures, wnids) if pictures else _rearranged(root)
     known = info(res)
-    tell_skipped(known.name, train, test)
+    log_skipped(known.name, train, test)
     return image_source(
         known.name,
         root,
@@ -77,7 +77,7 @@ def _annotated(annotations: Path, pictures: Mapping[str, str], wnids: list[str])
     """
     classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     named: set[str] = set()
-    for number, line in enumerate(read_lines(annotations, _MOST_BYTES, _MEND), 1):
+    for number, line in enumerate(read_lines(annotations, _MAX_BYTES, _MEND), 1):
         name, wnid = [*line.split("\t"), ""][:2]
         if wnid not in classes or not is_image_name(name) or "/" in name:
             raise InputError(
@@ -122,4 +122,4 @@ def _words(path: Path, wnids: list[str]) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_lines(path, _MOST_BYTES, _MEND) if line.strip()]
+    return [line.strip() for line in read_lines(path, _MAX_BYTES, _MEND) if line.strip()]

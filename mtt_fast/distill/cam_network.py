@@ -1,4 +1,4 @@
-"""Find or train the network of the Grad-CAM maps (EDF), and weigh the gradients of pixels by its maps."""
+"""Find or train the network of the Grad-CAM maps (EDF), and weight the gradients of pixels by its maps."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, de
         return
     if network.mixes_samples:
         raise InputError(
-            f"`cam_model` {options.cam_model}: expected a network without batch norm, since maps of single images take running "
-            "statistics, which trajectories do not hold; take ResNet18"
+            f"`cam_model` {options.cam_model}: expected a network without batch norm, since maps of single images need running "
+            "statistics, which trajectories do not contain; use ResNet18"
         )
     precision_on(device, network, options.precision)
     image = torch.zeros(1, *data.image_shape)

@@ -41,8 +41,8 @@ def check_options_fit(
         )
     if network.mixes_samples and (option := options.option_using_experts()):
         raise InputError(
-            f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
-            "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
+            f"--model {options.model}, {option}: expected a network without batch norm, since predictions of experts for single "
+            "images need running statistics, which trajectories do not contain; leave the option out, or use another --model"
         )
     check_cam_network(options, data, device)
     for evaluated in options.evaluated_networks(data).values():
@@ -54,7 +54,7 @@ def check_scores_are_there(options: DistillOptions) -> None:
     if options.score_path is not None and not Path(options.score_path).is_file():
         raise InputError(
             f"--score_path {options.score_path}: expected a file such as scores/forgetting_CIFAR10.npy of SelMatch's code, found "
-            "none; mend the path"
+            "none; check the path"
         )
 
 

@@ -38,8 +38,8 @@ from mtt_fast.distill.experts import (
     check_missing_experts,
     check_same_experts,
     check_same_experts_so_far,
+    count_matched_experts,
     inventory_of,
-    matched_experts,
     prepare_experts,
     requested_hyperparameters,
 )
@@ -143,7 +143,7 @@ def _run(
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(options, state, experts)
-            matched = matched_experts(options, experts) if state is None else state.experts
+            num_matched = count_matched_experts(options, experts) if state is None else state.num_experts
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
@@ -152,24 +152,24 @@ def _run(
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
-            matched, device_name(device),
+            num_matched, device_name(device),
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
         if frequencies := frequencies_in_words(options, data):
             log.info("images: %s", frequencies)
         if state is None:
-            state = initial_state(options, real, network, experts, matched, difficulty)
+            state = initial_state(options, real, network, experts, num_matched, difficulty)
             state.cam_digest = "" if cam is None else cam.digest
         else:
             log.info("continuing at iteration %d", state.iteration)
-            if len(experts) > matched:
-                log.info("the run began with %d of the %d experts, and matches no others", matched, len(experts))
+            if len(experts) > num_matched:
+                log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=matched, cam=cam, difficulty=difficulty, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
+            num_matched_experts=num_matched, cam=cam, difficulty=difficulty, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 

@@ -46,7 +46,7 @@ def parse_with_given(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
     differing = _differing_in_file(in_file, str(chosen.config))
     recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
     if chosen.resume:
-        options = _of_run(chosen)
+        options = _options_of_run(chosen)
     elif chosen.recipe is not None:
         options = parsing.apply(DistillOptions(), recipe | {"recipe": chosen.recipe}, f"recipe {chosen.recipe}")
     else:
@@ -73,18 +73,18 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
 def _differing_in_file(in_file: Mapping[str, Any], path: str) -> set[str]:
     """Return the options in the file of --config that differ from the defaults. Raises `InputError` for those that a file cannot have."""
     default = DistillOptions()
-    of_file = parsing.apply(default, in_file, path)
-    if of_file.resume:
+    file_options = parsing.apply(default, in_file, path)
+    if file_options.resume:
         raise InputError(f"{path}: option resume: has no effect in a file; leave it out, and say --resume")
-    if of_file.config is not None:
+    if file_options.config is not None:
         raise InputError(
-            f"{path}: option config: expected no further file in a file of options, found {of_file.config!r}; write the "
+            f"{path}: option config: expected no further file in a file of options, found {file_options.config!r}; write the "
             "options of both into one"
         )
-    return {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
+    return {name for name in in_file if getattr(file_options, name) != getattr(default, name)}
 
 
-def _of_run(chosen: _Selection) -> DistillOptions:
+def _options_of_run(chosen: _Selection) -> DistillOptions:
     """Return the options of the run to resume. Raises `InputError` where there is no run, or one of another recipe."""
     if not chosen.out and chosen.recipe is None:
         raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
@@ -95,10 +95,10 @@ def _of_run(chosen: _Selection) -> DistillOptions:
             f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
         )
     check_same_method(folder, None)
-    of_run = parsing.apply(DistillOptions(), config, str(folder / CONFIG))
-    if chosen.recipe not in (None, of_run.recipe):
-        start = "without a recipe" if of_run.recipe is None else f"with --recipe {of_run.recipe}"
+    run_options = parsing.apply(DistillOptions(), config, str(folder / CONFIG))
+    if chosen.recipe not in (None, run_options.recipe):
+        start = "without a recipe" if run_options.recipe is None else f"with --recipe {run_options.recipe}"
         raise InputError(
             f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {start}; leave it out"
         )
-    return dataclasses.replace(of_run, resume=True, out=str(folder))
+    return dataclasses.replace(run_options, resume=True, out=str(folder))

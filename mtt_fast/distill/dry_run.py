@@ -28,7 +28,11 @@ from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_folder import SUMMARY, read_config
 
 _SAMPLES = 16  # images in a timed step
-_CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # least and most calls of a timed step; total seconds that are enough
+_MIN_CALLS, _MAX_CALLS, _ENOUGH_SECONDS = (
+    3,
+    20,
+    0.2,
+)  # least and most calls of a timed step; total seconds that are enough
 _WHITENING = 2  # matrices (D, D) in a distilled set
 
 
@@ -102,7 +106,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     lines = {
         "recipe": _recipe(options),
         "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
-        f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
+        f"{info.num_train:,} + {info.num_test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
         "scores": _scores(options),
@@ -199,7 +203,7 @@ def estimated_seconds(
     crops = options.canvas.samples if options.canvas else 1
     batch = (options.batch_syn or count) * crops
     epochs = options.evaluation_protocol().total_epochs
-    trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
+    trainings = [epochs * count * crops * gradient + info.num_test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images, and every `eval_it` iterations, for each set
     evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
@@ -217,7 +221,7 @@ def _seconds_to_train(options: DistillOptions, info: DatasetInfo, gradient: floa
     """Return the seconds to train an expert whose steps take `gradient` seconds per image."""
     gradients = 2 if options.rho_max else 1  # of a step
     forward = gradient / 3  # a backward pass costs two forward passes
-    return options.train_epochs * (info.train * gradients * gradient + info.test * forward)
+    return options.train_epochs * (info.num_train * gradients * gradient + info.num_test * forward)
 
 
 def _set_count(options: DistillOptions) -> int:
@@ -272,7 +276,7 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
     Other processes can only make a call slower, so the fastest is the best estimate.
     """
     seconds: list[float] = []
-    while len(seconds) < _CALLS or (sum(seconds) < _LONG_ENOUGH and len(seconds) < _MOST_CALLS):
+    while len(seconds) < _MIN_CALLS or (sum(seconds) < _ENOUGH_SECONDS and len(seconds) < _MAX_CALLS):
         start = time.perf_counter()
         work()
         if device.type == "cuda":

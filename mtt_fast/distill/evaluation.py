@@ -74,8 +74,10 @@ def log_recognised(state: State, labels: Tensor) -> None:
     TESLA's gradient does not see that the labels move with the images, so an image may drift into another class.
     """
     predicted = labels.argmax(dim=1)
-    right = int((predicted == state.labels).sum())
-    log.info("iteration %d: the experts give %d of the %d images its own class", state.iteration, right, len(labels))
+    num_correct = int((predicted == state.labels).sum())
+    log.info(
+        "iteration %d: the experts give %d of the %d images its own class", state.iteration, num_correct, len(labels)
+    )
     if bool((predicted == predicted[0]).all()):
         log.warning(
             "iteration %d: the experts give all images one class, so networks learn nothing from this set; start again without "
@@ -100,7 +102,7 @@ def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDatase
     """
     options, labels = run.options, state.labels
     if options.teacher_label:
-        experts = experts_at(run.experts, run.matched_experts, options.max_start_epoch, images.device)
+        experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device)
         labels = mean_teacher_labels(run.network, experts, images)
     return as_synthetic(
         run, images, labels, state.lr.mean(), label_kind=options.label_kind, recipe={"iterations": state.iteration},
@@ -135,7 +137,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     )
     accuracies = {
         "random_real_images": accuracy_record(baseline)
-        | {"lr": run.options.evaluation_protocol().rate(REAL_IMAGES_LR)},
+        | {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)},
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
@@ -160,7 +162,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
         },
         "experts": {
             "folder": str(run.experts.folder),
-            "number": run.matched_experts,
+            "number": run.num_matched_experts,
             "hyperparameters": first.hyperparameters,
             "data": first.identity.record(),
         },

@@ -19,7 +19,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import check_trained_alike, train_missing_experts
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.checkpoint import State, experts_of_run
+from mtt_fast.storage.checkpoint import State, initial_num_experts
 from mtt_fast.storage.expert_checks import (
     FLAGS,
     check_alike,
@@ -80,11 +80,11 @@ def check_experts(
     network: Trainable,
     requested: Mapping[str, Any],
 ) -> None:
-    """Check that the run can use the experts of `inventory` that exist, and can train or compress the missing ones.
+    """Raise `InputError` unless the run can use the experts of `inventory` that exist, and can train or compress the missing ones.
 
     `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
-    yet; then few properties of the images are compared. Raises `InputError` that names the file of an expert, the options that do
-    not fit, a folder that cannot be written, or a folder that lacks experts with which a resumed run began.
+    yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
+    folder that cannot be written, or a folder that lacks experts with which a resumed run began.
     """
     check_missing_experts(options, inventory)
     whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
@@ -92,7 +92,7 @@ def check_experts(
     store = whole if inventory.uncompressed else experts_in(inventory.used)
     if store is None:
         return
-    matched = range(matched_experts(options, store))
+    matched = range(count_matched_experts(options, store))
     for expert in matched:
         check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, options.last_matched_epoch)
@@ -129,7 +129,7 @@ def _check_others_can_be_made(
         )
 
 
-def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
+def count_matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
     """Return the number n such that the run matches the first n experts of `store`."""
     return min(options.max_experts or len(store), len(store))
 
@@ -152,7 +152,7 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
 
     To train them again would take hours, and give other experts unless machine, number of threads and all versions are the same.
     """
-    began_with, imported = experts_of_run(folder)
+    began_with, imported = initial_num_experts(folder)
     if imported:
         found = f"{inventory.available} trained here" if inventory.available else "none"
         raise InputError(
@@ -243,24 +243,24 @@ def _remarks(
 
 
 def check_same_experts_so_far(options: DistillOptions, state: State, inventory: ExpertInventory) -> None:
-    """Check the existing experts as `check_same_experts` does, before others are trained or compressed."""
+    """Raise `InputError` as `check_same_experts` does, before missing experts are trained or compressed."""
     store = experts_in(inventory.used)
-    if store is not None and (len(store) >= state.experts or not (inventory.missing or inventory.uncompressed)):
+    if store is not None and (len(store) >= state.num_experts or not (inventory.missing or inventory.uncompressed)):
         check_same_experts(options, state, store)
 
 
 def check_same_experts(options: DistillOptions, state: State, store: TrajectoryStore) -> None:
     """Raise `InputError` unless the run with `state` still has, and may use, the experts with which it began."""
     folder = options.folder()
-    if options.max_experts is not None and options.max_experts < state.experts:
+    if options.max_experts is not None and options.max_experts < state.num_experts:
         raise InputError(
-            f"--max_experts {options.max_experts}: expected all {state.experts} experts with which the run in {folder} began, and "
+            f"--max_experts {options.max_experts}: expected all {state.num_experts} experts with which the run in {folder} began, and "
             "matches to its end; leave it out, or choose another --out"
         )
-    if len(store) < state.experts:
+    if len(store) < state.num_experts:
         raise InputError(
-            f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "
-            + ("" if store.metadata(0).imported else f"say --num_experts {state.experts}, or ")
+            f"{folder}: the run was started with {state.num_experts} experts, found {len(store)}; "
+            + ("" if store.metadata(0).imported else f"say --num_experts {state.num_experts}, or ")
             + f"restore its --buffer_path, {store.folder}"
         )
     for expert, digest in enumerate(state.digests):

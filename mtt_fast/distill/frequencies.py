@@ -51,9 +51,9 @@ def filter_frequencies(state: State, gradients: list[Tensor]) -> list[Tensor]:
     """
     if state.frequencies is None:
         return gradients
-    of_images, *others = gradients
+    images_gradient, *others = gradients
     # x = Bᵀ F, where the rows of B are orthogonal, so dL/dF = B dL/dx, and a step on F changes x by Bᵀ B dL/dx
-    return [_filtered(of_images, state.frequencies * _squared_lengths(of_images)), *others]
+    return [_filtered(images_gradient, state.frequencies * _squared_lengths(images_gradient)), *others]
 
 
 def frequencies_in_words(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
@@ -80,8 +80,10 @@ def _filtered(images: Tensor, factors: Tensor) -> Tensor:
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
     classes, filtered = classes_by_place(images, len(factors)), torch.empty_like(images)
     block = max(1, _BLOCK // images[0].numel())
-    for part, of_class, result in zip(images.split(block), classes.split(block), filtered.split(block), strict=True):
-        result.copy_(rows.T @ (factors[of_class][:, None] * (rows @ part.double() @ columns.T)) @ columns)
+    for part, part_classes, result in zip(
+        images.split(block), classes.split(block), filtered.split(block), strict=True
+    ):
+        result.copy_(rows.T @ (factors[part_classes][:, None] * (rows @ part.double() @ columns.T)) @ columns)
     return filtered
 
 

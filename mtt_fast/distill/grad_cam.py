@@ -38,7 +38,7 @@ def grad_cam(network: Network, theta: Tensor, images: Tensor, classes: Tensor) -
     features = pooling.input
     if features is None:
         raise InputError(
-            "`cam_model`: expected a network with a pooling, whose input is the map, found none; take ResNet18"
+            "`cam_model`: expected a network with a pooling layer, whose input is mapped, found none; use ResNet18"
         )
     (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
     weighed = gradient.mean(dim=(2, 3), keepdim=True) * features.detach()

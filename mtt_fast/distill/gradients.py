@@ -126,7 +126,7 @@ def start_gradients(
 ) -> PendingGradients:
     """Start to compute `mean_gradients`. `finish_gradients` waits for a GPU.
 
-    `iteration_for(plan, graph=…)` returns the iteration (see `cached_iterations`); with `graph` a CUDA graph records it.
+    `iteration_for(plan, graph=…)` returns the iteration (see `cached_iterations`); with `graph` it is captured in a CUDA graph.
     """
 
     def attempt(plan: Plan) -> tuple[list[Tensor], Tensor]:
@@ -165,7 +165,7 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
         return FinishedGradients(loss, None, plan)
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     again = plan_in_tf32(plan)
-    # without room for both, the graph in fp16 is dropped from the cache, and a graph for one repetition is not worth its recording
+    # without room for both, the graph in fp16 is dropped from the cache, and capturing a graph for one repetition does not pay
     graph = pending.graph and fit_together(plan, again)
     repeated = start_gradients(state, pending.segments, again, pending.iteration_for, graph=graph)
     return finish_gradients(state, repeated)._replace(plan=plan, repeated=True)
@@ -181,7 +181,7 @@ def gradients_to_apply(run: DistillRun, state: State, gradients: list[Tensor] | 
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
-    """Log and record the cosine between the truncated and the exact gradient by which images are updated, for the next `segments`."""
+    """Log the cosine between the truncated and the exact image gradient for the next `segments`, and write it to metrics.jsonl."""
     if run.metrics.find("gradient", state.iteration):
         return  # the run was stopped in the evaluation that follows
     both = []

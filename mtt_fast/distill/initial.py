@@ -36,14 +36,14 @@ def initial_state(
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
-    matched: int,
+    num_matched: int,
     difficulty: Tensor | None,
 ) -> State:
-    """Return the state before the first iteration, for a run that matches the first `matched` of `experts`.
+    """Return the state before the first iteration, for a run that matches the first `num_matched` of `experts`.
 
     For `difficulty` see `initial_images`.
     """
-    start, wrong, frequencies = initial_images(options, real, network, experts, matched, difficulty)
+    start, wrong, frequencies = initial_images(options, real, network, experts, num_matched, difficulty)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -54,13 +54,13 @@ def initial_state(
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
-            labels = expert_logits(network, experts_at(experts, matched, None, device), images, labels)
+            labels = expert_logits(network, experts_at(experts, num_matched, None, device), images, labels)
     lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=device)
     return State(
-        0, matched, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
+        0, num_matched, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=frequencies,
-        data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
+        data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
     )  # fmt: skip
 
@@ -71,15 +71,15 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
     count, side = options.ipc * classes, 1 if options.canvas is None else options.canvas.size
     images = torch.float32, (count, channels, height * side, width * side)
     logits, indices = (torch.float32, (count, classes)), (torch.int64, (count,))
-    rate = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
+    lr = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
     learned = options.lr_y is not None
     specs: dict[str, TensorSpec | None] = {
         "images": images,
         "images_velocity": images,
         "labels": logits if learned else indices,
         "labels_velocity": logits if learned else None,
-        "lr": rate,
-        "lr_velocity": rate,
+        "lr": lr,
+        "lr_velocity": lr,
         "ema": None if options.ema_decay is None else images,
         "frequencies": None if options.msz_per_channel is None else (torch.bool, (classes, height, width)),
     }
@@ -101,12 +101,12 @@ def initial_images(
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
-    matched: int,
+    num_matched: int,
     difficulty: Tensor | None = None,
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
-    The first `matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
+    The first `num_matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
     correctly, others fill it up. A window needs the `difficulty` of the training images, which `read_difficulty` returns. A canvas is
     tiled from several images.
     """
@@ -114,7 +114,7 @@ def initial_images(
     ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
-        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
+        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(num_matched))
         chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
@@ -176,7 +176,7 @@ def predicted_correctly(
     for theta in experts:
         for label, rows in enumerate(right):
             if len(rows) < ipc:
-                more, remaining[label] = _right_and_wrong(network, theta, real, remaining[label], ipc - len(rows))
+                more, remaining[label] = _split_by_correctness(network, theta, real, remaining[label], ipc - len(rows))
                 right[label] = torch.cat([rows, more])
         if all(len(rows) == ipc for rows in right):
             break
@@ -185,7 +185,9 @@ def predicted_correctly(
 
 
 @torch.no_grad()
-def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _split_by_correctness(
+    network: Network, theta: Tensor, real: Images, rows: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Return the first `count` of `rows` that the network gets right under `theta`, and the wrong ones before them."""
     right, wrong = rows[:0], rows[:0]
     for batch in rows.split(_BATCH):

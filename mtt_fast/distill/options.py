@@ -17,11 +17,11 @@ from mtt_fast.commands.options import (
     EvaluationOptions,
     Networks,
     NetworksOrNone,
+    NonNegative,
+    NonNegativeOrNone,
+    Positive,
+    PositiveOrInfinityOrNone,
     PositiveShare,
-    Rate,
-    RateOrInfinityOrNone,
-    RateOrZero,
-    RateOrZeroOrNone,
     Seconds,
     Share,
     ShareOrNone,
@@ -78,7 +78,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T+: the student starts at a random expert epoch below this"""
     continuous_start: bool = False
     """the student also starts between two epochs, at a point on the straight line between their parameters (MCT)"""
-    noise_start: RateOrZero = 0.0
+    noise_start: NonNegative = 0.0
     """multiply the parameters from which the student starts by 1 plus Gaussian noise of this standard deviation (MCT)"""
     min_start_epoch: CountFromZero = 0
     """T-: earliest expert epoch at which the student starts (DATM)"""
@@ -86,32 +86,32 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """T: upper bound of the start epoch in the first iteration; it grows linearly to --max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
     """iteration at which the bound of --current_max_start_epoch has grown to --max_start_epoch"""
-    threshold: RateOrInfinityOrNone = None
-    """skip the update of an iteration with a matching loss above this (DATM); if not given, or inf, no update is skipped"""
+    threshold: PositiveOrInfinityOrNone = None
+    """skip the update of an iteration whose matching loss is above this (DATM); if not given, or inf, no update is skipped"""
     batch_syn: CountOrNone = None
     """synthetic images per student step; if not given, all synthetic images"""
-    lr_img: RateOrZero = 1000.0
+    lr_img: NonNegative = 1000.0
     """learning rate of the pixels, or of the frequencies of --msz_per_channel (FreD's lr_freq); 0 keeps them fixed"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
-    lr_lr: RateOrZero = 1e-5
+    lr_lr: NonNegative = 1e-5
     """learning rate of the student's learning rate; 0 keeps that rate fixed"""
-    lr_teacher: Rate = 0.01
+    lr_teacher: Positive = 0.01
     """initial learning rate of the student"""
     lr_per_step: bool = False
     """learn a separate learning rate for each student step; evaluations use their mean"""
     student_mom: Share = 0.0
     """momentum of the student's steps"""
-    student_l2: RateOrZero = 0.0
+    student_l2: NonNegative = 0.0
     """weight decay of the student's steps"""
     gradient: Gradient = "exact"
     """meta-gradient. exact; truncated: TESLA's approximation without the Hessian terms, compared with the exact one at each evaluation"""
     match_step: MatchStep = "last"
-    """match the last student step, or the step nearest to the expert (ATT)"""
+    """student step that is matched. last: the last one; nearest: the one nearest to the expert (ATT)"""
     loss_ratio: Share = 0.0
     """fraction of the parameters, those with the lowest loss, to leave out of the matching loss (PAD)"""
     num_trajectories: Count = 1
-    """number of segments that each iteration matches, each of the next expert; the gradients are averaged"""
+    """number of expert segments that each iteration matches; the gradients are averaged"""
     pix_init: Literal["real", "noise", "samples_predicted_correctly", "window"] = "real"
     """initial images: random real images, noise, real images that experts classify correctly (DATM), or real images of a window of
     difficulty (SelMatch)"""
@@ -120,14 +120,14 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     scores/"""
     score: Annotated[Literal["cscore", "forgetting"], Needs("score_path")] = "cscore"
     """meaning of the scores. cscore: from 0 for the hardest images to 1; forgetting: whole numbers, higher for harder images"""
-    window_start: Annotated[RateOrZero, Needs("score_path")] = 0.0
+    window_start: Annotated[NonNegative, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
     """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
     msz_per_channel: CountOrNone = None
-    """distil this many frequencies of each channel in place of all pixels: those in which the initial images of a class differ most
+    """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
-    lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
+    lr_y: Annotated[NonNegativeOrNone, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
     mom_y: Annotated[Share, Needs("lr_y"), Group.LABELS] = 0.9
@@ -135,17 +135,17 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     label_init: Annotated[
         Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)"), Group.LABELS
     ] = "classes"
-    """initial soft labels. classes: probability 0.9 for the image's class; experts: mean logits of the experts that are right (DATM)"""
+    """initial soft labels. classes: probability 0.9 for the image's class; experts: mean logits of the experts that classify the image correctly (DATM)"""
     teacher_label: Annotated[bool, Group.LABELS] = False
     """in each iteration, label the images by the expert that is matched (TESLA); the saved labels are the mean over all experts after
     --max_start_epoch epochs"""
     ema_decay: ShareOrNone = None
     """decay of an exponential moving average of the images (FTD); the average is evaluated too"""
     cam_model: str | None = None
-    """weigh the gradients of the pixels by Grad-CAM maps of this network, such as ResNet18, which is trained as the experts are (EDF)"""
+    """weight the gradients of the pixels by Grad-CAM maps of this network, such as ResNet18; it is trained like an expert (EDF)"""
     cam_interval: Annotated[Count, Needs("cam_model")] = 100
-    """iterations after which the maps of --cam_model are made anew"""
-    cam_beta: Annotated[RateOrZero, Needs("cam_model")] = 1.0
+    """iterations between updates of the maps of --cam_model"""
+    cam_beta: Annotated[NonNegative, Needs("cam_model")] = 1.0
     """the gradient of a pixel is multiplied by this plus the map of --cam_model, from 0 to 1, where the map is at least its mean"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """do not augment during distillation; evaluations still augment"""
@@ -174,7 +174,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """use at most this many experts; if not given, all in the folder"""
     num_interpolation: Annotated[AtLeastTwoOrNone, Group.EXPERTS] = None
     """replace each expert by this many waypoints with straight lines between them (MCT: 4); experts are compressed first if needed"""
-    expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
+    expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01
     """learning rate of experts that this command trains"""
     batch_real: Annotated[
         Count,
@@ -247,7 +247,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             remarks.append("without --dataset and --recipe: the digits recipe; the public code takes CIFAR10")
         if "no_aug" in given and not self.no_aug:
             remarks.append(
-                "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"
+                "--no_aug False keeps the augmentation; the public code's parser reads any word after --no_aug as True"
             )
         if first is not None and first < self.max_start_epoch and 0 < self.Iteration < self.expansion_end_epoch:
             remarks.append(
@@ -286,14 +286,14 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return [f"--{option} has no effect at {reason}" for option, is_idle, reason in idle if is_idle]
 
     def check(self) -> None:
-        """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""
+        """Raise `InputError` for the first values that do not fit each other. Single values are checked when they are parsed."""
         self._check_start_epochs()
         if self.teacher_label and self.lr_y is not None:
-            raise InputError("--teacher_label, --lr_y: expected one of them, found both: labels are given, or learned")
-        if self.label_init == "experts" and self.lr_y is None:
             raise InputError(
-                "--label_init experts: expected --lr_y with it (0 keeps the labels as the experts gave them)"
+                "--teacher_label, --lr_y: expected one of them, found both: the labels either come from experts or are learned"
             )
+        if self.label_init == "experts" and self.lr_y is None:
+            raise InputError("--label_init experts: expected --lr_y with it (0 keeps the initial labels)")
         if self.memory_budget != AUTO and self.microbatch is not None:
             raise InputError("--microbatch, --memory_budget: expected one of them, found both")
         if self.texture:
@@ -322,13 +322,13 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         earliest, first, last = self.min_start_epoch, self.current_max_start_epoch, self.max_start_epoch
         if first is None and self.expansion_end_epoch:
             raise InputError(
-                f"--expansion_end_epoch {self.expansion_end_epoch}: expected --current_max_start_epoch with it, from which "
-                "--max_start_epoch is approached"
+                f"--expansion_end_epoch {self.expansion_end_epoch}: expected --current_max_start_epoch with it, the bound "
+                "in the first iteration"
             )
         if first is not None and not self.expansion_end_epoch:
             raise InputError(
-                f"--current_max_start_epoch {first}: expected with it the iteration at which --max_start_epoch {last} is "
-                "reached, --expansion_end_epoch"
+                f"--current_max_start_epoch {first}: expected --expansion_end_epoch with it, the iteration at which the "
+                f"bound reaches --max_start_epoch {last}"
             )
         if first is not None and first > last:
             raise InputError(f"--current_max_start_epoch {first}: expected at most --max_start_epoch {last}")
@@ -348,8 +348,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             )
         if not self.distilled_per_class:
             raise InputError(
-                f"--distilled_share {self.distilled_share:g}: expected a share that leaves an image of {self.ipc} in each class, found "
-                "none; give a larger one"
+                f"--distilled_share {self.distilled_share:g}: expected at least one distilled image of the {self.ipc} of a class, found "
+                "none; give a larger share"
             )
         if self.distilled_per_class < self.ipc and self.pix_init == "noise":
             raise InputError(
@@ -362,7 +362,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             return
         if self.pix_init == "noise":
             raise InputError(
-                f"--msz_per_channel {self.msz_per_channel}, --pix_init noise: expected real images, by which the frequencies are chosen; "
+                f"--msz_per_channel {self.msz_per_channel}, --pix_init noise: expected real images, from which the frequencies are chosen; "
                 "leave one of them out"
             )
         if self.distilled_share < 1:
@@ -372,8 +372,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             )
         if self.ipc < 2:
             raise InputError(
-                f"--msz_per_channel {self.msz_per_channel}, --ipc {self.ipc}: expected at least two images in a class, whose differences "
-                "say which frequencies to distil; raise --ipc (it counts images, not the numbers that they take)"
+                f"--msz_per_channel {self.msz_per_channel}, --ipc {self.ipc}: expected at least two images per class, since the "
+                "frequencies are chosen by their differences; raise --ipc"
             )
 
     def _check_texture(self) -> None:

@@ -20,7 +20,7 @@ class DistillRun(LoopRun):
 
     options: DistillOptions
     experts: TrajectoryStore
-    matched_experts: int
+    num_matched_experts: int
     """number of `experts` that are matched, the first ones"""
     cam: CamNetwork | None = None
     """the network whose Grad-CAM maps weigh the pixels' gradients"""
@@ -31,6 +31,6 @@ class DistillRun(LoopRun):
     def first_images(self) -> Tensor:
         """Return the run's initial images (n, C, H, W), which every picture shows."""
         first = initial_images(
-            self.options, self.real, self.network, self.experts, self.matched_experts, self.difficulty
+            self.options, self.real, self.network, self.experts, self.num_matched_experts, self.difficulty
         )
         return first.images.pixels

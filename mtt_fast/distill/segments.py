@@ -47,7 +47,7 @@ def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Se
     """Return the segment with this number, read and drawn in the calling thread. Of `images` only shape and dtype are used."""
     options = run.options
     generator = generator_for(options.seed, "iteration", number)
-    expert = _expert_of(options.seed, run.matched_experts, number)
+    expert = _expert_of(options.seed, run.num_matched_experts, number)
     epoch = _start_epoch(options, start_epochs(options, number // options.num_trajectories), generator)
     start, target = (run.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):

@@ -42,14 +42,16 @@ def apply_gradients(
 
 def mask_real_images(options: DistillOptions, gradients: list[Tensor]) -> list[Tensor]:
     """Return the `gradients` of an iteration with zeros for the real images that are not distilled, and for their labels (SelMatch)."""
-    of_images, of_lr, *of_labels = gradients
-    real = real_ones(len(of_images), len(of_images) // options.ipc, options.distilled_share, of_images.device)
+    images_gradient, lr_gradient, *labels_gradients = gradients
+    real = real_ones(
+        len(images_gradient), len(images_gradient) // options.ipc, options.distilled_share, images_gradient.device
+    )
     if real is None:
         return gradients
-    of_images, *of_labels = (
-        each.masked_fill(real.view(-1, *[1] * (each.dim() - 1)), 0) for each in (of_images, *of_labels)
+    images_gradient, *labels_gradients = (
+        each.masked_fill(real.view(-1, *[1] * (each.dim() - 1)), 0) for each in (images_gradient, *labels_gradients)
     )
-    return [of_images, of_lr, *of_labels]
+    return [images_gradient, lr_gradient, *labels_gradients]
 
 
 def update(
@@ -86,10 +88,10 @@ def update(
     state.lr_velocity.masked_fill_(~positive, 0)
 
 
-def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, momentum: float) -> None:
+def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
     """Do one step of torch.optim.SGD in place."""
     velocity.mul_(momentum).add_(gradient)
-    values.sub_(velocity, alpha=rate)
+    values.sub_(velocity, alpha=lr)
 
 
 def _reject_above_threshold(state: State, loss: float, threshold: float) -> None:

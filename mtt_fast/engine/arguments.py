@@ -44,7 +44,7 @@ def check_differentiated_once() -> None:
     if torch.is_grad_enabled():
         raise InputError(
             "a student's steps are differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
-            "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
+            "take the steps yourself by torch.autograd.grad(…, create_graph=True)"
         )
 
 
@@ -260,7 +260,7 @@ def check_tensors(
             f"`lr`: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
             f"({steps}, {net.num_parameters}), found shape {tuple(lr.shape)}"
         )
-    devices = {tensor.device for tensor in (theta, images, labels)}  # rates are moved to that of theta
+    devices = {tensor.device for tensor in (theta, images, labels)}  # `lr` is moved to the device of theta
     if len(devices) > 1:
         raise InputError(f"expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
 
@@ -300,10 +300,10 @@ def _copy_of(draws: Any) -> Any:
     )
 
 
-def rates_of(lr: Any, theta: Tensor) -> Tensor:
+def checked_lr(lr: Any, theta: Tensor) -> Tensor:
     """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are negative or not finite.
 
-    The values of a tensor are not checked: a learned rate may become any number, and the check would wait for a GPU.
+    The values of a tensor are not checked: a learned one may become any number, and the check would wait for a GPU.
     """
     if isinstance(lr, Tensor):
         if lr.is_complex():
@@ -312,9 +312,9 @@ def rates_of(lr: Any, theta: Tensor) -> Tensor:
     if isinstance(lr, Sequence) and any(isinstance(rate, Tensor) for rate in lr):
         raise InputError("`lr`: expected numbers or one tensor, found a list of tensors; use torch.stack")
     try:
-        rates = torch.as_tensor(lr, dtype=theta.dtype, device="cpu")
+        lrs = torch.as_tensor(lr, dtype=theta.dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"`lr`: expected a number, numbers or a tensor, found {lr!r}") from error
-    if not bool((rates.isfinite() & (rates >= 0)).all()):
+    if not bool((lrs.isfinite() & (lrs >= 0)).all()):
         raise InputError(f"`lr`: expected finite numbers of at least 0, found {lr}")
-    return upload(rates, theta.device)
+    return upload(lrs, theta.device)

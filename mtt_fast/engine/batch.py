@@ -66,14 +66,14 @@ Inputs = Tensor | Batch
 
 @dataclass(frozen=True)
 class AugmentedBatch:
-    """A gathered batch, and its augmentation recorded by autograd."""
+    """A gathered batch, and the augmented batch with its autograd graph."""
 
     selected: Tensor  # (b, C, H, W)
     augmented: Tensor  # (b, C', H', W')
     index: Tensor  # (b,)
 
     @classmethod
-    def of(
+    def from_images(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
         """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed.

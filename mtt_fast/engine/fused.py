@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +37,9 @@ from mtt_fast.kernels import (
     plane_dtype,
     planes_of,
 )
-from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.networks.convnet import ConvNet, is_plain_convnet
 
 _LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
-
-
-def is_plain_convnet(network: object) -> TypeGuard[ConvNet]:
-    """Return whether `network` is a `ConvNet`, or a subclass that computes its logits as it does."""
-    return isinstance(network, ConvNet) and all(
-        getattr(type(network), name) is getattr(ConvNet, name) for name in ("__call__", "_features")
-    )
 
 
 @dataclass(frozen=True)

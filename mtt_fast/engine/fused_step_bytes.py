@@ -110,9 +110,9 @@ def _backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later: Sequ
     """Return the peak of `Block.backward` in `gradient`: ȳ overwrites y."""
     activations = sum(each.x + each.y for each in (*earlier, block))
     # the caller holds p̄ beside the copies too, but `WeightBytes` allows for the summands of `gradient_jvp`, which are more
-    of_weight, of_input = activations + block.weight.copies, activations + block.p + block.weight.parts
+    weight_peak, input_peak = activations + block.weight.copies, activations + block.p + block.weight.parts
     p_bar_parts = later[0].weight.parts if later else 0
-    peak: int = max(of_weight, of_input) + p_bar_parts + block.image_block.sums + _summands(block, later)
+    peak: int = max(weight_peak, input_peak) + p_bar_parts + block.image_block.sums + _summands(block, later)
     return peak
 
 

@@ -54,7 +54,7 @@ class GenericStudent:
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         if save:  # at a copy: the graph saves θ, and would be invalid once the next row of the path is written
-            step = self._recorded(theta.clone(), images, labels)
+            step = self._step_graph(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), as_sums(step.gradient.detach()), [step])
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
@@ -66,7 +66,7 @@ class GenericStudent:
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        step = saved.pop() if saved else self._recorded(theta, images, labels)
+        step = saved.pop() if saved else self._step_graph(theta, images, labels)
         v_dot_g = torch.dot(step.gradient.detach(), v)
         hessian_v, images_bar_dot, *labels_bar_dot = torch.autograd.grad(
             step.gradient, step.leaves, v, materialize_grads=True
@@ -74,14 +74,14 @@ class GenericStudent:
         to_labels = labels_bar_dot[0] if labels_bar_dot else None
         return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, to_labels, step.loss.detach())
 
-    def _recorded(self, theta: Tensor, images: Inputs, labels: Tensor) -> _RecordedStep:
+    def _step_graph(self, theta: Tensor, images: Inputs, labels: Tensor) -> _StepGraph:
         inputs = gathered(images)
         differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
             loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
             (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-        return _RecordedStep(leaves, loss, gradient)
+        return _StepGraph(leaves, loss, gradient)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -117,7 +117,7 @@ class GenericStudent:
         return live_bytes(self.network, student, batch, image_shape, dtype)
 
 
-class _RecordedStep(NamedTuple):
+class _StepGraph(NamedTuple):
     """The autograd graph of a step, from its leaves to the gradient with respect to the parameters."""
 
     leaves: list[Tensor]  # parameters, images, and soft labels

@@ -1,7 +1,7 @@
 """The matching loss and its gradients in a CUDA graph.
 
 `unroll` launches each kernel from Python, which takes longer than a GPU needs for the kernel. `GraphedMatchingLoss` takes the
-network and the options once. Its first call records the kernels, and later calls replay them.
+network and the options once. Its first call captures the kernels, and later calls replay them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.protocol import Augment, is_up_to_date, warp_of
+from mtt_fast.augmentation.protocol import Augment, is_equivalent, warp_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
@@ -34,16 +34,16 @@ from mtt_fast.runtime.prefetch import upload
 
 log = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 8  # of one object, since each holds the memory of its plan
+_MAX_GRAPHS = 8  # of one object, since each holds the memory of its plan
 
 
 class GraphedMatchingLoss:
-    """Compute `unroll` and a loss of its path, on a GPU by a CUDA graph that is recorded once and replayed.
+    """Compute `unroll` and a loss of its path, on a GPU by a CUDA graph that is captured once and replayed.
 
-    The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and records the
+    The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures the
     loss and its gradients. Later calls copy their tensors into the graph and launch it; nothing waits for the GPU. Python values
     that network, loss and augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of
-    its plan until the object is freed. On a CPU nothing is recorded. Call one object on one stream.
+    its plan until the object is freed. On a CPU nothing is captured. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
@@ -58,9 +58,9 @@ class GraphedMatchingLoss:
         graphed_loss = mtt_fast.GraphedMatchingLoss(net, augment=augment, memory_budget="2GiB")
         for start, target, order in segments:
             loss = graphed_loss(start, target, images, labels, lr, order)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         ```
     """
 
@@ -121,15 +121,15 @@ class GraphedMatchingLoss:
         return _LossWithGradients.apply(iteration, constants, images, steps.labels, steps.lr)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        # what was recorded belongs to this process, and its memory to this object
+        # captured graphs belong to this process, and their memory to this object
         return vars(self) | {"_iterations": {}, "_problem": None}
 
     @property
     def problem(self) -> str | None:
-        """Return the reason why some calls on a GPU are not recorded, and so run slower, or None."""
-        return next((each.problem for each in self._recorded() if each.problem), self._problem)
+        """Return the reason why some calls on a GPU are not captured, and so run slower, or None."""
+        return next((each.problem for each in self._graphed_functions() if each.problem), self._problem)
 
-    def _recorded(self) -> list[GraphedFunction]:
+    def _graphed_functions(self) -> list[GraphedFunction]:
         return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
 
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
@@ -147,12 +147,12 @@ class GraphedMatchingLoss:
                 moments=optimizer.moments, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
             _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
-        is_full = len(self._recorded()) == _MOST_GRAPHS
+        is_full = len(self._graphed_functions()) == _MAX_GRAPHS
         if is_full or plan.path_on_host:
             self._problem = (
-                f"more than {_MOST_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
+                f"more than {_MAX_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
             )
-            log.warning("not recorded, so that it runs slower, with the same result: %s", self._problem)
+            log.warning("not captured, so that it runs slower, with the same result: %s", self._problem)
         self._iterations[key] = planned_iteration(
             plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), optimizer=optimizer,
             gradient=options.gradient, graph=not is_full,
@@ -195,7 +195,7 @@ def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tenso
     start = steps.theta.detach()
     # laid out like a student's path
     path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)
-    loss = of_path(StudentPath.of(path, path.unbind(), start.device), start, target.detach())
+    loss = of_path(StudentPath.from_rows(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(
             "`of_path`: expected no tensor that requires a gradient besides the path, since none flows to it, found "
@@ -213,7 +213,7 @@ def _parameters(
     """Return the draws of all steps as one tensor (ΣB, …) on the device of `images`; None without an augmentation."""
     draw_all: Draw | None = getattr(augment, "draw_parameters", None)
     # the same random numbers, and less work
-    if draws is None and draw_all is not None and is_up_to_date(augment, "draw_parameters", "draw"):
+    if draws is None and draw_all is not None and is_equivalent(augment, "draw_parameters", "draw"):
         drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator)
         return None if drawn.parameters is None else upload(drawn.parameters, images.device)
     draws = arguments.draws_of(draws, augment, images, batches, generator)

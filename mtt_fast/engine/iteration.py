@@ -1,6 +1,6 @@
 """One iteration of the distillation as a pure function of tensors: both sweeps of the student, loss and gradients.
 
-The iteration reads no tensor on the host and draws no random numbers, so that a CUDA graph can record and replay it
+The iteration reads no tensor on the host and draws no random numbers, so that a CUDA graph can capture and replay it
 (mtt_fast/runtime/cuda_graphs.py). Its random numbers are arguments, drawn beforehand (mtt_fast/engine/draws.py).
 """
 
@@ -37,9 +37,9 @@ def planned_iteration(
     gradient: Gradient = "exact",
     graph: bool = True,
 ) -> Iteration:
-    """Return `iteration` with the cut and the device of `plan`. On CUDA its calls are recorded in a CUDA graph and replayed.
+    """Return `iteration` with the cut and the device of `plan`. On CUDA its calls are captured in a CUDA graph and replayed.
 
-    `lengths` are the batch sizes of the steps. Without `graph`, or if the path is in host memory, nothing is recorded. Use
+    `lengths` are the batch sizes of the steps. Without `graph`, or if the path is in host memory, nothing is captured. Use
     `graph=False` for iterations that are too rare to hold a graph's memory.
     """
     run = iteration(

@@ -87,8 +87,8 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
     if loss_ratio:
         end, start = _without_lowest(end, start, target, loss_ratio)
     start, target = start.detach().to(end), target.detach().to(end)
-    moved = squared_distance(start.contiguous(), target.contiguous())
-    return _SquaredDistance.apply(end, target) / moved  # type: ignore[no-any-return]
+    initial_distance = squared_distance(start.contiguous(), target.contiguous())
+    return _SquaredDistance.apply(end, target) / initial_distance  # type: ignore[no-any-return]
 
 
 def path_loss(

@@ -58,7 +58,7 @@ class Work:
     dtype: torch.dtype
     device: torch.device
     moments: int = 0
-    """vectors of the optimiser's state: 1 with momentum, 2 with Adam"""
+    """vectors of the optimizer's state: 1 with momentum, 2 with Adam"""
     augment: bool = False
     augment_bytes: int = 0
     """memory of the augmentation for each image of a batch, beyond the augmented image"""
@@ -93,7 +93,7 @@ class Plan:
             2 * (1 + work.moments) if self.path_on_host else (work.steps + 1) * (1 + work.path_gradient + work.moments)
         )
         vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + self.cut
-        gradients_of_rates = 2 * work.steps * work.lr_per_parameter  # of each step, and all as one tensor
+        lr_gradients = 2 * work.steps * work.lr_per_parameter  # of each step, and all as one tensor
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
@@ -103,7 +103,7 @@ class Plan:
         parts = {
             "path": rows * vector,
             "vectors": vectors * vector,
-            "gradients of rates": gradients_of_rates * vector,
+            "learning rate gradients": lr_gradients * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
             "saved activations": saved_bytes,

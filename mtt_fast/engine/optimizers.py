@@ -1,6 +1,6 @@
-"""The optimisers of a student: a step, and the adjoint of a step.
+"""The optimizers of a student: a step, and the adjoint of a step.
 
-A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimiser's state, and gives θ − α u and a new state. The adjoint of a
+A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimizer's state, and gives θ − α u and a new state. The adjoint of a
 step takes the gradients of the loss with respect to its results, and gives those with respect to g, α and the state before it. What
 follows from g, the gradients with respect to θ and the images, is the student's (docs/adjoint.md, Momentum and Adam).
 """
@@ -23,16 +23,16 @@ from mtt_fast.kernels import PartialSums
 
 
 class GradientAdjoint(NamedTuple):
-    """Gradients of the loss through a step of an optimiser with state."""
+    """Gradients of the loss through a step of an optimizer with state."""
 
     nu: Tensor  # (P,): with respect to the step's gradient g
-    negated_rate: Tensor  # () or (P,): with respect to −α, which is λ·u, or λ ∘ u of a rate for each parameter
+    negated_lr: Tensor  # () or (P,): with respect to −α, which is λ·u, or λ ∘ u if each parameter has a learning rate
 
 
 class Optimizer(Protocol):
     """Take a step, and go back through it. Vectors are (P,) on one device.
 
-    `rate` is the learning rate α: (), or of an optimiser with state also (P,), one for each parameter.
+    `lr` is the learning rate α: (), or for an optimizer with state also (P,), one for each parameter.
     """
 
     @property
@@ -50,21 +50,21 @@ class Optimizer(Protocol):
         n: int,
         theta: Tensor,
         sums: PartialSums,
-        rate: Tensor,
+        lr: Tensor,
         before: Tensor | None,
         out: Tensor,
         after: Tensor | None,
     ) -> None:
         """Write the parameters after step `n`, counted from 0, to `out`, and the state to `after`.
 
-        `before` and `after` are None for an optimiser without a state.
+        `before` and `after` are None for an optimizer without a state.
         """
         ...
 
     def adjoint(
-        self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
+        self, n: int, adjoint: Tensor, state_adjoint: Tensor, lr: Tensor, before: Tensor, after: Tensor
     ) -> GradientAdjoint:
-        """Return the gradients through step `n` of an optimiser with state, from those with respect to its results.
+        """Return the gradients through step `n` of an optimizer with state, from those with respect to its results.
 
         `adjoint` is λ, that with respect to the parameters. `state_adjoint` is that with respect to the state `after`; it becomes that
         with respect to the state `before`, in place.
@@ -90,27 +90,27 @@ class StudentSgd:
         n: int,
         theta: Tensor,
         sums: PartialSums,
-        rate: Tensor,
+        lr: Tensor,
         before: Tensor | None,
         out: Tensor,
         after: Tensor | None,
     ) -> None:
         """See `Optimizer.step`."""
         kernels.sgd_step(
-            theta, sums, rate if rate.dim() == 0 else rate.new_ones(()), out=out, velocity=before, velocity_out=after,
+            theta, sums, lr if lr.dim() == 0 else lr.new_ones(()), out=out, velocity=before, velocity_out=after,
             momentum=self.momentum, weight_decay=self.weight_decay,
         )  # fmt: skip
-        if rate.dim():  # the kernel takes one rate, so its θ − u is replaced
+        if lr.dim():  # the kernel takes one learning rate, so its θ − u is replaced
             assert after is not None
-            torch.addcmul(theta, after, rate, value=-1, out=out)
+            torch.addcmul(theta, after, lr, value=-1, out=out)
 
     def adjoint(
-        self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
+        self, n: int, adjoint: Tensor, state_adjoint: Tensor, lr: Tensor, before: Tensor, after: Tensor
     ) -> GradientAdjoint:
         """See `Optimizer.adjoint`."""
-        nu = torch.addcmul(state_adjoint, adjoint, rate, value=-1)
+        nu = torch.addcmul(state_adjoint, adjoint, lr, value=-1)
         torch.mul(nu, self.momentum, out=state_adjoint)
-        return GradientAdjoint(nu, _gradient_of_negated_rate(adjoint, after, rate))
+        return GradientAdjoint(nu, _gradient_of_negated_lr(adjoint, after, lr))
 
 
 PLAIN_SGD = StudentSgd()
@@ -169,7 +169,7 @@ class Adam:
         n: int,
         theta: Tensor,
         sums: PartialSums,
-        rate: Tensor,
+        lr: Tensor,
         before: Tensor | None,
         out: Tensor,
         after: Tensor | None,
@@ -182,24 +182,24 @@ class Adam:
             gradient = gradient.add(theta, alpha=self.weight_decay)
         for old, new, beta, out_moment in zip(before, (gradient, gradient.square()), self.betas, after, strict=True):
             torch.lerp(old, new, 1 - beta, out=out_moment)
-        torch.addcmul(theta, self._scaled(n, after).update, rate, value=-1, out=out)
+        torch.addcmul(theta, self._scaled(n, after).update, lr, value=-1, out=out)
 
     def adjoint(
-        self, n: int, adjoint: Tensor, state_adjoint: Tensor, rate: Tensor, before: Tensor, after: Tensor
+        self, n: int, adjoint: Tensor, state_adjoint: Tensor, lr: Tensor, before: Tensor, after: Tensor
     ) -> GradientAdjoint:
         """See `Optimizer.adjoint`. The gradient g' is computed from the means m and m'."""
         (beta1, beta2), (correction1, correction2) = self.betas, self._corrections(n)
         update, root, denominator = self._scaled(n, after)
         to_mean, to_square = state_adjoint
         # the gradient of the loss with respect to m̂ is −pull, and with respect to ŝ pull · u / 2√ŝ
-        pull = adjoint * rate / denominator
+        pull = adjoint * lr / denominator
         to_mean.sub_(pull, alpha=1 / correction1)
         to_square.add_((pull * update / root).masked_fill_(root == 0, 0), alpha=1 / (2 * correction2))
         gradient = torch.sub(after[0], before[0], alpha=beta1) / (1 - beta1)
         nu = (to_mean * (1 - beta1)).addcmul_(gradient, to_square, value=2 * (1 - beta2))
         to_mean.mul_(beta1)
         to_square.mul_(beta2)
-        return GradientAdjoint(nu, _gradient_of_negated_rate(adjoint, update, rate))
+        return GradientAdjoint(nu, _gradient_of_negated_lr(adjoint, update, lr))
 
     def _scaled(self, n: int, state: Tensor) -> _Scaled:
         mean_correction, square_correction = self._corrections(n)
@@ -213,9 +213,9 @@ class Adam:
         return first, second
 
 
-def _gradient_of_negated_rate(adjoint: Tensor, update: Tensor, rate: Tensor) -> Tensor:
-    """Return the gradient with respect to −α in the shape of `rate`, () or (P,), from λ and u (P,)."""
-    return adjoint * update if rate.dim() else torch.dot(adjoint, update)
+def _gradient_of_negated_lr(adjoint: Tensor, update: Tensor, lr: Tensor) -> Tensor:
+    """Return the gradient with respect to −α in the shape of `lr`, () or (P,), from λ and u (P,)."""
+    return adjoint * update if lr.dim() else torch.dot(adjoint, update)
 
 
 class _Scaled(NamedTuple):

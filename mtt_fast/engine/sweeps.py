@@ -61,7 +61,7 @@ class StudentSteps:
         def augmented(rows: Tensor) -> Tensor:
             return rows if augment is None else augment(rows, draws)
 
-        return AugmentedBatch.of(images, index, augmented, dtype, tracked=tracked)
+        return AugmentedBatch.from_images(images, index, augmented, dtype, tracked=tracked)
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
         """Return a function that maps n to the targets of step n: soft labels in `dtype`, and others as they are.
@@ -77,14 +77,14 @@ class StudentSteps:
 def path_of(
     steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the path (N + 1, P) and the optimiser's last state, `velocity`, or None without one. The arguments are not checked.
+    """Return the path (N + 1, P) and the optimizer's last state, `velocity`, or None without one. The arguments are not checked.
 
-    Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be recorded in a CUDA
+    Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be captured in a CUDA
     graph (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
-    return StudentPath.of(path, rows, theta.device), after
+    return StudentPath.from_rows(path, rows, theta.device), after
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,9 +113,9 @@ class _Unroll(torch.autograd.Function):
         labels: Tensor,
         lr: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """Return the path (N + 1, P), the last state of the optimiser or None, and the rows of the path as separate outputs."""
+        """Return the path (N + 1, P), the last state of the optimizer or None, and the rows of the path as separate outputs."""
         count = len(steps.batches)
-        rates = _rates(lr, count, theta)
+        lrs = _lrs(lr, count, theta)
         path = Rows.empty(count + 1, theta, on_host=steps.path_on_host)
         path.on_device(0).copy_(theta)
         path.save(0)
@@ -130,7 +130,7 @@ class _Unroll(torch.autograd.Function):
             if activations:
                 saved[n] = activations
             before, after = (None, None) if states is None else (states.on_device(n), states.on_device(n + 1))
-            steps.optimizer.step(n, path.on_device(n), sums, rates[n], before, out=path.on_device(n + 1), after=after)
+            steps.optimizer.step(n, path.on_device(n), sums, lrs[n], before, out=path.on_device(n + 1), after=after)
             path.save(n + 1)
             if states is not None:
                 states.save(n + 1)
@@ -160,13 +160,13 @@ class _Unroll(torch.autograd.Function):
         states = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, wants_lr = ctx.needs_input_grad
         start = path.on_device(0)
-        rates, targets = _rates(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
-        # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimiser with a state the direction is ν itself
-        scales = -rates if states is None else rates.new_ones(len(rates))
+        lrs, targets = _lrs(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
+        # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimizer with a state the direction is ν itself
+        scales = -lrs if states is None else lrs.new_ones(len(lrs))
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if wants_labels else None
-        grad_negated_rates: list[Tensor] = []  # dL/d(−α_n), the last step first; each () or (P,)
+        grad_negated_lrs: list[Tensor] = []  # dL/d(−α_n), the last step first; each () or (P,)
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
@@ -176,18 +176,16 @@ class _Unroll(torch.autograd.Function):
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
         adjoint = _copy_or_zeros(direct_gradient(last), start)  # λ_{n+1}, of the parameters
-        state_adjoint = None  # π_{n+1}, of the optimiser's state
+        state_adjoint = None  # π_{n+1}, of the optimizer's state
         if states is not None:
             state_adjoint = _copy_or_zeros(grad_velocity, states.load(last))
         for n in reversed(range(last)):
             # the loss depends on g_n through ν·g_n. Without a state ν = −α λ, and λ itself is the direction: this also
             # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
-            direction, grad_negated_rate = adjoint, None
+            direction, grad_negated_lr = adjoint, None
             if states is not None and state_adjoint is not None:
                 before, after = states.load(n), states.on_device(n + 1)  # which the step before in this loop loaded
-                direction, grad_negated_rate = steps.optimizer.adjoint(
-                    n, adjoint, state_adjoint, rates[n], before, after
-                )
+                direction, grad_negated_lr = steps.optimizer.adjoint(n, adjoint, state_adjoint, lrs[n], before, after)
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
             if steps.compares:
@@ -195,11 +193,11 @@ class _Unroll(torch.autograd.Function):
 
             weight_decay = steps.optimizer.weight_decay
             if states is None:
-                grad_negated_rate = tangent.v_dot_g
+                grad_negated_lr = tangent.v_dot_g
                 if weight_decay:
-                    grad_negated_rate = grad_negated_rate + weight_decay * torch.dot(direction, theta)
-            if wants_lr and grad_negated_rate is not None:
-                grad_negated_rates.append(grad_negated_rate)
+                    grad_negated_lr = grad_negated_lr + weight_decay * torch.dot(direction, theta)
+            if wants_lr and grad_negated_lr is not None:
+                grad_negated_lrs.append(grad_negated_lr)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
                 grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype).contiguous()
@@ -214,25 +212,25 @@ class _Unroll(torch.autograd.Function):
                 weight_decay=weight_decay,
                 batch=to_add,
             )
-            del batch, tangent, to_add, grad_negated_rate
+            del batch, tangent, to_add, grad_negated_lr
 
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
-        grad_lr = _gradient_of_rates(grad_negated_rates[::-1], rates, lr) if wants_lr else None
+        grad_lr = _gradient_of_lrs(grad_negated_lrs[::-1], lrs, lr) if wants_lr else None
         return None, adjoint, state_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 
 
-def _gradient_of_rates(grad_negated_rates: list[Tensor], rates: Tensor, lr: Tensor) -> Tensor:
-    """Return the gradient of `lr`, whose rates of all steps are `rates`, from dL/d(−α_n) of the first steps; that of others is zero."""
-    grad_rates = torch.zeros_like(rates)
-    if grad_negated_rates:
-        torch.stack(grad_negated_rates, out=grad_rates[: len(grad_negated_rates)]).neg_()
-    return grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
+def _gradient_of_lrs(grad_negated_lrs: list[Tensor], lrs: Tensor, lr: Tensor) -> Tensor:
+    """Return the gradient of `lr` from dL/d(−α_n) of the first steps; for the other steps it is zero. `lrs` is `lr` of all steps."""
+    grad_lrs = torch.zeros_like(lrs)
+    if grad_negated_lrs:
+        torch.stack(grad_negated_lrs, out=grad_lrs[: len(grad_negated_lrs)]).neg_()
+    return grad_lrs if lr.numel() > 1 else grad_lrs.sum().view(lr.shape)  # autograd casts it
 
 
 def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:
-    """Return rows for the optimiser's state before the steps and after each, with the `first` one, or zeros for None, set.
+    """Return rows for the optimizer's state before the steps and after each, with the `first` one, or zeros for None, set.
 
-    Return None for an optimiser without a state.
+    Return None for an optimizer without a state.
     """
     moments = steps.optimizer.moments
     if not moments:
@@ -306,6 +304,6 @@ def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:
     return torch.stack([number.double() for numbers in fingerprints for number in numbers]).view(len(fingerprints), -1)
 
 
-def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
+def _lrs(lr: Tensor, steps: int, like: Tensor) -> Tensor:
     """Return the learning rates of all steps, (N,) or (N, P), in the dtype and on the device of `like`."""
     return lr.detach().to(like).resolve_neg().expand(steps, *lr.shape[1:])

@@ -19,7 +19,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
-_MOST_SAMPLES = 8  # of a trial
+_MAX_SAMPLES = 8  # of a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
 
 
@@ -102,7 +102,7 @@ def _trial_positions(network: Network, batch: int) -> Tensor:
 
     Such a network may take only full batches (ghost batch norm does), and its batches are never cut.
     """
-    few = batch if network.mixes_samples else min(batch, _MOST_SAMPLES) // _SAMPLES_AT_ONCE * _SAMPLES_AT_ONCE or 1
+    few = batch if network.mixes_samples else min(batch, _MAX_SAMPLES) // _SAMPLES_AT_ONCE * _SAMPLES_AT_ONCE or 1
     return torch.linspace(0, batch - 1, few, device="cpu").round().long()
 
 
@@ -209,7 +209,7 @@ def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None
 
 
 class _RandomOperations(TorchDispatchMode):
-    """Record the names of operations that may draw random numbers."""
+    """Collect the names of operations that may draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ def unroll(
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes); for a `loss` of the caller's own, any shape (n, …).
         lr: learning rate, a scalar (tensor), one for each step (N,), or one for each step and parameter (N, P), as by
-            `rates.expand(N, -1)`. The last keeps N + 1 more vectors (P,), and 2 N if it is learned. A number must be at least 0;
+            `lrs.expand(N, -1)`. The last keeps N + 1 more vectors (P,), and 2 N if it is learned. A number must be at least 0;
             the values of a tensor, which may be learned and on a GPU, are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
@@ -107,7 +107,7 @@ def unroll(
             can be computed again. For a loss of the path itself or of more than three rows give a `plan` with `path_gradient`.
         momentum: SGD momentum (as torch.optim.SGD); keeps N + 1 more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
-        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimiser. With
+        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimizer. With
             `Adam` its moments (2, P).
         return_velocity: return the momentum buffer (P,), or Adam's moments (2, P), after the last step as well, on the device of
             `theta`.
@@ -201,7 +201,7 @@ class CheckedSteps(NamedTuple):
 
 
 def optimizer_of(options: StepOptions, lr: Tensor, *, has_velocity: bool = False) -> Optimizer:
-    """Return the optimiser of `options`, which have been checked.
+    """Return the optimizer of `options`, which have been checked.
 
     SGD without momentum has a state if `has_velocity`, or if each parameter has a rate: the gradient of that rate is λ ∘ g, and g
     is in the state.
@@ -227,14 +227,14 @@ def checked_steps(
     """
     arguments.check_context()
     arguments.check_types(**{theta_name: theta}, images=images, labels=labels)
-    indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
+    indices, lrs = arguments.checked_batches(batches, images), arguments.checked_lr(lr, theta)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
-    arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss, theta_name=theta_name)
+    arguments.check_tensors(theta, images, labels, lrs, len(indices), net, has_loss=has_loss, theta_name=theta_name)
     if not (has_loss or labels.is_floating_point()):
         labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known
-    return CheckedSteps(student, theta, images, labels, rates, indices)
+    return CheckedSteps(student, theta, images, labels, lrs, indices)
 
 
 def checked_plan(
@@ -248,7 +248,7 @@ def checked_plan(
 ) -> Plan:
     """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
 
-    `draws` are those of the first step, and `moments` are the optimiser's. `path_gradient` says whether the gradient of the
+    `draws` are those of the first step, and `moments` are the optimizer's. `path_gradient` says whether the gradient of the
     loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, lr, batches = steps

@@ -18,9 +18,9 @@ from mtt_fast.storage.regular import check_regular
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many bytes, an archive may unpack to
+_MAX_EXPANSION, _EXTRA_BYTES = 20, 64 << 20  # how many times its size, besides so many bytes, an archive may unpack to
 _NUMBERS = "fiu"  # kinds of numpy's types: floating point, integers with and without sign
-_LONGEST_HEADER = 1 << 10  # bytes
+_MAX_HEADER_BYTES = 1 << 10  # bytes
 
 
 def read_array(path: str | os.PathLike[str]) -> Array:
@@ -56,7 +56,7 @@ def read_arrays(path: str | os.PathLike[str], names: Sequence[str], optional: Se
 
 def _unpacked(archive: zipfile.ZipFile, name: str, archive_size: int) -> Array:
     size = archive.getinfo(name).file_size
-    if size > archive_size * _EXPANDS + _SMALL:
+    if size > archive_size * _MAX_EXPANSION + _EXTRA_BYTES:
         raise ValueError(f"{name} would unpack to {size:,} bytes")
     return _read(partial(archive.open, name), name, size)
 
@@ -66,11 +66,11 @@ def _read(opened: Callable[[], IO[bytes]], name: str, size: int) -> Array:
     with opened() as file:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file, max_header_size=_LONGEST_HEADER)
+        shape, _, dtype = read_header(file, max_header_size=_MAX_HEADER_BYTES)
         if dtype.kind not in _NUMBERS or dtype.itemsize > 8 or math.prod(shape) * dtype.itemsize > size:
             raise ValueError(f"{name} is {dtype} {shape} in {size:,} bytes")
     with opened() as file:
-        array: Array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_LONGEST_HEADER)
+        array: Array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_MAX_HEADER_BYTES)
         if file.read(1):  # at the end zipfile compares the checksum
             raise ValueError(f"{name} goes on after its array")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -121,10 +121,10 @@ def experts_in(content: Any, file: Path) -> list[Any]:
 
 
 def check_points(points: Any, where: str, kind: str) -> None:
-    """Check that an expert is a list of two or more points, each a list of as many plain floating-point tensors.
+    """Raise `InputError` unless an expert is a list of two or more points, each a list of as many plain floating-point tensors.
 
-    The lists are distinct, as programs write them: a small file could name one list a million times. `kind` is what the
-    points are called. Raises `InputError`, which begins with `where`.
+    The lists must be distinct objects, as programs write them: a small file could refer to one list a million times. `kind`
+    is the word for the points. The message begins with `where`.
     """
     lists = points if isinstance(points, list) else []
     odd = [point for point in lists if not isinstance(point, list) or not point]
@@ -145,7 +145,7 @@ def check_points(points: Any, where: str, kind: str) -> None:
 def _check_distinct(lists: list[Any], where: str) -> None:
     if len({id(one) for one in lists}) < len(lists):
         raise InputError(
-            f"{where}: expected lists of their own, found one in several places; it is no such file, or hostile"
+            f"{where}: expected distinct lists, found one list in several places; this is another kind of file, or a hostile one"
         )
 
 
@@ -172,7 +172,7 @@ def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
             if not bool(tensor.detach().float().isfinite().all()):
                 raise InputError(
                     f"{expert.file}: expert {expert.place}: the parameters after epoch {epochs[point]} are not finite (in "
-                    f"{name}): its training diverged, or the file is damaged; train it again with the software that wrote it, or "
+                    f"{name}): the training diverged, or the file is damaged; train it again with the software that wrote it, or "
                     "leave it out"
                 )
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mtt_fast.data import ImageData, from_tensors
 from mtt_fast.data.class_names import class_indices, relabelled
-from mtt_fast.data.set_checks import MOST_CLASSES
+from mtt_fast.data.set_checks import MAX_CLASSES
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import plain_tensor, shown
@@ -100,7 +100,7 @@ def _as_index(label: Any, where: str) -> int:
         value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
     except (TypeError, ValueError, RuntimeError):
         value = np.asarray(None)
-    whole = value.size == 1 and value.dtype.kind in "iuf" and 0 <= value.item() < MOST_CLASSES
+    whole = value.size == 1 and value.dtype.kind in "iuf" and 0 <= value.item() < MAX_CLASSES
     if not whole or value.item() != int(value.item()):
         raise InputError(f"{where}: expected a label that is a class index, counted from 0, found {shown(label)}")
     return int(value.item())

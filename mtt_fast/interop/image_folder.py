@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, shortened
 from mtt_fast.data.images import as_image, decode, read_headers
-from mtt_fast.data.listing import list_classes, tell_skipped
+from mtt_fast.data.listing import list_classes, log_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
@@ -30,7 +30,7 @@ from mtt_fast.storage.text_files import write_json
 log = logging.getLogger(__name__)
 
 LABELS = "labels.json"
-_LONGEST_NAME = 500  # letters of CLASS/NNNNN.png
+_MAX_NAME = 500  # letters of CLASS/NNNNN.png
 
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
@@ -81,7 +81,7 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
     if not files or len(files) != len(labels):
         raise InputError(f"{path}: expected a label for each file, found {len(files)} and {len(labels)}")
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > _LONGEST_NAME:
+        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > _MAX_NAME:
             raise InputError(
                 f"{path}: expected files in its own folder, found {shown(name)[1:-1]}; it is not from this software, or damaged"
             )
@@ -95,7 +95,7 @@ def _read_classes(folder: Path, info: SourceInfo | None, lr: float) -> Synthetic
             "with `dataset` and `data_path`"
         )
     listing = list_classes(folder, folder)
-    tell_skipped(str(folder), listing)
+    log_skipped(str(folder), listing)
     classes = {name: files for name, files in listing.classes.items() if files}
     files = [file for files in classes.values() for file in files]
     if not files:

@@ -31,9 +31,9 @@ def read_order(path: str | os.PathLike[str]) -> list[Tensor]:
 
 
 def check_order(order: Sequence[Tensor], labels: Tensor, where: object) -> None:
-    """Check that `order`, out of the file `where`, holds each training image, with `labels` (n,), once, in the row of its class.
+    """Raise `InputError` unless `order`, from the file `where`, has each training image once, in the row of its class.
 
-    Raises `InputError` otherwise.
+    `labels` (n,) are the classes of the training images.
     """
     every = torch.cat(list(order))
     if not torch.equal(every.sort().values, torch.arange(len(labels))):

@@ -45,12 +45,12 @@ def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> 
     files = _parts(path)
     images = _joined([load_tensor(file) for file in files], path)
     for file in files:
-        if not os.path.lexists(beside(file, "labels")):
+        if not os.path.lexists(sibling(file, "labels")):
             raise InputError(
-                f"{beside(file, 'labels')}: cannot be read (no such file); expected the labels of {file.name} in it"
+                f"{sibling(file, 'labels')}: cannot be read (no such file); expected the labels of {file.name} in it"
             )
-    labels = _joined([load_tensor(beside(file, "labels")) for file in files], beside(path, "labels"))
-    lr = next((_load_rate(file) for file in _rate_files(path) if os.path.lexists(file)), None)
+    labels = _joined([load_tensor(sibling(file, "labels")) for file in files], sibling(path, "labels"))
+    lr = next((_load_lr(file) for file in _lr_files(path) if os.path.lexists(file)), None)
     return tensor_set(images, labels, lr, str(path), label_kind)
 
 
@@ -75,17 +75,19 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     """
     path = Path(images_path)
     if "images" not in path.name:
-        raise InputError(f"{path}: expected a name with the word images, as in images_best.pt; choose such a one")
+        raise InputError(
+            f"{path}: expected a file name that contains images, such as images_best.pt; choose another name"
+        )
     parts = {"images": distilled.images, "labels": distilled.labels} | (
         {} if distilled.lr is None else {"lr": distilled.lr}
     )
-    for file in _rate_files(path):
-        if file.exists() and (distilled.lr is None or file != beside(path, "lr")):
+    for file in _lr_files(path):
+        if file.exists() and (distilled.lr is None or file != sibling(path, "lr")):
             raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
     with whole_folder(path.parent, last=path.name) as folder:
         for name, tensor in parts.items():
-            save_pickle(beside(folder / path.name, name), plain_copy(tensor))
-    return [beside(path, name) for name in parts]
+            save_pickle(sibling(folder / path.name, name), plain_copy(tensor))
+    return [sibling(path, name) for name in parts]
 
 
 def write_parts(folder: str | os.PathLike[str], distilled: TensorSet, parts: int) -> list[Path]:
@@ -119,17 +121,17 @@ def write_ddranking(folder: str | os.PathLike[str], distilled: TensorSet) -> lis
     return write_pair(Path(folder) / "images.pt", dataclasses.replace(distilled, labels=labels))
 
 
-def doubts(source: str | os.PathLike[str], distilled: TensorSet, *, zca: bool) -> Iterator[str]:
+def whitening_warnings(source: str | os.PathLike[str], distilled: TensorSet, *, zca: bool) -> Iterator[str]:
     """Yield reasons to doubt that the images in the files at `source` are whitened (`zca`), or else normalised.
 
     Such files do not say which they are; the values, the labels, and the files beside them may show it.
     """
     path = Path(source)
     folder = path if os.path.isdir(path) else path.parent
-    beside_it = sorted(folder.glob("*images_zca*.pt"))
-    if beside_it and not zca:
+    whitened_files = sorted(folder.glob("*images_zca*.pt"))
+    if whitened_files and not zca:
         yield (
-            f"{beside_it[0]}: this file is written where a set was distilled from whitened images; should they be "
+            f"{whitened_files[0]}: this file is written where a set was distilled from whitened images; should they be "
             "taken with --zca?"
         )
     least, most = float(distilled.images.min()), float(distilled.images.max())
@@ -170,7 +172,7 @@ def find_images(source: Path) -> Path:
     )
 
 
-def beside(images_path: Path, name: str) -> Path:
+def sibling(images_path: Path, name: str) -> Path:
     """Return the file called as `images_path`, with `name` for images."""
     return images_path.with_name(images_path.name.replace("images", name))
 
@@ -198,14 +200,14 @@ def _parts(path: Path) -> list[Path]:
     return [numbered[number] for number in sorted(numbered, key=int)] or [path]
 
 
-def _rate_files(path: Path) -> list[Path]:
+def _lr_files(path: Path) -> list[Path]:
     """Return the files that may hold the learning rate of a set, likeliest first."""
     whole = _whole(path)
     tag = whole.stem.rpartition("images_")[2]
-    return [beside(whole, "lr"), whole.with_name(f"{tag}_lr.pt"), whole.with_name(f"lr_{tag}.pt")]
+    return [sibling(whole, "lr"), whole.with_name(f"{tag}_lr.pt"), whole.with_name(f"lr_{tag}.pt")]
 
 
-def _load_rate(file: Path) -> Tensor:
+def _load_lr(file: Path) -> Tensor:
     value = load_pickle(file, numpy_numbers=True)
     if isinstance(value, float | np.floating):
         return torch.tensor(float(value), dtype=torch.float32, device="cpu")

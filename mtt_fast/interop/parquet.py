@@ -31,7 +31,10 @@ from mtt_fast.storage.text_files import parse_json
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
 _BATCH = 1024  # rows
-_EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many bytes, a file may claim to decode to
+_MAX_EXPANSION, _EXTRA_BYTES = (
+    20,
+    64 << 20,
+)  # how many times its size, besides so many bytes, a file may claim to decode to
 
 
 def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
@@ -93,7 +96,9 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
     try:
         targets = as_tensor(labels, torch.int64) if soft is None else as_tensor(soft, torch.float32)
     except ValueError as error:
-        raise InputError(f"{path}: expected a label of each image, found others ({error}); mend its column") from error
+        raise InputError(
+            f"{path}: expected a label for each image, found others ({error}); correct the column"
+        ) from error
     if names:
         indices = class_indices(names, info.class_names, path)
         targets = relabelled(targets, indices, len(info.class_names), path)
@@ -119,7 +124,7 @@ def _check_columns(file: Any, path: Path) -> None:
 
 def _most_bytes(path: Path) -> int:
     """Return the number of bytes to which a file may unpack: its images were packed before."""
-    return path.stat().st_size * _EXPANDS + _SMALL
+    return path.stat().st_size * _MAX_EXPANSION + _EXTRA_BYTES
 
 
 def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:

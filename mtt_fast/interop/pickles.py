@@ -80,7 +80,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _check_zip(path: Path, most: int) -> None:
-    """Check the archive: nothing packed, no name twice, as torch writes it, and the checksums, which torch does not read."""
+    """Raise `_RefusedError` unless an archive is as torch.save writes it: uncompressed, with distinct names and valid checksums."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(one.compress_type != zipfile.ZIP_STORED or one.file_size != one.compress_size for one in members):
@@ -102,14 +102,14 @@ def _check_zip(path: Path, most: int) -> None:
 
 
 def _check_pickles(path: Path, most: int) -> None:
-    """Check the pickles at the beginning of a file in torch's old format: its number, version, system, content, keys."""
+    """Raise `_RefusedError` for a forbidden pickle at the beginning of a file in torch's old format, which has five of them."""
     with open(path, "rb") as file:
         for _ in range(_PICKLES_BEFORE_TENSORS):
             _check_pickle(file, most)
 
 
 def _check_pickle(file: IO[bytes], most: int) -> None:
-    """Follow a pickle without building anything: it may name nothing but what plain tensors, lists and numbers need."""
+    """Raise `_RefusedError` if a pickle names more than plain tensors, lists and numbers need. Nothing is built."""
     for number, (opcode, argument, place) in enumerate(pickletools.genops(file)):
         if (place or 0) > most or number > most // _BYTES_OF_OPCODE:
             raise _RefusedError(f"its list takes more than the {most:,} bytes that such a file needs")

@@ -26,8 +26,8 @@ from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.tensor_files import bytes_of
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
-_OF_IMAGES = ("dataset", "fingerprint")
-_RECORDED = (*_PLAIN, *_OF_IMAGES, "lr", "lr_per_step", "canvas", "whitened")
+_IDENTITY_FIELDS = ("dataset", "fingerprint")
+_RECORDED = (*_PLAIN, *_IDENTITY_FIELDS, "lr", "lr_per_step", "canvas", "whitened")
 _CHECKSUM = "checksum"
 FORMAT = "mtt_fast pictures 2"
 BEFORE_CHECKSUMS = "mtt_fast pictures 1"
@@ -51,7 +51,7 @@ def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tens
 
 def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
     """Return the record, ready for JSON, that a reader needs besides the labels and the `pictures` that `as_bytes` returned."""
-    info = {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
+    info = {name: getattr(synthetic, name) for name in (*_PLAIN, *_IDENTITY_FIELDS)} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
         "canvas": None if synthetic.canvas is None else dataclasses.asdict(synthetic.canvas),
@@ -87,9 +87,9 @@ def from_pictures(
     )  # fmt: skip
     synthetic = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
     check_set(synthetic, where)
-    told = {name: record[name] for name in _RECORDED if name in record}
+    recorded = {name: record[name] for name in _RECORDED if name in record}
     before = record.get("format") in (None, BEFORE_CHECKSUMS) and _CHECKSUM not in record
-    if not before and record.get(_CHECKSUM) != _checksum(told, synthetic.labels, pictures):
+    if not before and record.get(_CHECKSUM) != _checksum(recorded, synthetic.labels, pictures):
         raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
     if info is None:
         return synthetic
@@ -106,7 +106,7 @@ def _fields(record: Any, labels: Any) -> dict[str, Any]:
     # older parquet files have none
     if record.get("format") not in (None, FORMAT, BEFORE_CHECKSUMS):
         raise ValueError(f"its format is {shown(record['format'])}, not {FORMAT!r}")
-    fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
+    fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _IDENTITY_FIELDS}
     for name in ("class_names", "mean", "std"):
         if not isinstance(fields[name], list):
             raise TypeError(f"{name} is no list")

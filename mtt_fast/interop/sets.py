@@ -170,7 +170,9 @@ def _dataset(distilled: SyntheticDataset | TensorSet, dataset: str | None) -> st
     path = dataset or (None if isinstance(distilled, TensorSet) else distilled.recipe.get("dataset"))
     name = os.path.basename(os.path.abspath(path)) if path else ""
     if not name:
-        raise InputError("`dataset`: expected the data set's name, which the other software's files bear, found none")
+        raise InputError(
+            "`dataset`: expected the data set's name, which is part of the other software's file names, found none"
+        )
     return name
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
-from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_rate, check_set, check_tensors
+from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_lr, check_set, check_tensors
 from mtt_fast.data.synthetic import SyntheticDataset, classes_by_place
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
@@ -120,16 +120,16 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
         raise InputError(
             f"`label_kind` {label_kind}: has no effect on labels that are classes, as those of {where}; leave it out"
         )
-    distilled = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    distilled = TensorSet(images.float(), labels, None if lr is None else _checked_lr(lr, where), kind)
     check_plain(distilled, where)
     return distilled
 
 
 def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
-    """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for unsound ones."""
+    """Raise `InputError` unless the tensors and the learning rate of a set are valid; the message begins with `where`."""
     check_tensors(distilled.images, distilled.labels, distilled.label_kind, where)
     if distilled.lr is not None:
-        check_rate(distilled.lr, where)
+        check_lr(distilled.lr, where)
 
 
 def _as_indices(labels: Tensor, where: str) -> Tensor:
@@ -165,7 +165,7 @@ def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSe
         return distilled
     order = _largest(distilled).argsort(stable=True)
     ordered = dataclasses.replace(distilled, images=distilled.images[order], labels=distilled.labels[order])
-    if soft and in_place(ordered) < len(order):
+    if soft and count_in_class_order(ordered) < len(order):
         fewest, most = largest_label_counts(distilled)
         raise InputError(
             f"`reorder`: expected every class to be the largest label of as many images, found {fewest} to {most}; leave it out: "
@@ -180,7 +180,7 @@ def largest_label_counts(distilled: TensorSet) -> tuple[int, int]:
     return int(counts.min()), int(counts.max())
 
 
-def in_place(distilled: TensorSet) -> int:
+def count_in_class_order(distilled: TensorSet) -> int:
     """Return the number of images whose (largest) label is the class that class-major order gives them."""
     return int((_largest(distilled) == distilled.places).sum())
 
@@ -246,8 +246,8 @@ def as_synthetic(
     return synthetic
 
 
-def _rate(lr: Any, where: str) -> Tensor:
-    rate = plain_tensor(lr, f"{where}: lr")
-    if rate.numel() != 1 or rate.dtype == torch.bool:
-        raise InputError(f"{where}: expected one learning rate above 0 beside it, found {shown(rate)}")
-    return rate.float().reshape(())
+def _checked_lr(lr: Any, where: str) -> Tensor:
+    tensor = plain_tensor(lr, f"{where}: lr")
+    if tensor.numel() != 1 or tensor.dtype == torch.bool:
+        raise InputError(f"{where}: expected one learning rate above 0, found {shown(tensor)}")
+    return tensor.float().reshape(())

@@ -34,7 +34,7 @@ def read_waypoints(file: Path) -> Iterator[Trajectory]:
 
     Raises `InputError` if the files do not fit together.
     """
-    steps_file = _steps_beside(file)
+    steps_file = _steps_file(file)
     waypoints = experts_in(load_pickle(file, mapped=True, most=LARGE), file)
     steps = load_pickle(steps_file, most=LARGE)
     if not isinstance(steps, list) or len(waypoints) != len(steps):
@@ -73,12 +73,12 @@ def export_waypoints(
         for number, experts in enumerate(chosen):
             path = content / f"{kind}_{number}.pt"
             pieces = [_shares(courses[expert]) for expert in experts]
-            save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
+            save_pickle(_steps_file(path), pieces if count > 2 else [one for (one,) in pieces])
             save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in experts])
             yield folder / path.name
 
 
-def _steps_beside(file: Path) -> Path:
+def _steps_file(file: Path) -> Path:
     return file.with_name(file.name.replace("waypoint_buffer", "step_buffer"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -158,3 +158,12 @@ class ConvNet:
         each = len(parameters[:-2]) // self.depth
         blocks = [tuple(parameters[each * block : each * (block + 1)]) for block in range(self.depth)]
         return [*blocks, tuple(parameters[-2:])]
+
+
+def is_plain_convnet(network: object) -> TypeGuard[ConvNet]:
+    """Return whether `network` is a `ConvNet`, or an instance of a subclass that computes the logits in the same way."""
+    return (
+        isinstance(network, ConvNet)
+        and type(network).__call__ is ConvNet.__call__
+        and type(network)._features is ConvNet._features
+    )

@@ -30,7 +30,7 @@ def charts(runs: Sequence[Run]) -> dict[str, str]:
 
 def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
     def draw(axes: Any, run: Run, colour: str) -> bool:
-        steps = [record for record in run.of_kind(kind) if key in record]
+        steps = [record for record in run.records_of_kind(kind) if key in record]
         if not steps:
             return False
         x, y = thinned([step["iteration"] for step in steps], [step[key] for step in steps])
@@ -45,14 +45,14 @@ def draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
     name = legend_label(run.name)
     styles = {"evaluation": ("-", name), "ema_evaluation": ("--", f"{name}, average over the iterations")}
     for kind, (style, label) in styles.items():
-        records = run.of_kind(kind)
+        records = run.records_of_kind(kind)
         iterations = [record["iteration"] for record in records]
         mean, std = (np.array([100 * record[f"accuracy_{part}"] for record in records]) for part in ("mean", "std"))
         if records:
             axes.errorbar(
                 iterations, mean, std, color=colour, linestyle=style, marker="o", capsize=4, linewidth=1.6, label=label
             )
-    return bool(run.of_kind("evaluation"))
+    return bool(run.records_of_kind("evaluation"))
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

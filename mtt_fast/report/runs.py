@@ -40,7 +40,7 @@ class Run:
         """Return the number of recorded iterations; 0 for a set that is chosen at once."""
         return max((record["iteration"] for record in self.records), default=int(self.summary.get("iterations", 0)))
 
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+    def records_of_kind(self, kind: str) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl of one kind, such as "evaluation"."""
         return [record for record in self.records if record["kind"] == kind]
 
@@ -55,7 +55,7 @@ class Run:
         if self.summary:
             accuracies = self.summary["accuracy"]
             return {kind: value for kind, value in accuracies.items() if isinstance(value, dict) and "mean" in value}
-        last = {name: self.of_kind(kind)[-1:] for name, kind in _EVALUATIONS.items()}
+        last = {name: self.records_of_kind(kind)[-1:] for name, kind in _EVALUATIONS.items()}
         return {name: accuracy_record(lines[0]) for name, lines in last.items() if lines}
 
     @property

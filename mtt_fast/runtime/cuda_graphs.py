@@ -1,6 +1,6 @@
-"""Record a function of tensors once in a CUDA graph and replay it: the host then starts one graph, not thousands of kernels.
+"""Capture a function of tensors once in a CUDA graph and replay it, so that the host launches one graph and not thousands of kernels.
 
-On a CPU there is nothing to record, and `graphed` returns the function itself. Only `recorder` calls CUDA.
+On a CPU nothing is captured, and `graphed` returns the function itself. Only `capturer` calls CUDA.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Function = Callable[..., tuple[Tensor, ...]]
 """A pure function of tensors on one device, which reads no tensor's value on the host and draws no random number."""
 
 
-class Recording(NamedTuple):
-    """A recorded call: the function that repeats the call, and the tensors that hold the results afterwards."""
+class CapturedCall(NamedTuple):
+    """A captured call: the function that replays it, and the tensors that hold the results afterwards."""
 
     replay: Callable[[], object]
     outputs: tuple[Tensor, ...]
 
 
-Record = Callable[[Callable[[], tuple[Tensor, ...]]], Recording]
-"""A function that records one call of a function without arguments."""
+Capture = Callable[[Callable[[], tuple[Tensor, ...]]], CapturedCall]
+"""A function that captures one call of a function without arguments."""
 
-_MOST = 8  # recordings of one function, since each keeps its own inputs and outputs
+_MAX_CAPTURED = 8  # captured calls of one function, since each keeps its own inputs and outputs
 _one_capture = threading.Lock()  # a capture begins with a wait for the whole device, which no other capture survives
 
 
 FirstCall = Callable[[Callable[[], tuple[Tensor, ...]]], object]
-"""Make the first of two calls that come before a recording; its results are not used."""
+"""Make the first of two calls that come before a capture; its results are not used."""
 
 
 def _plainly(run: Callable[[], tuple[Tensor, ...]]) -> object:
@@ -46,27 +46,27 @@ def _plainly(run: Callable[[], tuple[Tensor, ...]]) -> object:
 def graphed(function: Function, device: torch.device, first_call: FirstCall = _plainly) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
-    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded,
+    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is captured,
     after two other calls; `first_call` makes the first of them, and may compile kernels without running them. Results are new
     tensors.
-    Raises `torch.OutOfMemoryError` if a recording does not fit on the device.
+    Raises `torch.OutOfMemoryError` if a capture does not fit on the device.
     """
-    return GraphedFunction(function, recorder(device, first_call)) if device.type == "cuda" else function
+    return GraphedFunction(function, capturer(device, first_call)) if device.type == "cuda" else function
 
 
 class GraphedFunction:
-    """A function with its recordings, one for each set of shapes and dtypes of its arguments.
+    """A function with its captured calls, one for each set of shapes and dtypes of its arguments.
 
-    Where there are too many such sets, or a call cannot be recorded, the function itself is called, and the log says so.
+    Where there are too many such sets, or a call cannot be captured, the function itself is called, and the log says so.
     """
 
-    def __init__(self, function: Function, record: Record) -> None:
+    def __init__(self, function: Function, capture: Capture) -> None:
         self._function = function
-        self._record = record
-        self._recordings: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Recording]] = {}
+        self._capture = capture
+        self._captured: dict[tuple[object, ...], tuple[tuple[Tensor, ...], CapturedCall]] = {}
         self._one_call = threading.Lock()  # at a time: another thread's inputs would take the place of this one's
         self.problem: str | None = None
-        """the reason why calls are not recorded; None while they are"""
+        """the reason why calls are not captured; None while they are"""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the function's results for `inputs`."""
@@ -75,23 +75,23 @@ class GraphedFunction:
 
     def _called(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         kind = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-        if kind not in self._recordings and self.problem is None:
+        if kind not in self._captured and self.problem is None:
             self._add(kind, inputs)
-        if kind not in self._recordings:
+        if kind not in self._captured:
             return self._function(*inputs)
-        static_inputs, recording = self._recordings[kind]
+        static_inputs, captured = self._captured[kind]
         for static_input, tensor in zip(static_inputs, inputs, strict=True):
             static_input.copy_(tensor, non_blocking=True)
-        recording.replay()
-        return tuple(output.clone() for output in recording.outputs)  # the next replay writes over them
+        captured.replay()
+        return tuple(output.clone() for output in captured.outputs)  # the next replay writes over them
 
     def _add(self, kind: tuple[object, ...], inputs: tuple[Tensor, ...]) -> None:
-        if len(self._recordings) == _MOST:
-            self._give_up(f"more than {_MOST} sets of shapes")
+        if len(self._captured) == _MAX_CAPTURED:
+            self._give_up(f"more than {_MAX_CAPTURED} sets of shapes")
             return
         static_inputs = tuple(tensor.detach().clone() for tensor in inputs)
         try:
-            self._recordings[kind] = static_inputs, self._record(lambda: self._function(*static_inputs))
+            self._captured[kind] = static_inputs, self._capture(lambda: self._function(*static_inputs))
             return
         except RuntimeError as error:
             out_of_memory, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
@@ -102,18 +102,18 @@ class GraphedFunction:
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem
-        log.warning("not recorded in a CUDA graph, so that it runs slower, with the same result: %s", problem)
+        log.warning("not captured in a CUDA graph, so that it runs slower, with the same result: %s", problem)
 
 
-def recorder(device: torch.device, first_call: FirstCall = _plainly) -> Record:
-    """Return a function that records calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
+def capturer(device: torch.device, first_call: FirstCall = _plainly) -> Capture:
+    """Return a function that captures calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
 
-    The graphs of one recorder share memory, so only one of them may run at a time, on one stream after another.
+    The graphs of one capturer share memory, so only one of them may run at a time, on one stream after another.
     """
     with torch.cuda.device(device):
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def record(run: Callable[[], tuple[Tensor, ...]]) -> Recording:
+    def capture(run: Callable[[], tuple[Tensor, ...]]) -> CapturedCall:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), _one_capture:
             before = torch.cuda.current_stream()
@@ -125,9 +125,9 @@ def recorder(device: torch.device, first_call: FirstCall = _plainly) -> Record:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = run()
             before.wait_stream(stream)
-        return Recording(graph.replay, outputs)
+        return CapturedCall(graph.replay, outputs)
 
-    return record
+    return capture
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:

@@ -24,8 +24,8 @@ from mtt_fast.storage.text_files import MALFORMED, parse_json
 class State:
     """The state that a distillation carries from one iteration to the next."""
 
-    iteration: int  # completed ones
-    experts: int  # how many take turns, without those that were trained after the start of the run
+    iteration: int  # number of completed iterations
+    num_experts: int  # that are matched, without those that were trained after the start of the run
     images: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) int64, the classes; or learned logits (n, classes) float32
     lr: Tensor  # () float32; (N,) where each step has one
@@ -40,7 +40,7 @@ class State:
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     data: DatasetIdentity = UNKNOWN  # of the real images
-    digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
+    digests: tuple[str, ...] = ()  # of the matched experts, see `TrajectoryStore.digest`
     imported: bool = False  # whether these experts come from other software, so that none can be trained in their place
     cam_digest: str = ""  # of the expert of --cam_model
     scores_digest: str = ""  # of the difficulty by which a window chose the first images (SelMatch)
@@ -54,7 +54,9 @@ class State:
 _CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, does not name itself
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema", "pixel_weights", "frequencies")
-_NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
+_EXPERTS = "experts"
+"""The field of a checkpoint for `State.num_experts`."""
+_NUMBERS = ("iteration", "skipped", "above_threshold", "lr_kept")
 _REPEATED = "repeated"
 """A further number, which old checkpoints lack."""
 _IMPORTED = "imported"
@@ -69,7 +71,7 @@ FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 
 def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
-    numbers = {name: getattr(state, name) for name in (*_NUMBERS, _REPEATED)}
+    numbers = {name: getattr(state, name) for name in (*_NUMBERS, _REPEATED)} | {_EXPERTS: state.num_experts}
     tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
     save_tensors(
         folder / CHECKPOINT,
@@ -99,12 +101,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
         numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
-            check_form(numbers, dict.fromkeys((*_NUMBERS, f"{_REPEATED}?"), NUMBER))
+            check_form(numbers, dict.fromkeys((*_NUMBERS, _EXPERTS, f"{_REPEATED}?"), NUMBER))
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
         for name in FORMER_NUMBERS:
             numbers.pop(name, None)
         return State(
+            num_experts=numbers.pop(_EXPERTS),
             **values | numbers,
             data=DatasetIdentity.from_record(data),
             digests=tuple(digests),
@@ -113,10 +116,10 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             scores_digest=metadata.get(_SCORES_DIGEST, ""),
         )
     except MALFORMED as error:
-        raise _of_another_version(path) from error
+        raise _other_version_error(path) from error
 
 
-def experts_of_run(folder: Path) -> tuple[int, bool]:
+def initial_num_experts(folder: Path) -> tuple[int, bool]:
     """Return the number of experts with which the run in `folder` began, and whether they come from other software.
 
     Without a checkpoint the number is 0. Reads the header alone. Raises `InputError` if it is broken.
@@ -126,16 +129,16 @@ def experts_of_run(folder: Path) -> tuple[int, bool]:
         return 0, False
     _, metadata = read_header(path)
     try:
-        return int(parse_json(metadata["numbers"])["experts"]), _says_imported(metadata)
+        return int(parse_json(metadata["numbers"])[_EXPERTS]), _says_imported(metadata)
     except MALFORMED as error:
-        raise _of_another_version(path) from error
+        raise _other_version_error(path) from error
 
 
 def _says_imported(metadata: Mapping[str, str]) -> bool:
     return bool(parse_json(metadata.get(_IMPORTED, "false")))
 
 
-def _of_another_version(path: Path) -> InputError:
+def _other_version_error(path: Path) -> InputError:
     return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
 
 
@@ -144,9 +147,9 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def check_tensors(folder: Path, state: State, specs: Mapping[str, TensorSpec | None]) -> None:
-    """Check that each tensor of `state`, by name, has its dtype and shape; None stands for a tensor that is not there.
+    """Raise `InputError` unless each tensor of `state` has the dtype and shape in `specs`; None stands for no tensor.
 
-    Raises `InputError` that names the checkpoint of the run in `folder` otherwise.
+    The message names the checkpoint of the run in `folder`.
     """
     for name, spec in specs.items():
         tensor = getattr(state, name)
@@ -159,9 +162,9 @@ def check_tensors(folder: Path, state: State, specs: Mapping[str, TensorSpec | N
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder` goes on with the real images that it `began_with`: those of this `identity`.
+    """Raise `InputError` unless the run in `folder` continues with the real images that it `began_with`: those of `identity`.
 
-    Raises `InputError` that names its checkpoint otherwise.
+    The message names the run's checkpoint.
     """
     mend = "give back the images that the run began with, or choose another `out`"
     check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)

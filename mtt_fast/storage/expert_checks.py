@@ -1,4 +1,4 @@
-"""Check that a job can use the experts at hand: they are of its network and images, and were trained as it says."""
+"""Check that existing experts can be used: that their network, images and training are those of the options."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def check_belongs(
     *,
     other_data: bool | None = None,
 ) -> None:
-    """Check that an expert is of `network`, and of the images at hand as networks see them here.
+    """Raise `InputError` unless an expert is of `network`, and was trained on the images of `identity`.
 
-    `other_data` as in `check_same_data`. Raises `InputError` that names the expert's file otherwise.
+    The message names the expert's file. `other_data` is that of `check_same_data`.
     """
     metadata, path = store.metadata(expert), store.path(expert)
-    mend = "give the options that it was trained with (`model`, `dataset`, `res`), or train experts anew"
+    mend = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts"
     _check_network(path, metadata, network.layout.describe(), network.describe(), mend)
     check_same_data(metadata.identity, identity, path, other_data=other_data)
 
@@ -61,7 +61,7 @@ def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described:
 
 
 def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
-    """Check that an expert has the epoch `needed`. Raises `InputError` that names the options from which that comes."""
+    """Raise `InputError` unless an expert has the epoch `needed`; the message names the options that need it."""
     epochs = store.epochs(expert)
     if needed > epochs:
         raise InputError(
@@ -71,11 +71,11 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
 
 
 def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any], *, to_the_end: bool) -> None:
-    """Check that an expert was trained with the hyperparameters that the user `asked` for, by their names.
+    """Raise `InputError` unless an expert was trained with the hyperparameters that the user `asked` for, by their names.
 
     The number of epochs counts only if the learning rate decays, or if the job looks at the last epoch (`to_the_end`): otherwise
-    a longer training begins with the same epochs. Nothing is known of an expert from elsewhere, so it is used as it is. Raises
-    `InputError` that says with which options it would be used.
+    a longer training begins with the same epochs. The training of an imported expert is not known, so it is
+    used unchecked. The message names the options with which the expert can be used.
     """
     found = hyperparameters_of(store.metadata(expert))
     differing = _differing(asked, found, to_the_end) if found else []
@@ -88,9 +88,9 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
 
 
 def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
-    """Check that `experts` were trained alike, as far as is known, but for their seeds; `to_the_end` as in `check_as_asked`.
+    """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    Raises `InputError` that names one that differs from the first.
+    The message names one that differs from the first. `to_the_end` is that of `check_as_asked`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
@@ -112,9 +112,9 @@ def _differing(expected: Mapping[str, Any], found: Mapping[str, Any], to_the_end
 
 
 def check_one_kind(store: TrajectoryStore) -> None:
-    """Check that all experts of a folder are of one network and of the same images, and were trained alike.
+    """Raise `InputError` unless all experts of a folder are of one network and of the same images, and were trained alike.
 
-    Raises `InputError` that names one that differs from the first.
+    The message names one that differs from the first.
     """
     first = store.metadata(0)
     for expert in range(1, len(store)):
@@ -136,14 +136,14 @@ def check_same_training(
     dtype: torch.dtype,
     precision: str,
 ) -> None:
-    """Check that an expert was trained as further ones in its folder will be.
+    """Raise `InputError` unless an expert was trained as further ones in its folder will be.
 
-    Raises `InputError` that names its file and the first difference.
+    The message names its file and the first difference.
     """
     path, metadata = store.path(expert), store.metadata(expert)
     if metadata.imported:
         raise InputError(
-            f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
+            f"{path}: was imported, so its training is not known, and no further experts can be trained in its folder; "
             "choose another `buffer_path`"
         )
     expected = _NOT_RECORDED | {

@@ -61,14 +61,14 @@ def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
 def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     """Return a tensor from elsewhere, detached, if it is of the plain kind: strided, in memory, of real numbers.
 
-    A subclass becomes a `Tensor`. It may be a view, and expanded, but may claim hardly more bytes than its storage has, so that
+    A subclass becomes a `Tensor`. It may be a view, and expanded, but may not claim many more bytes than its storage has, so that
     copies of it are bounded. Raises `InputError`, which begins with `where`, for anything else.
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")
     other = _other_kind(value)
     if other is not None:
-        raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; save it as such a one")
+        raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; convert and save it again")
     tensor: Tensor = value.detach().as_subclass(Tensor)
     stored, claimed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
     if claimed > stored + _BEYOND_ITS_STORAGE:

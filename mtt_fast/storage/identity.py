@@ -79,12 +79,12 @@ def check_same_data(
     mend: str | None = None,
     other_data: bool | None = None,
 ) -> None:
-    """Check that a file was made from the images that it is used with.
+    """Raise `InputError` unless a file was made from the images that it is used with.
 
     `found` is the identity in the file `where`, `expected` that of the images at hand. `mend` says how to go on, in
     place of the options that would name the right images. `other_data` True lets other images of the same classes and
     shape pass; False refuses them and says that there is such an option; None has no such option.
-    Raises `InputError` that tells the difference that a user recognises most easily.
+    The message names the difference that a user recognises most easily.
     """
     differences = list(_differences(expected, found))
     for one in differences:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.events import EventLog
-from mtt_fast.storage.records import NUMBER, check_form, sealed, unsealed
+from mtt_fast.storage.records import NUMBER, check_form, verified, with_checksum
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS, METRICS
 from mtt_fast.storage.tensor_files import read_header
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 _STEPS = ("step", "skip", "above_threshold")
 """Kinds of records in metrics.jsonl, one for each iteration."""
-_OF_EVALUATION = ("accuracy_mean", "accuracy_std", "networks")
+_EVALUATION_FIELDS = ("accuracy_mean", "accuracy_std", "networks")
 _FIELDS = {
-    "step": ("loss", "lr"), "evaluation": _OF_EVALUATION, "ema_evaluation": _OF_EVALUATION, "baseline": _OF_EVALUATION,
+    "step": ("loss", "lr"), "evaluation": _EVALUATION_FIELDS, "ema_evaluation": _EVALUATION_FIELDS, "baseline": _EVALUATION_FIELDS,
     "gradient": ("cosine",),
 }  # fmt: skip
 """The fields of records of a kind, all numbers, besides their kind and iteration."""
 _NO_NUMBERS = ("kind", "checksum")
-_LONGEST_LINE, _LONGEST_METRICS = 1 << 16, 1 << 30  # bytes
+_MAX_LINE, _MAX_METRICS_BYTES = 1 << 16, 1 << 30  # bytes
 
 
 class MetricsLog:
@@ -90,7 +90,7 @@ class MetricsLog:
 
 
 def _as_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(sealed(record)) + "\n"
+    return json.dumps(with_checksum(record)) + "\n"
 
 
 def _evaluations_in(checkpoint: Path) -> list[dict[str, Any]]:
@@ -111,8 +111,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with io.BufferedReader(open_regular(path, _LONGEST_METRICS)) as file:  # type: ignore[type-var]
-        lines = [_record_in(line) for line in iter(lambda: file.readline(_LONGEST_LINE), b"")]
+    with io.BufferedReader(open_regular(path, _MAX_METRICS_BYTES)) as file:  # type: ignore[type-var]
+        lines = [_record_in(line) for line in iter(lambda: file.readline(_MAX_LINE), b"")]
     records = [record for record in lines if record is not None]
     if len(records) < len(lines):
         log.warning("%s: %d damaged lines are left out", path, len(lines) - len(records))
@@ -122,7 +122,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def _record_in(line: bytes) -> dict[str, Any] | None:
     """Return the record in a line of metrics.jsonl; None if there is none, or it is damaged."""
     with contextlib.suppress(*MALFORMED):
-        return unsealed(_as_record(parse_json(line)))
+        return verified(_as_record(parse_json(line)))
     return None
 
 

@@ -22,9 +22,9 @@ _NOT_WRITTEN_OVER = (
 
 
 def check_output_folder(folder: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
-    """Check that files can be made in `folder`, which may be missing if it can be made.
+    """Raise `InputError` unless files can be written in `folder`, which is made later if it is missing.
 
-    Raises `InputError` that names what is in the way, and says what to do `otherwise`.
+    The message names what is in the way, and ends in `otherwise`, what to do instead.
     """
     place = Path(folder).absolute()
     nearest = next(each for each in (place, *place.parents) if os.path.lexists(each))
@@ -36,9 +36,9 @@ def check_output_folder(folder: str | os.PathLike[str], otherwise: str = _OTHERW
 
 
 def check_output_file(path: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
-    """Check that `path` is a result that can be replaced, or nothing yet, in a folder where files can be made.
+    """Raise `InputError` unless `path` is a result that may be replaced, or does not exist, in a folder where files can be written.
 
-    Raises as `check_output_folder`.
+    The message ends in `otherwise`, what to do instead.
     """
     if os.path.isdir(path):
         raise InputError(f"{path}: expected a file to write, found a folder; {otherwise}")

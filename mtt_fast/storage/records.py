@@ -19,21 +19,21 @@ from mtt_fast.storage.text_files import MALFORMED, parse_json, write_json
 NUMBER = int | float
 """The form of a number, for `check_form`."""
 _FORMAT = 2
-_SEAL = ("format", "checksum")
+_CHECKSUM_FIELDS = ("format", "checksum")
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with its checksum, ready to be written as JSON."""
     whole = {"format": _FORMAT, **record}  # the first and the last field, so that no cut removes both
     return whole | {"checksum": _checksum(json.loads(json.dumps(whole)))}  # of keys and tuples as they will be read
 
 
-def unsealed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record that `sealed` was given; one of the first format as it is.
+def verified(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record that `with_checksum` was given; one of the first format as it is.
 
     Raises `ValueError` if it is not what was written.
     """
-    if not any(name in record for name in _SEAL):
+    if not any(name in record for name in _CHECKSUM_FIELDS):
         return record
     whole = {name: value for name, value in record.items() if name != "checksum"}
     if record.get("checksum") != _checksum(whole):
@@ -88,7 +88,7 @@ def check_form(value: Any, form: Any, name: str = "record") -> None:
 
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write `record` with its checksum to `path` atomically, as indented JSON."""
-    write_json(path, sealed(record))
+    write_json(path, with_checksum(record))
 
 
 def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str,
         record = parse_json(read_text(path))
         if not isinstance(record, dict):
             raise TypeError(f"expected an object, found {type(record).__name__}")
-        return unsealed(record)
+        return verified(record)
     except InputError:
         raise
     except MALFORMED as error:

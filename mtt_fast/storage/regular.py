@@ -16,8 +16,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _CHECK_PATH = "check the path"
-_LONGEST_TEXT = 4 << 20  # bytes of options or of a record, which are parsed at once
-_LONGEST_LINE = 10_000  # characters
+_MAX_TEXT_BYTES = 4 << 20  # bytes of options or of a record, which are parsed at once
+_MAX_LINE = 10_000  # characters
 
 StrPath = str | os.PathLike[str]
 
@@ -40,7 +40,7 @@ def open_regular(path: StrPath, most: int | None = None, mend: str = _CHECK_PATH
 
 
 def check_regular(path: StrPath, most: int, mend: str = _CHECK_PATH) -> None:
-    """Check, without opening it, a file that a library is to open by its path. Raises `InputError` as `open_regular`."""
+    """Raise `InputError` as `open_regular` does, without opening the file, for a library that opens it by its path."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -57,7 +57,7 @@ def read_bytes(path: StrPath, most: int, mend: str = _CHECK_PATH) -> bytes:
             raise _unreadable(path, error, "check the disk") from error
 
 
-def read_text(path: StrPath, most: int = _LONGEST_TEXT) -> str:
+def read_text(path: StrPath, most: int = _MAX_TEXT_BYTES) -> str:
     """Return the text, UTF-8, of a file of at most `most` bytes.
 
     Raises `InputError` as `open_regular`, and for a file that is no text.
@@ -77,7 +77,7 @@ def lines_of(content: bytes, path: StrPath, mend: str) -> list[str]:
     """Return the lines in the `content` of the text file `path`. Raises `InputError` if it is no text."""
     text = _decoded(content, "utf-8-sig", path, mend)
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    if "\0" in text or max(map(len, lines)) > _LONGEST_LINE:
+    if "\0" in text or max(map(len, lines)) > _MAX_LINE:
         raise InputError(f"{path}: expected text, found bytes that are none or a line without an end; {mend}")
     return lines if text else []
 

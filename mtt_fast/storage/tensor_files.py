@@ -28,7 +28,7 @@ from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
-_LONGEST_HEADER = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
+_MAX_HEADER_BYTES = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
 _MEND = "restore a copy, or delete it and make it again"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -85,8 +85,10 @@ def header_of(
     `shapes`: types, as the format spells them, and shapes of the tensors in the order in which they lie in the file;
     `checksums`: of the bytes of each, or of equal parts of them. Its length depends on no checksum's value.
     """
-    sealed = dict(metadata) | {"checksums": json.dumps(checksums)}
-    header: dict[str, Any] = {"__metadata__": sealed | {"checksum": _checksum_of_header(shapes, sealed)}}
+    with_checksums = dict(metadata) | {"checksums": json.dumps(checksums)}
+    header: dict[str, Any] = {
+        "__metadata__": with_checksums | {"checksum": _checksum_of_header(shapes, with_checksums)}
+    }
     end = 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + math.prod(shape) * _DTYPES[dtype].itemsize
@@ -126,7 +128,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise InputError(
                     f"{path}: expected a safetensors file, found {size} bytes without its header; make it again or restore a copy"
                 )
@@ -184,7 +186,7 @@ def _is_from_before(metadata: Mapping[str, str]) -> bool:
 
 
 def check_part(path: str | os.PathLike[str], name: str, part: memoryview, checksum: str) -> None:
-    """Raise `InputError` unless these bytes of a file, which hold the tensor or row `name`, have this checksum."""
+    """Raise `InputError` unless these bytes of a file, those of the tensor or row `name`, have this checksum."""
     if checksum_of(part) != checksum:
         raise InputError(f"{path}: damaged: {name}: not the bytes that were written; {_MEND}")
 
@@ -208,13 +210,13 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         for place, checksum in enumerate(entry.checksums):
             check_part(path, name, content[place * length : (place + 1) * length], checksum)
     if not all(entry.checksums for entry in entries.values()):
-        tell_unchecked(path)
+        warn_unchecked(path)
     return tensors, metadata
 
 
-def tell_unchecked(path: str | os.PathLike[str]) -> None:
+def warn_unchecked(path: str | os.PathLike[str]) -> None:
     """Warn in the log that a file or a folder has no checksums."""
     log.warning(
-        "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
+        "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert rewrites it",
         path,
     )

@@ -31,7 +31,7 @@ from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import open_regular
-from mtt_fast.storage.tensor_files import TensorEntry, bytes_of, check_part, read_header, save_tensors, tell_unchecked
+from mtt_fast.storage.tensor_files import TensorEntry, bytes_of, check_part, read_header, save_tensors, warn_unchecked
 from mtt_fast.storage.text_files import MALFORMED, check_types, parse_json, write_text
 from mtt_fast.storage.waypoints import Course
 
@@ -73,7 +73,7 @@ class ExpertMetadata:
     """`TrajectoryStore.digest` of the whole expert that a compressed one was made of"""
 
     @classmethod
-    def of(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
+    def from_identity(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
         """Return the metadata of an expert that was trained on the images of `identity`, with the `others` as given."""
         record = identity.record()
         own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
@@ -141,15 +141,15 @@ def write_expert(
     if dtype not in _DTYPES.values():
         raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
     stored = parameters.to("cpu", dtype)
-    complaint = _unfit(stored, course, metadata)
-    if complaint:
-        raise InputError(f"{path}: not written: {complaint}")
+    problem = _problem_with(stored, course, metadata)
+    if problem:
+        raise InputError(f"{path}: not written: {problem}")
     text = {"format": _WAYPOINTS, "course": course.to_text()} if course else {"format": _FORMAT}
     save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text, by_row=(_TENSOR,))
     return path
 
 
-def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
+def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
     """Return why `parameters` (rows, P) are no trajectory of the network in `metadata`, or None."""
     if parameters.dim() != 2 or len(parameters) < 2:
         return f"expected parameters of shape (epochs + 1, P) with at least one epoch, found {tuple(parameters.shape)}"
@@ -165,7 +165,7 @@ def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) 
             return f"the parameters after epoch {epoch} are not finite; {_why_not_finite(metadata)}"
     if (parameters == parameters[0]).all():
         return (
-            "the parameters are the same in every epoch; was each epoch copied, or a view of the live network recorded?"
+            "the parameters are the same in every epoch; were they saved as views of the live network, without a copy?"
         )
     return None
 
@@ -174,9 +174,9 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
     """Return the origin of NaN or infinite parameters, as far as the metadata tells, and what to do."""
     origin = metadata.hyperparameters.get("imported_from")
     if origin is not None:
-        return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
-    rate = metadata.hyperparameters.get("lr")
-    than = "" if rate is None else f" than {rate:g}"
+        return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
+    lr = metadata.hyperparameters.get("lr")
+    than = "" if lr is None else f" than {lr:g}"
     return f"its training diverged; train with a smaller `lr_teacher`{than}"
 
 
@@ -229,7 +229,7 @@ class TrajectoryStore:
             ) from error
         if _UNFINISHED in names and not unfinished:
             raise InputError(
-                f"{self.folder}: expected all experts of a conversion, found it stopped half-way; give its command again, or "
+                f"{self.folder}: expected all experts of a conversion, found an unfinished one; repeat its command, or "
                 "delete the folder"
             )
         numbers = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names)
@@ -266,7 +266,7 @@ class TrajectoryStore:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
         elif not self._warned:
             self._warned = True
-            tell_unchecked(self.folder)
+            warn_unchecked(self.folder)
         if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
             epoch = header.course.epochs[number] if header.course else number
             raise InputError(
@@ -276,7 +276,7 @@ class TrajectoryStore:
         return row.float()
 
     def epochs(self, expert: int) -> int:
-        """Return the number of epochs of training that are recorded."""
+        """Return the number of epochs of training."""
         return self._header(expert).epochs
 
     def dtype(self, expert: int) -> torch.dtype:
@@ -284,7 +284,7 @@ class TrajectoryStore:
         return self._header(expert).dtype
 
     def course(self, expert: int) -> Course | None:
-        """Return the course between the waypoints of a compressed expert; None for one that is recorded whole."""
+        """Return the course between the waypoints of a compressed expert; None for an uncompressed one."""
         return self._header(expert).course
 
     def metadata(self, expert: int) -> ExpertMetadata:
@@ -292,7 +292,7 @@ class TrajectoryStore:
         header, path = self._header(expert), self.path(expert)
         metadata = ExpertMetadata.from_text(header.text, path)
         if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
-            raise InputError(f"{path}: its parameters are not those that its metadata tells of; {_TRAIN_AGAIN}")
+            raise InputError(f"{path}: its parameters do not match its metadata; {_TRAIN_AGAIN}")
         return metadata
 
     def path(self, expert: int) -> Path:

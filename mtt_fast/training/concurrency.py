@@ -32,7 +32,7 @@ Context = Callable[[], contextlib.AbstractContextManager[object]]
 _SMALL_STEP = 64 * 2**20  # bytes
 # A GPU counts as full with this many numbers for each of its resident threads. This is an estimate, not measured on a device.
 _NUMBERS_PER_THREAD = 200
-_VECTORS = 12  # parameters and velocity before, within and after a recorded step; SAM's gradients with their parts
+_VECTORS = 12  # parameters and velocity before, within and after a captured step; SAM's gradients with their parts
 
 
 class Concurrency(NamedTuple):
@@ -49,11 +49,11 @@ def concurrency_for(
     device: torch.device,
     *,
     batch: int,
-    jobs: int,
+    num_jobs: int,
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> Concurrency:
-    """Return how many of `jobs` trainings of `network` to run at the same time, and with how many threads each.
+    """Return how many of `num_jobs` trainings of `network` to run at the same time, and with how many threads each.
 
     `batch` is the number of images (C, H, W) in a step. On a CPU, as many jobs as threads run if a step is small, else one. On a
     GPU, as many run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once` overrides
@@ -73,7 +73,7 @@ def concurrency_for(
         most = steps_that_fill(work, gpu_threads, step, memory)
     else:
         most, threads = (threads, 1) if work <= _SMALL_STEP else (1, threads)
-    return Concurrency(max(1, min(at_once or most, jobs)), threads)
+    return Concurrency(max(1, min(at_once or most, num_jobs)), threads)
 
 
 def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:

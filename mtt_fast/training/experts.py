@@ -1,4 +1,4 @@
-"""Train an expert by SGD or SAM on real images, and record its parameters after every epoch.
+"""Train an expert by SGD or SAM on real images, and return its parameters after every epoch.
 
 This is the first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i).
 """
@@ -27,7 +27,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, result_of
 from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_right, epoch_on
+from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_correct, epoch_on
 from mtt_fast.training.sharpness import sharpness_aware
 
 
@@ -90,10 +90,10 @@ def expert_job(
     accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
 
     def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Wait for the results of an epoch, and record them."""
-        trained, right, loss = results()
+        """Wait for the results of an epoch, and store them."""
+        trained, num_correct, loss = results()
         parameters[epoch + 1] = trained
-        accuracies.append(int(right) / len(images.test))
+        accuracies.append(int(num_correct) / len(images.test))
         if bar is not None:
             with bar.get_lock():  # several threads update it
                 bar.set_postfix(
@@ -106,7 +106,7 @@ def expert_job(
     for epoch in range(training.train_epochs):
         stage = _stage_of(epoch, training)
         if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimiser
+            velocity = torch.zeros_like(theta)  # of a new optimizer
         if stage != last:
             student_of_stage, sgd, visited = _in_stage(stage, training, student)
             run_epoch: Epoch = epoch_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
@@ -117,10 +117,10 @@ def expert_job(
                 stop.signum,
             )
         theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
-        right = count_right(in_evaluation(network, *statistics), theta, images.test)
+        num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
         for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
             read_last()
-        unread = [partial(read, epoch, download(theta, right, loss))]
+        unread = [partial(read, epoch, download(theta, num_correct, loss))]
         yield
     for read_last in unread:
         read_last()
@@ -163,7 +163,7 @@ def expert_steps(
 ) -> Iterator[Tensor]:
     """Yield the parameters (P,), on the device, before the first and after each step of expert `index`, without end.
 
-    After the last step of an epoch they are the row that `train_expert` records.
+    After the last step of an epoch they are the row that `train_expert` returns.
     """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
@@ -174,7 +174,7 @@ def expert_steps(
     for epoch in itertools.count():
         stage = _stage_of(epoch, training)
         if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimiser
+            velocity = torch.zeros_like(theta)  # of a new optimizer
         if stage != last:
             student_of_stage, sgd, visited = _in_stage(stage, training, student)
             steps = chunks_on(student_of_stage, images.train, sgd, augment, visited=visited, at_once=1)

@@ -30,13 +30,15 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, count_right, epochs_on
+from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 
 log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
 _TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
-_LEAST_RATE = 0.01  # the last factor of the loop cosine, as in SelMatch's code
+_MIN_LR_FACTOR = (
+    0.01  # the learning rate at the end of the loop "cosine", as a share of the first, as in SelMatch's code
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class EvaluationProtocol:
     augment: str = "color_crop_cutout_flip_scale_rotate"
     name: str = "mtt"
     loop: Literal["public", "scheduler", "cosine"] = "public"
-    """public: `epochs` + 1 epochs; after `epochs` // 2 + 2 of them a new optimiser at a tenth of the rate.
-    scheduler: `epochs` epochs; after `epochs` // 2 of them a tenth of the rate in the same optimiser.
+    """public: `epochs` + 1 epochs; after `epochs` // 2 + 2 of them a new optimizer at a tenth of the rate.
+    scheduler: `epochs` epochs; after `epochs` // 2 of them a tenth of the rate in the same optimizer.
     cosine: `epochs` + 1 epochs; the rate falls to a hundredth along half a period of the cosine"""
     lr: float | None = None
-    """learning rate in place of the set's, see `rate`"""
+    """learning rate in place of the set's, see `initial_lr`"""
     combined: bool = False
     """augment each distilled image by an operation of its own, and real images in the set by a crop and a flip
     (mtt_fast/augmentation/combined.py)"""
@@ -71,17 +73,17 @@ class EvaluationProtocol:
 
     @property
     def epochs_before_drop(self) -> int:
-        """Return the number of epochs before the rate is divided by ten; with the loop cosine it never is."""
+        """Return the number of epochs before the learning rate is divided by ten. With the loop "cosine" this never happens."""
         return self.epochs // 2 + (2 if self.loop == "public" else 0)
 
-    def rate(self, of_set: float) -> float:
-        """Return the first learning rate for a set whose own rate is `of_set`."""
-        return of_set if self.lr is None else self.lr
+    def initial_lr(self, set_lr: float) -> float:
+        """Return the learning rate of the first epoch: that of the protocol, or else `set_lr`, that of the set."""
+        return set_lr if self.lr is None else self.lr
 
-    def rate_factor(self, epoch: int) -> float:
-        """Return the rate in `epoch`, counted from 0, as a multiple of the first one."""
+    def lr_factor(self, epoch: int) -> float:
+        """Return the learning rate in `epoch`, counted from 0, as a multiple of that in the first epoch."""
         if self.loop == "cosine":
-            return _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * epoch / max(self.epochs, 1))) / 2
+            return _MIN_LR_FACTOR + (1 - _MIN_LR_FACTOR) * (1 + math.cos(math.pi * epoch / max(self.epochs, 1))) / 2
         return 1.0 if epoch < self.epochs_before_drop else 0.1
 
     def is_tested(self, epoch: int, *, soft: bool) -> bool:
@@ -91,13 +93,13 @@ class EvaluationProtocol:
 
     def describe(self) -> str:
         """Return the protocol in words, on one line."""
-        optimiser = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
+        optimizer = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
         drop = {
-            "public": f"a tenth of it after {self.epochs_before_drop} epochs in a new optimiser",
-            "scheduler": f"a tenth of it after {self.epochs_before_drop} epochs in the same optimiser",
-            "cosine": f"which falls to {_LEAST_RATE:g} of it along a cosine",
+            "public": f"a tenth of it after {self.epochs_before_drop} epochs in a new optimizer",
+            "scheduler": f"a tenth of it after {self.epochs_before_drop} epochs in the same optimizer",
+            "cosine": f"which falls to {_MIN_LR_FACTOR:g} of it along a cosine",
         }[self.loop]
-        rate = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
+        lr = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
         combined = (
             ", an operation of its own for each image, for real images in a distilled set a crop and a flip"
             if self.combined and augment_by_strategy(self.augment) is not None
@@ -110,7 +112,7 @@ class EvaluationProtocol:
             else "the last epoch is reported"
         )
         return (
-            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimiser}, {rate}, "
+            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {lr}, "
             f"{drop}, augmentation {self.augment}{combined}; {reported}"
         )
 
@@ -213,7 +215,7 @@ def train_network(
     precision: Precision = "fp32",
     stop: StopRequest | None = None,
 ) -> Tensor:
-    """Train from `theta` (P,) on `images` by the protocol, at first at the rate `lr`; return the final parameters (P,)."""
+    """Train from `theta` (P,) on `images` by the protocol, with the initial learning rate `lr`; return the final parameters (P,)."""
     return result_of(_training(network, theta, images, lr, protocol, generator, precision=precision, stop=stop))
 
 
@@ -248,7 +250,7 @@ def _training(
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
         epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft)
         theta, velocity, means, *statistics = run(
-            theta, velocity, generator, *statistics, epochs=epochs, factor=protocol.rate_factor(epoch)
+            theta, velocity, generator, *statistics, epochs=epochs, factor=protocol.lr_factor(epoch)
         )
         losses.append(means)
         epoch += epochs
@@ -271,9 +273,9 @@ def _epochs_at_once(images: Images, batch_size: int) -> int:
 
 
 def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool) -> int:
-    """Return the number of epochs after `epoch`, at most `most`, until the next test, another rate, or the end."""
+    """Return the number of epochs after `epoch`, at most `most`, until the next test, a change of the learning rate, or the end."""
     for following in range(epoch + 1, min(epoch + most, protocol.total_epochs)):
-        if protocol.is_tested(following, soft=soft) or protocol.rate_factor(following) != protocol.rate_factor(epoch):
+        if protocol.is_tested(following, soft=soft) or protocol.lr_factor(following) != protocol.lr_factor(epoch):
             return following - epoch
     return min(most, protocol.total_epochs - epoch)
 
@@ -303,7 +305,7 @@ def evaluate(
     lr: float,
     protocol: EvaluationProtocol,
     *,
-    networks: int,
+    num_networks: int,
     seed: int,
     indices: Sequence[int] = (),
     name: str = "evaluation",
@@ -312,7 +314,7 @@ def evaluate(
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> Accuracy:
-    """Train `networks` new networks, each on the images `train(generator)`, and return their accuracies on `test`.
+    """Train `num_networks` new networks, each on the images `train(generator)`, and return their accuracies on `test`.
 
     The random numbers of network k depend only on (`seed`, "evaluation", *`indices`, k), and its result does not depend on the
     number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that diverges before its first test has
@@ -323,35 +325,35 @@ def evaluate(
     def job(k: int) -> Job[tuple[float, bool]]:
         generator = generator_for(seed, "evaluation", *indices, k)
         theta = network.init(generator).to(test.labels.device)
-        right: list[Tensor] = []
+        num_correct: list[Tensor] = []
         diverged: list[Tensor] = []
 
         def test_network(trained: Network, theta: Tensor, has_diverged: Tensor) -> None:
-            right.append(count_right(trained, theta, test).masked_fill(has_diverged, 0))
+            num_correct.append(count_correct(trained, theta, test).masked_fill(has_diverged, 0))
             diverged.append(has_diverged)
 
         yield from _training(
             network, theta, train(generator), lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield
-        return int(torch.stack(right).max()) / len(test), bool(torch.stack(diverged).all())
+        return int(torch.stack(num_correct).max()) / len(test), bool(torch.stack(diverged).all())
 
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *indices, 0))
     concurrency = concurrency_for(
         network, _student(network, example, precision), example.input_shape, device,
-        batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, at_once=at_once,
+        batch=example.crops * min(protocol.batch_size, len(example)), num_jobs=num_networks, at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    values, failed = [0.0] * networks, 0
-    with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:
-        for k, (value, diverged) in run_concurrently((job(k) for k in range(networks)), concurrency, device):
+    values, num_diverged = [0.0] * num_networks, 0
+    with tqdm(total=num_networks, desc=name, unit="network", leave=False) as bar:
+        for k, (value, diverged) in run_concurrently((job(k) for k in range(num_networks)), concurrency, device):
             values[k] = value
-            failed += diverged
+            num_diverged += diverged
             bar.update()
-    if failed:
+    if num_diverged:
         log.warning(
             "%s: %d of %d networks diverged at the learning rate %.3g and count as 0 %%; a smaller one may do",
-            name, failed, networks, lr,
+            name, num_diverged, num_networks, lr,
         )  # fmt: skip
-    return Accuracy(tuple(values), protocol.best_epoch, failed)
+    return Accuracy(tuple(values), protocol.best_epoch, num_diverged)

@@ -24,7 +24,7 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
-# Steps in one CUDA graph. To launch a graph takes longer than a small step, and to record it three times as long as its steps.
+# Steps in one CUDA graph. Launching a graph takes longer than a small step, and capturing it three times as long as its steps.
 STEPS_AT_ONCE = 4
 _TEST_BATCH = 500
 
@@ -148,12 +148,12 @@ def chunks_on(
         epochs: int = 1,
         factor: float = 1.0,
     ) -> Iterator[Chunk]:
-        rate = theta.new_full((), sgd.lr * factor)
+        lr = theta.new_full((), sgd.lr * factor)
         batches = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
         draws = _draws(images, augmentation, batches, dtype, generator)
         sizes = chunk_sizes(draws.lengths, length, at_once)
         for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in draws.tensors()), strict=True):
-            theta, velocity, losses, *statistics_after = steps(theta, velocity, rate, *statistics, *chunk)
+            theta, velocity, losses, *statistics_after = steps(theta, velocity, lr, *statistics, *chunk)
             statistics = tuple(statistics_after)
             yield Chunk(theta, velocity, losses, statistics_after)
 
@@ -204,12 +204,12 @@ def training_steps(
     length: int,
     theta: Tensor,
     velocity: Tensor,
-    rate: Tensor,
+    lr: Tensor,
     *rest: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return parameters and velocity (P,) after steps on `length` images each, and the sum of the losses in each step (steps,).
 
-    `rate` () takes the place of the rate of `sgd`, so that one recording serves all rates. `rest` are the running statistics (S,) if
+    `lr` () replaces `sgd.lr`, so that one CUDA graph serves all learning rates. `rest` are the running statistics (S,) if
     `track` is given (they are also the last result), the indices (Σb,) of the images of all steps, and the parameters (Σb, K) of
     `augment`. The function is pure, and reads no tensor on the host.
     """
@@ -220,21 +220,21 @@ def training_steps(
         if track is not None:
             inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
-        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets, rate)
+        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets, lr)
         losses.append(loss * len(targets))
     return theta, velocity, torch.stack(losses), *statistics
 
 
 def training_step(
-    student: SupportsGradient, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor, rate: Tensor
+    student: SupportsGradient, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor, lr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters and velocity (P,) after a step at learning rate `rate` () on a batch, and the loss () before. A pure function."""
+    """Return parameters and velocity (P,) after a step with the learning rate `lr` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
     theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
     kernels.sgd_step(
         theta,
         sums,
-        rate,
+        lr,
         out=theta_out,
         velocity=velocity if sgd.momentum else None,
         velocity_out=velocity_out,
@@ -259,18 +259,18 @@ def _inputs(
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:
     """Return the accuracy of `network` on `images`, in [0, 1]."""
-    return int(count_right(network, theta, images)) / len(images)
+    return int(count_correct(network, theta, images)) / len(images)
 
 
 @torch.no_grad()
-def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
+def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
     """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it.
 
     An image with logits that are not finite counts as wrong.
     """
-    right = torch.zeros((), dtype=torch.long, device=theta.device)
+    num_correct = torch.zeros((), dtype=torch.long, device=theta.device)
     for start in range(0, len(images), _TEST_BATCH):
         inputs, targets = images.batch(slice(start, start + _TEST_BATCH))
         logits = network(theta, inputs)
-        right += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
-    return right
+        num_correct += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
+    return num_correct

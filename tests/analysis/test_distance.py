@@ -134,7 +134,7 @@ def test_the_default_options_are_those_of_the_paper() -> None:
 
 
 def test_real_training_is_that_of_the_experts(toy: Path) -> None:
-    """Compare whole epochs bit for bit: with augmentation, and beyond the epoch where --decay begins a new optimiser."""
+    """Compare whole epochs bit for bit: with augmentation, and beyond the epoch where --decay begins a new optimizer."""
     store = TrajectoryStore(toy / "buffers" / "digits" / "ConvNetD1W4")
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
     real = real_images(load("digits", data_path=toy / "data"), torch.device("cpu"), zca=False)
@@ -246,7 +246,7 @@ def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories
 
 
 def test_students_step_as_in_the_distillation(toy: Path) -> None:
-    """Use a rate for each of two steps in turn, momentum and weight decay, against torch's optimiser."""
+    """Use a rate for each of two steps in turn, momentum and weight decay, against torch's optimizer."""
     synthetic = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
     recipe = synthetic.recipe | {"student_mom": 0.5, "student_l2": 0.01}
     synthetic = dataclasses.replace(synthetic, lr_per_step=torch.tensor([0.1, 0.3]), recipe=recipe)
@@ -256,16 +256,16 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
     path = student_path(net, start, synthetic, options, generator_for(0, "student"))
 
     theta, batches, generator = start.clone().requires_grad_(), list[torch.Tensor](), generator_for(0, "student")
-    optimiser = torch.optim.SGD([theta], momentum=0.5, weight_decay=0.01)
+    optimizer = torch.optim.SGD([theta], momentum=0.5, weight_decay=0.01)
     assert len(path) == 6
     for step in range(5):
         if not batches:
             batches = list(torch.randperm(10, generator=generator).split(6))
         index = batches.pop()
-        optimiser.param_groups[0]["lr"] = (0.1, 0.3)[step % 2]
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = (0.1, 0.3)[step % 2]
+        optimizer.zero_grad()
         F.cross_entropy(net(theta, synthetic.images[index]), synthetic.labels[index]).backward()
-        optimiser.step()
+        optimizer.step()
         torch.testing.assert_close(path[step + 1], theta.detach(), rtol=1e-4, atol=1e-5)
 
 

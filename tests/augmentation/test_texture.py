@@ -208,7 +208,7 @@ def test_textures_go_with_what_the_successors_added(run_folder: Path, tmp_path: 
 
 
 def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path: Path) -> None:
-    """Compare with torch's own optimiser on rolled and cut canvases, with the evaluation's draws."""
+    """Compare with torch's own optimizer on rolled and cut canvases, with the evaluation's draws."""
     distilled = SyntheticDataset.load(run_folder / "synthetic.safetensors")
     options = parse_options([*TOY, *places(run_folder.parent)])
     real = real_images(options.load_data(), torch.device("cpu"), zca=False)
@@ -221,7 +221,7 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
 
     generator = generator_for(5, "evaluation", 0)
     theta = net.init(generator).requires_grad_()
-    optimiser = torch.optim.SGD([theta], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD([theta], lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(2):
         order = torch.randperm(10, generator=generator)
         for index in order.split(4):
@@ -231,9 +231,9 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
                 rolled(distilled.images[place], corner, 8, 8)
                 for place, corner in zip(which.tolist(), corners, strict=True)
             ]
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(net(theta, torch.stack(cut)), which).backward()
-            optimiser.step()
+            optimizer.step()
     torch.testing.assert_close(trained, theta.detach(), rtol=1e-4, atol=1e-5)
 
     out = tmp_path / "result.json"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
+from mtt_fast.baselines.forgetting import correct_after_each_epoch, forgetting_events, most_forgotten
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
 from mtt_fast.baselines.options import TrainedNetworkOptions
@@ -60,7 +60,7 @@ def test_among_equals_chance_decides() -> None:
 
 def test_what_an_expert_gets_right_after_each_epoch(real: RealImages, tmp_path: Path) -> None:
     store = train_missing_experts(tmp_path / "experts", 1, real, NET, ExpertTraining(3, 0.1), seed=0)
-    right = right_at_each_epoch(store, real.train, NET)
+    right = correct_after_each_epoch(store, real.train, NET)
     function = module_function(reference_convnet(*SHAPE))
     seen, labels = real.train.batch(slice(None))
     for epoch in range(3):

@@ -61,7 +61,7 @@ def test_a_rate_in_place_of_which_the_protocol_has_one_is_told(
     caplog.set_level("INFO")
     words = [*"random --lr_net 0.3 --protocol selmatch".split(), *TOY]
     assert run(*words, "--out", "run") == 0
-    assert "--lr_net 0.3: evaluations take the rate of --protocol selmatch, 0.1" in caplog.text
+    assert "--lr_net 0.3: evaluations use the learning rate of --protocol selmatch, 0.1" in caplog.text
     caplog.clear()
     assert run(*words, "--out", "other", "--protocol", "mtt") == 0
     assert "--lr_net" not in caplog.text
@@ -396,6 +396,7 @@ def test_a_checkpoint_with_a_tensor_of_another_form_is_refused(
     assert run(*flags(method, shared), "--out", str(tmp_path)) == 0
     path = tmp_path / "checkpoint.safetensors"
     saved, metadata = load_tensors(path)
+    assert any(name.startswith("optimiser.0.") for name in saved)  # the names that older checkpoints have too
     tensors = {name: tensor.clone() for name, tensor in saved.items()}
     for name, tensor in tensors.items():
         for other in (tensor[None], tensor.half()):

@@ -131,7 +131,7 @@ def test_dd_moves_images_and_rates_by_adam_through_all_steps(real: RealImages) -
     options = DdOptions(dataset="digits", ipc=2, batch_real=64, lr_img=0.05, n_nets=2, seed=3)
     learning, batches, function = dd(options, real, NET), step_batches(options, 10), plain()
     images, raw, labels = learning.images.double(), learning.carried["raw_rates"].double(), learning.labels
-    optimiser = torch.optim.Adam([images, raw], lr=0.05, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam([images, raw], lr=0.05, betas=(0.5, 0.999))
     for iteration in range(2):
         generator = generator_for(3, "dd", iteration)
         inputs, targets = random_batch(real.train, torch.arange(len(real.train)), 64, generator)
@@ -142,7 +142,7 @@ def test_dd_moves_images_and_rates_by_adam_through_all_steps(real: RealImages) -
             losses.append(F.cross_entropy(logits, targets))
         loss = torch.stack(losses).mean()
         images.grad, raw.grad = torch.autograd.grad(loss, (pixels, numbers))
-        optimiser.step()
+        optimizer.step()
         assert learning.step(iteration) == pytest.approx(float(loss.detach()), rel=1e-4)
     assert_close("images", learning.images.double(), images, 1e-3)
     assert_close("rates", learning.carried["raw_rates"].double(), raw, 1e-4)
@@ -160,11 +160,11 @@ def test_dd_moves_images_and_rates_by_adam_through_all_steps(real: RealImages) -
 
 def test_dd_decays_its_rate(real: RealImages) -> None:
     learning = dd(DdOptions(dataset="digits", batch_real=16, decay_it=2, decay_factor=0.1), real, NET)
-    assert learning.optimiser.defaults["betas"] == (0.5, 0.999)  # the public code's
+    assert learning.optimizer.defaults["betas"] == (0.5, 0.999)  # the public code's
     rates = []
     for iteration in (0, 1, 2, 5):
         learning.step(iteration)
-        rates.append(learning.optimiser.param_groups[0]["lr"])
+        rates.append(learning.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.0001])
 
 
@@ -250,7 +250,7 @@ def test_a_network_is_replaced_when_the_public_code_would(seed: int) -> None:
     assert [patience(100, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
 
 
-def test_ld_begins_a_fresh_network_with_a_fresh_optimiser(real: RealImages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ld_begins_a_fresh_network_with_a_fresh_optimizer(real: RealImages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtt_fast.baselines.ld.patience", lambda images, classes: 2)
     learning = ld(LdOptions(dataset="digits", batch_real=16, inner_batch_size=4, seed=5), real, NET)
     theta, lengths = learning.carried["theta"], []
@@ -258,6 +258,6 @@ def test_ld_begins_a_fresh_network_with_a_fresh_optimiser(real: RealImages, monk
         learning.step(iteration)
         lengths.append(len(learning.carried["errors"]))
         if lengths[-1] == 0:
-            assert theta not in learning.optimiser.state
+            assert theta not in learning.optimizer.state
             assert torch.equal(theta, NET.init(generator_for(5, "ld network", iteration + 1)))  # never one again
     assert lengths.count(0) > 1

@@ -57,7 +57,7 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int, tr
         groups.append({"params": [labels], "lr": 0.2})
     assert bptt.labels.equal(labels)
     seen, targets = few.train.batch(slice(None))
-    optimiser, average = torch.optim.Adam(groups, lr=0.02), None
+    optimizer, average = torch.optim.Adam(groups, lr=0.02), None
     for iteration in range(3):
         theta = NET.init(generator_for(0, "method", iteration))
         mean = square = torch.zeros_like(theta)
@@ -70,16 +70,16 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int, tr
             update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
             theta = (theta if n >= before else theta.detach()) - update
         loss = F.cross_entropy(network(theta, seen), targets)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         assert images.grad is not None
         length = float(images.grad.norm())
         average = length if average is None else average - 0.5 * (average - length)
         torch.nn.utils.clip_grad_norm_(images, 2 * average)
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             labels.clamp_(min=0)
-        reached = bptt.improve(iteration, Window(before, 3))
+        reached = bptt.update_set(iteration, Window(before, 3))
         assert float(reached.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
         assert_close("end of the training", reached.theta, theta.detach(), 1e-6)
         assert reached.images.labels.sort().values.equal(targets.sort().values)
@@ -109,9 +109,9 @@ def test_lengths_of_gradients_are_those_of_recorded_steps(few: RealImages, train
         lengths.append(float(gradient.norm()))
         update, mean, square = adams_update(gradient, mean, square, n + 1, 0.01)
         theta = theta - update
-    assert bptt.gradient_lengths(5, seeded(3)).tolist() == pytest.approx(lengths, rel=1e-6)
+    assert bptt.gradient_norms(5, seeded(3)).tolist() == pytest.approx(lengths, rel=1e-6)
     augmented = TruncatedBptt("method", replace(options, syn_strategy="flip"), few, NET)
-    assert augmented.gradient_lengths(1, seeded(3)).tolist() != pytest.approx(lengths[:1], rel=1e-6)
+    assert augmented.gradient_norms(1, seeded(3)).tolist() != pytest.approx(lengths[:1], rel=1e-6)
 
 
 def test_long_gradients_are_clipped_as_torch_does() -> None:
@@ -159,7 +159,7 @@ def test_more_classes_than_there_are_is_all_of_them(
 
     monkeypatch.setattr("mtt_fast.baselines.truncated_bptt.random_batches", recorded)
     options = TruncatedBpttOptions(dataset="digits", ipc=2, batch_per_class=1, task_sampler_nc=asked)
-    TruncatedBptt("method", options, few, NET).improve(0, Window(1, 1))
+    TruncatedBptt("method", options, few, NET).update_set(0, Window(1, 1))
     assert sizes == [taken, taken]
 
 
@@ -172,7 +172,7 @@ def test_noise_has_length_one(few: RealImages) -> None:
 def test_both_augmentations_have_an_effect(few: RealImages, strategy: str) -> None:
     options: dict[str, Any] = {"dataset": "digits", "syn_strategy": "none", "real_strategy": "none"}
     plain, augmented = (
-        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).improve(0, Window(0, 1))
+        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).update_images(0, Window(0, 1))
         for more in ({}, {strategy: "flip"})
     )
     assert float(plain.loss) != float(augmented.loss)
@@ -184,7 +184,7 @@ def test_it_lowers_its_loss_and_its_own_training_learns(real: RealImages) -> Non
         real_strategy="none",
     )  # fmt: skip
     bptt = TruncatedBptt("method", options, real, ConvNet(*SHAPE))
-    losses = [float(bptt.improve(iteration, Window(iteration % 11, 10)).loss) for iteration in range(60)]
+    losses = [float(bptt.update_set(iteration, Window(iteration % 11, 10)).loss) for iteration in range(60)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     own_training = bptt.learned_set(lambda _: 0.0).own_training
     assert own_training is not None

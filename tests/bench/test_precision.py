@@ -98,7 +98,7 @@ def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pyt
     net, generator, half = ConvNet(1, 10, 8, 8, 2), torch.Generator().manual_seed(0), (0.5,)
     names = tuple("0123456789")
     identity = DatasetIdentity("digits", names, (1, 8, 8), half, half, "none", "f00d")
-    metadata = ExpertMetadata.of(
+    metadata = ExpertMetadata.from_identity(
         identity, network=net.describe(), layout=net.layout.describe(), hyperparameters={}, seed=0, accuracy=[0.5] * 5,
         versions={},
     )  # fmt: skip
@@ -117,12 +117,12 @@ def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pyt
     for row in rows_of(tmp_path, "found")[1:]:
         assert {"images", "labels", "lr", "path"} == set(row["fp16"])
         assert row["fp32"]["labels"] < row["fp16"]["labels"] < row["bf16"]["labels"]
-    for flags, complaint in {
+    for flags, problem in {
         ("--starts", "0"): "--starts 0: expected at least 1",
         ("--runs", str(tmp_path)): "expected the folder of a distillation, found none",
     }.items():
         assert cli.run(main, [*given, *flags]) == 2
-        assert complaint in capsys.readouterr().err
+        assert problem in capsys.readouterr().err
 
 
 def test_the_rule_of_a_distillations_steps_is_its_own() -> None:

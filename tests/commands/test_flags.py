@@ -58,7 +58,7 @@ PUBLIC_DISTILL: dict[str, Row] = {
     "lr_img": ("100", 1000, 1000.0, ""),
     "lr_lr": ("1e-07", 1e-05, 1e-05, ""),
     "lr_teacher": ("0.001", 0.01, 0.01, ""),
-    "lr_init": ("0.02", 0.01, ..., "--lr_init is ignored: nothing reads it in the public code"),
+    "lr_init": ("0.02", 0.01, ..., "--lr_init is ignored: the public code does not use it either"),
     "batch_real": ("512", 256, 256, "--batch_real 512: the batch size of experts that are trained first"),
     "batch_syn": ("5", None, None, ""),
     "batch_train": ("128", 256, None, ""),  # None: what the protocol says, 256 by that of the public code
@@ -78,7 +78,7 @@ PUBLIC_DISTILL: dict[str, Row] = {
     "canvas_samples": ("3", 1, 1, "has no effect without --texture"),
     "max_files": ("1", None, ..., "--max_files is ignored: there is one file an expert; limit them with --max_experts"),
     "max_experts": ("5", None, None, "--max_experts 5: of all experts, where the public code takes as many of each"),
-    "force_save": ("", False, ..., "--force_save is ignored: pictures are drawn, however many images"),
+    "force_save": ("", False, ..., "--force_save is ignored: pictures are always drawn"),
 }
 PUBLIC_BUFFER: dict[str, Row] = {
     **{

@@ -129,7 +129,7 @@ def test_no_text_is_empty(command: str, option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "value", "complaint"),
+    ("given", "value", "problem"),
     [
         (COUNT, 1, None),
         (COUNT, 0, "expected at least 1"),
@@ -151,8 +151,8 @@ def test_no_text_is_empty(command: str, option: str) -> None:
         (Range(), -math.inf, "expected a finite number"),
     ],
 )
-def test_a_range_complains_of_values_outside_it(given: Range, value: float, complaint: str | None) -> None:
-    assert given.complaint(value) == complaint
+def test_a_range_complains_of_values_outside_it(given: Range, value: float, problem: str | None) -> None:
+    assert given.problem(value) == problem
 
 
 @pytest.mark.parametrize(

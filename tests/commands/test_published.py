@@ -166,7 +166,7 @@ def test_shares_are_those_of_the_data_sets() -> None:
     for dataset, shares in published_numbers().shares.items():
         info = dataset_info(dataset)
         for ipc, share in shares.items():
-            assert 100 * int(ipc) * info.num_classes / info.train == pytest.approx(share)
+            assert 100 * int(ipc) * info.num_classes / info.num_train == pytest.approx(share)
 
 
 def test_the_costs_are_those_of_the_paper() -> None:

@@ -16,7 +16,7 @@ from mtt_fast import InputError, SyntheticDataset, Whitening, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.cross import command as cross
-from mtt_fast.data.set_checks import MOST_CLASSES, are_probabilities, check_classes, check_set, check_tensors
+from mtt_fast.data.set_checks import MAX_CLASSES, are_probabilities, check_classes, check_set, check_tensors
 from mtt_fast.interop import SET_KINDS, as_synthetic, as_tensor_set, read_set, write_set
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, guess_label_kind, tensor_set
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
@@ -31,8 +31,8 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "images uint8": ({"images": torch.zeros(N, 3, 4, 5).byte()}, "found Tensor uint8"),
     "one NaN": ({"images": torch.randn(N, 3, 4, 5).index_fill(0, torch.tensor(1), math.nan)}, "found 60 of 360"),
     "infinite images": ({"images": torch.full((N, 3, 4, 5), math.inf)}, "images: expected finite numbers"),
-    "too few labels": ({"labels": torch.zeros(N - 1).long()}, f"labels: expected one of each of {N} images"),
-    "a label alone": ({"labels": torch.tensor(1)}, "labels: expected one of each"),
+    "too few labels": ({"labels": torch.zeros(N - 1).long()}, f"labels: expected one for each of {N} images"),
+    "a label alone": ({"labels": torch.tensor(1)}, "labels: expected one for each"),
     "labels from 1": ({"labels": 1 + torch.arange(CLASSES).repeat_interleave(2)}, "from 0 to 2, found 1 to 3; they seem .* subtract 1"),
     "negative labels": ({"labels": torch.arange(N) % 3 - 1}, "counted from 0, found -1 to 1"),
     "large labels": ({"labels": torch.full((N,), 2**62)}, "counted from 0, found 4611686018427387904"),
@@ -55,7 +55,7 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "rate infinite": ({"lr": torch.tensor(math.inf)}, "found inf"),
     "two rates": ({"lr": torch.rand(2)}, r"found Tensor float32 \(2,\)"),
     "whole rate": ({"lr": torch.tensor(1)}, "lr: expected one learning rate"),
-    "a rate of a step 0": ({"lr_per_step": torch.tensor([0.1, 0])}, "lr_per_step: expected a learning rate of each step"),
+    "a rate of a step 0": ({"lr_per_step": torch.tensor([0.1, 0])}, "lr_per_step: expected a learning rate for each step"),
     "no rates of steps": ({"lr_per_step": torch.rand(0)}, "lr_per_step"),
     "rate of steps alone": ({"lr_per_step": torch.tensor(0.1)}, "lr_per_step"),
     "std 0": ({"std": (0.1, 0.0, 0.1)}, "std: expected a finite number above 0 of each of 3 channels"),
@@ -78,15 +78,15 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "share of none": ({"recipe": {"distilled_share": 0}}, "expected a distilled_share above 0 and at most 1, found 0"),
     "share of uneven classes": (
         {"recipe": {"distilled_share": 0.5}, "labels": torch.tensor([0, 0, 0, 1, 1, 2])},
-        "expected as many images of each of 3 classes with a `distilled_share`, found 6 images of which some classes have more",
+        "expected the same number of images of each of 3 classes with a `distilled_share`, found 6 images, more of some",
     ),
     "share of two classes of three": (
         {"recipe": {"distilled_share": 0.5}, "labels": torch.tensor([0, 0, 0, 1, 1, 1])},
-        "expected as many images of each of 3 classes with a `distilled_share`, found 6 images of which some classes have more",
+        "expected the same number of images of each of 3 classes with a `distilled_share`, found 6 images, more of some",
     ),
     "share that leaves none": (
         {"recipe": {"distilled_share": 0.4}},
-        "expected a `distilled_share` that leaves an image of 2 in each class, found 0.4",
+        "expected a `distilled_share` that is at least one of the 2 images of a class, found 0.4",
     ),
     "share of more": ({"recipe": {"distilled_share": 1.5}}, "expected a distilled_share above 0 and at most 1, found 1.5"),
 }  # fmt: skip
@@ -145,7 +145,7 @@ def test_labels_of_other_classes_than_the_datas_are_refused() -> None:
         with pytest.raises(InputError, match=r"^x: labels: "):
             check_classes(labels, 10, "x")
     with pytest.raises(InputError, match="found 0 to 1048576"):
-        check_tensors(torch.zeros(2, 1, 1, 1), torch.tensor([0, MOST_CLASSES]), "indices", "x")
+        check_tensors(torch.zeros(2, 1, 1, 1), torch.tensor([0, MAX_CLASSES]), "indices", "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -219,7 +219,7 @@ def test_no_kind_writes_what_its_reader_refuses(tmp_path: Path) -> None:
     for kind in ("mtt", "ddranking", "dc", "dc_benchmark"):
         with pytest.raises(InputError, match="not written: lr"):
             write_set(tmp_path / kind, unsound, kind, dataset="CIFAR10")
-    with pytest.raises(InputError, match="expected a name with the word images"):
+    with pytest.raises(InputError, match="expected a file name that contains images"):
         write_set(tmp_path / "mine.pt", distilled(), "mtt")
     two = distilled(images=torch.randn(N, 2, 4, 5), mean=(0.5, 0.5), std=(0.5, 0.5))
     with pytest.raises(InputError, match="1 or 3 channels"):

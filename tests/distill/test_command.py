@@ -149,7 +149,7 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
     assert names == [*((name, (iteration,)) for iteration in range(3) for name in first), ("random real images", ())]
     for *_, protocol, options in calls:
         assert (protocol.name, protocol.batch_size, protocol.epochs) == ("datm", 128, 2)
-        assert options == {"networks": 3, "seed": 3, "precision": "fp32", "at_once": 5, "memory_budget": "1GiB"}
+        assert options == {"num_networks": 3, "seed": 3, "precision": "fp32", "at_once": 5, "memory_budget": "1GiB"}
     trained_on = [calls[number][2:4] for number in (2, -3, -2, -1)]
     for (images, lr), name in zip(trained_on, ("best", "synthetic", "ema"), strict=False):
         assert images.pixels.equal(sets[name].images)

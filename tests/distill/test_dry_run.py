@@ -105,7 +105,7 @@ def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.C
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
     info, data = dataset_info("digits"), load("digits", data_path=tmp_path, progress=False)
     assert (info.name, info.image_shape, info.num_classes) == (data.name, data.image_shape, data.num_classes)
-    assert (info.train, info.test) == (len(data.train.labels), len(data.test.labels))
+    assert (info.num_train, info.num_test) == (len(data.train.labels), len(data.test.labels))
 
 
 def test_an_image_folder_is_counted(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_an_image_folder_is_counted(tmp_path: Path) -> None:
             for number in range(count):
                 Image.new("RGB", (6, 4)).save(tmp_path / split / name / f"{number}.png")
     info, data = dataset_info(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
-    assert (info.train, info.test, info.image_shape) == (6, 4, (3, 4, 6))
+    assert (info.num_train, info.num_test, info.image_shape) == (6, 4, (3, 4, 6))
     assert (info.name, info.image_shape) == (data.name, data.image_shape)
     assert dataset_info(str(tmp_path), res=8).image_shape == (3, 8, 8)
 
@@ -159,7 +159,7 @@ def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.Ca
 def test_a_known_data_set_that_is_there_is_counted(tmp_path: Path) -> None:
     root = pictures(tmp_path / "cifar", size=(32, 32), classes=CIFAR10)
     info, data = dataset_info("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
-    assert (info.name, info.image_shape, info.train, info.test) == (data.name, data.image_shape, 30, 20)
+    assert (info.name, info.image_shape, info.num_train, info.num_test) == (data.name, data.image_shape, 30, 20)
     root = pictures(tmp_path / "woof", size=(32, 32), classes=list(SUBSETS["imagewoof"]))
     (root / "test").rename(root / "val")
     info = dataset_info("ImageNet", "ImageWoof", 16, data_path=str(root))

@@ -16,7 +16,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
-from mtt_fast.distill.experts import inventory_of, matched_experts
+from mtt_fast.distill.experts import count_matched_experts, inventory_of
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
@@ -132,7 +132,8 @@ def test_all_experts_that_are_there_are_matched_unless_fewer_are_asked_for(
 ) -> None:
     write_experts(tmp_path, "012")
     assert (
-        matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path)) == expected
+        count_matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path))
+        == expected
     )
 
 
@@ -202,7 +203,7 @@ def test_whole_experts_may_have_a_continuous_start(trained_folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "problem"),
     [
         (["--num_interpolation", "1"], "--num_interpolation 1: expected at least 2"),
         (["--num_interpolation", "8"], "--num_interpolation 8: expected from 2 waypoints (the ends) to the 7 recorded"),
@@ -211,10 +212,10 @@ def test_whole_experts_may_have_a_continuous_start(trained_folder: Path, tmp_pat
     ],
 )
 def test_mistakes_are_told(
-    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], problem: str
 ) -> None:
     assert run(trained_folder, tmp_path / "run", *flags) == 2
-    assert complaint in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
@@ -237,9 +238,9 @@ def test_buffers_of_the_public_code_are_not_passed_over(tmp_path: Path, capsys: 
     torch.save([], experts(tmp_path) / "replay_buffer_0.pt")
     assert run(tmp_path, tmp_path / "run", "--dry-run") == 2
     assert run(tmp_path, tmp_path / "run") == 2
-    complaint = capsys.readouterr().err
-    assert "found buffers of the public code such as replay_buffer_0.pt; convert them with" in complaint
-    assert "in another --buffer_path" in complaint
+    problem = capsys.readouterr().err
+    assert "found buffers of the public code such as replay_buffer_0.pt; convert them with" in problem
+    assert "in another --buffer_path" in problem
     assert [path.name for path in experts(tmp_path).iterdir()] == ["replay_buffer_0.pt"]
 
 

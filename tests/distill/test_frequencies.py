@@ -101,12 +101,12 @@ def test_a_step_on_filtered_gradients_is_a_step_on_the_frequencies() -> None:
     mask = kept.repeat_interleave(3, 0)[:, None].flatten(2)
     frequencies = torch.from_numpy(frequencies_of(images)).flatten(2).requires_grad_()
     learned, rate = random_images(6, 2, 24).cos(), torch.randn(())
-    optimiser = torch.optim.SGD([frequencies], 3.0, momentum=0.5)
+    optimizer = torch.optim.SGD([frequencies], 3.0, momentum=0.5)
     pixels, velocity = with_frequencies(images, kept), torch.zeros_like(images)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (((frequencies * mask) @ inverse - learned) ** 3).sum().backward()
-        optimiser.step()
+        optimizer.step()
         gradient = 3 * (pixels - learned.view_as(pixels)) ** 2
         filtered, untouched = filter_frequencies(state_of(pixels, kept), [gradient, rate])
         assert untouched is rate
@@ -157,7 +157,7 @@ def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
         frequencies = torch.from_numpy(frequencies_of(first)).flatten(2).requires_grad_()
         before = ((frequencies * mask) @ inverse).detach()
         lr = torch.tensor(0.01, requires_grad=True, dtype=torch.float64)
-        optimisers = [torch.optim.SGD([frequencies], 1e4, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
+        optimizers = [torch.optim.SGD([frequencies], 1e4, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
         for _ in range(2):
             images, theta = ((frequencies * mask) @ inverse).view_as(first), start.clone().requires_grad_()
             for _ in range(2):
@@ -165,11 +165,11 @@ def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 theta = theta - lr * gradient
             loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
-            for optimiser in optimisers:
-                optimiser.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            for optimiser in optimisers:
-                optimiser.step()
+            for optimizer in optimizers:
+                optimizer.step()
         after = ((frequencies * mask) @ inverse).detach()
         assert float((after - before).norm() / before.norm()) > 0.01
         return (after - before).view_as(first), lr.detach() - 0.01

@@ -285,7 +285,10 @@ def test_what_the_network_cannot_be_is_known_before_the_experts_are_trained(
     [
         ("--cam_model Foo", "--cam_model Foo: expected ConvNet, with depth"),
         ("--cam_model ConvNetD0MP", "--cam_model ConvNetD0MP: expected a depth"),
-        ("--cam_model MLP", "--cam_model: expected a network with a pooling, whose input is the map, found none; take"),
+        (
+            "--cam_model MLP",
+            "--cam_model: expected a network with a pooling layer, whose input is mapped, found none; use",
+        ),
         ("--cam_model ResNet18", "use larger images, or another --model, --models, --eval_mode or --cam_model"),
         ("--cam_model ConvNetBN", "--cam_model ConvNetBN: expected a network without batch norm"),
         ("--cam_model ConvNet --texture", "--texture, --cam_model: expected one of them, found both"),

@@ -462,7 +462,7 @@ def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
     assert len(held_while_computing) == 3 * 4 + 2 * 4
     # a recorded iteration keeps its memory for as long as it is held
     assert set(held_while_computing) == {*range(1, at_once + 1)}
-    # both are recorded once; or else the repetition never is, and what it takes the memory of is recorded again
+    # both are captured once; or else the repetition never is, and what it takes the memory of is recorded again
     assert made[3:] == ([True] * 2 if at_once == 2 else [True, False] * 4)
 
 

@@ -41,16 +41,16 @@ def test_updates_are_sgd_with_momentum_of_each() -> None:
     state = state_of(labels, labels_velocity=torch.zeros_like(labels))
     parts = (state.images.clone(), state.labels.clone(), state.lr.clone())
     options = DistillOptions(lr_img=3.0, lr_y=2.0, mom_y=0.9, lr_lr=1e-3)
-    optimisers = [
+    optimizers = [
         torch.optim.SGD([part], lr=rate, momentum=momentum)
         for part, rate, momentum in zip(parts, (3.0, 2.0, 1e-3), (0.5, 0.9, 0.5), strict=True)
     ]
     for _ in range(4):
         gradients = [torch.randn_like(part) for part in parts]
         update(options, state, gradients[0], gradients[2], gradients[1])
-        for part, gradient, optimiser in zip(parts, gradients, optimisers, strict=True):
+        for part, gradient, optimizer in zip(parts, gradients, optimizers, strict=True):
             part.grad = gradient
-            optimiser.step()
+            optimizer.step()
     for name, part in zip(("images", "labels", "lr"), parts, strict=True):
         torch.testing.assert_close(getattr(state, name), part, msg=name)
 
@@ -214,12 +214,12 @@ def test_networks_are_trained_on_logits_with_datms_soft_cross_entropy() -> None:
     function = module_function(reference_convnet(1, 3, 6, 4, 1))
     flat = theta.clone().requires_grad_()
     for rates in ([0.1] * 4, [0.01]):
-        optimiser = torch.optim.SGD([flat], rates[0], momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD([flat], rates[0], momentum=0.9, weight_decay=5e-4)
         for _ in rates:
             loss = -(F.log_softmax(function(flat, pixels), dim=1) * F.softmax(logits, dim=1)).sum() / len(pixels)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     assert_close("parameters", end - theta, (flat - theta).detach(), 1e-4)
 
 

@@ -73,7 +73,7 @@ def test_the_start_is_multiplied_by_noise_and_the_target_is_not() -> None:
 
     def segment(noise: float, number: int) -> tuple[torch.Tensor, ...]:
         options = DistillOptions(syn_steps=2, noise_start=noise)
-        run: Any = SimpleNamespace(options=options, matched_experts=2, experts=Experts())
+        run: Any = SimpleNamespace(options=options, num_matched_experts=2, experts=Experts())
         return read_segment(run, lambda tensors: lambda: tensors, torch.zeros(4, 1, 8, 8), number).tensors()
 
     for number in (0, 7):
@@ -361,7 +361,7 @@ def test_a_run_stopped_between_its_two_evaluations_makes_the_second_one_later(
 MISTAKES = [
     (["--min_start_epoch", "4"], "--min_start_epoch 4: expected less than --max_start_epoch 4"),
     (["--min_start_epoch", "-1"], "--min_start_epoch -1: expected at least 0"),
-    (["--current_max_start_epoch", "2"], "--current_max_start_epoch 2: expected with it the iteration"),
+    (["--current_max_start_epoch", "2"], "--current_max_start_epoch 2: expected --expansion_end_epoch with it"),
     (["--expansion_end_epoch", "9"], "--expansion_end_epoch 9: has no effect without --current_max_start_epoch"),
     (
         ["--current_max_start_epoch", "5", "--expansion_end_epoch", "9"],

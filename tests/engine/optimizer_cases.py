@@ -1,4 +1,4 @@
-"""Cases of student steps with an optimiser that has a state, the ways through `unroll`, and the comparison of all gradients."""
+"""Cases of student steps with an optimizer that has a state, the ways through `unroll`, and the comparison of all gradients."""
 
 from __future__ import annotations
 

@@ -142,13 +142,13 @@ def test_augmented() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
-    """Start from a new optimiser, and from one that has made steps, with torch's own defaults."""
+def test_values_are_those_of_torchs_optimizer(weight_decay: float) -> None:
+    """Start from a new optimizer, and from one that has made steps, with torch's own defaults."""
     start, _, images, labels, lr = make(per_step=False)
     module = reference_convnet(*SHAPE).double()
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
     parameters = list(module.parameters())
-    optimiser = torch.optim.Adam(parameters, float(lr) / 10, weight_decay=weight_decay)
+    optimizer = torch.optim.Adam(parameters, float(lr) / 10, weight_decay=weight_decay)
     theta, moments = start, None
     for window in range(2):
         adam = Adam(weight_decay=weight_decay, steps=window * STEPS)
@@ -157,12 +157,12 @@ def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
         )
         theta = path[-1]
         for index in BATCHES:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(module(images[index]), labels[index]).backward()
-            optimiser.step()
+            optimizer.step()
         assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-9)
         for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            buffers = [optimiser.state[parameter][name].flatten() for parameter in parameters]
+            buffers = [optimizer.state[parameter][name].flatten() for parameter in parameters]
             assert_close(name, moment, torch.cat(buffers), 1e-9)
 
 

@@ -51,7 +51,7 @@ def test_both_kinds_of_batches_take_gradients_back_alike(operation: str | None) 
     bars, factor = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
     batch = steps_of(augment, draws).batch(IMAGES, 0, torch.float64, tracked=True)
     assert isinstance(batch, Batch)
-    by_autograd = AugmentedBatch.of(
+    by_autograd = AugmentedBatch.from_images(
         IMAGES, INDEX, lambda rows: rows if augment is None else augment(rows, draws), torch.float64, tracked=True
     )
     actual, expected = torch.zeros_like(IMAGES), torch.zeros_like(IMAGES)

@@ -1,4 +1,4 @@
-"""Call `unroll` as other people's code does: their optimisers, modules and modes, against whole-graph autograd."""
+"""Call `unroll` as other people's code does: their optimizers, modules and modes, against whole-graph autograd."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TARGET = START + 0.1 * torch.randn(len(START), dtype=torch.float64, generator=to
 
 
 class Distilled(nn.Module):
-    """A module of the learned tensors: the optimisers below see its parameters and nothing else."""
+    """A module of the learned tensors: the optimizers below see its parameters and nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,69 +67,69 @@ def plain(distilled: Distilled) -> Tensor:
 
 
 def by_adam(distilled: Distilled, loss: Loss) -> nn.Module:
-    optimiser = torch.optim.Adam(distilled.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(distilled.parameters(), lr=0.02)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(distilled).backward()
-        optimiser.step()
+        optimizer.step()
     return distilled
 
 
 def by_sgd_with_groups(distilled: Distilled, loss: Loss) -> nn.Module:
-    optimiser = torch.optim.SGD(distilled.groups(), momentum=0.5)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 3)
+    optimizer = torch.optim.SGD(distilled.groups(), momentum=0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(distilled).backward()
         nn.utils.clip_grad_norm_([distilled.images], 0.1)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return distilled
 
 
 def by_lbfgs(distilled: Distilled, loss: Loss) -> nn.Module:
-    optimiser = torch.optim.LBFGS(distilled.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(distilled.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(distilled)
         value.backward()
         return value
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     return distilled
 
 
 def by_accumulation(distilled: Distilled, loss: Loss) -> nn.Module:
-    optimiser = torch.optim.SGD(distilled.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(distilled.parameters(), lr=0.02)
     for _ in range(2):
         (loss(distilled) / 2).backward()
         (loss(distilled).square() / 2).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return distilled
 
 
 def by_moving_average(distilled: Distilled, loss: Loss) -> nn.Module:
     average = AveragedModel(distilled, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    optimiser = torch.optim.SGD(distilled.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(distilled.parameters(), lr=0.02)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(distilled).backward()
-        optimiser.step()
+        optimizer.step()
         average.update_parameters(distilled)
     return average.module
 
 
 @pytest.mark.parametrize(
-    "optimise",
+    "optimize",
     [by_adam, by_sgd_with_groups, by_lbfgs, by_accumulation, by_moving_average],
     ids=lambda way: way.__name__,
 )
-def test_an_optimiser_of_torch_ends_where_it_does_by_whole_graph_autograd(
-    optimise: Callable[[Distilled, Loss], nn.Module],
+def test_an_optimizer_of_torch_ends_where_it_does_by_whole_graph_autograd(
+    optimize: Callable[[Distilled, Loss], nn.Module],
 ) -> None:
-    actual, expected = optimise(Distilled(), loss_of_unroll), optimise(Distilled(), plain)
+    actual, expected = optimize(Distilled(), loss_of_unroll), optimize(Distilled(), plain)
     for (name, value), wanted, before in zip(
         actual.named_parameters(), expected.parameters(), Distilled().parameters(), strict=True
     ):
@@ -512,7 +512,7 @@ def test_a_row_is_not_chosen_by_a_truth_value() -> None:
 
 
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
-def test_a_student_may_have_another_optimiser(network: Any) -> None:
+def test_a_student_may_have_another_optimizer(network: Any) -> None:
     """Take the gradient of each step from `unroll`, and Adam's steps, with a learned rate for each parameter, from autograd."""
     learned, rates = Distilled(), torch.full_like(START, 0.01, requires_grad=True)
     decay, start = torch.tensor(0.9, dtype=torch.float64, requires_grad=True), START.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Test GraphedMatchingLoss: what `unroll` and a loss give, in one call; recorded once for each kind of arguments."""
+"""Test GraphedMatchingLoss: what `unroll` and a loss give, in one call; captured once for each kind of arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.unroll import checked_plan
 from mtt_fast.networks.protocol import Network
-from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording
+from mtt_fast.runtime.cuda_graphs import CapturedCall, GraphedFunction
 from mtt_fast.testing import assert_close
 
 NET = ConvNet(in_channels=2, num_classes=3, image_size=8, width=4, depth=2)
@@ -356,22 +356,22 @@ def test_without_gradients_there_is_the_loss_alone() -> None:
 
 
 @pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
-    """Record iterations on a CPU as on a GPU; return the recordings."""
-    recordings: list[Recording] = []
+def captured_calls(monkeypatch: pytest.MonkeyPatch) -> list[CapturedCall]:
+    """Capture iterations on a CPU as on a GPU; return the captured_calls."""
+    captured_calls: list[CapturedCall] = []
 
-    def record(run: Callable[[], tuple[Tensor, ...]]) -> Recording:
+    def capture(run: Callable[[], tuple[Tensor, ...]]) -> CapturedCall:
         outputs = run()
 
         def replay() -> None:
             for output, value in zip(outputs, run(), strict=True):
                 output.copy_(value)
 
-        recordings.append(Recording(replay, outputs))
-        return recordings[-1]
+        captured_calls.append(CapturedCall(replay, outputs))
+        return captured_calls[-1]
 
-    monkeypatch.setattr("mtt_fast.engine.iteration.graphed", lambda function, *_: GraphedFunction(function, record))
-    return recordings
+    monkeypatch.setattr("mtt_fast.engine.iteration.graphed", lambda function, *_: GraphedFunction(function, capture))
+    return captured_calls
 
 
 def check_equals_unroll(
@@ -389,23 +389,23 @@ def check_equals_unroll(
         assert_close("loss or gradient", mine.cpu(), theirs.cpu(), tolerance)
 
 
-def test_each_kind_of_arguments_is_recorded_once(recordings: list[Recording]) -> None:
+def test_each_kind_of_arguments_is_captured_once(captured_calls: list[CapturedCall]) -> None:
     graphed, given = GraphedMatchingLoss(NET, augment=SiameseAugment(), label_kind="logits"), tensors()
     for batches in (BATCHES, BATCHES, BATCHES[::-1], BATCHES):
         check_equals_unroll(graphed, NET, given, batches, 1e-12)
         with torch.no_grad():
             given["images"] += 0.1
-    assert len(recordings) == 2
+    assert len(captured_calls) == 2
 
 
-def test_only_so_many_are_recorded(recordings: list[Recording], caplog: pytest.LogCaptureFixture) -> None:
+def test_only_so_many_are_captured(captured_calls: list[CapturedCall], caplog: pytest.LogCaptureFixture) -> None:
     graphed, given = GraphedMatchingLoss(NET, label_kind="logits"), tensors()
     for steps in range(1, 11):
         index = torch.arange(2).expand(steps, -1)
         assert graphed(**{**given, "lr": 0.1}, batches=index).isfinite()
         graphed(**{**given, "lr": 0.1}, batches=index)
-    assert len(recordings) == 8
-    assert caplog.text.count("not recorded") == 2  # once for each other kind of arguments
+    assert len(captured_calls) == 8
+    assert caplog.text.count("not captured") == 2  # once for each other kind of arguments
     assert graphed.problem == "more than 8 sets of shapes"
 
 
@@ -414,7 +414,7 @@ def test_on_a_cpu_there_are_not_too_many(caplog: pytest.LogCaptureFixture) -> No
     for steps in range(1, 11):
         graphed(**{**given, "lr": 0.1}, batches=torch.arange(2).expand(steps, -1))
     assert graphed.problem is None
-    assert "not recorded" not in caplog.text
+    assert "not captured" not in caplog.text
 
 
 def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -428,7 +428,7 @@ def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
     for _ in range(2):
         assert torch.equal(graphed(**given, batches=BATCHES), expected)
     assert graphed.problem == "path in host memory; raise `memory_budget`"
-    assert caplog.text.count("not recorded") == 1
+    assert caplog.text.count("not captured") == 1
 
 
 @pytest.mark.parametrize(

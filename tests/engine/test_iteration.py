@@ -24,7 +24,7 @@ from mtt_fast.engine.student import InMicrobatches, StepGradient, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.kernels import WARP_PARAMETERS
-from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
+from mtt_fast.runtime.cuda_graphs import CapturedCall, GraphedFunction, graphed
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, training_steps
@@ -179,15 +179,15 @@ def test_the_loss_that_users_call_does_wait() -> None:
         matching_loss(*(torch.empty(3, device="meta") for _ in range(3)))
 
 
-def repeating(run: Any) -> Recording:
-    """Record as CUDA does, as far as that goes on a CPU: inputs and outputs stay where they are."""
+def repeating(run: Any) -> CapturedCall:
+    """Capture as CUDA does, as far as that goes on a CPU: inputs and outputs stay where they are."""
     outputs = run()
 
     def graph() -> None:
         for place, value in zip(outputs, run(), strict=True):
             place.copy_(value)
 
-    return Recording(graph, outputs)
+    return CapturedCall(graph, outputs)
 
 
 def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -176,7 +176,7 @@ def test_of_parameters_of_equal_loss_the_first_are_dropped() -> None:
 
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
 def test_nothing_waits_for_a_value(student: Any) -> None:
-    """Check that a CUDA graph can record the choice of step and parameters, and momentum, weight decay and truncation."""
+    """Check that a CUDA graph can capture the choice of step and parameters, and momentum, weight decay and truncation."""
     inputs = [tensor.to("meta") for tensor in case(per_step=True).values()]
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     with NoValues():

@@ -137,7 +137,7 @@ def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkey
 
 
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": Adam()}], ids=["momentum", "Adam"])
-def test_unroll_plans_for_the_state_of_its_optimiser(options: dict[str, Any]) -> None:
+def test_unroll_plans_for_the_state_of_its_optimizer(options: dict[str, Any]) -> None:
     net, images = ConvNet(image_size=8, width=64, depth=2), torch.zeros(2, 3, 8, 8)
     batches = torch.arange(2).expand(3, 2)
     cuts = [mtt_fast.plan(net, images=images, steps=3, microbatch=size, **options) for size in (1, 2)]
@@ -181,7 +181,7 @@ def live_and_planned_bytes(
 
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=["SGD", "momentum", "Adam"])
-def test_the_allowance_for_the_vectors_of_an_optimiser_is_enough(options: dict[str, Any], on_host: bool) -> None:
+def test_the_allowance_for_the_vectors_of_an_optimizer_is_enough(options: dict[str, Any], on_host: bool) -> None:
     live, planned = live_and_planned_bytes(
         lambda path, start: matching_loss(path[-1], start, start + 1), options, on_host=on_host
     )

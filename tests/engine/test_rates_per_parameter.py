@@ -116,7 +116,7 @@ def test_the_plan_counts_the_gradients_of_the_rates() -> None:
         path = unroll(net, start, images, labels, lr, batches, plan=chosen)
         matching_loss(path[-1], start, start + 1).backward()
     parts = chosen.parts
-    allowed = sum(parts[name] for name in ("path", "vectors", "gradients of rates", "images", "step"))
+    allowed = sum(parts[name] for name in ("path", "vectors", "learning rate gradients", "images", "step"))
     assert allowed - 8 * start.nbytes <= counted.peak <= allowed
 
 

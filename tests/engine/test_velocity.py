@@ -132,13 +132,13 @@ def test_numerical_derivative_to_the_starting_velocity() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
-    """Start from a new optimiser, with no velocity, and from one that has made steps."""
+def test_values_are_those_of_torchs_optimizer(weight_decay: float) -> None:
+    """Start from a new optimizer, with no velocity, and from one that has made steps."""
     start, _, images, labels, lr = make(per_step=False)
     module = reference_convnet(*SHAPE).double()
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
     parameters = list(module.parameters())
-    optimiser = torch.optim.SGD(parameters, float(lr), momentum=0.9, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(parameters, float(lr), momentum=0.9, weight_decay=weight_decay)
     theta, velocity = start, None
     for _ in range(2):
         path, velocity = unroll(
@@ -147,11 +147,11 @@ def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
         )  # fmt: skip
         theta = path[-1]
         for index in BATCHES:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(module(images[index]), labels[index]).backward()
-            optimiser.step()
+            optimizer.step()
         assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-12)
-        buffers = [optimiser.state[parameter]["momentum_buffer"].flatten() for parameter in parameters]
+        buffers = [optimizer.state[parameter]["momentum_buffer"].flatten() for parameter in parameters]
         assert_close("velocity", velocity, torch.cat(buffers), 1e-12)
 
 

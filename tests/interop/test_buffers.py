@@ -172,7 +172,7 @@ def test_an_import_that_was_stopped_between_two_experts_goes_on(tmp_path: Path) 
     with pytest.raises(Stopped):
         imported(tmp_path / "theirs", tmp_path / "ours", each=stop)
     assert [path.name for path in (tmp_path / "ours").glob("expert_*")] == ["expert_0000.safetensors"]
-    with pytest.raises(InputError, match="found it stopped half-way"):
+    with pytest.raises(InputError, match="found an unfinished one"):
         TrajectoryStore(tmp_path / "ours")
     assert len(imported(tmp_path / "theirs", tmp_path / "ours")) == 3
 

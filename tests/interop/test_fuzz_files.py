@@ -42,7 +42,7 @@ from mtt_fast.interop.buffers import check_trajectory
 from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
-from mtt_fast.storage.records import read_record, sealed, write_record
+from mtt_fast.storage.records import read_record, with_checksum, write_record
 from mtt_fast.storage.run_folder import METRICS, read_config, write_config
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
@@ -191,7 +191,7 @@ LINES = [{"kind": "step", "iteration": i, "loss": 0.5, "lr": 0.01} for i in rang
 
 
 def metrics(folder: Path) -> None:
-    (folder / METRICS).write_text("".join(json.dumps(sealed(line)) + "\n" for line in LINES))
+    (folder / METRICS).write_text("".join(json.dumps(with_checksum(line)) + "\n" for line in LINES))
 
 
 def of_metrics(folder: Path) -> str:

@@ -332,7 +332,7 @@ ANYTHING = st.recursive(
 )
 
 
-def complaint(read: Callable[[Path], object], file: Path) -> str | None:
+def problem(read: Callable[[Path], object], file: Path) -> str | None:
     """Return what a refusal says, or None after none."""
     try:
         read(file)
@@ -353,7 +353,7 @@ def test_anything_that_torch_saves_is_read_or_refused(
         torch.save(content, folder / name)
     for name in ("images_x.pt", "res_x.pt", "replay_buffer_0.pt", "waypoint_buffer_0.pt"):
         read = rows_of if "buffer" in name else read_set
-        if (message := complaint(read, folder / name)) is not None:
+        if (message := problem(read, folder / name)) is not None:
             assert message.isprintable()
             assert "_x.pt" in message or "buffer_0.pt" in message
 

@@ -21,7 +21,7 @@ from mtt_fast.interop import (
     set_kind_of,
     write_set,
 )
-from mtt_fast.interop.tensor_set import hardened, in_place, tensor_set
+from mtt_fast.interop.tensor_set import count_in_class_order, hardened, tensor_set
 from tests.interop.helpers import CLASSES, IPC, N, assert_same, distilled
 
 
@@ -273,7 +273,7 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
     ordered = class_major(mixed)
     assert ordered.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert ordered.images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
-    assert (in_place(mixed), in_place(ordered)) == (3, 6)
+    assert (count_in_class_order(mixed), count_in_class_order(ordered)) == (3, 6)
     write_set(tmp_path, mixed, "mtt")
     assert_same(read_set(tmp_path), ordered)
 

@@ -58,7 +58,7 @@ def vectors(device: str) -> None:
         a, b = (torch.randn(size).to(device, dtype) for _ in range(2))
         # each kernel rounds once, at the end (the interpreter cuts bfloat16 off), so the reference computes in float64
         tolerance = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 2**-7}[dtype]
-        rate, c = torch.tensor(0.03, dtype=dtype, device=device), torch.randn(size).to(device, dtype)
+        lr, c = torch.tensor(0.03, dtype=dtype, device=device), torch.randn(size).to(device, dtype)
 
         def assert_close(actual: Tensor, expected: Tensor, tolerance: float = tolerance) -> None:
             torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=min(tolerance, 1e-6))
@@ -70,22 +70,22 @@ def vectors(device: str) -> None:
             out, moved = torch.empty_like(a), torch.empty_like(a)
             expected_out, expected_moved = torch.empty_like(a).double(), torch.empty_like(a).double()
             versions = out._version, moved._version
-            assert triton.sgd_step(a, b, rate, out, velocity, moved, 0.9, decay) is out
+            assert triton.sgd_step(a, b, lr, out, velocity, moved, 0.9, decay) is out
             assert out._version > versions[0]  # autograd is told
             assert moved._version > versions[1]
             reference.sgd_step(
-                a.double(), b.double(), rate.double(), expected_out, in_float64(velocity), expected_moved, 0.9, decay
+                a.double(), b.double(), lr.double(), expected_out, in_float64(velocity), expected_moved, 0.9, decay
             )
             assert_close(out, expected_out)
             assert_close(moved, expected_moved)
-            assert triton.adjoint_step(a, b, c, rate, out, velocity, decay) is out
+            assert triton.adjoint_step(a, b, c, lr, out, velocity, decay) is out
             reference.adjoint_step(
-                a.double(), b.double(), c.double(), rate.double(), expected_out, in_float64(velocity), decay
+                a.double(), b.double(), c.double(), lr.double(), expected_out, in_float64(velocity), decay
             )
             assert_close(out, expected_out)
-        reference.adjoint_step(a.double(), b.double(), a.double(), rate.double(), expected_out, c.double(), 0.0503)
+        reference.adjoint_step(a.double(), b.double(), a.double(), lr.double(), expected_out, c.double(), 0.0503)
         version = a._version
-        assert triton.adjoint_step(a, b, a, rate, a, c, 0.0503) is a  # in place
+        assert triton.adjoint_step(a, b, a, lr, a, c, 0.0503) is a  # in place
         assert a._version > version
         assert_close(a, expected_out)
         print("passed: vectors", size, dtype)
@@ -153,11 +153,11 @@ def partial_sums(device: str) -> None:
         tolerance = 1e-5 if dtype == torch.float32 else 1e-13  # of sums of a hundred
         torch.testing.assert_close(vector.cpu(), expected, rtol=tolerance, atol=tolerance)
         a, b = (torch.randn(len(vector), dtype=dtype, device=device) for _ in range(2))
-        rate, out, also = torch.tensor(0.3, dtype=dtype, device=device), torch.empty_like(a), torch.empty_like(a)
-        triton.sgd_step(a, sums, rate, out, b, None, 0.9, 0.05)
-        assert torch.equal(out, triton.sgd_step(a, vector, rate, also, b, None, 0.9, 0.05))
-        triton.adjoint_step(a, sums, b, rate, out, None, 0.05)
-        assert torch.equal(out, triton.adjoint_step(a, vector, b, rate, also, None, 0.05))
+        lr, out, also = torch.tensor(0.3, dtype=dtype, device=device), torch.empty_like(a), torch.empty_like(a)
+        triton.sgd_step(a, sums, lr, out, b, None, 0.9, 0.05)
+        assert torch.equal(out, triton.sgd_step(a, vector, lr, also, b, None, 0.9, 0.05))
+        triton.adjoint_step(a, sums, b, lr, out, None, 0.05)
+        assert torch.equal(out, triton.adjoint_step(a, vector, b, lr, also, None, 0.05))
         print("passed: partial sums", dtype, factors)
 
 

@@ -15,7 +15,7 @@ from mtt_fast.kernels import Affine, PartialSums, WeightPlace
 
 pytestmark = pytest.mark.usefixtures("either_backend")
 
-V, RATE, INDEX = torch.ones(4), torch.tensor(0.1), torch.tensor([0, 1])
+V, LR, INDEX = torch.ones(4), torch.tensor(0.1), torch.tensor([0, 1])
 PLANES, AFFINE = torch.ones(2, 3, 4, 4), Affine(torch.ones(3), torch.zeros(3))
 
 # of each family one operation, and of each way to check an argument
@@ -27,8 +27,8 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], object], Tensor]] = {
     "classifier": (lambda p: kernels.linear_cross_entropy(p, torch.ones(2, 48), V[:2], INDEX, "indices"), PLANES),
     "warp": (lambda parameters: kernels.colour_warp_mask(PLANES, parameters), torch.zeros(2, 13)),
     "distance": (lambda a: kernels.squared_distance(a, V), V),
-    "step": (lambda rate: kernels.sgd_step(V, V, rate, torch.empty(4)), RATE),
-    "sums": (lambda piece: kernels.sgd_step(V, PartialSums((piece,)), RATE, torch.empty(4)), V[None]),
+    "step": (lambda lr: kernels.sgd_step(V, V, lr, torch.empty(4)), LR),
+    "sums": (lambda piece: kernels.sgd_step(V, PartialSums((piece,)), LR, torch.empty(4)), V[None]),
     "rows": (lambda rows: kernels.index_add(torch.zeros(2, 4), INDEX, rows), torch.ones(2, 4)),
 }
 INDICES: dict[str, Callable[[Tensor], object]] = {

@@ -66,22 +66,22 @@ def test_three_sgd_steps_are_those_of_torch_optim(
 ) -> None:
     gradients = vectors(size, 3, dtype)
     (start,) = vectors(size, 1, dtype)
-    rate = torch.tensor(0.3, dtype=dtype)
+    lr = torch.tensor(0.3, dtype=dtype)
     parameters = start.double().clone().requires_grad_()
-    optimiser = torch.optim.SGD([parameters], rate.item(), momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD([parameters], lr.item(), momentum=momentum, weight_decay=weight_decay)
     theta, velocity = start, None
     for gradient in gradients:
         parameters.grad = gradient.double()
-        optimiser.step()
+        optimizer.step()
         out = unwritten(start)
         velocity_out = unwritten(start) if momentum else None
         factors = {"momentum": momentum, "weight_decay": weight_decay}
-        assert sgd_step(theta, gradient, rate, out, velocity, velocity_out, **factors) is out
+        assert sgd_step(theta, gradient, lr, out, velocity, velocity_out, **factors) is out
         theta, velocity = out, velocity_out
         moved, expected = theta.double() - start.double(), parameters.detach() - start.double()
         assert_close("displacement", moved, expected, 1e-6 if dtype == torch.float32 else 1e-13)
         if velocity is not None:
-            buffer = optimiser.state[parameters]["momentum_buffer"]
+            buffer = optimizer.state[parameters]["momentum_buffer"]
             assert_close("velocity", velocity, buffer, 1e-6 if dtype == torch.float32 else 1e-13)
 
 
@@ -95,13 +95,13 @@ def test_an_adjoint_step_is_an_sgd_step_transposed(
 ) -> None:
     """Take the loss Σ θ⁴ / 12, whose Hessian is the diagonal of θ²."""
     theta, adjoint, incoming = vectors(size, 3, dtype)
-    rate = torch.tensor(0.3, dtype=dtype)
+    lr = torch.tensor(0.3, dtype=dtype)
     leaf = theta.double().clone().requires_grad_()
-    stepped = leaf - rate.double() * (leaf**3 / 3 + weight_decay * leaf)
+    stepped = leaf - lr.double() * (leaf**3 / 3 + weight_decay * leaf)
     (expected,) = torch.autograd.grad(stepped, leaf, adjoint.double())
     out = unwritten(theta)
     given = incoming if with_incoming else None
-    result = adjoint_step(adjoint, theta.square() * adjoint, adjoint, -rate, out, given, weight_decay)
+    result = adjoint_step(adjoint, theta.square() * adjoint, adjoint, -lr, out, given, weight_decay)
     assert result is out
     if with_incoming:
         expected = expected + incoming.double()
@@ -112,18 +112,18 @@ def test_an_adjoint_step_is_an_sgd_step_transposed(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_may_take_the_place_of_arguments(dtype: torch.dtype) -> None:
     theta, gradient, velocity, incoming = vectors(1003, 4, dtype)
-    rate = torch.tensor(0.3, dtype=dtype)
+    lr = torch.tensor(0.3, dtype=dtype)
     out, velocity_out = unwritten(theta), unwritten(theta)
-    sgd_step(theta, gradient, rate, out, velocity, velocity_out, 0.9, 0.05)
-    expected = adjoint_step(out, gradient, out, rate, unwritten(theta), incoming, 0.05)
+    sgd_step(theta, gradient, lr, out, velocity, velocity_out, 0.9, 0.05)
+    expected = adjoint_step(out, gradient, out, lr, unwritten(theta), incoming, 0.05)
 
     versions = theta._version, velocity._version
-    sgd_step(theta, gradient, rate, theta, velocity, velocity, 0.9, 0.05)
+    sgd_step(theta, gradient, lr, theta, velocity, velocity, 0.9, 0.05)
     assert torch.equal(theta, out)
     assert torch.equal(velocity, velocity_out)
     assert theta._version > versions[0]  # autograd is told
     assert velocity._version > versions[1]
-    adjoint_step(theta, gradient, theta, rate, theta, incoming, 0.05)
+    adjoint_step(theta, gradient, theta, lr, theta, incoming, 0.05)
     assert torch.equal(theta, expected)
 
 
@@ -148,17 +148,17 @@ def test_an_adjoint_step_adds_the_gradient_of_a_batch_on_the_way(dtype: torch.dt
 @pytest.mark.usefixtures("either_backend")
 def test_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     a, b, c, d = vectors(400_003, 4, torch.float32)
-    rate, results = torch.tensor(0.3), []
+    lr, results = torch.tensor(0.3), []
     for count in (1, 2, 3):
         threads(count)
         velocity = unwritten(a)
-        theta = sgd_step(a, b, rate, unwritten(a), c, velocity, 0.9, 0.05)
-        results.append((theta, velocity, adjoint_step(a, b, c, rate, unwritten(a), d, 0.05)))
+        theta = sgd_step(a, b, lr, unwritten(a), c, velocity, 0.9, 0.05)
+        results.append((theta, velocity, adjoint_step(a, b, c, lr, unwritten(a), d, 0.05)))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-V, RATE = torch.zeros(6), torch.zeros(())
+V, LR = torch.zeros(6), torch.zeros(())
 IMAGES, ROWS = torch.zeros(4, 3, 5, 5), torch.tensor([3, 0])
 
 
@@ -171,40 +171,40 @@ def of_batch(**changed: Any) -> BatchGradient:
 @pytest.mark.parametrize(
     ("step", "arguments", "reason"),
     [
-        (sgd_step, (V[:5], V, RATE, V), "expected gradient of shape"),
-        (sgd_step, (V.view(2, 3), V, RATE, V), "expected theta of shape"),
-        (sgd_step, (V, V, torch.zeros(1), V), "expected rate of shape"),
-        (sgd_step, (V, V, RATE.double(), V), "expected rate of floating dtype torch.float32, found torch.float64"),
-        (sgd_step, (V.long(), V.long(), RATE, V), "expected theta of floating dtype"),
-        (sgd_step, (torch.zeros(12)[::2], V, RATE, V), "expected theta contiguous"),
-        (sgd_step, (V, V, RATE, torch.zeros(12)[::2]), "expected out contiguous"),
-        (sgd_step, (V, V, RATE, V, V.double()), "expected velocity of floating dtype"),
-        (sgd_step, (V, V.clone().requires_grad_(), RATE, V), "found gradient that requires grad"),
-        (sgd_step, (V, V, RATE.to("meta"), V), "expected one device"),
-        (adjoint_step, (V, V, V[:5], RATE, V), "expected direction of shape"),
-        (adjoint_step, (V, V, V, RATE, V, V[:5]), "expected incoming of shape"),
+        (sgd_step, (V[:5], V, LR, V), "expected gradient of shape"),
+        (sgd_step, (V.view(2, 3), V, LR, V), "expected theta of shape"),
+        (sgd_step, (V, V, torch.zeros(1), V), "expected lr of shape"),
+        (sgd_step, (V, V, LR.double(), V), "expected lr of floating dtype torch.float32, found torch.float64"),
+        (sgd_step, (V.long(), V.long(), LR, V), "expected theta of floating dtype"),
+        (sgd_step, (torch.zeros(12)[::2], V, LR, V), "expected theta contiguous"),
+        (sgd_step, (V, V, LR, torch.zeros(12)[::2]), "expected out contiguous"),
+        (sgd_step, (V, V, LR, V, V.double()), "expected velocity of floating dtype"),
+        (sgd_step, (V, V.clone().requires_grad_(), LR, V), "found gradient that requires grad"),
+        (sgd_step, (V, V, LR.to("meta"), V), "expected one device"),
+        (adjoint_step, (V, V, V[:5], LR, V), "expected direction of shape"),
+        (adjoint_step, (V, V, V, LR, V, V[:5]), "expected incoming of shape"),
         (adjoint_step, (V, V, V, V, V), "expected scale of shape"),
-        (adjoint_step, (V, torch.zeros(12)[::2], V, RATE, V), "expected hessian_v contiguous"),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(y_bar=IMAGES)), r"int64 indices \(4,\)"),
+        (adjoint_step, (V, torch.zeros(12)[::2], V, LR, V), "expected hessian_v contiguous"),
+        (adjoint_step, (V, V, V, LR, V, None, 0.0, of_batch(y_bar=IMAGES)), r"int64 indices \(4,\)"),
         (
             adjoint_step,
-            (V, V, V, RATE, V, None, 0.0, of_batch(indices=ROWS.to("meta"))),
+            (V, V, V, LR, V, None, 0.0, of_batch(indices=ROWS.to("meta"))),
             r"int64 indices \(2,\) on cpu",
         ),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(indices=ROWS + 1)), "indices 0 … 3, found 1 … 4"),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(out=IMAGES.double())), "out of floating dtype"),
-        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(warp=IMAGES[0, 0])), "parameters of shape"),
+        (adjoint_step, (V, V, V, LR, V, None, 0.0, of_batch(indices=ROWS + 1)), "indices 0 … 3, found 1 … 4"),
+        (adjoint_step, (V, V, V, LR, V, None, 0.0, of_batch(out=IMAGES.double())), "out of floating dtype"),
+        (adjoint_step, (V, V, V, LR, V, None, 0.0, of_batch(warp=IMAGES[0, 0])), "parameters of shape"),
         (pack_parameters, (V.half(), None, (), "fp32"), "expected float32 or float64, found torch.float16"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES[:, :, :1], 1)), "at least 4×4 pixels"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES, 1, ROWS + 1)), "indices 0 … 3, found 1 … 4"),
         (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES.double(), 1)), "x of floating dtype"),
-        (sgd_step, (V, PartialSums((V[None, :5],)), RATE, V), "expected gradient of 6 numbers, found pieces of 5"),
-        (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), RATE, V), "summands of gradient contiguous"),
-        (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
-        (sgd_step, (V, PartialSums((V[None].to("meta"),)), RATE, V), "found torch.float32 on meta"),
-        (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), RATE, V), "found gradient that requires grad"),
-        (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a divisor of gradient of shape"),
-        (sgd_step, (V, PartialSums((V[None],), (RATE, V)), RATE, V), "expected a divisor of gradient of shape"),
+        (sgd_step, (V, PartialSums((V[None, :5],)), LR, V), "expected gradient of 6 numbers, found pieces of 5"),
+        (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), LR, V), "summands of gradient contiguous"),
+        (sgd_step, (V, PartialSums((V[None].double(),)), LR, V), "expected gradient of torch.float32 on cpu"),
+        (sgd_step, (V, PartialSums((V[None].to("meta"),)), LR, V), "found torch.float32 on meta"),
+        (sgd_step, (V, PartialSums((V[None].clone().requires_grad_(),)), LR, V), "found gradient that requires grad"),
+        (sgd_step, (V, PartialSums((V[None],), (V,)), LR, V), "expected a divisor of gradient of shape"),
+        (sgd_step, (V, PartialSums((V[None],), (LR, V)), LR, V), "expected a divisor of gradient of shape"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )

@@ -17,7 +17,7 @@ from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.kernels import dispatch
-from mtt_fast.runtime.cuda_graphs import recorder
+from mtt_fast.runtime.cuda_graphs import capturer
 
 triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
@@ -144,7 +144,7 @@ def test_a_recording_compiles_its_kernels_ahead_on_a_gpu() -> None:
         flat.sgd_step(theta, gradient, lr, out, None, None, 0.0, 0.0)
         return (out,)
 
-    replay, (result,) = recorder(device, launch.compile_ahead)(step)
+    replay, (result,) = capturer(device, launch.compile_ahead)(step)
     replay()
     torch.testing.assert_close(result, theta - lr * gradient)
     assert torch.equal(before[1], torch.zeros_like(out))  # the first call ran no kernel

@@ -2,7 +2,7 @@
 
 Tensors on "cuda" hold tensors of the CPU, with which torch computes; ConvNet's fused step takes the reference in place of Triton's kernels.
 What a GPU would refuse is an error: operands on two devices, an operation without a deterministic implementation, and a wait in a
-recording. REPORT (JSON) lists the waits of the host, each with the lines of this project that led to it. The process needs
+capture. REPORT (JSON) lists the waits of the host, each with the lines of this project that led to it. The process needs
 the library of emulated_gpu.cpp, see tests/runtime/test_emulated_gpu.py.
 """
 
@@ -58,22 +58,22 @@ class Log:
         self._states = threading.local()
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Refuse waits of this thread within the block, as while a graph is recorded or replayed."""
-        self._states.records = True
+    def capturing(self) -> Iterator[None]:
+        """Refuse waits of this thread within the block, as while a graph is captured or replayed."""
+        self._states.is_capturing = True
         try:
             yield
         finally:
-            self._states.records = False
+            self._states.is_capturing = False
 
     @property
-    def records(self) -> bool:
-        """Return whether this thread records."""
-        return getattr(self._states, "records", False)
+    def is_capturing(self) -> bool:
+        """Return whether this thread captures a graph."""
+        return getattr(self._states, "is_capturing", False)
 
     def wait(self, name: str) -> None:
         """Note a wait."""
-        if self.records:
+        if self.is_capturing:
             self.refuse(f"operation not permitted when stream is capturing: {name}")
         self.waits.append(f"{name}: {_here()}")
 
@@ -229,25 +229,25 @@ def _pinned(tensor: Tensor) -> Tensor:
     return copy
 
 
-def recorder(device: torch.device, first_call: Callable[..., object] | None = None) -> Callable[..., Any]:
-    """Return what `mtt_fast.runtime.cuda_graphs.recorder` does, for a device that cannot record: a replay computes again."""
-    from mtt_fast.runtime.cuda_graphs import Recording
+def capturer(device: torch.device, first_call: Callable[..., object] | None = None) -> Callable[..., Any]:
+    """Return what `mtt_fast.runtime.cuda_graphs.capturer` does, for a device that cannot capture: a replay computes again."""
+    from mtt_fast.runtime.cuda_graphs import CapturedCall
 
-    def record(run: Callable[[], tuple[Tensor, ...]]) -> Recording:
+    def capture(run: Callable[[], tuple[Tensor, ...]]) -> CapturedCall:
         run()
         run()
-        with LOG.recording():
+        with LOG.capturing():
             outputs = run()
 
         def replay() -> None:
-            with LOG.recording():
+            with LOG.capturing():
                 results = run()
             for place, value in zip(outputs, results, strict=True):
                 place.copy_(value)
 
-        return Recording(replay, outputs)
+        return CapturedCall(replay, outputs)
 
-    return record
+    return capture
 
 
 @contextlib.contextmanager
@@ -278,7 +278,7 @@ def emulated() -> Iterator[Log]:
         with Device():  # a mode is one thread's
             original_run(thread)
 
-    original_path, original_tolist, original_empty = StudentPath.of, Tensor.tolist, torch.empty
+    original_path, original_tolist, original_empty = StudentPath.from_rows, Tensor.tolist, torch.empty
     original_run, stream = threading.Thread.run, Stream()
     properties = SimpleNamespace(
         name="none", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
@@ -291,7 +291,7 @@ def emulated() -> Iterator[Log]:
         "memory_reserved": zero, "memory_allocated": zero, "max_memory_allocated": zero,
         "reset_peak_memory_stats": nothing, "empty_cache": nothing, "synchronize": lambda *_: LOG.wait("synchronize"),
         "Stream": Stream, "Event": Stream, "current_stream": lambda *_: stream, "stream": context, "device": context,
-        "is_current_stream_capturing": lambda: LOG.records, "default_generators": (torch.Generator(),),
+        "is_current_stream_capturing": lambda: LOG.is_capturing, "default_generators": (torch.Generator(),),
     }  # fmt: skip
     with contextlib.ExitStack() as patches:
         for owner, replaced in (
@@ -299,11 +299,11 @@ def emulated() -> Iterator[Log]:
             (Tensor, {"tolist": tolist, "pin_memory": _pinned, "record_stream": nothing}),
             (torch, {"empty": empty}),
             (threading.Thread, {"run": run_thread}),
-            (StudentPath, {"of": staticmethod(path_of)}),
+            (StudentPath, {"from_rows": staticmethod(path_of)}),
             (checks, {"_has_memory": lambda tensor: True}),  # the reference computes with what a tensor holds
             (dispatch, {"_runs_triton": lambda device: False}),
             (student_choice, {"has_kernels": lambda device: True}),
-            (cuda_graphs, {"recorder": recorder}),
+            (cuda_graphs, {"capturer": capturer}),
         ):
             for name, value in replaced.items():
                 patches.enter_context(patch.object(owner, name, value))

@@ -1,4 +1,4 @@
-"""Test recording and replaying on a CPU, with a recorder that only repeats; CUDA's own where there is a GPU."""
+"""Test capturing and replaying on a CPU, with a capturer that only repeats; CUDA's own where there is a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
+from mtt_fast.runtime.cuda_graphs import CapturedCall, GraphedFunction, graphed
 
 Run = Callable[[], tuple[Tensor, ...]]
 
@@ -22,13 +22,13 @@ def double(values: Tensor) -> tuple[Tensor, ...]:
 
 
 class Repeating:
-    """A recorder that works as CUDA does, as far as a CPU can, and counts."""
+    """A capturer that works as CUDA does, as far as a CPU can, and counts."""
 
     def __init__(self) -> None:
-        self.recorded = self.graphed = 0
+        self.captured = self.graphed = 0
 
-    def __call__(self, run: Run) -> Recording:
-        self.recorded += 1
+    def __call__(self, run: Run) -> CapturedCall:
+        self.captured += 1
         outputs = run()
 
         def graph() -> None:
@@ -36,19 +36,19 @@ class Repeating:
             for place, value in zip(outputs, run(), strict=True):
                 place.copy_(value)
 
-        return Recording(graph, outputs)
+        return CapturedCall(graph, outputs)
 
 
 def test_a_cpu_gets_the_function_itself() -> None:
     assert graphed(double, torch.device("cpu")) is double
 
 
-def test_recorded_once_for_each_set_of_shapes() -> None:
-    record = Repeating()
-    run = GraphedFunction(double, record)
+def test_captured_once_for_each_set_of_shapes() -> None:
+    capturer = Repeating()
+    run = GraphedFunction(double, capturer)
     for values in (torch.ones(2), torch.ones(3), torch.zeros(2), torch.ones(3, dtype=torch.float64)):
         assert torch.equal(run(values)[0], 2 * values)
-    assert (record.recorded, record.graphed) == (3, 4)
+    assert (capturer.captured, capturer.graphed) == (3, 4)
 
 
 def test_threads_do_not_take_each_others_inputs() -> None:
@@ -63,25 +63,25 @@ def test_threads_do_not_take_each_others_inputs() -> None:
 
 
 def test_too_many_shapes_are_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:
-    record = Repeating()
-    run = GraphedFunction(double, record)
+    capturer = Repeating()
+    run = GraphedFunction(double, capturer)
     for size in range(1, 12):
         assert torch.equal(run(torch.ones(size))[0], torch.full((size,), 2.0))
     assert torch.equal(run(torch.ones(1))[0], torch.full((1,), 2.0))
-    assert record.recorded == 8
-    assert record.graphed == 9
+    assert capturer.captured == 8
+    assert capturer.graphed == 9
     assert caplog.text.count("more than 8 sets of shapes") == 1
 
 
-def test_what_cannot_be_recorded_is_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(run: Run) -> Recording:
+def test_what_cannot_be_captured_is_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Run) -> CapturedCall:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand much more")
 
     run = GraphedFunction(double, refuse)
     for value in (1.0, 2.0):
         assert torch.equal(run(torch.tensor(value))[0], torch.tensor(2 * value))
     assert caplog.messages == [
-        "not recorded in a CUDA graph, so that it runs slower, with the same result: "
+        "not captured in a CUDA graph, so that it runs slower, with the same result: "
         "RuntimeError: CUDA error: operation not permitted when stream is capturing"
     ]
 
@@ -97,7 +97,7 @@ def test_a_mistake_of_the_function_is_not_hidden() -> None:
 def test_out_of_memory_comes_out_and_holds_nothing() -> None:
     held: list[weakref.ref[Tensor]] = []
 
-    def exhausted(run: Run) -> Recording:
+    def exhausted(run: Run) -> CapturedCall:
         large = torch.ones(10)
         held.append(weakref.ref(large))
         try:
@@ -128,7 +128,7 @@ def test_replayed_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_what_waits_is_not_recorded_and_the_device_still_works() -> None:
+def test_what_waits_is_not_captured_and_the_device_still_works() -> None:
     device = torch.device("cuda")
     run = graphed(lambda a: (a * float(a.sum()),), device)
     before = torch.cuda.current_stream()

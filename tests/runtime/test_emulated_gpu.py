@@ -1,4 +1,4 @@
-"""Run the engine and the commands on a GPU that is not there: operands on two devices, waits in recordings, waits at every step."""
+"""Run the engine and the commands on a GPU that is not there: operands on two devices, waits in captured_calls, waits at every step."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
     for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
         report = run(*words, *options.format(scores=scores).split(), *more)
         assert report.refused == []
-        assert "not recorded" not in report.output
+        assert "not captured" not in report.output
         # of an iteration the loss and the largest magnitudes are read, and the rate after the update
         known = ("finish_gradients", "apply_gradients")
         iterations = report.waits_below("iterations")
@@ -136,8 +136,8 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
         "--buffer_path", str(tmp_path / "buffers"),
     )  # fmt: skip
     assert report.refused == []
-    assert "not recorded" not in report.output
-    assert report.waits_below("chunks", "count_right") == []
+    assert "not captured" not in report.output
+    assert report.waits_below("chunks", "count_correct") == []
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits:
     )
     report = run("mtt_fast.baselines", *method.split(), *words.split(), "--out", str(tmp_path / "run"))
     assert report.refused == []
-    assert "not recorded" not in report.output
+    assert "not captured" not in report.output
     assert len(report.waits_below("_iterate")) == 2 * waits
 
 
@@ -171,8 +171,8 @@ def test_sets_of_several_networks(run: Run, tmp_path: Path) -> None:
     words = "mtt_fast.cross random --dataset digits --models ConvNetD1W4 MLP ConvNetD1W4BN --num_eval 1 --epoch_eval_train 2 --device cuda"
     report = run(*words.split(), "--out", str(tmp_path))
     assert report.refused == []
-    assert "not recorded" not in report.output
-    assert report.waits_below("chunks", "count_right") == []
+    assert "not captured" not in report.output
+    assert report.waits_below("chunks", "count_correct") == []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.storage.checkpoint import State, experts_of_run, load_checkpoint, save_checkpoint
+from mtt_fast.storage.checkpoint import State, initial_num_experts, load_checkpoint, save_checkpoint
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_folder import CHECKPOINT, read_config, write_config
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
@@ -19,7 +19,7 @@ from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
     images, logits, rates = torch.randn(4, 1, 8, 8), torch.randn(4, 10), torch.rand(3)
     state = State(
-        iteration=7, experts=2, images=images, labels=logits, lr=rates, images_velocity=-images, lr_velocity=-rates,
+        iteration=7, num_experts=2, images=images, labels=logits, lr=rates, images_velocity=-images, lr_velocity=-rates,
         labels_velocity=-logits, ema=2 * images, pixel_weights=images[:, :1], frequencies=images[:, 0] > 0, skipped=3, repeated=6,
         above_threshold=4, lr_kept=5, data=DatasetIdentity(name="digits", image_shape=(1, 8, 8)), digests=("a", "b"), imported=True,
         cam_digest="c", scores_digest="d",
@@ -31,7 +31,7 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
         before, after = getattr(state, field.name), getattr(loaded, field.name)
         assert not isinstance(before, Tensor) or torch.equal(before, after), field.name
         assert isinstance(before, Tensor) or before == after != getattr(plain, field.name), field.name
-    assert experts_of_run(tmp_path) == (2, True)
+    assert initial_num_experts(tmp_path) == (2, True)
 
     tensors, metadata = load_tensors(tmp_path / CHECKPOINT)
     numbers = json.loads(metadata["numbers"])

@@ -39,7 +39,7 @@ TRAINED: dict[str, Any] = {
 
 def metadata_for(model: str = "ConvNetD1W4", identity: DatasetIdentity = DATA, **changes: Any) -> ExpertMetadata:
     network = network_by_name(model, SHAPE, 2)
-    return ExpertMetadata.of(
+    return ExpertMetadata.from_identity(
         identity, network=network.describe(), layout=network.layout.describe(), hyperparameters=TRAINED | changes, seed=7,
         accuracy=[0.5] * 4, versions={}, precision="fp32",
     )  # fmt: skip
@@ -106,7 +106,7 @@ def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("asked", "to_the_end", "complaint"),
+    ("asked", "to_the_end", "problem"),
     [
         ({}, True, ""),
         ({"lr": 0.01, "mom": 0.0}, True, ""),
@@ -119,12 +119,12 @@ def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Pa
     ],
 )  # fmt: skip
 def test_experts_that_were_trained_otherwise_are_refused(
-    tmp_path: Path, asked: dict[str, Any], to_the_end: bool, complaint: str
+    tmp_path: Path, asked: dict[str, Any], to_the_end: bool, problem: str
 ) -> None:
     store = store_of(tmp_path, metadata_for())
-    if not complaint:
+    if not problem:
         return check_as_asked(store, 0, asked, to_the_end=to_the_end)
-    with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
+    with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {problem}"):
         check_as_asked(store, 0, asked, to_the_end=to_the_end)
 
 
@@ -213,7 +213,7 @@ def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "problem"),
     [
         ({}, ""),
         ({"precision": "tf32"}, ""),  # rounds no worse than the order of a sum
@@ -225,12 +225,12 @@ def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path
         ({"hyperparameters": TRAINED | {"augment": "none"}}, "trained with augment flip, not none"),
     ],
 )
-def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
     store = store_of(tmp_path, metadata_for())
     training: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
-    if not complaint:
+    if not problem:
         return check_same_training(store, 0, **training | changes)
-    with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
+    with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {problem}"):
         check_same_training(store, 0, **training | changes)
 
 

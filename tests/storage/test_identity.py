@@ -71,18 +71,18 @@ def test_the_same_images_pass(found: DatasetIdentity) -> None:
     ],
 )  # fmt: skip
 def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: bool) -> None:
-    def complaint(**how: str | bool) -> str:
+    def problem(**how: str | bool) -> str:
         with pytest.raises(InputError) as raised:
             check_same_data(found, PETS, "set.safetensors", **how)  # type: ignore[arg-type]
         assert "\n" not in str(raised.value)
         return str(raised.value)
 
-    assert f"set.safetensors: {message}" in complaint()
-    assert "other_data" not in complaint()
-    assert complaint(mend="go away").endswith("; go away")
-    assert ("or say `other_data` to use it with these" in complaint(other_data=False)) == deliberate
+    assert f"set.safetensors: {message}" in problem()
+    assert "other_data" not in problem()
+    assert problem(mend="go away").endswith("; go away")
+    assert ("or say `other_data` to use it with these" in problem(other_data=False)) == deliberate
     if not deliberate:
-        assert f"set.safetensors: {message.partition(': ')[0]}" in complaint(other_data=True)
+        assert f"set.safetensors: {message.partition(': ')[0]}" in problem(other_data=True)
         return
     check_same_data(found, PETS, "set.safetensors", other_data=True)
     told = other_data_in_words(found, PETS)

@@ -27,7 +27,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.report.__main__ import main as report
 from mtt_fast.storage.metrics import MetricsLog, read_records
-from mtt_fast.storage.records import check_form, read_record, sealed, unsealed, write_record
+from mtt_fast.storage.records import check_form, read_record, verified, with_checksum, write_record
 from mtt_fast.storage.regular import open_regular, read_text
 from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
@@ -263,10 +263,10 @@ def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
 
 def test_records_come_back_as_they_were() -> None:
     record = {"b": [1, 2.5, None, float("inf")], "a": {"x": "ü", 3: True, 20: ()}}
-    assert unsealed(json.loads(json.dumps(sealed(record)))) == json.loads(json.dumps(record))
-    assert unsealed({"old": 1}) == {"old": 1}
+    assert verified(json.loads(json.dumps(with_checksum(record)))) == json.loads(json.dumps(record))
+    assert verified({"old": 1}) == {"old": 1}
     with pytest.raises(ValueError, match="not what was written"):
-        unsealed(sealed({"a": 1}) | {"later": 2})
+        verified(with_checksum({"a": 1}) | {"later": 2})
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,9 @@ def test_commands_refuse_it_before_any_work(
         Path(name).touch()
     assert cli.run(command, words.replace("PLACE", place).split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    complaint = "found a file" if place == "file" else f"found that {read_only} is read-only"
+    problem = "found a file" if place == "file" else f"found that {read_only} is read-only"
     assert f"{place}" in line.split(": expected")[0], line
-    assert f": expected a folder to write in, {complaint}" in line
+    assert f": expected a folder to write in, {problem}" in line
     assert option in line
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "read_only", "images_x.pt", "labels_x.pt", "data"}
     assert not list(read_only.iterdir())

@@ -256,7 +256,7 @@ def test_verify_finds_one_changed_bit(store: TrajectoryStore) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda p: p[0].expand_as(p), "the same in every epoch; was each epoch copied"),
+        (lambda p: p[0].expand_as(p), "the same in every epoch; were they saved as views"),
         (lambda p: p.index_fill(0, torch.tensor([2]), float("nan")), "after epoch 2 are not finite"),
         (lambda p: p.index_fill(0, torch.tensor([1]), float("inf")), "after epoch 1 are not finite"),
         (lambda p: p[:, :-1], "describes 752 parameters, found 751"),
@@ -289,7 +289,7 @@ def test_a_value_beyond_the_stored_type_is_not_written(tmp_path: Path, parameter
 def test_a_row_is_read_where_its_numbers_are_finite_and_only_there(
     tmp_path: Path, parameters: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtt_fast.storage.trajectories._unfit", lambda *_: None)  # as other software may write
+    monkeypatch.setattr("mtt_fast.storage.trajectories._problem_with", lambda *_: None)  # as other software may write
     parameters[1] = torch.finfo(torch.float32).max  # the sum of which is infinite
     for epoch, value in ((2, torch.nan), (3, torch.inf)):
         parameters[epoch, 5] = value

@@ -207,7 +207,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(folder, "--num_interpolation", "3") == 0
     few = folder / "waypoints_3"
     before = [path.read_bytes() for path in sorted(few.iterdir())]
-    for words, complaint in (
+    for words, problem in (
         ([], "expected a folder of experts, such as"),
         ([tmp_path / "nowhere"], "nowhere: expected a folder of experts"),
         ([tmp_path / "empty"], "empty: expected experts, found none"),
@@ -222,7 +222,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ([folder, "--out", folder], "found a whole expert; choose another --out\n"),
     ):
         assert run(*words) == 2
-        assert complaint in capsys.readouterr().err
+        assert problem in capsys.readouterr().err
     write_expert(folder, 1, trajectory(seed=9), metadata(seed=9))
     assert run(folder, "--num_interpolation", "3") == 2
     assert "expert_0001.safetensors: made from another expert than" in capsys.readouterr().err
@@ -231,7 +231,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "problem"),
     [
         (lambda record: record.pop("epochs"), "the course between its waypoints is broken"),
         (lambda record: record["positions"].pop(), "the course between its waypoints is broken"),
@@ -243,14 +243,14 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (lambda record: record["sizes"].__setitem__(0, 7), "its waypoints do not fit the course between them"),
     ],
 )
-def test_a_spoilt_course_is_named(tmp_path: Path, spoil, complaint: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_spoilt_course_is_named(tmp_path: Path, spoil, problem: str) -> None:  # type: ignore[no-untyped-def]
     store = compress(experts(tmp_path, 1), tmp_path / "few", 3)
     path = expert_path(store.folder, 0)
     tensors, text = load_tensors(path)
     record = json.loads(text["course"])
     spoil(record)
     save_tensors(path, tensors, text | {"course": json.dumps(record)}, by_row=list(tensors))
-    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: {complaint}.*mtt_fast\.compress"):
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: {problem}.*mtt_fast\.compress"):
         TrajectoryStore(store.folder).read(0, 0)
 
 

@@ -141,7 +141,7 @@ def test_evaluations_do_not_depend_on_how_many_run(at_once: int | None) -> None:
     def values(at_once: int | None) -> tuple[float, ...]:
         protocol = EvaluationProtocol(epochs=4, batch_size=5)
         return evaluate(
-            NET, lambda _: images(), images(300), 0.1, protocol, networks=5, seed=1, indices=(7,), at_once=at_once
+            NET, lambda _: images(), images(300), 0.1, protocol, num_networks=5, seed=1, indices=(7,), at_once=at_once
         ).values
 
     assert len(set(values(1))) > 1
@@ -150,7 +150,7 @@ def test_evaluations_do_not_depend_on_how_many_run(at_once: int | None) -> None:
 
 def test_each_accuracy_is_of_the_network_of_its_number() -> None:
     protocol, test = EvaluationProtocol(epochs=4, batch_size=5), images(300)
-    result = evaluate(NET, lambda _: images(), test, 0.1, protocol, networks=3, seed=1, indices=(7,), at_once=2)
+    result = evaluate(NET, lambda _: images(), test, 0.1, protocol, num_networks=3, seed=1, indices=(7,), at_once=2)
     alone = []
     for number in range(3):
         generator = generator_for(1, "evaluation", 7, number)
@@ -172,7 +172,7 @@ def test_the_crops_of_canvases_count_as_images_of_a_step(monkeypatch: pytest.Mon
     canvases = Images(torch.randn(4, 1, 12, 12), torch.arange(4) % 3, canvas=Canvas(2, samples=5))
     for batch_size in (3, 100):
         protocol = EvaluationProtocol(epochs=0, batch_size=batch_size)
-        evaluate(NET, lambda _: canvases, images(), 0.1, protocol, networks=1, seed=1)
+        evaluate(NET, lambda _: canvases, images(), 0.1, protocol, num_networks=1, seed=1)
     assert batches == [3 * 5, 4 * 5]
 
 
@@ -184,7 +184,7 @@ def test_the_random_numbers_of_a_network_are_those_of_its_evaluation() -> None:
         return images()
 
     protocol = EvaluationProtocol(epochs=0)
-    evaluate(NET, train, images(), 0.1, protocol, networks=2, seed=5, indices=(7,))
+    evaluate(NET, train, images(), 0.1, protocol, num_networks=2, seed=5, indices=(7,))
     assert seeds == {generator_for(5, "evaluation", 7, network).initial_seed() for network in range(2)}
 
 
@@ -194,7 +194,7 @@ def test_a_stop_request_ends_all_jobs() -> None:
     timer = threading.Timer(0.3, lambda: setattr(stop, "signum", 15))
     timer.start()
     with pytest.raises(Stopped, match="during an evaluation"):
-        evaluate(NET, lambda _: images(), images(), 0.1, protocol, networks=4, seed=1, stop=stop, at_once=3)
+        evaluate(NET, lambda _: images(), images(), 0.1, protocol, num_networks=4, seed=1, stop=stop, at_once=3)
     timer.join()
 
 
@@ -202,7 +202,7 @@ def test_as_many_jobs_run_as_fill_the_device() -> None:
     small, large = torch.Size((1, 6, 6)), torch.Size((3, 64, 64))
 
     def concurrency(net: ConvNet, shape: torch.Size, batch: int, jobs: int, at_once: int | None = None) -> Concurrency:
-        return concurrency_for(net, student_for(net, CPU), shape, CPU, batch=batch, jobs=jobs, at_once=at_once)
+        return concurrency_for(net, student_for(net, CPU), shape, CPU, batch=batch, num_jobs=jobs, at_once=at_once)
 
     torch.set_num_threads(2)
     wide = ConvNet(3, 10, 64)
@@ -230,7 +230,9 @@ def test_results_on_a_gpu_do_not_depend_on_how_many_run() -> None:
 
     def values(at_once: int | None) -> tuple[float, ...]:
         on_device = Images(pixels, labels)
-        return evaluate(NET, lambda _: on_device, on_device, 0.1, protocol, networks=5, seed=1, at_once=at_once).values
+        return evaluate(
+            NET, lambda _: on_device, on_device, 0.1, protocol, num_networks=5, seed=1, at_once=at_once
+        ).values
 
     with numerics(device, "tf32"):
         assert values(3) == values(1) == values(None)
@@ -266,7 +268,7 @@ def test_the_networks_of_a_pool_are_looked_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(live_bytes_module, "_counted_live_bytes", count)
     for _ in range(2):
         for network, student in zip(pool, students, strict=True):
-            concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, jobs=2)
+            concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, num_jobs=2)
     assert counted == pool
 
 

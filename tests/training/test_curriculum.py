@@ -66,15 +66,15 @@ def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealIma
     module = reference_convnet(1, 3, 6, 4, 1)
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))
-    optimiser = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
     # of 10 images, whose order is that of falling indices
     of_each_class = [(0, 5), (0, 7), (0, 10), (0, 10), (2, 10), (3, 10)]
     for epoch, (first, last) in enumerate(of_each_class):
         rank = (29 - torch.arange(30)) // 3
         seen = (rank >= first) & (rank < last)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(pixels[seen]), labels[seen]).backward()
-        optimiser.step()
+        optimizer.step()
         flat = torch.nn.utils.parameters_to_vector(module.parameters())
         assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
 
@@ -160,15 +160,15 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
         "empty": ([], "expected a row of indices for each class"),
         "words": ({"a": 1}, "expected a tensor, found a dictionary"),
     }
-    for name, (value, complaint) in wrong.items():
+    for name, (value, problem) in wrong.items():
         torch.save(value, f"{name}.pt")
         assert cli.run(main, [*TOY, "--sort_method", f"{name}.pt"]) == 2
-        assert f"error: {name}.pt: {complaint}" in capsys.readouterr().err
+        assert f"error: {name}.pt: {problem}" in capsys.readouterr().err
     assert cli.run(main, [*TOY, "--sort_method", "none.pt"]) == 2
     assert "--sort_method none.pt: expected a file" in capsys.readouterr().err
     torch.save(order, "order.pt")
     given = [*TOY, "--sort_method", "order.pt"]
-    for flags, complaint in {
+    for flags, problem in {
         (
             "--rm_epoch_first",
             "10",
@@ -180,7 +180,7 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
         ("--init_ratio", "0"): "--init_ratio 0",
     }.items():
         assert cli.run(main, [*given, *flags]) == 2
-        assert complaint in capsys.readouterr().err
+        assert problem in capsys.readouterr().err
     assert cli.run(main, [*TOY, "--init_ratio", "0.5"]) == 2
     assert "--sort_method" in capsys.readouterr().err
     assert not Path("buffers").exists()

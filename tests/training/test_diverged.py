@@ -36,7 +36,7 @@ from mtt_fast.storage.waypoints import convexified
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, has_diverged
 from mtt_fast.training.protocols import evaluate as measure
-from mtt_fast.training.sgd import count_right
+from mtt_fast.training.sgd import count_correct
 from tests.interop.test_buffers import NET, flat, imported, metadata, save_buffers, trained
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -70,7 +70,7 @@ def test_losses_and_parameters_tell_whether_a_training_diverged(
 def test_logits_that_are_not_finite_put_an_image_into_no_class() -> None:
     net = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
     images = Images(torch.randn(30, 1, 6, 6), torch.zeros(30).long())
-    assert int(count_right(net, torch.full((net.num_parameters,), math.nan), images)) == 0
+    assert int(count_correct(net, torch.full((net.num_parameters,), math.nan), images)) == 0
 
 
 @pytest.mark.parametrize("model", ["ConvNetD1W4", "ConvNetD1W4BN", "MLP"])
@@ -79,11 +79,11 @@ def test_a_rate_that_is_too_large_is_told(model: str, best_epoch: bool, caplog: 
     net = network_by_name(model, (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=12, augment="none", best_epoch=best_epoch)
-    good = measure(net, lambda _: images, images, 0.01, protocol, networks=2, seed=0)
+    good = measure(net, lambda _: images, images, 0.01, protocol, num_networks=2, seed=0)
     assert good.diverged == 0
     assert "diverged" not in good.record()
     assert not caplog.records
-    bad = measure(net, lambda _: images, images, 1e9, protocol, networks=2, seed=0, name="mine")
+    bad = measure(net, lambda _: images, images, 1e9, protocol, num_networks=2, seed=0, name="mine")
     assert bad.values == (0.0, 0.0)
     assert bad.record()["diverged"] == 2
     assert str(bad) == f"0.00 % ± 0.00 (n = 2{', best epoch' if best_epoch else ''}, 2 diverged)"
@@ -95,7 +95,7 @@ def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch:
     monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", lambda *_: torch.tensor(True))
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
-    result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), networks=2, seed=0)
+    result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), num_networks=2, seed=0)
     assert result.values == (0.0, 0.0)
     assert result.diverged == 2
 
@@ -111,7 +111,7 @@ def test_a_training_is_judged_by_the_losses_of_all_its_epochs(monkeypatch: pytes
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=21, augment="none", best_epoch=True)
-    measure(net, lambda _: images, images, 0.01, protocol, networks=1, seed=0)
+    measure(net, lambda _: images, images, 0.01, protocol, num_networks=1, seed=0)
     assert [len(losses) for losses in seen] == [10, 20, 22]
     assert seen[2][:10].equal(seen[0])
 
@@ -127,7 +127,7 @@ def test_a_network_that_diverges_after_its_best_epoch_keeps_that_accuracy(monkey
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=20, augment="none", best_epoch=True)
-    result = measure(net, lambda _: images, images, 0.01, protocol, networks=1, seed=0)
+    result = measure(net, lambda _: images, images, 0.01, protocol, num_networks=1, seed=0)
     assert tests == [False, *[True] * (len(tests) - 1)]
     assert len(tests) > 1
     assert result.values[0] > 0
@@ -230,7 +230,7 @@ def write_expert_with_nan(folder: Path, monkeypatch: pytest.MonkeyPatch, index: 
     rows = torch.stack([store.read(index, e) for e in range(store.epochs(index) + 1)])
     rows[epoch, 5] = math.nan
     with monkeypatch.context() as patch:
-        patch.setattr("mtt_fast.storage.trajectories._unfit", lambda *_: None)
+        patch.setattr("mtt_fast.storage.trajectories._problem_with", lambda *_: None)
         write_expert(folder, index, rows, store.metadata(index))
 
 

@@ -29,7 +29,7 @@ from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, train_network
 from mtt_fast.training.protocols import evaluate as measure
-from mtt_fast.training.sgd import Sgd, count_right, epoch_on
+from mtt_fast.training.sgd import Sgd, count_correct, epoch_on
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -53,15 +53,15 @@ def test_running_statistics_are_those_of_a_plain_training_loop(momentum: float |
     theta, statistics = net.init(), list(statistics_of(net))
     velocity = torch.zeros_like(theta)
     orders, generator = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    optimiser = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     unseen = torch.randn(5, 2, 6, 6, dtype=torch.float64)
     for _ in range(3):
         theta, velocity, _, *statistics = epoch(theta, velocity, generator, *statistics)
         module.train()
         for index in torch.randperm(8, generator=orders).split(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.cross_entropy(module(images.pixels[index]), images.labels[index]).backward()
-            optimiser.step()
+            optimizer.step()
         plain = nn.utils.parameters_to_vector(module.parameters()).detach()
         assert_close("parameters", theta - net.init(), plain - net.init(), 1e-10)
         running = [buffer.double().reshape(-1) for buffer in module.buffers()]
@@ -108,17 +108,17 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     module = nn.Sequential(*layers).double()
     nn.utils.vector_to_parameters(start.double(), module.parameters())
     lr, accuracies = 0.05, []
-    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     schedule: torch.optim.lr_scheduler.LRScheduler = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 7, eta_min=lr * 0.01)
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7, eta_min=lr * 0.01)
         if name == "selmatch"
-        else torch.optim.lr_scheduler.MultiStepLR(optimiser, [7 // 2], gamma=0.1)
+        else torch.optim.lr_scheduler.MultiStepLR(optimizer, [7 // 2], gamma=0.1)
     )
     for epoch in range(7 if name == "ddranking" else 8):
         module.train()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(module(in_double.pixels), train.labels).backward()
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             predictions = module.eval()(test.pixels.double()).argmax(1)
         accuracies.append(float((predictions == test.labels).double().mean()))
@@ -126,11 +126,11 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
             schedule.step()
         elif epoch == 7 // 2 + 1:
             lr *= 0.1
-            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+            optimizer = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     plain = nn.utils.parameters_to_vector(module.parameters()).detach()
     assert_close("parameters", end - start, plain - start, 1e-10)
 
-    result = measure(net, lambda _: train, test, 0.05, protocol, networks=1, seed=0)
+    result = measure(net, lambda _: train, test, 0.05, protocol, num_networks=1, seed=0)
     tested = [accuracies[1], accuracies[3], accuracies[5], accuracies[6]] if name == "ddranking" else accuracies[-1:]
     assert result.values[0] == pytest.approx(max(tested), abs=0.5 / 60)
     assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
@@ -167,10 +167,10 @@ def test_protocols_say_what_they_do() -> None:
     assert PROTOCOLS["mtt"] == EvaluationProtocol()
     said = {name: protocol.describe() for name, protocol in PROTOCOLS.items()}
     assert "1001 epochs in batches of 256" in said["mtt"]
-    assert "a tenth of it after 502 epochs in a new optimiser" in said["mtt"]
+    assert "a tenth of it after 502 epochs in a new optimizer" in said["mtt"]
     assert "1001 epochs in batches of 128" in said["datm"]
     assert "1000 epochs in batches of 256" in said["ddranking"]
-    assert "a tenth of it after 500 epochs in the same optimiser" in said["ddranking"]
+    assert "a tenth of it after 500 epochs in the same optimizer" in said["ddranking"]
     assert (
         "the BEST of every 10th epoch (20th with soft labels) and the last is reported, chosen on the test images"
         in said["ddranking"]
@@ -365,7 +365,7 @@ def test_the_accuracy_of_an_expert_with_batch_norm_is_that_of_its_evaluation_mod
     after = net.track(theta, test.pixels, statistics) if isinstance(net, FlatModule) else statistics
     assert not torch.equal(after, statistics)
     for values in (statistics, after):
-        assert int(count_right(in_evaluation(net, values), theta, test)) == right(values)
+        assert int(count_correct(in_evaluation(net, values), theta, test)) == right(values)
 
 
 def test_the_model_comes_first_in_its_pool_by_whichever_name() -> None:

@@ -67,12 +67,12 @@ def test_an_epoch_is_one_in_plain_torch(canvas: Canvas | None) -> None:
     theta = net.init()
     epoch = epoch_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
     theta, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
-    optimiser, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
+    optimizer, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
     for index in torch.randperm(8, generator=torch.Generator().manual_seed(2)).split(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         of_batch = nn.functional.cross_entropy(module(pixels[index].expand(-1, 3, 2, 2)), images.labels[index])
         of_batch.backward()
-        optimiser.step()
+        optimizer.step()
         total += len(index) * float(of_batch.detach())
     assert float(loss) == pytest.approx(total / 8, rel=1e-12)
     torch.testing.assert_close(theta, nn.utils.parameters_to_vector(module.parameters()).detach())

@@ -1,4 +1,4 @@
-"""Test SAM, ASAM and GSAM against their definitions, written out for an ordinary module and optimiser in float64."""
+"""Test SAM, ASAM and GSAM against their definitions, written out for an ordinary module and optimizer in float64."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def cosine(a: list[Tensor], b: list[Tensor]) -> float:
 
 def reference_step(
     module: nn.Module,
-    optimiser: torch.optim.SGD,
+    optimizer: torch.optim.SGD,
     images: Tensor,
     labels: Tensor,
     rho: float,
     alpha: float,
     adaptive: bool,
 ) -> None:
-    """Do one step of the optimiser against GSAM's direction, parameter by parameter, as the papers define it."""
+    """Do one step of the optimizer against GSAM's direction, parameter by parameter, as the papers define it."""
     parameters = list(module.parameters())
 
     def gradients() -> list[Tensor]:
@@ -59,7 +59,7 @@ def reference_step(
         for value, old, g, worse in zip(parameters, before, here, there, strict=True):
             value.copy_(old)
             value.grad = worse - alpha * (g - shadow * worse)
-    optimiser.step()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
@@ -71,17 +71,17 @@ def test_steps_are_those_of_the_definition(
     student: GenericStudent, adaptive: bool, rho: float, alpha: float, momentum: float, decay: float
 ) -> None:
     module = reference_convnet(3, 5, 8, 3, 2).double()
-    optimiser = torch.optim.SGD(module.parameters(), 0.1, momentum=momentum, weight_decay=decay)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=momentum, weight_decay=decay)
     images = Images(torch.randn(7, 3, 8, 8, dtype=torch.float64), torch.randint(5, (7,)))
     start = flat(list(module.parameters()))
     theta, velocity = start, torch.zeros_like(start)
     sgd = Sgd(0.1, momentum, decay)
     rate = torch.tensor(sgd.lr, dtype=torch.float64)
-    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd, rate=rate)
-    plain = partial(training_step, student, sgd, rate=rate)
+    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd, lr=rate)
+    plain = partial(training_step, student, sgd, lr=rate)
     for number in range(3):
         before = F.cross_entropy(module(images.pixels[number:]), images.labels[number:])
-        reference_step(module, optimiser, images.pixels[number:], images.labels[number:], rho, alpha, adaptive)
+        reference_step(module, optimizer, images.pixels[number:], images.labels[number:], rho, alpha, adaptive)
         if number == 0:
             apart = plain(theta, velocity, *images.batch(slice(0, 7)))[0]
         theta, velocity, loss = step(theta, velocity, *images.batch(slice(number, 7)))
@@ -119,7 +119,7 @@ def test_a_gradient_of_nothing_stays_finite() -> None:
 
 
 def test_no_value_is_asked_for() -> None:
-    """Use tensors without data, which have no values to give, so that a CUDA graph can record the step."""
+    """Use tensors without data, which have no values to give, so that a CUDA graph can capture the step."""
     theta = torch.empty(NET.num_parameters, device="meta")
     images, labels = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
     step = SharpnessAware(GenericStudent(NET), 0.1, 0.3, adaptive=True).gradient(theta, images, labels)
