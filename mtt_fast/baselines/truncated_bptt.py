@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class TruncatedBptt:
         self._method, self._options, self._real, self._network = method, options, real, network
         start = _starting_images(options, real)
         self.images, self.labels, self._device = start.pixels, start.labels, start.labels.device
-        learned = [{"params": [self.images]}]
+        learned: list[dict[str, Any]] = [{"params": [self.images]}]
         if options.train_y:
             self.labels = F.one_hot(start.labels, real.data.num_classes).to(self.images)
             learned.append({"params": [self.labels], "lr": options.lr_img / options.label_lr_scale})

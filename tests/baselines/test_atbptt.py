@@ -83,16 +83,16 @@ def test_an_epoch_has_one_window_and_its_mean_accuracy_counts(
     options = AtBpttOptions(dataset="digits", batch_real=500, window=2, d=1, totwindow=7)  # 1,437 images are 3 batches
     used: list[Window] = []
     right: list[float] = []
-    update_images = TruncatedBptt.update_images
+    update_set = TruncatedBptt.update_set
 
     def recorded(self: TruncatedBptt, iteration: int, window: Window) -> RealLoss:
-        reached = update_images(self, iteration, window)
+        reached = update_set(self, iteration, window)
         used.append(window)
         inputs, labels = reached.images.batch(slice(None))
         right.append(float((NET(reached.theta, inputs).argmax(1) == labels).double().mean()))
         return reached
 
-    monkeypatch.setattr(TruncatedBptt, "update_images", recorded)
+    monkeypatch.setattr(TruncatedBptt, "update_set", recorded)
     learned = atbptt(options, real, NET)
     losses = [learned.step(iteration) for iteration in range(9)]
     assert len(set(losses)) == 9

@@ -150,7 +150,7 @@ def test_a_step_takes_random_classes() -> None:
 def test_more_classes_than_there_are_is_all_of_them(
     few: RealImages, monkeypatch: pytest.MonkeyPatch, asked: int | None, taken: int
 ) -> None:
-    sizes = []
+    sizes: list[int] = []
 
     def recorded(*args: Any) -> list[Tensor]:
         batches = random_batches(*args)
@@ -172,7 +172,7 @@ def test_noise_has_length_one(few: RealImages) -> None:
 def test_both_augmentations_have_an_effect(few: RealImages, strategy: str) -> None:
     options: dict[str, Any] = {"dataset": "digits", "syn_strategy": "none", "real_strategy": "none"}
     plain, augmented = (
-        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).update_images(0, Window(0, 1))
+        TruncatedBptt("method", TruncatedBpttOptions(**options | more), few, NET).update_set(0, Window(0, 1))
         for more in ({}, {strategy: "flip"})
     )
     assert float(plain.loss) != float(augmented.loss)
