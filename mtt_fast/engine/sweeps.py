@@ -88,13 +88,16 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast."""
+    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast.
+
+    Each step takes derivatives of its own, so `torch.inference_mode` around the backward pass is left, as torch's own permits it.
+    """
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         check_differentiated_once()
         check_one_gradient(gradients)
-        with without_autocast(ctx.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(ctx.device):
             return function(ctx, *gradients)
 
     return backward

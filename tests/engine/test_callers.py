@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -227,6 +228,18 @@ def test_without_gradients_there_is_the_path_alone() -> None:
 def test_inference_mode_is_refused(network: Network) -> None:
     with torch.inference_mode(), pytest.raises(InputError, match=r"use torch\.no_grad"):
         unroll(network, START, Distilled().images, LABELS, 0.2, BATCHES)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}, {"augment": SiameseAugment("color")}], ids=str)
+def test_a_backward_pass_in_inference_mode_is_that_outside(network: Network, options: dict[str, Any]) -> None:
+    gradients = []
+    for context in (contextlib.nullcontext, torch.inference_mode):
+        images, generator = Distilled().images, torch.Generator().manual_seed(4)
+        loss = unroll(network, START, images, LABELS, 0.2, BATCHES, generator=generator, **options)[-1].square().sum()
+        with context():
+            gradients.append(torch.autograd.grad(loss, images)[0])
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])

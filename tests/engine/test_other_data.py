@@ -165,6 +165,30 @@ def test_a_loss_gets_labels_in_their_own_dtype(name: str, options: dict[str, Any
     check(mlp(3), rows_of(4), labels, loss, **options)
 
 
+class Prototypes(nn.Module):
+    """Return learned vectors, the same for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vectors.expand(len(images), 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_the_gradient_of_a_step_may_be_a_constant(options: dict[str, Any]) -> None:
+    """Check a loss that is linear in the parameters and does not read the images, so that its gradient has no graph."""
+    net, lr = FlatModule(Prototypes().double()), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    start = net.init().requires_grad_()
+    path = unroll(net, start, rows_of(2), CLASSES, lr, BATCHES, loss=lambda logits, _: logits.mean(), **options)
+    to_start, to_lr = torch.autograd.grad(path[-1].square().sum(), (start, lr))
+    end = start.detach() - 3 * 0.2 / 3  # three steps of rate 0.2, each by a third
+    assert_close("end", path[-1], end, 1e-12)
+    assert_close("start", to_start, 2 * end, 1e-12)
+    assert_close("lr", to_lr, -2 * end.sum(), 1e-12)
+
+
 def test_complex_labels_are_constants_of_a_loss() -> None:
     net, labels = FlatModule(mlp(3).double()), torch.randn(5, 3, dtype=torch.complex128)
     with pytest.raises(InputError, match=r"`labels`: expected indices .* found torch.complex128"):
