@@ -98,18 +98,23 @@ def test_a_plan_is_made_for_inputs_of_any_shape() -> None:
         plan(net, images=(5,), steps=3)
 
 
-def test_inputs_may_be_tokens() -> None:
-    """Learn the labels of fixed tokens. The engine gives a network floating-point numbers, which hold the tokens exactly."""
+@pytest.mark.parametrize("padding", [None, 0])
+def test_inputs_may_be_tokens(padding: int | None) -> None:
+    """Learn the labels of fixed tokens. The engine gives a network floating-point numbers, which hold the tokens exactly.
+
+    The vector of a padding token is not trained.
+    """
 
     class Words(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+            self.words, self.head = nn.Embedding(11, 4, padding), nn.Linear(4, 3)
 
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.words(tokens.long()).mean(1))  # type: ignore[no-any-return]
 
     net, tokens = FlatModule(Words().double()), torch.randint(11, (5, 6))
+    tokens[:, 0] = 0
     labels = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     end = unroll(net, net.init(), tokens.double(), labels, 0.2, BATCHES, label_kind="logits")[-1]
     theta = net.init().requires_grad_()
@@ -118,6 +123,7 @@ def test_inputs_may_be_tokens() -> None:
         theta = theta - 0.2 * torch.autograd.grad(loss, theta, create_graph=True)[0]
     found, expected = (torch.autograd.grad(row.square().sum(), labels)[0] for row in (end, theta))
     assert_close("labels", found, expected, 1e-9)
+    assert torch.equal(end[:4], net.init()[:4]) == (padding == 0)
     with pytest.raises(InputError, match=r"floating-point images.*found torch.int64.*again in a module of tokens"):
         unroll(net, net.init(), tokens, labels, 0.2, BATCHES)
 
