@@ -100,13 +100,7 @@ def from_tensors(
     By default the classes are called "0", "1", …, and `mean` and `std` are computed from `train`.
     Raises `InputError` if dtypes, shapes or labels do not fit together.
     """
-    train_split, test_split = _split("train", train), _split("test", test)
-    shape = tuple(train_split.images.shape[1:])
-    if tuple(test_split.images.shape[1:]) != shape:
-        raise InputError(
-            f"test images: expected shape (n, {', '.join(map(str, shape))}) as in train, found {tuple(test_split.images.shape)}; resize "
-            "one of them"
-        )
+    train_split, test_split = checked_splits(train, test)
     if class_names is None:
         class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MOST_CLASSES))]
     check_names(class_names, name)
@@ -115,7 +109,7 @@ def from_tensors(
         computed = channel_statistics(train_split.images)
         mean, std = computed[0] if mean is None else mean, computed[1] if std is None else std
     mean, std = _numbers(f"{name}: mean", mean), _numbers(f"{name}: std", std)
-    check_normalisation(mean, std, shape[0], name)
+    check_normalisation(mean, std, train_split.images.shape[1], name)
     digest = fingerprint(train_split, test_split, class_names, mean, std)
     return ImageData(name, tuple(class_names), mean, std, train_split, test_split, digest, None)
 
@@ -125,6 +119,18 @@ def _numbers(where: str, values: Sequence[float]) -> tuple[float, ...]:
         return tuple(map(float, values))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{where}: expected a number of each channel, found {shown(values)}") from error
+
+
+def checked_splits(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> tuple[Split, Split]:
+    """Return the splits of two pairs of images and labels. Raises `InputError` if dtypes or shapes do not fit together."""
+    train_split, test_split = _split("train", train), _split("test", test)
+    shape = tuple(train_split.images.shape[1:])
+    if tuple(test_split.images.shape[1:]) != shape:
+        raise InputError(
+            f"test images: expected shape (n, {', '.join(map(str, shape))}) as in train, found {tuple(test_split.images.shape)}; resize "
+            "one of them"
+        )
+    return train_split, test_split
 
 
 def _split(part: str, pair: tuple[Tensor, Tensor]) -> Split:

@@ -22,7 +22,7 @@ from mtt_fast.data import from_tensors
 from mtt_fast.data.image_data import channel_statistics
 from mtt_fast.data.packing import Contents, Part, Source, key_of, packed
 from mtt_fast.errors import InputError
-from mtt_fast.storage.tensor_files import read_header
+from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
 
 
 def images(n: int, shape: tuple[int, int, int] = (3, 4, 5), seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -125,8 +125,6 @@ def empty(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    from mtt_fast.storage.tensor_files import save_tensors
-
     save_tensors(path, {"x": torch.zeros(3)})
 
 
@@ -143,6 +141,48 @@ def test_damaged_file_is_packed_again_with_a_warning(
     assert "packing its source again" in caplog.text
     assert np.array_equal(again.train.images.numpy(), images(7))
     assert leftovers(tmp_path) == ["pets.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields"),
+    [
+        ({"train.images": torch.from_numpy(images(7)).float()}, {}),
+        ({"train.images": torch.from_numpy(images(7))[:, :, :2]}, {}),
+        ({"train.labels": torch.from_numpy(labels(6))}, {}),
+        ({"test.labels": torch.tensor([0, 1, 2])}, {}),
+        ({"train.labels": torch.from_numpy(labels(7)) - 1}, {}),
+        ({"train.labels": torch.from_numpy(labels(7)).double()}, {}),
+        ({}, {"class_names": '["cat", "cat"]'}),
+        ({}, {"mean": "[0.5, 0.5]"}),
+        ({}, {"std": "[0.5, 0.5, NaN]"}),
+        ({}, {"std": "0.5"}),
+    ],
+    ids=[
+        "floating",
+        "other images",
+        "fewer labels",
+        "a class more",
+        "negative",
+        "floating labels",
+        "names",
+        "mean",
+        "NaN",
+        "a number",
+    ],
+)
+def test_a_file_of_other_content_is_packed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tensors: dict[str, Tensor], fields: dict[str, str]
+) -> None:
+    """Check what the checksums cannot find: parts that do not fit each other, or the arithmetic."""
+    first = packed(source(), tmp_path, progress=False)
+    assert first.path
+    content, metadata = load_tensors(first.path)
+    save_tensors(first.path, content | tensors, metadata | fields)
+    with caplog.at_level(logging.WARNING):
+        again = packed(source(), tmp_path, progress=False)
+    assert "packing its source again" in caplog.text
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.train.images.numpy(), images(7))
 
 
 def test_reader_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
