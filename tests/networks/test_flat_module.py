@@ -282,7 +282,7 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
     module = nn.Linear(2, 2)
     module.lock = threading.Lock()
     with pytest.raises(
-        InputError, match="FlatModule: expected a module that copy.deepcopy copies, found Linear: .*lock"
+        InputError, match=r"FlatModule: expected a module that copy\.deepcopy copies, found Linear: .*lock"
     ):
         FlatModule(module)
 
