@@ -148,6 +148,10 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
         file = Path(path if labelled else argument)
         if not labelled:
             label = file.parent.name if file.is_file() else file.name
+        if not label.strip():
+            raise InputError(
+                f"{argument}: expected a label before =, found none; give LABEL=FOLDER, or the folder alone"
+            )
         if label in sets:
             raise InputError(f"{argument}: there is another run with the label {label}; give labels as LABEL=FOLDER")
         sets[label] = SyntheticDataset.load(file / SYNTHETIC if file.is_dir() else file)
