@@ -23,7 +23,7 @@ from mtt_fast.commands.plots import read_snapshot, save_stacked
 from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import HISTORY
+from mtt_fast.storage.run_files import HISTORY
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
-from mtt_fast.storage.run_folder import SUMMARY, read_config
+from mtt_fast.storage.run_files import SUMMARY
+from mtt_fast.storage.run_folder import read_config
 
 _SAMPLES = 16  # images in a timed step
 _CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # least and most calls of a timed step; total seconds that are enough

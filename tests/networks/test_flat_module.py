@@ -279,12 +279,15 @@ def test_a_pruned_module_of_which_the_pruning_is_removed_is_taken() -> None:
 
 
 def test_a_module_that_cannot_be_copied_is_refused() -> None:
-    module = nn.Linear(2, 2)
-    module.lock = threading.Lock()
+    class Locked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.lock = threading.Lock()
+
     with pytest.raises(
-        InputError, match=r"FlatModule: expected a module that copy\.deepcopy copies, found Linear: .*lock"
+        InputError, match=r"FlatModule: expected a module that copy\.deepcopy copies, found Locked: .*lock"
     ):
-        FlatModule(module)
+        FlatModule(Locked())
 
 
 class Checkpointed(nn.Module):
