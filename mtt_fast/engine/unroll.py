@@ -89,6 +89,8 @@ def unroll(
 
     Rows are views of the path. Use `path[n].clone()` for a row that outlives the iteration, is saved by `torch.save`, or is
     modified in place (as when a module that got it from `vector_to_parameters` is trained). safetensors needs `path.contiguous()`.
+    The backward pass refuses a path, images, labels and rates that were written into since the call; writes through `.data` and by
+    such a module are noticed on a CPU only.
 
     Args:
         net: the student's network, `net(theta, images) -> logits`.
