@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import xxhash
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.runtime.tensor_bytes import bytes_of
 
 
 def checksums_of(**tensors: Tensor) -> dict[str, int]:
@@ -28,6 +28,5 @@ def _checksum(tensor: Tensor) -> int:
     digest = xxhash.xxh3_64()
     # row by row, since a path is not contiguous, and may take most of the memory
     for part in [tensor] if tensor.is_contiguous() else tensor.unbind():
-        plain = part.detach().resolve_conj().resolve_neg().contiguous()
-        digest.update(plain.view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(part.detach().resolve_conj().resolve_neg().contiguous()))
     return digest.intdigest()

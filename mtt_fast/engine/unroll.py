@@ -229,11 +229,12 @@ def checked_steps(
     """
     arguments.check_context()
     arguments.check_types(**{theta_name: theta}, images=images, labels=labels)
-    indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
+    indices = arguments.checked_batches(batches, images)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
-    arguments.check_tensors(theta, images, labels, rates, len(indices), net, has_loss=has_loss, theta_name=theta_name)
+    arguments.check_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
+    rates = arguments.rates_of(lr, theta, len(indices))
     if not (has_loss or labels.is_floating_point()):
         labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known
     return CheckedSteps(student, theta, images, labels, rates, indices)
