@@ -21,7 +21,7 @@ from mtt_fast.distill import command as distil
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.kernels import Precision
 from mtt_fast.storage.metrics import read_records
-from mtt_fast.storage.run_folder import METRICS, SUMMARY
+from mtt_fast.storage.run_files import METRICS, SUMMARY
 
 _OWN = ("repetitions", "precisions", "out", "name", "buffer_path")
 

@@ -39,7 +39,7 @@ from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import choose_device
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import CONFIG, SUMMARY
+from mtt_fast.storage.run_files import CONFIG, SUMMARY
 
 log = logging.getLogger("mtt_fast")
 

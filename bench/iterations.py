@@ -18,7 +18,8 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.storage.run_folder import SYNTHETIC, read_config
+from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.storage.run_folder import read_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 
 _NETWORK = ("in_channels", "num_classes", "image_size", "width", "depth")

@@ -38,7 +38,7 @@ from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, peak_memory_bytes
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import SUMMARY
+from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.training.images import real_images
 from mtt_fast.training.protocols import Accuracy
 

@@ -32,7 +32,6 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
-from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import write_record
 from mtt_fast.training.protocols import Accuracy, evaluate
@@ -97,6 +96,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
             log.info("%s on %s: %s", options.source, name, accuracies[name])
     if options.out:
         first, *_ = networks
+        is_random = options.source == RANDOM  # then each network has as many images of its own
         write_record(
             options.out,
             {
@@ -105,7 +105,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "model": first,
                 "accuracy_by_network": {name: accuracy.record() for name, accuracy in accuracies.items()},
                 "lr": lr,
-                "images": len(train(generator_for(options.seed, "evaluation", 0))),
+                "images": options.ipc * data.num_classes if is_random else len(train(torch.Generator())),
                 "protocol": protocol.record(),
                 "dataset": data.name,
                 "zca": options.zca,

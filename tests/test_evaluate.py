@@ -12,13 +12,13 @@ from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.commands import cli
+from mtt_fast.commands import cli, evaluated_set
 from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.images import Images, real_images
+from mtt_fast.training.images import Images, RealImages, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, train_network
 from mtt_fast.training.subsets import random_subset
 
@@ -104,7 +104,9 @@ def test_networks_are_trained_as_the_command_says(monkeypatch: pytest.MonkeyPatc
     asked = []
 
     def measured(network: Any, train: Any, test: Any, lr: float, protocol: Any, **others: Any) -> Accuracy:
-        asked.append((lr, protocol.epochs, *(others[name] for name in ("num_networks", "seed", "precision", "at_once"))))
+        asked.append(
+            (lr, protocol.epochs, *(others[name] for name in ("num_networks", "seed", "precision", "at_once")))
+        )
         return Accuracy((0.5,))
 
     monkeypatch.setattr("mtt_fast.evaluate.evaluate", measured)
@@ -145,8 +147,18 @@ def test_each_network_is_trained_on_random_images_of_its_own() -> None:
     assert not torch.equal(first, other)
 
 
-def test_random_real_images_are_evaluated() -> None:
+def test_random_real_images_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(real: RealImages, ipc: int, generator: torch.Generator) -> Images:
+        drawn.append(ipc)
+        return random_subset(real, ipc, generator)
+
+    monkeypatch.setattr(evaluated_set, "random_subset", counted)
     result = result_of("random", "--dataset", "digits", "--ipc", "2", *TOY)
+    assert len(drawn) == 1 + result["accuracy"]["n"], (
+        "a set to plan for, one for each network, and none to count images"
+    )
     assert result["lr"] == 0.01
     assert result["images"] == 20
     assert 0 < result["accuracy"]["mean"] < 1

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mtt_fast.commands import cli
 from mtt_fast.commands.tables import percent
 from mtt_fast.distill.command import main as distill
+from mtt_fast.errors import InputError
 from mtt_fast.report.__main__ import main
 from mtt_fast.report.charts import charts, draw_accuracy, thinned
 from mtt_fast.report.page import mebibytes, number, pictures, seconds
@@ -145,7 +147,7 @@ def test_runs_of_one_name_keep_their_own_pictures(
     (other / "history").mkdir(parents=True)
     (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     (other / "config.toml").write_bytes((run / "config.toml").read_bytes())
-    (other / "history" / "iteration_000000.png").write_bytes(b"another picture")
+    Image.new("RGB", (3, 3)).save(other / "history" / "iteration_000000.png")
     page = tmp_path / "both.html"
     assert cli.run(main, [str(run), str(other), "--out", str(page)]) == 0
     assert "each method" not in page.read_text(encoding="utf-8")  # there is one
@@ -154,7 +156,7 @@ def test_runs_of_one_name_keep_their_own_pictures(
     assert [sum(str(alt).startswith(name) for alt in pictures) for name in names] == [5, 1]
     shown = pictures[f"{names[1]}, iteration 0"]
     assert shown is not None
-    assert base64.b64decode(shown.split(",")[1]) == b"another picture"
+    assert base64.b64decode(shown.split(",")[1]) == (other / "history" / "iteration_000000.png").read_bytes()
     assert cli.run(main, [str(run), str(run / ".." / "toy"), "--out", str(page)]) == 2
     assert "toy: expected each run once, found it twice" in capsys.readouterr().err
 
@@ -280,10 +282,21 @@ def test_thinned_keeps_the_level() -> None:
 
 def test_a_picture_stands_over_its_own_iteration(tmp_path: Path) -> None:
     snapshots = {iteration: tmp_path / str(iteration) for iteration in (1000, 0, 250)}
-    for path in snapshots.values():
-        path.write_text(path.name)
-    shown = [(picture.caption, base64.b64decode(picture.data).decode()) for picture in pictures(snapshots)]
-    assert shown == [("iteration 0", "0"), ("iteration 250", "250"), ("iteration 1,000", "1000")]
+    for side, path in enumerate(snapshots.values(), start=1):
+        Image.new("RGB", (side, 1)).save(path, format="PNG")
+    shown = [(picture.caption, base64.b64decode(picture.data)) for picture in pictures(snapshots)]
+    captions = {"iteration 0": 0, "iteration 250": 250, "iteration 1,000": 1000}
+    assert shown == [(caption, snapshots[iteration].read_bytes()) for caption, iteration in captions.items()]
+
+
+@pytest.mark.parametrize("damage", [b"no picture", None, "GIF"], ids=["text", "truncated", "another kind"])
+def test_a_damaged_snapshot_is_not_shown(tmp_path: Path, damage: bytes | str | None) -> None:
+    path = tmp_path / "iteration_000000.png"
+    Image.effect_noise((64, 64), 50).save(path, format=damage if isinstance(damage, str) else "PNG")
+    if not isinstance(damage, str):
+        path.write_bytes(damage or path.read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"iteration_000000\.png: expected a picture \(PNG\), .*; delete it"):
+        pictures({0: path})
 
 
 def test_numbers_are_rounded_for_the_page() -> None:

@@ -51,7 +51,8 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
-from mtt_fast.storage.run_folder import SYNTHETIC, only_user
+from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.storage.run_folder import only_user
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.experts import ExpertTraining, expert_steps
 from mtt_fast.training.images import RealImages, as_training_images, real_images
@@ -148,6 +149,10 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
         file = Path(path if labelled else argument)
         if not labelled:
             label = file.parent.name if file.is_file() else file.name
+        if not label.strip():
+            raise InputError(
+                f"{argument}: expected a label before =, found none; give LABEL=FOLDER, or the folder alone"
+            )
         if label in sets:
             raise InputError(f"{argument}: there is another run with the label {label}; give labels as LABEL=FOLDER")
         sets[label] = SyntheticDataset.load(file / SYNTHETIC if file.is_dir() else file)

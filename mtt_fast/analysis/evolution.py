@@ -5,7 +5,6 @@ Reads the snapshots that each evaluation wrote to RUN/history (the first image o
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import re
@@ -20,19 +19,17 @@ from PIL import Image, ImageDraw, ImageFont
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo
-from mtt_fast.commands.plots import save_stacked
+from mtt_fast.commands.plots import read_snapshot, save_stacked
 from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.regular import read_bytes
-from mtt_fast.storage.run_folder import HISTORY
+from mtt_fast.storage.run_files import HISTORY
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m mtt_fast.analysis evolution"
 CAPTION = 24
 """Pixels above each picture for the number of its iteration."""
-_LARGEST = 64 << 20  # bytes of a snapshot
 _MIN_WIDTH = 480  # pixels on the screen
 _LAST_FRAME_FACTOR = 5  # times as long as the others
 _BACKGROUND, _TEXT_COLOUR = (255, 255, 255), (40, 40, 40)
@@ -81,12 +78,7 @@ def read_history(run: Path) -> dict[int, Image.Image]:
         )
     snapshots: dict[int, Image.Image] = {}
     for iteration in sorted(files):
-        content = io.BytesIO(read_bytes(files[iteration], _LARGEST))
-        try:
-            with Image.open(content) as image:
-                snapshots[iteration] = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{files[iteration]}: not a picture; delete it") from error
+        _, snapshots[iteration] = read_snapshot(files[iteration])
         first = next(iter(snapshots.values()))
         if snapshots[iteration].size != first.size:
             raise InputError(

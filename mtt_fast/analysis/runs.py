@@ -9,7 +9,7 @@ from typing import Any
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage import run_folder
-from mtt_fast.storage.run_folder import SUMMARY
+from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.text_files import MALFORMED
 
 

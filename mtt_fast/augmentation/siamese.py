@@ -266,7 +266,8 @@ def augment_with(images: Tensor, parameters: Tensor) -> Tensor:
 
     Differentiable in the images, forward and backward, any number of times, and under `torch.func`. For parameters in
     float32 (float64 for float64 images) on the images' device there is no copy and no synchronisation, so a CUDA graph can capture it.
-    Raises `InputError` for parameters that require grad, and `ValueError` as `mtt_fast.kernels.colour_warp_mask` does.
+    Raises `InputError` for parameters that require grad and for derivatives with is_grads_batched=True, and `ValueError` as
+    `mtt_fast.kernels.colour_warp_mask` does.
     """
     if parameters.requires_grad:
         raise InputError("augment_with parameters: not differentiable, found parameters that require grad; detach them")
@@ -280,7 +281,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(images: Tensor, parameters: Tensor) -> Tensor:
-        y: Tensor = kernels.colour_warp_mask(images.detach().contiguous(), parameters)
+        y: Tensor = kernels.colour_warp_mask(_plain(images), parameters)
         return y
 
     @staticmethod
@@ -305,7 +306,7 @@ class _Transpose(torch.autograd.Function):
 
     @staticmethod
     def forward(y_bar: Tensor, parameters: Tensor) -> Tensor:
-        x_bar: Tensor = kernels.colour_warp_mask_transpose(y_bar.detach().contiguous(), parameters)
+        x_bar: Tensor = kernels.colour_warp_mask_transpose(_plain(y_bar), parameters)
         return x_bar
 
     @staticmethod
@@ -323,6 +324,16 @@ class _Transpose(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *arguments: Tensor) -> tuple[Tensor, int]:
         return _over_samples(_Transpose, info.batch_size, dims, arguments)
+
+
+def _plain(images: Tensor) -> Tensor:
+    """Return `images` as the kernels take them. Raises `InputError` for several batches in one tensor of torch.autograd's own vmap."""
+    if torch._C._functorch.is_legacy_batchedtensor(images):
+        raise InputError(
+            "SiameseAugment: expected a derivative along one vector, found several at once, as of is_grads_batched=True or "
+            "vectorize=True; take one after the other, or torch.func.vmap"
+        )
+    return images.detach().contiguous()
 
 
 def _save_parameters(ctx: Any, parameters: Tensor) -> None:

@@ -16,7 +16,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.errors import InputError
 from mtt_fast.storage.checkpoint import FORMER_NUMBERS, check_same_images
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
+from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS
 from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 

@@ -9,7 +9,7 @@ from mtt_fast.baselines.results import as_set, log_accuracies, summarise
 from mtt_fast.commands.accuracies import accuracy_fields
 from mtt_fast.commands.run_loop import Run, draw_set, evaluate_set
 from mtt_fast.runtime.interrupts import Stopped, stop_request
-from mtt_fast.storage.run_folder import SYNTHETIC
+from mtt_fast.storage.run_files import SYNTHETIC
 from mtt_fast.training.images import Images
 
 

@@ -37,7 +37,8 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import CONFIG, only_user, write_config
+from mtt_fast.storage.run_files import CONFIG
+from mtt_fast.storage.run_folder import only_user, write_config
 from mtt_fast.training.subsets import check_enough
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from mtt_fast.interop import SET_KINDS, set_kind_of
 from mtt_fast.interop.pairs import read_pair, whitening_warnings
 from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
-from mtt_fast.storage.run_folder import SYNTHETIC
+from mtt_fast.storage.run_files import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
 from mtt_fast.training.subsets import check_enough, random_subset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from mtt_fast.commands.tables import save_figure
 from mtt_fast.data.images import as_image
+from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
+from mtt_fast.storage.regular import read_bytes
 
 _MAX_COLUMNS = 10
 _MAX_CLASSES = 100  # in a snapshot
+_MAX_SNAPSHOT_BYTES = 64 << 20
 _SMALLEST_TILE = 96  # pixels on the screen
 _GAP, _CAPTION, _HEADER = 6, 20, 34
 _BACKGROUND, _TEXT_COLOUR = (255, 255, 255), (40, 40, 40)
@@ -134,3 +138,15 @@ def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor
         canvas.paste(as_image(pictures[index]).convert("RGB"), (column * width, row * height))
     with atomic_path(path) as temporary:
         canvas.save(temporary, format="PNG")
+
+
+def read_snapshot(path: str | os.PathLike[str]) -> tuple[bytes, Image.Image]:
+    """Return the bytes of a snapshot, and its picture. Raises `InputError` for a file that is no whole PNG."""
+    content = read_bytes(path, _MAX_SNAPSHOT_BYTES)
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            return content, image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{os.fspath(path)}: expected a picture (PNG), found a damaged or another file; delete it"
+        ) from error

@@ -28,7 +28,7 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import write_record
-from mtt_fast.storage.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
+from mtt_fast.storage.run_files import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images
 from mtt_fast.training.protocols import Accuracy, evaluate
 

@@ -14,7 +14,7 @@ import torch
 from mtt_fast.data import ImageData, transform_for
 from mtt_fast.errors import InputError
 from mtt_fast.storage.records import check_form, read_record, write_record
-from mtt_fast.storage.run_folder import SECONDS
+from mtt_fast.storage.run_files import SECONDS
 from mtt_fast.training.images import RealImages, real_images
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import check_effects
-from mtt_fast.convert.experts import EXPERT_KINDS, expert_kind_of, export_to, import_from, options_in_path
+from mtt_fast.convert.experts import EXPERT_KINDS, expert_kinds_of, export_to, import_from, options_in_path
 from mtt_fast.convert.options import ConvertOptions, parse_options
 from mtt_fast.convert.sets import convert_set
 from mtt_fast.errors import InputError, did_you_mean
@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = parse_options(argv)
     source, kinds = Path(options.source), EXPERT_KINDS | SET_KINDS
-    kind = options.from_ or expert_kind_of(source) or set_kind_of(source)
+    of_experts = [] if options.from_ else expert_kinds_of(source)
+    kind = options.from_ or next(iter(of_experts), None) or set_kind_of(source)
     if kind is None:
         content = "other files" if os.path.lexists(source) else "nothing there"
         raise InputError(
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
         if name is not None and name not in kinds:
             raise InputError(f"{option} {name}: expected one of {', '.join(kinds)}{did_you_mean(name, list(kinds))}")
     log.info("%s: %s", source, kinds[kind])
+    for other in of_experts[1:]:
+        log.warning("%s: other experts (%s) are not read; --from %s reads them", source, kinds[other], other)
     given = parsing.given(ConvertOptions, argv)
     if kind in EXPERT_KINDS:
         if kind != "experts":

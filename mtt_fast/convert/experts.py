@@ -57,16 +57,13 @@ _SERIES = {
 }
 
 
-def expert_kind_of(source: Path) -> str | None:
-    """Return the kind of the experts in `source`, a file or a folder, by the files' names; None if it has no such names.
+def expert_kinds_of(source: Path) -> list[str]:
+    """Return the kinds of the experts in `source`, a file or a folder, by the files' names, in the order of preference.
 
     Raises `InputError` for a folder that cannot be listed.
     """
     names = names_in(source) if os.path.isdir(source) else [source.name]
-    for kind, pattern in _SERIES.items():
-        if any(re.fullmatch(pattern, name) for name in names):
-            return kind
-    return None
+    return [kind for kind, pattern in _SERIES.items() if any(re.fullmatch(pattern, name) for name in names)]
 
 
 def options_in_path(source: Path) -> dict[str, Any]:

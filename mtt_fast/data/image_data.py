@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast.data.set_checks import MAX_CLASSES, check_names, check_normalisation
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import plain_tensor
+from mtt_fast.storage.foreign import plain_tensor, shown
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 _BLOCK = 4096  # images processed at once, so that a memory-mapped data set is never copied whole
@@ -100,13 +100,7 @@ def from_tensors(
     By default the classes are called "0", "1", …, and `mean` and `std` are computed from `train`.
     Raises `InputError` if dtypes, shapes or labels do not fit together.
     """
-    train_split, test_split = _split("train", *train), _split("test", *test)
-    shape = tuple(train_split.images.shape[1:])
-    if tuple(test_split.images.shape[1:]) != shape:
-        raise InputError(
-            f"test images: expected shape (n, {', '.join(map(str, shape))}) as in train, found {tuple(test_split.images.shape)}; resize "
-            "one of them"
-        )
+    train_split, test_split = checked_splits(train, test)
     if class_names is None:
         class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MAX_CLASSES))]
     check_names(class_names, name)
@@ -114,13 +108,35 @@ def from_tensors(
     if mean is None or std is None:
         computed = channel_statistics(train_split.images)
         mean, std = computed[0] if mean is None else mean, computed[1] if std is None else std
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    check_normalisation(mean, std, shape[0], name)
+    mean, std = _numbers(f"{name}: mean", mean), _numbers(f"{name}: std", std)
+    check_normalisation(mean, std, train_split.images.shape[1], name)
     digest = fingerprint(train_split, test_split, class_names, mean, std)
     return ImageData(name, tuple(class_names), mean, std, train_split, test_split, digest, None)
 
 
-def _split(part: str, images: Tensor, labels: Tensor) -> Split:
+def _numbers(where: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where}: expected a number of each channel, found {shown(values)}") from error
+
+
+def checked_splits(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> tuple[Split, Split]:
+    """Return the splits of two pairs of images and labels. Raises `InputError` if dtypes or shapes do not fit together."""
+    train_split, test_split = _split("train", train), _split("test", test)
+    shape = tuple(train_split.images.shape[1:])
+    if tuple(test_split.images.shape[1:]) != shape:
+        raise InputError(
+            f"test images: expected shape (n, {', '.join(map(str, shape))}) as in train, found {tuple(test_split.images.shape)}; resize "
+            "one of them"
+        )
+    return train_split, test_split
+
+
+def _split(part: str, pair: tuple[Tensor, Tensor]) -> Split:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise InputError(f"{part}: expected images and labels, (images, labels), found {shown(pair)}")
+    images, labels = pair
     images, labels = plain_tensor(images, f"{part} images"), plain_tensor(labels, f"{part} labels")
     if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
         raise InputError(
@@ -137,6 +153,11 @@ def _split(part: str, images: Tensor, labels: Tensor) -> Split:
             f"{part} labels: expected {len(images)} integers, one an image, found {labels.dtype} "
             f"{tuple(labels.shape)}; "
             "give class indices"
+        )
+    if int(labels.min()) < 0:
+        raise InputError(
+            f"{part} labels: expected class indices of at least 0, found {int(labels.min())}; leave out images without a class, or "
+            "count the classes from 0"
         )
     return Split(images, labels.long())
 

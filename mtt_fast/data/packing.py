@@ -21,7 +21,16 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from mtt_fast.data.image_data import DatasetInfo, ImageData, Split, channel_statistics, check_labels, fingerprint
+from mtt_fast.data.image_data import (
+    DatasetInfo,
+    ImageData,
+    Split,
+    channel_statistics,
+    check_labels,
+    checked_splits,
+    fingerprint,
+)
+from mtt_fast.data.set_checks import check_names, check_normalisation
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
@@ -120,16 +129,14 @@ def _open(path: Path, key: str) -> ImageData | None:
         if metadata["key"] != key:
             log.warning("%s: its source files or settings have changed; packing them again", path)
             return None
-        return ImageData(
-            name=metadata["name"],
-            class_names=tuple(parse_json(metadata["class_names"])),
-            mean=tuple(parse_json(metadata["mean"])),
-            std=tuple(parse_json(metadata["std"])),
-            train=Split(tensors["train.images"], tensors["train.labels"]),
-            test=Split(tensors["test.images"], tensors["test.labels"]),
-            fingerprint=metadata["fingerprint"],
-            path=path,
+        train, test = checked_splits(
+            (tensors["train.images"], tensors["train.labels"]), (tensors["test.images"], tensors["test.labels"])
         )
+        class_names, mean, std = (tuple(parse_json(metadata[name])) for name in ("class_names", "mean", "std"))
+        check_names(class_names, path)
+        check_labels(str(path), train.labels, test.labels, class_names)
+        check_normalisation(mean, std, train.images.shape[1], path)
+        return ImageData(metadata["name"], class_names, mean, std, train, test, metadata["fingerprint"], path)
     except InputError as error:
         log.warning("%s; packing its source again", error)
     except MALFORMED as error:

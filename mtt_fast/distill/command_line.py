@@ -13,7 +13,7 @@ from mtt_fast.commands.earlier_run import check_same_method, earlier_options
 from mtt_fast.distill.options import DEFAULT_RECIPE, PROGRAM, DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_options
-from mtt_fast.storage.run_folder import CONFIG
+from mtt_fast.storage.run_files import CONFIG
 from mtt_fast.storage.text_files import read_toml
 
 

@@ -25,7 +25,8 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
-from mtt_fast.storage.run_folder import SUMMARY, read_config
+from mtt_fast.storage.run_files import SUMMARY
+from mtt_fast.storage.run_folder import read_config
 
 _SAMPLES = 16  # images in a timed step
 _MIN_CALLS, _MAX_CALLS, _ENOUGH_SECONDS = (

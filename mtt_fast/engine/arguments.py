@@ -106,12 +106,15 @@ def check_augment(augment: Augment | None) -> None:
 
 
 def check_target(target: Tensor, start: Tensor) -> None:
-    """Raise `InputError` unless `target` has the shape and the device of `start`."""
-    if not isinstance(target, Tensor) or (target.shape, target.device) != (start.shape, start.device):
-        found = f"{tuple(target.shape)} on {target.device}" if isinstance(target, Tensor) else type(target).__name__
+    """Raise `InputError` unless `target` is a floating-point tensor of the shape and on the device of `start`."""
+    check_types(target=target)
+    if (target.shape, target.device) != (start.shape, start.device):
         raise InputError(
-            f"`target`: expected the shape and the device of start, {tuple(start.shape)} on {start.device}, found {found}"
+            f"`target`: expected the shape and the device of start, {tuple(start.shape)} on {start.device}, found "
+            f"{tuple(target.shape)} on {target.device}"
         )
+    if not target.is_floating_point():
+        raise InputError(f"`target`: expected floating-point numbers, found {target.dtype}; use .float()")
 
 
 def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> None:
@@ -145,8 +148,7 @@ def check_velocity(velocity: Tensor | None, theta: Tensor, adam: Adam | None) ->
         )
     if velocity is None:
         return
-    if not isinstance(velocity, Tensor):
-        raise InputError(f"`velocity`: expected a tensor, found {type(velocity).__name__}")
+    check_types(velocity=velocity)
     shape = theta.shape if adam is None else (adam.moments, *theta.shape)
     if velocity.shape != shape:
         raise InputError(
@@ -185,6 +187,7 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
     if not rows:
         raise InputError("`batches`: expected at least one step, found none")
     for n, row in enumerate(rows):
+        check_types(batches=row)
         is_integer = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
         if row.dim() != 1 or len(row) == 0 or not is_integer:
             raise InputError(
@@ -217,8 +220,6 @@ def check_tensors(
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
-    lr: Tensor,
-    steps: int,
     net: Network,
     *,
     has_loss: bool,
@@ -254,11 +255,6 @@ def check_tensors(
         raise InputError(
             f"`labels`: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
             f"{tuple(labels.shape)}; give a `loss` that takes these"
-        )
-    if lr.shape not in ((), (1,), (steps,), (steps, net.num_parameters)):
-        raise InputError(
-            f"`lr`: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
-            f"({steps}, {net.num_parameters}), found shape {tuple(lr.shape)}"
         )
     devices = {tensor.device for tensor in (theta, images, labels)}  # `lr` is moved to the device of theta
     if len(devices) > 1:
@@ -300,14 +296,30 @@ def _copy_of(draws: Any) -> Any:
     )
 
 
-def checked_lr(lr: Any, theta: Tensor) -> Tensor:
-    """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are negative or not finite.
+def checked_lr(lr: Any, theta: Tensor, steps: int) -> Tensor:
+    """Return `lr` as a tensor (), (1,), (steps,) or (steps, P) on the device of `theta` (P,).
 
-    The values of a tensor are not checked: a learned one may become any number, and the check would wait for a GPU.
+    Raises `InputError` for another shape, and for numbers that are negative or not finite. The values of a tensor are not checked: a
+    learned one may become any number, and the check would wait for a GPU.
     """
+    lrs = _tensor_of(lr, theta)
+    if lrs.shape not in ((), (1,), (steps,), (steps, len(theta))):
+        raise InputError(
+            f"`lr`: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
+            f"({steps}, {len(theta)}), found shape {tuple(lrs.shape)}"
+        )
+    return lrs
+
+
+def _tensor_of(lr: Any, theta: Tensor) -> Tensor:
     if isinstance(lr, Tensor):
+        check_types(lr=lr)
         if lr.is_complex():
             raise InputError(f"`lr`: expected real numbers, found {lr.dtype}")
+        if lr.is_meta and not theta.is_meta:
+            raise InputError(
+                f"`lr`: expected numbers, found a tensor on the device meta, which has none; use {theta.device}"
+            )
         return lr.to(theta.device, None if lr.is_floating_point() else theta.dtype)
     if isinstance(lr, Sequence) and any(isinstance(rate, Tensor) for rate in lr):
         raise InputError("`lr`: expected numbers or one tensor, found a list of tensors; use torch.stack")

@@ -13,6 +13,7 @@ from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.engine.live_bytes import live_bytes
 from mtt_fast.engine.step_checks import check_labels
 from mtt_fast.engine.student import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient, as_sums
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention
@@ -59,7 +60,7 @@ class GenericStudent:
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             loss = self.loss(self.network(leaf, gathered(images)), labels)
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            gradient = _gradient(loss, leaf)
         return StepGradient(loss.detach(), as_sums(gradient), None)
 
     def gradient_jvp(
@@ -68,9 +69,11 @@ class GenericStudent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._step_graph(theta, images, labels)
         v_dot_g = torch.dot(step.gradient.detach(), v)
-        hessian_v, images_bar_dot, *labels_bar_dot = torch.autograd.grad(
-            step.gradient, step.leaves, v, materialize_grads=True
-        )
+        if step.gradient.requires_grad:
+            derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
+        else:  # a constant, as of a loss that is linear in the parameters and does not read the images
+            derivatives = tuple(map(torch.zeros_like, step.leaves))
+        hessian_v, images_bar_dot, *labels_bar_dot = derivatives
         to_labels = labels_bar_dot[0] if labels_bar_dot else None
         return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, to_labels, step.loss.detach())
 
@@ -80,7 +83,7 @@ class GenericStudent:
         with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
             loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
-            (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+            gradient = _gradient(loss, leaves[0], create_graph=True)
         return _StepGraph(leaves, loss, gradient)
 
     @property
@@ -115,6 +118,23 @@ class GenericStudent:
         """
         student = GenericStudent(self.network, lambda logits, _: logits.square().mean())
         return live_bytes(self.network, student, batch, image_shape, dtype)
+
+
+def _gradient(loss: Tensor, theta: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Return the gradient of `loss` (). Raises `InputError` for a loss that does not depend on `theta`."""
+    depends = loss.requires_grad
+    (gradient,) = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True) if depends else [None]
+    if gradient is None:
+        raise does_not_depend_on("parameters")
+    return gradient
+
+
+def does_not_depend_on(name: str) -> InputError:
+    """Return the error that the loss of a step has no gradient with respect to its `name`, "parameters" or "images"."""
+    return InputError(
+        f"expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
+        "detach, item, torch.no_grad and a constant do"
+    )
 
 
 class _StepGraph(NamedTuple):

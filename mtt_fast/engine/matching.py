@@ -12,6 +12,8 @@ from mtt_fast.kernels import squared_distance
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of a distance
 
+_FLATTEN = "torch.nn.utils.parameters_to_vector makes one of a list"
+
 MatchStep = Literal["last", "nearest"]
 """The student's step that is compared with the target: the last, or the one nearest to the target."""
 
@@ -64,16 +66,9 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return n () int64 in 1 … N such that row n of `path` (N + 1, P) is nearest to `target` (P,), as ATT chooses it.
 
     The distance is `Σ |θ_n − θ*|`, accumulated in float64, or infinite for a step that is not finite. The last step of equal
-    distance wins. No tensor is read on the host. Raises `InputError` for shapes that do not fit.
+    distance wins. No tensor is read on the host. Raises `InputError` for tensors that do not fit each other.
     """
-    for name, value in (("path", path), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise InputError(f"nearest_step {name}: expected a tensor, found {type(value).__name__}")
-    if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
-        raise InputError(
-            f"nearest_step: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "
-            f"{tuple(target.shape)}"
-        )
+    _check_path("nearest_step", path, target)
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
     return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
@@ -94,15 +89,17 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
 def path_loss(
     path: Tensor, start: Tensor, target: Tensor, match_step: MatchStep = "last", loss_ratio: float = 0.0
 ) -> Tensor:
-    """Return the matching loss of `path` (N + 1, P) without checks of tensors, so that no tensor is read on the host.
+    """Return the matching loss of `path` (N + 1, P) without checks of values, so that no tensor is read on the host.
 
     With the defaults it is `matching_loss`; `match_step="nearest"` is `nearest_step_loss`, `loss_ratio` is that of
     `masked_matching_loss`, and the two can be combined. With "nearest" the gradient is as large as the path, since the row is
-    selected by a tensor. Raises `InputError` for another `match_step` and `loss_ratio`.
+    selected by a tensor. Raises `InputError` for another `match_step` and `loss_ratio`, and for tensors that do not fit each other.
     """
     if match_step not in get_args(MatchStep):
         raise InputError(f"path_loss match_step: expected {' or '.join(get_args(MatchStep))}, found {match_step!r}")
     _check_ratio("path_loss", loss_ratio)
+    _check_path("path_loss", path, target)
+    _check_vectors("path_loss", path=path.detach()[0], start=start, target=target)
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)
         end = path.index_select(0, step.view(1))[0].to(target.device)
@@ -134,23 +131,53 @@ def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ra
             f"{name}: found a transform of torch.func, whose tensors the distance cannot read; call without it, and take "
             "derivatives by torch.autograd"
         )
-    for argument, vector in (("end", end), ("start", start), ("target", target)):
-        if not isinstance(vector, Tensor) or vector.dim() != 1:
-            found = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
-            raise InputError(
-                f"{name} {argument}: expected a flat vector (P,), found {found}; torch.nn.utils.parameters_to_vector makes one of a list"
-            )
-    if not end.shape == start.shape == target.shape:
-        raise InputError(
-            f"{name}: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
-            f"target {tuple(target.shape)}"
-        )
-    if end.dtype not in _DTYPES or not (start.is_floating_point() and target.is_floating_point()):
-        raise InputError(
-            f"{name}: expected end float32, float64 or bfloat16, and start and target floating, found {end.dtype}, {start.dtype} and "
-            f"{target.dtype}; use .float()"
-        )
+    _check_vectors(name, end=end, start=start, target=target)
     loss = _relative_distance(end, start, target, loss_ratio)
     if not loss.isfinite() and start.to(end).equal(target.to(end)):
         raise InputError(f"{name}: start and target are equal, so the expert did not move between the two epochs")
     return loss
+
+
+def _check_path(name: str, path: Tensor, target: Tensor) -> None:
+    """Raise `InputError` unless `path` is one of at least one step, (N + 1, P), and `target` a vector (P,) that fits it."""
+    for argument, tensor in (("path", path), ("target", target)):
+        _check_dense(name, argument, tensor)
+    if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
+        raise InputError(
+            f"{name}: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    _check_vectors(name, path=path.detach()[0], target=target)  # a row of the path itself may come from host memory
+
+
+def _check_vectors(name: str, **vectors: Tensor) -> None:
+    """Raise `InputError` unless the `vectors` (P,) are dense and floating, fit each other, and the first is of a dtype with a distance.
+
+    No value is read.
+    """
+    for argument, vector in vectors.items():
+        _check_dense(name, argument, vector)
+        if vector.dim() != 1:
+            raise InputError(
+                f"{name} {argument}: expected a flat vector (P,), found shape {tuple(vector.shape)}; {_FLATTEN}"
+            )
+    (first_name, first), *others = vectors.items()
+    if any(vector.shape != first.shape for _, vector in others):
+        found = ", ".join(f"{argument} {tuple(vector.shape)}" for argument, vector in vectors.items())
+        raise InputError(
+            f"{name}: expected {'three' if len(others) > 1 else 'two'} vectors of one shape, found {found}"
+        )
+    if first.dtype not in _DTYPES or not all(vector.is_floating_point() for _, vector in others):
+        raise InputError(
+            f"{name}: expected {first_name} float32, float64 or bfloat16, and {' and '.join(argument for argument, _ in others)} "
+            f"floating, found {', '.join(str(vector.dtype) for vector in vectors.values())}; use .float()"
+        )
+    if any(vector.is_meta != first.is_meta for _, vector in others):
+        raise InputError(f"{name}: expected all vectors with numbers, or none, found some on the device meta")
+
+
+def _check_dense(name: str, argument: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name} {argument}: expected a tensor, found {type(tensor).__name__}; {_FLATTEN}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        raise InputError(f"{name} {argument}: expected a dense tensor, found another kind; use .to_dense()")

@@ -21,6 +21,7 @@ from mtt_fast.engine.batch import AugmentedBatch, Batch, Inputs
 from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
+from mtt_fast.engine.saved_tensors import check_unchanged, checksums_of
 from mtt_fast.engine.student import Student
 from mtt_fast.kernels import PartialSums
 from mtt_fast.runtime.numerics import without_autocast
@@ -42,7 +43,9 @@ class StudentSteps:
     draws: tuple[Any, ...]
     optimizer: Optimizer = PLAIN_SGD
     gradient: Gradient = "exact"
-    compares: bool = False  # check that the backward sweep repeats the forward one, and so wait for the device
+    compares: bool = (
+        False  # check that the backward sweep reads and repeats what the forward one did, and so wait for the device
+    )
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
@@ -88,13 +91,16 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast."""
+    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast.
+
+    Each step takes derivatives of its own, so `torch.inference_mode` around the backward pass is left, as torch's own permits it.
+    """
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         check_differentiated_once()
         check_one_gradient(gradients)
-        with without_autocast(ctx.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(ctx.device):
             return function(ctx, *gradients)
 
     return backward
@@ -137,6 +143,8 @@ class _Unroll(torch.autograd.Function):
         if steps.path_on_host and theta.is_cuda:  # the rows in host memory are read without a synchronisation
             torch.cuda.current_stream(theta.device).synchronize()
         ctx.steps, ctx.saved, ctx.fingerprints, ctx.device = steps, saved, fingerprints, theta.device
+        read = {"images": images, "labels": labels, "lr": lr, "path": path.stored}
+        ctx.checksums = checksums_of(**read) if steps.compares and any(ctx.needs_input_grad) else {}
         ctx.save_for_backward(images, labels, lr, path.stored, None if states is None else states.stored)
         ctx.set_materialize_grads(False)
         # a copy of the state, so that a caller who keeps it does not keep all states alive
@@ -156,6 +164,7 @@ class _Unroll(torch.autograd.Function):
         # read once: under torch.autograd.graph's hooks each access copies, and torch.utils.checkpoint allows only one
         *tensors, stored = ctx.saved_tensors
         images, labels, lr, rows = (tensor.detach() for tensor in tensors)
+        check_unchanged(ctx.checksums, images=images, labels=labels, lr=lr, path=rows)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
         states = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, wants_lr = ctx.needs_input_grad

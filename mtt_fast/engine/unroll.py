@@ -89,6 +89,8 @@ def unroll(
 
     Rows are views of the path. Use `path[n].clone()` for a row that outlives the iteration, is saved by `torch.save`, or is
     modified in place (as when a module that got it from `vector_to_parameters` is trained). safetensors needs `path.contiguous()`.
+    The backward pass refuses a path, images, labels and rates that were written into since the call; writes through `.data` and by
+    such a module are noticed on a CPU only.
 
     Args:
         net: the student's network, `net(theta, images) -> logits`.
@@ -227,11 +229,12 @@ def checked_steps(
     """
     arguments.check_context()
     arguments.check_types(**{theta_name: theta}, images=images, labels=labels)
-    indices, lrs = arguments.checked_batches(batches, images), arguments.checked_lr(lr, theta)
+    indices = arguments.checked_batches(batches, images)
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
-    arguments.check_tensors(theta, images, labels, lrs, len(indices), net, has_loss=has_loss, theta_name=theta_name)
+    arguments.check_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
+    lrs = arguments.checked_lr(lr, theta, len(indices))
     if not (has_loss or labels.is_floating_point()):
         labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known
     return CheckedSteps(student, theta, images, labels, lrs, indices)

@@ -20,10 +20,10 @@ from mtt_fast.data.set_checks import check_normalisation, check_set
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.tensor_set import SourceInfo
+from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.foreign import as_tensor, shown
 from mtt_fast.storage.identity import check_same_data
-from mtt_fast.storage.tensor_files import bytes_of
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
 _IDENTITY_FIELDS = ("dataset", "fingerprint")

@@ -17,7 +17,7 @@ from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_plain, class_major
 from mtt_fast.storage.foreign import names_in
-from mtt_fast.storage.run_folder import SYNTHETIC
+from mtt_fast.storage.run_files import SYNTHETIC
 
 SET_KINDS = {
     "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",

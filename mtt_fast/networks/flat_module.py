@@ -277,10 +277,26 @@ def _copy_of(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module)
     except (RuntimeError, TypeError) as error:
+        if computed := _computed_tensor(module):
+            raise InputError(
+                f"FlatModule: expected a module that computes {computed} in its forward pass, found one that keeps it, with its graph; "
+                "after torch.nn.utils.prune call its remove, for weight_norm and spectral_norm take those of "
+                "torch.nn.utils.parametrizations"
+            ) from error
+        reason = str(error).split(chr(10))[0]
         raise InputError(
-            f"FlatModule: {type(module).__name__} cannot be copied ({str(error).split(chr(10))[0]}); with weight or spectral norm use "
-            "those of torch.nn.utils.parametrizations"
+            f"FlatModule: expected a module that copy.deepcopy copies, found {type(module).__name__}: {reason}; take out what cannot be "
+            "copied"
         ) from error
+
+
+def _computed_tensor(module: nn.Module) -> str | None:
+    """Return the name of a tensor in `module` that was computed from others, and so cannot be copied; None if there is none."""
+    for name, part in module.named_modules():
+        for attribute, value in (vars(part) | part._buffers).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return f"{name}.{attribute}".removeprefix(".")
+    return None
 
 
 def _dropped(part: nn.Module) -> float:

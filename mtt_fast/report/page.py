@@ -10,12 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mtt_fast.commands.plots import read_snapshot
 from mtt_fast.commands.tables import percent
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
-from mtt_fast.storage.regular import read_bytes
 
-_LARGEST = 64 << 20  # bytes of a snapshot
 _SHOWN = 5  # snapshots of a run, the first and the last among them
 
 _MEASURED = {
@@ -56,14 +55,14 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
-    """Return the first snapshot, the last, and some between, evenly."""
+    """Return the first snapshot, the last, and some between, evenly. Raises `InputError` for one that is no picture."""
     iterations = sorted(snapshots)
     last = len(iterations) - 1
     chosen = sorted({round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}) if iterations else []
     return [
         _Picture(
             f"iteration {iterations[index]:,}",
-            base64.b64encode(read_bytes(snapshots[iterations[index]], _LARGEST)).decode("ascii"),
+            base64.b64encode(read_snapshot(snapshots[iterations[index]])[0]).decode("ascii"),
         )
         for index in chosen
     ]

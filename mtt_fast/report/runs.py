@@ -15,7 +15,8 @@ from mtt_fast.commands.tables import marked_method
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
-from mtt_fast.storage.run_folder import HISTORY, METRICS, SUMMARY, read_config, read_summary
+from mtt_fast.storage.run_files import HISTORY, METRICS, SUMMARY
+from mtt_fast.storage.run_folder import read_config, read_summary
 
 _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 

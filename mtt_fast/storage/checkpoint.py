@@ -15,7 +15,7 @@ from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
 from mtt_fast.storage.records import NUMBER, check_form
-from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
+from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS
 from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 

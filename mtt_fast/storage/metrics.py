@@ -16,7 +16,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.events import EventLog
 from mtt_fast.storage.records import NUMBER, check_form, verified, with_checksum
 from mtt_fast.storage.regular import open_regular
-from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS, METRICS
+from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS, METRICS
 from mtt_fast.storage.tensor_files import read_header
 from mtt_fast.storage.text_files import MALFORMED, parse_json, write_text
 

@@ -6,18 +6,10 @@ import os
 from pathlib import Path
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.run_files import CONFIG, METRICS, SECONDS, SUMMARY
 
 _OTHERWISE = "choose another place"
-_NOT_WRITTEN_OVER = (
-    ".safetensors",
-    ".pt",
-    ".npz",
-    ".parquet",
-    "config.toml",
-    "metrics.jsonl",
-    "summary.json",
-    "seconds.json",
-)
+_NOT_WRITTEN_OVER = (".safetensors", ".pt", ".npz", ".parquet", CONFIG, METRICS, SUMMARY, SECONDS)
 """Endings of sets, experts, checkpoints and a run's records, which no result replaces."""
 
 

@@ -16,22 +16,11 @@ from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import NUMBER, check_form, read_record
 from mtt_fast.storage.regular import read_text
+from mtt_fast.storage.run_files import CONFIG, SUMMARY
 from mtt_fast.storage.temporaries import remove_leftovers
 from mtt_fast.storage.text_files import MALFORMED, parse_toml, write_text
 
-CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
-EVALUATIONS = "evaluations"
-"""The field of every method's checkpoint that holds the records of evaluations."""
-SECONDS = "seconds.json"
-"""Where the time of the run went, over all processes that worked on it."""
-SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
-"""The current distilled set, and the one with the highest accuracy on the test images so far."""
-EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
-"""The same two for the average of the images over the iterations."""
 _LOCK = ".lock"
-HISTORY = "history"
-"""Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
-
 _CONFIG_BEGINS = "# the options of this run: flags change them, and the last line tells whether anything else did"
 _CONFIG_ENDS = "# checksum "
 

@@ -7,7 +7,6 @@ So is a file that lacks both, unless its format has the number 1, which had no c
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.regular import open_regular
@@ -37,18 +37,6 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 log = logging.getLogger(__name__)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy; the view keeps the tensor alive.
-
-    `Tensor.numpy` would forbid its owner to resize it.
-    """
-    if not tensor.nbytes:
-        return memoryview(b"")
-    content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    content.tensor = tensor  # type: ignore[attr-defined]  # the view holds `content`, which holds no memory of its own
-    return memoryview(content).cast("B")
 
 
 def save_tensors(

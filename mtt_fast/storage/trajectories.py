@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, OutOfRange, reason_of, remedy_for
+from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import open_regular
-from mtt_fast.storage.tensor_files import TensorEntry, bytes_of, check_part, read_header, save_tensors, warn_unchecked
+from mtt_fast.storage.tensor_files import TensorEntry, check_part, read_header, save_tensors, warn_unchecked
 from mtt_fast.storage.text_files import MALFORMED, check_types, parse_json, write_text
 from mtt_fast.storage.waypoints import Course
 

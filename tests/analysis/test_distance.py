@@ -274,6 +274,7 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
     [
         ([], "expected run folders, plain or as LABEL=FOLDER"),
         (["RUN", "RUN"], "there is another run with the label run; give labels as LABEL=FOLDER"),
+        (["=RUN"], "expected a label before =, found none; give LABEL=FOLDER"),
         (["RUN", "--deltas", "1,x"], "--deltas 1,x: expected numbers as in 1,10,100"),
         (["RUN", "--deltas", "1,0"], "--deltas 1,0: expected numbers of at least 1"),
         (["RUN", "--starts", "0"], "--starts 0: expected at least 1"),
@@ -288,7 +289,7 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
 def test_wrong_options_are_refused(
     flags: list[str], message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(toy / "run") if word == "RUN" else word for word in flags]
+    words = [word.replace("RUN", str(toy / "run")) for word in flags]
     assert run("distance", *words, "--out", str(tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

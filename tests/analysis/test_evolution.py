@@ -87,4 +87,4 @@ def test_wrong_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     (history / "iteration_000010.png").write_bytes(b"no")
     assert run("evolution", str(tmp_path)) == 2
-    assert "iteration_000010.png: not a picture" in capsys.readouterr().err
+    assert "iteration_000010.png: expected a picture (PNG), found a damaged or another file" in capsys.readouterr().err

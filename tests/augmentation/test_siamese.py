@@ -154,6 +154,15 @@ def test_second_derivatives_through_the_augmentation() -> None:
     assert_close("product", product, torch.einsum("bmnodefg,defg->bmno", hessian, along), 1e-12)
 
 
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_several_vectors_at_once_are_refused(strategy: str) -> None:
+    """Check a Jacobian in one pass, which torch.autograd's own vmap cannot take through a custom function."""
+    augment, images = SiameseAugment("color"), torch.randn(2, 2, 4, 3, dtype=torch.float64)
+    draws = augment.draw(images)
+    with pytest.raises(InputError, match=r"along one vector, found several at once, .*; take one after the other"):
+        torch.autograd.functional.jacobian(lambda x: augment(x, draws), images, vectorize=True, strategy=strategy)
+
+
 @pytest.mark.parametrize("name", ["color", "crop", "rotate"])
 def test_parameters_made_outside_do_the_same(name: str) -> None:
     """Take parameters as a CUDA graph does: from memory of its own, in the dtype that the images need."""

@@ -22,7 +22,7 @@ from mtt_fast.data import from_tensors
 from mtt_fast.data.image_data import channel_statistics
 from mtt_fast.data.packing import Contents, Part, Source, key_of, packed
 from mtt_fast.errors import InputError
-from mtt_fast.storage.tensor_files import read_header
+from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
 
 
 def images(n: int, shape: tuple[int, int, int] = (3, 4, 5), seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -125,8 +125,6 @@ def empty(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    from mtt_fast.storage.tensor_files import save_tensors
-
     save_tensors(path, {"x": torch.zeros(3)})
 
 
@@ -143,6 +141,48 @@ def test_damaged_file_is_packed_again_with_a_warning(
     assert "packing its source again" in caplog.text
     assert np.array_equal(again.train.images.numpy(), images(7))
     assert leftovers(tmp_path) == ["pets.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields"),
+    [
+        ({"train.images": torch.from_numpy(images(7)).float()}, {}),
+        ({"train.images": torch.from_numpy(images(7))[:, :, :2]}, {}),
+        ({"train.labels": torch.from_numpy(labels(6))}, {}),
+        ({"test.labels": torch.tensor([0, 1, 2])}, {}),
+        ({"train.labels": torch.from_numpy(labels(7)) - 1}, {}),
+        ({"train.labels": torch.from_numpy(labels(7)).double()}, {}),
+        ({}, {"class_names": '["cat", "cat"]'}),
+        ({}, {"mean": "[0.5, 0.5]"}),
+        ({}, {"std": "[0.5, 0.5, NaN]"}),
+        ({}, {"std": "0.5"}),
+    ],
+    ids=[
+        "floating",
+        "other images",
+        "fewer labels",
+        "a class more",
+        "negative",
+        "floating labels",
+        "names",
+        "mean",
+        "NaN",
+        "a number",
+    ],
+)
+def test_a_file_of_other_content_is_packed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tensors: dict[str, Tensor], fields: dict[str, str]
+) -> None:
+    """Check what the checksums cannot find: parts that do not fit each other, or the arithmetic."""
+    first = packed(source(), tmp_path, progress=False)
+    assert first.path
+    content, metadata = load_tensors(first.path)
+    save_tensors(first.path, content | tensors, metadata | fields)
+    with caplog.at_level(logging.WARNING):
+        again = packed(source(), tmp_path, progress=False)
+    assert "packing its source again" in caplog.text
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.train.images.numpy(), images(7))
 
 
 def test_reader_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
@@ -277,10 +317,21 @@ def test_from_tensors_names_classes_by_number() -> None:
         (tensors(shape=(5, 5, 3)), tensors(shape=(5, 5, 3)), {}, r"channels last; use images\.permute\(0, 3, 1, 2\)"),
         (tensors(), (tensors()[0], tensors()[1][:-1]), {}, "test labels: expected 6 integers"),
         (tensors(), (tensors()[0], tensors()[1].float()), {}, "test labels: expected 6 integers"),
+        (
+            (tensors()[0], tensors()[1] - 1),
+            tensors(),
+            {},
+            "train labels: expected class indices of at least 0, found -1",
+        ),
+        (tensors(), (tensors()[0], -tensors()[1]), {}, "test labels: expected class indices of at least 0, found -1"),
+        (tensors()[0], tensors(), {}, r"train: expected images and labels, .*, found Tensor uint8 \(6, 3, 4, 5\)"),
+        (tensors(), (*tensors(), None), {}, "test: expected images and labels, .*, found a tuple of 3"),
         (tensors(), tensors(shape=(3, 5, 5)), {}, "test images: expected shape"),
         (tensors(classes=3), tensors(), {"class_names": ("a", "b")}, "training labels"),
         (tensors(), tensors(classes=3), {}, "test labels"),
         (tensors(), tensors(), {"mean": (0.5,)}, "mean: expected a finite number of each of 3 channels"),
+        (tensors(), tensors(), {"mean": 0.5}, "mean: expected a number of each channel, found 0.5"),
+        (tensors(), tensors(), {"std": ("a", "b", "c")}, "std: expected a number of each channel, found a tuple of 3"),
         (tensors(), tensors(), {"std": (1.0, 0.0, 1.0)}, "std: expected a finite number above 0 of each of 3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -171,6 +172,50 @@ def test_images_changed_before_the_backward_pass_are_noticed() -> None:
         loss.backward()
 
 
+def trained_further(row: Tensor) -> None:
+    """Train a module that has the `row` as its parameters, as a fine-tuning does."""
+    module = copy.deepcopy(MODULE)
+    nn.utils.vector_to_parameters(row, module.parameters())
+    images = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    module(images).square().mean().backward()
+    torch.optim.SGD(module.parameters(), lr=1e-6).step()
+
+
+WRITES: dict[str, Callable[[Distilled, Tensor], object]] = {
+    "images": lambda distilled, path: distilled.images.data.mul_(2),  # an instance norm takes this factor out again
+    "labels": lambda distilled, path: setattr(distilled.labels, "data", distilled.labels.data.roll(1, 0)),
+    "lr": lambda distilled, path: distilled.lr.data.clamp_(0, 0.1),
+    "path": lambda distilled, path: trained_further(path[-1]),
+}
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_that_autograd_does_not_see_are_noticed(network: Network, name: str) -> None:
+    distilled = Distilled()
+    path = unroll(network, START, distilled.images, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
+    loss = matching_loss(path[-1], START, TARGET)
+    WRITES[name](distilled, path)
+    with pytest.raises(
+        InputError, match=f"`{name}`: expected in the backward pass the numbers of the call, found others"
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_writes_into_what_is_copied_are_allowed(network: Network) -> None:
+    """Check that the start and the modules that were wrapped may be written into before the backward pass, and between two calls."""
+    gradients = []
+    for writes in (False, True):
+        images, start = Distilled().images, START.clone().requires_grad_()
+        path = unroll(network, start, images, LABELS, 0.2, BATCHES)
+        if writes:
+            start.data.zero_()
+            trained_further(path[-1].clone())
+        gradients.append(torch.autograd.grad(path[-1].square().sum(), images)[0])
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_autocast_around_it_changes_nothing(network: Network, dtype: torch.dtype) -> None:
@@ -227,6 +272,18 @@ def test_without_gradients_there_is_the_path_alone() -> None:
 def test_inference_mode_is_refused(network: Network) -> None:
     with torch.inference_mode(), pytest.raises(InputError, match=r"use torch\.no_grad"):
         unroll(network, START, Distilled().images, LABELS, 0.2, BATCHES)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}, {"augment": SiameseAugment("color")}], ids=str)
+def test_a_backward_pass_in_inference_mode_is_that_outside(network: Network, options: dict[str, Any]) -> None:
+    gradients = []
+    for context in (contextlib.nullcontext, torch.inference_mode):
+        images, generator = Distilled().images, torch.Generator().manual_seed(4)
+        loss = unroll(network, START, images, LABELS, 0.2, BATCHES, generator=generator, **options)[-1].square().sum()
+        with context():
+            gradients.append(torch.autograd.grad(loss, images)[0])
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])

@@ -439,7 +439,11 @@ def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
             r"`target`: expected the shape and the device of start, \(\d+,\) on cpu, found \(3,\)",
         ),
         ({"target": torch.zeros(291, device="meta")}, r"on cpu, found \(291,\) on meta"),
-        ({"target": None}, r"`target`: expected the shape and the device of start, .* found NoneType"),
+        ({"target": None}, "`target`: expected a tensor, found NoneType"),
+        (
+            {"target": torch.zeros(291, dtype=torch.long)},
+            r"`target`: expected floating-point numbers, found torch\.int64",
+        ),
         ({"start": torch.zeros(3)}, r"^`start`: expected \(291,\) parameters of the network"),
         ({"images": [1.0]}, "`images`: expected a tensor, found list"),
         ({"lr": -1.0}, "`lr`: expected finite numbers of at least 0"),

@@ -40,7 +40,9 @@ def test_errors_name_the_cause() -> None:
         matching_loss(torch.zeros(3), still, still)
     with pytest.raises(InputError, match="three vectors of one shape"):
         matching_loss(torch.zeros(4), still, torch.zeros(3))
-    with pytest.raises(InputError, match=r"start: expected a flat vector .*parameters_to_vector makes one of a list"):
+    with pytest.raises(
+        InputError, match=r"start: expected a tensor, found list; .*parameters_to_vector makes one of a list"
+    ):
         matching_loss(torch.zeros(3), cast(Any, [still]), still)  # as an expert of the public code
     with pytest.raises(InputError, match=r"end: expected a flat vector \(P,\), found shape \(1, 3\)"):
         matching_loss(torch.zeros(1, 3), still, still)

@@ -249,3 +249,33 @@ def test_an_expert_that_did_not_move_is_named() -> None:
         nearest_step_loss(torch.zeros(4, 3), still, list(still))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="masked_matching_loss: expected three vectors"):
         masked_matching_loss(torch.zeros(4), still, still, 0.3)
+
+
+@pytest.mark.parametrize("match_step", ["last", "nearest"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": [torch.zeros(3)] * 4}, "path_loss path: expected a tensor, found list"),
+        (
+            {"path": torch.zeros(3)},
+            r"path_loss: expected a path \(N \+ 1, P\) of at least one step .* shapes \(3,\) and",
+        ),
+        (
+            {"path": torch.zeros(4, 3).half()},
+            "path_loss: expected path float32, float64 or bfloat16, .* found torch.float16",
+        ),
+        ({"path": torch.zeros(4, 3).to_sparse()}, "path_loss path: expected a dense tensor"),
+        ({"start": torch.zeros(())}, r"path_loss start: expected a flat vector \(P,\), found shape \(\)"),
+        ({"start": torch.zeros(2)}, r"path_loss: expected three vectors of one shape, .* start \(2,\)"),
+        ({"start": torch.zeros(3, dtype=torch.complex64)}, "and start and target floating, found .*complex64"),
+        ({"start": torch.zeros(3, device="meta")}, "path_loss: expected all vectors with numbers, or none"),
+        ({"target": None}, "path_loss target: expected a tensor, found NoneType"),
+        ({"target": torch.zeros(3).long()}, "floating, found .* torch.int64; use .float"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_told_without_reading_them(
+    change: dict[str, Any], message: str, match_step: Any
+) -> None:
+    given = {"path": torch.rand(4, 3), "start": torch.zeros(3), "target": torch.ones(3)} | change
+    with pytest.raises(InputError, match=message):
+        path_loss(**given, match_step=match_step)

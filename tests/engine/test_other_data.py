@@ -98,18 +98,23 @@ def test_a_plan_is_made_for_inputs_of_any_shape() -> None:
         plan(net, images=(5,), steps=3)
 
 
-def test_inputs_may_be_tokens() -> None:
-    """Learn the labels of fixed tokens. The engine gives a network floating-point numbers, which hold the tokens exactly."""
+@pytest.mark.parametrize("padding", [None, 0])
+def test_inputs_may_be_tokens(padding: int | None) -> None:
+    """Learn the labels of fixed tokens. The engine gives a network floating-point numbers, which hold the tokens exactly.
+
+    The vector of a padding token is not trained.
+    """
 
     class Words(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+            self.words, self.head = nn.Embedding(11, 4, padding), nn.Linear(4, 3)
 
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.words(tokens.long()).mean(1))  # type: ignore[no-any-return]
 
     net, tokens = FlatModule(Words().double()), torch.randint(11, (5, 6))
+    tokens[:, 0] = 0
     labels = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     end = unroll(net, net.init(), tokens.double(), labels, 0.2, BATCHES, label_kind="logits")[-1]
     theta = net.init().requires_grad_()
@@ -118,6 +123,7 @@ def test_inputs_may_be_tokens() -> None:
         theta = theta - 0.2 * torch.autograd.grad(loss, theta, create_graph=True)[0]
     found, expected = (torch.autograd.grad(row.square().sum(), labels)[0] for row in (end, theta))
     assert_close("labels", found, expected, 1e-9)
+    assert torch.equal(end[:4], net.init()[:4]) == (padding == 0)
     with pytest.raises(InputError, match=r"floating-point images.*found torch.int64.*again in a module of tokens"):
         unroll(net, net.init(), tokens, labels, 0.2, BATCHES)
 
@@ -163,6 +169,30 @@ OTHER_DTYPES: dict[str, tuple[Tensor, Loss]] = {
 def test_a_loss_gets_labels_in_their_own_dtype(name: str, options: dict[str, Any]) -> None:
     labels, loss = OTHER_DTYPES[name]
     check(mlp(3), rows_of(4), labels, loss, **options)
+
+
+class Prototypes(nn.Module):
+    """Return learned vectors, the same for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vectors.expand(len(images), 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_the_gradient_of_a_step_may_be_a_constant(options: dict[str, Any]) -> None:
+    """Check a loss that is linear in the parameters and does not read the images, so that its gradient has no graph."""
+    net, lr = FlatModule(Prototypes().double()), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    start = net.init().requires_grad_()
+    path = unroll(net, start, rows_of(2), CLASSES, lr, BATCHES, loss=lambda logits, _: logits.mean(), **options)
+    to_start, to_lr = torch.autograd.grad(path[-1].square().sum(), (start, lr))
+    end = start.detach() - 3 * 0.2 / 3  # three steps of rate 0.2, each by a third
+    assert_close("end", path[-1], end, 1e-12)
+    assert_close("start", to_start, 2 * end, 1e-12)
+    assert_close("lr", to_lr, -2 * end.sum(), 1e-12)
 
 
 def test_complex_labels_are_constants_of_a_loss() -> None:

@@ -297,6 +297,21 @@ def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
         gradient(net, net.init(), loss=loss)
 
 
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_a_loss_without_a_gradient_in_a_later_step_is_refused(options: dict[str, Any]) -> None:
+    """Check a loss that is a constant where no sample counts: torch's own loop has no gradient there either."""
+
+    def masked(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.square().mean() if (labels != 2).all() else logits.new_zeros(())
+
+    net = FlatModule(with_layer(nn.Identity()))
+    images, labels = torch.randn(6, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 2, 2])
+    with pytest.raises(InputError, match="depends on the parameters, found none of their gradients"):
+        unroll(
+            net, net.init(), images, labels, 0.3, [torch.tensor([0, 1]), torch.tensor([4, 5])], loss=masked, **options
+        )
+
+
 def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None:
     """Check what would give images without a gradient: features that are computed under no_grad."""
     net = FlatModule(with_layer(Layer(lambda images, layer: images.detach())))

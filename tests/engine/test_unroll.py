@@ -319,6 +319,7 @@ def test_a_custom_loss() -> None:
         ({"batches": [torch.tensor([[0, 1]])]}, "for step 0, found torch.int64 of shape .1, 2"),
         ({"batches": [torch.tensor([True, False])]}, "for step 0, found torch.bool"),
         ({"start": torch.zeros(5)}, r"expected .* parameters of the network, .* found torch.float32 of shape \(5,\)$"),
+        ({"start": torch.zeros(5, dtype=torch.complex64), "lr": 0.1}, "float32 or float64, found torch.complex64"),
         ({"labels": torch.zeros(5, dtype=torch.long)}, "as many labels"),
         ({"labels": torch.zeros(6)}, "expected indices .n,. or soft labels"),
         ({"images": torch.zeros(6, 3, 8, 8, dtype=torch.uint8)}, "floating-point images"),
@@ -364,6 +365,13 @@ def test_a_custom_loss() -> None:
             {"images": torch.nested.nested_tensor([torch.zeros(3, 8, 8)] * 6, layout=torch.jagged)},
             "expected an ordinary tensor, found a nested tensor",
         ),
+        ({"lr": torch.full((3,), 0.1).to_sparse()}, "`lr`: expected an ordinary tensor, found Tensor of layout"),
+        ({"lr": torch.zeros(3, device="meta")}, "`lr`: expected numbers, found a tensor on the device meta"),
+        (
+            {"batches": torch.ones(3, 2).long().to_sparse()},
+            "`batches`: expected an ordinary tensor, found Tensor of layout",
+        ),
+        ({"velocity": torch.zeros(3).to_sparse()}, "`velocity`: expected an ordinary tensor, found Tensor of layout"),
         (
             {"images": FakeTensorMode().from_tensor(torch.zeros(6, 3, 8, 8))},
             "expected an ordinary tensor, found FakeTensor",
@@ -386,6 +394,19 @@ def test_on_an_accelerator_the_look_up_raises_for_negative_indices_too() -> None
     assert torch.equal(labels[for_checked_lookup(indices, len(labels))], indices)
     with pytest.raises(IndexError):
         labels[for_checked_lookup(torch.tensor([0, -1, 3]), len(labels))]
+
+
+def test_one_rate_may_be_a_part_of_a_larger_tensor() -> None:
+    gradients = []
+    for rates in (torch.tensor([0.1, 5.0]).double(), torch.tensor([0.1]).double()):
+        case = small_case()
+        rates.requires_grad_()
+        unroll(case["net"], case["start"], case["images"], case["labels"], rates[::2], case["batches"])[
+            -1
+        ].sum().backward()
+        assert rates.grad is not None
+        gradients.append(rates.grad[0])
+    assert torch.equal(*gradients)
 
 
 def test_parameters_are_float32_or_float64() -> None:

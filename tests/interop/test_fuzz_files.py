@@ -43,7 +43,8 @@ from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.records import read_record, with_checksum, write_record
-from mtt_fast.storage.run_folder import METRICS, read_config, write_config
+from mtt_fast.storage.run_files import METRICS
+from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 from tests.data.test_mnist import arrays, idx

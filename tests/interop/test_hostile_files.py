@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
-from mtt_fast.convert.experts import expert_kind_of, options_in_path
+from mtt_fast.convert.experts import expert_kinds_of, options_in_path
 from mtt_fast.errors import one_line
 from mtt_fast.interop import (
     buffer_files,
@@ -222,7 +222,7 @@ def make(kind: str, place: Path) -> None:
 
 def read_any(source: Path) -> object:
     """Find out the kind of a file as `convert` does, and read it."""
-    match expert_kind_of(source):
+    match next(iter(expert_kinds_of(source)), None):
         case "buffer":
             options_in_path(source)
             return [rows_of(file) for file in buffer_files(source)]
@@ -265,7 +265,7 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied", os.fspath(path))
 
     monkeypatch.setattr(os, "listdir", denied)
-    for find in (set_kind_of, expert_kind_of, buffer_files, read_set):
+    for find in (set_kind_of, expert_kinds_of, buffer_files, read_set):
         assert "Permission denied" in refused(lambda: find(tmp_path / "a"), "a")  # noqa: B023
 
 

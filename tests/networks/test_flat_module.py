@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from mtt_fast import FlatModule, InputError, matching_loss, plan, unroll
@@ -250,13 +253,41 @@ def test_a_module_compiled_in_place_is_refused() -> None:
         FlatModule(module)
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [
+        nn.utils.weight_norm,
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: nn.utils.spectral_norm(linear)(torch.randn(1, 2)),
+    ],
+    ids=["weight norm", "pruned", "spectral norm, called"],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_module_that_cannot_be_copied_is_refused() -> None:
-    module = nn.utils.weight_norm(nn.Linear(2, 2))
+def test_a_module_that_keeps_what_it_computed_is_refused(keep: Callable[[nn.Module], Any]) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    keep(module[1])
     with pytest.raises(
-        InputError, match=r"FlatModule: Linear cannot be copied .* use those of torch\.nn\.utils\.parametrizations"
+        InputError,
+        match=r"FlatModule: expected .* computes 1\.weight in its forward pass, found .*prune call its remove, .*parametrizations",
     ):
         FlatModule(module)
+
+
+def test_a_pruned_module_of_which_the_pruning_is_removed_is_taken() -> None:
+    linear = prune.remove(prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5), "weight")
+    assert FlatModule(linear).layout.names == ("bias", "weight")
+
+
+def test_a_module_that_cannot_be_copied_is_refused() -> None:
+    class Locked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.lock = threading.Lock()
+
+    with pytest.raises(
+        InputError, match=r"FlatModule: expected a module that copy\.deepcopy copies, found Locked: .*lock"
+    ):
+        FlatModule(Locked())
 
 
 class Checkpointed(nn.Module):

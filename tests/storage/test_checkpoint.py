@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mtt_fast.storage.checkpoint import State, initial_num_experts, load_checkpoint, save_checkpoint
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.run_folder import CHECKPOINT, read_config, write_config
+from mtt_fast.storage.run_files import CHECKPOINT
+from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
 

@@ -16,7 +16,7 @@ from mtt_fast.commands import cli
 from mtt_fast.storage import events
 from mtt_fast.storage.events import EventLog
 from mtt_fast.storage.metrics import MetricsLog, read_records
-from mtt_fast.storage.run_folder import METRICS
+from mtt_fast.storage.run_files import METRICS
 
 
 def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -18,6 +18,7 @@ from mtt_fast.baselines import command as baselines
 from mtt_fast.commands import cli
 from mtt_fast.report import __main__ as report
 from mtt_fast.storage.outputs import check_output_file, check_output_folder
+from mtt_fast.storage.run_files import CONFIG, METRICS, SECONDS, SUMMARY, SYNTHETIC
 
 DIGITS = "--dataset digits --model ConvNetD1W4"
 
@@ -111,7 +112,7 @@ def test_a_file_is_expected_where_a_folder_is(tmp_path: Path, capsys: pytest.Cap
         assert line == f"error: --out {tmp_path}: expected a file to write, found a folder; choose another place\n"
 
 
-@pytest.mark.parametrize("name", ["images_best.pt", "synthetic.safetensors", "summary.json", "config.toml"])
+@pytest.mark.parametrize("name", ["images_best.pt", SYNTHETIC, SUMMARY, CONFIG, METRICS, SECONDS])
 def test_no_result_replaces_a_set_or_a_file_of_a_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,19 @@
+"""Read the bytes of a tensor, for files and for checksums."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy; the view keeps the tensor alive.
+
+    `Tensor.numpy` would forbid its owner to resize it.
+    """
+    if not tensor.nbytes:
+        return memoryview(b"")
+    content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    content.tensor = tensor  # type: ignore[attr-defined]  # the view holds `content`, which holds no memory of its own
+    return memoryview(content).cast("B")
