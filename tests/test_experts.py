@@ -280,7 +280,10 @@ def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
         (["--store_dtype", "int4"], "--store_dtype: expected one of 'float32', 'bfloat16', found 'int4'"),
         (["--lr_teacher", "-1"], "--lr_teacher -1.0: expected more than 0"),
         (["--rho_max", "0.01"], "trained with rho_max 0.0, not 0.01"),
-        (["--rho_max", "0.01", "--rho_min", "0"], "--rho_max 0.01, --rho_min 0.0: expected the same value for both, or"),
+        (
+            ["--rho_max", "0.01", "--rho_min", "0"],
+            "--rho_max 0.01, --rho_min 0.0: expected the same value for both, or",
+        ),
         (["--rho_min", "0.01", "--decay"], "--rho_min 0.01: has no effect without --rho_max"),
         (["--rho_max", "-1", "--rho_min", "-1"], "--rho_max -1.0: expected at least 0"),
         (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),

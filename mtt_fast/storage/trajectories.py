@@ -60,7 +60,7 @@ class ExpertMetadata:
     whitening: str
     """as `DatasetIdentity.whitening`"""
     hyperparameters: dict[str, Any]
-    """how it was trained; of an expert from elsewhere only where it came from"""
+    """how it was trained; of an imported expert, only its origin"""
     seed: int
     accuracy: list[float]
     """on the test set, after every epoch"""

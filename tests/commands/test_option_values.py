@@ -355,7 +355,7 @@ def test_every_value_comes_back_from_a_run_folder(tmp_path: Path) -> None:
 
 def test_a_file_cannot_resume(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("resume = true\n")
-    with pytest.raises(InputError, match="option resume: has no effect in a file; leave it out, and say --resume"):
+    with pytest.raises(InputError, match="option resume: has no effect in a file; leave it out, and give --resume"):
         parse_options(["--config", str(tmp_path / "mine.toml")])
 
 
