@@ -25,7 +25,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.run_folder import lock_expert_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 
@@ -76,7 +76,7 @@ def compress(
         )
     check_one_kind(whole)
     written = compressed = 0
-    with only_writer_of_experts(out, "choose another `out`"), stop_request() as stop:
+    with lock_expert_folder(out, "choose another `out`"), stop_request() as stop:
         done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
             if stop:

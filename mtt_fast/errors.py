@@ -10,7 +10,7 @@ from collections.abc import Sequence
 class InputError(ValueError):
     """An error in the user's input.
 
-    The message is one line: what (file or option), what was expected, what was found, how to mend it. A library names an
+    The message is one line: what (file or option), what was expected, what was found, how to fix it. A library names an
     argument in backquotes, `lr_teacher`, which the commands show as the flag: --lr_teacher.
     The commands print it as `error: …` and exit with status 2; library callers catch a `ValueError`.
     """
@@ -28,18 +28,18 @@ class OutOfRange(InputError, IndexError):
 
 
 class NotFound(InputError):
-    """A data set that is in none of the expected places: it may come there later."""
+    """A data set that is in none of the expected places: it may be downloaded later."""
 
 
 def reason_of(error: OSError | ValueError) -> str:
-    """Return in words why the system refused something: those of its errno, without the path."""
+    """Return the reason of an error of the operating system as text, without the path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def remedy_for(error: OSError | ValueError, otherwise: str = "check the path") -> str:
-    """Return what mends a failed look at a file or a write, as an order; `otherwise` where the path is what is wrong.
+    """Return, as an imperative, how to fix a failed read or write; `otherwise` if the path itself is wrong.
 
-    Besides an `OSError` it takes the `ValueError` of a path with a NUL.
+    `error` is an `OSError`, or the `ValueError` for a path with a NUL.
     """
     return _REMEDIES.get(getattr(error, "errno", None) or 0, otherwise)
 
@@ -63,11 +63,11 @@ _REMEDIES = {
     **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT), "check that the network file system is there"),
     **dict.fromkeys((errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH), "check the network"),
 }
-"""What mends an `OSError` other than a wrong path, by its errno."""
+"""How to fix an `OSError` other than a wrong path, by its errno."""
 
 
 def one_line(text: str) -> str:
-    """Return `text` with every character escaped that would break a line or drive a terminal: file names may hold anything."""
+    """Return `text` with every character escaped that would break a line or control a terminal, since file names may contain any."""
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 

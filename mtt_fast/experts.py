@@ -45,7 +45,7 @@ from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.run_folder import lock_expert_folder
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.curriculum import Curriculum
@@ -203,7 +203,7 @@ def train_missing_experts(
     request = _Request(count, images, network, training, seed, dtype, precision)
     if not _missing(folder, request):
         return TrajectoryStore(folder)
-    with only_writer_of_experts(folder):
+    with lock_expert_folder(folder):
         missing = _missing(folder, request)  # another process may have been faster
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
         _train(folder, missing, request, at_once, memory_budget)

@@ -138,7 +138,7 @@ def test_a_share_of_classes_of_several_sizes_is_refused(capsys: pytest.CaptureFi
     save_public_pair(torch.arange(10), "even")
     settings = ["--protocol", "selmatch", "--num_eval", "1", "--epoch_eval_train", "1"]
     for source, value, problem in (
-        ("theirs", "0.5", "expected as many images of"),
+        ("theirs", "0.5", "expected the same number of images of"),
         ("even", "0.5", "expected a --distilled_share that is at least one of the 1 images of a class, found 0.5"),
     ):
         assert convert(source, "ours", *share, value) == 2

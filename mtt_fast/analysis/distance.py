@@ -52,7 +52,7 @@ from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_files import SYNTHETIC
-from mtt_fast.storage.run_folder import only_user
+from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.experts import ExpertTraining, expert_steps
 from mtt_fast.training.images import RealImages, as_training_images, real_images
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     network = options.network(data)
     for label, synthetic in sets.items():
         check_same_data(synthetic.identity, data.identity(zca=options.zca), label)
-    with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+    with numerics(device, options.precision), lock_folder(Path(options.out)), stop_request() as stop:
         images = real_images(data, device, zca=options.zca)
         _run(options, sets, _RealTraining(network, images, training, deltas), stop)
 

@@ -38,7 +38,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG
-from mtt_fast.storage.run_folder import only_user, write_config
+from mtt_fast.storage.run_folder import lock_folder, write_config
 from mtt_fast.training.subsets import check_enough
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _run(
     if isinstance(options, TrainedNetworkOptions) and options.uses_network:
         options = with_first_expert_training(options, real, network, requested_hyperparameters(options, given))
     method = METHODS[name]
-    with only_user(folder), counted_in(folder, seconds):
+    with lock_folder(folder), counted_in(folder, seconds):
         check_continues(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         numerics_in_words = describe_numerics(device, network, options.precision)

@@ -23,15 +23,15 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     """Run a command and return its exit status.
 
     0: done; 2: a mistake in the input, a full disk or too little memory, printed as one line; 128 + signal: stopped on request
-    with everything saved, or because nobody reads the output.
+    with everything saved, or because the reader of the output has closed it.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     _open_closed_streams()
-    _escape_what_the_output_cannot_hold()
+    _escape_unencodable_output()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("matplotlib", "PIL", "tensorboard"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose in ("matplotlib", "PIL", "tensorboard"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
     _keep_freed_memory()
     try:
         with logging_redirect_tqdm(), torch_defaults():
@@ -44,16 +44,16 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         print("interrupted; what was finished is saved", file=sys.stderr)
         return 130
     except InputError as error:
-        return _mistake(with_flags(str(error)))
-    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        return _print_error(with_flags(str(error)))
+    except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return 128 + signal.SIGPIPE
     except OSError as error:
-        return _mistake(_in_words(error))
+        return _print_error(_in_words(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _mistake(
+        return _print_error(
             "out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result up to rounding"
         )
     return 0
@@ -69,13 +69,13 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for the life of the process)
 
 
-def _escape_what_the_output_cannot_hold() -> None:
-    """Let the standard output write ± as \\xb1 if its encoding lacks it, as the standard error does, in place of an exception."""
+def _escape_unencodable_output() -> None:
+    """Let the standard output write ± as \\xb1 if its encoding lacks it, as the standard error does, instead of raising an exception."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's has no encoding
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _mistake(message: str) -> int:
+def _print_error(message: str) -> int:
     """Print `message` as the one line of an error, and return the exit status of a mistake in the input."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     return 2

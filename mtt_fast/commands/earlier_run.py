@@ -1,4 +1,4 @@
-"""Compare a command with the run that its folder holds already."""
+"""Compare a command with an earlier run in the same folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Options = TypeVar("Options")
 
 _DISTILLATION = "mtt_fast.distill"
-_EARLIER_PRECISION = "tf32"  # the default when runs did not yet write theirs down
+_EARLIER_PRECISION = "tf32"  # the default of former versions, which did not save the precision
 
 
 def check_same_method(folder: Path, method: str | None) -> None:

@@ -31,39 +31,39 @@ FLOAT32_TINY = 1.1754944e-38
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes: from `low` to `high`, both included unless `above` or `below` says otherwise."""
+    """The numbers that an option takes: from `low` to `high`, both included unless `exclude_low` or `exclude_high` is set."""
 
     low: float = -math.inf
     high: float = math.inf
-    above: bool = False
-    """`low` itself is not taken"""
-    below: bool = False
-    """`high` itself is not taken"""
-    infinite: bool = False
-    """inf is taken; the option's help says what it means"""
+    exclude_low: bool = False
+    """exclude `low` itself"""
+    exclude_high: bool = False
+    """exclude `high` itself"""
+    allow_infinity: bool = False
+    """allow inf; the option's help says what it means"""
     largest: int | None = None
-    """the largest number that makes sense; a larger one would only exhaust the memory"""
+    """the largest sensible number; a larger one would only exhaust the memory"""
 
     def problem(self, value: float) -> str | None:
         """Return what is expected in place of `value` if that is out of range, else None."""
         if isinstance(value, float) and not math.isfinite(value):
-            return None if self.infinite and value == math.inf else f"expected a finite number{self._of()}"
-        too_low = value <= self.low if self.above else value < self.low
-        too_high = value >= self.high if self.below else value > self.high
+            return None if self.allow_infinity and value == math.inf else f"expected a finite number{self._of()}"
+        too_low = value <= self.low if self.exclude_low else value < self.low
+        too_high = value >= self.high if self.exclude_high else value > self.high
         if too_low or too_high:
             return f"expected {self}"
         if self.largest is not None and value > self.largest:
             return f"expected at most {self.largest}"
         if abs(value) > FLOAT32_MAX:
             return f"expected at most {FLOAT32_MAX:.2g}, the largest number of float32"
-        if isinstance(value, float) and self.above and self.low == 0 and value < FLOAT32_TINY:
+        if isinstance(value, float) and self.exclude_low and self.low == 0 and value < FLOAT32_TINY:
             return f"expected more than 0 in float32, which begins at {FLOAT32_TINY:.2g}"
         return None
 
     def __str__(self) -> str:
         """Return the range in words: "at least 0 and less than 1"."""
-        low = f"{'more than' if self.above else 'at least'} {_number(self.low)}" if self.low > -math.inf else ""
-        high = f"{'less than' if self.below else 'at most'} {_number(self.high)}" if self.high < math.inf else ""
+        low = f"{'more than' if self.exclude_low else 'at least'} {_number(self.low)}" if self.low > -math.inf else ""
+        high = f"{'less than' if self.exclude_high else 'at most'} {_number(self.high)}" if self.high < math.inf else ""
         return " and ".join(filter(None, (low, high)))
 
     def _of(self) -> str:
@@ -78,11 +78,11 @@ COUNT = Range(1, largest=10**9)
 COUNT_FROM_ZERO = Range(0, largest=10**9)
 NETWORKS = Range(1, largest=10**6)
 """Numbers of experts or networks: each is listed, in memory or in a folder."""
-POSITIVE = Range(0, above=True)
+POSITIVE = Range(0, exclude_low=True)
 NON_NEGATIVE = Range(0)
-POSITIVE_OR_INFINITY = Range(0, above=True, infinite=True)
-SHARE = Range(0, 1, below=True)
-POSITIVE_SHARE = Range(0, 1, above=True)
+POSITIVE_OR_INFINITY = Range(0, exclude_low=True, allow_infinity=True)
+SHARE = Range(0, 1, exclude_high=True)
+POSITIVE_SHARE = Range(0, 1, exclude_low=True)
 SEED = Range(0, largest=2**63 - 1)
 """Seeds that both torch's generators and TOML's integers can hold; a seed below 0 stands for an unknown one."""
 _ANY = Range()
@@ -90,9 +90,9 @@ _ANY_INTEGER = Range(-(2**63), largest=2**63 - 1)
 
 
 class Group(Enum):
-    """The box of --help in which an option stands, in the order of the boxes.
+    """The box of --help in which an option is shown, in the order of the boxes.
 
-    An option declares its own, or has the one that its class names as `GROUP`.
+    An option declares its group, or else has that of its class, `GROUP`.
     """
 
     OTHER = "options"
@@ -122,7 +122,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Needs:
-    """A condition of an option: it has an effect only where another one, `option`, is on."""
+    """A condition of an option: it has an effect only if another one, `option`, is on."""
 
     option: str
     also: str = ""
@@ -345,7 +345,7 @@ def _check_one(field: Field, value: Any) -> None:
             except InputError as error:
                 raise InvalidValue(
                     re.sub(r"^.*?: (?=expected)", "", str(error))
-                ) from error  # who raises it names the option
+                ) from error  # the caller adds the name of the option
 
 
 def check_values(options: Any) -> None:

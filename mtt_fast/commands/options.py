@@ -64,7 +64,7 @@ PositiveShare = Annotated[float, POSITIVE_SHARE, _hint(POSITIVE_SHARE)]
 Seed = Annotated[int, SEED, _hint(SEED)]
 AtLeastTwo = Annotated[int, Range(2, largest=10**9), _hint(Range(2))]
 AtLeastTwoOrNone = Annotated[int | None, Range(2, largest=10**9), _hint(Range(2))]
-Seconds = Annotated[float, Range(0, infinite=True), _hint(Range(0)), Role.MACHINE, Group.OUTPUT]
+Seconds = Annotated[float, Range(0, allow_infinity=True), _hint(Range(0)), Role.MACHINE, Group.OUTPUT]
 Strategy = Annotated[str, Checked(augment_by_strategy)]
 StoreDtype = Literal["float32", "bfloat16"]
 """Types of options with the range that holds for flags and files alike (mtt_fast/commands/option_fields.py)."""

@@ -132,7 +132,7 @@ def run_to_the_end(
     ):
         try:
             if progress.iteration == 0:
-                save_progress()  # with it the run knows its experts, whatever stops the first evaluation
+                save_progress()  # so that the checkpoint names the experts even if the first evaluation is interrupted
             while True:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     if kind is None:
         content = "other files" if os.path.lexists(source) else "nothing there"
         raise InputError(
-            f"{source}: expected files of a known kind, found {content}; check the path, or say --from KIND"
+            f"{source}: expected files of a known kind, found {content}; check the path, or give --from KIND"
         )
     for option, name in (("--from", kind), ("--to", options.to)):
         if name is not None and name not in kinds:

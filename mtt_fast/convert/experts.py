@@ -30,7 +30,7 @@ from mtt_fast.networks.by_name import full_name, short_name
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
-from mtt_fast.storage.atomic import whole_folder
+from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import NORMALISED, WHITENED
@@ -238,7 +238,7 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
     if not is_free(folder):
         raise InputError(f"{folder}: is there already; choose another destination, or delete it")
     check_output_folder(folder, _ELSEWHERE)
-    with stop_request() as stop, whole_folder(folder) as content:
+    with stop_request() as stop, atomic_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)
             rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])

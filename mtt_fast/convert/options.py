@@ -83,7 +83,7 @@ class ConvertOptions:
         """Return the options that name the real images and the network. Raises `InputError` without a data set."""
         if self.dataset is None:
             raise InputError(
-                f"{self.source}: expected the real images that it belongs to, which its files do not name; say --dataset "
+                f"{self.source}: expected the real images that it belongs to, which its files do not name; give --dataset "
                 "(and --data_path, --zca, --model where needed)"
             )
         names = {field.name for field in dataclasses.fields(CommonOptions)} & set(vars(self))

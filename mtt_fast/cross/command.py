@@ -41,7 +41,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name, digest, vers
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
-from mtt_fast.storage.run_folder import only_user
+from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.protocols import Accuracy, evaluate
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{repeated.pop()}: expected each set once, found it twice")
     sets = _sets(options, argv)
     device = choose_device(options.device)
-    with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+    with numerics(device, options.precision), lock_folder(Path(options.out)), stop_request() as stop:
         _run(options, sets, device, stop)
 
 

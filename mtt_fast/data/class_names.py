@@ -352,7 +352,7 @@ def _wordnet(wnids: Iterable[str]) -> tuple[frozenset[str], ...]:
 
 
 def _recognised(class_names: Sequence[str]) -> _Classes:
-    """Return the known data set whose classes are called so, or what holds of any other."""
+    """Return the known data set with these class names, or else what follows from the names alone."""
     for known in _known_sets():
         if len(class_names) == len(known.spellings) and all(
             _normalised(name) in spelling for name, spelling in zip(class_names, known.spellings, strict=True)

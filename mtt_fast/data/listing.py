@@ -16,7 +16,7 @@ from mtt_fast.errors import InputError, reason_of, remedy_for
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
-_LOOP = "link(s) to a folder around them"
+_LOOP = "link(s) to a parent folder"
 _MAX_KINDS = 8  # of skipped files, in a line of the log
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def log_skipped(name: str, *listings: Listing) -> None:
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if skipped:
         counts = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_MAX_KINDS))
-        log.info("%s: besides the images, not taken: %s (images end in %s)", name, counts, " ".join(SUFFIXES))
+        log.info("%s: skipped besides the images: %s (names of images end in %s)", name, counts, " ".join(SUFFIXES))
 
 
 def folder_names(folder: Path) -> set[str]:

@@ -178,5 +178,5 @@ def check_same_whitening(whitening: Whitening, expected: Whitening, where: str |
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
                 f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "
-                f"another {name}; say `other_data` to test it on images that are whitened as its own were"
+                f"another {name}; give `other_data` to test it on images that are whitened as its own were"
             )

@@ -72,7 +72,7 @@ from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoin
 from mtt_fast.storage.expert_checks import FLAGS, as_trained
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import only_user, write_config
+from mtt_fast.storage.run_folder import lock_folder, write_config
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _run(
         numerics_text = f"iterations in {precision}"
     real = timed_real_images(data, device, seconds, zca=options.zca)
     plan = plan_steps(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
-    with only_user(folder), counted_in(folder, seconds):
+    with lock_folder(folder), counted_in(folder, seconds):
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)

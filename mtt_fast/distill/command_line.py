@@ -75,7 +75,7 @@ def _differing_in_file(in_file: Mapping[str, Any], path: str) -> set[str]:
     default = DistillOptions()
     file_options = parsing.apply(default, in_file, path)
     if file_options.resume:
-        raise InputError(f"{path}: option resume: has no effect in a file; leave it out, and say --resume")
+        raise InputError(f"{path}: option resume: has no effect in a file; leave it out, and give --resume")
     if file_options.config is not None:
         raise InputError(
             f"{path}: option config: expected no further file in a file of options, found {file_options.config!r}; write the "

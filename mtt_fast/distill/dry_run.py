@@ -165,7 +165,7 @@ def _maps(options: DistillOptions, *, to_train: bool) -> str:
 
 
 def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory) -> str:
-    kind = "experts from elsewhere, used as they are" if inventory.imported else ""
+    kind = "imported experts, used as they are" if inventory.imported else ""
     to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
     remark = whitening_remark(options, info) if inventory.missing else ""

@@ -124,7 +124,7 @@ def _check_others_can_be_made(
     if inventory.missing and not ready <= _indices(whole):  # they would be trained again, perhaps with other results
         raise InputError(
             f"{inventory.whole}: expected the whole experts of those in {inventory.used.name}, to train others beside them, found "
-            f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or say "
+            f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or give "
             f"`max_experts` {len(ready)} to use those that are compressed"
         )
 
@@ -156,13 +156,13 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
     if imported:
         found = f"{inventory.available} trained here" if inventory.available else "none"
         raise InputError(
-            f"{inventory.whole}: expected the {began_with} experts from elsewhere with which the run in {folder} began, found "
-            f"{found}; restore them, convert them again with `python -m mtt_fast.convert`, or say in which `buffer_path` they are"
+            f"{inventory.whole}: expected the {began_with} imported experts with which the run in {folder} began, found "
+            f"{found}; restore them, convert them again with `python -m mtt_fast.convert`, or give the `buffer_path` that they are in"
         )
     if inventory.available < began_with:
         raise InputError(
             f"{inventory.whole}: expected the {began_with} experts with which the run in {folder} began, found "
-            f"{inventory.available or 'none'}; start in the folder where the run was started, say in which `buffer_path` they are, "
+            f"{inventory.available or 'none'}; start in the folder where the run was started, give the `buffer_path` that they are in, "
             "or restore them"
         )
 
@@ -213,7 +213,7 @@ def whitening_remark(options: DistillOptions, data: ImageData | DatasetInfo) -> 
     )
     if experts_in(own) or not experts_in(other):
         return ""
-    how = "normalised images; leave out --zca" if options.zca else "whitened images; say --zca"
+    how = "normalised images; leave out --zca" if options.zca else "whitened images; give --zca"
     return f"{own}: no experts yet; those in {other} were trained on {how} to use them"
 
 
@@ -228,7 +228,7 @@ def _remarks(
         yield "--other_data: has no effect, as the experts were trained on these images"
     if first.imported and len(store) < options.num_experts:
         yield (
-            f"experts from elsewhere, used as they are: all {len(store)} that are there; --num_experts {options.num_experts} "
+            f"imported experts, used as they are: all {len(store)} that are there; --num_experts {options.num_experts} "
             "trains none beside them"
         )
     if first.imported and requested:
@@ -260,7 +260,7 @@ def check_same_experts(options: DistillOptions, state: State, store: TrajectoryS
     if len(store) < state.num_experts:
         raise InputError(
             f"{folder}: the run was started with {state.num_experts} experts, found {len(store)}; "
-            + ("" if store.metadata(0).imported else f"say --num_experts {state.num_experts}, or ")
+            + ("" if store.metadata(0).imported else f"give --num_experts {state.num_experts}, or ")
             + f"restore its --buffer_path, {store.folder}"
         )
     for expert, digest in enumerate(state.digests):

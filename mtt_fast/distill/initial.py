@@ -142,13 +142,13 @@ def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
     low, high = (float(bound) + 0.0 for bound in scores.aminmax())  # −0 becomes 0
     if options.score == "cscore" and (low < 0 or high > 1):
         raise InputError(
-            f"--score cscore, --score_path {options.score_path}: expected C-scores, from 0 (hard) to 1, found {low:g} to {high:g}; say "
+            f"--score cscore, --score_path {options.score_path}: expected C-scores, from 0 (hard) to 1, found {low:g} to {high:g}; give "
             "--score forgetting for numbers of forgetting events, or other whole numbers that are higher for harder images"
         )
     if options.score == "forgetting" and (low < 0 or bool((scores % 1 != 0).any())):
         raise InputError(
             f"--score forgetting, --score_path {options.score_path}: expected whole numbers from 0 (easy) on, found fractions or "
-            f"negative numbers ({low:g} to {high:g}); say --score cscore for C-scores, or give ranks for scores of another kind"
+            f"negative numbers ({low:g} to {high:g}); give --score cscore for C-scores, or give ranks for scores of another kind"
         )
     return -scores if options.score == "cscore" else scores
 

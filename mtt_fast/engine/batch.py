@@ -78,15 +78,15 @@ class AugmentedBatch:
     ) -> AugmentedBatch:
         """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed.
 
-        Raises `InputError` if it will, and `augment` cuts it off.
+        Raises `InputError` if the gradient is needed and `augment` cuts it off.
         """
         with torch.set_grad_enabled(tracked):
             selected = images[index].detach().requires_grad_(tracked)
             augmented = augment(selected).contiguous().to(dtype)
         if tracked and not augmented.requires_grad:
             raise InputError(
-                "`augment`: expected a differentiable function of the images, found one that cuts the gradient off; for images that "
-                "play no part in a step multiply by zero"
+                "`augment`: expected a differentiable function of the images, found one that cuts the gradient off; if images "
+                "have no effect in a step, multiply them by zero"
             )
         return cls(selected, augmented, index)
 

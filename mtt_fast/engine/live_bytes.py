@@ -15,7 +15,7 @@ from mtt_fast.networks.protocol import Network
 
 _Shapes = tuple[int, torch.Size, torch.dtype]
 _LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weakref.WeakKeyDictionary()
-"""Cache of `live_bytes`, since an evaluation asks again and again for each network of a pool. An entry lives as long as its network."""
+"""Cache of `live_bytes`, which an evaluation calls for each network of a pool. An entry lives as long as its network."""
 
 
 def live_bytes(
@@ -30,7 +30,7 @@ def live_bytes(
         known = _LIVE_BYTES.setdefault(network, {})
     except TypeError as error:
         raise InputError(
-            f"`net`: expected a network with a hash and weak references, under which the memory of its steps is noted, found {error}; "
+            f"`net`: expected a hashable network with weak references, by which the memory of its steps is cached, found {error}; "
             "make a dataclass with eq=False, or leave `memory_budget` out"
         ) from error
     shapes = (batch, image_shape, dtype)

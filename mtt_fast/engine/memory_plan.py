@@ -201,8 +201,8 @@ def plan(
         augment: the augmentation, or True for any that keeps the images' shape.
         label_kind: as in `unroll`, as are `loss` and `precision`.
         path_gradient: whether the loss uses `path` itself (as `path.mean()`), or more than three rows `path[n]`, so that its
-            gradient takes as much memory as the path. What such a loss allocates besides is not counted: `path.square()` and its
-            backward pass take twice the memory of the path more.
+            gradient takes as much memory as the path. Memory that such a loss itself allocates is not counted: `path.square()` and
+            its backward pass take twice the memory of the path in addition.
         lr_per_parameter: whether `lr` is (N, P), a rate for each step and parameter.
 
     Raises:
@@ -271,7 +271,7 @@ def plan_for(
 ) -> Plan:
     """Return the plan for `work`: the largest pieces that fit, and then as many saved activations as fit.
 
-    Raises as `plan` does. `otherwise` is the advice of the error for a budget that is too small, besides to raise it.
+    Raises as `plan` does. The error for a budget that is too small advises to raise it, or the advice `otherwise`.
     """
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected `microbatch` or `memory_budget`, found both; give one")

@@ -28,7 +28,7 @@ def try_augmentation(
 ) -> Tensor | None:
     """Return the `images` at `index`, augmented with `draws`; None without an augmentation, and for a warp.
 
-    All are returned and not a few, for networks that fail on a few. They take less memory than this trial.
+    All images are returned, since some networks fail on a few. They take less memory than this trial.
     Raises `InputError` if a second call returns other images, and if `augment` reads another tensor that requires a gradient.
     """
     if augment is None:

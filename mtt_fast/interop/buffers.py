@@ -26,12 +26,12 @@ from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.layout import ParameterLayout
-from mtt_fast.storage.atomic import whole_folder
+from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
-from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.run_folder import lock_expert_folder
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, mark_unfinished, write_expert
 from mtt_fast.storage.waypoints import Course
 
 log = logging.getLogger(__name__)
@@ -196,12 +196,12 @@ def import_experts(
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    with only_writer_of_experts(folder, "choose another destination"):
+    with lock_expert_folder(folder, "choose another destination"):
         present = TrajectoryStore(folder, unfinished=True)
         for index, expert in enumerate(experts()):
             if index in present.indices:
                 _check_is(present, present.indices.index(index), expert, metadata, dtype)
-        with being_filled(folder):
+        with mark_unfinished(folder):
             for index, expert in enumerate(experts()):
                 if index not in present.indices:
                     _write(folder, index, expert, metadata, measure, dtype)
@@ -251,7 +251,7 @@ def export_experts(
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
     names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
     check_absent(folder, names[0], names[-1])
-    with whole_folder(folder, last="replay_buffer") as content:
+    with atomic_folder(folder, last="replay_buffer") as content:
         for name, experts in zip(names, chosen, strict=False):
             save_large_pickle(
                 content / name, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in experts]

@@ -117,7 +117,7 @@ def ddranking_call(
 def _data_of(distilled: TensorSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
     """Return the data set that a set was distilled from. Raises `InputError` if DD-Ranking lacks it, or cannot evaluate on it."""
     if dataset is None:
-        raise InputError("the set does not say of which data set it is; say it with `dataset`")
+        raise InputError("the data set that the set was made from is not known; give `dataset`")
     data = _DATA.get((subset or dataset).casefold())
     if data is None:
         raise InputError(f"it has CIFAR10, CIFAR100, Tiny, ImageNet and six of its subsets, not {subset or dataset}")

@@ -23,7 +23,7 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
-from mtt_fast.storage.atomic import whole_folder
+from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import names_in, read_json, shown
 from mtt_fast.storage.text_files import write_json
 
@@ -36,7 +36,7 @@ _MAX_NAME = 500  # letters of CLASS/NNNNN.png
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
     pictures, files = as_bytes(synthetic, folder), []
-    with whole_folder(folder, last=LABELS) as content:
+    with atomic_folder(folder, last=LABELS) as content:
         for number, (picture, label) in enumerate(zip(pictures, synthetic.classes.tolist(), strict=True)):
             files.append(f"{label:03d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
             (content / files[-1]).parent.mkdir(exist_ok=True)

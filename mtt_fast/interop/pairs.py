@@ -29,7 +29,7 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.tensor_set import TensorSet, tensor_set
-from mtt_fast.storage.atomic import whole_folder
+from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 
 _PART = re.compile(r"(.*best)_(0|[1-9]\d{0,4})\.pt")
@@ -84,7 +84,7 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     for file in _lr_files(path):
         if file.exists() and (distilled.lr is None or file != sibling(path, "lr")):
             raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
-    with whole_folder(path.parent, last=path.name) as folder:
+    with atomic_folder(path.parent, last=path.name) as folder:
         for name, tensor in parts.items():
             save_pickle(sibling(folder / path.name, name), plain_copy(tensor))
     return [sibling(path, name) for name in parts]
@@ -93,7 +93,7 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
 def write_parts(folder: str | os.PathLike[str], distilled: TensorSet, parts: int) -> list[Path]:
     """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
     names = []
-    with whole_folder(folder, last="images") as content:
+    with atomic_folder(folder, last="images") as content:
         for kind, tensor in (("images", distilled.images), ("labels", distilled.labels)):
             for part, piece in enumerate(tensor.tensor_split(parts)):
                 names.append(f"{kind}_best_{part}.pt")

@@ -180,5 +180,5 @@ def _unknown(where: Path, option: str, kind: str | None) -> str:
     kinds = ", ".join(SET_KINDS)
     if kind is None:
         what = "nothing there" if not os.path.lexists(where) else "other files"
-        return f"{where}: expected a distilled set ({kinds}), found {what}; check the path, or say {option} KIND"
+        return f"{where}: expected a distilled set ({kinds}), found {what}; check the path, or give {option} KIND"
     return f"{option} {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
-from mtt_fast.storage.atomic import whole_folder
+from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import shortened, shown
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import Course
@@ -69,7 +69,7 @@ def export_waypoints(
         raise InputError(f"{store.folder}: expected {count} waypoints of every expert, found others; export them apart")
     kind = "waypoint_buffer" if count == 2 else f"waypoint_buffer_ip{count}"
     check_absent(folder, f"{kind}_0.pt", f"{kind}_{len(chosen)}.pt")
-    with whole_folder(folder, last=kind) as content:
+    with atomic_folder(folder, last=kind) as content:
         for number, experts in enumerate(chosen):
             path = content / f"{kind}_{number}.pt"
             pieces = [_shares(courses[expert]) for expert in experts]

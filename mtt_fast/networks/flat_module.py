@@ -32,8 +32,8 @@ class FlatModule:
     them by a batch, and `evaluated` tests with them.
 
     May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
-    differ between the two sweeps. Torch's dropout layers are detected, and layers whose share is their `dropout`, as
-    that of attention and recurrent layers; `unroll` refuses a module that draws otherwise. Refused as well are a compiled
+    differ between the two sweeps. Torch's dropout layers are detected, and layers with a `dropout`, such as
+    attention and recurrent layers; `unroll` refuses a module that draws random numbers in another way. Refused as well are a compiled
     module and `nn.EmbeddingBag`, which have no second derivative, options of `nn.Embedding` that have none or a wrong one,
     and a module that cannot be copied or called with other parameters.
     """
@@ -42,10 +42,10 @@ class FlatModule:
         _check_kind(module)
         tracked = _copy_of(module)
         for name, part in tracked.named_modules():
-            if part.training and _dropped(part) > 0:
+            if part.training and _dropout_probability(part) > 0:
                 raise InputError(
                     f"FlatModule: layer {name or type(part).__name__} draws random numbers in training mode, so the backward "
-                    "sweep would not repeat the forward one; set its share to 0, or call .eval()"
+                    "sweep would not repeat the forward one; set its probability to 0, or call .eval()"
                 )
         everything = dict(tracked.named_parameters())
         trained = {name: value for name, value in everything.items() if value.requires_grad}
@@ -299,8 +299,8 @@ def _computed_tensor(module: nn.Module) -> str | None:
     return None
 
 
-def _dropped(part: nn.Module) -> float:
-    """Return the share that a layer drops at random in training mode."""
+def _dropout_probability(part: nn.Module) -> float:
+    """Return the probability with which a layer drops values in training mode."""
     share = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0)
     return share if isinstance(share, (int, float)) else 0
 

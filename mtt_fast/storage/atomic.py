@@ -29,16 +29,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
+def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
     """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
 
     Where `folder` holds other things, the files are moved into it one by one, those whose names begin with `last` after all
-    others, and the first of them at the very end. A reader who finds that one finds all.
+    others, and the first of them at the very end. A reader who finds that file finds all of them.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
     folder = Path(folder).resolve()
     with _naming_errors(folder):
-        # a folder that is in use, or holds things, cannot be replaced: it is filled
+        # a folder that is in use or not empty cannot be replaced, so files are moved into it
         stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
             try:

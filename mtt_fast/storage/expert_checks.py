@@ -83,7 +83,7 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
         first, arguments = differing[0], " ".join(_argument(name, found[name]) for name in differing)
         raise InputError(
             f"{store.path(expert)}: trained with {first} {found[first]}, not {asked[first]}; choose another `buffer_path`, or "
-            f"say {arguments} to use the experts that are there"
+            f"give {arguments} to use the experts that are there"
         )
 
 
@@ -98,7 +98,7 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
         for name in _differing(known[first], found, to_the_end)[:1]:
             raise InputError(
                 f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
-                f"{known[first][name]}; keep those of one training in the folder, or say `max_experts` {expert}"
+                f"{known[first][name]}; keep those of one training in the folder, or give `max_experts` {expert}"
             )
 
 

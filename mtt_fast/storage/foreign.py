@@ -1,4 +1,4 @@
-"""Check files from elsewhere before they are read, so that a bad one is an error at once.
+"""Check files of other software before they are read, so that a bad file is refused at once.
 
 A file is checked for its kind and size before a byte of it is read, a tensor for its kind and claimed size before a number of
 it is read.
@@ -59,7 +59,7 @@ def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
 
 
 def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
-    """Return a tensor from elsewhere, detached, if it is of the plain kind: strided, in memory, of real numbers.
+    """Return a tensor from a file of other software, detached, if it is strided, in memory, and of real numbers.
 
     A subclass becomes a `Tensor`. It may be a view, and expanded, but may not claim many more bytes than its storage has, so that
     copies of it are bounded. Raises `InputError`, which begins with `where`, for anything else.

@@ -93,7 +93,7 @@ def check_same_data(
         allowed = other_data is False and all(each.deliberate for each in differences)
         raise InputError(
             f"{where}: {one.what}: expected {one.expected}, found {one.found}; {mend or one.mend}"
-            + (", or say `other_data` to use it with these" if allowed else "")
+            + (", or give `other_data` to use it with these" if allowed else "")
         )
 
 

@@ -92,7 +92,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 
 
 def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str, Any]:
-    """Return the record that `write_record` wrote to `path`; errors say `what` it is, and how to `mend` it.
+    """Return the record that `write_record` wrote to `path`; errors say `what` it is, and how to fix it (`mend`).
 
     Raises `InputError` for a file that is missing, no record, or not what was written.
     """

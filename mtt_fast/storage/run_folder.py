@@ -1,4 +1,4 @@
-"""The folder of one run, a distillation or a baseline: its options, its checkpoint, its metrics. Whatever stops the run, it can go on."""
+"""The folder of one run, a distillation or a baseline, from which the run continues after any interruption: options, checkpoint, metrics."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def only_user(
+def lock_folder(
     folder: Path, doing: str = "writing to this run", otherwise: str = "choose another `out`"
 ) -> Iterator[None]:
-    """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
+    """Lock `folder` within the block, and remove partial files of killed processes.
 
-    The lock ends with the process that holds it. Raises `InputError` if another process holds it, with what that one is `doing`
-    and what to do `otherwise` than wait; and where there is no folder to write in, and none can be made.
+    The lock ends with the process that holds it. Raises `InputError` if another process holds it; the message says what that
+    process is `doing`, and what to do `otherwise` than wait. Also raises it if the folder cannot be made or written.
     """
     check_output_folder(folder, otherwise)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / _LOCK, timeout=0):
             remove_leftovers(folder)
-            for leftover in folder.glob(".*.partial"):  # as writers left them before they locked what they write
+            for leftover in folder.glob(".*.partial"):  # of former versions, which did not lock what they write
                 if leftover.is_file():
                     leftover.unlink()
             yield
@@ -50,16 +50,16 @@ def only_user(
 
 
 @contextlib.contextmanager
-def only_writer_of_experts(folder: Path, otherwise: str = "choose another `buffer_path`") -> Iterator[None]:
-    """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
+def lock_expert_folder(folder: Path, otherwise: str = "choose another `buffer_path`") -> Iterator[None]:
+    """Keep other processes from writing experts to `folder` within the block; readers need no lock.
 
-    Nothing but experts stays, and no folder without one. Raises as `only_user`.
+    At the end the lock file is removed, and so is the folder if it is empty. Raises as `lock_folder`.
     """
-    with only_user(folder, "training or writing experts here", otherwise):
+    with lock_folder(folder, "training or writing experts here", otherwise):
         try:
             yield
         finally:
-            # who opened it just now finds that it has no name, and starts over
+            # a process that opened it a moment ago finds that it has no name, and starts over
             (folder / _LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # there are experts
                 folder.rmdir()

@@ -43,10 +43,10 @@ def remove_leftovers(folder: Path) -> None:
     """Remove from `folder`, if it exists, what ended writers left there; keep what live ones are writing."""
     try:
         names = os.listdir(folder)
-    except OSError:  # whoever writes there will tell
+    except OSError:  # the writer will raise the error
         return
     for name in filter(_LEFTOVER.fullmatch, names):
-        with contextlib.suppress(OSError):  # it is in use, or just goes by itself
+        with contextlib.suppress(OSError):  # it is in use, or its writer is removing it
             _remove_leftover(folder / name)
 
 

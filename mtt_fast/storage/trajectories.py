@@ -61,7 +61,7 @@ class ExpertMetadata:
     whitening: str
     """as `DatasetIdentity.whitening`"""
     hyperparameters: dict[str, Any]
-    """how it was trained; of an expert from elsewhere only where it came from"""
+    """how it was trained; of an imported expert, only its origin"""
     seed: int
     accuracy: list[float]
     """on the test set, after every epoch"""
@@ -217,7 +217,7 @@ class TrajectoryStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
-        """Open `folder`. One that `being_filled` has marked is refused, unless `unfinished`."""
+        """Open `folder`. One that `mark_unfinished` has marked is refused, unless `unfinished`."""
         if not isinstance(folder, str | os.PathLike):
             raise InputError(f"`folder`: expected the path of a folder of experts, found {shown(folder)}")
         self.folder = Path(folder)
@@ -377,10 +377,10 @@ def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) ->
 
 
 @contextlib.contextmanager
-def being_filled(folder: Path) -> Iterator[None]:
-    """Mark a folder as unfinished until the block has put all experts into it.
+def mark_unfinished(folder: Path) -> Iterator[None]:
+    """Mark a folder as unfinished until the block has written all experts to it.
 
-    If the block fails the mark stays, unless the folder holds no expert yet.
+    If the block fails, the mark stays, unless the folder has no expert yet.
     """
     mark = folder / _UNFINISHED
     write_text(mark, "")

@@ -179,7 +179,7 @@ def test_a_library_names_arguments_and_a_command_flags(capsys: pytest.CaptureFix
     ("message", "shown"),
     [
         ("`lr_teacher` 0: expected more", "--lr_teacher 0: expected more"),
-        ("give them (`model`, `res`), or say `zca`.", "give them (--model, --res), or say --zca."),
+        ("give them (`model`, `res`), or give `zca`.", "give them (--model, --res), or give --zca."),
         ("x: run `python -m mtt_fast.experts`", "x: run `python -m mtt_fast.experts`"),
         ("a/`b`.pt: broken", "a/`b`.pt: broken"),
         ("`rm`.pt: broken", "`rm`.pt: broken"),

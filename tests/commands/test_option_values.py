@@ -142,12 +142,12 @@ def test_no_text_is_empty(command: str, option: str) -> None:
         (SHARE, 0.0, None),
         (SHARE, 1.0, "expected at least 0 and less than 1"),
         (SHARE, math.nan, "expected a finite number, at least 0 and less than 1"),
-        (Range(0, above=True), 0.0, "expected more than 0"),
-        (Range(0, above=True), 1e-300, "expected more than 0 in float32, which begins at 1.2e-38"),
-        (Range(0, above=True), 1e39, "expected at most 3.4e+38, the largest number of float32"),
+        (Range(0, exclude_low=True), 0.0, "expected more than 0"),
+        (Range(0, exclude_low=True), 1e-300, "expected more than 0 in float32, which begins at 1.2e-38"),
+        (Range(0, exclude_low=True), 1e39, "expected at most 3.4e+38, the largest number of float32"),
         (Range(), -1e39, "expected at most 3.4e+38, the largest number of float32"),
-        (Range(-1, above=True), 1e-300, None),  # a number that may be 0 as well
-        (Range(0, above=True, infinite=True), math.inf, None),
+        (Range(-1, exclude_low=True), 1e-300, None),  # a number that may be 0 as well
+        (Range(0, exclude_low=True, allow_infinity=True), math.inf, None),
         (Range(), -math.inf, "expected a finite number"),
     ],
 )
@@ -222,7 +222,7 @@ class Everything:
     maybe: Annotated[int | None, COUNT] = None
     rate: float = 0.5
     maybe_rate: float | None = None
-    limit: Annotated[float, Range(infinite=True)] = 1.0
+    limit: Annotated[float, Range(allow_infinity=True)] = 1.0
     switch: bool = False
     name: str = "a"
     maybe_name: str | None = None
@@ -355,7 +355,7 @@ def test_every_value_comes_back_from_a_run_folder(tmp_path: Path) -> None:
 
 def test_a_file_cannot_resume(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("resume = true\n")
-    with pytest.raises(InputError, match="option resume: has no effect in a file; leave it out, and say --resume"):
+    with pytest.raises(InputError, match="option resume: has no effect in a file; leave it out, and give --resume"):
         parse_options(["--config", str(tmp_path / "mine.toml")])
 
 

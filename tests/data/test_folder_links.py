@@ -47,7 +47,7 @@ def test_links_add_no_images(tmp_path: Path, link: str, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO):
         after = load_folder(root, tmp_path)
     assert after.fingerprint == before.fingerprint
-    assert "not taken: 1 " in caplog.text
+    assert "skipped besides the images: 1 " in caplog.text
 
 
 def test_hard_links_and_two_ways_count_once(tmp_path: Path) -> None:
@@ -139,6 +139,6 @@ def test_hidden_folders_and_other_files_are_told_and_not_taken(
         (root / name).touch()
     with caplog.at_level(logging.INFO):
         assert load_folder(root, tmp_path).fingerprint == expected
-    (line,) = [record.getMessage() for record in caplog.records if "not taken" in record.getMessage()]
+    (line,) = [record.getMessage() for record in caplog.records if "skipped besides" in record.getMessage()]
     for told in ("2 .txt", "1 .mp4", "2 hidden", "1 without a suffix", "1 outside the class folders"):
         assert told in line

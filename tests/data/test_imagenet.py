@@ -266,7 +266,7 @@ def test_annotations_that_do_not_fit_are_refused(tmp_path: Path, caplog: pytest.
     flat(annotations.parent / "images" / "val_0.JPEG", 3, (64, 64))
     with caplog.at_level(logging.INFO):
         assert load("Tiny", data_path=tmp_path, progress=False).test.labels.tolist() == [0, 1, 2]
-    assert "not taken: 3 .txt, 1 images that val_annotations.txt does not name" in caplog.text
+    assert "skipped besides the images: 3 .txt, 1 images that val_annotations.txt does not name" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["wnids.txt", "words.txt", "val/val_annotations.txt"])

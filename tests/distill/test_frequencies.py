@@ -238,7 +238,7 @@ def test_truncated_gradients_are_compared_in_the_kept_frequencies(
     [
         ("--pix_init noise", "--msz_per_channel 16, --pix_init noise: expected real images"),
         ("--distilled_share 0.5", "--msz_per_channel 16, --distilled_share 0.5: expected one of them, found both"),
-        ("--ipc 1", "--msz_per_channel 16, --ipc 1: expected at least two images in a class"),
+        ("--ipc 1", "--msz_per_channel 16, --ipc 1: expected at least two images per class"),
         ("--texture", "--texture, --msz_per_channel: expected one of them"),
         (
             "--msz_per_channel 65",

@@ -324,7 +324,7 @@ def test_the_network_of_other_images_of_the_same_classes_is_used_on_purpose_alon
     assert cli.run(experts, "--dataset digits --model ConvNetD2W4 --num_experts 1 --train_epochs 2".split()) == 0
     other = dataclasses.replace(load("digits", data_path="data", progress=False), fingerprint="another")
     real, options = real_images(other, torch.device("cpu"), zca=False), DistillOptions(cam_model="ConvNetD2W4")
-    with pytest.raises(InputError, match=r"expert_0000\.safetensors: made from other images: .* say `other_data`"):
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: made from other images: .* give `other_data`"):
         prepare_cam_network(options, real)
     cam = prepare_cam_network(dataclasses.replace(options, other_data=True), real)
     assert cam is not None

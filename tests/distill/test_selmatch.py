@@ -278,7 +278,7 @@ def test_scores_are_read_once(digits: ImageData, monkeypatch: pytest.MonkeyPatch
         ),
         (
             "--pix_init window --score_path scores.npy",
-            "expected C-scores, from 0 (hard) to 1, found 0 to 29; say --score",
+            "expected C-scores, from 0 (hard) to 1, found 0 to 29; give --score",
         ),
         ("--pix_init window --score_path negative.npy", "expected C-scores, from 0 (hard) to 1, found -1 to 0"),
         ("--pix_init window --score_path negative.npy --score forgetting", "expected whole numbers from 0 (easy) on"),

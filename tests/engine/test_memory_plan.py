@@ -393,7 +393,7 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
         def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
             return images.flatten(1) @ theta.view(5, 2)
 
-    with pytest.raises(InputError, match=r"`net`: expected a network with a hash.*unhashable type.*eq=False"):
+    with pytest.raises(InputError, match=r"`net`: expected a hashable network.*unhashable type.*eq=False"):
         GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 

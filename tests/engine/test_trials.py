@@ -485,7 +485,7 @@ def test_an_augmentation_that_cuts_the_gradient_off_is_refused(microbatch: int |
     batches = [torch.tensor([0, 1, 2]), torch.tensor([3, 4])]
     path = unroll(net, start, images, LABELS, 0.3, batches, augment=Dropping(), microbatch=microbatch)
     with pytest.raises(
-        InputError, match=r"`augment`: expected a differentiable .* cuts the gradient off; .* multiply by zero"
+        InputError, match=r"`augment`: expected a differentiable .* cuts the gradient off; .* multiply them by zero"
     ):
         path[-1].sum().backward()
 

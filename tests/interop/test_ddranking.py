@@ -184,7 +184,7 @@ def test_the_call_has_the_arguments_of_dd_ranking_where_it_is_installed() -> Non
 @pytest.mark.parametrize(
     ("distilled", "dataset", "zca", "message"),
     [
-        (plain(10, 32), None, False, "does not say of which data set it is; say it with `dataset`"),
+        (plain(10, 32), None, False, "is not known; give `dataset`"),
         (plain(10, 32), "digits", False, "it has CIFAR10, CIFAR100, Tiny, ImageNet and six of its subsets, not digits"),
         (plain(10, 32), "/my/CIFAR10", False, "and six of its subsets, not /my/CIFAR10"),
         (plain(10, 128), "imagenet-a", False, "and six of its subsets, not imagenet-a"),
@@ -237,7 +237,7 @@ def test_convert_tells_the_call(
         assert "real_data_path='there'" in caplog.text
     caplog.clear()
     assert run(convert.main, [str(out), str(tmp_path / "again"), "--to", "ddranking"]) == 0
-    assert "cannot take the set: the set does not say of which data set it is; say it with --dataset" in caplog.text
+    assert "cannot take the set: the data set that the set was made from is not known; give --dataset" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 SETS = [
     (["run", "--zca"], "run/synthetic.safetensors: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out --zca", False),
     (["zrun", "--no_zca"], "zrun/synthetic.safetensors: whitened otherwise: expected normalised images, found ZCA-whitened images; give --zca", False),
-    (["run", "--dataset", "./pets"], "run/synthetic.safetensors: made from another data set: expected folder-pets, found digits; give the --dataset, --subset, --res and --data_path that it was made from, or say --other_data", True),
+    (["run", "--dataset", "./pets"], "run/synthetic.safetensors: made from another data set: expected folder-pets, found digits; give the --dataset, --subset, --res and --data_path that it was made from, or give --other_data", True),
     (["run", "--dataset", "./words"], "run/synthetic.safetensors: made from another data set: expected folder-words, found digits; give the", False),
     (["run", "--dataset", "./words", "--other_data"], "made from another data set: expected folder-words, found digits", False),
     (["run", "--dataset", "./pets", "--res", "16", "--other_data"], "made from another data set: expected folder-pets-16, found digits", False),
@@ -56,7 +56,7 @@ def test_a_set_is_tested_on_its_own_images(
     for main in (evaluate, cross):
         error = refused(capsys, main, *words, *MODEL, *EVALUATED, *(["--eval_mode", "S"] if main is cross else []))
         assert message in error
-        assert ("say --other_data" in error) == on_purpose  # what can be used all the same, by who says so
+        assert ("give --other_data" in error) == on_purpose  # what can be used all the same, by who says so
 
 
 def test_changed_images_are_others(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

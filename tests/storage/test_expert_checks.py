@@ -111,10 +111,10 @@ def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Pa
         ({}, True, ""),
         ({"lr": 0.01, "mom": 0.0}, True, ""),
         ({"train_epochs": 2}, False, ""),  # the longer one goes the same way
-        ({"train_epochs": 2}, True, "trained with train_epochs 3, not 2; choose another `buffer_path`, or say `train_epochs` 3"),
-        ({"lr": 0.5, "mom": 0.9, "l2": 0.1}, False, "trained with lr 0.01, not 0.5; .* say `expert_lr` 0.01 `mom` 0.0 `l2` 0.0 to"),
-        ({"decay": True}, False, "trained with decay False, not True; .* say `decay` False to"),
-        ({"batch_size": 64}, False, "trained with batch_size 256, not 64; .* say `batch_real` 256"),
+        ({"train_epochs": 2}, True, "trained with train_epochs 3, not 2; choose another `buffer_path`, or give `train_epochs` 3"),
+        ({"lr": 0.5, "mom": 0.9, "l2": 0.1}, False, "trained with lr 0.01, not 0.5; .* give `expert_lr` 0.01 `mom` 0.0 `l2` 0.0 to"),
+        ({"decay": True}, False, "trained with decay False, not True; .* give `decay` False to"),
+        ({"batch_size": 64}, False, "trained with batch_size 256, not 64; .* give `batch_real` 256"),
         ({"rho_max": 0.1}, False, "trained with rho_max 0.0, not 0.1"),
     ],
 )  # fmt: skip
@@ -150,7 +150,7 @@ def test_the_first_experts_are_those_of_plain_sgd_on_all_images(tmp_path: Path) 
             check_same_training(store, 0, TRAINED | {name: value}, 7, torch.float32, "fp32")
         if name in TRAINED:
             with pytest.raises(
-                InputError, match=f"trained with {name} {value}, not {plain}; .* say `{name}` {value} to"
+                InputError, match=f"trained with {name} {value}, not {plain}; .* give `{name}` {value} to"
             ):
                 check_as_asked(store, 2, {name: plain}, to_the_end=False)
     without = {name: value for name, value in LATER.items() if name != "sort_method"}
@@ -192,7 +192,7 @@ def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
     check_as_asked(store, 0, {"lr": 0.9}, to_the_end=True)
     check_alike(store, range(3), to_the_end=True)
     check_alike(store, (1, 2), to_the_end=True)
-    with pytest.raises(InputError, match=r"expert_0000\.safetensors: comes from elsewhere"):
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: was imported"):
         check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
 
 

@@ -31,7 +31,7 @@ def test_experts_are_used_as_they_were_asked_for(working_folder: Path, capsys: p
     expert = EXPERTS / "expert_0000.safetensors"
     for dry in ([], ["--dry_run"]):
         error = refused(capsys, distill, *distil("--mom", "0.9", "--l2", "0.1", "--expert_lr", "0.5", *dry))
-        assert f"{expert}: trained with lr 0.01, not 0.5; choose another --buffer_path, or say" in error
+        assert f"{expert}: trained with lr 0.01, not 0.5; choose another --buffer_path, or give" in error
         assert "--expert_lr 0.01 --mom 0.0 --l2 0.0 to use the experts that are there" in error
     assert not Path("new").exists()
     error = refused(capsys, distill, *distil("--batch_real", "64"))
@@ -154,7 +154,7 @@ def test_experts_of_other_images_may_be_used_on_purpose(
     toys = distil(data=("--dataset", "./toys"))
     error = refused(capsys, distill, *toys)
     assert "expert_0000.safetensors: made from another data set: expected folder-toys, found folder-pets" in error
-    assert error.endswith("or say --other_data to use it with these")
+    assert error.endswith("or give --other_data to use it with these")
     caplog.set_level("INFO")
     assert cli.run(distill, [*toys, "--other_data"]) == 0
     assert (
@@ -317,7 +317,7 @@ def test_imported_experts_are_used_as_they_are(
     before = sorted(imported.glob("*.safetensors"))
     assert cli.run(distill, [*words, *flags, "--dry_run"]) == 0
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("experts"))
-    assert told.partition("experts from elsewhere, used as they are, 2 in my_buffers/digits/ConvNetD1W4")[1]
+    assert told.partition("imported experts, used as they are, 2 in my_buffers/digits/ConvNetD1W4")[1]
     assert "to train" not in told
     assert cli.run(distill, [*words, *flags]) == 0
     assert sorted(imported.glob("*.safetensors")) == before
@@ -358,8 +358,10 @@ def test_none_is_trained_in_place_of_imported_experts(imported: Path, capsys: py
     more = ["--out", "new", "--resume", "--Iteration", "3"]
     assert cli.run(distill, words) == 0
     shutil.rmtree(imported)
-    expected = f"error: {imported}: expected the 2 experts from elsewhere with which the run in new began, found"
-    mend = "restore them, convert them again with `python -m mtt_fast.convert`, or say in which --buffer_path they are"
+    expected = f"error: {imported}: expected the 2 imported experts with which the run in new began, found"
+    mend = (
+        "restore them, convert them again with `python -m mtt_fast.convert`, or give the --buffer_path that they are in"
+    )
     for flags in ([], ["--dry_run"], ["--train_epochs", "1"]):  # 1: too few if they were trained
         assert refused(capsys, distill, *more, *flags) == f"{expected} none; {mend}"
     assert not imported.exists()
@@ -387,7 +389,7 @@ def test_a_run_that_goes_on_elsewhere_trains_no_experts_anew(
     for flags in ([], ["--dry_run"]):
         assert refused(capsys, distill, *more, *flags) == (
             f"error: {EXPERTS}: expected the 2 experts with which the run in {run} began, found none; start in the folder "
-            "where the run was started, say in which --buffer_path they are, or restore them"
+            "where the run was started, give the --buffer_path that they are in, or restore them"
         )
     assert not (elsewhere / "buffers").exists()
     assert cli.run(distill, [*more, "--buffer_path", str(working_folder / "buffers")]) == 0
@@ -437,5 +439,5 @@ def test_experts_of_the_other_whitening_are_pointed_out(
 
 def test_experts_are_not_trained_beside_imported_ones(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset", "digits", *MODEL, "--num_experts", "3", "--buffer_path", "my_buffers"]
-    assert f"{imported}/expert_0000.safetensors: comes from elsewhere" in refused(capsys, experts, *flags)
+    assert f"{imported}/expert_0000.safetensors: was imported" in refused(capsys, experts, *flags)
     assert len(TrajectoryStore(imported)) == 2

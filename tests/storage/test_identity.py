@@ -80,7 +80,7 @@ def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: 
     assert f"set.safetensors: {message}" in problem()
     assert "other_data" not in problem()
     assert problem(mend="go away").endswith("; go away")
-    assert ("or say `other_data` to use it with these" in problem(other_data=False)) == deliberate
+    assert ("or give `other_data` to use it with these" in problem(other_data=False)) == deliberate
     if not deliberate:
         assert f"set.safetensors: {message.partition(': ')[0]}" in problem(other_data=True)
         return
@@ -119,7 +119,7 @@ def test_a_whitening_is_the_same_up_to_rounding() -> None:
     noise = 1e-5 * torch.randn_like(fitted.matrix)
     check_same_whitening(Whitening(fitted.mean, fitted.matrix + noise, fitted.inverse), fitted, "here")
     for other in (Whitening.fit(images, eps=0.01), Whitening.fit(images[:25]), Whitening.fit(torch.rand(9, 1, 3, 3))):
-        with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* say `other_data`"):
+        with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* give `other_data`"):
             check_same_whitening(other, fitted, "set.safetensors")
     for name in ("mean", "matrix"):  # either alone: brighter images have another mean and the same matrix
         other = replace(fitted, **{name: 1.01 * getattr(fitted, name)})

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from mtt_fast import InputError, SyntheticDataset
-from mtt_fast.storage.atomic import atomic_path, whole_folder
-from mtt_fast.storage.run_folder import only_user
+from mtt_fast.storage.atomic import atomic_folder, atomic_path
+from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
 from mtt_fast.storage.text_files import write_text
 
@@ -100,7 +100,7 @@ def test_who_takes_a_folder_clears_what_a_killed_process_left_in_it(tmp_path: Pa
     (leftover / "content").mkdir(parents=True)
     for name in ("lock", "content/half"):
         (leftover / name).touch()
-    with only_user(tmp_path):
+    with lock_folder(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -141,7 +141,7 @@ def test_what_fails_leaves_no_folders(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "a" / "b" / "file") as path:
         fail(path)
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "a" / "b") as folder:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "b") as folder:
         fail(folder / "one")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_nothing_of_a_set(tmp_path: Path, kind: str) -> None:
 def test_a_folder_in_use_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
-    with whole_folder(".", last="b") as folder:
+    with atomic_folder(".", last="b") as folder:
         for name in ("a", "b", "c"):
             (folder / name).write_text(name)
     assert tmp_path.stat().st_ino == before
@@ -187,7 +187,7 @@ def test_what_readers_look_for_comes_last(tmp_path: Path, monkeypatch: pytest.Mo
         replace(source, place)
 
     monkeypatch.setattr(os, "replace", noted)
-    with whole_folder(tmp_path, last="buffer_") as folder:
+    with atomic_folder(tmp_path, last="buffer_") as folder:
         for name in ("buffer_0", "buffer_1", "buffer_10", "step_0", "a/b"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
