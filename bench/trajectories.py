@@ -29,8 +29,9 @@ from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
-from mtt_fast.storage.tensor_files import bytes_of, read_header
+from mtt_fast.storage.tensor_files import read_header
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 CHECKED = "TrajectoryStore"
