@@ -97,7 +97,7 @@ def augment_by_strategy(strategy: str) -> SiameseAugment | None:
     return None if strategy.lower() == "none" else SiameseAugment(strategy)
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: Any) -> None:
     """Raise `InputError` unless these are images that the operations are defined for."""
     if not isinstance(images, Tensor):
         found = type(images).__name__
@@ -110,7 +110,7 @@ def _check_images(images: Tensor) -> None:
     raise InputError(f"SiameseAugment images: expected floating-point images (b, C, H, W), found {found}")
 
 
-def _check_draws(draws: Draws | Tensor, count: int) -> None:
+def _check_draws(draws: Any, count: int) -> None:
     """Raise `InputError` unless these are draws for `count` images."""
     if not isinstance(draws, Draws | Tensor):
         raise InputError(

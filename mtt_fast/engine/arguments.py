@@ -6,7 +6,7 @@ Errors name the argument and not the callable, since several callables share the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -46,6 +46,14 @@ def check_differentiated_once() -> None:
             "a student's steps are differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
             "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
         )
+
+
+def refuse_forward_mode(*_: Any) -> NoReturn:
+    """Raise `InputError`, as the `jvp` of an autograd function that has only a backward pass."""
+    raise InputError(
+        "expected a backward pass, found forward-mode differentiation (dual numbers); take the gradient by backward() or "
+        "torch.autograd.grad"
+    )
 
 
 def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:

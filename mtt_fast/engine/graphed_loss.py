@@ -165,6 +165,8 @@ class GraphedMatchingLoss:
 class _LossWithGradients(torch.autograd.Function):
     """A loss whose gradients are computed in the forward pass."""
 
+    jvp = staticmethod(arguments.refuse_forward_mode)
+
     @staticmethod
     def forward(
         ctx: Any, iteration: Iteration, constants: Sequence[Tensor], images: Tensor, labels: Tensor, lr: Tensor
