@@ -399,15 +399,18 @@ def test_a_traced_caller_is_refused() -> None:
         torch.jit.trace(traced, torch.zeros(6, 2, 8, 8))
 
 
-@pytest.mark.parametrize("way", ["unroll", "graphed"])
-def test_forward_mode_is_refused(way: str) -> None:
-    arguments = (LABELS, 0.1, BATCHES)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda images: unroll(NETWORK, START, images, LABELS, 0.1, BATCHES),
+        lambda images: GraphedMatchingLoss(NETWORK)(START, TARGET, images, LABELS, 0.1, BATCHES),
+    ],
+    ids=["unroll", "graphed"],
+)
+def test_forward_mode_is_refused(call: Callable[[Tensor], Tensor]) -> None:
+    images = Distilled().images.detach()
     with dual_level(), pytest.raises(InputError, match="expected a backward pass, found forward-mode differentiation"):
-        images = make_dual(torch.zeros(6, 2, 8, 8, dtype=torch.float64), torch.ones(6, 2, 8, 8, dtype=torch.float64))
-        if way == "unroll":
-            unroll(NETWORK, START, images, *arguments)
-        else:
-            GraphedMatchingLoss(NETWORK)(START, TARGET, images, *arguments)
+        call(make_dual(images, torch.ones_like(images)))
 
 
 def test_a_compiled_caller_is_refused() -> None:
