@@ -6,7 +6,7 @@ Errors name the argument and not the callable, since several callables share the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def check_differentiated_once() -> None:
         )
 
 
-def refuse_forward_mode(*_: Any) -> NoReturn:
+def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
     """Raise `InputError`, as the `jvp` of an autograd function that has only a backward pass."""
     raise InputError(
         "expected a backward pass, found forward-mode differentiation (dual numbers); take the gradient by backward() or "
