@@ -35,6 +35,11 @@ class Augmentation:
     draw: Callable[[Tensor, torch.Generator | None], Any]
     apply: Callable[[Tensor, Any], Tensor]
 
+    def __post_init__(self) -> None:
+        for name, function in vars(self).items():
+            if not callable(function):
+                raise InputError(f"Augmentation {name}: expected a function, found {type(function).__name__}")
+
     def __call__(self, images: Tensor, draws: Any) -> Tensor:
         """Return the augmented images. Raises `InputError` if they are not a differentiable batch of as many."""
         return _checked("Augmentation apply", self.apply(images, draws), images)
@@ -79,9 +84,11 @@ class KorniaAugment:
 
 
 def _checked(name: str, augmented: Any, images: Tensor) -> Tensor:
-    if not isinstance(augmented, Tensor) or len(augmented) != len(images):
+    if not isinstance(augmented, Tensor) or augmented.shape[:1] != images.shape[:1]:
         kind = tuple(augmented.shape) if isinstance(augmented, Tensor) else type(augmented).__name__
         raise InputError(f"{name}: expected a tensor of {len(images)} images, found {kind}")
+    if augmented.device != images.device:
+        raise InputError(f"{name}: expected images on the device {images.device}, found them on {augmented.device}")
     if images.requires_grad and not augmented.requires_grad:
         raise InputError(
             f"{name}: expected a differentiable function of the images, found one that cuts the gradient off"

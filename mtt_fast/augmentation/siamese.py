@@ -88,6 +88,7 @@ class SiameseAugment:
     def __call__(self, images: Tensor, draws: Draws | Tensor) -> Tensor:
         """Apply the drawn operation, or what `draw_parameters` returned, to `images` (b, C, H, W)."""
         _check_images(images)
+        _check_draws(draws, len(images))
         return augment_with(images, self.warp_parameters(draws, images.shape))
 
 
@@ -96,13 +97,30 @@ def augment_by_strategy(strategy: str) -> SiameseAugment | None:
     return None if strategy.lower() == "none" else SiameseAugment(strategy)
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: Any) -> None:
     """Raise `InputError` unless these are images that the operations are defined for."""
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        found = (
-            f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor):
+        found = type(images).__name__
+    elif images.is_nested or images.layout != torch.strided:
+        found = "a nested tensor" if images.is_nested else f"a tensor of layout {images.layout}"
+    elif images.dim() != 4 or not images.is_floating_point() or not images.shape[1:].numel():
+        found = f"{images.dtype} of shape {tuple(images.shape)}"
+    else:
+        return
+    raise InputError(f"SiameseAugment images: expected floating-point images (b, C, H, W), found {found}")
+
+
+def _check_draws(draws: Any, count: int) -> None:
+    """Raise `InputError` unless these are draws for `count` images."""
+    if not isinstance(draws, Draws | Tensor):
+        raise InputError(
+            f"SiameseAugment draws: expected what draw returned for these images, found {type(draws).__name__}"
         )
-        raise InputError(f"SiameseAugment images: expected floating-point images (b, C, H, W), found {found}")
+    found = len(draws) if isinstance(draws, Tensor) else len(draws.numbers[0])
+    if found != count:
+        raise InputError(
+            f"SiameseAugment draws: expected those of {count} images, found those of {found}; draw for each batch"
+        )
 
 
 # ------------------------------------------------------------------ from draws to parameters

@@ -85,6 +85,7 @@ def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where)
     _check_images(images, where)
     if label_kind not in LABEL_KINDS:
         raise InputError(f"{where}: label_kind: expected {', '.join(LABEL_KINDS)}, found {shown(label_kind)}")
+    _check_dense(labels, "labels", where)
     if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
         raise InputError(f"{where}: labels: expected one for each of {len(images)} images, found {shown(labels)}")
     if label_kind == "indices":
@@ -94,11 +95,21 @@ def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where)
 
 
 def _check_images(images: Tensor, where: Where) -> None:
+    _check_dense(images, "images", where)
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.numel() or images.dtype != torch.float32:
         raise InputError(
             f"{where}: images: expected float32 (n, C, H, W), not empty, found {shown(images)}; convert them"
         )
     _check_finite(images, "images", where)
+
+
+def _check_dense(value: Any, name: str, where: Where) -> None:
+    """Raise `InputError` for a tensor whose numbers cannot be read."""
+    if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided or value.is_meta):
+        kind = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of layout {value.layout}"
+        raise InputError(
+            f"{where}: {name}: expected a dense tensor with numbers, found one {kind}; make it a plain one"
+        )
 
 
 def _check_finite(values: Tensor, name: str, where: Where) -> None:
@@ -174,6 +185,7 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
 
 def check_lr(lr: Tensor, where: Where) -> None:
     """Raise `InputError` unless `lr` is one learning rate (), positive and finite."""
+    _check_dense(lr, "lr", where)
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
@@ -182,6 +194,7 @@ def check_lr(lr: Tensor, where: Where) -> None:
 
 
 def _check_lrs(lrs: Tensor, where: Where) -> None:
+    _check_dense(lrs, "lr_per_step", where)
     good = isinstance(lrs, Tensor) and lrs.dim() == 1 and len(lrs) and lrs.is_floating_point()
     if not good or not bool(((lrs > 0) & lrs.isfinite()).all()):
         raise InputError(
@@ -192,7 +205,7 @@ def _check_lrs(lrs: Tensor, where: Where) -> None:
 
 def check_names(names: Sequence[str], where: Where) -> None:
     """Raise `InputError` unless there are names of classes, each of them once."""
-    if not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: class_names: expected the classes' names, found {shown(names)}")
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
@@ -202,6 +215,10 @@ def check_names(names: Sequence[str], where: Where) -> None:
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int, where: Where) -> None:
     """Raise `InputError` unless `mean` and `std` are finite numbers, one for each channel, and `std` is above 0."""
     for name, values, least in (("mean", mean, -_LARGEST), ("std", std, 0.0)):
+        if not hasattr(values, "__len__"):
+            raise InputError(
+                f"{where}: {name}: expected a number of each of {channels} channels, found {shown(values)}"
+            )
         if len(values) != channels or not all(_is_number(value) and least < value < _LARGEST for value in values):
             more = " above 0" if name == "std" else ""
             raise InputError(
@@ -211,7 +228,7 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: i
 
 
 def _check_canvas(canvas: Any, height: int, width: int, where: Where) -> None:
-    sides = (canvas.size, canvas.samples)
+    sides = (getattr(canvas, "size", None), getattr(canvas, "samples", None))
     if not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
         raise InputError(
             f"{where}: canvas: expected its size and samples as whole numbers of at least 1, found "
@@ -226,7 +243,8 @@ def _check_canvas(canvas: Any, height: int, width: int, where: Where) -> None:
 def _check_whitening(whitening: Any, values: int, where: Where) -> None:
     shapes = {"mean": (values,), "matrix": (values, values), "inverse": (values, values)}
     for name, shape in shapes.items():
-        tensor = getattr(whitening, name)
+        tensor = getattr(whitening, name, None)
+        _check_dense(tensor, f"whitening.{name}", where)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise InputError(
                 f"{where}: whitening.{name}: expected floating point {shape}, as images of {values} values need it, found "

@@ -48,6 +48,14 @@ def check_differentiated_once() -> None:
         )
 
 
+def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
+    """Raise `InputError`, as the `jvp` of an autograd function that has only a backward pass."""
+    raise InputError(
+        "expected a backward pass, found forward-mode differentiation (dual numbers); take the gradient by backward() or "
+        "torch.autograd.grad"
+    )
+
+
 def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
     """Raise `InputError` in a batched backward pass (vmap over gradients), which the backward sweep does not support."""
     kinds = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)

@@ -90,6 +90,8 @@ class GraphedMatchingLoss:
                 f"`optimizer`: expected Adam(steps=0), since the students start a training, found steps={optimizer.steps}; use "
                 "`unroll`, which takes the moments as `velocity`"
             )
+        if not callable(of_path):
+            raise InputError(f"`of_path`: expected a function of path, start and target, found {of_path!r}")
         self._net, self._of_path = net, of_path
         self._iterations: dict[Any, Iteration] = {}
         self._problem: str | None = None
@@ -163,6 +165,8 @@ class GraphedMatchingLoss:
 class _LossWithGradients(torch.autograd.Function):
     """A loss whose gradients are computed in the forward pass."""
 
+    jvp = staticmethod(arguments.refuse_forward_mode)
+
     @staticmethod
     def forward(
         ctx: Any, iteration: Iteration, constants: Sequence[Tensor], images: Tensor, labels: Tensor, lr: Tensor
@@ -187,6 +191,8 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         without = ", without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
         raise InputError(f"`of_path`: expected a tensor () that depends on the path, found {found}{without}")
+    if loss.is_complex():
+        raise InputError(f"`of_path`: expected a real number, found {loss.dtype}; use .real or .abs()")
     return loss.double()
 
 

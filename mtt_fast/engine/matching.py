@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from mtt_fast.engine.arguments import refuse_forward_mode
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 
@@ -20,6 +21,8 @@ MatchStep = Literal["last", "nearest"]
 
 class _SquaredDistance(torch.autograd.Function):
     """|a − b|² accumulated in float64: in float32 a sum over 10⁶ parameters loses three digits."""
+
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -98,6 +101,7 @@ def path_loss(
     if match_step not in get_args(MatchStep):
         raise InputError(f"path_loss match_step: expected {' or '.join(get_args(MatchStep))}, found {match_step!r}")
     _check_ratio("path_loss", loss_ratio)
+    _check_no_transform("path_loss")
     _check_path("path_loss", path, target)
     _check_vectors("path_loss", path=path.detach()[0], start=start, target=target)
     if match_step == "nearest":
@@ -126,16 +130,21 @@ def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ra
 
     So does a transform of `torch.func`, in which the distance cannot be computed.
     """
-    if torch._C._are_functorch_transforms_active():
-        raise InputError(
-            f"{name}: found a transform of torch.func, whose tensors the distance cannot read; call without it, and take "
-            "derivatives by torch.autograd"
-        )
+    _check_no_transform(name)
     _check_vectors(name, end=end, start=start, target=target)
     loss = _relative_distance(end, start, target, loss_ratio)
     if not loss.isfinite() and start.to(end).equal(target.to(end)):
         raise InputError(f"{name}: start and target are equal, so the expert did not move between the two epochs")
     return loss
+
+
+def _check_no_transform(name: str) -> None:
+    """Raise `InputError` in a transform of `torch.func`, in which the distance cannot be computed."""
+    if torch._C._are_functorch_transforms_active():
+        raise InputError(
+            f"{name}: found a transform of torch.func, whose tensors the distance cannot read; call without it, and take "
+            "derivatives by torch.autograd"
+        )
 
 
 def _check_path(name: str, path: Tensor, target: Tensor) -> None:

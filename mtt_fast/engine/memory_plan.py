@@ -211,16 +211,19 @@ def plan(
     """
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"`dtype`: expected torch.float32 or torch.float64, found {dtype!r}")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"`device`: expected a device of torch, such as cpu or cuda, found {device!r}") from error
     if device.type == "cuda":
         choose_device(str(device))
     shape = _shape_of(images, is_2d=isinstance(net, ConvNet))
     check_number("momentum", momentum)
     check_optimizer(optimizer, momentum, 0.0)
     check_augment(None if isinstance(augment, bool) else augment)
-    for name, value in (("steps", steps), ("batch", batch)):
-        if value is not None:
-            check_count(name, value)
+    check_count("steps", steps)
+    if batch is not None:
+        check_count("batch", batch)
     input_shape, augment_bytes = footprint_of(augment, shape[1:], dtype)
     if isinstance(net, ConvNet):
         _check_size(net, input_shape)

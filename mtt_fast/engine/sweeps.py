@@ -16,7 +16,12 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
-from mtt_fast.engine.arguments import check_differentiated_once, check_one_gradient, check_repeated
+from mtt_fast.engine.arguments import (
+    check_differentiated_once,
+    check_one_gradient,
+    check_repeated,
+    refuse_forward_mode,
+)
 from mtt_fast.engine.batch import AugmentedBatch, Batch, Inputs
 from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.path import StudentPath
@@ -108,6 +113,8 @@ def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Unroll(torch.autograd.Function):
     """Both sweeps as one node of the user's autograd graph."""
+
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(

@@ -68,7 +68,9 @@ def _move_files(source: Path, folder: Path, last: str) -> None:
 
 @contextlib.contextmanager
 def _naming_errors(path: Path) -> Iterator[None]:
-    """Raise `InputError` that names `path` in place of the `OSError` of a failed write."""
+    """Raise `InputError` that names `path` in place of the `OSError` of a failed write, and for a path with a NUL."""
+    if "\0" in str(path):
+        raise InputError(f"{path}: cannot be written (its name has a NUL); choose another name")
     try:
         yield
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import kornia.augmentation as K
 import pytest
@@ -141,6 +141,15 @@ def test_kornias_policies_repeat_too() -> None:
         ),
         (lambda: Augmentation(lambda *_: None, lambda images, _: images[:1]), "tensor of 4 images, found .1, 3, 8, 8"),
         (lambda: Augmentation(lambda *_: None, list_of), "tensor of 4 images, found list"),
+        (lambda: Augmentation(lambda *_: None, lambda images, _: images.sum()), r"tensor of 4 images, found \(\)"),
+        (
+            lambda: Augmentation(lambda *_: None, lambda images, _: images.to("meta")),
+            "on the device cpu, found them on meta",
+        ),
+        (
+            lambda: Augmentation(lambda *_: None, cast(Any, None)),
+            "Augmentation apply: expected a function, found NoneType",
+        ),
         (lambda: Augmentation(lambda *_: None, lambda images, _: images.detach()), "cuts the gradient off"),
     ],
 )

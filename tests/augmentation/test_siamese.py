@@ -253,8 +253,10 @@ def test_an_unknown_operation_is_refused() -> None:
         (torch.zeros(3, 8, 8), r"torch\.float32 of shape \(3, 8, 8\)"),
         (torch.zeros(2, 3, 8, 8).numpy(), "ndarray"),
         (list(torch.zeros(2, 3, 8, 8)), "list"),
+        (torch.zeros(2, 3, 8, 8).to_sparse(), r"a tensor of layout torch\.sparse_coo"),
+        (torch.zeros(2, 3, 0, 8), r"torch\.float32 of shape \(2, 3, 0, 8\)"),
     ],
-    ids=["bytes", "one image", "an array", "a list"],
+    ids=["bytes", "one image", "an array", "a list", "sparse", "no pixels"],
 )
 def test_what_are_no_images_is_refused(images: Any, found: str) -> None:
     augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
@@ -262,6 +264,23 @@ def test_what_are_no_images_is_refused(images: Any, found: str) -> None:
     for call in (lambda: augment.draw(images), lambda: augment(images, draws)):
         with pytest.raises(InputError, match=f"expected floating-point images .b, C, H, W., found {found}"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        (None, "expected what draw returned for these images, found NoneType"),
+        (SiameseAugment("color").draw(torch.zeros(3, 3, 8, 8)), "expected those of 2 images, found those of 3"),
+        (
+            SiameseAugment("color").draw_parameters([torch.zeros(1, 3, 8, 8)]),
+            "expected those of 2 images, found those of 1",
+        ),
+    ],
+    ids=["none", "of more images", "parameters of fewer"],
+)
+def test_what_are_no_draws_for_the_images_is_refused(draws: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"SiameseAugment draws: {message}"):
+        SiameseAugment("color")(torch.zeros(2, 3, 8, 8), draws)
 
 
 def test_a_strategy_that_is_no_text_is_refused() -> None:

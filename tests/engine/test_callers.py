@@ -13,12 +13,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast import (
+    Augmentation,
+    ConvNet,
+    FlatModule,
+    GraphedMatchingLoss,
+    InputError,
+    SiameseAugment,
+    matching_loss,
+    unroll,
+)
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
@@ -387,6 +397,20 @@ def test_a_traced_caller_is_refused() -> None:
 
     with pytest.raises(InputError, match=r"torch\.jit\.trace"):
         torch.jit.trace(traced, torch.zeros(6, 2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda images: unroll(NETWORK, START, images, LABELS, 0.1, BATCHES),
+        lambda images: GraphedMatchingLoss(NETWORK)(START, TARGET, images, LABELS, 0.1, BATCHES),
+    ],
+    ids=["unroll", "graphed"],
+)
+def test_forward_mode_is_refused(call: Callable[[Tensor], Tensor]) -> None:
+    images = Distilled().images.detach()
+    with dual_level(), pytest.raises(InputError, match="expected a backward pass, found forward-mode differentiation"):
+        call(make_dual(images, torch.ones_like(images)))
 
 
 def test_a_compiled_caller_is_refused() -> None:

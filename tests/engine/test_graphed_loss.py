@@ -305,6 +305,22 @@ def test_what_is_no_loss_of_the_path_is_refused(of_path: Loss, found: str) -> No
         GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
 
 
+@pytest.mark.parametrize(
+    ("of_path", "message"),
+    [
+        (None, "`of_path`: expected a function of path, start and target, found None"),
+        (
+            lambda path, start, target: path[-1].sum() * 1j,
+            r"`of_path`: expected a real number, found torch\.complex128",
+        ),
+    ],
+    ids=["none", "complex"],
+)
+def test_a_loss_of_the_path_is_a_function_to_real_numbers(of_path: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+
+
 def test_a_loss_of_the_path_with_learned_weights_is_refused() -> None:
     """Check what would leave the weights of the rows without a gradient."""
     weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual
 
 from mtt_fast import InputError, matching_loss, path_loss
 from mtt_fast.testing import assert_close
@@ -58,10 +61,18 @@ def test_errors_name_the_cause() -> None:
     "transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap], ids=lambda each: each.__name__
 )
 def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
-    with pytest.raises(InputError, match=r"^matching_loss: found a transform of torch.func"):
-        transform(lambda end: matching_loss(end, torch.ones(3), torch.zeros(3)))(
-            torch.eye(3)[0 if transform is not torch.func.vmap else slice(None)]
-        )
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        "matching_loss": lambda end: matching_loss(end, torch.ones(3), torch.zeros(3)),
+        "path_loss": lambda end: path_loss(end.expand(2, 3), torch.ones(3), torch.zeros(3)),
+    }
+    for name, loss in losses.items():
+        with pytest.raises(InputError, match=rf"^{name}: found a transform of torch\.func"):
+            transform(loss)(torch.eye(3)[0 if transform is not torch.func.vmap else slice(None)])
+
+
+def test_forward_mode_is_refused() -> None:
+    with dual_level(), pytest.raises(InputError, match="expected a backward pass, found forward-mode differentiation"):
+        matching_loss(make_dual(torch.rand(3), torch.ones(3)), torch.ones(3), torch.zeros(3))
 
 
 @pytest.mark.parametrize(
