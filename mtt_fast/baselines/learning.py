@@ -43,7 +43,7 @@ def learn(run: Run, learned: LearnedSet) -> None:
     run_to_the_end(
         looped, progress, title=run.method, iterate=partial(_iterate, looped, learned, progress),
         progress_fields=lambda _: {"loss": f"{looped.metrics.records[-1]['loss']:.4g}"},
-        evaluate=partial(_evaluate, looped, learned, progress, first), kinds=["evaluation"],
+        evaluate=partial(_evaluate, looped, learned, progress, first),
         save=partial(save_checkpoint, run.folder, learned, progress),
         summarise=partial(_summarise, looped, learned, progress),
     )  # fmt: skip

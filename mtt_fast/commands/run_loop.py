@@ -106,14 +106,14 @@ def run_to_the_end(
     iterate: Callable[[], None],
     progress_fields: Callable[[float], Mapping[str, str]],
     evaluate: Callable[[StopRequest], None],
-    kinds: Sequence[str],
     save: Callable[[Sequence[Record]], None],
     summarise: Callable[[StopRequest], None],
 ) -> None:
     """Run iterations from `progress` to the last; evaluate every `eval_it` iterations, save at intervals, and summarise.
 
     `iterate` does the next iteration and counts it; `progress_fields` returns the fields of the progress bar after an iteration of so
-    many seconds. `evaluate` writes a record of each of `kinds`. `save` writes the checkpoint with the evaluations' records.
+    many seconds. `evaluate` evaluates the set unless an earlier process did, and draws it: that process may have died in between.
+    `save` writes the checkpoint with the evaluations' records.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and what these functions raise.
     """
     options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
@@ -134,8 +134,7 @@ def run_to_the_end(
             if progress.iteration == 0:
                 save_progress()  # so that the checkpoint names the experts even if the first evaluation is interrupted
             while True:
-                due = progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration
-                if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
+                if progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration:
                     with seconds_of("evaluations"):
                         evaluate(stop)
                     with seconds_of("saving"):
@@ -184,7 +183,12 @@ def as_synthetic(
 def evaluate_and_save(
     run: LoopRun, progress: Progress, kind: str, synthetic: SyntheticDataset, stop: StopRequest, *, words: str = ""
 ) -> dict[str, Accuracy]:
-    """Evaluate the set, write it (as the best one too, if it is) and a record of `kind`; return the accuracies by network."""
+    """Evaluate the set, write it (as the best one too, if it is) and a record of `kind`; return the accuracies by network.
+
+    If there is such a record of this iteration already, do nothing and return none.
+    """
+    if run.metrics.find(kind, progress.iteration):
+        return {}
     results = evaluate_set(run, synthetic, progress.iteration, stop, words=words)
     first, *_ = results.values()
     with run.seconds.of("saving"):

@@ -32,7 +32,7 @@ from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_netw
 from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there
 from mtt_fast.distill.command_line import parse_with_given
 from mtt_fast.distill.dry_run import dry_run
-from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
+from mtt_fast.distill.evaluation import evaluate_sets, summarise
 from mtt_fast.distill.experts import (
     check_experts,
     check_missing_experts,
@@ -220,8 +220,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     with contextlib.closing(ahead):
         run_to_the_end(
             run, state, title="distil", iterate=partial(next, iterations()), progress_fields=partial(_progress_fields, run, state), evaluate=evaluate,
-            kinds=evaluated_kinds(state), save=partial(save_checkpoint, run.folder, state),
-            summarise=partial(summarise, run, state),
+            save=partial(save_checkpoint, run.folder, state), summarise=partial(summarise, run, state),
         )  # fmt: skip
 
 

@@ -58,11 +58,10 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     images = {"evaluation": state.images, "ema_evaluation": state.ema}
     sets = {kind: _distilled(run, state, pixels) for kind, pixels in images.items() if pixels is not None}
     for kind, synthetic in sets.items():
-        if run.metrics.find(kind, state.iteration) is None:
-            words = SET_NAMES[kind].words
-            results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
-            for name, accuracy in results.items():
-                log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
+        words = SET_NAMES[kind].words
+        results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
+        for name, accuracy in results.items():
+            log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
     if run.options.teacher_label:
         log_recognised(state, sets["evaluation"].labels)
     _draw(run, state, sets["evaluation"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import LearnedSet
-from mtt_fast.commands import cli
+from mtt_fast.commands import cli, run_loop
 from mtt_fast.compress import compress
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
@@ -198,6 +199,29 @@ def test_resumed_is_bit_identical_to_uninterrupted(method: str, shared: Path, tm
         assert torch.equal(tensor, other[name]), name
     for kind in ("distilled", "own_training"):
         assert summary_of(whole)["accuracy"].get(kind) == summary_of(parts)["accuracy"].get(kind)
+
+
+@pytest.mark.parametrize("writer", ["save_grid", "save_snapshot", "save_curves"])
+def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_it_goes_on(
+    writer: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*flags("dm", shared), "--out", str(whole)) == 0
+    draw, calls = getattr(run_loop, writer), itertools.count()
+
+    def dying_every_other_time(*arguments: Any) -> None:
+        if next(calls) % 2 == 0:
+            raise SystemExit
+        draw(*arguments)
+
+    monkeypatch.setattr(run_loop, writer, dying_every_other_time)
+    for _ in range(2):  # at the first evaluation, and at the last
+        with pytest.raises(SystemExit):
+            run(*flags("dm", shared), "--out", str(parts))
+    assert run(*flags("dm", shared), "--out", str(parts)) == 0
+    for name in ("images.png", "curves.png", "history/iteration_000000.png", "history/iteration_000002.png"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_a_run_goes_on_with_the_evaluation_it_began_with(

@@ -51,11 +51,12 @@ def looped(
 
     def evaluate(stop: StopRequest) -> None:
         done.append(f"e{progress.iteration}")
-        metrics.write("evaluation", progress.iteration, accuracy_mean=0.5, accuracy_std=0.0, networks=1)
+        if not metrics.find("evaluation", progress.iteration):
+            metrics.write("evaluation", progress.iteration, accuracy_mean=0.5, accuracy_std=0.0, networks=1)
 
     try:
         run_to_the_end(
-            run, progress, title="it", iterate=iterate, progress_fields=lambda seconds: {"s": f"{seconds:g}"}, evaluate=evaluate, kinds=["evaluation"],
+            run, progress, title="it", iterate=iterate, progress_fields=lambda seconds: {"s": f"{seconds:g}"}, evaluate=evaluate,
             save=lambda evaluations: done.append(f"s{len(evaluations)}"), summarise=lambda stop: done.append("!"),
         )  # fmt: skip
     except Stopped as stopped:
@@ -69,8 +70,8 @@ def test_evaluations_are_at_the_start_when_due_and_at_the_end(tmp_path: Path) ->
     assert " ".join(looped(tmp_path)) == "s0 e0 s1 i1 i2 e2 s2 i3 i4 e4 s3 i5 e5 s4 !"
 
 
-def test_what_was_evaluated_before_is_not_evaluated_again(tmp_path: Path) -> None:
-    assert " ".join(looped(tmp_path, start=2, iterations=3, evaluated=[0, 2])) == "i3 e3 s3 !"
+def test_what_was_evaluated_before_is_drawn_again_as_its_process_may_have_died_in_between(tmp_path: Path) -> None:
+    assert " ".join(looped(tmp_path, start=2, iterations=3, evaluated=[0, 2])) == "e2 s2 i3 e3 s3 !"
 
 
 def test_what_did_more_iterations_than_it_is_asked_for_is_evaluated_as_it_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.commands import run_loop
 from mtt_fast.distill.command import main
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.segments import student_batches
@@ -213,6 +215,33 @@ def test_a_run_that_dies_while_it_writes_a_set_writes_it_again(
     assert run(*flags) == 0
     for each in ("best.safetensors", "synthetic.safetensors"):
         assert SyntheticDataset.load(tmp_path / each).recipe["iterations"] == 3
+
+
+def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_it_goes_on(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*TOY, *experts, "--ema_decay", "0.5", "--Iteration", "3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*flags, "--out", str(whole)) == 0
+
+    draw, calls = run_loop.save_grid, itertools.count()
+
+    def dying_every_other_time(*arguments: Any) -> None:
+        if next(calls) % 2 == 0:
+            raise SystemExit
+        draw(*arguments)
+
+    monkeypatch.setattr(run_loop, "save_grid", dying_every_other_time)
+    for iteration in (0, 3):
+        with pytest.raises(SystemExit):
+            run(*flags, "--out", str(parts))
+        last = metrics_of(parts)[-1]
+        assert (last["kind"], last["iteration"]) == ("ema_evaluation", iteration)
+    assert run(*flags, "--out", str(parts)) == 0
+    for name in ("images.png", "history/iteration_000000.png", "history/iteration_000003.png"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    kinds = [[(record["kind"], record["iteration"]) for record in metrics_of(out)] for out in (whole, parts)]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_run_that_goes_on_with_fewer_iterations_than_it_did_is_evaluated_as_it_is(
@@ -578,6 +607,7 @@ def test_a_checkpoint_with_a_tensor_of_another_form_is_named(
 FULL_DISK = """
 import resource, sys
 from mtt_fast.commands import cli, parsing
+from mtt_fast.commands import run_loop
 from mtt_fast.distill.command import main
 import mtt_fast.evaluate, matplotlib.backends.backend_agg, tensorboard.summary.writer.record_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
