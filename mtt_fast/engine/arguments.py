@@ -89,6 +89,11 @@ def _differ(first: Tensor, again: Tensor) -> Tensor:
     return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()
 
 
+def saveable(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy of one that was made in `torch.inference_mode`, which autograd cannot save."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def check_types(**tensors: Tensor) -> None:
     """Raise `InputError` unless `tensors` are tensors, and neither sparse nor nested nor fake ones."""
     for name, value in tensors.items():

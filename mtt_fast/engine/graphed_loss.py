@@ -120,7 +120,7 @@ class GraphedMatchingLoss:
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)
         constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
-        return _LossWithGradients.apply(iteration, constants, images, steps.labels, steps.lr)  # type: ignore[no-any-return]
+        return _LossWithGradients.apply(iteration, constants, steps.images, steps.labels, steps.lr)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         # captured graphs belong to this process, and their memory to this object

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mtt_fast.engine.arguments import refuse_forward_mode
+from mtt_fast.engine.arguments import refuse_forward_mode, saveable
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 
@@ -86,7 +86,7 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
         end, start = _without_lowest(end, start, target, loss_ratio)
     start, target = start.detach().to(end), target.detach().to(end)
     initial_distance = squared_distance(start.contiguous(), target.contiguous())
-    return _SquaredDistance.apply(end, target) / initial_distance  # type: ignore[no-any-return]
+    return _SquaredDistance.apply(end, saveable(target)) / initial_distance  # type: ignore[no-any-return]
 
 
 def path_loss(

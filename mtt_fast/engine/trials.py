@@ -110,7 +110,6 @@ def _try_gradient(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
 ) -> Tensor:
     """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
-    theta = theta.clone() if theta.is_inference() else theta  # an expert that was read in torch.inference_mode
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
     # of copies, since a network may write into its images, and a loss (one with a margin) into the logits
     logits = _call_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)

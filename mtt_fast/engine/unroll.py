@@ -158,7 +158,7 @@ def unroll(
         gradient=gradient,
         compares=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
     )
-    path, after = path_of(student_steps, theta, images, steps.labels, steps.lr, velocity)
+    path, after = path_of(student_steps, steps.theta, steps.images, steps.labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
 
@@ -237,6 +237,7 @@ def checked_steps(
     lrs = arguments.checked_lr(lr, theta, len(indices))
     if not (has_loss or labels.is_floating_point()):
         labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known
+    theta, images, labels, lrs = map(arguments.saveable, (theta, images, labels, lrs))
     return CheckedSteps(student, theta, images, labels, lrs, indices)
 
 

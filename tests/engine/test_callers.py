@@ -719,6 +719,23 @@ def test_an_expert_may_be_read_in_inference_mode(network: Network) -> None:
     assert torch.equal(gradient(start), gradient(START))
 
 
+@pytest.mark.parametrize("way", ["unroll", "graphed"])
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_all_arguments_may_be_made_in_inference_mode(network: Network, way: str) -> None:
+    def gradient(start: Tensor, target: Tensor, images: Tensor, labels: Tensor, batches: Tensor) -> Tensor:
+        rate = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        if way == "graphed":
+            loss = GraphedMatchingLoss(network)(start, target, images, labels, rate, batches)
+        else:
+            loss = matching_loss(unroll(network, start, images, labels, rate, batches)[-1], start, target)
+        return torch.autograd.grad(loss, rate)[0]
+
+    arguments = (START, TARGET, Distilled().images.detach(), LABELS, BATCHES)
+    with torch.inference_mode():
+        copies = [argument.clone() for argument in arguments]
+    assert torch.equal(gradient(*copies), gradient(*arguments))
+
+
 @pytest.mark.parametrize(
     "batches", [5, None, torch.tensor(1), ["ab"], [(START, LABELS)], [torch.tensor([1j])]], ids=type
 )
