@@ -94,6 +94,7 @@ def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
         for number in range(2 + label):
             values = np.full((4, 4, 3), 100 * label + number, np.uint8)
             Image.fromarray(values).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "notes").mkdir()  # a folder without pictures is no class
     with pytest.raises(InputError, match=r"expected labels\.json"):
         read_set(tmp_path)
     info = SourceInfo(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)

@@ -141,6 +141,10 @@ def test_a_set_in_parts_is_put_together(tmp_path: Path) -> None:
     (tmp_path / "images_best_2.pt").unlink()
     with pytest.raises(InputError, match=r"images_best_2\.pt: expected this part of the set"):
         read_set(tmp_path)
+    for part in range(5):
+        torch.save(torch.tensor(1.0), tmp_path / f"images_best_{part}.pt")
+    with pytest.raises(InputError, match=r"images_best\.pt: part 0: expected a tensor like"):
+        read_set(tmp_path)
 
 
 def test_the_parts_of_a_set_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -252,6 +256,14 @@ def test_dd_ranking_sees_the_same_soft_labels(tmp_path: Path, labels: str) -> No
     outputs = torch.randn(N, CLASSES)
     its_loss = -(written.softmax(1) * outputs.log_softmax(1)).sum(1)  # its soft cross entropy, temperature 1
     torch.testing.assert_close(its_loss, -(truth * outputs.log_softmax(1)).sum(1))
+
+
+def test_a_kind_that_is_named_goes_before_the_one_that_names_suggest(tmp_path: Path) -> None:
+    distilled("probabilities").export("mtt", tmp_path / "images.pt")
+    for source in (tmp_path, tmp_path / "images.pt"):
+        assert read_set(source, "mtt").label_kind == "probabilities"
+        assert read_set(source, "ddranking").label_kind == "logits"
+        assert read_set(source, "ddranking", label_kind="probabilities").label_kind == "probabilities"
 
 
 def test_dd_ranking_wants_as_many_images_of_every_class(tmp_path: Path) -> None:
@@ -388,6 +400,8 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
         read_set(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"expected a distilled set .*found other files"):
+        read_set(__file__)
     with pytest.raises(InputError, match="expected the properties of the real images for kind png"):
         write_set(tmp_path, as_tensor_set(distilled()), "png")
     for name in (None, "/"):
