@@ -247,6 +247,7 @@ def test_pictures_are_not_taken_for_those_of_other_real_images(tmp_path: Path, k
     ("spoil", "message"),
     [
         (lambda record: record.update(format="other"), "expected the format"),
+        (lambda record: record.pop("checksum"), "damaged: its checksum is of other"),
         (lambda record: record.update(format="mtt_fast pictures 1", lr=0.5), "damaged: its checksum is of other"),
         (lambda record: record.pop("files"), "expected the labels of pictures, found a broken file"),
         (lambda record: record["labels"].pop(), "expected a label for each file, found 6 and 5"),
@@ -294,8 +295,8 @@ def test_a_foreign_parquet_file_is_read(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_text("hello")
-    for name in ("x", "y"):
-        with pytest.raises(InputError, match=rf"{name}\.parquet: expected columns image"):
+    for name, found in (("x", "found x; it is another file"), ("y", "found a broken or foreign file")):
+        with pytest.raises(InputError, match=rf"{name}\.parquet: expected columns image .*{found}"):
             read_set(tmp_path / f"{name}.parquet")
     with pytest.raises(InputError, match=r"z\.parquet: cannot be read"):
         read_set(tmp_path / "z.parquet")

@@ -66,6 +66,7 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
         ([(torch.zeros(4, 4), 0)], r"expected \(C, H, W\)"),
         ([(torch.zeros(3, 4, 4).int(), 0)], "expected uint8 or floating point"),
         ([{"picture": 1}], r"expected image \(or img\) and label, found picture"),
+        ([{"img": 1}], r"expected image \(or img\) and label, found img"),
         ([7], r"expected \(image, label\), found int"),
     ],
 )
