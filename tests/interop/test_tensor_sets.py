@@ -157,9 +157,21 @@ def test_a_set_in_parts_is_put_together(tmp_path: Path) -> None:
     (tmp_path / "images_best_2.pt").unlink()
     with pytest.raises(InputError, match=r"images_best_2\.pt: expected this part of the set"):
         read_set(tmp_path)
+    torch.save(torch.randn(2, 3, 5, 4), tmp_path / "images_best_2.pt")
+    with pytest.raises(InputError, match=r"images_best\.pt: part 2: expected a tensor like .* \(2, 3, 4, 4\), found"):
+        read_set(tmp_path)
     for part in range(5):
         torch.save(torch.tensor(1.0), tmp_path / f"images_best_{part}.pt")
     with pytest.raises(InputError, match=r"images_best\.pt: part 0: expected a tensor like"):
+        read_set(tmp_path)
+    torch.save(pixels, tmp_path / "images_best.pt")
+    with pytest.raises(InputError, match=r"images_best_7\.pt: cannot be read"):
+        read_set(tmp_path / "images_best_7.pt")
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images_best.pt").symlink_to("/proc/self/mem")  # whose first page is not there
+    with pytest.raises(InputError, match=r"images_best\.pt: cannot be read"):
         read_set(tmp_path)
 
 
@@ -421,6 +433,7 @@ def test_folders_without_pictures_are_no_image_folder(tmp_path: Path) -> None:
     (tmp_path / "cat" / "tabby").mkdir(parents=True)
     (tmp_path / "cat" / "tabby" / "0.JPEG").touch()
     assert set_kind_of(tmp_path) == "png"
+    assert set_kind_of(tmp_path / "images.png") is None
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
