@@ -200,7 +200,7 @@ def test_soft_labels_in_files_become_targets(kind: Literal["probabilities", "wei
         (torch.randn(10, 1, 8, 8), torch.arange(10), "images_zca_best.pt", "distilled from whitened images"),
         (
             torch.randn(10, 1, 8, 8),
-            3 * torch.rand(10, 10),
+            3 * torch.eye(10),
             "",
             "are they weights, as of cross-entropy, whose sums are not 1?",
         ),

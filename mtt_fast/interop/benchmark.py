@@ -109,7 +109,7 @@ def is_benchmark(folder: Path) -> bool:
 def _sets(folder: Path) -> list[Path]:
     patterns = [f"{method}/*/IPC*" for method in METHODS] + ["*/IPC*", "IPC*"]
     below = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if os.path.isdir(path)]
-    return [folder.resolve()] if folder.name.startswith("IPC") else below
+    return [folder] if folder.name.startswith("IPC") else below
 
 
 def _only_set(folder: Path) -> Path:

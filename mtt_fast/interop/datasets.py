@@ -140,7 +140,7 @@ def _from_array(item: Any, where: str) -> Tensor:
     if isinstance(mode, str) and mode not in ("L", "RGB"):
         raise InputError(f'{where}: expected grey or RGB, found mode {mode!r}; convert it with image.convert("RGB")')
     values = np.array(item)
-    if values.dtype.kind not in "uif" or values.ndim not in (2, 3):
+    if values.ndim not in (2, 3):
         raise InputError(f"{where}: expected an image (H, W) or (H, W, C), found {shown(item)}")
     try:
         image = torch.from_numpy(values)

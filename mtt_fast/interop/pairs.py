@@ -187,7 +187,7 @@ def _parts(path: Path) -> list[Path]:
     """Return the files that hold the set `path`: itself, or all its parts in order."""
     whole = _whole(path)
     if os.path.lexists(whole):
-        return [path if os.path.lexists(path) else whole]
+        return [path]
     siblings = names_in(whole.parent) if os.path.isdir(whole.parent) else []
     matches = [match for name in siblings if (match := _PART.fullmatch(name)) and f"{match[1]}.pt" == whole.name]
     numbered = {match[2]: whole.with_name(match[0]) for match in matches}

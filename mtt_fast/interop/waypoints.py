@@ -84,7 +84,7 @@ def _steps_file(file: Path) -> Path:
 
 def _course(points: Any, pieces: Any) -> Course:
     """Return the course that the shares `pieces` describe."""
-    if isinstance(pieces[0][0], Tensor) or not isinstance(pieces[0][0], Sequence):  # the shares of two waypoints
+    if not isinstance(pieces[0][0], Sequence):  # the shares of two waypoints
         pieces = [pieces]
     if len(points) != len(pieces) + 1:
         raise ValueError(f"{len(points)} waypoints and {len(pieces)} pieces")

@@ -98,8 +98,8 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
-        numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
+        fields = {"data": "{}", "digests": "[]"} | metadata  # which the first format lacks
+        numbers, data, digests = (parse_json(fields[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
             check_form(numbers, dict.fromkeys((*_NUMBERS, _EXPERTS, f"{_REPEATED}?"), NUMBER))
             if metadata["format"] != _CHECKPOINT:

@@ -224,6 +224,20 @@ def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+def test_the_pictures_show_the_first_images_above_the_learned_ones(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(
+        run_loop, "save_grid", lambda path, panels, *_: drawn.append([pictures for _, pictures in panels])
+    )
+    assert run(*flags("dm", shared), "--out", str(tmp_path)) == 0
+    (first, _), (above, below) = drawn
+    assert torch.equal(above, first)
+    assert not torch.equal(above, below)
+    assert torch.equal(below, set_of(tmp_path).pictures())
+
+
 def test_a_run_goes_on_with_the_evaluation_it_began_with(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,9 @@ def test_curves_show_what_their_titles_say(monkeypatch: pytest.MonkeyPatch) -> N
         "distilled": ([4, 0.5], pytest.approx(0.1)),
         "average over the iterations": ([4, 0.6], pytest.approx(0.12)),
     }
+    legend = accuracy.get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {*drawn, "random real images"}
     (baseline,) = (line for line in accuracy.lines if line.get_label() == "random real images")
     assert [height for _, height in np.asarray(baseline.get_xydata()).tolist()] == [0.2, 0.2]
 

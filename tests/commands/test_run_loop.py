@@ -129,6 +129,7 @@ def test_the_bar_counts_on_from_where_the_run_goes_on(
     monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
     looped(tmp_path, start=2, iterations=3, evaluated=[0, 2], seconds=Seconds(lambda: 0.0))
     said = capsys.readouterr().err
+    assert "it:  67%" in said
     assert "| 2/3 [" in said
     assert "| 3/3 [" in said
     assert "s=1]" in said

@@ -62,6 +62,7 @@ def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     assert distilled.images.shape == (10, 1, 8, 8)
     assert distilled.labels.tolist() == list(range(10))
     assert distilled.recipe["lr_img"] == 10
+    assert distilled.versions == summary["versions"]
     assert float(distilled.lr) == pytest.approx(metrics_of(out)[-3]["lr"])
     for name in ("images.png", "curves.png"):
         with Image.open(out / name) as picture:

@@ -153,13 +153,17 @@ def test_a_stopped_import_goes_on_and_another_is_refused(tmp_path: Path) -> None
         imported(tmp_path / "theirs", tmp_path / "ours", fingerprint="beef")
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: whitened otherwise"):
         imported(tmp_path / "theirs", tmp_path / "ours", whitening="zca")
-    save_buffers(
-        tmp_path / "others", [trained(seed) for seed in (0, 7)], 10
-    )  # other experts in a file of the same name
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: holds another expert"):
+        imported(tmp_path / "theirs", tmp_path / "ours", network={"kind": "AlexNet"})
+    others = tmp_path / "others"  # with files of the same name
+    save_buffers(others, [trained(0), trained(7)], 10)
     with pytest.raises(
         InputError, match=r"expert_0001\.safetensors: holds another expert than replay_buffer_0\.pt, expert 1"
     ):
-        imported(tmp_path / "others", tmp_path / "ours")
+        imported(others, tmp_path / "ours")
+    save_buffers(others, [trained(0, EPOCHS + 1)], 10)
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: holds another expert"):
+        imported(others, tmp_path / "ours")
 
 
 def test_an_import_that_was_stopped_between_two_experts_goes_on(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     subset = dataset if dataset in SUBSETS else None
     call = ddranking_call(folder, distilled, "ImageNet" if subset else dataset, zca, subset, data_path="my data")
     assert max(map(len, call.splitlines())) < 200
+    assert ("True if the images are whitened: their files do not say" in call) == (zca is None)
     space = executed(call)
     metric = space["metric"]
     assert metric is (stand_in.hard_label if kind == "indices" else stand_in.soft_label).metric

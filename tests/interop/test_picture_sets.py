@@ -94,6 +94,7 @@ def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
         for number in range(2 + label):
             values = np.full((4, 4, 3), 100 * label + number, np.uint8)
             Image.fromarray(values).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "notes").mkdir()  # a folder without pictures is no class
     with pytest.raises(InputError, match=r"expected labels\.json"):
         read_set(tmp_path)
     info = SourceInfo(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)
@@ -246,6 +247,7 @@ def test_pictures_are_not_taken_for_those_of_other_real_images(tmp_path: Path, k
     ("spoil", "message"),
     [
         (lambda record: record.update(format="other"), "expected the format"),
+        (lambda record: record.pop("checksum"), "damaged: its checksum is of other"),
         (lambda record: record.update(format="mtt_fast pictures 1", lr=0.5), "damaged: its checksum is of other"),
         (lambda record: record.pop("files"), "expected the labels of pictures, found a broken file"),
         (lambda record: record["labels"].pop(), "expected a label for each file, found 6 and 5"),
@@ -293,8 +295,8 @@ def test_a_foreign_parquet_file_is_read(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_text("hello")
-    for name in ("x", "y"):
-        with pytest.raises(InputError, match=rf"{name}\.parquet: expected columns image"):
+    for name, found in (("x", "found x; it is another file"), ("y", "found a broken or foreign file")):
+        with pytest.raises(InputError, match=rf"{name}\.parquet: expected columns image .*{found}"):
             read_set(tmp_path / f"{name}.parquet")
     with pytest.raises(InputError, match=r"z\.parquet: cannot be read"):
         read_set(tmp_path / "z.parquet")

@@ -69,9 +69,10 @@ def test_the_files_are_those_of_the_public_code(tmp_path: Path) -> None:
     assert torch.equal(targets, hard.labels)
 
 
-def test_a_view_is_written_without_what_it_is_cut_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labels", ["indices", "logits"])
+def test_a_view_is_written_without_what_it_is_cut_from(tmp_path: Path, labels: str) -> None:
     many = torch.randn(1000 * N, 3, 4, 5)
-    files = distilled(images=many[:N]).export("mtt", tmp_path)
+    files = distilled(labels, images=many[:N]).export("mtt", tmp_path)
     assert files[0].stat().st_size < 20_000
 
 
@@ -124,6 +125,21 @@ def test_learning_rates_in_other_forms_are_read(tmp_path: Path, rate: Any) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
+def test_the_learning_rate_of_another_set_is_not_taken(tmp_path: Path) -> None:
+    synthetic = distilled()
+    for name, lr in (("lr_best.pt", None), ("best_lr.pt", None), ("best_lr.pt", synthetic.lr)):
+        folder = tmp_path / f"{name} {lr is None}"
+        folder.mkdir()
+        torch.save(torch.tensor(1.0), folder / name)
+        plain = TensorSet(synthetic.images, synthetic.labels, lr, "indices")
+        with pytest.raises(InputError, match=f"{name}: is there already, and would be taken for this set's learning"):
+            write_set(folder, plain, "mtt")
+        assert [path.name for path in folder.iterdir()] == [name]
+    torch.save(torch.tensor(1.0), tmp_path / "lr_best.pt")
+    synthetic.export("mtt", tmp_path)  # which has one of its own
+    assert_same(read_set(tmp_path, "mtt"), as_tensor_set(synthetic))
+
+
 def test_the_best_of_a_folder_is_meant(tmp_path: Path) -> None:
     for name in ("0", "100", "best"):
         pixels, targets = as_the_public_code_saves(tmp_path, f"images_{name}.pt", f"labels_{name}.pt")
@@ -148,6 +164,22 @@ def test_a_set_in_parts_is_put_together(tmp_path: Path) -> None:
         assert_same(read_set(source, "mtt"), TensorSet(pixels, targets, None, "indices"))
     (tmp_path / "images_best_2.pt").unlink()
     with pytest.raises(InputError, match=r"images_best_2\.pt: expected this part of the set"):
+        read_set(tmp_path)
+    torch.save(torch.randn(2, 3, 5, 4), tmp_path / "images_best_2.pt")
+    with pytest.raises(InputError, match=r"images_best\.pt: part 2: expected a tensor like .* \(2, 3, 4, 4\), found"):
+        read_set(tmp_path)
+    for part in range(5):
+        torch.save(torch.tensor(1.0), tmp_path / f"images_best_{part}.pt")
+    with pytest.raises(InputError, match=r"images_best\.pt: part 0: expected a tensor like"):
+        read_set(tmp_path)
+    torch.save(pixels, tmp_path / "images_best.pt")
+    with pytest.raises(InputError, match=r"images_best_7\.pt: cannot be read"):
+        read_set(tmp_path / "images_best_7.pt")
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images_best.pt").symlink_to("/proc/self/mem")  # whose first page is not there
+    with pytest.raises(InputError, match=r"images_best\.pt: cannot be read"):
         read_set(tmp_path)
 
 
@@ -223,8 +255,9 @@ def test_the_path_of_an_image_folder_leads_no_file_out_of_the_destination(
 
 def test_tiny_imagenet_at_fifty_is_in_five_parts(tmp_path: Path) -> None:
     labels = torch.arange(2).repeat_interleave(50)
-    synthetic = distilled(images=torch.randn(100, 3, 2, 2), labels=labels, recipe={"dataset": "Tiny"})
+    synthetic = distilled(images=torch.randn(100, 3, 16, 16), labels=labels, recipe={"dataset": "Tiny"})
     files = synthetic.export("dc_benchmark", tmp_path)
+    assert max(file.stat().st_size for file in files) < 100_000  # none holds what is in the others
     assert {file.name for file in files} == {f"{name}_best_{k}.pt" for name in ("images", "labels") for k in range(5)}
     images = [torch.load(tmp_path / f"TM/tinyimagenet/IPC50/images_best_{k}.pt", weights_only=True) for k in range(5)]
     assert torch.equal(torch.cat(images), synthetic.images)  # as its TMDataLoader puts them together
@@ -248,6 +281,15 @@ def test_random_kmeans_and_kip_of_dc_benchmark_are_read(tmp_path: Path) -> None:
         read_set(tmp_path)
 
 
+def test_of_several_files_one_is_to_be_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        as_dc_saves(tmp_path / f"res_{name}.pt")
+    with pytest.raises(InputError, match=r"expected one res_\*\.pt, found 2; name the file"):
+        read_set(tmp_path, "dc")
+    with pytest.raises(InputError, match=r"expected one \*\.parquet, found 0; name the file"):
+        read_set(tmp_path, "parquet")
+
+
 @pytest.mark.parametrize("labels", ["probabilities", "logits"])
 def test_dd_ranking_sees_the_same_soft_labels(tmp_path: Path, labels: str) -> None:
     synthetic = distilled(labels)
@@ -260,6 +302,14 @@ def test_dd_ranking_sees_the_same_soft_labels(tmp_path: Path, labels: str) -> No
     outputs = torch.randn(N, CLASSES)
     its_loss = -(written.softmax(1) * outputs.log_softmax(1)).sum(1)  # its soft cross entropy, temperature 1
     torch.testing.assert_close(its_loss, -(truth * outputs.log_softmax(1)).sum(1))
+
+
+def test_a_kind_that_is_named_goes_before_the_one_that_names_suggest(tmp_path: Path) -> None:
+    distilled("probabilities").export("mtt", tmp_path / "images.pt")
+    for source in (tmp_path, tmp_path / "images.pt"):
+        assert read_set(source, "mtt").label_kind == "probabilities"
+        assert read_set(source, "ddranking").label_kind == "logits"
+        assert read_set(source, "ddranking", label_kind="probabilities").label_kind == "probabilities"
 
 
 def test_dd_ranking_wants_as_many_images_of_every_class(tmp_path: Path) -> None:
@@ -299,6 +349,8 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
 )
 def test_the_kind_of_soft_labels_is_guessed_or_given(labels: Tensor, kind: str) -> None:
     assert tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
+    with pytest.raises(InputError, match="`label_kind` soft: expected one of indices, probabilities, logits"):
+        tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x", "soft")
 
 
 @pytest.mark.parametrize(
@@ -389,6 +441,7 @@ def test_folders_without_pictures_are_no_image_folder(tmp_path: Path) -> None:
     (tmp_path / "cat" / "tabby").mkdir(parents=True)
     (tmp_path / "cat" / "tabby" / "0.JPEG").touch()
     assert set_kind_of(tmp_path) == "png"
+    assert set_kind_of(tmp_path / "images.png") is None
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
@@ -396,6 +449,8 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
         read_set(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"expected a distilled set .*found other files"):
+        read_set(__file__)
     with pytest.raises(InputError, match="expected the properties of the real images for kind png"):
         write_set(tmp_path, as_tensor_set(distilled()), "png")
     for name in (None, "/"):

@@ -51,6 +51,7 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
     mixed = image_data_from(Named(["ape", "bee", "cow"]), Named(["cow", "ape", "Bee"]))
     assert mixed.test.labels.tolist() == [2, 0, 1] * 2
     assert mixed.class_names == ("ape", "bee", "cow")
+    assert image_data_from(Named(["ape", "bee", "cow"]), pairs).test.labels.tolist() == labels.tolist()
     with pytest.raises(InputError, match=r"test: expected the names of .* found 'dog'"):
         image_data_from(Named(["ape", "bee", "cow"]), Named(["cow", "ape", "dog"]))
     grey = [(Image.fromarray(np.full((4, 5), 7 + label, np.uint8)), label) for label in range(2)]
@@ -66,6 +67,7 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
         ([(torch.zeros(4, 4), 0)], r"expected \(C, H, W\)"),
         ([(torch.zeros(3, 4, 4).int(), 0)], "expected uint8 or floating point"),
         ([{"picture": 1}], r"expected image \(or img\) and label, found picture"),
+        ([{"img": 1}], r"expected image \(or img\) and label, found img"),
         ([7], r"expected \(image, label\), found int"),
     ],
 )

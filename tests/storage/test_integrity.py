@@ -485,6 +485,36 @@ def test_open_regular_takes_files_of_a_size(tmp_path: Path) -> None:
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
 
 
+def test_a_file_that_fails_while_it_is_read_is_named() -> None:
+    with pytest.raises(InputError, match=r"/proc/self/mem: cannot be read \(.*\); check the disk"):
+        read_text("/proc/self/mem")  # its first page is not there
+
+
+def test_a_file_without_tensors_ends_after_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    save_tensors(path, {}, {"a": "b"})
+    assert load_tensors(path) == ({}, {"a": "b"})
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(InputError, match="damaged: expected"):
+        load_tensors(path)
+
+
+def test_steps_are_no_evaluations_and_damaged_lines_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for iteration in (1, 2, 3):
+        log.write("step", iteration, loss=0.5, lr=0.1)
+    log.write("evaluation", 3, accuracy_mean=0.5, accuracy_std=0.1, networks=2)
+    log.close()
+    assert [record["kind"] for record in log.evaluations] == ["evaluation"]
+    path = tmp_path / "metrics.jsonl"
+    first, second, third, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:9] + b"\n" + third.replace(b"0.5", b"0.7") + last)
+    assert [(record["kind"], record["iteration"]) for record in read_records(path)] == [("step", 1), ("evaluation", 3)]
+    assert f"{path}: 2 damaged lines are left out" in caplog.text
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     log.write("step", 1, loss=0.5, lr=0.1)
