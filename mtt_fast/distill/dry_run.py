@@ -244,7 +244,7 @@ def estimated_bytes(
     """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
-    images = 4 * options.ipc * info.num_classes * values * options.tiles
+    images = 4 * options.ipc * info.num_classes * values * options.num_tiles
     weights = 0 if options.cam_model is None else images // info.image_shape[0]
     sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0

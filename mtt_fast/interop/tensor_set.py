@@ -89,7 +89,7 @@ class TensorSet:
         if evenly and self.label_kind == "indices":
             evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
         if not evenly:
-            raise InputError(f"{where}: expected as many images of every class, found {count} of {classes} classes")
+            raise InputError(f"{where}: expected the same number of images of every class, found {count} of {classes} classes")
         return count // classes
 
 
