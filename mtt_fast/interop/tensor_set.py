@@ -89,7 +89,9 @@ class TensorSet:
         if evenly and self.label_kind == "indices":
             evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
         if not evenly:
-            raise InputError(f"{where}: expected the same number of images of every class, found {count} of {classes} classes")
+            raise InputError(
+                f"{where}: expected the same number of images of every class, found {count} of {classes} classes"
+            )
         return count // classes
 
 
