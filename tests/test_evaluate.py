@@ -104,7 +104,9 @@ def test_networks_are_trained_as_the_command_says(monkeypatch: pytest.MonkeyPatc
     asked = []
 
     def measured(network: Any, train: Any, test: Any, lr: float, protocol: Any, **others: Any) -> Accuracy:
-        asked.append((lr, protocol.epochs, *(others[name] for name in ("networks", "seed", "precision", "at_once"))))
+        asked.append(
+            (lr, protocol.epochs, *(others[name] for name in ("num_networks", "seed", "precision", "at_once")))
+        )
         return Accuracy((0.5,))
 
     monkeypatch.setattr("mtt_fast.evaluate.evaluate", measured)

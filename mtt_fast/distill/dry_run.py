@@ -28,11 +28,8 @@ from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_folder import SUMMARY, read_config
 
 _SAMPLES = 16  # images in a timed step
-_MIN_CALLS, _MAX_CALLS, _ENOUGH_SECONDS = (
-    3,
-    20,
-    0.2,
-)  # least and most calls of a timed step; total seconds that are enough
+_MIN_CALLS, _MAX_CALLS = 3, 20  # of a timed step
+_ENOUGH_SECONDS = 0.2  # in total, after which a step is not timed again
 _WHITENING = 2  # matrices (D, D) in a distilled set
 
 
@@ -177,8 +174,8 @@ def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInvent
 
 def _state(folder: Path) -> str:
     if (folder / SUMMARY).exists():
-        return f"{folder} is finished, or goes on with more iterations"
-    return f"{folder} goes on" if read_config(folder) else f"into {folder}"
+        return f"{folder} is finished, or continues with more iterations"
+    return f"{folder} continues" if read_config(folder) else f"into {folder}"
 
 
 def estimated_seconds(

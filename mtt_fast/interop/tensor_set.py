@@ -1,4 +1,4 @@
-"""Images, labels and learning rate alone, as other code bases keep a distilled set; order and kinds of labels."""
+"""A distilled set as other software stores it: only images, labels and learning rate. Order and kinds of labels."""
 
 from __future__ import annotations
 
