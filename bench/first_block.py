@@ -97,7 +97,7 @@ def _forward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor) ->
 
 def _backward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor, p_bar_dot: Tensor) -> None:
     _, _, activations = block.dual(inputs_of(), None, None)
-    block.dual_backward(activations, p_bar, p_bar_dot, wants_x_bar=False)
+    block.dual_backward(activations, p_bar, p_bar_dot, needs_x_bar=False)
 
 
 def _products(patches: Tensor, weight: Tensor, directions: int) -> None:

@@ -160,7 +160,7 @@ def check_classifier(
     check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,), dtype=dtype)
     check_tensors(op, first, given, (), dtype=dtype)
     if "scale" in given and first.dtype != torch.float16:
-        raise ValueError(f"{op}: expected a scale for planes of float16 alone, found one for {first.dtype}")
+        raise ValueError(f"{op}: expected a scale only for planes of float16, found one for {first.dtype}")
     if label_kind != "indices":
         check_tensors(op, first, {label_kind: labels}, (batch, classes), dtype=dtype)
         return

@@ -49,7 +49,7 @@ class CompressOptions:
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""
-        return {} if self.epochs is None else {"num_interpolation": "with --epochs, which says how many there are"}
+        return {} if self.epochs is None else {"num_interpolation": "with --epochs, which determines the number"}
 
 
 def waypoint_folder(folder: Path, count: int) -> Path:
@@ -84,7 +84,9 @@ def compress(
                     "stopped; the experts that were finished are saved; the same command continues", stop.signum
                 )
             if whole.course(expert) is not None:
-                raise InputError(f"{folder}: expert {index} is compressed already; name the folder of whole experts")
+                raise InputError(
+                    f"{folder}: expert {index} is compressed already; give the folder of uncompressed experts"
+                )
             waypoints = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
             if index in done.indices:
                 _check_same(whole, expert, done, waypoints, smooth=smooth)

@@ -1,4 +1,4 @@
-"""Train networks on a distilled set alone and test them: `python -m mtt_fast.evaluate RUN_OR_FILE`.
+"""Train networks on a distilled set and test them on the real test images: `python -m mtt_fast.evaluate RUN_OR_FILE`.
 
 By the paper's protocol, or another by name (mtt_fast/training/protocols.py), for one network or several. The same protocol
 evaluates random real images, and files of the public code.

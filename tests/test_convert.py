@@ -545,7 +545,7 @@ def test_the_public_codes_folders_tell_their_options(
         (["pair", "out", "--to", "buffer"], "--to buffer: pair holds a distilled set"),
         (["pair", "out", "--to", "dc_benchmark"], "--dataset: expected the data set's name"),
         (["pair", "out", "--dataset", "digits", "--lr_teacher", "0"], "--lr_teacher 0.0: expected more than 0"),
-        (["pair", "full"], "full: is there already"),
+        (["pair", "full"], "full: exists already"),
         (
             ["pair", "out", "--label_kind", "logits"],
             "has no effect on labels that are classes, as those of pair/images_best.pt",

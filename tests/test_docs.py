@@ -208,7 +208,7 @@ def test_forgetting_events_are_scores_for_a_window(tmp_path: Path, monkeypatch: 
     assert cli.run(train_experts, [*flags, "--lr_teacher", "0.1"]) == 0
     space: dict[str, Any] = {}
     exec(block, space)
-    events, never = np.load("forgetting.npy"), ~space["right"].any(0).numpy()
+    events, never = np.load("forgetting.npy"), ~space["correct"].any(0).numpy()
     assert 0 < events[~never].max() <= 3  # right and wrong in turn, in six epochs
     assert (events[never] == 6).all()
     flags += "--max_start_epoch 2 --Iteration 0 --num_eval 1 --epoch_eval_train 1 --expert_lr 0.1 --out run".split()

@@ -22,7 +22,7 @@ def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
       image, ((H − 1)/2, (W − 1)/2), and all are pixels; outside the image are zeros. Whole displacements are exact.
     - mask: rows top … bottom − 1 of columns left … right − 1 are zero.
 
-    The warp must have an inverse. That is checked on a CPU alone, where it costs no wait for the device.
+    The warp must have an inverse. That is checked only on a CPU, where the check does not synchronise.
     Raises `ValueError` for anything else, and for a tensor that requires grad.
     """
     check_warp("colour_warp_mask", "images", images, parameters)

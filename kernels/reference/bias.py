@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .planes import per_channel, planes_like, pool, unpool
 
-# u = y + β, z = max(u, 0), p = 2×2 means of z: the same block without its norm. All is linear but for the ReLU's mask,
-# so the derivatives need y and β for that alone.
+# u = y + β, z = max(u, 0), p = 2×2 means of z: the same block without its norm. All is linear except for the mask of the ReLU,
+# so the derivatives need y and β only for the mask.
 
 
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class DistanceOptions(ExpertTrainingOptions):
         """See `CommonOptions.without_effect`."""
         reasons = super().without_effect() | {"networks_at_once": "here: one network is trained at a time"}
         if not self.decay:
-            reasons["train_epochs"] = "without --decay: real training goes on for the largest of --deltas"
+            reasons["train_epochs"] = "without --decay: real training takes the largest of --deltas steps"
         return reasons
 
 
@@ -197,7 +197,7 @@ def _run(
 
 def _raise_if_stopped(stop: StopRequest) -> None:
     if stop:
-        raise Stopped("stopped; the sets that were finished are saved, and the same command goes on", stop.signum)
+        raise Stopped("stopped; the sets that were finished are saved, and the same command continues", stop.signum)
 
 
 def parameters_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopRequest, bar: tqdm) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Measure accuracy over a grid of M, the expert epochs to match, and N, the student's steps: `python -m mtt_fast.analysis grid`.
 
 The left of Figure 5 of the paper. Each cell is a distillation with its own run folder, OUT/M2-N20, so that it can be
-looked at, continued or evaluated like any other. A finished run is not repeated, and a stopped run goes on.
+looked at, continued or evaluated like any other. A finished run is not repeated, and a stopped run is continued.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GridOptions:
     """values of N, the student steps per iteration, joined by commas"""
     out: Annotated[str, Checked(check_output_folder)] = "runs/grid"
     """folder for grid.png, grid.md, grid.json, and a run folder per cell"""
-    resume: Annotated[bool, Remark("not needed: the same command always goes on where it was")] = False
+    resume: Annotated[bool, Remark("not needed: a repeated command always continues")] = False
     """not needed: a repeated command always continues"""
 
 
@@ -80,7 +80,7 @@ def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | No
         return None
     except Stopped as stopped:
         raise Stopped(
-            f"stopped in {folder}, everything is saved; the same command goes on", stopped.signum
+            f"stopped in {folder}, everything is saved; the same command continues", stopped.signum
         ) from stopped
     summary = read_summary(folder)
     return None if summary is None else summary["accuracy"]["distilled"]

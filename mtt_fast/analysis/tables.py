@@ -3,7 +3,7 @@
 Reads the summary.json of finished runs, distillations and baselines alike. Table 1 compares methods on CIFAR-10,
 CIFAR-100 and Tiny ImageNet, Table 2 with kernel inducing points by the width of the network, Table 3 networks that the
 sets were not made with (runs evaluated with --eval_mode M; `mtt_fast.cross` measures such networks afterwards), Table 4 is
-of the ImageNet subsets. Settings that the paper does not have are listed too. Runs that differ in the seed alone are
+of the ImageNet subsets. Settings that the paper does not have are listed too. Runs that differ only in the seed are
 averaged; runs that differ in more have a line each. A note says where the paper's text or a later paper has other numbers.
 """
 

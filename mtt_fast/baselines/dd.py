@@ -45,7 +45,7 @@ class DdOptions(LearnedImagesOptions):
     pix_init: Literal["real", "noise"] = "noise"
     """initial images: real images or noise"""
     distilled_images_per_class_per_step: Count = 1
-    """synthetic images per class and step; it divides --ipc, and the quotient is the number of different steps"""
+    """synthetic images per class and step; must divide --ipc, and the quotient is the number of different steps"""
     distill_epochs: Count = 3
     """number of passes of the student over all synthetic images"""
     distill_lr: Positive = 0.02

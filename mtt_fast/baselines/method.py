@@ -22,7 +22,7 @@ class LearnedSet:
     labels: Tensor  # indices (n,), or soft labels (n, classes) of label_kind
     optimizer: torch.optim.Optimizer
     step: Callable[[int], float]
-    """do iteration i, 0, 1, …, whose random numbers follow from the seed and i alone; return its loss"""
+    """run iteration i, counted from 0, and return its loss; its random numbers depend only on the seed and i"""
     lr: Callable[[], Tensor]
     """learning rate () of networks that train on the set as it is now"""
     label_kind: str = "indices"

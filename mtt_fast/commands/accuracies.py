@@ -41,7 +41,7 @@ def accuracy_record(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accuracy_by_network(line: dict[str, Any], first: str) -> dict[str, dict[str, Any]]:
-    """Return the record of each network in a line of metrics.jsonl; a line without names is of the network `first` alone."""
+    """Return the record of each network in a line of metrics.jsonl; a line without names is of the network `first`."""
     names = [key.partition("/")[2] for key in line if key.startswith("accuracy_mean/")]
     return {
         name: accuracy_record(

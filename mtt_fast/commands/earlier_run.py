@@ -47,7 +47,7 @@ def earlier_options(folder: Path) -> dict[str, Any] | None:
 def in_precision_of_run(options: Options, folder: Path, given: Container[str]) -> Options:
     """Return the dataclass `options` with the precision of the run in `folder`, if there is one, unless it is in `given`.
 
-    A run then goes on as it began, whatever the default has become since.
+    A run then continues in its own precision, even if the default has changed.
     """
     before = earlier_options(folder)
     if before is None or "precision" in given:
@@ -70,7 +70,7 @@ def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> No
 
 
 def check_same_evaluation(folder: Path, options: Any) -> None:
-    """Raise `InputError` if the run in `folder`, which goes on with `options`, was evaluated in another way so far.
+    """Raise `InputError` if the run in `folder`, which continues with `options`, was evaluated in another way so far.
 
     Its summary names one protocol for all accuracies, and its best set is the one of the highest.
     """

@@ -57,7 +57,7 @@ class SetOptions(EvaluationOptions):
     """kind of the soft labels in a .pt file; if not given, guessed from their sums"""
     distilled_share: PositiveShare = 1.0
     """share of each class's images in a .pt file that was distilled, for --protocol selmatch: the first ones, as SelMatch writes them (its
-    alpha). The others are real images"""
+    alpha); the others are real images"""
     other_data: bool = False
     """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
     set's own"""
@@ -71,9 +71,9 @@ class SetOptions(EvaluationOptions):
         """Return the options that have no effect on these sets, with the reasons."""
         reasons = {}
         if RANDOM not in sources:
-            reasons["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
+            reasons["ipc"] = f'without "{RANDOM}" among the sets: the others have their own number of images'
         if not any(source.endswith(".pt") for source in sources):
-            pt_reason = "without a .pt file among the sets: those of this package know it themselves"
+            pt_reason = "without a .pt file among the sets: files of this package contain it"
             pt_options = ("texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share")
             reasons |= dict.fromkeys(pt_options, pt_reason)
         elif self.texture or not self.evaluation_protocol().combined:

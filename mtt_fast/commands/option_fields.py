@@ -113,7 +113,7 @@ class Group(Enum):
 class Role(Enum):
     """The part of a run that an option decides."""
 
-    RESULT = "the result; a run cannot go on with another value"
+    RESULT = "the result; a run cannot continue with another value"
     EVALUATION = "the evaluation of the result"
     EXTENT = "the amount of work, which a run may extend"
     LOCATION = "the files and folders, and their names"

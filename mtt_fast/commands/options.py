@@ -43,7 +43,7 @@ TrueOrFalse = Annotated[bool, tyro.conf.FlagConversionOff]
 
 
 def _hint(numbers: Range) -> Any:
-    """Return the declaration with which --help says which numbers an option takes."""
+    """Return the declaration by which --help shows the range of an option."""
     return tyro.conf.arg(help_behavior_hint=lambda default: f"({numbers}; default: {default})")
 
 
@@ -108,7 +108,7 @@ class CommonOptions:
     device: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_device_name)] = "auto"
     """device: auto, cpu, cuda, cuda:1, …"""
     precision: Annotated[PrecisionRequest, HARMLESS, Group.MACHINE] = "auto"
-    """rounding of the factors of matrix products and convolutions on a GPU. fp32; tf32: as the public code; fp16: about as exact as
+    """rounding of the factors of matrix products and convolutions on a GPU. fp32; tf32: as in the public code; fp16: about as exact as
     tf32, half the bytes, and an iteration that overflows is repeated in tf32; bf16. fp16 and bf16 need ConvNet's fused step. auto: fp16 in
     the iterations of a distillation where Tensor cores support it, else tf32. Sums are float32. No effect on a CPU, which uses float32"""
 

@@ -85,7 +85,7 @@ def counted_in(folder: Path, seconds: Seconds) -> Iterator[None]:
 
 
 def save_seconds(folder: Path, seconds: Seconds) -> None:
-    """Write the totals to seconds.json, from which a continued run goes on counting."""
+    """Write the totals to seconds.json, from which a continued run counts on."""
     write_record(folder / SECONDS, seconds.totals())
 
 

@@ -236,7 +236,7 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
     folder = buffer_folder(buffer_path, identity, _model(store), zca=identity.whitening == WHITENED)
     folder = waypoint_folder(folder, len(course.epochs)) if course else folder
     if not is_free(folder):
-        raise InputError(f"{folder}: is there already; choose another destination, or delete it")
+        raise InputError(f"{folder}: exists already; choose another destination, or delete it")
     check_output_folder(folder, _ELSEWHERE)
     with stop_request() as stop, atomic_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):

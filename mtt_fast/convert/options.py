@@ -94,11 +94,11 @@ class ConvertOptions:
         set_options = ("lr_teacher", "distilled_share", "label_kind", "reorder", "hard_labels", "method")
         reasons = dict.fromkeys(set_options, "on experts, only on distilled sets")
         if exported:
-            known = "on experts of this software, which know it"
+            known = "on experts of this software, whose files contain it"
             reasons |= dict.fromkeys((*_DATA_OPTIONS, "dataset", "zca", "model"), known)
             reasons |= dict.fromkeys(_IMPORT_OPTIONS, "on experts that are exported, only on imported ones")
         else:
-            reasons["experts_per_file"] = "on experts that are imported, which have a file each"
+            reasons["experts_per_file"] = "on imported experts, each of which gets its own file"
             reasons |= self._without_effect_on_data()
         return reasons
 
@@ -107,19 +107,19 @@ class ConvertOptions:
         reasons = dict.fromkeys((*_IMPORT_OPTIONS, "experts_per_file"), "on a distilled set, only on experts")
         with_data_info = ("synthetic", "png", "parquet")
         if kind == "synthetic":
-            known = "on a set of this software, which knows it"
+            known = "on a set of this software, whose file contains it"
             reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "label_kind"), known)
         elif to not in with_data_info:
-            unread = f"where nothing becomes {' or '.join(with_data_info)}"
+            unread = f"without --to {' or '.join(with_data_info)}"
             reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share"), unread)
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc_benchmark", "png", "parquet"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
         if kind in ("png", "parquet"):
-            reasons["distilled_share"] = "on pictures, whose record has it"
+            reasons["distilled_share"] = "on pictures, whose record contains it"
         if to not in ("dc", "dc_benchmark"):
-            reasons["method"] = "without --to dc or dc_benchmark, whose names hold it"
+            reasons["method"] = "without --to dc or dc_benchmark, whose file names contain it"
         return reasons
 
     def _without_effect_on_data(self) -> dict[str, str]:

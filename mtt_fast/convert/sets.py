@@ -58,7 +58,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     for remark in check_effects(options, given, options.without_effect_on_set(kind, to)):
         log.info("%s", remark)
     if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
-        raise InputError(f"{destination}: is there already; choose another destination, or delete it")
+        raise InputError(f"{destination}: exists already; choose another destination, or delete it")
     check_output_folder(destination if destination.is_dir() else destination.parent, "choose another destination")
     info = _source_info(options) if kind in _PICTURES and options.dataset else None
     distilled = read_set(options.source, kind, label_kind=options.label_kind, info=info, lr=options.lr_teacher)
@@ -126,7 +126,10 @@ def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None
         )
     expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
     check_same_data(
-        distilled.identity, expected, options.source, mend="leave out what says otherwise: it knows its images"
+        distilled.identity,
+        expected,
+        options.source,
+        mend="leave out the options that differ: the set's file names its images",
     )
 
 
@@ -136,7 +139,7 @@ def _without_effect(distilled: SyntheticDataset | TensorSet) -> dict[str, str]:
     if distilled.label_kind == "indices":
         reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
     if isinstance(distilled, TensorSet) and distilled.lr is not None:
-        reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(distilled.lr):.4g}"
+        reasons["lr_teacher"] = f"on a set that has a learning rate, {float(distilled.lr):.4g}"
     return reasons
 
 

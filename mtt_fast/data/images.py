@@ -212,7 +212,7 @@ def _opened_file(path: str) -> Image.Image:
 
 
 def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
-    """Open an image and read its header alone. Raises `InputError` for a kind or a size that cannot be used."""
+    """Open an image and read only its header. Raises `InputError` for a kind or a size that cannot be used."""
     try:
         image = Image.open(source, formats=_FORMATS)
     except Image.DecompressionBombError as error:

@@ -180,7 +180,7 @@ class _Walk:
         elif not is_folder:
             self._add(link, target)
         elif target in self.walked:
-            self.skipped["link(s) to a folder that is there already"] += 1
+            self.skipped["link(s) to a folder that is listed already"] += 1
         else:
             self.folders.append((link.path, target))
 

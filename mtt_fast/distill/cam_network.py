@@ -125,5 +125,5 @@ def weigh_gradients(
 def _folder(options: DistillOptions, data: ImageData | DatasetInfo) -> Path:
     """Return the folder of the expert of `cam_model`. With the same network it is the folder of the matched experts."""
     if options.cam_model == options.model:
-        return inventory_of(options, data).used  # perhaps waypoints, whose whole experts may have been deleted
+        return inventory_of(options, data).used  # perhaps waypoints, whose uncompressed experts may have been deleted
     return buffer_folder(options.buffer_path, data, str(options.cam_model), zca=options.zca)

@@ -29,11 +29,8 @@ from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
 
 _SAMPLES = 16  # images in a timed step
-_MIN_CALLS, _MAX_CALLS, _ENOUGH_SECONDS = (
-    3,
-    20,
-    0.2,
-)  # least and most calls of a timed step; total seconds that are enough
+_MIN_CALLS, _MAX_CALLS = 3, 20  # of a timed step
+_ENOUGH_SECONDS = 0.2  # in total, after which a step is not timed again
 _WHITENING = 2  # matrices (D, D) in a distilled set
 
 
@@ -178,8 +175,8 @@ def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInvent
 
 def _state(folder: Path) -> str:
     if (folder / SUMMARY).exists():
-        return f"{folder} is finished, or goes on with more iterations"
-    return f"{folder} goes on" if read_config(folder) else f"into {folder}"
+        return f"{folder} is finished, or continues with more iterations"
+    return f"{folder} continues" if read_config(folder) else f"into {folder}"
 
 
 def estimated_seconds(
@@ -245,7 +242,7 @@ def estimated_bytes(
     """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
-    images = 4 * options.ipc * info.num_classes * values * options.tiles
+    images = 4 * options.ipc * info.num_classes * values * options.num_tiles
     weights = 0 if options.cam_model is None else images // info.image_shape[0]
     sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0

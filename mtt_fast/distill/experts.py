@@ -44,13 +44,13 @@ class ExpertInventory(NamedTuple):
     """The folders of a run's experts, and how many experts exist, and how many are to be trained and compressed."""
 
     whole: Path
-    """folder of the whole (uncompressed) experts"""
+    """folder of the uncompressed experts"""
     used: Path
     """folder of the experts that are matched: `whole`, or the folder of waypoints made from them"""
     available: int
-    """number of whole experts, or of compressed ones if there are no whole ones"""
+    """number of uncompressed experts, or of compressed ones if there are no others"""
     missing: int
-    """number of whole experts to train"""
+    """number of experts to train"""
     uncompressed: int
     """number of experts to compress to waypoints"""
     imported: bool
@@ -123,7 +123,7 @@ def _check_others_can_be_made(
     ready = _indices(experts_in(inventory.used))
     if inventory.missing and not ready <= _indices(whole):  # they would be trained again, perhaps with other results
         raise InputError(
-            f"{inventory.whole}: expected the whole experts of those in {inventory.used.name}, to train others beside them, found "
+            f"{inventory.whole}: expected the uncompressed experts of those in {inventory.used.name}, to train further ones, found "
             f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or give "
             f"`max_experts` {len(ready)} to use those that are compressed"
         )

@@ -48,7 +48,7 @@ def initial_state(
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
             "others of their class",
-            wrong, len(start) * options.tiles,
+            wrong, len(start) * options.num_tiles,
         )  # fmt: skip
     images, labels, device = start.pixels, start.labels, start.pixels.device
     if options.lr_y is not None:
@@ -111,7 +111,7 @@ def initial_images(
     tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
-    ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
+    ipc, device, wrong = options.ipc * options.num_tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
         trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(num_matched))
@@ -125,7 +125,7 @@ def initial_images(
     if options.pix_init == "noise":
         images = Images(torch.randn(images.pixels.shape, generator=generator).to(device), images.labels)
     if options.canvas is not None:
-        images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles])
+        images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.num_tiles])
     if options.msz_per_channel is None:
         return InitialImages(images, wrong, None)
     frequencies = most_varying_frequencies(images.pixels, ipc, options.msz_per_channel)

@@ -236,7 +236,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
 
     @property
-    def tiles(self) -> int:
+    def num_tiles(self) -> int:
         """Return the number of real images that a synthetic image is tiled from: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
 

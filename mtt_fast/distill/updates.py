@@ -81,7 +81,7 @@ def update(
     if not state.lr_kept:
         log.warning(
             "iteration %d: the update would make the student's learning rate negative (%.3g); it is kept at %.3g. "
-            "If this goes on, lower --lr_lr",
+            "If this continues, lower --lr_lr",
             state.iteration, float(proposed.min()), float(before.view(-1)[proposed.argmin()]),
         )  # fmt: skip
     state.lr_kept += 1
@@ -110,7 +110,7 @@ def _skip(state: State, loss: float) -> None:
     state.skipped += 1
     if state.skipped == 1:
         log.warning(
-            "iteration %d: the student diverged (loss %s) and the step is skipped. If this goes on, lower --lr_img, --lr_lr or "
+            "iteration %d: the student diverged (loss %s) and the step is skipped. If this continues, lower --lr_img, --lr_lr or "
             "--lr_teacher",
             state.iteration, loss,
         )  # fmt: skip

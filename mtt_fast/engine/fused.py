@@ -125,7 +125,7 @@ class FusedConvNetStudent:
             p_bar = x_bar if saved_bar is None else saved_bar
             assert p_bar is not None
             x_bar, x_bar_dot, parameters_bar_dot = block.dual_backward(
-                activations.pop(), p_bar, x_bar_dot, wants_x_bar=saved_bar is None, divisors=scales
+                activations.pop(), p_bar, x_bar_dot, needs_x_bar=saved_bar is None, divisors=scales
             )
             derivatives.append(parameters_bar_dot)
         assert isinstance(x_bar_dot, Tensor)

@@ -63,9 +63,9 @@ class Block(Protocol):
         ...
 
     def dual_backward(
-        self, activations: Any, p_bar: Convolved, p_bar_dot: Convolved, *, wants_x_bar: bool, divisors: Tensors = ()
+        self, activations: Any, p_bar: Convolved, p_bar_dot: Convolved, *, needs_x_bar: bool, divisors: Tensors = ()
     ) -> tuple[Convolved | None, Convolved, Tensors]:
-        """Return x̄ (None for images, and unless `wants_x_bar`), x̄̇, and summands of the derivatives of the parameters' gradients.
+        """Return x̄ (None for images, and unless `needs_x_bar`), x̄̇, and summands of the derivatives of the parameters' gradients.
 
         x̄̇ of images is contiguous, of the parameters' dtype, and divided by the `divisors`, powers of two ().
         """
@@ -223,7 +223,7 @@ class PlaneBlock:
         p_bar: Convolved,
         p_bar_dot: Convolved,
         *,
-        wants_x_bar: bool,
+        needs_x_bar: bool,
         divisors: Tensors = (),
     ) -> tuple[Convolved | None, Convolved, Tensors]:
         """See `Block.dual_backward`."""
@@ -243,7 +243,7 @@ class PlaneBlock:
             for divisor in divisors:
                 x_bar_dot.div_(divisor)
             return None, x_bar_dot, parameters_bar_dot
-        if wants_x_bar:
+        if needs_x_bar:
             return *kernels.conv3x3_dual_input_gradient(*operands), parameters_bar_dot
         return None, kernels.conv3x3_input_gradient_tangent(*operands), parameters_bar_dot
 
@@ -297,7 +297,7 @@ class ImageBlock:
         p_bar: Convolved,
         p_bar_dot: Convolved,
         *,
-        wants_x_bar: bool,
+        needs_x_bar: bool,
         divisors: Tensors = (),
     ) -> tuple[None, Tensor, Tensors]:
         """See `Block.dual_backward`."""

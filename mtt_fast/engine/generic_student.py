@@ -113,7 +113,7 @@ class GenericStudent:
     def live_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
         """Return the bytes of the live tensors in a step, without what operations allocate inside (see `step_bytes`).
 
-        A small loss stands for `loss`, so that the numbers depend on the network alone. Raises `InputError` as the function
+        A small loss stands for `loss`, so that the numbers depend only on the network. Raises `InputError` as the function
         `live_bytes` does.
         """
         student = GenericStudent(self.network, lambda logits, _: logits.square().mean())

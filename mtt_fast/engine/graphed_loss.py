@@ -48,8 +48,8 @@ class GraphedMatchingLoss:
     The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
-        net: the student's network. All other arguments but `of_path` are those of `unroll`. An `optimizer` has made no steps.
-        of_path: a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,), that returns a loss ().
+        net: the student's network. All other arguments but `of_path` are those of `unroll`. An `optimizer` must have `steps` 0.
+        of_path: the loss () as a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,).
             By default it is the paper's; `functools.partial(mtt_fast.path_loss, match_step="nearest")` is ATT's. A function of
             your own must not read tensors on the host, draw random numbers, or depend on other tensors.
 

@@ -129,7 +129,7 @@ class Adam:
 
     A step divides by the size of the gradient, so rounding errors of small gradients are large in it, and in its derivative. Use
     precision "fp32", and a network without parameters that have no effect, such as a convolution's bias before a norm: by autograd
-    their gradient is rounding alone. In ConvNet's fused steps it is zero.
+    their gradient consists of rounding errors. In ConvNet's fused steps it is zero.
 
     Args:
         betas: decay rates β₁ and β₂ of the averages of the gradient and of its square, each in [0, 1).

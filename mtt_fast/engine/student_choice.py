@@ -99,7 +99,7 @@ def choose_precision(
 
 def _automatic(device: torch.device, *, is_fused: bool, iterations: bool) -> ChosenPrecision:
     if not iterations:
-        return ChosenPrecision("tf32", "auto: fp16 is for the iterations of a distillation alone")
+        return ChosenPrecision("tf32", "auto: fp16 is only for the iterations of a distillation")
     if not is_fused:
         return ChosenPrecision("tf32", "auto: only the fused step of ConvNet has fp16")
     if torch.cuda.get_device_capability(device) < _TENSOR_CORES:

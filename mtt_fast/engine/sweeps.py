@@ -48,9 +48,8 @@ class StudentSteps:
     draws: tuple[Any, ...]
     optimizer: Optimizer = PLAIN_SGD
     gradient: Gradient = "exact"
-    compares: bool = (
-        False  # check that the backward sweep reads and repeats what the forward one did, and so wait for the device
-    )
+    checks_repeat: bool = False
+    """check that the backward sweep reads and repeats what the forward one did, and so wait for the device"""
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
@@ -87,7 +86,7 @@ def path_of(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the path (N + 1, P) and the optimizer's last state, `velocity`, or None without one. The arguments are not checked.
 
-    Unless `steps.compares`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be captured in a CUDA
+    Unless `steps.checks_repeat`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be captured in a CUDA
     graph (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
@@ -138,7 +137,7 @@ class _Unroll(torch.autograd.Function):
             inputs = steps.batch(images, n, theta.dtype).inputs
             save = n >= count - steps.saved_steps
             loss, sums, activations = steps.student.gradient(path.on_device(n), inputs, targets(n), save=save)
-            if steps.compares:
+            if steps.checks_repeat:
                 fingerprints.append(_fingerprint(inputs, loss))
             if activations:
                 saved[n] = activations
@@ -151,7 +150,7 @@ class _Unroll(torch.autograd.Function):
             torch.cuda.current_stream(theta.device).synchronize()
         ctx.steps, ctx.saved, ctx.fingerprints, ctx.device = steps, saved, fingerprints, theta.device
         read = {"images": images, "labels": labels, "lr": lr, "path": path.stored}
-        ctx.checksums = checksums_of(**read) if steps.compares and any(ctx.needs_input_grad) else {}
+        ctx.checksums = checksums_of(**read) if steps.checks_repeat and any(ctx.needs_input_grad) else {}
         ctx.save_for_backward(images, labels, lr, path.stored, None if states is None else states.stored)
         ctx.set_materialize_grads(False)
         # a copy of the state, so that a caller who keeps it does not keep all states alive
@@ -174,14 +173,14 @@ class _Unroll(torch.autograd.Function):
         check_unchanged(ctx.checksums, images=images, labels=labels, lr=lr, path=rows)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
         states = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
-        _, _, wants_velocity, wants_images, wants_labels, wants_lr = ctx.needs_input_grad
+        _, _, needs_velocity, needs_images, needs_labels, needs_lr = ctx.needs_input_grad
         start = path.on_device(0)
         lrs, targets = _lrs(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
         # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimizer with a state the direction is ν itself
         scales = -lrs if states is None else lrs.new_ones(len(lrs))
         negated_scales = -scales
-        grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if wants_images else None
-        grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if wants_labels else None
+        grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if needs_images else None
+        grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if needs_labels else None
         grad_negated_lrs: list[Tensor] = []  # dL/d(−α_n), the last step first; each () or (P,)
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
@@ -202,9 +201,9 @@ class _Unroll(torch.autograd.Function):
             if states is not None and state_adjoint is not None:
                 before, after = states.load(n), states.on_device(n + 1)  # which the step before in this loop loaded
                 direction, grad_negated_lr = steps.optimizer.adjoint(n, adjoint, state_adjoint, lrs[n], before, after)
-            batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
+            batch, theta = steps.batch(images, n, adjoint.dtype, tracked=needs_images), path.load(n)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
-            if steps.compares:
+            if steps.checks_repeat:
                 repeated.append(_fingerprint(batch.inputs, tangent.loss))
 
             weight_decay = steps.optimizer.weight_decay
@@ -212,7 +211,7 @@ class _Unroll(torch.autograd.Function):
                 grad_negated_lr = tangent.v_dot_g
                 if weight_decay:
                     grad_negated_lr = grad_negated_lr + weight_decay * torch.dot(direction, theta)
-            if wants_lr and grad_negated_lr is not None:
+            if needs_lr and grad_negated_lr is not None:
                 grad_negated_lrs.append(grad_negated_lr)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
@@ -230,9 +229,9 @@ class _Unroll(torch.autograd.Function):
             )
             del batch, tangent, to_add, grad_negated_lr
 
-        _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=wants_images)
-        grad_lr = _gradient_of_lrs(grad_negated_lrs[::-1], lrs, lr) if wants_lr else None
-        return None, adjoint, state_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+        _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=needs_images)
+        grad_lr = _gradient_of_lrs(grad_negated_lrs[::-1], lrs, lr) if needs_lr else None
+        return None, adjoint, state_adjoint if needs_velocity else None, grad_images, grad_labels, grad_lr
 
 
 def _gradient_of_lrs(grad_negated_lrs: list[Tensor], lrs: Tensor, lr: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def try_step(
     gradient. If batches are cut (`is_cut`), the outputs of a sample must also be independent of the other samples, and the loss
     must be the mean over the samples.
     """
-    network, wants_images = student.network, images.requires_grad and torch.is_grad_enabled()
+    network, needs_images = student.network, images.requires_grad and torch.is_grad_enabled()
     index = batches[0]
 
     def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,13 +82,13 @@ def try_step(
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
     with without_autocast(theta.device):
         try:
-            logits = _try_gradient(student, theta, inputs[first], targets[first], wants_images=wants_images)
+            logits = _try_gradient(student, theta, inputs[first], targets[first], needs_images=needs_images)
         except InputError:
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError):  # no other: torch.utils.checkpoint stops by one
             if is_cut or len(inputs[first]) == len(index):
                 raise
-            _try_gradient(student, theta, *samples(torch.arange(len(index), device="cpu")), wants_images=wants_images)
+            _try_gradient(student, theta, *samples(torch.arange(len(index), device="cpu")), needs_images=needs_images)
             return
         if is_cut:
             with torch.no_grad():
@@ -107,10 +107,10 @@ def _trial_positions(network: Network, batch: int) -> Tensor:
 
 
 def _try_gradient(
-    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
+    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, needs_images: bool
 ) -> Tensor:
     """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
-    leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
+    leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(needs_images)]
     # of copies, since a network may write into its images, and a loss (one with a margin) into the logits
     logits = _call_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
     loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels), logits, labels)
@@ -118,7 +118,7 @@ def _try_gradient(
         raise InputError(
             f"`loss`: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
         )
-    names = ["parameters", "images"] if wants_images else ["parameters"]
+    names = ["parameters", "images"] if needs_images else ["parameters"]
     gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
         if gradient is None:

@@ -156,7 +156,7 @@ def unroll(
         draws=tuple(draws),
         optimizer=student_optimizer,
         gradient=gradient,
-        compares=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
+        checks_repeat=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
     )
     path, after = path_of(student_steps, steps.theta, steps.images, steps.labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path

@@ -72,5 +72,5 @@ def _read(opened: Callable[[], IO[bytes]], name: str, size: int) -> Array:
     with opened() as file:
         array: Array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_MAX_HEADER_BYTES)
         if file.read(1):  # at the end zipfile compares the checksum
-            raise ValueError(f"{name} goes on after its array")
+            raise ValueError(f"{name} has more bytes after its array")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

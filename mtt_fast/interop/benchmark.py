@@ -83,7 +83,7 @@ def write_benchmark(root: str | os.PathLike[str], distilled: TensorSet, dataset:
     if distilled.label_kind != "indices":
         raise InputError(
             f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {distilled.label_kind}; "
-            "give `hard_labels` to write each image's class alone"
+            "give `hard_labels` to write only each image's class"
         )
     if method not in ("TM", *_RESULTS, *_CHOSEN):
         raise InputError(f"`method` {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")

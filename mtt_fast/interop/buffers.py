@@ -246,7 +246,7 @@ def export_experts(
 
     The files appear when the last one was asked for, or none does. The last file holds the remaining experts, which the public
     code drops. One file's experts are in memory.
-    Raises `InputError` if a file is there already.
+    Raises `InputError` if a file exists already.
     """
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
     names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
@@ -263,7 +263,7 @@ def check_absent(folder: Path, first: str, further: str) -> None:
     """Raise `InputError` if `folder` holds the `first` file of a series, or one that would be taken for a `further` one."""
     for path in (folder / first, folder / further):
         if not is_free(folder) and path.exists():
-            raise InputError(f"{path}: is there already; choose another destination, or delete it")
+            raise InputError(f"{path}: exists already; choose another destination, or delete it")
 
 
 def groups(count: int, size: int) -> Iterator[range]:

@@ -129,7 +129,7 @@ def _data_of(distilled: TensorSet, dataset: str | None, subset: str | None, zca:
             f"{(channels, height, width)} of {distilled.num_classes}"
         )
     if zca and not data.name.startswith("CIFAR"):
-        raise InputError(f"it whitens CIFAR10 and CIFAR100 alone, and the images of {data.name} are whitened")
+        raise InputError(f"it whitens only CIFAR10 and CIFAR100, and the images of {data.name} are whitened")
     if distilled.label_kind != "indices" and data.classes == 10 and data.name.startswith("Image"):
         raise InputError(f"it takes no soft labels for {data.name}; `hard_labels` writes the set with classes")
     return data

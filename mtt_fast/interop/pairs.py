@@ -71,7 +71,7 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     """Write images, labels and learning rate (if there is one) as tensors, and return the files.
 
     The images go to `images_path`, whose name has the word images; "labels" and "lr" stand in its place in the others.
-    Raises `InputError` where a learning rate is there already that would be taken for the set's.
+    Raises `InputError` where a learning rate exists already that would be taken for the set's.
     """
     path = Path(images_path)
     if "images" not in path.name:
@@ -83,7 +83,7 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     )
     for file in _lr_files(path):
         if file.exists() and (distilled.lr is None or file != sibling(path, "lr")):
-            raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
+            raise InputError(f"{file}: exists already, and would be taken for this set's learning rate; move it away")
     with atomic_folder(path.parent, last=path.name) as folder:
         for name, tensor in parts.items():
             save_pickle(sibling(folder / path.name, name), plain_copy(tensor))

@@ -74,7 +74,7 @@ class _RefusedError(Exception):
 
 
 def _is_zip(path: Path) -> bool:
-    """Return whether torch takes the file for an archive: it looks at its first bytes alone."""
+    """Return whether torch reads the file as an archive, which depends only on its first bytes."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

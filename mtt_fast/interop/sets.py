@@ -81,7 +81,7 @@ def read_set(
 ) -> SyntheticDataset | TensorSet:
     """Read a distilled set of `kind`, or of the kind that the names of its files look like.
 
-    Kinds that hold tensors alone give a `TensorSet`; the kind of their soft labels is `label_kind`, or guessed from the
+    Kinds that contain only tensors give a `TensorSet`; the kind of their soft labels is `label_kind`, or guessed from the
     values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """

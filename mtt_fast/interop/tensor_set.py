@@ -1,4 +1,4 @@
-"""Images, labels and learning rate alone, as other code bases keep a distilled set; order and kinds of labels."""
+"""A distilled set as other software stores it: only images, labels and learning rate. Order and kinds of labels."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ class TensorSet:
         if evenly and self.label_kind == "indices":
             evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
         if not evenly:
-            raise InputError(f"{where}: expected as many images of every class, found {count} of {classes} classes")
+            raise InputError(
+                f"{where}: expected the same number of images of every class, found {count} of {classes} classes"
+            )
         return count // classes
 
 

@@ -306,13 +306,13 @@ def _dropout_probability(part: nn.Module) -> float:
 
 
 def _with_the_same_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of the layers alone, which shares the parameters and buffers."""
+    """Return a copy of the layers, which shares the parameters and buffers."""
     own = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
 
 
 def _without_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of the layers alone, for `functional_call`. Parameters that are tied stay so."""
+    """Return a copy of the layers without their tensors, for `functional_call`. Tied parameters stay tied."""
     module = _with_the_same_tensors(module)
     absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
     for part in module.modules():

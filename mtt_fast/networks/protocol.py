@@ -41,7 +41,7 @@ class Trainable(Network, Protocol):
         ...
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return parameters (P,) to start from, drawn from `generator` alone."""
+        """Return parameters (P,) to start from, drawn only from `generator`."""
         ...
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ FirstCall = Callable[[Callable[[], tuple[Tensor, ...]]], object]
 """Make the first of two calls that come before a capture; its results are not used."""
 
 
-def _plainly(run: Callable[[], tuple[Tensor, ...]]) -> object:
+def _call_function(run: Callable[[], tuple[Tensor, ...]]) -> object:
     return run()
 
 
-def graphed(function: Function, device: torch.device, first_call: FirstCall = _plainly) -> Function:
+def graphed(function: Function, device: torch.device, first_call: FirstCall = _call_function) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
     `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is captured,
@@ -105,7 +105,7 @@ class GraphedFunction:
         log.warning("not captured in a CUDA graph, so that it runs slower, with the same result: %s", problem)
 
 
-def capturer(device: torch.device, first_call: FirstCall = _plainly) -> Capture:
+def capturer(device: torch.device, first_call: FirstCall = _call_function) -> Capture:
     """Return a function that captures calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
 
     The graphs of one capturer share memory, so only one of them may run at a time, on one stream after another.

@@ -1,4 +1,4 @@
-"""The state of a distillation between two iterations, in a file from which a run goes on."""
+"""The state of a distillation between two iterations, in a file from which a run continues."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
 def initial_num_experts(folder: Path) -> tuple[int, bool]:
     """Return the number of experts with which the run in `folder` began, and whether they come from other software.
 
-    Without a checkpoint the number is 0. Reads the header alone. Raises `InputError` if it is broken.
+    Without a checkpoint the number is 0. Reads only the header. Raises `InputError` if it is broken.
     """
     path = folder / CHECKPOINT
     if not path.exists():

@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not options:
         raise InputError(
             f"{path}: damaged or changed by hand; restore a copy, or delete it and give the command that began the run with "
-            "all its options: it goes on where it was"
+            "all its options, which continues it"
         )
     return options
 

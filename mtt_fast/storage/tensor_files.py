@@ -105,7 +105,7 @@ class TensorEntry:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return (entries by tensor name, metadata) of a safetensors file, reading and checking its header alone.
+    """Return (entries by tensor name, metadata) of a safetensors file, after a check of its header; only the header is read.
 
     Raises `InputError` if the file is missing, is no safetensors file, is shorter or longer than its header says, or its
     header is not the one that was written.

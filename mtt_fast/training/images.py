@@ -48,7 +48,7 @@ class Images:
         return shape if self.canvas is None else self.canvas.image_shape(shape)
 
     @property
-    def crops(self) -> int:
+    def num_crops(self) -> int:
         """Return the number of crops of each image in a step; 1 without a canvas."""
         return 1 if self.canvas is None else self.canvas.samples
 

@@ -342,7 +342,7 @@ def evaluate(
     example = train(generator_for(seed, "evaluation", *indices, 0))
     concurrency = concurrency_for(
         network, _student(network, example, precision), example.input_shape, device,
-        batch=example.crops * min(protocol.batch_size, len(example)), num_jobs=num_networks, at_once=at_once,
+        batch=example.num_crops * min(protocol.batch_size, len(example)), num_jobs=num_networks, at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     values, num_diverged = [0.0] * num_networks, 0

@@ -103,7 +103,7 @@ def epochs_on(
 ) -> Epochs:
     """Return a function that trains for several epochs, whose order and augmentation are drawn together: see `epoch_on`."""
     chunks = chunks_on(student, images, sgd, augment, track, visited)
-    count = images.crops * (len(images) if visited is None else len(visited))
+    count = images.num_crops * (len(images) if visited is None else len(visited))
 
     def run(
         theta: Tensor,
@@ -136,7 +136,7 @@ def chunks_on(
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
     indices = torch.arange(len(images)) if visited is None else visited
-    length = images.crops * min(sgd.batch_size, len(indices))
+    length = images.num_crops * min(sgd.batch_size, len(indices))
     run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 

@@ -44,7 +44,7 @@ def test_every_recipe_has_a_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dry_run, "_SAMPLES", 1)  # the time is not looked at
-    monkeypatch.setattr(dry_run, "_LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(dry_run, "_ENOUGH_SECONDS", 0.0)
     lines = told(capsys, "--recipe", name)
     assert lines["recipe"].startswith(f"{name}: ")
     assert "peak" in lines["memory"]

@@ -170,7 +170,7 @@ def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path, capsy
     for dry in (["--dry-run"], []):
         assert run(few, tmp_path / "more", *more, *FLAT, *dry) == 2
         assert (
-            f"{experts(few)}: expected the whole experts of those in waypoints_3, to train others beside them, found none of 2; "
+            f"{experts(few)}: expected the uncompressed experts of those in waypoints_3, to train further ones, found none of 2; "
             "restore them, choose another --buffer_path, or give --max_experts 2 to use those that are compressed"
         ) in capsys.readouterr().err
     assert run(few, tmp_path / "more", *more, "--max_experts", "2", "--Iteration", "0") == 0

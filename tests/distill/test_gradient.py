@@ -370,7 +370,7 @@ def test_networks_are_evaluated_as_the_run_says(
     asked = []
 
     def measured(network: Any, train: Any, test: Any, lr: float, protocol: Any, **others: Any) -> Accuracy:
-        named = ("networks", "seed", "precision", "at_once", "memory_budget")
+        named = ("num_networks", "seed", "precision", "at_once", "memory_budget")
         images = len(train(torch.Generator()).labels)
         asked.append((images, protocol.epochs, *(others[name] for name in named)))
         return Accuracy((0.0,))

@@ -297,7 +297,7 @@ def test_the_format_of_old_torch_is_read(tmp_path: Path) -> None:
 def test_existing_files_are_not_written_over(tmp_path: Path) -> None:
     save_buffers(tmp_path, [trained(0)], 10)
     store = imported(tmp_path, tmp_path / "ours")
-    with pytest.raises(InputError, match=r"replay_buffer_0\.pt: is there already"):
+    with pytest.raises(InputError, match=r"replay_buffer_0\.pt: exists already"):
         list(export_experts(store, tmp_path))
 
 
@@ -426,7 +426,7 @@ def test_waypoints_of_mct_are_read_and_written(tmp_path: Path, ends: tuple[int, 
             for piece, again in zip(pieces[expert], own, strict=True):
                 assert torch.equal(torch.tensor(piece)[:-1], torch.tensor(again)[:-1])
                 assert torch.tensor(again[-1]).eq(1).all()  # also of a bias before a norm, which stands still
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         list(export_waypoints(store, tmp_path / "back"))
 
 

@@ -192,7 +192,7 @@ def test_the_call_has_the_arguments_of_dd_ranking_where_it_is_installed() -> Non
         (plain(10, 28), "CIFAR10", False, r"images \(3, 32, 32\) of 10 classes of CIFAR10, found \(3, 28, 28\) of 10"),
         (plain(9, 32), "CIFAR10", False, r"of 10 classes of CIFAR10, found \(3, 32, 32\) of 9"),
         (plain(200, 32, ipc=1), "Tiny", False, r"images \(3, 64, 64\) of 200 classes of TinyImageNet"),
-        (plain(200, 64, ipc=1), "Tiny", True, "it whitens CIFAR10 and CIFAR100 alone, and the images of TinyImageNet are"),
+        (plain(200, 64, ipc=1), "Tiny", True, "it whitens only CIFAR10 and CIFAR100, and the images of TinyImageNet are"),
         (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; `hard_labels` writes the set with classes"),
     ],
 )  # fmt: skip

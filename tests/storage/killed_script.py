@@ -78,7 +78,7 @@ def at_each_point(
         except (InputError, FileNotFoundError):
             whole = False
         assert killed or whole, f"{name}: not whole at the end"
-        with contextlib.suppress(InputError) if whole else contextlib.nullcontext():  # it is there already
+        with contextlib.suppress(InputError) if whole else contextlib.nullcontext():  # it exists already
             work()
         assert found(), f"{name}: not whole after a kill at point {point} and the same again"
         left = [path for path in Path().rglob("*") if path.name.endswith(".partial")]
