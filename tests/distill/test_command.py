@@ -21,6 +21,7 @@ from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import run_loop
+from mtt_fast.commands.plots import save_grid
 from mtt_fast.distill.command import main
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.segments import student_batches
@@ -225,12 +226,12 @@ def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*flags, "--out", str(whole)) == 0
 
-    draw, calls = run_loop.save_grid, itertools.count()
+    calls = itertools.count()
 
     def dying_every_other_time(*arguments: Any) -> None:
         if next(calls) % 2 == 0:
             raise SystemExit
-        draw(*arguments)
+        save_grid(*arguments)
 
     monkeypatch.setattr(run_loop, "save_grid", dying_every_other_time)
     for iteration in (0, 3):
@@ -608,7 +609,6 @@ def test_a_checkpoint_with_a_tensor_of_another_form_is_named(
 FULL_DISK = """
 import resource, sys
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands import run_loop
 from mtt_fast.distill.command import main
 import mtt_fast.evaluate, matplotlib.backends.backend_agg, tensorboard.summary.writer.record_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
