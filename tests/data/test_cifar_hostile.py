@@ -154,7 +154,7 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
     archive = tmp_path / "cifar-10-python.tar.gz"
     if kind == "archive folder":
         archive.mkdir()
-        check_refused(tmp_path, "found none; add `download`")
+        check_refused(tmp_path, "found none; give `download`")
         return
     if kind == "archive fifo":
         os.mkfifo(archive)

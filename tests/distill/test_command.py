@@ -225,12 +225,12 @@ def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*flags, "--out", str(whole)) == 0
 
-    draw, calls = save_grid, itertools.count()
+    calls = itertools.count()
 
     def dying_every_other_time(*arguments: Any) -> None:
         if next(calls) % 2 == 0:
             raise SystemExit
-        draw(*arguments)
+        save_grid(*arguments)
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.save_grid", dying_every_other_time)
     for iteration in (0, 3):

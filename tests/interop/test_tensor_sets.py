@@ -132,7 +132,7 @@ def test_the_learning_rate_of_another_set_is_not_taken(tmp_path: Path) -> None:
         folder.mkdir()
         torch.save(torch.tensor(1.0), folder / name)
         plain = TensorSet(synthetic.images, synthetic.labels, lr, "indices")
-        with pytest.raises(InputError, match=f"{name}: is there already, and would be taken for this set's learning"):
+        with pytest.raises(InputError, match=f"{name}: exists already, and would be taken for this set's learning"):
             write_set(folder, plain, "mtt")
         assert [path.name for path in folder.iterdir()] == [name]
     torch.save(torch.tensor(1.0), tmp_path / "lr_best.pt")
@@ -349,7 +349,7 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
 )
 def test_the_kind_of_soft_labels_is_guessed_or_given(labels: Tensor, kind: str) -> None:
     assert tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
-    with pytest.raises(InputError, match="`label_kind` soft: expected one of indices, probabilities, logits"):
+    with pytest.raises(InputError, match="`label_kind` soft: expected one of indices, probabilities, weights, logits"):
         tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x", "soft")
 
 
