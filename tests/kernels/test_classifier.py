@@ -230,7 +230,7 @@ PLANES, WEIGHT = torch.zeros(4, 6, 1, 2), torch.zeros(4, 3)
             SOFT,
             "logits",
         ),
-        refused("linear_cross_entropy_dual", "scale for planes", *DUAL, SOFT, "logits", torch.tensor(2.0)),
+        refused("linear_cross_entropy_dual", "scale only for planes", *DUAL, SOFT, "logits", torch.tensor(2.0)),
         refused("linear_cross_entropy_dual", "direction_scale of shape", *DUAL, SOFT, "logits", None, torch.ones(1)),
     ],
 )

@@ -112,7 +112,7 @@ def test_auto_takes_fp16_for_the_iterations_where_tensor_cores_have_it(
     assert f", {precision} ({reason}" in describe_numerics(CUDA, network, "auto", iterations=True)
     # of experts, evaluations and baselines
     assert precision_on(CUDA, network, "auto") == "tf32"
-    assert "tf32 (auto: fp16 is for the iterations" in describe_numerics(CUDA, network, "auto")
+    assert "tf32 (auto: fp16 is only for the iterations" in describe_numerics(CUDA, network, "auto")
     assert precision_on(CUDA, network, "tf32", iterations=True) == "tf32"
     assert precision_on(CUDA, network, "fp32", iterations=True) == "fp32"
     assert ", tf32 (as asked for)" in describe_numerics(CUDA, network, "tf32")
