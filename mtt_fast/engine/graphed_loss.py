@@ -48,8 +48,8 @@ class GraphedMatchingLoss:
     The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
-        net: the student's network. All other arguments but `of_path` are those of `unroll`. An `optimizer` must have `steps` 0.
-        of_path: the loss () as a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,).
+        net: the student's network. All other arguments but `path_loss` are those of `unroll`. An `optimizer` must have `steps` 0.
+        path_loss: the loss () as a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,).
             By default it is the paper's; `functools.partial(mtt_fast.path_loss, match_step="nearest")` is ATT's. A function of
             your own must not read tensors on the host, draw random numbers, or depend on other tensors.
 
@@ -78,7 +78,7 @@ class GraphedMatchingLoss:
         loss: Loss | None = None,
         precision: Precision = "fp32",
         gradient: Gradient = "exact",
-        of_path: PathLoss = path_loss,
+        path_loss: PathLoss = path_loss,
     ) -> None:
         self._options = StepOptions(
             augment=augment, microbatch=microbatch, memory_budget=memory_budget, momentum=momentum,
@@ -90,9 +90,9 @@ class GraphedMatchingLoss:
                 f"`optimizer`: expected Adam(steps=0), since the students start a training, found steps={optimizer.steps}; use "
                 "`unroll`, which takes the moments as `velocity`"
             )
-        if not callable(of_path):
-            raise InputError(f"`of_path`: expected a function of path, start and target, found {of_path!r}")
-        self._net, self._of_path = net, of_path
+        if not callable(path_loss):
+            raise InputError(f"`path_loss`: expected a function of path, start and target, found {path_loss!r}")
+        self._net, self._path_loss = net, path_loss
         self._iterations: dict[Any, Iteration] = {}
         self._problem: str | None = None
 
@@ -146,9 +146,9 @@ class GraphedMatchingLoss:
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
             plan = checked_plan(
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
-                moments=optimizer.moments, path_gradient=self._of_path is not path_loss,
+                moments=optimizer.moments, path_gradient=self._path_loss is not path_loss,
             )  # fmt: skip
-            _check_reads_constants(self._of_path, steps, target, on_host=plan.path_on_host)
+            _check_reads_constants(self._path_loss, steps, target, on_host=plan.path_on_host)
         is_full = len(self._graphed_functions()) == _MAX_GRAPHS
         if is_full or plan.path_on_host:
             self._problem = (
@@ -156,7 +156,7 @@ class GraphedMatchingLoss:
             )
             log.warning("not captured, so that it runs slower, with the same result: %s", self._problem)
         self._iterations[key] = planned_iteration(
-            plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), optimizer=optimizer,
+            plan, options.augment, lengths, loss=partial(_checked_loss, self._path_loss), optimizer=optimizer,
             gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
         return self._iterations[key]
@@ -184,27 +184,27 @@ class _LossWithGradients(torch.autograd.Function):
         return None, None, images, next(iter(labels), None), lr
 
 
-def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return the value of `of_path` in float64. Raises `InputError` unless it is a scalar that depends on the path."""
-    loss = of_path(path, start, target)
+def _checked_loss(path_loss: PathLoss, path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    """Return the value of `path_loss` in float64. Raises `InputError` unless it is a scalar that depends on the path."""
+    loss = path_loss(path, start, target)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         without = ", without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise InputError(f"`of_path`: expected a tensor () that depends on the path, found {found}{without}")
+        raise InputError(f"`path_loss`: expected a tensor () that depends on the path, found {found}{without}")
     if loss.is_complex():
-        raise InputError(f"`of_path`: expected a real number, found {loss.dtype}; use .real or .abs()")
+        raise InputError(f"`path_loss`: expected a real number, found {loss.dtype}; use .real or .abs()")
     return loss.double()
 
 
-def _check_reads_constants(of_path: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
-    """Raise `InputError` if `of_path` reads another tensor that requires a gradient, since no gradient would flow to it."""
+def _check_reads_constants(path_loss: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
+    """Raise `InputError` if `path_loss` reads another tensor that requires a gradient, since no gradient would flow to it."""
     start = steps.theta.detach()
     # laid out like a student's path
     path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)
-    loss = of_path(StudentPath.from_rows(path, path.unbind(), start.device), start, target.detach())
+    loss = path_loss(StudentPath.from_rows(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:
         raise InputError(
-            "`of_path`: expected no tensor that requires a gradient besides the path, since none flows to it, found "
+            "`path_loss`: expected no tensor that requires a gradient besides the path, since none flows to it, found "
             "one; detach it, or use `unroll`, whose path may enter any loss"
         )
 

@@ -122,7 +122,7 @@ def test_any_loss_of_the_path(of_path: Loss, reference: Loss) -> None:
     given["labels"] = given["labels"].detach().softmax(1).requires_grad_()
     path = unroll(NET, given["start"], given["images"], given["labels"], given["lr"], BATCHES)
     expected = gradients(reference(path, given["start"], given["target"]), given)
-    graphed = GraphedMatchingLoss(NET, of_path=of_path)
+    graphed = GraphedMatchingLoss(NET, path_loss=of_path)
     for mine, theirs in zip(gradients(graphed(**given, batches=BATCHES), given), expected, strict=True):
         assert_close("loss or gradient", mine, theirs, 1e-12)
 
@@ -142,7 +142,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 def test_the_plan_has_room_for_the_gradient_of_any_loss_of_the_path(plans: list[Plan]) -> None:
     for of_path in (path_loss, partial(path_loss, match_step="nearest")):
-        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+        GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)(**tensors(), batches=BATCHES)
     assert [plan.work.path_gradient for plan in plans] == [False, True]
     assert plans[0] == plan(
         NET, images=(6, 2, 8, 8), steps=3, batch=4, memory_budget=None, dtype=torch.float64, label_kind="logits"
@@ -250,7 +250,7 @@ def test_autocast_around_it_does_not_reach_the_loss() -> None:
     def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
         return torch.einsum("np,p->n", path.float(), target.float()).square().mean()
 
-    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)
+    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)
     expected = gradients(graphed(**given, batches=BATCHES), given)
     with torch.autocast("cpu", torch.bfloat16):
         loss = graphed(**given, batches=BATCHES)
@@ -301,24 +301,24 @@ def test_a_network_without_a_gradient_to_the_images_is_refused_by_a_call_that_ne
     ids=["value", "vector", "constant"],
 )
 def test_what_is_no_loss_of_the_path_is_refused(of_path: Loss, found: str) -> None:
-    with pytest.raises(InputError, match=f"`of_path`: expected a tensor \\(\\) that depends on the path, {found}"):
-        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+    with pytest.raises(InputError, match=f"`path_loss`: expected a tensor \\(\\) that depends on the path, {found}"):
+        GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)(**tensors(), batches=BATCHES)
 
 
 @pytest.mark.parametrize(
     ("of_path", "message"),
     [
-        (None, "`of_path`: expected a function of path, start and target, found None"),
+        (None, "`path_loss`: expected a function of path, start and target, found None"),
         (
             lambda path, start, target: path[-1].sum() * 1j,
-            r"`of_path`: expected a real number, found torch\.complex128",
+            r"`path_loss`: expected a real number, found torch\.complex128",
         ),
     ],
     ids=["none", "complex"],
 )
 def test_a_loss_of_the_path_is_a_function_to_real_numbers(of_path: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+        GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)(**tensors(), batches=BATCHES)
 
 
 def test_a_loss_of_the_path_with_learned_weights_is_refused() -> None:
@@ -328,8 +328,8 @@ def test_a_loss_of_the_path_with_learned_weights_is_refused() -> None:
     def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
         return (weights.softmax(0) * (path - target).square().sum(1)).sum()
 
-    with pytest.raises(InputError, match="`of_path`: expected no tensor that requires a gradient besides the path"):
-        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+    with pytest.raises(InputError, match="`path_loss`: expected no tensor that requires a gradient besides the path"):
+        GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)(**tensors(), batches=BATCHES)
 
 
 def test_a_loss_of_the_path_is_tried_on_a_path_of_its_own() -> None:
@@ -341,7 +341,7 @@ def test_a_loss_of_the_path_is_tried_on_a_path_of_its_own() -> None:
     given = tensors()
     before = given["start"].clone()
     with pytest.raises(RuntimeError, match="modified inplace"):
-        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**given, batches=BATCHES)
+        GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)(**given, batches=BATCHES)
     assert torch.equal(given["start"], before)
 
 
@@ -349,7 +349,7 @@ def test_a_loss_of_the_path_is_tried_on_a_path_laid_out_as_the_students() -> Non
     """Check that a loss may view the path as rows of any length where its rows have no gaps."""
     net = FlatModule(nn.Sequential(nn.Flatten(), nn.Linear(128, 8, bias=False)).double())
     given = tensors(net) | {"labels": torch.zeros(6, 8, dtype=torch.float64)}
-    graphed = GraphedMatchingLoss(net, of_path=lambda path, start, target: path.view(-1)[len(start) :].square().sum())
+    graphed = GraphedMatchingLoss(net, path_loss=lambda path, start, target: path.view(-1)[len(start) :].square().sum())
     path = unroll(net, given["start"], given["images"], given["labels"], given["lr"], BATCHES)
     assert_close("loss", graphed(**given, batches=BATCHES), path[1:].square().sum(), 1e-12)
 
@@ -358,7 +358,7 @@ def test_a_loss_in_float32_is_returned_in_float64() -> None:
     def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
         return (path[-1] - target).square().sum().float()
 
-    graphed = GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)
+    graphed = GraphedMatchingLoss(NET, label_kind="logits", path_loss=of_path)
     assert graphed(**tensors(), batches=BATCHES).dtype == torch.float64
 
 

@@ -275,7 +275,9 @@ def test_an_expert_that_is_not_finite_is_not_written_and_its_origin_told(tmp_pat
     ):
         write_expert(tmp_path, 0, rows, ours)
     theirs = metadata(hyperparameters={"imported_from": "replay_buffer_0.pt, expert 3"}, accuracy=accuracy)
-    with pytest.raises(InputError, match=r"epoch 1 are not finite; they are not finite in replay_buffer_0\.pt, expert 3"):
+    with pytest.raises(
+        InputError, match=r"epoch 1 are not finite; they are not finite in replay_buffer_0\.pt, expert 3"
+    ):
         write_expert(tmp_path, 0, rows, theirs)
     points, course = convexified(flat(trained(0)), NET.layout.sizes, (0, 2, 3), smooth=False)
     points[1] = math.nan
