@@ -479,6 +479,10 @@ NO_EFFECT = [
         "buffers/digits/ConvNetD1W4 new --store_dtype bfloat16",
         "--store_dtype bfloat16: has no effect on experts",
     ),
-    ("convert", f"public new {NETWORK} --experts_per_file 3", "--experts_per_file 3: has no effect on experts"),
+    (
+        "convert",
+        f"public new {NETWORK} --experts_per_file 3",
+        "--experts_per_file 3: has no effect on imported experts",
+    ),
 ]
 """Commands with an option that has no effect with the others, and the beginning of what is said."""
