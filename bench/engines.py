@@ -212,7 +212,7 @@ ENGINES = {
 def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, dict[str, str]]:
     """Return the engine called `name` and its `precision` argument on `device`, if any: a CPU computes only in float32.
 
-    ENGINE@PRECISION names an engine with a precision of its own. Raises `InputError` for an unknown engine or precision, an engine
+    ENGINE@PRECISION names an engine and its precision, which replaces `precision`. Raises `InputError` for an unknown engine or precision, an engine
     that `device` cannot run, or a precision where the engine takes none.
     """
     plain, _, own = name.partition("@")

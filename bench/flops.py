@@ -14,8 +14,8 @@ A layer's forward pass, its gradient to the input and its gradient to the weight
 """
 
 PLAIN_GRADIENT: Passes = (3, 1)
-# Whole graph, backward through that gradient: the tangent-like sum W∗ẋ + Ẇ∗x (2, no ẋ at the images), both terms of the
-# input's gradient (2), both of the weight's (2, of which the first layer has one).
+# Whole graph, backward through that gradient: the tangent-like sum W∗ẋ + Ẇ∗x (2; the images have no ẋ), both terms of the
+# input's gradient (2), both of the weight's (2; the first layer has one).
 DOUBLE_BACKWARD: Passes = (6, 2)
 # Only to the images. torch computes one of the weight's terms nevertheless.
 DOUBLE_BACKWARD_TO_IMAGES: Passes = (5, 2)
