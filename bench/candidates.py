@@ -16,7 +16,7 @@ def _correlations(programs: tuple[int, ...], *sizes: tuple[int, int, int, int, i
     return [tile | {"PROGRAMS": count} for tile in _tiles(*sizes) for count in programs]
 
 
-# Candidates that do not fit a GPU fail there, and are left out.
+# A candidate that does not fit on a GPU fails there, and is left out.
 
 TILES: dict[str, list[Row]] = {
     "fp32": _tiles((64, 32, 16, 4, 2), (64, 64, 16, 4, 3), (128, 64, 16, 8, 2)),
@@ -106,7 +106,7 @@ BLOCKS: dict[str, list[Row]] = {
 
 
 def lines(shape_class: str) -> list[Row]:
-    """Return the candidates of a norm of channels_last planes: held in registers as far as they may fit, or in parts."""
+    """Return the candidates for a norm of channels_last planes: tiles in registers if a plane may fit, and tiles of parts."""
     windows = int(shape_class.rpartition("-")[2])
     held = [
         {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}

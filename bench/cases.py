@@ -44,9 +44,9 @@ class Gradients(NamedTuple):
 def make_case(setting: Setting) -> Case:
     """Return a case in float64, on the CPU, whose values are exact in float32.
 
-    The target lies as many steps away as the student takes, on other images at ten times the rate. The direction is one that
-    training takes, since in a random direction the Hessian terms would seem smaller than they are; and the target is far
-    away, as an expert's epochs are, since float32 loses most of a short path.
+    The target lies as many steps away as the student takes, on other images with ten times the learning rate. So it lies in a
+    direction of training: in a random direction the Hessian terms would seem smaller than they are. And it is far away, as an
+    expert's epochs are: float32 loses most digits of a short path.
     """
     generator = torch.Generator().manual_seed(0)
     net = setting.net

@@ -1,7 +1,7 @@
 """Distil to the end in each precision of the products, and compare the accuracies.
 
-The iterations alone are in that precision: on a CPU the reference emulates it, as for `precision`. Experts and evaluations
-are as in any run.
+Only the iterations use that precision; on a CPU the reference emulates it, as for `precision`. Experts and evaluations are
+those of any run.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ class Options(CommonOptions):
     recipe: str = "digits"
     """the setting"""
     dataset: str | None = None
-    """another data set than the recipe's"""
+    """data set, if not the recipe's"""
     data_path: str = "data"
     """folder of the data sets"""
     Iteration: int | None = None
-    """another number of iterations"""
+    """number of iterations, if not the recipe's"""
     num_experts: int | None = None
-    """another number of experts"""
+    """number of experts, if not the recipe's"""
     train_epochs: int | None = None
-    """another number of the experts' epochs"""
+    """number of the experts' epochs, if not the recipe's"""
     max_start_epoch: int | None = None
-    """another last expert epoch to start from"""
+    """last expert epoch to start from, if not the recipe's"""
     syn_steps: int | None = None
-    """another number of student steps"""
+    """number of student steps, if not the recipe's"""
     num_eval: int | None = None
-    """another number of networks in an evaluation"""
+    """number of networks in an evaluation, if not the recipe's"""
     epoch_eval_train: int | None = None
-    """another number of those networks' epochs"""
+    """number of epochs of these networks, if not the recipe's"""
     precisions: str = ",".join(get_args(Precision))
     """precisions to compare, as in fp32,bf16"""
     buffer_path: str | None = None
-    """folder to use and keep the experts in; without it they are trained anew"""
+    """folder of the experts; without it new experts are trained, and not kept"""
     repetitions: int = 1
     """not used: nothing is timed"""
 

@@ -33,11 +33,11 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.convnet import ConvNet
 
 Run = Callable[..., Gradients]
-"""An engine's function of the case, and of `microbatch` or `memory_budget` if the engine takes limits."""
+"""An engine's function; besides the case it takes `microbatch` or `memory_budget` if the engine has `takes_limits`."""
 
 
 def whole_graph(case: Case) -> Gradients:
-    """Record all N steps, then differentiate, as the public code does."""
+    """Build the graph of all N steps, then differentiate it, as the public code does."""
     result = testing.whole_graph(
         _module_function(case), case.start, case.target, case.images, case.labels, case.lr, list(case.batches)
     )
@@ -45,7 +45,7 @@ def whole_graph(case: Case) -> Gradients:
 
 
 def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
-    """Save the parameters of all steps, then record each step again by itself and differentiate it twice. Exact."""
+    """Save the parameters of all steps, then rebuild the graph of one step at a time and differentiate it twice. Exact."""
     network, adjoint, path = _module_function(case), *_plain_sweep(case, microbatch)
     to_images, to_lr, lr = torch.zeros_like(case.images), torch.zeros_like(case.lr), float(case.lr)
     for n in reversed(range(len(case.batches))):
@@ -210,9 +210,9 @@ ENGINES = {
 
 
 def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, dict[str, str]]:
-    """Return the engine called `name` and its `precision` argument on `device`, if any: a CPU computes in float32 alone.
+    """Return the engine called `name` and its `precision` argument on `device`, if any: a CPU computes only in float32.
 
-    ENGINE@PRECISION names an engine with a precision of its own. Raises `InputError` for an unknown engine or precision, an engine
+    ENGINE@PRECISION names an engine and its precision, which replaces `precision`. Raises `InputError` for an unknown engine or precision, an engine
     that `device` cannot run, or a precision where the engine takes none.
     """
     plain, _, own = name.partition("@")
@@ -230,7 +230,7 @@ def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, 
 
 
 def engine_named(name: str) -> Engine:
-    """Return the engine called `name`, or one of the function MODULE:FUNCTION. Raises `InputError` for any other name."""
+    """Return the engine called `name`, or one that runs the function `name` (MODULE:FUNCTION). Raises `InputError` for any other name."""
     if name in ENGINES:
         return ENGINES[name]
     if ":" in name:

@@ -12,7 +12,7 @@ from mtt_fast.training.sgd import Sgd
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Time an epoch of an evaluation's training. Of the shape, the network alone counts."""
+    """Time an epoch of an evaluation's training. Of the shape options, only the network's have an effect."""
 
     images: int = 100
     """images in the distilled set"""

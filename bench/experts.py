@@ -11,7 +11,7 @@ from mtt_fast.training.sgd import Sgd
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Time an epoch of an expert's training. Of the shape, the network alone counts."""
+    """Time an epoch of an expert's training. Of the shape options, only the network's have an effect."""
 
 
 def main(options: Options, command: str) -> None:

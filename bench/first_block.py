@@ -1,8 +1,8 @@
-"""Time the first block three ways: in parts, without its planes where a back end has that, and the least that would take.
+"""Time the first block in three ways: in parts; without its planes, if a back end has kernels for that; and a lower bound of the latter.
 
-The least are the matrix products without planes (docs/adjoint.md), by torch, of one sample after the other, so that what they
-make stays in the cache: ReLU, pool, masks and all else come on top. A CPU has no kernels for the block without planes, and this
-says what such kernels could gain there.
+The lower bound is the time of only the matrix products of the block without planes (docs/adjoint.md), by torch, one sample at a
+time, so that their results stay in the cache. ReLU, pooling, masks and everything else would come on top. A CPU has no kernels for
+the block without planes; the bound shows what they could gain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtt_fast.kernels import ConvLayer, plane_dtype
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Time the first block in parts, without its planes, and the matrix products of the latter alone."""
+    """Time the first block in parts, without its planes, and only the matrix products of the latter."""
 
     precision: str = "tf32"
     """precision of a GPU's products: tf32, bf16 or fp32"""
@@ -101,7 +101,7 @@ def _backward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor, p
 
 
 def _products(patches: Tensor, weight: Tensor, directions: int) -> None:
-    """Multiply as the sweep of one direction, or with the second one of its derivative, has to, for each sample."""
+    """Compute the products of each sample: those of the forward sweep with one direction, those of the backward sweep with two."""
     for sample in patches:
         sample @ sample.T  # the statistics
         for _ in range(directions):

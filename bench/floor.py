@@ -15,14 +15,14 @@ from bench.settings import Setting
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of the network, forward or to a gradient, ready to run, and its number of runs in a step."""
+    """One convolution of the network (forward, or of a gradient), ready to run, and how often a step runs it."""
 
     run: Callable[[], Any]
     times: int
 
 
 def convolutions(setting: Setting, device: torch.device) -> list[Convolution]:
-    """Return the convolutions of a step, of the plain and of the mixed gradient: the work of 11 forward passes.
+    """Return the convolutions of a step, for the plain gradient and the mixed step: the work of 11 forward passes.
 
     Each is in the memory format that is faster on `device`.
     """
@@ -35,7 +35,7 @@ def convolutions(setting: Setting, device: torch.device) -> list[Convolution]:
         size += 2 * padding - 2
         y = torch.randn(setting.batch, net.width, size, size, device=device)
         size //= 2
-        # plain + mixed; the first layer has no ẋ, and the images' gradient is needed in the mixed step alone
+        # plain + mixed; the first layer has no ẋ, and the images' gradient is needed only in the mixed step
         counts = {"forward": 1 + (2 if first else 3), "input": 2 if first else 1 + 3, "weight": 1 + (1 if first else 2)}
         runs += [Convolution(_faster(kind, x, weight, y, padding, device), times) for kind, times in counts.items()]
     return runs

@@ -1,4 +1,4 @@
-"""Count the floating-point operations of an engine, from the shapes of convolutions and classifier alone."""
+"""Count the floating-point operations of an engine, from only the shapes of convolutions and classifier."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ A layer's forward pass, its gradient to the input and its gradient to the weight
 """
 
 PLAIN_GRADIENT: Passes = (3, 1)
-# Whole graph, backward through that gradient: the tangent-like sum W∗ẋ + Ẇ∗x (2, no ẋ at the images), both terms of the
-# input's gradient (2), both of the weight's (2, of which the first layer has one).
+# Whole graph, backward through that gradient: the tangent-like sum W∗ẋ + Ẇ∗x (2; the images have no ẋ), both terms of the
+# input's gradient (2), both of the weight's (2; the first layer has one).
 DOUBLE_BACKWARD: Passes = (6, 2)
-# Only to the images: of the weight's terms torch computes one all the same.
+# Only to the images. torch computes one of the weight's terms nevertheless.
 DOUBLE_BACKWARD_TO_IMAGES: Passes = (5, 2)
 # By hand: forward 1, tangent 2, gradient to the inputs 1, its tangent 2, tangent of the weight's gradient 2.
 MIXED_STEP: Passes = (8, 3)
@@ -29,7 +29,7 @@ COMPILED_MIXED_STEP: Passes = (9, 0)
 
 
 def forward_flops(net: ConvNet) -> tuple[int, int]:
-    """Return the operations (two for a multiply-add) of one sample's forward pass, and those of the first layer alone."""
+    """Return the operations (two for a multiply-add) of one sample's forward pass, and those of the first layer."""
     height, width = (net.image_size,) * 2 if isinstance(net.image_size, int) else net.image_size
     layers = []
     for block in range(net.depth):
@@ -43,5 +43,5 @@ def forward_flops(net: ConvNet) -> tuple[int, int]:
 
 def iteration_flops(net: ConvNet, steps: int, batch: int, *passes: Passes) -> int:
     """Return the operations of `steps` steps of `batch` images that make all of `passes`."""
-    whole, first = forward_flops(net)
-    return steps * batch * sum(count * whole - spared * first for count, spared in passes)
+    forward, first = forward_flops(net)
+    return steps * batch * sum(count * forward - skipped * first for count, skipped in passes)

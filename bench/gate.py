@@ -12,13 +12,13 @@ from mtt_fast.testing import relative_error
 
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_FACTOR = 2.0
-"""Allowed multiple of the float32 error of whole-graph autograd: correct engines that round differently part at ReLU's kinks."""
+"""Allowed multiple of the float32 error of whole-graph autograd: correct engines that round differently diverge at ReLU's kinks."""
 FLOAT32_FLOOR = 1e-6
 _MICROBATCH = 3  # images, of the small case's batches of 4
 
 
 def float64_error(engine: Engine, setting: Setting, device: torch.device, *, cut: bool = False) -> float:
-    """Return the larger relative error of image and rate gradient on a small case, against whole-graph autograd.
+    """Return the larger relative error of the gradients of images and lr on a small case, against whole-graph autograd.
 
     With `cut` the engine computes each batch in micro-batches.
     """
@@ -29,7 +29,7 @@ def float64_error(engine: Engine, setting: Setting, device: torch.device, *, cut
 
 
 def check_errors(float64: float, float32: float = 0.0, allowed_float32: float | None = None) -> None:
-    """Raise `WorkerError` if an engine with these errors may not be timed. So it does for NaN."""
+    """Raise `WorkerError` unless an engine with these errors may be timed. NaN raises too."""
     if not float64 <= FLOAT64_TOLERANCE:
         raise WorkerError(f"wrong: float64 error {float64:.1e}, allowed {FLOAT64_TOLERANCE:.0e}")
     if allowed_float32 is not None and not float32 <= allowed_float32:
@@ -37,7 +37,7 @@ def check_errors(float64: float, float32: float = 0.0, allowed_float32: float | 
 
 
 def allowed_float32(autograd: float, precision: str = "tf32") -> float:
-    """Return the allowed float32 error of an engine where autograd has the error `autograd`, in tf32 at worst.
+    """Return the allowed float32 error of an engine, given the error of autograd (which computes in tf32 or better).
 
     The factors of bf16 have three bits fewer than those of tf32.
     """

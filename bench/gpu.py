@@ -3,14 +3,14 @@
 | stage | seconds | what it does | result in FOLDER |
 |---|---|---|---|
 | suite | 180 | the tests marked gpu, in parallel processes | suite.json |
-| table | 240 | new launch configurations: candidates compiled in parallel, then timed alone | configurations.toml, tune-*.json |
+| table | 240 | new launch configurations: candidates compiled in parallel, then timed one at a time | configurations.toml, tune-*.json |
 | steps | 180 | one iteration beside whole-graph autograd, kernels, memory | meta_step-*.json, kernels-*.json, memory_scaling.json |
 | cifar10 | 300 | CIFAR-10, 1 image per class, from 100 experts to accuracy | cifar10-ipc1/ |
 | training | 300 | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
 | imagenette | 520 | ImageNette at 128×128, 1 and 10 images per class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
 
 The first four fit in 15 minutes. Results are written as they come, and stage-STAGE.json lists the finished tasks. A stage that
-reaches its limit stops and names the missing tasks; the same command continues, and does nothing twice. With --rehearse
+reaches its limit stops and names the missing tasks; the same command continues, and repeats no finished task. With --rehearse
 everything is done on the CPU at toy size.
 """
 
@@ -44,7 +44,7 @@ from mtt_fast.storage.run_files import CONFIG, SUMMARY
 log = logging.getLogger("mtt_fast")
 
 OUT_OF_TIME = 75
-"""Exit status of a stage that its limit cut off (EX_TEMPFAIL): the same command goes on."""
+"""Exit status of a stage that its limit cut off (EX_TEMPFAIL): the same command continues it."""
 _ROOT = Path(__file__).resolve().parents[1]
 _BUDGET = "8GiB"
 _SETTINGS = ("cifar10-ipc1", "cifar10-ipc10", "imagenet128-ipc10")
@@ -56,7 +56,7 @@ _TOY_RUN = (
     "--train_epochs 4 --num_experts 1 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --Iteration 2 --num_eval 1 "
     "--epoch_eval_train 2"
 ).split()
-_TO_SAVE = 30.0  # seconds that a command gets to save its work and to stop
+_GRACE_SECONDS = 30.0  # seconds that a command gets to save its work and to stop
 
 Stage = Literal["suite", "table", "steps", "cifar10", "training", "imagenette"]
 SECONDS: dict[Stage, float] = {
@@ -89,7 +89,7 @@ class Task:
     result: Path
     environment: dict[str, str] = field(default_factory=dict)
     resumable: bool = False
-    """whether the command goes on with --resume after a stop"""
+    """whether the command continues with --resume after a stop"""
 
 
 Row = dict[str, Any]
@@ -118,7 +118,7 @@ def main(options: Options, command: str) -> None:
             print(f"{row['task']}: {row['problem']}", file=sys.stderr)
     if missing := [row["task"] for row in found if row["status"] == "missing"]:
         print(
-            f"stage {options.stage}: out of time after {limit:.0f} s; missing: {', '.join(missing)}; the same command goes on",
+            f"stage {options.stage}: out of time after {limit:.0f} s; missing: {', '.join(missing)}; the same command continues",
             file=sys.stderr,
         )
         raise SystemExit(OUT_OF_TIME)
@@ -132,7 +132,7 @@ def _rows_before(path: Path) -> dict[str, Row]:
 
 
 def _is_done(task: Task, rows: dict[str, Row]) -> bool:
-    """Return whether a task's result is there and whole, and have a row in `rows` that says so."""
+    """Return whether a task's result exists and the task did not fail; if so, update its row in `rows`."""
     if not task.result.exists() or rows.get(task.name, {}).get("status") == "failed":
         return False
     rows[task.name] = {"seconds": None, **rows.get(task.name, {}), "task": task.name, "status": "done", "problem": None}
@@ -177,7 +177,7 @@ def _within(task: Task, out: Path, deadline: float) -> int:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=_TO_SAVE)
+                process.wait(timeout=_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -186,7 +186,7 @@ def _within(task: Task, out: Path, deadline: float) -> int:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return lines[-1] if lines else "failed without a word"
+    return lines[-1] if lines else "failed without output"
 
 
 def _suite(options: Options, out: Path) -> Iterator[Group]:
@@ -225,7 +225,7 @@ def _table(options: Options, out: Path) -> Iterator[Group]:
         for words in settings
         for block in range(1, _TUNED[words[2]] + 1)
     ]
-    for words in settings:  # one after the other: each measures alone, and adds to the same table
+    for words in settings:  # one after the other, so that each has the GPU to itself, and all add to the same table
         yield [_bench(options, out, f"tune-{words[2]}-{words[4]}", *words, *configurations)]
 
 

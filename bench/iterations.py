@@ -28,7 +28,7 @@ _STEPS = ("start", "target", "images", "labels", "lr", "batches")
 
 @dataclass(frozen=True)
 class NamedCase:
-    """A case in float64 with the rule of its steps."""
+    """A case in float64, with its name, kind of labels, momentum and weight decay."""
 
     name: str
     case: Case
@@ -59,8 +59,8 @@ def golden_cases(folder: Path) -> Iterator[NamedCase]:
 def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
     """Yield `starts` iterations of the distillation in `folder`, on its distilled set.
 
-    The last starts at the last epoch of its expert that leaves room for the target, the others evenly between half that epoch
-    and it. The images are not augmented. Raises `InputError` where there is no run of a ConvNet.
+    The last of them starts at the last epoch of its expert that has a target. The starts of the others are spread evenly from
+    half that epoch on. The images are not augmented. Raises `InputError` where there is no run of a ConvNet.
     """
     config = read_config(folder)
     if config is None or "syn_steps" not in config:

@@ -40,7 +40,7 @@ log = logging.getLogger("mtt_fast")
 
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-3  # a unit that rounding carries over ReLU's kink changes a gradient by more than rounding
-BLOCK_TOLERANCE = 3e-2  # and in a whole block the convolution's rounding carries more of them
+BLOCK_TOLERANCE = 3e-2  # in a whole block the convolution's rounding carries more units over it
 READ_IN_PARTS = {
     "add_planes": {0: 3, 1: 6},
     "norm_relu_pool": {0: 3},
@@ -50,7 +50,7 @@ READ_IN_PARTS = {
     "conv_norm_relu_pool_backward": {3: 3},
     "conv_norm_relu_pool_dual_backward": {5: 3, 6: 6},
 }
-"""Operations that read what a convolution of few samples leaves in parts: the places of these arguments, and numbers of parts."""
+"""Operations that read planes in parts, as a convolution of few samples leaves them: the positions of these arguments, and their numbers of parts."""
 FEW_SAMPLES = 16
 _LEAST_SECONDS = 0.02  # an operation is repeated within a measurement until it takes so long
 
@@ -98,7 +98,7 @@ def main(options: Options, command: str) -> None:
         try:
             rows[name] |= errors(operation)
             calls[name] = 1 + int(_LEAST_SECONDS / seconds(operation.run, device))
-        except Exception as error:  # the row records the failure, and the others go on
+        except Exception as error:  # the row records the failure, and the others continue
             rows[name]["problem"] = f"{type(error).__name__}: {error}"
             continue
         if not (rows[name]["error_float64"] <= FLOAT64_TOLERANCE and rows[name]["error"] <= operation.tolerance):
@@ -144,7 +144,7 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
 def operations(setting: Setting, device: torch.device, precision: Precision = "fp32") -> Iterator[Operation]:
     """Yield every operation at every shape that a step of the setting has, with a norm and without, in `precision`.
 
-    Of few samples also those that read planes in parts.
+    For few samples also the operations that read planes in parts.
     """
     for operation in _operations_of_tensors(setting, device, precision):
         if operation.name != "add_planes":

@@ -94,7 +94,7 @@ def repeated(run: Callable[[], Any], calls: int, device: torch.device) -> Callab
 def interleaved(
     repetitions: int, subjects: Iterable[str], measure: Callable[[str], float], failed: Callable[[str, Exception], None]
 ) -> dict[str, Spread]:
-    """Measure every subject once, then all again, `repetitions` times, so that a slow minute of the machine hits all alike.
+    """Measure every subject once, then all again, `repetitions` times, so that a slow minute of the machine affects all of them.
 
     A subject whose measurement raises is passed to `failed` and left out.
     """
@@ -127,7 +127,7 @@ def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
 
 
 def _give_back_freed_memory() -> None:
-    """Return freed memory from glibc to the system, since it would hide as much of the peak."""
+    """Return freed memory from glibc to the system, because reusing it would hide that much of the peak."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

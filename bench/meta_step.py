@@ -1,7 +1,7 @@
 """Measure one iteration of the method by every engine: time, memory, and error of the gradient, in one run.
 
 Each engine has a process of its own. The engine first passes the gate, then its memory is measured, and then all engines
-that passed are timed in turn. An engine's failure is recorded in its row, and the others go on.
+that passed are timed in turn. An engine's failure is recorded in its row, and the others continue.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Options(CommonOptions, Shape):
     memory_budget: str = "400MiB"
     """memory budget of fused-budget"""
     precision: str = "tf32"
-    """precision of a GPU's float32 products: tf32 as the public code runs, fp32, or fp16 and bf16, which the fused engines alone know"""
+    """precision of a GPU's float32 products: tf32 as the public code runs, fp32, or fp16 and bf16, which only the fused engines take"""
     truth: str | None = None
     """file for the gradients in float64, which take minutes on a CPU; used again for the same case"""
     floor: bool = True
-    """also time the convolutions alone"""
+    """also time only the convolutions"""
     one_process: bool = False
-    """on a GPU: have no process for each engine, which spares their starts"""
+    """on a GPU: run all engines in one process, which avoids starting one for each"""
 
 
 def main(options: Options, command: str) -> None:
@@ -246,7 +246,7 @@ def _flops(name: str, engines: dict[str, Engine], setting: Setting) -> int | Non
 
 
 def packages(engines: dict[str, Engine]) -> dict[str, str]:
-    """Return the versions of the other libraries that are compared, in words."""
+    """Return the versions of the other libraries that are compared, as a condition of the record."""
     packages = [engine.package for engine in engines.values() if engine.package]
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     return {"other libraries": versions} if versions else {}

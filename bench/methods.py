@@ -1,7 +1,7 @@
 """Compare every method of the package under one protocol and with one set of experts, by one command.
 
 Each method runs as a user runs it, by one command in a process of its own, so that its peak memory is its own; its results
-are read from its run folder. A method that fails fills the last column of its row, and the others go on.
+are read from its run folder. A method that fails fills the last column of its row, and the others continue.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Method:
     """the accuracy's name in summary.json"""
 
 
-# of a channel: FreD's number for CIFAR-10 with the storage of one image per class; tiny images keep half of theirs
+# per channel: FreD's number for CIFAR-10 with the storage of one image per class; images with fewer pixels keep half of their frequencies
 _FREQUENCIES = 64
 _EXPERT, _ITERATIONS = ("buffer_path",), ("Iteration", "eval_it")
-_OF_DISTILLATION = tuple(
+_DISTILL_OPTIONS = tuple(
     field.name
     for field in dataclasses.fields(DistillOptions)
     if field.name not in ("recipe", "config", "out", "resume", "dry_run")
@@ -71,7 +71,7 @@ _OF_DISTILLATION = tuple(
 
 
 def _mtt(title: str, flags: str = "", accuracy: str = "distilled") -> Method:
-    return Method(title, "distill", flags, _OF_DISTILLATION, accuracy)
+    return Method(title, "distill", flags, _DISTILL_OPTIONS, accuracy)
 
 
 METHODS = {
@@ -112,10 +112,10 @@ METHODS = {
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
     "mtt-fred": _mtt(
         "MTT with FreD's frequencies",
-        "--ipc {images_of_frequencies} --msz_per_channel {frequencies} --lr_img {rate_of_frequencies}",
+        "--ipc {images_of_frequencies} --msz_per_channel {frequencies} --lr_img {frequency_lr}",
     ),
 }
-"""The rows in the table's order. Rates of DD, LD, RaT-BPTT and AT-BPTT are for hundreds of iterations here; the papers' for tens of thousands."""
+"""The rows in the table's order. The learning rates of DD, LD, RaT-BPTT and AT-BPTT suit hundreds of iterations; those of the papers suit tens of thousands."""
 
 
 @dataclass(frozen=True)
@@ -123,45 +123,45 @@ class Options:
     """Make a set by every method in one setting, and evaluate all by one protocol."""
 
     recipe: str = "digits"
-    """the setting: of distillation, and its data, network, images per class and protocol of every method"""
+    """the setting of the distillations; every method takes its data, network, images per class and protocol"""
     dataset: str | None = None
-    """another data set than the recipe's"""
+    """data set, if not the recipe's"""
     data_path: str = "data"
     """folder of the data sets"""
     packed_path: str | None = None
     """folder of the packed data sets, if not DATA_PATH/packed"""
     res: int | None = None
-    """another resolution"""
+    """resolution, if not the recipe's"""
     model: str | None = None
-    """another network"""
+    """network, if not the recipe's"""
     ipc: int | None = None
-    """another number of images per class"""
+    """number of images per class, if not the recipe's"""
     Iteration: int | None = None
-    """another number of iterations, of every set that is learned"""
+    """number of iterations of every method that learns its images, if not the recipe's"""
     num_experts: int | None = None
-    """another number of experts"""
+    """number of experts, if not the recipe's"""
     train_epochs: int | None = None
-    """another number of the experts' epochs"""
+    """number of the experts' epochs, if not the recipe's"""
     max_start_epoch: int | None = None
-    """another last expert epoch to start from"""
+    """last expert epoch to start from, if not the recipe's"""
     syn_steps: int | None = None
-    """another number of student steps"""
+    """number of student steps, if not the recipe's"""
     protocol: str | None = None
-    """another protocol of evaluation"""
+    """protocol of evaluation, if not the recipe's"""
     num_eval: int | None = None
-    """another number of networks in an evaluation"""
+    """number of networks in an evaluation, if not the recipe's"""
     epoch_eval_train: int | None = None
-    """another number of those networks' epochs"""
+    """number of epochs of these networks, if not the recipe's"""
     seed: int = 0
-    """every random number follows from it"""
+    """seed of every random number"""
     device: str = "auto"
     """device to run on: auto, cpu, cuda, cuda:1, …"""
     methods: str = ",".join(METHODS)
     """methods to run, joined by commas"""
     buffer_path: str | None = None
-    """folder to use and keep the experts in; without it they are trained anew"""
+    """folder of the experts; default RUNS/buffers"""
     runs: str | None = None
-    """folder to keep the run folders in; finished runs are not repeated. Without it they are thrown away"""
+    """folder of the run folders; finished runs are not repeated. Without it they are deleted"""
     out: Annotated[str, Checked(check_output_folder)] = "bench/results"
     """folder of the record"""
     name: str | None = None
@@ -273,7 +273,7 @@ def own_flags(method: Method, setting: DistillOptions) -> list[str]:
 
 
 def _numbers(setting: DistillOptions) -> dict[str, float]:
-    """Return numbers that follow from the setting's, for flags."""
+    """Return numbers for flags, computed from the setting."""
     _, height, width = dataset_info(setting.dataset, setting.subset, setting.res, setting.data_path).image_shape
     places = height * width
     frequencies = min(_FREQUENCIES, places // 2)
@@ -284,7 +284,7 @@ def _numbers(setting: DistillOptions) -> dict[str, float]:
         "images_of_frequencies": more_images * setting.ipc,
         "frequencies": frequencies,
         # an image has a smaller share of the student's loss, and a frequency's image has a squared length of 1/(4HW)
-        "rate_of_frequencies": more_images * 4 * places * setting.lr_img,
+        "frequency_lr": more_images * 4 * places * setting.lr_img,
     }
 
 
@@ -317,7 +317,7 @@ def _run(words: Sequence[str], log_file: Path) -> str | None:
                     process.send_signal(stop.signum)
                     status = process.wait()
         if stop:
-            raise Stopped("stopped; with --runs FOLDER the same command goes on", stop.signum)
+            raise Stopped("stopped; with --runs FOLDER the same command continues", stop.signum)
     if status == 0:
         return None
     lines = log_file.read_text(encoding="utf-8").strip().splitlines()

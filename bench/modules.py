@@ -88,7 +88,7 @@ class Case:
 
 
 def whole_graph(case: Case) -> Gradients:
-    """Record all N steps, then differentiate, as the public code does."""
+    """Build the graph of all N steps, then differentiate it, as the public code does."""
     with sdpa_kernel(SDPBackend.MATH):  # torch's other attentions have no second derivative
         result = testing.whole_graph(
             testing.module_function(case.module), case.start, case.target, case.images, case.labels, case.lr,
@@ -98,7 +98,7 @@ def whole_graph(case: Case) -> Gradients:
 
 
 def generic(case: Case, memory_budget: str | None = None) -> Gradients:
-    """Run mtt_fast, which records each step's graph again in the backward sweep, or saves the graph where the budget allows."""
+    """Run mtt_fast, which rebuilds each step's graph in the backward sweep, or saves the graph if the budget allows."""
     images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
     path = unroll(case.net, case.start, images, case.labels, lr, case.batches, memory_budget=memory_budget)
     return Gradients(*torch.autograd.grad(matching_loss(path[-1], case.start, case.target), (images, lr)))

@@ -30,7 +30,7 @@ _MICROBATCH = 32  # so that float64 fits in the memory in which the engine fits;
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Compare the gradients in each precision of the products with float64's: of a random case, and of others that are given."""
+    """Compare the gradients in each precision of the products with float64's: on a random case, and on the cases of --golden and --runs."""
 
     precisions: str = ",".join(get_args(Precision))
     """precisions to compare, as in fp32,bf16"""
@@ -39,7 +39,7 @@ class Options(CommonOptions, Shape):
     runs: str | None = None
     """folders of distillations, separated by commas, to compare iterations on their sets too"""
     starts: int = 1
-    """iterations of each of --runs, their starts evenly over the later half of its expert's epochs, and one at the end"""
+    """iterations of each of --runs; their first epochs are spread evenly over the later half of the expert's epochs, and one is the last"""
     repetitions: int = 1
     """not used: nothing is timed"""
 
@@ -67,7 +67,7 @@ def _cases(options: Options) -> Iterator[NamedCase]:
 
 
 def _row(named: NamedCase, precisions: list[Precision], device: torch.device) -> dict[str, Any]:
-    """Return the errors of each precision, and of the image gradient's how many times tf32's they are."""
+    """Return the errors of each precision, and the ratio of each image gradient's error to tf32's."""
     exact = gradients_of(named, torch.float64, "fp32", device)
     row: dict[str, Any] = {"case": named.name}
     for precision in precisions:

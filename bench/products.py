@@ -47,7 +47,7 @@ def gradients_by(
     product: Product, network: Callable[[Tensor, Tensor], Tensor], start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor,
     batches: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the matching loss's gradients to images and rate: N steps on `images[batches[n]]`, and `product` at each in reverse.
+    """Return the matching loss's gradients to images and lr: N steps on `images[batches[n]]`, then `product` at each step in reverse.
 
     `network` gives logits from parameters and images.
     """

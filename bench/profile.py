@@ -27,7 +27,7 @@ _LINES = 15
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Write a trace of one iteration, after as many untimed ones as --repetitions says."""
+    """Write a trace of one iteration, after --repetitions untimed ones."""
 
     repetitions: int = 1
     """untimed iterations before the one that is traced"""
@@ -36,7 +36,7 @@ class Options(CommonOptions, Shape):
     engine: str = "fused"
     """engine to trace"""
     precision: str = "tf32"
-    """precision of a GPU's float32 products: tf32, fp32, or fp16 and bf16, which the fused engines alone know"""
+    """precision of a GPU's float32 products: tf32, fp32, or fp16 and bf16, which only the fused engines take"""
 
 
 def main(options: Options, command: str) -> None:

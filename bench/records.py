@@ -19,7 +19,7 @@ from mtt_fast.storage.text_files import write_json
 log = logging.getLogger("mtt_fast")
 
 TRACE = ".trace.json"
-"""The suffix of traces, which are no records."""
+"""The suffix of traces, which are not records."""
 PARTIAL = ".partial.json"
 """The suffix of records that are still being measured, or were cut off."""
 
@@ -42,8 +42,8 @@ def write_record(
     `conditions` are the case's own; command, commit, device, versions and time are added here. Rows that are not `complete`
     go to NAME.partial.json, which the complete record replaces.
     """
-    whole, partial = Path(folder) / f"{name}.json", Path(folder) / f"{name}{PARTIAL}"
-    path = whole if complete else partial
+    full, partial = Path(folder) / f"{name}.json", Path(folder) / f"{name}{PARTIAL}"
+    path = full if complete else partial
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
@@ -68,7 +68,7 @@ def write_record(
 
 
 def partial_rows(folder: str, name: str) -> list[dict[str, Any]]:
-    """Return the rows that an earlier process measured of the record NAME before it was cut off, of this very commit."""
+    """Return the rows of the record NAME that an earlier process measured before it was cut off, if it ran at this commit."""
     path = Path(folder) / f"{name}{PARTIAL}"
     if not path.exists():
         return []
@@ -80,7 +80,7 @@ def partial_rows(folder: str, name: str) -> list[dict[str, Any]]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the record in `path`. Raises `InputError` if the file is no record."""
+    """Return the record in `path`. Raises `InputError` unless it is a record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not {"name", "benchmark", "conditions", "rows", "device", "versions"} <= record.keys():

@@ -93,7 +93,7 @@ def table(benchmark: str, conditions: dict[str, Any], rows: list[Row]) -> str:
 def _cell(show: Callable[[Row], str], row: Row) -> str:
     try:
         return show(row)
-    except (KeyError, TypeError):  # the row has no such number: it failed, or nobody measured it
+    except (KeyError, TypeError):  # the row has no such number: it failed, or was not measured
         return ""
 
 

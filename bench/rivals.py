@@ -20,7 +20,7 @@ _EPSILON = 1e-5  # of torch's norms
 
 
 def higher(case: Case) -> Gradients:
-    """Record all steps by `higher`, then differentiate."""
+    """Build the graph of all steps by `higher`, then differentiate it."""
     from higher import innerloop_ctx
 
     module, images, lr = _module(case), *_learned(case)
@@ -33,7 +33,7 @@ def higher(case: Case) -> Gradients:
 
 
 def torchopt(case: Case) -> Gradients:
-    """Record all steps by TorchOpt's `MetaSGD`, then differentiate."""
+    """Build the graph of all steps by TorchOpt's `MetaSGD`, then differentiate it."""
     from torchopt import MetaSGD
 
     module, images, lr = _module(case), *_learned(case)

@@ -78,7 +78,7 @@ class Shape:
         return Setting(net, max(setting.images, batch), self.steps or setting.steps, batch)
 
     def label(self) -> str:
-        """Return a name for files: the setting's, with its changes."""
+        """Return the setting's name with its changes, for file names."""
         changed = [
             f"{name}{value}" for name in ("steps", "batch", "size", "depth", "width") if (value := getattr(self, name))
         ]

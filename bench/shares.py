@@ -59,13 +59,13 @@ def share_of_operations(run: Callable[[], Any], device: torch.device) -> dict[st
         return call
 
     with wrapped_operations(timed):
-        whole = seconds(run, device)
+        total = seconds(run, device)
     if not times:
         return {}
     convolutions = sum(value for name, value in times.items() if name.startswith("conv"))
     others = sum(times.values()) - convolutions
     return {
-        "convolutions": convolutions / whole,
-        "other operations": others / whole,
-        "rest": 1 - (convolutions + others) / whole,
+        "convolutions": convolutions / total,
+        "other operations": others / total,
+        "rest": 1 - (convolutions + others) / total,
     }

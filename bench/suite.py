@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record in the process that hears of all tests, which no worker of xdist is."""
+    """Record in the main process, which gets the reports of all tests; a worker of xdist gets only its own."""
     if not hasattr(config, "workerinput"):
         folder, words = str(config.getoption("--record")), " ".join(map(str, config.invocation_params.args))
         config.pluginmanager.register(_Recorder(folder, partial_rows(folder, NAME), words))
@@ -76,7 +76,7 @@ class _Recorder:
 
 
 def _in_a_line(report: pytest.TestReport) -> str:
-    """Return what was raised; of a test that tells it without a traceback, the last line."""
+    """Return the error's message, or the last line of a report without a traceback."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = crash.message.splitlines()[:1] if crash else report.longreprtext.strip().splitlines()
     return lines[-1][:300] if lines else report.outcome
@@ -84,5 +84,5 @@ def _in_a_line(report: pytest.TestReport) -> str:
 
 def arguments(record: Path) -> list[str]:
     """Return the arguments of pytest that have it write `record`."""
-    # a process gets its next test when only one is left to it, so at most one waits behind a long one
+    # each process has at most one test waiting, so that few tests wait behind a long one
     return ["-p", "bench.suite", "--record", str(record.parent), "--dist", "load", "--maxschedchunk", "1"]

@@ -1,7 +1,7 @@
 """Time the reading of experts: mtt_fast's store, with and without checksums, beside torch.load of the public code's buffers.
 
-Each reading is in a new process, since a first iteration waits for the whole file there, and for two rows here. The
-checksums of these two rows are timed by themselves too, and given as a share of an iteration of the same setting.
+Each reading is in a new process, because the first one is the slowest: torch.load reads the whole file, the store only two
+rows. The checksums of these two rows are also timed separately, and given as a share of an iteration of the same setting.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _EXPERT_EPOCHS = 2
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Time the first sample of a trajectory, and its checksums. Of the shape, the network alone counts."""
+    """Time the first sample of a trajectory, and its checksums. Of the shape options, only the network's have an effect."""
 
     experts: int = 5
     """experts in a file of the public layout (which holds ten by default)"""

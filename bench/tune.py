@@ -2,7 +2,7 @@
 
 For the blocks of one setting every candidate is compared with the reference, and only then timed, all in turn. Rows of
 other architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 a CPU
-rehearses the command; the times then mean nothing.
+rehearses the command; its times then mean nothing.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Options(CommonOptions, Shape):
     blocks: str | None = None
     """blocks of the network, counted from 1, as in 1,2; default all"""
     operations: str | None = None
-    """beginnings of the operations' names, as in conv3x3_weight,norm; default all"""
+    """prefixes of the operations' names, as in conv3x3_weight,norm; default all"""
     candidates: int | None = None
-    """most candidates of each operation"""
+    """try at most this many candidates of each operation"""
     compile_only: bool = False
-    """compile all candidates into Triton's cache, and time none; several commands may do so at once, each for other blocks"""
+    """only compile all candidates into Triton's cache; several commands may do this at the same time, each for different blocks"""
     table: Annotated[str, Checked(check_output_file)] = "bench/results/configurations.toml"
-    """file to write; its other rows are kept, or those of the table in use where there is no file"""
+    """file to write; rows that are not measured keep the values of this file, or of the table in use if there is no such file"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Subject:
 
 
 def main(options: Options, command: str) -> None:
-    """Find the fastest rows, print them, write the record and the table; both also after each row, from which it goes on."""
+    """Find the fastest rows, print them, write the record and the table. Both are also written after each row, so a stopped command continues there."""
     device, setting = options.torch_device(), options.resolve()
     if options.precision not in TOLERANCES:
         raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
@@ -196,7 +196,7 @@ def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
     def each() -> None:
         for row in candidates.values():
             table.put(subject, row)
-            # an error, such as of a tile too large for this GPU, comes again when the row is timed
+            # an error, such as of a tile too large for this GPU, is raised again when the row is timed
             with contextlib.suppress(Exception):
                 subject.run(subject.arguments())
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Environment with which glibc keeps freed memory, as in mtt_fast's commands; without it a worker is an ordinary script."""
+"""Environment variables with which glibc keeps freed memory, as in mtt_fast's commands; without them a worker runs like an ordinary script."""
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SHARE_OF_FREE_MEMORY = 0.8  # for a worker, so that an engine that takes more fails alone, and not the whole machine
+_SHARE_OF_FREE_MEMORY = 0.8  # for a worker, so that only the engine that takes more fails, not the whole machine
 
 
 class WorkerError(Exception):
@@ -79,7 +79,9 @@ class Process(Worker):
         except BrokenPipeError:
             line = ""
         if not line:
-            raise WorkerError(f"the process ended with status {self._process.wait()} (−9: killed for want of memory)")
+            raise WorkerError(
+                f"the process ended with status {self._process.wait()} (−9: killed because memory ran out)"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])
@@ -96,7 +98,7 @@ class Process(Worker):
 
 
 class Here(Worker):
-    """A `Worker` in this process, which spares the start of another."""
+    """A `Worker` in this process, which avoids starting another."""
 
     def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:
         self._state: Any = None
@@ -159,7 +161,7 @@ def serve(questions: TextIO, answers: TextIO) -> None:
             else:
                 state, built, result = function(**question["arguments"]), True, None
             answer = {"result": result}
-        except Exception as error:  # an engine's failure fills its row; the others go on
+        except Exception as error:  # an engine's failure goes in its row; the others continue
             answer = {"error": f"{type(error).__name__}: {_first_line(error)}"}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -176,7 +178,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _answers_on_stdout() -> Iterator[TextIO]:
-    """Redirect this process's prints to stderr, so that stdout has the answers alone; yield the stream for answers."""
+    """Redirect this process's prints to stderr, so that stdout has only the answers; yield the stream for answers."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         yield answers

@@ -1,8 +1,8 @@
 """Automatic training trajectories (ATT): match the step of the student that comes closest. `python examples/att.py --help`.
 
 Z. Liu et al., ECCV 2024. The loss of `examples/mtt.py` fixes how many steps a student needs for two epochs of an expert;
-here it may need fewer. The loss is a function of another row of the path, not of its last. Each step has a learning rate of
-its own, which ATT's have not.
+here it may need fewer. The loss is a function of the nearest row of the path instead of its last. Each step has its own
+learning rate, unlike in ATT.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Distil frequencies in place of pixels (FreD): two images for the numbers of one. `python examples/frequency.py --help`.
+"""Distil frequencies instead of pixels (FreD): two images of half as many numbers each. `python examples/frequency.py --help`.
 
 D. Shin, S. Shin, I.-C. Moon, NeurIPS 2023. It learns those frequencies of the cosine transform that differ most between real
-images. The images are computed from them, and autograd carries the exact gradient on.
+images. The images are computed from them, and autograd passes the exact gradient on to them.
 """
 
 import math
@@ -36,7 +36,7 @@ def images_of(frequencies: Tensor, kept: Tensor) -> Tensor:
 def main(
     iterations: int = 100, steps: int = 20, experts: int = 4, epochs: int = 10, width: int = 32, ipc: int = 2
 ) -> None:
-    """Distil scikit-learn's digits into as many numbers as one image per class has.
+    """Distil scikit-learn's digits into as many numbers per class as one image has pixels.
 
     Args:
         iterations: updates of the frequencies.

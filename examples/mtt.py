@@ -23,7 +23,7 @@ def expert(net: mtt_fast.ConvNet, images: Tensor, labels: Tensor, epochs: int, r
 
 @torch.no_grad()
 def accuracy(net: mtt_fast.ConvNet, images: Tensor, labels: Tensor, lr: float, test: tuple[Tensor, Tensor]) -> float:
-    """Train a fresh network on `images` alone; return the share of the `test` images that it gets right."""
+    """Train a fresh network on only `images`; return the share of the `test` images that it gets right."""
     random = torch.Generator().manual_seed(1)
     batches = torch.arange(len(images)).expand(200, -1)
     path = mtt_fast.unroll(net, net.init(random), images, labels, lr, batches, AUGMENT, momentum=0.9, generator=random)

@@ -1,8 +1,8 @@
 """Distil by the loss on real images, through a random window of training. `python examples/truncated.py --help`.
 
-There are no experts: a network trained on the images has to be right about real ones. As in RaT-BPTT
-(Y. Feng, R. Vedantam & J. Kempe, ICLR 2024) training is long, by Adam, and gradients go through a window of its last steps,
-which ends anywhere. The steps before the window are made without gradients: it starts from their last row and their moments.
+There are no experts: a network trained on the images has to classify real ones. As in RaT-BPTT
+(Y. Feng, R. Vedantam & J. Kempe, ICLR 2024) the optimizer is Adam, training is long, and gradients go through only a window of
+steps, which ends at a random step. The steps before the window have no gradients: it starts from their last row and moments.
 """
 
 import torch

@@ -116,11 +116,11 @@ def _check_same(
     compressed = done.indices.index(index)
     course = done.course(compressed)
     if course is None or (course.epochs, course.smooth) != (epochs, smooth):
-        content, mend = "a whole expert", "choose another --out"
+        content, fix = "a whole expert", "choose another --out"
         if course is not None:
-            content, mend = f"waypoints at {course.epochs}, smooth {course.smooth}", f"{mend}, or delete that folder"
+            content, fix = f"waypoints at {course.epochs}, smooth {course.smooth}", f"{fix}, or delete that folder"
         raise InputError(
-            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; {mend}"
+            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; {fix}"
         )
     check_made_of(done, [compressed], whole)
 

@@ -36,12 +36,12 @@ def reason_of(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def remedy_for(error: OSError | ValueError, otherwise: str = "check the path") -> str:
-    """Return, as an imperative, how to fix a failed read or write; `otherwise` if the path itself is wrong.
+def remedy_for(error: OSError | ValueError, fix: str = "check the path") -> str:
+    """Return, as an imperative, how to fix a failed read or write; `fix` if the path itself is wrong.
 
     `error` is an `OSError`, or the `ValueError` for a path with a NUL.
     """
-    return _REMEDIES.get(getattr(error, "errno", None) or 0, otherwise)
+    return _REMEDIES.get(getattr(error, "errno", None) or 0, fix)
 
 
 _REMEDIES = {

@@ -321,7 +321,7 @@ def test_commands_to_copy_are_quoted(caplog: pytest.LogCaptureFixture) -> None:
 def test_experts_may_lie_beside_the_buffers_that_they_were_read_from(caplog: pytest.LogCaptureFixture) -> None:
     folder = "buffers/digits/ConvNetD1W4"
     save_public_buffer(folder)
-    for time in range(2):  # the same command goes on where it was stopped, and finds all of them here
+    for time in range(2):  # the same command continues where it was stopped, and finds all of them here
         assert convert(folder, "buffers") == 0
         assert len(TrajectoryStore(folder)) == 2
         warned = f"{folder}: other experts (this software's: expert_NNNN.safetensors, one file an expert) are not read; --from experts"

@@ -152,9 +152,9 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     replace(ours, labels=ours.labels.flip(0)).save("c.safetensors")
     assert cli.run(cross.main, ["b.safetensors", "c.safetensors", *TOY, "--models", "MLP"]) == 0
     assert len(table()) == 2
-    of_random = ["random", *TOY, "--models", "MLP", "--dataset", "digits"]
+    random_set = ["random", *TOY, "--models", "MLP", "--dataset", "digits"]
     for count, flags in ((3, []), (4, ["--zca"]), (5, ["--lr_teacher", "0.5"])):
-        assert cli.run(cross.main, [*of_random, *flags]) == 0
+        assert cli.run(cross.main, [*random_set, *flags]) == 0
         assert len(table()) == count
     replace(ours, mean=(0.1,)).save("d.safetensors")  # which test images are normalised with
     for count, name in ((6, "b"), (7, "d")):
@@ -162,7 +162,7 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
         assert len(table()) == count
     load_data = EvaluatedSet.load_data
     monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
-    assert cli.run(cross.main, of_random) == 0
+    assert cli.run(cross.main, random_set) == 0
     assert len(table()) == 8
 
 

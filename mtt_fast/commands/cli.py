@@ -93,7 +93,7 @@ _FLAGS = {"strategy": "dsa_strategy", "batch": "batch_syn", "steps": "syn_steps"
 
 
 def _in_words(error: OSError) -> str:
-    """Return which files could not be used, why, and how to mend it."""
+    """Return which files could not be used, why, and how to fix it."""
     files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return f"{' -> '.join(files) or 'a file'}: {reason_of(error)}; {remedy_for(error)}"
 

@@ -93,13 +93,13 @@ def _file(source: str) -> Path:
         return path
     kind = set_kind_of(path)
     if kind != "synthetic":
-        mend = {
+        fix = {
             None: "check the path",
             "mtt": "name the file of images itself, such as images_best.pt",
             "ddranking": "name images.pt itself",
         }.get(kind, "make a set of it that networks can be trained on with `python -m mtt_fast convert`")
         found = "other files" if kind is None else SET_KINDS[kind]
-        raise InputError(f"{path}: expected a run's folder, with {SYNTHETIC} in it, found {found}; {mend}")
+        raise InputError(f"{path}: expected a run's folder, with {SYNTHETIC} in it, found {found}; {fix}")
     return path / SYNTHETIC
 
 

@@ -129,7 +129,7 @@ def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None
         distilled.identity,
         expected,
         options.source,
-        mend="leave out the options that differ: the set's file names its images",
+        fix="leave out the options that differ: the set's file names its images",
     )
 
 

@@ -25,15 +25,15 @@ def is_file_or_link(path: Path) -> bool:
     return os.path.lexists(path) and not path.is_dir()
 
 
-def read_tar(archive: Path, limits: Mapping[str, int], mend: str) -> dict[str, bytes]:
+def read_tar(archive: Path, limits: Mapping[str, int], fix: str) -> dict[str, bytes]:
     """Return the content of some files in a .tar.gz. `limits` maps their paths to the largest number of bytes of each.
 
     Paths are compared by their last two parts. Nothing is written, and links are not followed.
-    Raises `InputError`, which ends in `mend`, for a damaged archive, for one that lacks a file or holds it twice, and for one that
+    Raises `InputError`, which ends in `fix`, for a damaged archive, for one that lacks a file or holds it twice, and for one that
     unpacks to much more than the files.
     """
     most = sum(limits.values()) + _OVERHEAD
-    check_regular(archive, most, mend)
+    check_regular(archive, most, fix)
     try:
         with gzip.open(archive) as stream:
             limited = _Limited(stream, most)
@@ -43,24 +43,24 @@ def read_tar(archive: Path, limits: Mapping[str, int], mend: str) -> dict[str, b
                 pass
     except Exception as error:  # a broken header raises nearly anything
         raise InputError(
-            f"{archive}: expected a whole .tar.gz, found a broken one ({shortened(error)}); {mend}"
+            f"{archive}: expected a whole .tar.gz, found a broken one ({shortened(error)}); {fix}"
         ) from error
     if missing := set(limits) - set(files):
-        raise InputError(f"{archive}: expected {min(missing)} in it, found none; {mend}")
+        raise InputError(f"{archive}: expected {min(missing)} in it, found none; {fix}")
     return files
 
 
-def read_gzip(path: Path, most: int, mend: str) -> bytes:
+def read_gzip(path: Path, most: int, fix: str) -> bytes:
     """Return the content of a .gz file, of at most `most` bytes. Raises `InputError` for a broken or longer one."""
-    check_regular(path, most + _OVERHEAD, mend)
+    check_regular(path, most + _OVERHEAD, fix)
     try:
         with gzip.open(path) as stream:
             content = stream.read(most + 1)  # up to the end, if it is no longer
             if len(content) <= most:
                 return content
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: expected a whole (gzip) file, found a broken one ({error}); {mend}") from error
-    raise InputError(f"{path}: expected at most {most:,} bytes in it, found more; {mend}")
+        raise InputError(f"{path}: expected a whole (gzip) file, found a broken one ({error}); {fix}") from error
+    raise InputError(f"{path}: expected at most {most:,} bytes in it, found more; {fix}")
 
 
 def _read_members(tar: tarfile.TarFile, limits: Mapping[str, int]) -> dict[str, bytes]:

@@ -104,8 +104,8 @@ def _check_size(name: str, size: int, res: int | None) -> None:
         raise InputError(f"`res`: expected {size} or nothing, the size of {name}, found {res}; leave it out")
 
 
-def _unknown(option: str, name: str, known: tuple[str, ...], otherwise: str) -> InputError:
+def _unknown(option: str, name: str, known: tuple[str, ...], alternative: str) -> InputError:
     spelling = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(name.casefold(), spelling, n=1)
     hint = f"did you mean {spelling[near[0]]}?" if near else "choose one of these"
-    return InputError(f"{option}: expected one of {', '.join(known)}{otherwise}, found {name!r}; {hint}")
+    return InputError(f"{option}: expected one of {', '.join(known)}{alternative}, found {name!r}; {hint}")

@@ -163,10 +163,10 @@ def _find(spec: DatasetSpec, data_path: Path, res: int | None) -> Source | None:
 
 def _unpacked(spec: DatasetSpec, folder: Path, kind: _Distribution) -> Source:
     most = spec.most_bytes(kind)
-    mend = f"unpack {kind.archive} again"
+    fix = f"unpack {kind.archive} again"
 
     def read_files() -> dict[str, bytes]:
-        return {file: read_bytes(folder / file, size, mend) for file, size in most.items()}
+        return {file: read_bytes(folder / file, size, fix) for file, size in most.items()}
 
     key = key_of(folder, [folder / file for file in most], spec.name, kind)
     return Source(spec.name, spec.name, key, lambda: _read(spec, folder, kind, read_files), MEAN, STD)

@@ -25,13 +25,13 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MAX_BY
     then no part of the file stays.
     """
     digest = hashlib.md5(usedforsecurity=False)  # what the publishers give: it tells damage, not malice
-    mend = f"try again, or fetch it by hand to {path}"
+    fix = f"try again, or fetch it by hand to {path}"
     try:
         response = urllib.request.urlopen(url, timeout=_PATIENCE)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
-        raise InputError(f"`download`: {url}: expected an answer, found none ({error}); {mend}") from error
+        raise InputError(f"`download`: {url}: expected an answer, found none ({error}); {fix}") from error
     length = response.headers.get("Content-Length") or ""
     size = int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else 0
     with (
@@ -51,7 +51,7 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MAX_BY
                 block = response.read(_BLOCK)
             except (OSError, http.client.HTTPException) as error:  # not one of atomic_path's: the disk is fine
                 raise InputError(
-                    f"`download`: {url}: the transfer broke off after {file.tell()} bytes ({error}); {mend}"
+                    f"`download`: {url}: the transfer broke off after {file.tell()} bytes ({error}); {fix}"
                 ) from error
             if not block:
                 break
@@ -59,10 +59,8 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MAX_BY
             digest.update(block)
             bar.update(len(block))
             if file.tell() > most:
-                raise InputError(f"`download`: {url}: expected at most {most:,} bytes, found more; {mend}")
+                raise InputError(f"`download`: {url}: expected at most {most:,} bytes, found more; {fix}")
         if file.tell() < size:
-            raise InputError(f"`download`: {url}: expected {size} bytes, found only {file.tell()}; {mend}")
+            raise InputError(f"`download`: {url}: expected {size} bytes, found only {file.tell()}; {fix}")
         if digest.hexdigest() != md5:
-            raise InputError(
-                f"`download`: {url}: expected the checksum (md5) {md5}, found {digest.hexdigest()}; {mend}"
-            )
+            raise InputError(f"`download`: {url}: expected the checksum (md5) {md5}, found {digest.hexdigest()}; {fix}")

@@ -270,11 +270,11 @@ def plan_for(
     work: Work,
     memory_budget: int | str | None,
     microbatch: int | None = None,
-    otherwise: str = "lower `batch` or `steps`",
+    fix: str = "lower `batch` or `steps`",
 ) -> Plan:
     """Return the plan for `work`: the largest pieces that fit, and then as many saved activations as fit.
 
-    Raises as `plan` does. The error for a budget that is too small advises to raise it, or the advice `otherwise`.
+    Raises as `plan` does. The error for a budget that is too small advises to raise it, or gives the advice `fix`.
     """
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected `microbatch` or `memory_budget`, found both; give one")
@@ -295,7 +295,7 @@ def plan_for(
         raise InputError(
             f"`memory_budget` {memory_budget}: expected at least {_mib(least.peak_bytes)} for {work.steps} steps of "
             f"{work.batch} images{' (batch statistics: the batch cannot be cut)' if work.mixes_samples else ''}; "
-            f"raise it, or {otherwise}"
+            f"raise it, or {fix}"
         )
     even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
     recomputed, saved = work.student.passes

@@ -214,8 +214,8 @@ def _check_is(
 ) -> None:
     """Raise `InputError` unless the expert at `place` is this one, imported before as `dtype`, of the same images and network."""
     path, written = present.path(place), present.metadata(place)
-    otherwise = "choose another destination, or delete it"
-    check_same_data(written.identity, metadata.identity, path, mend=otherwise)
+    fix = "choose another destination, or delete it"
+    check_same_data(written.identity, metadata.identity, path, fix=fix)
     known = (written.layout, full_name(written.network)) == (metadata.layout, full_name(metadata.network))
     ends = (0, expert.points[0]), (expert.num_epochs, expert.points[-1])
     same = present.epochs(place) == expert.num_epochs and all(
@@ -223,9 +223,9 @@ def _check_is(
         for epoch, tensors in ends
     )
     if not (known and same):
-        raise InputError(f"{path}: holds another expert than {expert.name}; {otherwise}")
+        raise InputError(f"{path}: holds another expert than {expert.name}; {fix}")
     if present.dtype(place) != dtype:
-        raise InputError(f"{path}: stored as {dtype_name(present.dtype(place))}, not {dtype_name(dtype)}; {otherwise}")
+        raise InputError(f"{path}: stored as {dtype_name(present.dtype(place))}, not {dtype_name(dtype)}; {fix}")
 
 
 def _write(

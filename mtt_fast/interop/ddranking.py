@@ -191,7 +191,7 @@ def _classes_of_random_images(classes: int) -> Sequence[str]:
 
 
 def _repairs(classes: int, soft: bool, zca: bool | None) -> Sequence[str]:
-    """Return the lines that mend the metric after it is made."""
+    """Return the lines that fix the metric after it is made."""
     if soft:
         return ("metric.teacher_model = metric.teacher_models[0]  # the name by which it is asked",)
     if zca:

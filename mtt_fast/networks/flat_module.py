@@ -256,7 +256,7 @@ def _check_kind(module: nn.Module) -> None:
 
 
 def _problem_of_embedding(part: nn.Embedding | nn.EmbeddingBag) -> str | None:
-    """Return why the second derivative of an embedding fails or is wrong in torch, and how to mend it; None if it is right."""
+    """Return why the second derivative of an embedding fails or is wrong in torch, and how to fix it; None if it is right."""
     if not part.weight.requires_grad:
         return None
     if isinstance(part, nn.EmbeddingBag):

@@ -166,5 +166,5 @@ def check_same_images(folder: Path, began_with: DatasetIdentity, identity: Datas
 
     The message names the run's checkpoint.
     """
-    mend = "give back the images that the run began with, or choose another `out`"
-    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)
+    fix = "give back the images that the run began with, or choose another `out`"
+    check_same_data(began_with, identity, folder / CHECKPOINT, fix=fix)

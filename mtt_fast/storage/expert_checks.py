@@ -45,19 +45,19 @@ def check_belongs(
     The message names the expert's file. `other_data` is that of `check_same_data`.
     """
     metadata, path = store.metadata(expert), store.path(expert)
-    mend = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts"
-    _check_network(path, metadata, network.layout.describe(), network.describe(), mend)
+    fix = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts"
+    _check_network(path, metadata, network.layout.describe(), network.describe(), fix)
     check_same_data(metadata.identity, identity, path, other_data=other_data)
 
 
-def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described: Mapping[str, Any], mend: str) -> None:
+def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described: Mapping[str, Any], fix: str) -> None:
     """Raise `InputError` unless an expert is of the network of this `layout` that says `described` of itself."""
     expected, found = full_name(described), full_name(metadata.network)
     difference = _first_difference(layout, metadata.layout) if metadata.layout != layout else ""
     if not difference and expected and found and expected != found:
         difference = f"expected {expected}, found {found}, whose parameters have the same shapes"
     if difference:
-        raise InputError(f"{path}: the expert is of another network: {difference}; {mend}")
+        raise InputError(f"{path}: the expert is of another network: {difference}; {fix}")
 
 
 def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
@@ -123,7 +123,7 @@ def check_one_kind(store: TrajectoryStore) -> None:
             store.path(expert), metadata, first.layout, first.network, "keep those of one network in the folder"
         )
         check_same_data(
-            metadata.identity, first.identity, store.path(expert), mend="keep those of one data set in the folder"
+            metadata.identity, first.identity, store.path(expert), fix="keep those of one data set in the folder"
         )
     check_alike(store, range(len(store)), to_the_end=False)
 

@@ -76,12 +76,12 @@ def check_same_data(
     expected: DatasetIdentity,
     where: str | os.PathLike[str],
     *,
-    mend: str | None = None,
+    fix: str | None = None,
     other_data: bool | None = None,
 ) -> None:
     """Raise `InputError` unless a file was made from the images that it is used with.
 
-    `found` is the identity in the file `where`, `expected` that of the images at hand. `mend` says how to go on, in
+    `found` is the identity in the file `where`, `expected` that of the images at hand. `fix` says how to continue, in
     place of the options that would name the right images. `other_data` True lets other images of the same classes and
     shape pass; False refuses them and says that there is such an option; None has no such option.
     The message names the difference that a user recognises most easily.
@@ -92,7 +92,7 @@ def check_same_data(
             continue
         allowed = other_data is False and all(each.deliberate for each in differences)
         raise InputError(
-            f"{where}: {one.what}: expected {one.expected}, found {one.found}; {mend or one.mend}"
+            f"{where}: {one.what}: expected {one.expected}, found {one.found}; {fix or one.fix}"
             + (", or give `other_data` to use it with these" if allowed else "")
         )
 
@@ -111,7 +111,7 @@ class _Difference(NamedTuple):
     what: str
     expected: str
     found: str
-    mend: str = "give the `dataset`, `subset`, `res` and `data_path` that it was made from"
+    fix: str = "give the `dataset`, `subset`, `res` and `data_path` that it was made from"
     deliberate: bool = False
     """whether `other_data` allows it"""
 

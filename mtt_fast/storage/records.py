@@ -42,20 +42,20 @@ def verified(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_entries(
-    path: Path, field: str, entry: Callable[[Mapping[str, Any]], dict[str, Any]], what: str, mend: str
+    path: Path, field: str, entry: Callable[[Mapping[str, Any]], dict[str, Any]], what: str, fix: str
 ) -> list[dict[str, Any]]:
     """Return `entry` of each item in the list `field` of the record in `path`; none if there is no such file.
 
     Raises `InputError` for a file that is no record, or for which `entry` raises one of `MALFORMED`: the message says `what`
-    was expected, and how to `mend` it.
+    was expected, and how to fix it (`fix`).
     """
     if not path.exists():
         return []
-    record = read_record(path, what, mend)
+    record = read_record(path, what, fix)
     try:
         return [entry(item) for item in record[field]]
     except MALFORMED as error:
-        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {fix}") from error
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
@@ -91,8 +91,8 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     write_json(path, with_checksum(record))
 
 
-def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str, Any]:
-    """Return the record that `write_record` wrote to `path`; errors say `what` it is, and how to fix it (`mend`).
+def read_record(path: str | os.PathLike[str], what: str, fix: str) -> dict[str, Any]:
+    """Return the record that `write_record` wrote to `path`; errors say `what` it is, and how to fix it (`fix`).
 
     Raises `InputError` for a file that is missing, no record, or not what was written.
     """
@@ -104,4 +104,4 @@ def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str,
     except InputError:
         raise
     except MALFORMED as error:
-        raise InputError(f"{path}: expected {what}, found it damaged ({error}); {mend}") from error
+        raise InputError(f"{path}: expected {what}, found it damaged ({error}); {fix}") from error

@@ -28,15 +28,13 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def lock_folder(
-    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another `out`"
-) -> Iterator[None]:
+def lock_folder(folder: Path, doing: str = "writing to this run", fix: str = "choose another `out`") -> Iterator[None]:
     """Lock `folder` within the block, and remove partial files of killed processes.
 
     The lock ends with the process that holds it. Raises `InputError` if another process holds it; the message says what that
-    process is `doing`, and what to do `otherwise` than wait. Also raises it if the folder cannot be made or written.
+    process is `doing`, and what to do other than wait (`fix`). Also raises it if the folder cannot be made or written.
     """
-    check_output_folder(folder, otherwise)
+    check_output_folder(folder, fix)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / _LOCK, timeout=0):
@@ -46,16 +44,16 @@ def lock_folder(
                     leftover.unlink()
             yield
     except Timeout as error:
-        raise InputError(f"{folder}: another process is {doing}; wait for it or {otherwise}") from error
+        raise InputError(f"{folder}: another process is {doing}; wait for it or {fix}") from error
 
 
 @contextlib.contextmanager
-def lock_expert_folder(folder: Path, otherwise: str = "choose another `buffer_path`") -> Iterator[None]:
+def lock_expert_folder(folder: Path, fix: str = "choose another `buffer_path`") -> Iterator[None]:
     """Keep other processes from writing experts to `folder` within the block; readers need no lock.
 
     At the end the lock file is removed, and so is the folder if it is empty. Raises as `lock_folder`.
     """
-    with lock_folder(folder, "training or writing experts here", otherwise):
+    with lock_folder(folder, "training or writing experts here", fix):
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Run each stage of `python -m bench gpu` on the CPU at toy size; check its records, its limit, and how it goes on."""
+"""Run each stage of `python -m bench gpu` on the CPU at toy size; check its records, its limit, and how it continues."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_stage_of_the_table_runs_on_a_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_stage_of_tests_stops_at_its_limit(tmp_path: Path) -> None:
     said = stage("suite", tmp_path, gpu.OUT_OF_TIME, "--seconds", "0.1")
-    assert "stage suite: out of time after 0 s; missing: suite; the same command goes on" in said
+    assert "stage suite: out of time after 0 s; missing: suite; the same command continues" in said
     assert [row["status"] for row in rows_of(tmp_path, "stage-suite")] == ["missing"]
     stage("suite", tmp_path)
     rows = rows_of(tmp_path, "suite")

@@ -36,7 +36,7 @@ FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 @pytest.mark.parametrize("form", FORMS)
 def test_whole_archives_are_read(tmp_path: Path, form: int) -> None:
     (tmp_path / "x").write_bytes(gzip.compress(tar(form)))
-    assert read_tar(tmp_path / "x", WANTED, "mend it") == {"folder/a": b"a" * 700, "folder/b": b"b" * 700}
+    assert read_tar(tmp_path / "x", WANTED, "fix it") == {"folder/a": b"a" * 700, "folder/b": b"b" * 700}
 
 
 def damaged(data: st.DataObject, raw: bytes) -> bytes:
@@ -68,9 +68,9 @@ def test_no_damage_raises_anything_else(tmp_path_factory: pytest.TempPathFactory
         path.write_bytes(damaged(data, gzip.compress(tar(tarfile.GNU_FORMAT))))
     line = ""
     for read in (
-        lambda: read_tar(path, WANTED, "mend it"),
-        lambda: read_gzip(path, 100_000, "mend it"),
-        lambda: read_lines(path, 100_000, "mend it"),
+        lambda: read_tar(path, WANTED, "fix it"),
+        lambda: read_gzip(path, 100_000, "fix it"),
+        lambda: read_lines(path, 100_000, "fix it"),
     ):
         try:
             read()
@@ -85,4 +85,4 @@ def test_a_name_as_long_as_the_archive_is_refused(tmp_path: Path) -> None:
         archive.addfile(tarfile.TarInfo("n" * (3 << 20)))
     (tmp_path / "x").write_bytes(gzip.compress(file.getvalue()))
     with pytest.raises(InputError, match=r"x: expected a whole .*unpacks to more than the data set"):
-        read_tar(tmp_path / "x", WANTED, "mend it")
+        read_tar(tmp_path / "x", WANTED, "fix it")

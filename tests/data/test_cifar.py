@@ -50,9 +50,9 @@ def test_second_load_reads_no_batch_and_a_touched_one_is_read(tmp_path: Path, mo
     reads: list[Path] = []
     open_regular = regular.open_regular
 
-    def recorded(path: Path, most: int | None = None, *mend: str) -> BinaryIO:
+    def recorded(path: Path, most: int | None = None, *fix: str) -> BinaryIO:
         reads.append(path)
-        return open_regular(path, most, *mend)
+        return open_regular(path, most, *fix)
 
     monkeypatch.setattr(regular, "open_regular", recorded)
     load("CIFAR10", data_path=tmp_path, progress=False)

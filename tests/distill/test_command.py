@@ -628,4 +628,4 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(experts: list[str], tmp
     assert "cannot be written" in found.stderr
     assert (out / "synthetic.safetensors").read_bytes() == before
     assert not list(out.glob(".*.partial"))
-    assert run(*flags) == 0  # with space again, it goes on
+    assert run(*flags) == 0  # with free space the run continues

@@ -1,4 +1,4 @@
-"""Test labels that are learned, or that experts give: values against plain torch, and runs that go on."""
+"""Test labels that are learned, or that experts give: values against plain torch, and runs that are resumed."""
 
 from __future__ import annotations
 

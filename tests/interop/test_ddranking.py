@@ -21,18 +21,18 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop import TensorSet, ddranking_call, label_robust_score, write_set
 
 # The parameters of its classes, and of the function whose call soft_label.py gets wrong, as its sources 0.2.0 have them.
-OF_BOTH = (
+COMMON_PARAMETERS = (
     "config dataset real_data_path ipc model_name data_aug_func aug_params optimizer lr_scheduler step_size weight_decay momentum "
     "use_zca num_eval im_size num_epochs real_batch_size syn_batch_size num_workers save_path custom_train_trans custom_val_trans "
     "device dist random_data_format random_data_path eval_full_data"
 )
-OF_HARD = f"{OF_BOTH} use_torchvision"
-OF_SOFT = (
-    f"{OF_BOTH} soft_label_criterion loss_fn_kwargs soft_label_mode use_aug_for_hard stu_use_torchvision tea_use_torchvision "
+HARD_PARAMETERS = f"{COMMON_PARAMETERS} use_torchvision"
+SOFT_PARAMETERS = (
+    f"{COMMON_PARAMETERS} soft_label_criterion loss_fn_kwargs soft_label_mode use_aug_for_hard stu_use_torchvision tea_use_torchvision "
     "teacher_dir teacher_model_names"
 )
-OF_METRICS = "self image_tensor image_path {} syn_lr lrs_lambda"
-OF_DRAWING = "dataset_name dataset class_to_indices n_images_per_class class_map eval_iter saved_path"
+COMPUTE_PARAMETERS = "self image_tensor image_path {} syn_lr lrs_lambda"
+DRAW_PARAMETERS = "dataset_name dataset class_to_indices n_images_per_class class_map eval_iter saved_path"
 WHAT_IT_NEEDS = {  # its defaults of these cannot run
     "aug_params", "step_size", "eval_full_data", "random_data_format", "num_workers", "real_data_path", "device",
 }  # fmt: skip
@@ -59,7 +59,7 @@ class Metric:
         return self
 
     def compute_metrics(self, **arguments: Any) -> dict[str, float]:
-        signature(OF_METRICS.format(self._labels)).bind(None, **arguments)
+        signature(COMPUTE_PARAMETERS.format(self._labels)).bind(None, **arguments)
         self.metrics = arguments
         return {}
 
@@ -76,10 +76,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ) -> tuple[Any, ...]:  # fmt: skip
         return dataset_name, dataset, class_to_indices, n_images_per_class, class_map, eval_iter, saved_path
 
-    assert list(inspect.signature(draw).parameters) == OF_DRAWING.split()
+    assert list(inspect.signature(draw).parameters) == DRAW_PARAMETERS.split()
     soft.get_random_data_tensors = draw  # type: ignore[attr-defined]
     hard.save_results = lambda results, path: (results, path)  # type: ignore[attr-defined]
-    hard.metric, soft.metric = Metric(OF_HARD, "hard_labels"), Metric(OF_SOFT, "soft_labels")  # type: ignore[attr-defined]
+    hard.metric, soft.metric = Metric(HARD_PARAMETERS, "hard_labels"), Metric(SOFT_PARAMETERS, "soft_labels")  # type: ignore[attr-defined]
     metrics.hard_label, metrics.soft_label = hard, soft  # type: ignore[attr-defined]
     metrics.LabelRobustScoreHard = hard.metric  # type: ignore[attr-defined]
     metrics.LabelRobustScoreSoft = soft.metric  # type: ignore[attr-defined]
@@ -174,12 +174,12 @@ def test_a_set_without_a_rate_leaves_it_to_be_searched(stand_in: Any, tmp_path: 
 
 def test_the_call_has_the_arguments_of_dd_ranking_where_it_is_installed() -> None:
     ddranking = pytest.importorskip("ddranking", exc_type=ImportError)
-    for kind, names in (("Hard", OF_HARD), ("Soft", OF_SOFT)):
+    for kind, names in (("Hard", HARD_PARAMETERS), ("Soft", SOFT_PARAMETERS)):
         theirs = getattr(ddranking, f"LabelRobustScore{kind}")
         assert set(inspect.signature(theirs).parameters) == set(names.split())
         metrics = inspect.signature(theirs.compute_metrics).parameters
-        assert list(metrics) == OF_METRICS.format(f"{kind.lower()}_labels").split()
-    assert list(inspect.signature(ddranking.utils.get_random_data_tensors).parameters) == OF_DRAWING.split()
+        assert list(metrics) == COMPUTE_PARAMETERS.format(f"{kind.lower()}_labels").split()
+    assert list(inspect.signature(ddranking.utils.get_random_data_tensors).parameters) == DRAW_PARAMETERS.split()
 
 
 @pytest.mark.parametrize(

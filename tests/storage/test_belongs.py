@@ -188,8 +188,8 @@ def test_one_name_and_two_data_sets_are_two_rows_of_a_table(working_folder: Path
         assert cli.run(baselines, words) == 0
     assert cli.run(analysis, ["tables", "runs", "--out", "tables"]) == 0
     rows = json.loads(Path("tables/tables.json").read_text())["1"]["rows"]
-    of_random = [row for row in rows if row["dataset"] == "pets (folder)"]
-    assert len(of_random) == 2
+    random_rows = [row for row in rows if row["dataset"] == "pets (folder)"]
+    assert len(random_rows) == 2
 
 
 def test_a_run_goes_on_where_its_image_folder_has_moved(

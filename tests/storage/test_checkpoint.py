@@ -1,4 +1,4 @@
-"""Test checkpoints: a run goes on with all that it had when it was stopped."""
+"""Test checkpoints: a resumed run continues with all that it had when it was stopped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
 
 
 def test_every_option_comes_back_whatever_its_value(tmp_path: Path) -> None:
-    """Check that an option that is off is written: its default may be on, and a run would go on with that."""
+    """Check that an option that is off is written: its default may be on, and a resumed run would use that."""
     options: dict[str, Any] = {"dsa": False, "lr_lr": 0.0, "seed": 0, "eval_mode": "", "models": [], "zca": True}
     write_config(tmp_path, options | {"subset": None}, "a note")
     assert read_config(tmp_path) == options

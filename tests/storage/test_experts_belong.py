@@ -73,7 +73,7 @@ def test_what_is_recorded_is_what_the_experts_are(working_folder: Path, capsys: 
     assert (summary["options"]["mom"], summary["experts"]["hyperparameters"]["mom"]) == (0.5, 0.5)
     assert (summary["data"]["name"], summary["experts"]["number"]) == ("digits", 2)
     assert SyntheticDataset.load("new/synthetic.safetensors").recipe["expert_lr"] == 0.02
-    assert cli.run(distill, [*used, "--Iteration", "3"]) == 0  # the same command goes on
+    assert cli.run(distill, [*used, "--Iteration", "3"]) == 0  # the same command continues
     assert cli.run(distill, ["--out", "new", "--resume", "--Iteration", "4"]) == 0
     assert "holds a run with --mom 0.5, not 0.0" in refused(capsys, distill, *used, "--mom", "0", "--Iteration", "5")
     assert cli.run(baselines, ["herding", *flags[:4], *EVALUATED, "--buffer_path", "long", "--out", "herded"]) == 0
@@ -328,7 +328,7 @@ def test_imported_experts_are_used_as_they_are(
     summary = json.loads(Path("new/summary.json").read_text())
     assert summary["experts"]["number"] == (1 if flags == ["--max_experts", "1"] else 2)
     assert "imported_from" in summary["experts"]["hyperparameters"]
-    assert cli.run(distill, [*words, *flags, "--Iteration", "3"]) == 0  # and goes on
+    assert cli.run(distill, [*words, *flags, "--Iteration", "3"]) == 0  # and continues
 
 
 def test_no_flag_brings_back_imported_experts(

@@ -79,7 +79,7 @@ def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: 
 
     assert f"set.safetensors: {message}" in problem()
     assert "other_data" not in problem()
-    assert problem(mend="go away").endswith("; go away")
+    assert problem(fix="go away").endswith("; go away")
     assert ("or give `other_data` to use it with these" in problem(other_data=False)) == deliberate
     if not deliberate:
         assert f"set.safetensors: {message.partition(': ')[0]}" in problem(other_data=True)
