@@ -72,6 +72,7 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     distance wins. No tensor is read on the host. Raises `InputError` for tensors that do not fit each other.
     """
     _check_path("nearest_step", path, target)
+    _check_vectors("nearest_step", path=path.detach()[0], target=target)
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
     return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
@@ -156,7 +157,6 @@ def _check_path(name: str, path: Tensor, target: Tensor) -> None:
             f"{name}: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "
             f"{tuple(target.shape)}"
         )
-    _check_vectors(name, path=path.detach()[0], target=target)  # a row of the path itself may come from host memory
 
 
 def _check_vectors(name: str, **vectors: Tensor) -> None:
