@@ -84,15 +84,19 @@ def no_compilers(tmp_path: Path) -> dict[str, str]:
     return {"PATH": str(programs), "CC": "/bin/false", "CXX": "/bin/false"}
 
 
-@pytest.fixture
-def python(tmp_path: Path) -> Path:
+def new_environment(folder: Path) -> Path:
     """Return the interpreter of a fresh environment that finds the packages of this one, but not its mtt_fast."""
-    folder = tmp_path / "venv"
     venv.create(folder, symlinks=os.name != "nt")
     places = {"base": str(folder), "platbase": str(folder)}
     # A folder that a .pth file names is searched, but its own .pth files are not read, nor so an editable mtt_fast.
     Path(sysconfig.get_path("purelib", "venv", places), "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
     return Path(sysconfig.get_path("scripts", "venv", places), "python")
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """Return the interpreter of a fresh environment."""
+    return new_environment(tmp_path / "venv")
 
 
 def check(python: Path, folder: Path, *, native: bool, source: Path) -> None:
@@ -126,12 +130,18 @@ def test_a_source_that_is_not_installed_says_so(tmp_path: Path, python: Path) ->
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_wheel_brings_the_native_kernels(tmp_path: Path, python: Path) -> None:
+def test_a_wheel_and_an_editable_install_bring_the_native_kernels(tmp_path: Path) -> None:
     wheel, said = build_wheel(tmp_path)
     assert "installed with its native kernels" in said
     check_content(wheel)
+    python = new_environment(tmp_path / "of_wheel")
     run(*pip("--python", python, "install", "--no-index", "--no-deps", wheel))
-    check(python, tmp_path, native=True, source=tmp_path / "venv")
+    check(python, tmp_path, native=True, source=tmp_path / "of_wheel")
+
+    python = new_environment(tmp_path / "editable")
+    # the same build folder, so that the kernels, which take a minute, are compiled once
+    run(*pip("--python", python, "install", *offline(tmp_path / "build"), "--editable", ROOT))
+    check(python, tmp_path, native=True, source=ROOT)
 
 
 @pytest.mark.slow
@@ -144,13 +154,6 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(
     check_content(wheel)
     run(*pip("--python", python, "install", "--no-index", "--no-deps", wheel))
     check(python, tmp_path, native=False, source=tmp_path / "venv")
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_an_editable_install_runs_the_working_tree(tmp_path: Path, python: Path) -> None:
-    run(*pip("--python", python, "install", *offline(tmp_path / "build"), "--editable", ROOT))
-    check(python, tmp_path, native=True, source=ROOT)
 
 
 @pytest.mark.slow

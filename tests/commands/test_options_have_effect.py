@@ -178,6 +178,7 @@ def toy(
 ) -> Toy:
     monkeypatch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("mtt_fast.baselines.truncated_bptt._OWN_STEPS", 5)  # a thousand steps would show no more
     _tell(monkeypatch, "mtt_fast.commands.options.load")
     for job in ("mtt_fast.experts", "mtt_fast.training.protocols"):
         _tell(monkeypatch, f"{job}.concurrency_for", of_result=True)

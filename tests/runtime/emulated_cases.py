@@ -98,5 +98,14 @@ def bench(*words: str) -> None:
         runpy.run_module("bench", run_name="__main__", alter_sys=True)
 
 
+def baseline(*words: str) -> None:
+    """Run `python -m mtt_fast.baselines`; a method's own test takes few steps, since a thousand show no more."""
+    from mtt_fast.baselines import truncated_bptt
+
+    sys.argv = ["mtt_fast.baselines", *words]
+    with patch.object(truncated_bptt, "_OWN_STEPS", 5):
+        runpy.run_module("mtt_fast.baselines", run_name="__main__", alter_sys=True)
+
+
 if __name__ == "__main__":
-    {"mix": mix, "compare": compare, "bench": bench}[sys.argv[1]](*sys.argv[2:])
+    {"mix": mix, "compare": compare, "bench": bench, "baseline": baseline}[sys.argv[1]](*sys.argv[2:])

@@ -23,7 +23,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -142,7 +141,7 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_cuda(kwargs.get("device")) or any(isinstance(each, OnCuda) for each in tree_leaves((args, kwargs))):
+        if _is_cuda(kwargs.get("device")) or any(isinstance(each, OnCuda) for each in _leaves(args, kwargs)):
             return _computed(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -151,28 +150,46 @@ def _is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments of an operation, with those in lists one by one. `tree_leaves` takes most of the time of a test."""
+    every = (*args, *kwargs.values())
+    return [leaf for each in every for leaf in (each if isinstance(each, (list, tuple)) else (each,))]
+
+
+def _map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return `value`, a tensor or a list of some or another argument, with `function` of each tensor."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map_tensors(function, each) for each in value])
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.held if isinstance(tensor, OnCuda) else tensor
+
+
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute `func` on the CPU, after the checks."""
     name, device = func.overloadpacket.__name__, kwargs.get("device")
-    leaves = tree_leaves((args, kwargs))
+    leaves = _leaves(args, kwargs)
     tensors = [each for each in leaves if isinstance(each, Tensor)]
     on_cuda = [each for each in tensors if isinstance(each, OnCuda)]
     if on_cuda or name == "_to_copy":
         _check(name, args, kwargs, [each for each in tensors if not isinstance(each, OnCuda)])
     if any(isinstance(each, torch.Generator) for each in leaves):
         LOG.refuse(f"{name} by a generator of the CPU")
-    inner = tree_map_only(OnCuda, lambda each: each.held, (args, kwargs))
+    held_args = [_map_tensors(_held, each) for each in args]
+    held_kwargs = {key: _map_tensors(_held, each) for key, each in kwargs.items()}
     if _is_cuda(device):
-        inner[1]["device"] = CPU
-    result = func(*inner[0], **inner[1])
+        held_kwargs["device"] = CPU
+    result = func(*held_args, **held_kwargs)
     if name == "copy_":
         return args[0]
-    if name == "_to_copy" and any(result is each for each in tree_leaves(inner)):
+    if name == "_to_copy" and result is held_args[0]:
         result = result.clone()
     if not (_is_cuda(device) if device is not None else on_cuda):
         return result
-    held = tree_map_only(Tensor, lambda each: OnCuda.of(each) if each.device == CPU else each, result)
-    return return_and_correct_aliasing(func, args, kwargs, held) if on_cuda else held
+    results = _map_tensors(lambda each: OnCuda.of(each) if each.device == CPU else each, result)
+    return return_and_correct_aliasing(func, args, kwargs, results) if on_cuda else results
 
 
 def _check(name: str, args: Any, kwargs: Any, others: list[Tensor]) -> None:
@@ -185,7 +202,7 @@ def _check(name: str, args: Any, kwargs: Any, others: list[Tensor]) -> None:
     if name in ("copy_", "_to_copy"):
         _check_copy(name, args, kwargs)
     elif name in VIEWS_OF_INDICES:
-        indices = [each for each in tree_leaves(args[1]) if isinstance(each, Tensor)]
+        indices = [each for each in args[1] if isinstance(each, Tensor)]
         if any(each.dtype == torch.bool or not isinstance(each, OnCuda) for each in indices):
             LOG.wait(f"{name} by a mask or by host indices")
     elif any(each.dim() or name in ("cat", "stack") for each in others):

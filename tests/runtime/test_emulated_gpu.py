@@ -149,10 +149,7 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
         ("ld", 2),
         ("dd --n_nets 2", 2),
         ("ratbptt --minwindow 2 --window 2 --totwindow 4", 1),
-        (
-            "atbptt --window 2 --d 1 --totwindow 4",
-            3,
-        ),  # and for the window and the accuracy of an epoch, here one iteration
+        ("atbptt --window 2 --d 1 --totwindow 4", 3),  # and for the window and the accuracy of an epoch, here one iteration
     ],
     ids=["dsa", "dm", "ld", "dd", "ratbptt", "atbptt"],
 )
@@ -160,7 +157,8 @@ def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits:
     words = (
         "--dataset digits --model ConvNetD1W4 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 2 --device cuda"
     )
-    report = run("mtt_fast.baselines", *method.split(), *words.split(), "--out", str(tmp_path / "run"))
+    baseline = ("tests.runtime.emulated_cases", "baseline", *method.split())
+    report = run(*baseline, *words.split(), "--out", str(tmp_path / "run"))
     assert report.refused == []
     assert "not captured" not in report.output
     assert len(report.waits_below("_iterate")) == 2 * waits
