@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import rivals
-from bench.cases import Case, Gradients
+from bench.cases import Case, Gradients, module_of
 from bench.flops import (
     COMPILED_MIXED_STEP,
     DOUBLE_BACKWARD,
@@ -149,10 +149,7 @@ def _gradients(images: Tensor, lr: Tensor) -> Gradients:
 
 
 def _module_function(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-    net, size = case.net, case.net.image_size
-    assert isinstance(size, int)
-    module = testing.reference_convnet(net.in_channels, net.num_classes, size, net.width, net.depth, net.norm)
-    return testing.module_function(module.to(case.images))
+    return testing.module_function(module_of(case.net).to(case.images))
 
 
 def _plain_sweep(case: Case, microbatch: int | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -15,8 +15,7 @@ from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, engine_named
 from bench.measuring import peak_above_baseline
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
@@ -65,9 +64,8 @@ def main(options: Options, command: str) -> None:
             log.info("%s %d: %s", varied, value, row["problem"] or row["peak"])
             rows.append(row)
     conditions = {"case": str(base), "engine": options.engine}
-    print(table("memory_scaling", conditions, rows))
-    name = options.name or f"memory_scaling-{options.engine}-{options.label()}-{device.type}"
-    write_record(options.out, name, "memory_scaling", device, conditions, rows, command)
+    name = f"memory_scaling-{options.engine}-{options.label()}-{device.type}"
+    publish(options, "memory_scaling", name, device, conditions, rows, command)
 
 
 def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:

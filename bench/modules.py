@@ -24,8 +24,7 @@ from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
 from bench.products import Product, forward_over_reverse, gradients_by, reverse_over_forward, reverse_over_reverse
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.errors import InputError
@@ -158,9 +157,7 @@ def main(options: Options, command: str) -> None:
         "freed memory": "kept by glibc" if options.tuned else "as an ordinary script runs",
         "load": os.getloadavg()[0],
     }
-    print(table("modules", conditions, list(rows.values())))
-    name = options.name or f"modules-{device.type}"
-    write_record(options.out, name, "modules", device, conditions, list(rows.values()), command)
+    publish(options, "modules", f"modules-{device.type}", device, conditions, rows.values(), command)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch import Tensor
 from bench.cases import case_on, make_case
 from bench.iterations import NamedCase, golden_cases, run_cases
 from bench.parsing import CommonOptions, precisions_in
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Shape
 from mtt_fast import matching_loss, unroll
 from mtt_fast.errors import InputError
@@ -51,10 +50,8 @@ def main(options: Options, command: str) -> None:
     if options.starts < 1:
         raise InputError(f"--starts {options.starts}: expected at least 1")
     conditions = {"products": "emulated" if device.type == "cpu" else "the GPU's own"}
-    name = options.name or f"precision-{options.label()}-{device.type}"
     rows = [_row(case, names, device) for case in _cases(options)]
-    print(table("precision", conditions, rows))
-    write_record(options.out, name, "precision", device, conditions, rows, command)
+    publish(options, "precision", f"precision-{options.label()}-{device.type}", device, conditions, rows, command)
 
 
 def _cases(options: Options) -> Iterator[NamedCase]:

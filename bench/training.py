@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.cases import module_of
 from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, Subjects
 from mtt_fast import testing
@@ -38,9 +38,7 @@ def plain_loop(
     net: ConvNet, start: Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
 ) -> Tensor:
     """Train as an ordinary script does: nn.Module, torch.optim.SGD, loss.backward(). The augmentation is mtt_fast's own."""
-    assert isinstance(net.image_size, int)
-    shape = (net.in_channels, net.num_classes, net.image_size, net.width, net.depth)
-    module = testing.reference_convnet(*shape, net.norm).to(start)
+    module = module_of(net).to(start)
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
     optimizer = torch.optim.SGD(module.parameters(), sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     augmentation = augment_by_strategy(augment)
@@ -118,9 +116,9 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
     conditions = {
         "case": f"{options.images} images, batches of {options.batch_train}, augmentation {strategy}, {setting.net}"
     }
-    print(table("training", conditions, list(rows.values())))
-    name = options.name or f"{benchmark}-{options.label()}-{device.type}"
-    write_record(options.out, name, "training", device, conditions, list(rows.values()), command)
+    publish(
+        options, "training", f"{benchmark}-{options.label()}-{device.type}", device, conditions, rows.values(), command
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def float64_error(loop: Loop, sgd: Sgd, device: torch.device) -> float:
     start = net.init(generator).double().to(device)
     end = loop(net, start, images, small, "none", torch.Generator().manual_seed(2))
 
-    network = testing.module_function(testing.reference_convnet(3, 4, 8, 6, 2).to(start))
+    network = testing.module_function(module_of(net).to(start))
     theta, velocity = start, torch.zeros_like(start)
     for index in (
         torch.randperm(setting.images, generator=torch.Generator().manual_seed(2)).to(device).split(small.batch_size)

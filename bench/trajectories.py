@@ -23,8 +23,7 @@ from bench.cases import case_on, make_case
 from bench.engines import ENGINES
 from bench.measuring import Spread, resident_bytes, seconds, spread
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.errors import InputError
@@ -83,9 +82,7 @@ def main(options: Options, command: str) -> None:
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors",
         "iteration": f"{iteration:.3g} s on {device.type}, {setting}",
     }
-    print(table("trajectories", conditions, rows))
-    name = options.name or f"trajectories-{options.label()}-cpu"
-    write_record(options.out, name, "trajectories", device, conditions, rows, command)
+    publish(options, "trajectories", f"trajectories-{options.label()}-cpu", device, conditions, rows, command)
 
 
 def seconds_of_iteration(setting: Setting, device: torch.device) -> float:
