@@ -27,7 +27,7 @@ from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Epoch, Sgd, epoch_on
+from mtt_fast.training.sgd import Epochs, Sgd, epochs_on
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]
@@ -62,9 +62,9 @@ def mtt_fast_loop(
 
 
 @functools.lru_cache(maxsize=1)
-def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
+def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epochs:
     """Return the epoch function, the same object in every call, since on CUDA its first epoch captures a graph."""
-    return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
+    return epochs_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 
 LOOPS: dict[str, tuple[Loop, bool]] = {

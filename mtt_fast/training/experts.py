@@ -27,8 +27,8 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, result_of
 from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_correct, epoch_on
-from mtt_fast.training.sharpness import sharpness_aware
+from mtt_fast.training.sgd import Epochs, Sgd, accuracy, chunks_on, count_correct, epochs_on
+from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def expert_job(
             velocity = torch.zeros_like(theta)  # of a new optimizer
         if stage != last:
             student_of_stage, sgd, visited = _in_stage(stage, training, student)
-            run_epoch: Epoch = epoch_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
+            run_epoch: Epochs = epochs_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
             last = stage
         if stop:
             raise Stopped(
@@ -143,7 +143,9 @@ def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
     return _Stage(training.lr, training.rho_max, shares)
 
 
-def _in_stage(stage: _Stage, training: ExpertTraining, student: Student) -> tuple[SupportsGradient, Sgd, Tensor | None]:
+def _in_stage(
+    stage: _Stage, training: ExpertTraining, student: Student
+) -> tuple[Student | SharpnessAware, Sgd, Tensor | None]:
     """Return the student of a stage and its SGD, and the indices of the images that its epochs visit (None for all)."""
     student_of_stage = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
     sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)

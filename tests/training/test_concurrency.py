@@ -33,7 +33,7 @@ from mtt_fast.training.concurrency import (
 )
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import EvaluationProtocol, evaluate, train_network
-from mtt_fast.training.sgd import Sgd, accuracy, epoch_on
+from mtt_fast.training.sgd import Sgd, accuracy, epochs_on
 
 CPU = torch.device("cpu")
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -246,7 +246,7 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     with numerics(device, "fp32"):
         for place in (CPU, device):
             seen = Images(images().pixels.to(place), images().labels.to(place))
-            epoch = epoch_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
+            epoch = epochs_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
             theta = NET.init(torch.Generator().manual_seed(0)).to(place)
             velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(1)
             for _ in range(3):
