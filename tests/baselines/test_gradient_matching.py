@@ -13,8 +13,7 @@ from mtt_fast import InputError
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.baselines import gradient_matching
 from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
-from mtt_fast.baselines.gradient_matching import dc, dsa, matching_gradient
-from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
+from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, dsa, matching_gradient
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.siamese import siamese_augmentation
