@@ -91,20 +91,26 @@ class ExpertTrainingOptions(TrainingOptions):
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
         """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""
-        return checked(
-            ExpertTraining(
-                train_epochs=self.train_epochs,
-                lr=lr,
-                mom=self.mom,
-                l2=self.l2,
-                decay=self.decay,
-                batch_size=batch_size,
-                augment=self.strategy,
-                rho_max=self.rho_max,
-                rho_min=self.rho_max if self.rho_min is None else self.rho_min,
-                alpha=self.alpha,
-                adaptive=self.adaptive,
+        rho_min = self.rho_max if self.rho_min is None else self.rho_min
+        if rho_min > self.rho_max or (rho_min != self.rho_max and not self.decay):
+            raise InputError(
+                f"--rho_max {self.rho_max}, --rho_min {rho_min}: expected the same value for both, or --decay with a smaller "
+                "--rho_min, since the radius falls when the learning rate does"
             )
+        if not self.rho_max and self.alpha:
+            raise InputError(f"--alpha {self.alpha}: expected --rho_max above 0 with it")
+        return ExpertTraining(
+            train_epochs=self.train_epochs,
+            lr=lr,
+            mom=self.mom,
+            l2=self.l2,
+            decay=self.decay,
+            batch_size=batch_size,
+            augment=self.strategy,
+            rho_max=self.rho_max,
+            rho_min=rho_min,
+            alpha=self.alpha,
+            adaptive=self.adaptive and self.rho_max > 0,
         )
 
 
@@ -166,18 +172,6 @@ class ExpertOptions(ExpertTrainingOptions):
             rm_easy_ratio_second=self.rm_easy_ratio_second,
         )
         return replace(plain, curriculum=curriculum)
-
-
-def checked(training: ExpertTraining) -> ExpertTraining:
-    """Return `training` with `adaptive` off where there is no radius; raise `InputError` for values that do not go together."""
-    if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
-        raise InputError(
-            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value for both, or --decay with a "
-            "smaller --rho_min, since the radius falls when the learning rate does"
-        )
-    if not training.rho_max and training.alpha:
-        raise InputError(f"--alpha {training.alpha}: expected --rho_max above 0 with it")
-    return training if training.rho_max else replace(training, adaptive=False)
 
 
 def train_missing_experts(

@@ -19,7 +19,6 @@ from mtt_fast.commands.options import (
     Seconds,
     Share,
 )
-from mtt_fast.experts import checked
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.protocols import EvaluationProtocol
 
@@ -89,23 +88,16 @@ class TrainedNetworkOptions(BaselineOptions):
         return True
 
     def expert(self) -> ExpertTraining:
-        """Return the hyperparameters of the expert that is trained if there is none. Raises `InputError` if they do not fit."""
-        return checked(
-            ExpertTraining(
-                train_epochs=self.train_epochs,
-                lr=self.expert_lr,
-                mom=self.mom,
-                l2=self.l2,
-                decay=self.decay,
-                batch_size=self.batch_size,
-                augment=self.strategy,
-            )
+        """Return the hyperparameters of the expert that is trained if there is none."""
+        return ExpertTraining(
+            train_epochs=self.train_epochs,
+            lr=self.expert_lr,
+            mom=self.mom,
+            l2=self.l2,
+            decay=self.decay,
+            batch_size=self.batch_size,
+            augment=self.strategy,
         )
-
-    def check(self) -> None:
-        """See `BaselineOptions.check`."""
-        super().check()
-        self.expert()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.distill.experts import check_nothing_to_convert
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
-    FLAGS,
     as_trained,
     check_as_asked,
     check_belongs,
@@ -41,12 +40,6 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     store = experts.first_expert(folder, real, network, options.expert(), options)
     check_belongs(store, 0, network, real.identity)
     return store
-
-
-def requested_hyperparameters(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the expert's hyperparameters that the options in `given` set; the batch size is that of evaluations too."""
-    training = options.expert().record()
-    return {name: training[name] for name, flag in FLAGS.items() if flag in given}
 
 
 def with_first_expert_training(

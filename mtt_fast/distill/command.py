@@ -84,7 +84,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     """
     seconds = Seconds()
     options, given = parse_with_given(argv)
-    requested, folder = requested_hyperparameters(options, given), options.folder()
+    requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
     options = in_precision_of_run(options, folder, given)

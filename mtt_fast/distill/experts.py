@@ -35,6 +35,7 @@ from mtt_fast.storage.identity import DatasetIdentity, other_data_in_words
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.storage.waypoints import evenly_spaced
+from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import RealImages
 
 log = logging.getLogger(__name__)
@@ -271,14 +272,14 @@ def check_same_experts(options: DistillOptions, state: State, store: TrajectoryS
             )
 
 
-def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the hyperparameters of experts that the user gave, by the options in `given`. Defaults are left out."""
-    training = options.experts().record()
+def requested_hyperparameters(training: ExpertTraining, given: Set[str]) -> dict[str, Any]:
+    """Return those hyperparameters in `training` that the user gave, by the options in `given`."""
+    record = training.record()
     names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
     if names & sharpness:  # these have a meaning only together
         names |= sharpness
-    return {name: training[name] for name in FLAGS if name in names}
+    return {name: record[name] for name in FLAGS if name in names}
 
 
 def _indices(store: TrajectoryStore | None) -> set[int]:

@@ -241,15 +241,20 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
     return int(count_correct(network, theta, images)) / len(images)
 
 
-@torch.no_grad()
 def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it.
+    """Return the number of `images` that `classified_correctly` finds, () int64 on the device, without waiting for it."""
+    return classified_correctly(network, theta, images).sum()
+
+
+@torch.no_grad()
+def classified_correctly(network: Network, theta: Tensor, images: Images) -> Tensor:
+    """Return whether `network` classifies each of `images` correctly, (n,) bool on the device, without waiting for it.
 
     An image with logits that are not finite counts as wrong.
     """
-    num_correct = torch.zeros((), dtype=torch.long, device=theta.device)
+    correct = []
     for start in range(0, len(images), _TEST_BATCH):
         inputs, targets = images.batch(slice(start, start + _TEST_BATCH))
         logits = network(theta, inputs)
-        num_correct += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
-    return num_correct
+        correct.append((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1))
+    return torch.cat(correct)
