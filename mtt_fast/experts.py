@@ -200,7 +200,8 @@ def train_missing_experts(
     with lock_expert_folder(folder):
         missing = _missing(folder, request)  # another process may have been faster
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
-        _train(folder, missing, request, at_once, memory_budget)
+        if missing:
+            _train(folder, missing, request, at_once, memory_budget)
     return TrajectoryStore(folder)
 
 
@@ -246,12 +247,6 @@ def _numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
     return [index for index in range(count) if present is None or index not in present.indices]
 
 
-def check_room_for_missing(folder: Path, count: int) -> None:
-    """Raise `InputError` if `folder` lacks some of experts 0 … `count` − 1 and they cannot be written there."""
-    if _numbers_missing(experts_in(folder), count):
-        check_output_folder(folder, "choose another `buffer_path`")
-
-
 def check_trained_alike(
     present: TrajectoryStore,
     network: Trainable,
@@ -285,13 +280,10 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
     device, training_images = images.train.labels.device, images.train
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), num_jobs=max(1, len(missing)), at_once=at_once,
+        batch=min(training.batch_size, len(training_images)), num_jobs=len(missing), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    with (
-        stop_request() as stop,
-        tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar,
-    ):
+    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
 
         def job(index: int) -> Job[tuple[Tensor, list[float]]]:
             return expert_job(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
@@ -325,7 +317,8 @@ def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device)
         check_order(training.curriculum.order, data.train.labels, options.sort_method)
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
-    check_room_for_missing(folder, options.num_experts)
+    if _numbers_missing(experts_in(folder), options.num_experts):
+        check_output_folder(folder, "choose another `buffer_path`")
     log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
     images = real_images(data, device, zca=options.zca)
     store = train_missing_experts(
