@@ -286,7 +286,9 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
     with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
 
         def job(index: int) -> Job[tuple[Tensor, list[float]]]:
-            return expert_job(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
+            return expert_job(
+                images, network, training, seed=request.seed, index=index, precision=precision, bar=bar, stop=stop
+            )
 
         for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
             metadata = ExpertMetadata.from_identity(

@@ -102,13 +102,6 @@ def run_concurrently(
         yield from _in_threads(jobs, concurrency)
 
 
-def result_of(job: Job[Result]) -> Result:
-    """Run all pieces of `job` and return its result."""
-    while (done := _advance(job)) is None:
-        pass
-    return done[0]
-
-
 def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Iterator[tuple[int, Result]]:
     """Run one piece of each job in turn, as many jobs at a time as `contexts`; yield as `run_concurrently` does."""
     waiting = enumerate(jobs)

@@ -32,8 +32,9 @@ from mtt_fast.training.concurrency import (
     steps_that_fill,
 )
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import EvaluationProtocol, evaluate, train_network
+from mtt_fast.training.protocols import EvaluationProtocol, evaluate, network_job
 from mtt_fast.training.sgd import Sgd, accuracy, epochs_on
+from tests.training.jobs import finished
 
 CPU = torch.device("cpu")
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -154,7 +155,7 @@ def test_each_accuracy_is_of_the_network_of_its_number() -> None:
     alone = []
     for number in range(3):
         generator = generator_for(1, "evaluation", 7, number)
-        theta = train_network(NET, NET.init(generator), images(), 0.1, protocol, generator)
+        theta = finished(network_job(NET, NET.init(generator), images(), 0.1, protocol, generator))
         alone.append(accuracy(NET, theta, test))
     assert result.values == tuple(alone)
     assert len(set(alone)) > 1
