@@ -24,7 +24,6 @@ from mtt_fast.commands.options import (
     CountFromZero,
     Networks,
     NonNegative,
-    NonNegativeOrNone,
     Positive,
     PositiveShare,
     Share,
@@ -82,7 +81,7 @@ class ExpertTrainingOptions(TrainingOptions):
     """divide the experts' learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
     rho_max: NonNegative = 0.0
     """radius of SAM for the experts at the full learning rate; 0: plain SGD. FTD and DATM use 0.01"""
-    rho_min: Annotated[NonNegativeOrNone, Needs("rho_max")] = None
+    rho_min: Annotated[NonNegative | None, Needs("rho_max")] = None
     """radius of SAM after --decay has divided the learning rate; if not given, --rho_max"""
     alpha: Annotated[NonNegative, Needs("rho_max")] = 0.0
     """weight of GSAM: subtract this much of the experts' plain gradient, orthogonal to SAM's gradient. FTD uses 0.3 or 1"""

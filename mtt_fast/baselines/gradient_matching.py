@@ -26,7 +26,7 @@ from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.commands.option_fields import Group, Role
-from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Positive
+from mtt_fast.commands.options import Count, CountFromZero, Positive
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.errors import InputError
@@ -55,9 +55,9 @@ class DcOptions(LearnedImagesOptions):
     """initial images: real images or noise"""
     dis_metric: Metric = "ours"
     """distance between gradients: ours (layer by layer, as in the papers), mse, or cos of the whole gradients"""
-    outer_loop: CountOrNone = None
+    outer_loop: Count | None = None
     """updates of the images per iteration; if not given, the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
-    inner_loop: CountOrNone = None
+    inner_loop: Count | None = None
     """epochs of the network between two updates of the images; if not given, the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
 
     def loops(self) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.commands.options import (
     Count,
     CountFromZero,
-    CountOrNone,
     EvaluationOptions,
     NonNegative,
     Positive,
@@ -27,7 +26,7 @@ from mtt_fast.training.protocols import EvaluationProtocol
 class BaselineOptions(EvaluationOptions):
     """Make a small training set, and evaluate it."""
 
-    batch_train: CountOrNone = None
+    batch_train: Count | None = None
     """batch size for training networks; if not given, 256, or in an evaluation that of --protocol"""
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
     """run folder; if not given, runs/METHOD-DATASET-ipcN"""
