@@ -15,10 +15,10 @@ from typing import Any, get_args
 
 from bench.parsing import RecipeOptions, precisions_in
 from bench.render import publish
+from mtt_fast.commands.options import Count
 from mtt_fast.distill import command as distil
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.kernels import Precision
-from mtt_fast.runtime.provenance import choose_device
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.run_files import METRICS, SUMMARY
 
@@ -31,13 +31,13 @@ class Options(RecipeOptions):
     """precisions to compare, as in fp32,bf16"""
     buffer_path: str | None = None
     """folder of the experts; without it new experts are trained, and not kept"""
-    repetitions: int = 1
+    repetitions: Count = 1
     """not used: nothing is timed"""
 
 
 def main(options: Options, command: str) -> None:
     """Distil in each precision, print the table, write the record."""
-    device, flags = choose_device(options.device), options.flags_without("precisions", "buffer_path", "repetitions")
+    device, flags = options.torch_device(), options.flags_without("precisions", "buffer_path", "repetitions")
     precisions, setting = precisions_in(options.precisions, device), parse_options(flags)
     flags += ["--eval_it", str(max(1, setting.Iteration))]  # at the start and at the end
     with tempfile.TemporaryDirectory(prefix="mtt_fast-") as temporary:

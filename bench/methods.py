@@ -35,7 +35,7 @@ from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.provenance import choose_device, peak_memory_bytes
+from mtt_fast.runtime.provenance import peak_memory_bytes
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.training.images import real_images
 from mtt_fast.training.protocols import Accuracy
@@ -153,7 +153,7 @@ class Options(RecipeOptions):
 def main(options: Options, command: str) -> None:
     """Train the experts, run every method, print the table, write the record."""
     chosen = _chosen(options.methods)
-    device = choose_device(options.device)
+    device = options.torch_device()
     with _folder(options.runs) as folder:
         setting = options.setting(Path(options.buffer_path or folder / "buffers"))
         rows = [_experts(setting, device)]

@@ -27,6 +27,7 @@ from bench.products import Product, forward_over_reverse, gradients_by, reverse_
 from bench.render import publish
 from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
+from mtt_fast.commands.options import Count
 from mtt_fast.errors import InputError
 from mtt_fast.networks.resnets import resnet18
 from mtt_fast.runtime.memory_info import AUTO
@@ -43,9 +44,9 @@ class Options(CommonOptions):
     """networks to time, joined by commas"""
     engines: str = "whole_graph,generic,generic-auto"
     """engines to time, joined by commas"""
-    steps: int = 3
+    steps: Count = 3
     """N, student steps in an iteration"""
-    batch: int = 20
+    batch: Count = 20
     """b, images in a student step"""
     tuned: bool = False
     """have glibc keep freed memory, as mtt_fast's commands do; without it as in an ordinary script"""
@@ -127,8 +128,6 @@ def main(options: Options, command: str) -> None:
     for flag, given, known in (("networks", names, NETWORKS), ("engines", engines, ENGINES)):
         if unknown := set(given) - set(known):
             raise InputError(f"--{flag} {','.join(sorted(unknown))}: expected some of {', '.join(known)}")
-    if min(options.steps, options.batch) < 1:
-        raise InputError("--steps, --batch: expected at least 1")
     elapsed: dict[str, list[float]] = defaultdict(list)
 
     def measure(name: str) -> float:

@@ -8,6 +8,7 @@ from typing import Annotated, cast, get_args
 import torch
 
 from mtt_fast.commands.option_fields import Checked
+from mtt_fast.commands.options import Count
 from mtt_fast.engine.student_choice import has_fused_kernels
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
@@ -26,19 +27,17 @@ class RecordOptions:
     name: str | None = None
     """name of the record; default from the benchmark, its setting and the device"""
 
+    def torch_device(self) -> torch.device:
+        """Return the device. Raises `InputError` if it cannot be used."""
+        return choose_device(self.device)
+
 
 @dataclass(frozen=True)
 class CommonOptions(RecordOptions):
     """The options of benchmarks that time something."""
 
-    repetitions: int = 5
+    repetitions: Count = 5
     """timed repetitions, interleaved over the subjects that are compared"""
-
-    def torch_device(self) -> torch.device:
-        """Return the device. Raises `InputError` if it cannot be used, or for fewer than one repetition."""
-        if self.repetitions < 1:
-            raise InputError(f"--repetitions {self.repetitions}: expected at least 1")
-        return choose_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from bench.settings import Setting, Shape
 from bench.workers import Process, Subjects
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands.options import Count
 from mtt_fast.engine.student_choice import student_for
-from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
@@ -79,9 +79,9 @@ LOOPS: dict[str, tuple[Loop, bool]] = {
 class TrainingOptions(CommonOptions, Shape):
     """The options of both benchmarks of training; the shape's N and b have no effect here."""
 
-    images: int = 1024
+    images: Count = 1024
     """images in the epoch that is timed"""
-    batch_train: int = 256
+    batch_train: Count = 256
     """batch size"""
     augment: bool = True
     """augment as the method does"""
@@ -90,8 +90,6 @@ class TrainingOptions(CommonOptions, Shape):
 def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) -> None:
     """Time one epoch by every loop in turn, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
-    if min(options.images, options.batch_train) < 1:
-        raise InputError("--images, --batch_train: expected at least 1")
     strategy = ExpertTraining().augment if options.augment else "none"
     task = {"net": asdict(setting.net), "images": options.images, "sgd": asdict(sgd), "augment": strategy}
     with Subjects() as workers:
