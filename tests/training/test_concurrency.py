@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import ConvNet, FlatModule, InputError
+from mtt_fast import ConvNet, FlatModule
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.engine import live_bytes as live_bytes_module
@@ -213,8 +213,6 @@ def test_as_many_jobs_run_as_fill_the_device() -> None:
     # asked for or not, one of them computes with the same number of threads
     assert concurrency(NET, small, 10, 5, 1) == Concurrency(1, 1)
     assert concurrency(wide, large, 10, 5, 3) == Concurrency(3, 2)
-    with pytest.raises(InputError, match="`networks_at_once` 0: expected at least 1"):
-        concurrency(NET, small, 10, 5, 0)
     device_threads = 132 * 2048
     assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=10**11) == 4
     assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
