@@ -6,8 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from bench.parsing import parse
-from mtt_fast.commands import cli
+from mtt_fast.commands import cli, parsing
 from mtt_fast.errors import InputError, did_you_mean
 
 COMMANDS = {
@@ -42,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{argv[0]}: no such benchmark{did_you_mean(name, list(COMMANDS))}; see python -m bench")
     benchmark = importlib.import_module(f"bench.{name}")
     prog = f"python -m bench {name}"
-    benchmark.main(parse(benchmark.Options, argv[1:], prog), " ".join([prog, *argv[1:]]))
+    benchmark.main(parsing.parse(benchmark.Options, argv[1:], prog), " ".join([prog, *argv[1:]]))
 
 
 if __name__ == "__main__":

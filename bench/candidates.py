@@ -7,24 +7,28 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def _tiles(*sizes: tuple[int, int, int, int, int]) -> list[Row]:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    return [dict(zip(names, size, strict=True)) for size in sizes]
+def _rows(names: str, *values: tuple[int | None, ...], **more: int) -> list[Row]:
+    """Return a row for each of `values`, which have these `names`; None for a name that the row lacks."""
+    rows = (dict(zip(names.split(), each, strict=True)) for each in values)
+    return [{name: value for name, value in row.items() if value is not None} | more for row in rows]
+
+
+_TILE = "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages"
 
 
 def _correlations(programs: tuple[int, ...], *sizes: tuple[int, int, int, int, int]) -> list[Row]:
-    return [tile | {"PROGRAMS": count} for tile in _tiles(*sizes) for count in programs]
+    return [tile | {"PROGRAMS": count} for tile in _rows(_TILE, *sizes) for count in programs]
 
 
 # A candidate that does not fit on a GPU fails there, and is left out.
 
 TILES: dict[str, list[Row]] = {
-    "fp32": _tiles((64, 32, 16, 4, 2), (64, 64, 16, 4, 3), (128, 64, 16, 8, 2)),
-    "tf32": _tiles(
-        (128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)
+    "fp32": _rows(_TILE, (64, 32, 16, 4, 2), (64, 64, 16, 4, 3), (128, 64, 16, 8, 2)),
+    "tf32": _rows(
+        _TILE, (128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)
     ),
-    "bf16": _tiles(
-        (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)
+    "bf16": _rows(
+        _TILE, (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)
     ),
 }
 
@@ -34,35 +38,31 @@ CORRELATIONS: dict[str, list[Row]] = {
     "bf16": _correlations((264, 528), (64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
 }
 
-_BOXES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TAPS", "num_warps", "num_stages")
-
 
 def _box_tiles(depth: int) -> list[Row]:
     """Return tiles by boxes whose rows of `depth` channels are 128 bytes; without TAPS, a program sums all taps."""
-    sizes = (
+    return _rows(
+        "BLOCK_M BLOCK_N BLOCK_K TAPS num_warps num_stages",
         (128, 128, depth, None, 8, 3), (256, 64, depth, None, 8, 3), (128, 64, depth, None, 4, 2), (64, 64, depth, None, 4, 4),
         (64, 128, depth, None, 4, 3), (128, 128, depth, 9, 8, 3), (128, 128, depth, 3, 8, 3), (64, 128, depth, 3, 4, 3),
         (64, 64, depth, 3, 4, 4), (64, 64, depth, 1, 4, 4),
     )  # fmt: skip
-    return [{name: value for name, value in zip(_BOXES, size, strict=True) if value is not None} for size in sizes]
-
-
-def _box_correlations(*sizes: tuple[int, int, int, int, int, int, int]) -> list[Row]:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TAPS", "PROGRAMS", "num_warps", "num_stages")
-    return [dict(zip(names, size, strict=True)) for size in sizes]
 
 
 BOX_TILES: dict[str, list[Row]] = {"fp32": [], "tf32": _box_tiles(32), "bf16": _box_tiles(64)}
 
+_BOX_CORRELATION = "BLOCK_M BLOCK_N BLOCK_K TAPS PROGRAMS num_warps num_stages"
 BOX_CORRELATIONS: dict[str, list[Row]] = {
     "fp32": [],
-    "tf32": _box_correlations(
+    "tf32": _rows(
+        _BOX_CORRELATION,
         (32, 128, 128, 3, 132, 8, 3),
         (32, 128, 128, 1, 264, 4, 3),
         (32, 128, 128, 1, 132, 4, 4),
         (32, 128, 64, 1, 132, 4, 4),
     ),
-    "bf16": _box_correlations(
+    "bf16": _rows(
+        _BOX_CORRELATION,
         (64, 128, 128, 3, 132, 8, 3),
         (64, 128, 128, 1, 264, 4, 3),
         (128, 128, 128, 1, 132, 8, 3),
@@ -71,36 +71,32 @@ BOX_CORRELATIONS: dict[str, list[Row]] = {
 }
 
 
-def _rows(names: str, *sizes: tuple[int, ...], **more: int) -> list[Row]:
-    return [dict(zip(names.split(), size, strict=True)) | more | {"num_stages": 1} for size in sizes]
-
-
 _POOLS = _rows(
     "WINDOWS BLOCK_C UNROLL PROGRAMS num_warps",
     (64, 32, 1, 264, 8), (64, 32, 1, 528, 8), (32, 32, 1, 396, 4), (32, 32, 1, 792, 4),
-    (32, 64, 1, 264, 8), (32, 64, 1, 528, 8), (32, 16, 4, 528, 4), (64, 64, 1, 264, 8),
+    (32, 64, 1, 264, 8), (32, 64, 1, 528, 8), (32, 16, 4, 528, 4), (64, 64, 1, 264, 8), num_stages=1,
 )  # fmt: skip
 _SUMS = _rows(
     "WINDOWS BLOCK_C PROGRAMS num_warps",
     (32, 64, 264, 8), (32, 64, 528, 8), (32, 64, 396, 4), (32, 64, 792, 4),
-    (32, 128, 264, 4), (32, 128, 264, 8), (32, 128, 528, 8), (32, 32, 528, 4),
+    (32, 128, 264, 4), (32, 128, 264, 8), (32, 128, 528, 8), (32, 32, 528, 4), num_stages=1,
 )  # fmt: skip
 
 BLOCKS: dict[str, list[Row]] = {
     "image_patches": _rows(
-        "BLOCK_M PROGRAMS num_warps", (128, 320, 4), (64, 320, 4), (128, 1056, 4), (32, 1056, 4), ELEMENTS=512
+        "BLOCK_M PROGRAMS num_warps", (128, 320, 4), (64, 320, 4), (128, 1056, 4), (32, 1056, 4), ELEMENTS=512, num_stages=1,
     ),
     "conv_norm_relu_pool": [*_POOLS, *(row | {"UNROLL": 4} for row in _POOLS[:4])],
     "conv_norm_relu_pool_backward": _SUMS,
     "conv_norm_relu_pool_dual": _POOLS,
     "conv_norm_relu_pool_dual_backward": _SUMS,
-    "conv_norm_relu_pool_finish": _rows("BLOCK_C num_warps", (16, 4), (16, 8), (32, 8), (16, 2)),
+    "conv_norm_relu_pool_finish": _rows("BLOCK_C num_warps", (16, 4), (16, 8), (32, 8), (16, 2), num_stages=1),
     "conv_norm_relu_pool_columns": _rows(
         "WINDOWS TOGETHER BLOCK_C num_warps",
         (64, 1, 32, 4), (64, 1, 16, 4), (32, 1, 32, 4), (128, 1, 32, 8),
-        (16, 4, 32, 4), (32, 4, 32, 4), (16, 4, 64, 4), (16, 4, 16, 4),
+        (16, 4, 32, 4), (32, 4, 32, 4), (16, 4, 64, 4), (16, 4, 16, 4), num_stages=1,
     ),
-    "conv_norm_relu_pool_col2im": _rows("BLOCK_M num_warps", (128, 4), (64, 4)),
+    "conv_norm_relu_pool_col2im": _rows("BLOCK_M num_warps", (128, 4), (64, 4), num_stages=1),
 }  # fmt: skip
 """Rows of the first block's passes, by their names in the table."""
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.settings import Setting
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.storage.tensor_files import save_tensors
+from mtt_fast.testing import reference_convnet
 
 _LR = 0.01  # of the experts, and of the students of most settings
 _TARGET_BATCH = 32
@@ -67,6 +68,12 @@ def make_case(setting: Setting) -> Case:
         lr=torch.tensor(_LR).double(),
         batches=torch.stack(batches),
     )
+
+
+def module_of(net: ConvNet) -> nn.Module:
+    """Return `net`, whose images are square, as an ordinary module."""
+    assert isinstance(net.image_size, int)
+    return reference_convnet(net.in_channels, net.num_classes, net.image_size, net.width, net.depth, net.norm)
 
 
 def small_setting(setting: Setting) -> Setting:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import rivals
-from bench.cases import Case, Gradients
+from bench.cases import Case, Gradients, module_of
 from bench.flops import (
     COMPILED_MIXED_STEP,
     DOUBLE_BACKWARD,
@@ -33,7 +33,7 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.convnet import ConvNet
 
 Run = Callable[..., Gradients]
-"""An engine's function; besides the case it takes `microbatch` or `memory_budget` if the engine has `takes_limits`."""
+"""An engine's function; besides the case those of mtt_fast take `microbatch` or `memory_budget`."""
 
 
 def whole_graph(case: Case) -> Gradients:
@@ -149,10 +149,7 @@ def _gradients(images: Tensor, lr: Tensor) -> Gradients:
 
 
 def _module_function(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-    net, size = case.net, case.net.image_size
-    assert isinstance(size, int)
-    module = testing.reference_convnet(net.in_channels, net.num_classes, size, net.width, net.depth, net.norm)
-    return testing.module_function(module.to(case.images))
+    return testing.module_function(module_of(case.net).to(case.images))
 
 
 def _plain_sweep(case: Case, microbatch: int | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -179,8 +176,6 @@ class Engine:
     tuned: bool = True
     """whether glibc keeps freed memory in the engine's process, as it does for mtt_fast's commands"""
     exact: bool = True
-    takes_limits: bool = False
-    """whether `run` takes `microbatch` and `memory_budget`"""
     takes_precision: bool = False
     """whether `run` takes a `precision`; other engines follow torch's settings"""
     cuda_only: bool = False
@@ -195,14 +190,12 @@ ENGINES = {
     "whole_graph-tuned": Engine(whole_graph, (PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "checkpointed": Engine(checkpointed, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "truncated": Engine(truncated, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD_TO_IMAGES), exact=False),
-    "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD), takes_limits=True),
+    "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "compiled": Engine(compiled, (PLAIN_GRADIENT, COMPILED_MIXED_STEP), compiles=True),
-    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True),
-    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True),
-    "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_limits=True, takes_precision=True),
-    "fused-graph": Engine(
-        fused_graph, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True, cuda_only=True
-    ),
+    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True),
+    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True),
+    "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_precision=True),
+    "fused-graph": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True, cuda_only=True),
     "higher": Engine(rivals.higher, (PLAIN_GRADIENT, DOUBLE_BACKWARD), package="higher"),
     "torchopt": Engine(rivals.torchopt, (PLAIN_GRADIENT, DOUBLE_BACKWARD), package="torchopt"),
     "jax": Engine(rivals.jax, (PLAIN_GRADIENT, COMPILED_MIXED_STEP), compiles=True, package="jax"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from bench.training import TrainingOptions, compare
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
+from mtt_fast.commands.options import Count
 from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.sgd import Sgd
 
@@ -14,7 +15,7 @@ from mtt_fast.training.sgd import Sgd
 class Options(TrainingOptions):
     """Time an epoch of an evaluation's training. Of the shape options, only the network's have an effect."""
 
-    images: int = 100
+    images: Count = 100
     """images in the distilled set"""
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from bench.measuring import interleaved, seconds, set_precision
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock
@@ -54,9 +53,8 @@ def main(options: Options, command: str) -> None:
     for name, timing in timings.items():
         rows[name] |= {"seconds": timing}
     conditions = {"case": str(setting), "precision": precision, "threads": torch.get_num_threads()}
-    print(table("first_block", conditions, list(rows.values())))
-    name = options.name or f"first_block-{options.label()}-{device.type}"
-    write_record(options.out, name, "first_block", device, conditions, list(rows.values()), command)
+    name = f"first_block-{options.label()}-{device.type}"
+    publish(options, "first_block", name, device, conditions, rows.values(), command)
 
 
 def _runs(setting: Setting, device: torch.device, precision: Any) -> dict[str, Callable[[], Any]]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bench.measuring import copy_peak, interleaved, matrix_product_peak, repeated, seconds, set_precision
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
@@ -120,9 +119,7 @@ def main(options: Options, command: str) -> None:
             "flops_per_second": speed or None, "share_of_product": speed / product if speed else None,
         }  # fmt: skip
     conditions = {"case": str(setting), "copy_bytes_per_second": copy, "matrix_product_flops": product}
-    print(table("kernels", conditions, list(rows.values())))
-    name = options.name or f"kernels-{options.label()}-{device.type}"
-    write_record(options.out, name, "kernels", device, conditions, list(rows.values()), command)
+    publish(options, "kernels", f"kernels-{options.label()}-{device.type}", device, conditions, rows.values(), command)
 
 
 def errors(operation: Operation, function: Callable[..., Any] | None = None) -> dict[str, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,26 +15,22 @@ from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, engine_named
 from bench.measuring import peak_above_baseline
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
 from mtt_fast.engine.generic_student import cross_entropy
 from mtt_fast.engine.memory_plan import plan
-from mtt_fast.errors import InputError
 
 log = logging.getLogger("mtt_fast")
-
-_ENGINES = ("fused", "generic")
 
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
     """Measure the peak memory of an iteration as N, b and the resolution grow, one at a time."""
 
-    engine: str = "fused"
-    """engine to measure: fused or generic"""
+    engine: Literal["fused", "generic"] = "fused"
+    """engine to measure"""
     vary_steps: str = "5,10,20,40"
     """values of N"""
     vary_batch: str = "25,50,100,200"
@@ -46,8 +42,6 @@ class Options(CommonOptions, Shape):
 def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, base = options.torch_device(), options.resolve()
-    if options.engine not in _ENGINES:
-        raise InputError(f"--engine {options.engine}: expected {' or '.join(_ENGINES)}")
     rows = []
     for varied in ("steps", "batch", "size"):
         for value in integers(getattr(options, f"vary_{varied}"), f"--vary_{varied}"):
@@ -65,9 +59,8 @@ def main(options: Options, command: str) -> None:
             log.info("%s %d: %s", varied, value, row["problem"] or row["peak"])
             rows.append(row)
     conditions = {"case": str(base), "engine": options.engine}
-    print(table("memory_scaling", conditions, rows))
-    name = options.name or f"memory_scaling-{options.engine}-{options.label()}-{device.type}"
-    write_record(options.out, name, "memory_scaling", device, conditions, rows, command)
+    name = f"memory_scaling-{options.engine}-{options.label()}-{device.type}"
+    publish(options, "memory_scaling", name, device, conditions, rows, command)
 
 
 def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:

@@ -19,14 +19,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench.records import write_record
-from bench.render import percent, table
-from mtt_fast.commands.option_fields import Checked
+from bench.parsing import RecipeOptions
+from bench.render import percent, publish
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command_line import parse_options
@@ -36,8 +35,7 @@ from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.provenance import choose_device, peak_memory_bytes
-from mtt_fast.storage.outputs import check_output_folder
+from mtt_fast.runtime.provenance import peak_memory_bytes
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.training.images import real_images
 from mtt_fast.training.protocols import Accuracy
@@ -119,15 +117,12 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """Make a set by every method in one setting, and evaluate all by one protocol."""
+class Options(RecipeOptions):
+    """Make a set by every method in one setting, and evaluate all by one protocol.
 
-    recipe: str = "digits"
-    """the setting of the distillations; every method takes its data, network, images per class and protocol"""
-    dataset: str | None = None
-    """data set, if not the recipe's"""
-    data_path: str = "data"
-    """folder of the data sets"""
+    Every method takes data, network, images per class and protocol of --recipe; those that learn their images, its iterations too.
+    """
+
     packed_path: str | None = None
     """folder of the packed data sets, if not DATA_PATH/packed"""
     res: int | None = None
@@ -136,50 +131,29 @@ class Options:
     """network, if not the recipe's"""
     ipc: int | None = None
     """number of images per class, if not the recipe's"""
-    Iteration: int | None = None
-    """number of iterations of every method that learns its images, if not the recipe's"""
-    num_experts: int | None = None
-    """number of experts, if not the recipe's"""
-    train_epochs: int | None = None
-    """number of the experts' epochs, if not the recipe's"""
-    max_start_epoch: int | None = None
-    """last expert epoch to start from, if not the recipe's"""
-    syn_steps: int | None = None
-    """number of student steps, if not the recipe's"""
     protocol: str | None = None
     """protocol of evaluation, if not the recipe's"""
-    num_eval: int | None = None
-    """number of networks in an evaluation, if not the recipe's"""
-    epoch_eval_train: int | None = None
-    """number of epochs of these networks, if not the recipe's"""
     seed: int = 0
     """seed of every random number"""
-    device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, …"""
     methods: str = ",".join(METHODS)
     """methods to run, joined by commas"""
     buffer_path: str | None = None
     """folder of the experts; default RUNS/buffers"""
     runs: str | None = None
     """folder of the run folders; finished runs are not repeated. Without it they are deleted"""
-    out: Annotated[str, Checked(check_output_folder)] = "bench/results"
-    """folder of the record"""
-    name: str | None = None
-    """name of the record; default from the setting and the device"""
 
     def setting(self, buffer_path: Path) -> DistillOptions:
         """Return the options of plain MTT. Raises `InputError` for an invalid one."""
-        own = ("methods", "runs", "out", "name", "buffer_path")
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
-        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        setting = parse_options([*words, "--buffer_path", str(buffer_path)])
+        setting = parse_options(
+            [*self.flags_without("methods", "buffer_path", "runs"), "--buffer_path", str(buffer_path)]
+        )
         return dataclasses.replace(setting, eval_it=max(1, setting.Iteration))
 
 
 def main(options: Options, command: str) -> None:
     """Train the experts, run every method, print the table, write the record."""
     chosen = _chosen(options.methods)
-    device = choose_device(options.device)
+    device = options.torch_device()
     with _folder(options.runs) as folder:
         setting = options.setting(Path(options.buffer_path or folder / "buffers"))
         rows = [_experts(setting, device)]
@@ -196,9 +170,7 @@ def main(options: Options, command: str) -> None:
         "evaluation": setting.evaluation_protocol().describe(),
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors",
     }
-    print(table("methods", conditions, rows))
-    name = options.name or f"methods-{data}-ipc{setting.ipc}-{device.type}"
-    write_record(options.out, name, "methods", device, conditions, rows, command)
+    publish(options, "methods", f"methods-{data}-ipc{setting.ipc}-{device.type}", device, conditions, rows, command)
 
 
 def _chosen(names: str) -> list[str]:

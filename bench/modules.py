@@ -24,10 +24,10 @@ from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
 from bench.products import Product, forward_over_reverse, gradients_by, reverse_over_forward, reverse_over_reverse
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
+from mtt_fast.commands.options import Count
 from mtt_fast.errors import InputError
 from mtt_fast.networks.resnets import resnet18
 from mtt_fast.runtime.memory_info import AUTO
@@ -44,9 +44,9 @@ class Options(CommonOptions):
     """networks to time, joined by commas"""
     engines: str = "whole_graph,generic,generic-auto"
     """engines to time, joined by commas"""
-    steps: int = 3
+    steps: Count = 3
     """N, student steps in an iteration"""
-    batch: int = 20
+    batch: Count = 20
     """b, images in a student step"""
     tuned: bool = False
     """have glibc keep freed memory, as mtt_fast's commands do; without it as in an ordinary script"""
@@ -128,8 +128,6 @@ def main(options: Options, command: str) -> None:
     for flag, given, known in (("networks", names, NETWORKS), ("engines", engines, ENGINES)):
         if unknown := set(given) - set(known):
             raise InputError(f"--{flag} {','.join(sorted(unknown))}: expected some of {', '.join(known)}")
-    if min(options.steps, options.batch) < 1:
-        raise InputError("--steps, --batch: expected at least 1")
     elapsed: dict[str, list[float]] = defaultdict(list)
 
     def measure(name: str) -> float:
@@ -158,9 +156,7 @@ def main(options: Options, command: str) -> None:
         "freed memory": "kept by glibc" if options.tuned else "as an ordinary script runs",
         "load": os.getloadavg()[0],
     }
-    print(table("modules", conditions, list(rows.values())))
-    name = options.name or f"modules-{device.type}"
-    write_record(options.out, name, "modules", device, conditions, list(rows.values()), command)
+    publish(options, "modules", f"modules-{device.type}", device, conditions, rows.values(), command)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from torch import Tensor
 from bench.cases import case_on, make_case
 from bench.iterations import NamedCase, golden_cases, run_cases
 from bench.parsing import CommonOptions, precisions_in
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Shape
 from mtt_fast import matching_loss, unroll
-from mtt_fast.errors import InputError
+from mtt_fast.commands.options import Count
 from mtt_fast.kernels import Precision
 from mtt_fast.testing import relative_error
 
@@ -38,9 +37,9 @@ class Options(CommonOptions, Shape):
     """folder of golden cases, to compare these too"""
     runs: str | None = None
     """folders of distillations, separated by commas, to compare iterations on their sets too"""
-    starts: int = 1
+    starts: Count = 1
     """iterations of each of --runs; their first epochs are spread evenly over the later half of the expert's epochs, and one is the last"""
-    repetitions: int = 1
+    repetitions: Count = 1
     """not used: nothing is timed"""
 
 
@@ -48,13 +47,9 @@ def main(options: Options, command: str) -> None:
     """Compute, print the table, write the record."""
     device = options.torch_device()
     names = precisions_in(options.precisions, device)
-    if options.starts < 1:
-        raise InputError(f"--starts {options.starts}: expected at least 1")
     conditions = {"products": "emulated" if device.type == "cpu" else "the GPU's own"}
-    name = options.name or f"precision-{options.label()}-{device.type}"
     rows = [_row(case, names, device) for case in _cases(options)]
-    print(table("precision", conditions, rows))
-    write_record(options.out, name, "precision", device, conditions, rows, command)
+    publish(options, "precision", f"precision-{options.label()}-{device.type}", device, conditions, rows, command)
 
 
 def _cases(options: Options) -> Iterator[NamedCase]:

@@ -18,6 +18,7 @@ from bench.records import TRACE
 from bench.settings import Shape
 from bench.shares import labelled, wrapped_operations
 from mtt_fast.commands.option_fields import Checked
+from mtt_fast.commands.options import Count
 from mtt_fast.storage.outputs import check_output_folder
 
 log = logging.getLogger("mtt_fast")
@@ -29,7 +30,7 @@ _LINES = 15
 class Options(CommonOptions, Shape):
     """Write a trace of one iteration, after --repetitions untimed ones."""
 
-    repetitions: int = 1
+    repetitions: Count = 1
     """untimed iterations before the one that is traced"""
     out: Annotated[str, Checked(check_output_folder)] = "runs/profile"
     """folder of the trace"""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from bench.records import PARTIAL, TRACE, read_record
+import torch
+
+from bench.parsing import RecordOptions
+from bench.records import PARTIAL, TRACE, read_record, write_record
 from mtt_fast.commands.option_fields import MAY_BE_EMPTY
 from mtt_fast.errors import InputError
 from mtt_fast.storage.text_files import write_text
@@ -74,6 +77,21 @@ def rendered(record: dict[str, Any]) -> str:
         f"{record['device']}, torch {versions.get('torch')}, {str(record.get('time'))[:10]}, "
         f"commit {str(record.get('commit'))[:8]}{dirty}: `{record.get('command')}`\n"
     )
+
+
+def publish(
+    options: RecordOptions,
+    benchmark: str,
+    name: str,
+    device: torch.device,
+    conditions: dict[str, Any],
+    rows: Iterable[Row],
+    command: str,
+) -> None:
+    """Print the rows as a table, and write their record; it is called `name` if the options do not name it."""
+    listed = list(rows)
+    print(table(benchmark, conditions, listed))
+    write_record(options.out, options.name or name, benchmark, device, conditions, listed, command)
 
 
 def table(benchmark: str, conditions: dict[str, Any], rows: list[Row]) -> str:

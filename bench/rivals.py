@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from bench.cases import Case, Gradients
-from mtt_fast import matching_loss, testing
+from bench.cases import Case, Gradients, module_of
+from mtt_fast import matching_loss
 from mtt_fast.networks.convnet import ConvNet
 
 _EPSILON = 1e-5  # of torch's norms
@@ -70,14 +70,9 @@ def jax(case: Case) -> Gradients:
 
 def _module(case: Case) -> nn.Module:
     """Return the network as a module with the case's first parameters."""
-    module = _reference(case.net).to(case.images)
+    module = module_of(case.net).to(case.images)
     nn.utils.vector_to_parameters(case.start.clone(), module.parameters())
     return module
-
-
-def _reference(net: ConvNet) -> nn.Module:
-    assert isinstance(net.image_size, int)
-    return testing.reference_convnet(net.in_channels, net.num_classes, net.image_size, net.width, net.depth, net.norm)
 
 
 def _learned(case: Case) -> tuple[Tensor, Tensor]:
@@ -116,7 +111,7 @@ def _jax_network(net: ConvNet) -> Callable[[Any, Any], Any]:
     """Return the ConvNet as a function of flat parameters and images (n, C, H, W), with channels last inside."""
     from jax import lax, numpy
 
-    shapes = [parameter.shape for parameter in _reference(net).parameters()]
+    shapes = [parameter.shape for parameter in module_of(net).parameters()]
     ends = [sum(math.prod(shape) for shape in shapes[:end]) for end in range(1, len(shapes))]
 
     def logits(theta: Any, images: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mtt_fast.commands.options import Count
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.convnet import ConvNet
@@ -52,23 +53,19 @@ class Shape:
 
     setting: str = "cifar10-ipc10"
     """cifar10-ipc1/10/50, cifar100-…, tiny-…, imagenet128-…"""
-    steps: int | None = None
+    steps: Count | None = None
     """N, student steps in an iteration"""
-    batch: int | None = None
+    batch: Count | None = None
     """b, images in a student step"""
-    size: int | None = None
+    size: Count | None = None
     """resolution in pixels"""
-    depth: int | None = None
+    depth: Count | None = None
     """blocks of the network"""
-    width: int | None = None
+    width: Count | None = None
     """channels of the network"""
 
     def resolve(self) -> Setting:
-        """Return the setting. Raises `InputError` for an unknown name or a number below 1."""
-        given = {name: getattr(self, name) for name in ("steps", "batch", "size", "depth", "width")}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value}: expected at least 1")
+        """Return the setting. Raises `InputError` for an unknown name."""
         setting = setting_named(self.setting)
         net = setting.net
         net = replace(

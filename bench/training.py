@@ -11,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.cases import module_of
 from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, Subjects
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands.options import Count
 from mtt_fast.engine.student_choice import student_for
-from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Epoch, Sgd, epoch_on
+from mtt_fast.training.sgd import Epochs, Sgd, epochs_on
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]
@@ -38,9 +38,7 @@ def plain_loop(
     net: ConvNet, start: Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
 ) -> Tensor:
     """Train as an ordinary script does: nn.Module, torch.optim.SGD, loss.backward(). The augmentation is mtt_fast's own."""
-    assert isinstance(net.image_size, int)
-    shape = (net.in_channels, net.num_classes, net.image_size, net.width, net.depth)
-    module = testing.reference_convnet(*shape, net.norm).to(start)
+    module = module_of(net).to(start)
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
     optimizer = torch.optim.SGD(module.parameters(), sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     augmentation = augment_by_strategy(augment)
@@ -64,9 +62,9 @@ def mtt_fast_loop(
 
 
 @functools.lru_cache(maxsize=1)
-def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
+def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epochs:
     """Return the epoch function, the same object in every call, since on CUDA its first epoch captures a graph."""
-    return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
+    return epochs_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 
 LOOPS: dict[str, tuple[Loop, bool]] = {
@@ -81,9 +79,9 @@ LOOPS: dict[str, tuple[Loop, bool]] = {
 class TrainingOptions(CommonOptions, Shape):
     """The options of both benchmarks of training; the shape's N and b have no effect here."""
 
-    images: int = 1024
+    images: Count = 1024
     """images in the epoch that is timed"""
-    batch_train: int = 256
+    batch_train: Count = 256
     """batch size"""
     augment: bool = True
     """augment as the method does"""
@@ -92,8 +90,6 @@ class TrainingOptions(CommonOptions, Shape):
 def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) -> None:
     """Time one epoch by every loop in turn, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
-    if min(options.images, options.batch_train) < 1:
-        raise InputError("--images, --batch_train: expected at least 1")
     strategy = ExpertTraining().augment if options.augment else "none"
     task = {"net": asdict(setting.net), "images": options.images, "sgd": asdict(sgd), "augment": strategy}
     with Subjects() as workers:
@@ -118,9 +114,9 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
     conditions = {
         "case": f"{options.images} images, batches of {options.batch_train}, augmentation {strategy}, {setting.net}"
     }
-    print(table("training", conditions, list(rows.values())))
-    name = options.name or f"{benchmark}-{options.label()}-{device.type}"
-    write_record(options.out, name, "training", device, conditions, list(rows.values()), command)
+    publish(
+        options, "training", f"{benchmark}-{options.label()}-{device.type}", device, conditions, rows.values(), command
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,7 @@ def float64_error(loop: Loop, sgd: Sgd, device: torch.device) -> float:
     start = net.init(generator).double().to(device)
     end = loop(net, start, images, small, "none", torch.Generator().manual_seed(2))
 
-    network = testing.module_function(testing.reference_convnet(3, 4, 8, 6, 2).to(start))
+    network = testing.module_function(module_of(net).to(start))
     theta, velocity = start, torch.zeros_like(start)
     for index in (
         torch.randperm(setting.images, generator=torch.Generator().manual_seed(2)).to(device).split(small.batch_size)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,10 +23,11 @@ from bench.cases import case_on, make_case
 from bench.engines import ENGINES
 from bench.measuring import Spread, resident_bytes, seconds, spread
 from bench.parsing import CommonOptions
-from bench.records import write_record
-from bench.render import table
+from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
+from mtt_fast.commands.option_fields import Range
+from mtt_fast.commands.options import Count
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.tensor_bytes import bytes_of
@@ -42,9 +43,9 @@ _EXPERT_EPOCHS = 2
 class Options(CommonOptions, Shape):
     """Time the first sample of a trajectory, and its checksums. Of the shape options, only the network's have an effect."""
 
-    experts: int = 5
+    experts: Count = 5
     """experts in a file of the public layout (which holds ten by default)"""
-    epochs: int = 50
+    epochs: Annotated[int, Range(_EXPERT_EPOCHS + 1)] = 50
     """epochs of each expert"""
 
 
@@ -52,8 +53,6 @@ def main(options: Options, command: str) -> None:
     """Write experts in both formats, measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
     net = setting.net
-    if min(options.experts, options.epochs - _EXPERT_EPOCHS) < 1:
-        raise InputError(f"--experts, --epochs: expected at least 1 and {_EXPERT_EPOCHS + 1}")
     last = {"expert": options.experts - 1, "epoch": options.epochs - _EXPERT_EPOCHS}
     with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
         paths = write_all(Path(folder), net, options.experts, options.epochs)
@@ -83,9 +82,7 @@ def main(options: Options, command: str) -> None:
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors",
         "iteration": f"{iteration:.3g} s on {device.type}, {setting}",
     }
-    print(table("trajectories", conditions, rows))
-    name = options.name or f"trajectories-{options.label()}-cpu"
-    write_record(options.out, name, "trajectories", device, conditions, rows, command)
+    publish(options, "trajectories", f"trajectories-{options.label()}-cpu", device, conditions, rows, command)
 
 
 def seconds_of_iteration(setting: Setting, device: torch.device) -> float:

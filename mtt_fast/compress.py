@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.option_fields import COUNT_FROM_ZERO, Checked
+from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, stop_request
@@ -40,8 +40,8 @@ class CompressOptions:
     """folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
     num_interpolation: AtLeastTwo = 4
     """waypoints per expert, including the first and the last"""
-    epochs: Annotated[tuple[int, ...] | None, COUNT_FROM_ZERO] = None
-    """epochs of the waypoints, such as 0 6 25 50 (each at least 0); if not given, evenly spaced"""
+    epochs: Annotated[tuple[int, ...] | None, Range(0, largest=10**9)] = None
+    """epochs of the waypoints, such as 0 6 25 50; if not given, evenly spaced"""
     smooth: TrueOrFalse = True
     """smooth the waypoints: use the mean of the epochs before and after each, and of the last two epochs for the last waypoint"""
     out: Annotated[str | None, Checked(check_output_folder)] = None

@@ -24,7 +24,6 @@ from mtt_fast.commands.options import (
     CountFromZero,
     Networks,
     NonNegative,
-    NonNegativeOrNone,
     Positive,
     PositiveShare,
     Share,
@@ -82,7 +81,7 @@ class ExpertTrainingOptions(TrainingOptions):
     """divide the experts' learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
     rho_max: NonNegative = 0.0
     """radius of SAM for the experts at the full learning rate; 0: plain SGD. FTD and DATM use 0.01"""
-    rho_min: Annotated[NonNegativeOrNone, Needs("rho_max")] = None
+    rho_min: Annotated[NonNegative | None, Needs("rho_max")] = None
     """radius of SAM after --decay has divided the learning rate; if not given, --rho_max"""
     alpha: Annotated[NonNegative, Needs("rho_max")] = 0.0
     """weight of GSAM: subtract this much of the experts' plain gradient, orthogonal to SAM's gradient. FTD uses 0.3 or 1"""
@@ -91,20 +90,26 @@ class ExpertTrainingOptions(TrainingOptions):
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
         """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""
-        return checked(
-            ExpertTraining(
-                train_epochs=self.train_epochs,
-                lr=lr,
-                mom=self.mom,
-                l2=self.l2,
-                decay=self.decay,
-                batch_size=batch_size,
-                augment=self.strategy,
-                rho_max=self.rho_max,
-                rho_min=self.rho_max if self.rho_min is None else self.rho_min,
-                alpha=self.alpha,
-                adaptive=self.adaptive,
+        rho_min = self.rho_max if self.rho_min is None else self.rho_min
+        if rho_min > self.rho_max or (rho_min != self.rho_max and not self.decay):
+            raise InputError(
+                f"--rho_max {self.rho_max}, --rho_min {rho_min}: expected the same value for both, or --decay with a smaller "
+                "--rho_min, since the radius falls when the learning rate does"
             )
+        if not self.rho_max and self.alpha:
+            raise InputError(f"--alpha {self.alpha}: expected --rho_max above 0 with it")
+        return ExpertTraining(
+            train_epochs=self.train_epochs,
+            lr=lr,
+            mom=self.mom,
+            l2=self.l2,
+            decay=self.decay,
+            batch_size=batch_size,
+            augment=self.strategy,
+            rho_max=self.rho_max,
+            rho_min=rho_min,
+            alpha=self.alpha,
+            adaptive=self.adaptive and self.rho_max > 0,
         )
 
 
@@ -168,18 +173,6 @@ class ExpertOptions(ExpertTrainingOptions):
         return replace(plain, curriculum=curriculum)
 
 
-def checked(training: ExpertTraining) -> ExpertTraining:
-    """Return `training` with `adaptive` off where there is no radius; raise `InputError` for values that do not go together."""
-    if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
-        raise InputError(
-            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value for both, or --decay with a "
-            "smaller --rho_min, since the radius falls when the learning rate does"
-        )
-    if not training.rho_max and training.alpha:
-        raise InputError(f"--alpha {training.alpha}: expected --rho_max above 0 with it")
-    return training if training.rho_max else replace(training, adaptive=False)
-
-
 def train_missing_experts(
     folder: Path,
     count: int,
@@ -206,7 +199,8 @@ def train_missing_experts(
     with lock_expert_folder(folder):
         missing = _missing(folder, request)  # another process may have been faster
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
-        _train(folder, missing, request, at_once, memory_budget)
+        if missing:
+            _train(folder, missing, request, at_once, memory_budget)
     return TrajectoryStore(folder)
 
 
@@ -252,12 +246,6 @@ def _numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
     return [index for index in range(count) if present is None or index not in present.indices]
 
 
-def check_room_for_missing(folder: Path, count: int) -> None:
-    """Raise `InputError` if `folder` lacks some of experts 0 … `count` − 1 and they cannot be written there."""
-    if _numbers_missing(experts_in(folder), count):
-        check_output_folder(folder, "choose another `buffer_path`")
-
-
 def check_trained_alike(
     present: TrajectoryStore,
     network: Trainable,
@@ -291,16 +279,15 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
     device, training_images = images.train.labels.device, images.train
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), num_jobs=max(1, len(missing)), at_once=at_once,
+        batch=min(training.batch_size, len(training_images)), num_jobs=len(missing), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    with (
-        stop_request() as stop,
-        tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar,
-    ):
+    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
 
         def job(index: int) -> Job[tuple[Tensor, list[float]]]:
-            return expert_job(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
+            return expert_job(
+                images, network, training, seed=request.seed, index=index, precision=precision, bar=bar, stop=stop
+            )
 
         for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
             metadata = ExpertMetadata.from_identity(
@@ -331,7 +318,8 @@ def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device)
         check_order(training.curriculum.order, data.train.labels, options.sort_method)
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
-    check_room_for_missing(folder, options.num_experts)
+    if _numbers_missing(experts_in(folder), options.num_experts):
+        check_output_folder(folder, "choose another `buffer_path`")
     log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
     images = real_images(data, device, zca=options.zca)
     store = train_missing_experts(

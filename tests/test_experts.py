@@ -29,8 +29,9 @@ from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.experts import ExpertTraining, expert_job, train_expert
+from mtt_fast.training.experts import ExpertTraining, expert_job
 from mtt_fast.training.images import RealImages, real_images
+from tests.training.jobs import finished
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 2 --batch_train 512".split()
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -57,7 +58,7 @@ def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
     images: RealImages, mom: float, l2: float, decay: bool
 ) -> None:
     training = ExpertTraining(train_epochs=5, lr=0.05, mom=mom, l2=l2, decay=decay, batch_size=30, augment="none")
-    parameters, accuracies = train_expert(images, NET, training, seed=3, index=1)
+    parameters, accuracies = finished(expert_job(images, NET, training, seed=3, index=1))
     module = reference_convnet(1, 3, 6, 4, 1)
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))  # one batch holds all: its order does not matter
@@ -83,7 +84,9 @@ def test_the_accuracies_of_an_expert_with_batch_norm_are_of_its_running_statisti
     data = from_tensors((train, labels), (dark.to(torch.uint8), labels.repeat(10)))
     images = real_images(data, zca=False, device=torch.device("cpu"))
     training = ExpertTraining(train_epochs=4, lr=0.1, batch_size=30, augment="none")
-    rows, accuracies = train_expert(images, network_by_name("ConvNetD1W4BN", (1, 6, 6), 3), training, seed=3, index=1)
+    rows, accuracies = finished(
+        expert_job(images, network_by_name("ConvNetD1W4BN", (1, 6, 6), 3), training, seed=3, index=1)
+    )
     layers = (nn.Conv2d(1, 4, 3, padding=3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
     module = nn.Sequential(*layers, nn.Linear(100, 3))
     (pixels, _), (seen, truth) = images.train.batch(slice(None)), images.test.batch(slice(None))
@@ -105,7 +108,7 @@ def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) ->
     training = ExpertTraining(
         5, 0.05, decay=decay, batch_size=30, augment="none", rho_max=0.5, rho_min=rho_min, alpha=0.3, adaptive=True
     )
-    parameters, _ = train_expert(images, NET, training, seed=3, index=1)
+    parameters, _ = finished(expert_job(images, NET, training, seed=3, index=1))
     module = reference_convnet(1, 3, 6, 4, 1)
     pixels, labels = images.train.batch(slice(None))
 
@@ -149,12 +152,12 @@ def test_experts_lie_where_the_public_code_keeps_them() -> None:
 
 def test_an_expert_depends_on_seed_and_index_alone(images: RealImages) -> None:
     training = ExpertTraining(train_epochs=2, batch_size=7)
-    first, _ = train_expert(images, NET, training, seed=0, index=4)
-    train_expert(images, NET, training, seed=0, index=3)
-    again, _ = train_expert(images, NET, training, seed=0, index=4)
+    first, _ = finished(expert_job(images, NET, training, seed=0, index=4))
+    finished(expert_job(images, NET, training, seed=0, index=3))
+    again, _ = finished(expert_job(images, NET, training, seed=0, index=4))
     assert torch.equal(first, again)
     for seed, index in ((0, 5), (1, 4)):
-        assert not torch.equal(first, train_expert(images, NET, training, seed=seed, index=index)[0])
+        assert not torch.equal(first, finished(expert_job(images, NET, training, seed=seed, index=index))[0])
 
 
 def test_the_command_and_what_it_records(tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def test_experts_in_bfloat16_take_half_the_size(tmp_path: Path) -> None:
 
 def test_a_stop_request_ends_an_expert_after_its_epoch(images: RealImages) -> None:
     stop = StopRequest()
-    job = expert_job(images, NET, ExpertTraining(train_epochs=3), "fp32", seed=0, index=4, stop=stop)
+    job = expert_job(images, NET, ExpertTraining(train_epochs=3), seed=0, index=4, stop=stop)
     next(job)
     stop.signum = signal.SIGTERM
     with pytest.raises(Stopped, match=r"^stopped in expert 4; .* the same command continues$") as stopped:

@@ -164,7 +164,9 @@ def _run(
 ) -> None:
     folder, deltas, device = Path(options.out), real.deltas, real.images.train.labels.device
     precision = precision_on(device, real.network, options.precision)
-    measured = _read_measurements(folder)
+    measured = read_entries(
+        folder / RECORD, "measured", _measurement, "a record of this command", "delete it or choose another --out"
+    )
     keys = {
         (start, label): _measurement_key(options, synthetic, real, start)
         for start in range(options.starts)
@@ -287,12 +289,6 @@ def _measurement_key(
         "precision": precision_on(real.images.train.labels.device, real.network, options.precision),
     }
     return dict(json.loads(json.dumps(key)))  # as in the record that is read back
-
-
-def _read_measurements(folder: Path) -> list[dict[str, Any]]:
-    return read_entries(
-        folder / RECORD, "measured", _measurement, "a record of this command", "delete it or choose another --out"
-    )
 
 
 def _measurement(entry: Mapping[str, Any]) -> dict[str, Any]:

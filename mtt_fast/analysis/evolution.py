@@ -44,8 +44,7 @@ class EvolutionOptions:
     out: Annotated[str | None, Checked(check_output_folder)] = None
     """folder for the two pictures; if not given, the run folder"""
     seconds: Annotated[float, Range(0.02, 131)] = 0.3
-    """seconds per picture of the GIF (at least 0.02 and at most 131); the last picture stays five times as long, and a GIF holds a
-    picture for 655 seconds at most"""
+    """seconds per picture of the GIF; the last picture stays five times as long, and a GIF holds a picture for 655 seconds at most"""
     rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from mtt_fast.analysis.runs import read_summary
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
@@ -22,6 +21,7 @@ from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
+from mtt_fast.storage.run_folder import read_summary
 from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | No
             f"stopped in {folder}, everything is saved; the same command continues", stopped.signum
         ) from stopped
     summary = read_summary(folder)
-    return None if summary is None else summary["accuracy"]["distilled"]
+    return None if summary is None else summary["accuracy"].get("distilled")
 
 
 def write(

@@ -1,10 +1,11 @@
-"""Group the accuracies in run folders by setting, for comparison with the numbers of a paper."""
+"""Read the accuracies in run folders, and group them by setting, for comparison with the numbers of a paper."""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.commands.tables import marked_method
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
+from mtt_fast.storage.run_files import SUMMARY
+from mtt_fast.storage.run_folder import read_summary
 
 RANDOM = "Random"
 """The method's name for as many random real images, which every distillation measures as well."""
@@ -51,6 +54,24 @@ class Measured(NamedTuple):
     def record(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
         return self._asdict() | {"runs": list(self.runs)}
+
+
+def finished_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[str, Any]]:
+    """Return the summaries of the finished runs in `folders`, run folders or folders of runs, by run folder.
+
+    Raises `InputError` for a path that is no folder or holds no finished run, and for a broken summary.
+    """
+    summaries: dict[Path, dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: expected a run folder, or a folder of runs; check the path")
+        runs = sorted(path.parent for path in folder.rglob(SUMMARY))
+        if not runs:
+            raise InputError(f"{folder}: expected a finished run in it or below, found no {SUMMARY}")
+        for run in runs:
+            if (summary := read_summary(run)) is not None:
+                summaries[run] = summary
+    return summaries
 
 
 def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[Measured]]:

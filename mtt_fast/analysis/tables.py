@@ -17,8 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from mtt_fast.analysis.measured import Measured, Setting, measurements
-from mtt_fast.analysis.runs import finished_runs
+from mtt_fast.analysis.measured import Measured, Setting, finished_runs, measurements
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.published import Paper, Published, published_numbers

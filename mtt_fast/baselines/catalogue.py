@@ -6,8 +6,7 @@ from mtt_fast.baselines.atbptt import AtBpttOptions, atbptt
 from mtt_fast.baselines.dd import DdOptions, dd
 from mtt_fast.baselines.dm import DmOptions, dm
 from mtt_fast.baselines.forgetting import forgetting
-from mtt_fast.baselines.gradient_matching import dc, dsa
-from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
+from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, dsa
 from mtt_fast.baselines.herding import herding
 from mtt_fast.baselines.kmeans import KmeansOptions, kmeans
 from mtt_fast.baselines.ld import LdOptions, ld

@@ -18,7 +18,7 @@ from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
-from mtt_fast.baselines.trained import first_expert, requested_hyperparameters, with_first_expert_training
+from mtt_fast.baselines.trained import first_expert, with_first_expert_training
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
@@ -31,6 +31,7 @@ from mtt_fast.commands.earlier_run import (
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
+from mtt_fast.distill.experts import requested_hyperparameters
 from mtt_fast.engine.student_choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
@@ -133,7 +134,8 @@ def _run(
     check_enough(data, options.ipc)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     if isinstance(options, TrainedNetworkOptions) and options.uses_network:
-        options = with_first_expert_training(options, real, network, requested_hyperparameters(options, given))
+        requested = requested_hyperparameters(options.expert(), given)
+        options = with_first_expert_training(options, real, network, requested)
     method = METHODS[name]
     with lock_folder(folder), counted_in(folder, seconds):
         check_continues(folder, real.identity)

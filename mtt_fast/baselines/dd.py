@@ -17,7 +17,6 @@ from torch import Tensor
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
-from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.commands.options import Count, Positive
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.engine.unroll import unroll
@@ -94,8 +93,8 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         total = torch.zeros((), device=device)
         for _ in range(options.n_nets):
             theta, lrs = initial(generator), F.softplus(learned)
-            logits = logits_after_steps(network, theta, pixels, labels, lrs, batches, inputs, precision)
-            loss = F.cross_entropy(logits, targets) / options.n_nets
+            path = unroll(network, theta, pixels, labels, lrs, batches, precision=precision)
+            loss = F.cross_entropy(network(path[-1], inputs), targets) / options.n_nets
             loss.backward()
             total += loss.detach()
         images.grad, raw.grad = pixels.grad, learned.grad

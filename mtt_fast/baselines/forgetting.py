@@ -17,9 +17,8 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.sgd import classified_correctly
 from mtt_fast.training.subsets import class_members
-
-_BLOCK = 500  # images in one forward pass
 
 
 def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
@@ -41,16 +40,12 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Traina
     return real.train.subset(chosen)
 
 
-@torch.no_grad()
 def correct_after_each_epoch(store: TrajectoryStore, images: Images, network: Trainable) -> Tensor:
     """Return whether the first expert classifies each of `images` correctly after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
     correct = torch.empty(store.epochs(0), len(images), dtype=torch.bool)
     for epoch in tqdm(range(len(correct)), desc="forgetting", unit="epoch", leave=False):
         theta = store.read(0, epoch + 1).to(images.labels.device)
-        for begin in range(0, len(images), _BLOCK):
-            block = slice(begin, begin + _BLOCK)
-            inputs, labels = images.batch(block)
-            correct[epoch, block] = (network(theta, inputs).argmax(dim=1) == labels).cpu()
+        correct[epoch] = classified_correctly(network, theta, images)
     return correct
 
 

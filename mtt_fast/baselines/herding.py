@@ -6,25 +6,20 @@ images, as in the coreset baseline of dataset condensation (Zhao et al., ICLR 20
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
+from mtt_fast.baselines.trained import chosen_by_embedding
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.subsets import class_members
 
 
 def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
     """Return --ipc images of each class, in the order of their choice, which is not random."""
-    members = class_members(real, options.ipc)
-    theta = trained_parameters(options, real, network)
-    chosen = [
-        indices[herd(embeddings, options.ipc)]
-        for indices, embeddings in embeddings_by_class(real, network, theta, members)
-    ]
-    return real.train.subset(torch.cat(chosen))
+    return chosen_by_embedding(options, real, network, partial(herd, count=options.ipc))
 
 
 def herd(embeddings: Tensor, count: int) -> Tensor:

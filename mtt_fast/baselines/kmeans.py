@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
+from mtt_fast.baselines.trained import chosen_by_embedding
 from mtt_fast.commands.option_fields import Group
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
@@ -48,21 +48,19 @@ class KmeansOptions(TrainedNetworkOptions):
 
 def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Images:
     """Return one image for each of --ipc clusters of each class."""
-    members = class_members(real, options.ipc)
     generator = generator_for(options.seed, "kmeans")
     if options.pick == "centres":
-        return _centres(real, members, options.ipc, generator)
-    theta = trained_parameters(options, real, network)
-    chosen = [
-        indices[nearest_rows(embeddings, cluster_centres(embeddings, options.ipc, generator))]
-        for indices, embeddings in embeddings_by_class(real, network, theta, members)
-    ]
-    return real.train.subset(torch.cat(chosen))
+        return _centres(real, options.ipc, generator)
+
+    def choose(embeddings: Tensor) -> Tensor:
+        return nearest_rows(embeddings, cluster_centres(embeddings, options.ipc, generator))
+
+    return chosen_by_embedding(options, real, network, choose)
 
 
-def _centres(real: RealImages, members: list[Tensor], ipc: int, generator: torch.Generator) -> Images:
+def _centres(real: RealImages, ipc: int, generator: torch.Generator) -> Images:
     """Return the centres of `ipc` clusters of each class's pixels."""
-    train, centres = real.train, []
+    train, members, centres = real.train, class_members(real, ipc), []
     for indices in tqdm(members, desc="cluster", unit="class", leave=False):
         pixels, _ = train.batch(indices.to(train.labels.device))
         class_centres = cluster_centres(pixels.flatten(1).cpu(), ipc, generator)

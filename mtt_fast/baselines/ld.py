@@ -18,10 +18,10 @@ from torch import Tensor
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
-from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.commands.option_fields import Group
 from mtt_fast.commands.options import Count, Positive
 from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.engine.unroll import unroll
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
@@ -62,7 +62,7 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         inputs, targets = random_batch(real.train, everything, options.batch_real, generator)
         index = upload(torch.randperm(count, generator=generator)[: options.inner_batch_size], device)
         soft = labels.detach().requires_grad_()
-        logits = logits_after_steps(network, theta, images, soft, lr, [index], inputs, precision)
+        logits = network(unroll(network, theta, images, soft, lr, [index], precision=precision)[-1], inputs)
         loss = F.cross_entropy(logits, targets)
         (labels.grad,) = torch.autograd.grad(loss, soft)
         theta.grad = student.gradient(theta, images[index], labels[index]).gradient

@@ -33,15 +33,12 @@ class LearnedSet:
     """parameters (P,) of a fresh network after the method's own steps on the set; None for a method without such steps"""
 
 
-Make = Callable[[Any, RealImages, Trainable], Images | LearnedSet]
-"""A function from options (of the method's own class), real images and a network to a chosen set, or one to be learned."""
-
-
 @dataclass(frozen=True)
 class Method:
-    """A method, with its title, its paper and its options."""
+    """A method, with its title and its paper."""
 
     title: str
     paper: str
     options: type[BaselineOptions]
-    make: Make
+    make: Callable[[Any, RealImages, Trainable], Images | LearnedSet]
+    """a function from options of this class, real images and a network to a chosen set, or one to be learned"""

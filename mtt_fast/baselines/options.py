@@ -12,14 +12,12 @@ from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.commands.options import (
     Count,
     CountFromZero,
-    CountOrNone,
     EvaluationOptions,
     NonNegative,
     Positive,
     Seconds,
     Share,
 )
-from mtt_fast.experts import checked
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.protocols import EvaluationProtocol
 
@@ -28,7 +26,7 @@ from mtt_fast.training.protocols import EvaluationProtocol
 class BaselineOptions(EvaluationOptions):
     """Make a small training set, and evaluate it."""
 
-    batch_train: CountOrNone = None
+    batch_train: Count | None = None
     """batch size for training networks; if not given, 256, or in an evaluation that of --protocol"""
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
     """run folder; if not given, runs/METHOD-DATASET-ipcN"""
@@ -89,23 +87,16 @@ class TrainedNetworkOptions(BaselineOptions):
         return True
 
     def expert(self) -> ExpertTraining:
-        """Return the hyperparameters of the expert that is trained if there is none. Raises `InputError` if they do not fit."""
-        return checked(
-            ExpertTraining(
-                train_epochs=self.train_epochs,
-                lr=self.expert_lr,
-                mom=self.mom,
-                l2=self.l2,
-                decay=self.decay,
-                batch_size=self.batch_size,
-                augment=self.strategy,
-            )
+        """Return the hyperparameters of the expert that is trained if there is none."""
+        return ExpertTraining(
+            train_epochs=self.train_epochs,
+            lr=self.expert_lr,
+            mom=self.mom,
+            l2=self.l2,
+            decay=self.decay,
+            batch_size=self.batch_size,
+            augment=self.strategy,
         )
-
-    def check(self) -> None:
-        """See `BaselineOptions.check`."""
-        super().check()
-        self.expert()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.distill.experts import check_nothing_to_convert
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
-    FLAGS,
     as_trained,
     check_as_asked,
     check_belongs,
@@ -25,7 +24,8 @@ from mtt_fast.storage.expert_checks import (
 )
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
-from mtt_fast.training.images import RealImages
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import class_members
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +41,6 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     store = experts.first_expert(folder, real, network, options.expert(), options)
     check_belongs(store, 0, network, real.identity)
     return store
-
-
-def requested_hyperparameters(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the expert's hyperparameters that the options in `given` set; the batch size is that of evaluations too."""
-    training = options.expert().record()
-    return {name: training[name] for name, flag in FLAGS.items() if flag in given}
 
 
 def with_first_expert_training(
@@ -79,16 +73,21 @@ def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network
     return store.read(0, store.epochs(0)).to(real.train.labels.device)
 
 
-def embeddings_by_class(
-    real: RealImages, network: Trainable, theta: Tensor, members: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each class's members and their embeddings, the inputs of the network's classifier, (n, F) float32 on the CPU."""
-    for indices in tqdm(members, desc="embed", unit="class", leave=False):
-        yield indices, embedded(real, network, theta, indices)
+def chosen_by_embedding(
+    options: TrainedNetworkOptions, real: RealImages, network: Trainable, choose: Callable[[Tensor], Tensor]
+) -> Images:
+    """Return the training images of each class at the rows that `choose` returns for the class's `embedded` images."""
+    members = class_members(real, options.ipc)
+    theta = trained_parameters(options, real, network)
+    chosen = [
+        indices[choose(embedded(real, network, theta, indices))]
+        for indices in tqdm(members, desc="embed", unit="class", leave=False)
+    ]
+    return real.train.subset(torch.cat(chosen))
 
 
 @torch.no_grad()
 def embedded(real: RealImages, network: Trainable, theta: Tensor, indices: Tensor) -> Tensor:
-    """Return the embeddings, the inputs of the network's classifier, of the training images at `indices`, (n, F), on the CPU."""
+    """Return the embeddings, the inputs of the network's classifier, of the training images at `indices`, (n, F) float32 on the CPU."""
     batches = (real.train.batch(block.to(theta.device))[0] for block in indices.split(_BLOCK))
     return torch.cat([network.embed(theta, images).cpu() for images in batches])

@@ -21,7 +21,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.commands.option_fields import Group, Needs
-from mtt_fast.commands.options import Count, CountOrNone, Positive, Share, Strategy
+from mtt_fast.commands.options import Count, Positive, Share, Strategy
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.student import InMicrobatches
 from mtt_fast.engine.student_choice import precision_on, student_for
@@ -49,7 +49,7 @@ class TruncatedBpttOptions(LearnedImagesOptions):
     """real images in the loss"""
     batch_per_class: Count = 10
     """synthetic images of each class in a step; all if there are fewer"""
-    task_sampler_nc: CountOrNone = None
+    task_sampler_nc: Count | None = None
     """classes in a step, drawn anew for each; all if there are fewer, or if not given"""
     totwindow: Count = 200
     """largest number of steps, including the window"""

@@ -13,7 +13,7 @@ import torch
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
-from mtt_fast.commands.options import Count, EvaluationOptions, PositiveOrNone, PositiveShare
+from mtt_fast.commands.options import Count, EvaluationOptions, Positive, PositiveShare
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes, check_share
@@ -45,7 +45,7 @@ class SetOptions(EvaluationOptions):
 
     ipc: Count = 1
     """random real images per class, if the set is the word "random" """
-    lr_teacher: PositiveOrNone = None
+    lr_teacher: Positive | None = None
     """learning rate of the networks; if not given, that of --protocol, of the set, or 0.01 if the set has none"""
     texture: Annotated[bool, Group.TEXTURE] = False
     """treat the images of a .pt file as textures; networks use random crops of them"""

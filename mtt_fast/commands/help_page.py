@@ -8,7 +8,7 @@ import inspect
 import textwrap
 from typing import Annotated, Any
 
-from mtt_fast.commands.option_fields import Field, Group, fields_of
+from mtt_fast.commands.option_fields import Field, Group, Range, fields_of
 
 
 def print_help(options: Any, prog: str) -> None:
@@ -41,10 +41,14 @@ def _boxes(options: Any) -> type:
 
 
 def _with_help(field: Field, text: str) -> Any:
-    """Return the type of an option with its declarations and its help text."""
+    """Return the type of an option with its declarations, its help text, and its range beside the default."""
     import tyro
 
-    help_argument = tyro.conf.arg(help=text, help_behavior_hint="" if field.is_positional else None)
+    hint = "" if field.is_positional else None
+    ranges = " and ".join(map(str, field.declarations(Range)))
+    help_argument = tyro.conf.arg(
+        help=text, help_behavior_hint=(lambda default: f"({ranges}; default: {default})") if ranges else hint
+    )
     return Annotated[field.annotation, *field.declared, help_argument]
 
 

@@ -1,6 +1,6 @@
 """Declarations beside an option's field, such as its range, its role and the option that it needs; and the checks by them.
 
-    mom_y: Annotated[float, SHARE, Needs("lr_y")] = 0.9
+    mom_y: Annotated[float, Range(0, 1), Needs("lr_y")] = 0.9
 
 Command lines, files of --config, recipes, config.toml and the record of a distilled set are all checked by these
 declarations, here and nowhere else. Without a declaration a number is finite, a whole number fits 64 bits, and a text is
@@ -74,17 +74,6 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:g}"
 
 
-COUNT = Range(1, largest=10**9)
-COUNT_FROM_ZERO = Range(0, largest=10**9)
-NETWORKS = Range(1, largest=10**6)
-"""Numbers of experts or networks: each is listed, in memory or in a folder."""
-POSITIVE = Range(0, exclude_low=True)
-NON_NEGATIVE = Range(0)
-POSITIVE_OR_INFINITY = Range(0, exclude_low=True, allow_infinity=True)
-SHARE = Range(0, 1, exclude_high=True)
-POSITIVE_SHARE = Range(0, 1, exclude_low=True)
-SEED = Range(0, largest=2**63 - 1)
-"""Seeds that both torch's generators and TOML's integers can hold; a seed below 0 stands for an unknown one."""
 _ANY = Range()
 _ANY_INTEGER = Range(-(2**63), largest=2**63 - 1)
 
@@ -232,19 +221,24 @@ def _declaring(kind: type, name: str) -> type:
 
 
 def _type_and_declarations(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return a type without its declarations, and these. Those of T count for T | None too."""
     if typing.get_origin(hint) is typing.Annotated:
         inner, *declared = typing.get_args(hint)
-        return inner, tuple(declared)
+        plain, within = _type_and_declarations(inner)
+        return plain, (*within, *declared)
+    other, allows_none = _without_none(hint)
+    if allows_none:
+        plain, within = _type_and_declarations(other)
+        return plain | None, within
     return hint, ()
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:
-    """Return the type without its declarations and without None, and whether it allows None."""
-    inner, _ = _type_and_declarations(annotation)
-    if typing.get_origin(inner) not in (Union, types.UnionType):
-        return inner, False
-    (other,) = (argument for argument in typing.get_args(inner) if argument is not type(None))
-    return _type_and_declarations(other)[0], True
+    """Return the type without None, and whether it allows None."""
+    if typing.get_origin(annotation) not in (Union, types.UnionType):
+        return annotation, False
+    (other,) = (argument for argument in typing.get_args(annotation) if argument is not type(None))
+    return other, True
 
 
 def names_of(kind: type, *roles: Role) -> frozenset[str]:

@@ -6,28 +6,12 @@ from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
-from mtt_fast.commands.option_fields import (
-    COUNT,
-    COUNT_FROM_ZERO,
-    HARMLESS,
-    NETWORKS,
-    NON_NEGATIVE,
-    POSITIVE,
-    POSITIVE_OR_INFINITY,
-    POSITIVE_SHARE,
-    SEED,
-    SHARE,
-    Checked,
-    Group,
-    Needs,
-    Range,
-    Role,
-)
+from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Needs, Range, Role
 from mtt_fast.data import NAMES, ImageData, load
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.engine.student_choice import PrecisionRequest
@@ -41,30 +25,18 @@ from mtt_fast.training.protocols import EvaluationProtocol, protocol_by_name, pu
 TrueOrFalse = Annotated[bool, tyro.conf.FlagConversionOff]
 """A flag that takes the word True or False, as some of the public code's do."""
 
-
-def _hint(numbers: Range) -> Any:
-    """Return the declaration by which --help shows the range of an option."""
-    return tyro.conf.arg(help_behavior_hint=lambda default: f"({numbers}; default: {default})")
-
-
-Count = Annotated[int, COUNT, _hint(COUNT)]
-CountOrNone = Annotated[int | None, COUNT, _hint(COUNT)]
-CountFromZero = Annotated[int, COUNT_FROM_ZERO, _hint(COUNT_FROM_ZERO)]
-Networks = Annotated[int, NETWORKS, _hint(NETWORKS)]
-NetworksOrNone = Annotated[int | None, NETWORKS, _hint(NETWORKS)]
-Side = Annotated[int | None, Range(1, largest=2**14), _hint(Range(1))]
-Positive = Annotated[float, POSITIVE, _hint(POSITIVE)]
-PositiveOrNone = Annotated[float | None, POSITIVE, _hint(POSITIVE)]
-NonNegative = Annotated[float, NON_NEGATIVE, _hint(NON_NEGATIVE)]
-NonNegativeOrNone = Annotated[float | None, NON_NEGATIVE, _hint(NON_NEGATIVE)]
-PositiveOrInfinityOrNone = Annotated[float | None, POSITIVE_OR_INFINITY, _hint(POSITIVE_OR_INFINITY)]
-Share = Annotated[float, SHARE, _hint(SHARE)]
-ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
-PositiveShare = Annotated[float, POSITIVE_SHARE, _hint(POSITIVE_SHARE)]
-Seed = Annotated[int, SEED, _hint(SEED)]
-AtLeastTwo = Annotated[int, Range(2, largest=10**9), _hint(Range(2))]
-AtLeastTwoOrNone = Annotated[int | None, Range(2, largest=10**9), _hint(Range(2))]
-Seconds = Annotated[float, Range(0, allow_infinity=True), _hint(Range(0)), Role.MACHINE, Group.OUTPUT]
+Count = Annotated[int, Range(1, largest=10**9)]
+CountFromZero = Annotated[int, Range(0, largest=10**9)]
+AtLeastTwo = Annotated[int, Range(2, largest=10**9)]
+Networks = Annotated[int, Range(1, largest=10**6)]  # each is listed, in memory or in a folder
+Side = Annotated[int, Range(1, largest=2**14)]
+Seed = Annotated[int, Range(0, largest=2**63 - 1)]  # for generators of torch and integers of TOML; below 0: unknown
+Positive = Annotated[float, Range(0, exclude_low=True)]
+PositiveOrInfinity = Annotated[float, Range(0, exclude_low=True, allow_infinity=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, exclude_high=True)]
+PositiveShare = Annotated[float, Range(0, 1, exclude_low=True)]
+Seconds = Annotated[float, Range(0, allow_infinity=True), Role.MACHINE, Group.OUTPUT]
 Strategy = Annotated[str, Checked(augment_by_strategy)]
 StoreDtype = Literal["float32", "bfloat16"]
 """Types of options with the range that holds for flags and files alike (mtt_fast/commands/option_fields.py)."""
@@ -86,7 +58,7 @@ class CommonOptions:
     subset: str | None = None
     """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk or imageyellow; imagenet-a to imagenet-e, as in GLaD;
     if not given, all classes"""
-    res: Side = None
+    res: Side | None = None
     """resize the images to this side length in pixels (only data sets without a fixed size)"""
     data_path: Annotated[str, Role.LOCATION] = "data"
     """folder of the data sets"""
@@ -158,7 +130,7 @@ class TrainingOptions(CommonOptions):
 
     GROUP: ClassVar[Group] = Group.MACHINE
 
-    networks_at_once: Annotated[NetworksOrNone, Role.MACHINE] = None
+    networks_at_once: Annotated[Networks | None, Role.MACHINE] = None
     """number of networks to train at the same time; if not given, as many as the device has room for. The result is the same"""
 
 
@@ -168,7 +140,7 @@ class EvaluationOptions(TrainingOptions):
 
     GROUP: ClassVar[Group] = Group.EVALUATION
 
-    batch_train: Annotated[CountOrNone, Role.EVALUATION] = None
+    batch_train: Annotated[Count | None, Role.EVALUATION] = None
     """batch size for training networks; if not given, that of --protocol, or 256"""
     num_eval: Annotated[Networks, Role.EVALUATION] = 5
     """number of networks that an evaluation trains and tests"""

@@ -43,7 +43,7 @@ class ConvertOptions:
     """data set of the real images; files of other software do not name it"""
     subset: Annotated[str | None, HARMLESS, Group.DATA] = None
     """subset of ImageNet"""
-    res: Annotated[Side, HARMLESS, Group.DATA] = None
+    res: Annotated[Side | None, HARMLESS, Group.DATA] = None
     """resize the images to this side length in pixels (only data sets without a fixed size)"""
     data_path: Annotated[str, Role.LOCATION, HARMLESS, Group.DATA] = "data"
     """folder of the data sets"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.records import read_entries, write_record
+from mtt_fast.storage.records import NUMBER, check_form, read_entries, write_record
 from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.images import Images, RealImages
@@ -113,7 +113,9 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[EvaluatedSet]:
 
 def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.device, stop: StopRequest) -> None:
     folder, protocol = Path(options.out), options.evaluation_protocol()
-    measured = _read_cells(folder)
+    measured = read_entries(
+        folder / TABLE, "cells", _cell, "a table of this command", "delete it or choose another --out"
+    )
     cells = []
     if options.other_data and all(row.synthetic is None for row in sets):
         raise InputError("--other_data: expected a distilled set, found none; leave it out")
@@ -200,20 +202,8 @@ def _measure(
     }
 
 
-def _read_cells(folder: Path) -> list[dict[str, Any]]:
-    return read_entries(
-        folder / TABLE,
-        "cells",
-        lambda cell: _cell(**cell),
-        "a table of this command",
-        "delete it or choose another --out",
-    )
-
-
-def _cell(question: dict[str, Any], accuracy: dict[str, Any], text: str, seconds: float, device: str) -> dict[str, Any]:
+def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Return a cell, the result of `_measure` with its question. Raises one of `MALFORMED` for anything else."""
-    for name in ("mean", "std", "n"):
-        float(accuracy[name])
-    return {
-        "question": dict(question), "accuracy": accuracy, "text": text, "seconds": seconds, "device": device,
-    }  # fmt: skip
+    accuracy = {"mean": NUMBER, "std": NUMBER, "n": int, "values": [NUMBER], "diverged?": int}
+    check_form(cell, {"question": dict, "accuracy": accuracy, "text": str, "seconds": NUMBER, "device": str})
+    return dict(cell)

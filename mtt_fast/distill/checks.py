@@ -12,7 +12,7 @@ import torch
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network
-from mtt_fast.distill.experts import ExpertInventory, check_experts
+from mtt_fast.distill.experts import check_experts
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
@@ -60,7 +60,6 @@ def check_scores_are_there(options: DistillOptions) -> None:
 
 def check_fits(
     options: DistillOptions,
-    inventory: ExpertInventory,
     data: ImageData | DatasetInfo,
     network: Trainable,
     device: torch.device,
@@ -68,12 +67,12 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    For `inventory` and `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then the
+    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then the
     number of images in each class is not checked, and of the images of the experts only the size.
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
         canvas_size = options.canvas_size if options.texture else 1
         check_enough(data, options.ipc, canvas_size, options.window_start_image)
-    check_experts(options, inventory, data, network, requested)
+    check_experts(options, data, network, requested)
     check_cam_expert(options, data)

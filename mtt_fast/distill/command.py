@@ -39,7 +39,6 @@ from mtt_fast.distill.experts import (
     check_same_experts,
     check_same_experts_so_far,
     count_matched_experts,
-    inventory_of,
     prepare_experts,
     requested_hyperparameters,
 )
@@ -84,7 +83,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     """
     seconds = Seconds()
     options, given = parse_with_given(argv)
-    requested, folder = requested_hyperparameters(options, given), options.folder()
+    requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
     options = in_precision_of_run(options, folder, given)
@@ -116,11 +115,11 @@ def _run(
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         # fail early, before images are downloaded and packed
         check_options_fit(options, info, options.network(info), device)
-        check_missing_experts(options, inventory_of(options, info))
+        check_missing_experts(options, info)
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
-    check_fits(options, inventory_of(options, data), data, network, device, requested)
+    check_fits(options, data, network, device, requested)
     difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
     if precision is None:
         precision = precision_on(device, network, options.precision, iterations=True)
@@ -134,13 +133,13 @@ def _run(
         if state is not None:
             check_same_images(folder, state.data, real.identity)
             check_state_fits(folder, options, data, state)
-            check_same_experts_so_far(options, state, inventory_of(options, data))
+            check_same_experts_so_far(options, state, data)
             check_same_cam_expert(options, data, state)
             check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
-            # the inventory is taken again here and after training, since other processes may write into the same folder
-            experts = prepare_experts(options, inventory_of(options, data), real, network, requested)
-            check_experts(options, inventory_of(options, data), data, network, requested)
+            experts = prepare_experts(options, real, network, requested)
+            # again, since other processes may write into the same folder
+            check_experts(options, data, network, requested)
             if state is not None:
                 check_same_experts(options, state, experts)
             num_matched = count_matched_experts(options, experts) if state is None else state.num_experts

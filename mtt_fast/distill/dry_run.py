@@ -66,13 +66,13 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     """
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
-    inventory = inventory_of(options, info)
-    check_fits(options, inventory, info, network, device, requested)
+    check_fits(options, info, network, device, requested)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
         check_same_images(folder, state.data, info.identity(zca=options.zca))
         check_state_fits(folder, options, info, state)
-        check_same_experts_so_far(options, state, inventory)
+        check_same_experts_so_far(options, state, info)
         check_same_cam_expert(options, info, state)
+    inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = plan_steps(options, network, (count, *info.image_shape), device, precision)

@@ -44,11 +44,6 @@ _INITIAL_IMAGES = {
 }
 
 
-def evaluated_kinds(state: State) -> list[str]:
-    """Return the kinds of evaluation records: of the images, and of their moving average if there is one."""
-    return ["evaluation"] if state.ema is None else list(SET_NAMES)
-
-
 def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Train and test new networks on the current images, and on their moving average; write both sets, and pictures.
 
@@ -127,7 +122,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Write summary.json, with the accuracies of the set, of random real images and of the experts. The run is then finished."""
     baseline = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop)
     draw_curves(run, float(baseline["accuracy_mean"]))
-    records = {names: run.records(kind) for kind, names in SET_NAMES.items() if kind in evaluated_kinds(state)}
+    records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
     text = (

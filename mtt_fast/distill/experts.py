@@ -35,6 +35,7 @@ from mtt_fast.storage.identity import DatasetIdentity, other_data_in_words
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.storage.waypoints import evenly_spaced
+from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import RealImages
 
 log = logging.getLogger(__name__)
@@ -74,19 +75,16 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
 
 
 def check_experts(
-    options: DistillOptions,
-    inventory: ExpertInventory,
-    data: ImageData | DatasetInfo,
-    network: Trainable,
-    requested: Mapping[str, Any],
+    options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, requested: Mapping[str, Any]
 ) -> None:
-    """Raise `InputError` unless the run can use the experts of `inventory` that exist, and can train or compress the missing ones.
+    """Raise `InputError` unless the run can use the experts that exist, and can train or compress the missing ones.
 
     `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
     yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
     folder that cannot be written, or a folder that lacks experts with which a resumed run began.
     """
-    check_missing_experts(options, inventory)
+    check_missing_experts(options, data)
+    inventory = inventory_of(options, data)
     whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
     _check_others_can_be_made(options, inventory, whole, network, identity)
     store = whole if inventory.uncompressed else experts_in(inventory.used)
@@ -134,8 +132,9 @@ def count_matched_experts(options: DistillOptions, store: TrajectoryStore) -> in
     return min(options.max_experts or len(store), len(store))
 
 
-def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -> None:
+def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` if missing experts must not be trained, or would be trained for too few epochs."""
+    inventory = inventory_of(options, data)
     if not inventory.missing:
         return
     _check_experts_of_run_remain(options.folder(), inventory)
@@ -179,17 +178,14 @@ def check_nothing_to_convert(folder: Path) -> None:
 
 
 def prepare_experts(
-    options: DistillOptions,
-    inventory: ExpertInventory,
-    real: RealImages,
-    network: Trainable,
-    requested: Mapping[str, Any],
+    options: DistillOptions, real: RealImages, network: Trainable, requested: Mapping[str, Any]
 ) -> TrajectoryStore:
-    """Train and compress the missing experts of `inventory`, log remarks, and return the store of the experts to match.
+    """Train and compress the missing experts, log remarks, and return the store of the experts to match.
 
     Converted experts are used as they are, and none is trained in addition, as in the public code. For `requested` see
     `check_experts`.
     """
+    inventory = inventory_of(options, real.data)
     if inventory.missing:
         if remark := whitening_remark(options, real.data):
             log.info("%s", remark)
@@ -242,8 +238,9 @@ def _remarks(
         yield "trained on a curriculum of images, easy ones first (PAD)"
 
 
-def check_same_experts_so_far(options: DistillOptions, state: State, inventory: ExpertInventory) -> None:
+def check_same_experts_so_far(options: DistillOptions, state: State, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` as `check_same_experts` does, before missing experts are trained or compressed."""
+    inventory = inventory_of(options, data)
     store = experts_in(inventory.used)
     if store is not None and (len(store) >= state.num_experts or not (inventory.missing or inventory.uncompressed)):
         check_same_experts(options, state, store)
@@ -271,14 +268,14 @@ def check_same_experts(options: DistillOptions, state: State, store: TrajectoryS
             )
 
 
-def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the hyperparameters of experts that the user gave, by the options in `given`. Defaults are left out."""
-    training = options.experts().record()
+def requested_hyperparameters(training: ExpertTraining, given: Set[str]) -> dict[str, Any]:
+    """Return those hyperparameters in `training` that the user gave, by the options in `given`."""
+    record = training.record()
     names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
     if names & sharpness:  # these have a meaning only together
         names |= sharpness
-    return {name: training[name] for name in FLAGS if name in names}
+    return {name: record[name] for name in FLAGS if name in names}
 
 
 def _indices(store: TrajectoryStore | None) -> set[int]:

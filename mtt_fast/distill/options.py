@@ -10,21 +10,17 @@ from typing import Annotated, ClassVar, Literal
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Checked, Group, Needs, Remark, Role
 from mtt_fast.commands.options import (
-    AtLeastTwoOrNone,
+    AtLeastTwo,
     Count,
     CountFromZero,
-    CountOrNone,
     EvaluationOptions,
     Networks,
-    NetworksOrNone,
     NonNegative,
-    NonNegativeOrNone,
     Positive,
-    PositiveOrInfinityOrNone,
+    PositiveOrInfinity,
     PositiveShare,
     Seconds,
     Share,
-    ShareOrNone,
 )
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
@@ -82,13 +78,13 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """multiply the parameters from which the student starts by 1 plus Gaussian noise of this standard deviation (MCT)"""
     min_start_epoch: CountFromZero = 0
     """T-: earliest expert epoch at which the student starts (DATM)"""
-    current_max_start_epoch: CountOrNone = None
+    current_max_start_epoch: Count | None = None
     """T: upper bound of the start epoch in the first iteration; it grows linearly to --max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
     """iteration at which the bound of --current_max_start_epoch has grown to --max_start_epoch"""
-    threshold: PositiveOrInfinityOrNone = None
+    threshold: PositiveOrInfinity | None = None
     """skip the update of an iteration whose matching loss is above this (DATM); if not given, or inf, no update is skipped"""
-    batch_syn: CountOrNone = None
+    batch_syn: Count | None = None
     """synthetic images per student step; if not given, all synthetic images"""
     lr_img: NonNegative = 1000.0
     """learning rate of the pixels, or of the frequencies of --msz_per_channel (FreD's lr_freq); 0 keeps them fixed"""
@@ -124,10 +120,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
     """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
-    msz_per_channel: CountOrNone = None
+    msz_per_channel: Count | None = None
     """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
-    lr_y: Annotated[NonNegativeOrNone, Group.LABELS] = None
+    lr_y: Annotated[NonNegative | None, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
     mom_y: Annotated[Share, Needs("lr_y"), Group.LABELS] = 0.9
@@ -139,7 +135,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     teacher_label: Annotated[bool, Group.LABELS] = False
     """in each iteration, label the images by the expert that is matched (TESLA); the saved labels are the mean over all experts after
     --max_start_epoch epochs"""
-    ema_decay: ShareOrNone = None
+    ema_decay: Share | None = None
     """decay of an exponential moving average of the images (FTD); the average is evaluated too"""
     cam_model: str | None = None
     """weight the gradients of the pixels by Grad-CAM maps of this network, such as ResNet18; it is trained like an expert (EDF)"""
@@ -166,13 +162,13 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
     """number of experts; missing ones are trained first, except in a folder of converted experts"""
     max_experts: Annotated[
-        NetworksOrNone,
+        Networks | None,
         Role.EXTENT,
         Group.EXPERTS,
         Remark("of all experts, where the public code takes as many of each of its files"),
     ] = None
     """use at most this many experts; if not given, all in the folder"""
-    num_interpolation: Annotated[AtLeastTwoOrNone, Group.EXPERTS] = None
+    num_interpolation: Annotated[AtLeastTwo | None, Group.EXPERTS] = None
     """replace each expert by this many waypoints with straight lines between them (MCT: 4); experts are compressed first if needed"""
     expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01
     """learning rate of experts that this command trains"""
@@ -186,7 +182,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     memory_budget: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_budget)] = AUTO
     """memory limit of an iteration, e.g. 6GiB: student batches are cut into pieces that fit; auto: most of the free memory. The result is the same up
     to rounding"""
-    microbatch: Annotated[CountOrNone, Role.MACHINE, Group.MACHINE] = None
+    microbatch: Annotated[Count | None, Role.MACHINE, Group.MACHINE] = None
     """cut student batches into pieces of this many images. The result is the same up to rounding"""
     save_seconds: Seconds = 60.0
     """seconds between checkpoints; inf: save only at evaluations and at the end"""

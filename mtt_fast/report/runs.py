@@ -54,8 +54,7 @@ class Run:
     def accuracies(self) -> dict[str, dict[str, Any]]:
         """Return mean, std and n of the test accuracies by name; of an unfinished run those of the last evaluation."""
         if self.summary:
-            accuracies = self.summary["accuracy"]
-            return {kind: value for kind, value in accuracies.items() if isinstance(value, dict) and "mean" in value}
+            return dict(self.summary["accuracy"])
         last = {name: self.records_of_kind(kind)[-1:] for name, kind in _EVALUATIONS.items()}
         return {name: accuracy_record(lines[0]) for name, lines in last.items() if lines}
 

@@ -15,7 +15,6 @@ import torch
 
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.student import Student
-from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
@@ -58,10 +57,7 @@ def concurrency_for(
     `batch` is the number of images (C, H, W) in a step. On a CPU, as many jobs as threads run if a step is small, else one. On a
     GPU, as many run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once` overrides
     this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
-    Raises `InputError` if `at_once` is less than 1.
     """
-    if at_once is not None and at_once < 1:
-        raise InputError(f"`networks_at_once` {at_once}: expected at least 1")
     work = GenericStudent(network).live_bytes(batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":
@@ -100,13 +96,6 @@ def run_concurrently(
             yield from round_robin(jobs, [contextlib.nullcontext])
     else:
         yield from _in_threads(jobs, concurrency)
-
-
-def result_of(job: Job[Result]) -> Result:
-    """Run all pieces of `job` and return its result."""
-    while (done := _advance(job)) is None:
-        pass
-    return done[0]
 
 
 def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Iterator[tuple[int, Result]]:

@@ -24,11 +24,11 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.prefetch import download
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.concurrency import Job, result_of
+from mtt_fast.training.concurrency import Job
 from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Epoch, Sgd, SupportsGradient, accuracy, chunks_on, count_correct, epoch_on
-from mtt_fast.training.sharpness import sharpness_aware
+from mtt_fast.training.sgd import Epochs, Sgd, accuracy, chunks_on, count_correct, epochs_on
+from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ExpertTraining:
         return record | (self.curriculum.record() if self.curriculum else {})
 
 
-def train_expert(
+def expert_job(
     images: RealImages,
     network: Trainable,
     training: ExpertTraining,
@@ -63,23 +63,13 @@ def train_expert(
     seed: int,
     index: int,
     precision: Precision = "fp32",
-) -> tuple[Tensor, list[float]]:
-    """Return the parameters (train_epochs + 1, P) of expert `index`, float32 on the CPU, and the test accuracy of each row."""
-    return result_of(expert_job(images, network, training, precision, seed=seed, index=index))
-
-
-def expert_job(
-    images: RealImages,
-    network: Trainable,
-    training: ExpertTraining,
-    precision: Precision,
-    *,
-    seed: int,
-    index: int,
     bar: tqdm | None = None,
     stop: StopRequest | None = None,
 ) -> Job[tuple[Tensor, list[float]]]:
-    """Return the training of `train_expert` as a job that yields after every epoch."""
+    """Return the training of expert `index` as a job that yields after every epoch.
+
+    The job returns the parameters (train_epochs + 1, P), float32 on the CPU, and the test accuracy of each row.
+    """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
     student = student_for(network, theta.device, precision=precision)
@@ -109,7 +99,7 @@ def expert_job(
             velocity = torch.zeros_like(theta)  # of a new optimizer
         if stage != last:
             student_of_stage, sgd, visited = _in_stage(stage, training, student)
-            run_epoch: Epoch = epoch_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
+            run_epoch: Epochs = epochs_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
             last = stage
         if stop:
             raise Stopped(
@@ -143,7 +133,9 @@ def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
     return _Stage(training.lr, training.rho_max, shares)
 
 
-def _in_stage(stage: _Stage, training: ExpertTraining, student: Student) -> tuple[SupportsGradient, Sgd, Tensor | None]:
+def _in_stage(
+    stage: _Stage, training: ExpertTraining, student: Student
+) -> tuple[Student | SharpnessAware, Sgd, Tensor | None]:
     """Return the student of a stage and its SGD, and the indices of the images that its epochs visit (None for all)."""
     student_of_stage = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
     sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
@@ -163,7 +155,7 @@ def expert_steps(
 ) -> Iterator[Tensor]:
     """Yield the parameters (P,), on the device, before the first and after each step of expert `index`, without end.
 
-    After the last step of an epoch they are the row that `train_expert` returns.
+    After the last step of an epoch they are the row that `expert_job` returns.
     """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)

@@ -28,7 +28,7 @@ from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
+from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 
@@ -205,21 +205,7 @@ class Accuracy:
         return f"{100 * self.mean:.2f} % ± {100 * self.std:.2f} (n = {len(self.values)}{label})"
 
 
-def train_network(
-    network: Trainable,
-    theta: Tensor,
-    images: Images,
-    lr: float,
-    protocol: EvaluationProtocol,
-    generator: torch.Generator,
-    precision: Precision = "fp32",
-    stop: StopRequest | None = None,
-) -> Tensor:
-    """Train from `theta` (P,) on `images` by the protocol, with the initial learning rate `lr`; return the final parameters (P,)."""
-    return result_of(_training(network, theta, images, lr, protocol, generator, precision=precision, stop=stop))
-
-
-def _training(
+def network_job(
     network: Network,
     theta: Tensor,
     images: Images,
@@ -227,14 +213,14 @@ def _training(
     protocol: EvaluationProtocol,
     generator: torch.Generator,
     *,
-    precision: Precision,
-    stop: StopRequest | None,
+    precision: Precision = "fp32",
+    stop: StopRequest | None = None,
     test: Callable[[Network, Tensor, Tensor], None] = lambda *_: None,
 ) -> Job[Tensor]:
-    """Return the training of `train_network` as a job, which calls `test` after the epochs to test.
+    """Return a training from `theta` (P,) on `images` by the protocol, with the initial learning rate `lr`, as a job.
 
-    The arguments of `test` are the network in evaluation mode, its parameters (P,), and whether it has diverged (), bool, on the
-    device.
+    The job returns the final parameters (P,), and calls `test` after the epochs to test. The arguments of `test` are the network in
+    evaluation mode, its parameters (P,), and whether it has diverged (), bool, on the device.
     """
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
@@ -332,7 +318,7 @@ def evaluate(
             num_correct.append(count_correct(trained, theta, test).masked_fill(has_diverged, 0))
             diverged.append(has_diverged)
 
-        yield from _training(
+        yield from network_job(
             network, theta, train(generator), lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield

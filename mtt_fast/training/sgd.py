@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.batch import Batch, Inputs, gathered
 from mtt_fast.engine.draws import Apply, StepDraws, draw_steps
-from mtt_fast.engine.student import StepGradient
+from mtt_fast.engine.student import Student
 from mtt_fast.networks.flat_module import Track
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
+from mtt_fast.training.sharpness import SharpnessAware
 
 # Steps in one CUDA graph. Launching a graph takes longer than a small step, and capturing it three times as long as its steps.
 STEPS_AT_ONCE = 4
@@ -39,22 +40,12 @@ class Sgd:
     batch_size: int = 256
 
 
-class SupportsGradient(Protocol):
-    """An object that computes the gradient of a step: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
-
-    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
-        """Return the loss () at `theta`, and the direction (P,) that SGD uses as the gradient."""
-        ...
-
-
-Epoch = Callable[..., tuple[Tensor, ...]]
-"""A function (theta, velocity, generator) -> (theta, velocity, loss) that trains for one epoch and returns its mean loss ().
-
-For a network with running statistics (S,), they are the last argument and the last result.
-"""
-
 Epochs = Callable[..., tuple[Tensor, ...]]
-"""An `Epoch` for several epochs, by its keyword `epochs`, at the learning rate times its keyword `factor`; returns mean losses (epochs,)."""
+"""A function (theta, velocity, generator, epochs=1, factor=1.0) -> (theta, velocity, losses) that trains for some epochs.
+
+The learning rate is `factor` times that of its `Sgd`, and `losses` (epochs,) are the means of each epoch. For a network with
+running statistics (S,), they are the last positional argument and the last result.
+"""
 
 
 class Chunk(NamedTuple):
@@ -70,38 +61,20 @@ Chunks = Callable[..., Iterator[Chunk]]
 """A function with the arguments of an `Epochs` that yields the state of the training after each chunk of steps."""
 
 
-def epoch_on(
-    student: SupportsGradient,
-    images: Images,
-    sgd: Sgd,
-    augment: SiameseAugment | None,
-    track: Track | None = None,
-    visited: Tensor | None = None,
-) -> Epoch:
-    """Return a function that trains by SGD for one epoch on `images`, in random order; the last batch may be smaller.
-
-    `visited`, indices on the CPU, restricts the epoch to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
-    the running statistics of a network that has some. Order and augmentation are drawn from the generator before the first step.
-    Nothing waits for the device, and on CUDA steps are replayed from a CUDA graph.
-    """
-    epochs = epochs_on(student, images, sgd, augment, track, visited)
-
-    def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
-        theta, velocity, losses, *statistics_after = epochs(theta, velocity, generator, *statistics)
-        return theta, velocity, losses[0], *statistics_after
-
-    return epoch
-
-
 def epochs_on(
-    student: SupportsGradient,
+    student: Student | SharpnessAware,
     images: Images,
     sgd: Sgd,
     augment: SiameseAugment | None,
     track: Track | None = None,
     visited: Tensor | None = None,
 ) -> Epochs:
-    """Return a function that trains for several epochs, whose order and augmentation are drawn together: see `epoch_on`."""
+    """Return a function that trains by SGD for some epochs on `images`, each in random order; the last batch may be smaller.
+
+    `visited`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
+    the running statistics of a network that has some. Order and augmentation of all epochs are drawn from the generator before the
+    first step. Nothing waits for the device, and on CUDA steps are replayed from a CUDA graph.
+    """
     chunks = chunks_on(student, images, sgd, augment, track, visited)
     count = images.num_crops * (len(images) if visited is None else len(visited))
 
@@ -123,7 +96,7 @@ def epochs_on(
 
 
 def chunks_on(
-    student: SupportsGradient,
+    student: Student | SharpnessAware,
     images: Images,
     sgd: Sgd,
     augment: SiameseAugment | None,
@@ -196,7 +169,7 @@ def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
 
 
 def training_steps(
-    student: SupportsGradient,
+    student: Student | SharpnessAware,
     images: Images,
     sgd: Sgd,
     augment: Apply | None,
@@ -226,7 +199,13 @@ def training_steps(
 
 
 def training_step(
-    student: SupportsGradient, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor, lr: Tensor
+    student: Student | SharpnessAware,
+    sgd: Sgd,
+    theta: Tensor,
+    velocity: Tensor,
+    inputs: Inputs,
+    targets: Tensor,
+    lr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameters and velocity (P,) after a step with the learning rate `lr` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
@@ -262,15 +241,20 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
     return int(count_correct(network, theta, images)) / len(images)
 
 
-@torch.no_grad()
 def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it.
+    """Return the number of `images` that `classified_correctly` finds, () int64 on the device, without waiting for it."""
+    return classified_correctly(network, theta, images).sum()
+
+
+@torch.no_grad()
+def classified_correctly(network: Network, theta: Tensor, images: Images) -> Tensor:
+    """Return whether `network` classifies each of `images` correctly, (n,) bool on the device, without waiting for it.
 
     An image with logits that are not finite counts as wrong.
     """
-    num_correct = torch.zeros((), dtype=torch.long, device=theta.device)
+    correct = []
     for start in range(0, len(images), _TEST_BATCH):
         inputs, targets = images.batch(slice(start, start + _TEST_BATCH))
         logits = network(theta, inputs)
-        num_correct += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
-    return num_correct
+        correct.append((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1))
+    return torch.cat(correct)

@@ -27,9 +27,10 @@ from mtt_fast.commands import parsing
 from mtt_fast.data import load, transform_for
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.experts import ExpertTraining, expert_steps, train_expert
+from mtt_fast.training.experts import ExpertTraining, expert_job, expert_steps
 from mtt_fast.training.images import real_images
 from tests.analysis.helpers import read, run
+from tests.training.jobs import finished
 
 
 def test_the_nearest_steps_are_those_counted_by_hand() -> None:
@@ -142,12 +143,14 @@ def test_real_training_is_that_of_the_experts(toy: Path) -> None:
     decaying = dataclasses.replace(recorded, decay=True, mom=0.9, l2=0.01, rho_max=0.05, rho_min=0.01)
     rows = {}
     for training in (recorded, decaying):
-        rows[training], _ = train_expert(real, net, training, seed=0, index=1)
+        rows[training], _ = finished(expert_job(real, net, training, seed=0, index=1))
         steps = list(itertools.islice(expert_steps(real, net, training, seed=0, index=1), 13))
         assert all(steps[3 * epoch].equal(row) for epoch, row in enumerate(rows[training]))  # 1437 images, 512 a batch
     for epoch, row in enumerate(rows[recorded]):
         torch.testing.assert_close(row, store.read(1, epoch))  # trained with another number of threads
-    undiminished, _ = train_expert(real, net, dataclasses.replace(decaying, decay=False, rho_min=0.05), seed=0, index=1)
+    undiminished, _ = finished(
+        expert_job(real, net, dataclasses.replace(decaying, decay=False, rho_min=0.05), seed=0, index=1)
+    )
     assert undiminished[3].equal(rows[decaying][3])
     assert undiminished[4].equal(rows[decaying][4])  # of four epochs none is behind the drop
     drops = dataclasses.replace(decaying, train_epochs=2)

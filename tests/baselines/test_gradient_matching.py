@@ -13,8 +13,7 @@ from mtt_fast import InputError
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.baselines import gradient_matching
 from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
-from mtt_fast.baselines.gradient_matching import dc, dsa, matching_gradient
-from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
+from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, dsa, matching_gradient
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.siamese import siamese_augmentation
@@ -155,7 +154,7 @@ def test_the_network_is_not_trained_after_the_last_update(real: RealImages, monk
         epochs.append(1)
         return theta, velocity, torch.zeros(())
 
-    monkeypatch.setattr(gradient_matching, "epoch_on", lambda *_: train)
+    monkeypatch.setattr(gradient_matching, "epochs_on", lambda *_: train)
     dc(DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2), real, NET).step(0)
     assert len(epochs) == 2 * 2
 
@@ -165,7 +164,7 @@ def test_the_network_sees_what_the_method_augments(
     method: Callable[..., LearnedSet], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(gradient_matching, "epoch_on", lambda student, images, sgd, augment: seen.append(augment))
+    monkeypatch.setattr(gradient_matching, "epochs_on", lambda student, images, sgd, augment: seen.append(augment))
     method(DsaOptions(dataset="digits", dsa_strategy="color_crop"), real, NET)
     assert seen == [None if strategy is None else SiameseAugment(strategy)]
 

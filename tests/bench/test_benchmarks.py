@@ -224,6 +224,11 @@ def test_the_benchmark_of_training_runs(
         (["meta_step", "--one_process", "True", "--device", "cpu"], "--one_process True: expected a GPU"),
         (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32, fp16, bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
+        (["kernels", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["modules", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["experts", "--images", "0"], "--images 0: expected at least 1"),
+        (["trajectories", "--epochs", "2"], "--epochs 2: expected at least 3"),
+        (["gpu", "--seconds=-1"], "--seconds -1.0: expected at least 0"),
         (["memory_scaling", "--vary-steps", "5,x"], "--vary_steps 5,x: expected numbers"),
     ],
 )

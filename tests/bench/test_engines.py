@@ -46,7 +46,7 @@ def test_engines_that_claim_to_be_exact_are(name: str, net: dict[str, Any]) -> N
     engine, setting = ENGINES[name], replace(TINY, net=replace(TINY.net, **net))
     if engine.package:
         pytest.importorskip(engine.package)
-    error = gate.float64_error(engine, setting, CPU, cut=engine.takes_limits)
+    error = gate.float64_error(engine, setting, CPU, cut=name.startswith(("generic", "fused")))
     assert (error <= gate.FLOAT64_TOLERANCE) == engine.exact
 
 
@@ -157,5 +157,3 @@ def test_the_settings_have_the_papers_numbers() -> None:
     assert Shape("cifar10-ipc10", steps=10).label() == "cifar10-ipc10-steps10"
     with pytest.raises(InputError, match=r"did you mean cifar10-ipc1"):
         setting_named("cifar-ipc1")
-    with pytest.raises(InputError, match="--batch 0: expected at least 1"):
-        Shape(batch=0).resolve()

@@ -19,11 +19,8 @@ from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import (
-    COUNT,
     HARMLESS,
     MAY_BE_EMPTY,
-    POSITIVE_SHARE,
-    SHARE,
     Needs,
     Range,
     Role,
@@ -33,7 +30,7 @@ from mtt_fast.commands.option_fields import (
     names_of,
     outside_result,
 )
-from mtt_fast.commands.options import TrueOrFalse
+from mtt_fast.commands.options import Count, PositiveShare, Share, TrueOrFalse
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
@@ -44,6 +41,7 @@ from mtt_fast.storage.text_files import read_toml
 from tests.commands.test_flags import COMMANDS
 
 KINDS = {name: kind for name, kind in COMMANDS.items() if name != "score"}  # whose numbers it checks together
+COUNT, SHARE, POSITIVE_SHARE = (typing.get_args(alias)[1] for alias in (Count, Share, PositiveShare))
 MEANT_INFINITE = {"threshold", "save_seconds"}
 """Options for which inf has a meaning."""
 
@@ -217,9 +215,9 @@ def test_a_device_is_checked_by_every_command(command: str, option: str) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Everything:
-    count: Annotated[int, COUNT] = 1
+    count: Count = 1
     whole: int = 0
-    maybe: Annotated[int | None, COUNT] = None
+    maybe: Count | None = None
     rate: float = 0.5
     maybe_rate: float | None = None
     limit: Annotated[float, Range(allow_infinity=True)] = 1.0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import ConvNet, FlatModule, InputError
+from mtt_fast import ConvNet, FlatModule
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.engine import live_bytes as live_bytes_module
@@ -32,8 +32,9 @@ from mtt_fast.training.concurrency import (
     steps_that_fill,
 )
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import EvaluationProtocol, evaluate, train_network
-from mtt_fast.training.sgd import Sgd, accuracy, epoch_on
+from mtt_fast.training.protocols import EvaluationProtocol, evaluate, network_job
+from mtt_fast.training.sgd import Sgd, accuracy, epochs_on
+from tests.training.jobs import finished
 
 CPU = torch.device("cpu")
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -154,7 +155,7 @@ def test_each_accuracy_is_of_the_network_of_its_number() -> None:
     alone = []
     for number in range(3):
         generator = generator_for(1, "evaluation", 7, number)
-        theta = train_network(NET, NET.init(generator), images(), 0.1, protocol, generator)
+        theta = finished(network_job(NET, NET.init(generator), images(), 0.1, protocol, generator))
         alone.append(accuracy(NET, theta, test))
     assert result.values == tuple(alone)
     assert len(set(alone)) > 1
@@ -212,8 +213,6 @@ def test_as_many_jobs_run_as_fill_the_device() -> None:
     # asked for or not, one of them computes with the same number of threads
     assert concurrency(NET, small, 10, 5, 1) == Concurrency(1, 1)
     assert concurrency(wide, large, 10, 5, 3) == Concurrency(3, 2)
-    with pytest.raises(InputError, match="`networks_at_once` 0: expected at least 1"):
-        concurrency(NET, small, 10, 5, 0)
     device_threads = 132 * 2048
     assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=10**11) == 4
     assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
@@ -246,7 +245,7 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     with numerics(device, "fp32"):
         for place in (CPU, device):
             seen = Images(images().pixels.to(place), images().labels.to(place))
-            epoch = epoch_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
+            epoch = epochs_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
             theta = NET.init(torch.Generator().manual_seed(0)).to(place)
             velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(1)
             for _ in range(3):

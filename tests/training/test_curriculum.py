@@ -18,8 +18,9 @@ from mtt_fast.experts import main
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.curriculum import Curriculum
-from mtt_fast.training.experts import ExpertTraining, expert_steps, train_expert
+from mtt_fast.training.experts import ExpertTraining, expert_job, expert_steps
 from mtt_fast.training.images import RealImages, real_images
+from tests.training.jobs import finished
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --batch_train 512 --data_path data".split()
 SHORT: dict[str, Any] = {
@@ -62,7 +63,7 @@ def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealIma
     order = [torch.arange(29 - label, -1, -3) for label in range(3)]  # of the classes 2, 1 and 0
     order.reverse()
     training = ExpertTraining(6, 0.05, mom=0.9, batch_size=30, augment="none", curriculum=Curriculum(order, **SHORT))
-    parameters, _ = train_expert(images, NET, training, seed=3, index=1)
+    parameters, _ = finished(expert_job(images, NET, training, seed=3, index=1))
     module = reference_convnet(1, 3, 6, 4, 1)
     torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
     pixels, labels = images.train.batch(slice(None))
@@ -82,7 +83,7 @@ def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealIma
 def test_the_steps_of_a_training_lead_to_its_rows(images: RealImages) -> None:
     order = [torch.arange(label, 30, 3) for label in range(3)]
     training = ExpertTraining(5, 0.05, batch_size=7, curriculum=Curriculum(order, **SHORT))
-    rows, _ = train_expert(images, NET, training, seed=3, index=1)
+    rows, _ = finished(expert_job(images, NET, training, seed=3, index=1))
     steps = list(itertools.islice(expert_steps(images, NET, training, seed=3, index=1), 24))
     after = list(itertools.accumulate([0, 3, 3, 5, 5, 4]))  # 15, 21, 30, 30 and 24 images in batches of 7
     assert torch.equal(torch.stack([steps[step] for step in after]), rows)

@@ -27,9 +27,10 @@ from mtt_fast.networks.pools import POOLS
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, train_network
+from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, network_job, protocol_by_name
 from mtt_fast.training.protocols import evaluate as measure
-from mtt_fast.training.sgd import Sgd, count_correct, epoch_on
+from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
+from tests.training.jobs import finished
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -49,7 +50,7 @@ def test_running_statistics_are_those_of_a_plain_training_loop(momentum: float |
     net = FlatModule(module)
     images = Images(torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.arange(8) % 3)
     sgd = Sgd(0.05, momentum=0.9, weight_decay=5e-4, batch_size=3)
-    epoch = epoch_on(GenericStudent(net), images, sgd, None, track_of(net))
+    epoch = epochs_on(GenericStudent(net), images, sgd, None, track_of(net))
     theta, statistics = net.init(), list(statistics_of(net))
     velocity = torch.zeros_like(theta)
     orders, generator = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
@@ -101,7 +102,7 @@ def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pyte
     protocol = protocol_by_name(name, epochs=7, batch_size=None, augment="none", best_epoch=False)
     start = net.init(generator_for(0, "evaluation", 0))
     in_double = Images(train.pixels.double(), train.labels)
-    end = train_network(net, start.double(), in_double, 0.05, protocol, torch.Generator())
+    end = finished(network_job(net, start.double(), in_double, 0.05, protocol, torch.Generator()))
 
     norm: nn.Module = nn.BatchNorm2d(4) if "BN" in model else nn.GroupNorm(4, 4)
     layers = (nn.Conv2d(1, 4, 3, padding=3), norm, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(100, 3))
@@ -143,11 +144,13 @@ def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
     protocol = EvaluationProtocol(epochs=3, batch_size=5, augment="color_flip")
     theta, generator = start, torch.Generator().manual_seed(1)
     for lr, epochs in ((0.05, 3), (0.05 * 0.1, 1)):
-        epoch = epoch_on(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
+        epoch = epochs_on(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
         velocity = torch.zeros_like(start)
         for _ in range(epochs):
             theta, velocity, _ = epoch(theta, velocity, generator)
-    assert torch.equal(train_network(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1)), theta)
+    assert torch.equal(
+        finished(network_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1))), theta
+    )
 
 
 @pytest.mark.native
@@ -157,7 +160,7 @@ def test_a_network_is_trained_in_the_precision_that_is_asked_for() -> None:
     protocol = EvaluationProtocol(epochs=2, augment="none")
     both: tuple[Precision, Precision] = ("fp32", "bf16")  # which a CPU emulates
     exact, rounded = (
-        train_network(net, start, images, 0.1, protocol, torch.Generator().manual_seed(1), precision)
+        finished(network_job(net, start, images, 0.1, protocol, torch.Generator().manual_seed(1), precision=precision))
         for precision in both
     )
     assert 0 < float((rounded - exact).norm()) < 0.1 * float((exact - start).norm())

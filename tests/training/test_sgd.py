@@ -14,10 +14,10 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
 from mtt_fast.networks.protocol import Network
 from mtt_fast.training import protocols
-from mtt_fast.training.concurrency import result_of
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import protocol_by_name, train_network
-from mtt_fast.training.sgd import Sgd, chunk_sizes, chunks_on, epoch_on, epochs_on
+from mtt_fast.training.protocols import network_job, protocol_by_name
+from mtt_fast.training.sgd import Sgd, chunk_sizes, chunks_on, epochs_on
+from tests.training.jobs import finished
 
 NET = ConvNet(3, 5, 8, 3, 2)
 AUGMENT = SiameseAugment()
@@ -47,13 +47,13 @@ def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas |
     arguments = (FusedConvNetStudent(NET), images, Sgd(0.1, 0.9, 5e-4, batch_size), AUGMENT)
     at_once = epochs_on(*arguments)(start, torch.zeros_like(start), torch.Generator().manual_seed(7), epochs=5)
     theta, velocity, losses = start, torch.zeros_like(start), []
-    epoch, generator = epoch_on(*arguments), torch.Generator().manual_seed(7)
+    epoch, generator = epochs_on(*arguments), torch.Generator().manual_seed(7)
     for _ in range(5):
         theta, velocity, loss = epoch(theta, velocity, generator)
         losses.append(loss)
     assert torch.equal(at_once[0], theta)
     assert torch.equal(at_once[1], velocity)
-    assert torch.equal(at_once[2], torch.stack(losses))
+    assert torch.equal(at_once[2], torch.cat(losses))
 
 
 @pytest.mark.parametrize("canvas", [None, Canvas(2, 3)], ids=["images", "canvases"])
@@ -65,7 +65,7 @@ def test_an_epoch_is_one_in_plain_torch(canvas: Canvas | None) -> None:
     side = 2 if canvas is None else 4
     images = Images(pixels.expand(8, 3, side, side).contiguous(), torch.arange(8) % 5, canvas=canvas)
     theta = net.init()
-    epoch = epoch_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
+    epoch = epochs_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
     theta, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
     optimizer, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
     for index in torch.randperm(8, generator=torch.Generator().manual_seed(2)).split(3):
@@ -111,12 +111,10 @@ def test_an_evaluation_pauses_where_it_must(
         def test(_: Network, theta: Tensor, __: Tensor) -> None:
             tests[-1].append(theta)
 
-        job = protocols._training(
-            net, start, images, 0.05, protocol, torch.Generator().manual_seed(1), precision="fp32", stop=None, test=test
-        )
-        ends.append(result_of(job))
+        job = network_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1), test=test)
+        ends.append(finished(job))
     assert torch.equal(*ends)
     assert len(tests[0]) == len(tests[1]) > (1 if best_epoch else 0)
     assert all(torch.equal(*each) for each in zip(*tests, strict=True))
-    trained = train_network(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1))
+    trained = finished(network_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1)))
     assert torch.equal(trained, ends[0])

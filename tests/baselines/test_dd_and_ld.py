@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import InputError
+from mtt_fast import InputError, unroll
 from mtt_fast.baselines import learning as learning_module
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
 from mtt_fast.baselines.real_data import random_batch
-from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.commands.seconds import Seconds
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
@@ -47,7 +46,7 @@ def test_dd_has_the_whole_graphs_gradients() -> None:
     real, real_labels = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
     results = []
     for logits in (
-        logits_after_steps(NET, random_theta(), images, labels, rates, batches, real),
+        NET(unroll(NET, random_theta(), images, labels, rates, batches)[-1], real),
         whole_graph_logits(random_theta(), images, labels, rates, batches, real),
     ):
         loss = F.cross_entropy(logits, real_labels)
@@ -63,7 +62,7 @@ def test_ld_has_the_whole_graphs_gradients() -> None:
     gradient, expected = (
         torch.autograd.grad(F.cross_entropy(logits, real_labels), soft)[0]
         for logits in (
-            logits_after_steps(NET, random_theta(), images, soft, rate, [index], real),
+            NET(unroll(NET, random_theta(), images, soft, rate, [index])[-1], real),
             whole_graph_logits(random_theta(), images, soft, rate[None], [index], real),
         )
     )
