@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from mtt_fast.analysis.runs import read_summary
+from mtt_fast.analysis.runs import read_finished_summary
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
@@ -82,7 +82,7 @@ def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | No
         raise Stopped(
             f"stopped in {folder}, everything is saved; the same command continues", stopped.signum
         ) from stopped
-    summary = read_summary(folder)
+    summary = read_finished_summary(folder)
     return None if summary is None else summary["accuracy"]["distilled"]
 
 

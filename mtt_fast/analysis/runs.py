@@ -13,7 +13,7 @@ from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.text_files import MALFORMED
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+def read_finished_summary(folder: Path) -> dict[str, Any] | None:
     """Return the content of summary.json, or None if the run is not finished. Raises `InputError` if it has no accuracy."""
     summary = run_folder.read_summary(folder)
     try:
@@ -37,6 +37,6 @@ def finished_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[
         if not runs:
             raise InputError(f"{folder}: expected a finished run in it or below, found no {SUMMARY}")
         for run in runs:
-            if (summary := read_summary(run)) is not None:
+            if (summary := read_finished_summary(run)) is not None:
                 summaries[run] = summary
     return summaries

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, not_dense
 
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 CROP_SHARE, CUTOUT_SHARE = 0.125, 0.5
@@ -101,8 +101,8 @@ def _check_images(images: Any) -> None:
     """Raise `InputError` unless these are images that the operations are defined for."""
     if not isinstance(images, Tensor):
         found = type(images).__name__
-    elif images.is_nested or images.layout != torch.strided:
-        found = "a nested tensor" if images.is_nested else f"a tensor of layout {images.layout}"
+    elif kind := not_dense(images):
+        found = kind
     elif images.dim() != 4 or not images.is_floating_point() or not images.shape[1:].numel():
         found = f"{images.dtype} of shape {tuple(images.shape)}"
     else:

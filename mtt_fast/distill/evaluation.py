@@ -14,13 +14,13 @@ from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
     SET_NAMES,
     Record,
-    as_synthetic,
     best_accuracy,
     draw_curves,
     draw_set,
     evaluate_and_save,
     evaluate_network,
     iterations_in_words,
+    set_to_save,
     write_summary,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -103,7 +103,7 @@ def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDatase
     if options.teacher_label:
         experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device)
         labels = mean_teacher_labels(run.network, experts, images)
-    return as_synthetic(
+    return set_to_save(
         run, images, labels, state.lr.mean(), label_kind=options.label_kind, recipe={"iterations": state.iteration},
         lr_per_step=state.lr if options.lr_per_step else None, canvas=options.canvas,
     )  # fmt: skip

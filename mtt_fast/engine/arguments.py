@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.engine.optimizers import Adam
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, not_dense
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.prefetch import upload
@@ -99,8 +99,7 @@ def check_types(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
-        if isinstance(value, FakeTensor) or value.is_nested or value.layout != torch.strided:
-            found = "a nested tensor" if value.is_nested else f"{type(value).__name__} of layout {value.layout}"
+        if found := type(value).__name__ if isinstance(value, FakeTensor) else not_dense(value):
             raise InputError(f"`{name}`: expected an ordinary tensor, found {found}; make it a dense torch.Tensor")
 
 
@@ -229,7 +228,7 @@ def _are_in_range(indices: Tensor, end: int) -> bool:
     return 0 <= int(indices.min()) <= int(indices.max()) < end
 
 
-def check_tensors(
+def check_student_tensors(
     theta: Tensor,
     images: Tensor,
     labels: Tensor,

@@ -233,7 +233,7 @@ def checked_steps(
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
-    arguments.check_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
+    arguments.check_student_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
     lrs = arguments.checked_lr(lr, theta, len(indices))
     if not (has_loss or labels.is_floating_point()):
         labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known

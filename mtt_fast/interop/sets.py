@@ -15,7 +15,7 @@ from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
-from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_plain, class_major
+from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_tensor_set, class_major
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.run_files import SYNTHETIC
 
@@ -124,7 +124,7 @@ def write_set(
     """
     path = Path(destination)
     if isinstance(distilled, TensorSet):
-        check_plain(distilled, f"{path}: not written")
+        check_tensor_set(distilled, f"{path}: not written")
     else:
         check_set(distilled, f"{path}: not written")
     plain = class_major(as_tensor_set(distilled))

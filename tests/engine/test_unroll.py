@@ -359,19 +359,19 @@ def test_a_custom_loss() -> None:
         ({"images": torch.zeros(0, 3, 8, 8)}, r"`images`: expected at least one, \(n, …\), found shape \(0, 3, 8, 8\)"),
         (
             {"images": torch.zeros(6, 3, 8, 8).to_sparse()},
-            "`images`: expected an ordinary tensor, found Tensor of layout torch.sparse_coo",
+            "`images`: expected an ordinary tensor, found a tensor of layout torch.sparse_coo",
         ),
         (
             {"images": torch.nested.nested_tensor([torch.zeros(3, 8, 8)] * 6, layout=torch.jagged)},
             "expected an ordinary tensor, found a nested tensor",
         ),
-        ({"lr": torch.full((3,), 0.1).to_sparse()}, "`lr`: expected an ordinary tensor, found Tensor of layout"),
+        ({"lr": torch.full((3,), 0.1).to_sparse()}, "`lr`: expected an ordinary tensor, found a tensor of layout"),
         ({"lr": torch.zeros(3, device="meta")}, "`lr`: expected numbers, found a tensor on the device meta"),
         (
             {"batches": torch.ones(3, 2).long().to_sparse()},
-            "`batches`: expected an ordinary tensor, found Tensor of layout",
+            "`batches`: expected an ordinary tensor, found a tensor of layout",
         ),
-        ({"velocity": torch.zeros(3).to_sparse()}, "`velocity`: expected an ordinary tensor, found Tensor of layout"),
+        ({"velocity": torch.zeros(3).to_sparse()}, "`velocity`: expected an ordinary tensor, found a tensor of layout"),
         (
             {"images": FakeTensorMode().from_tensor(torch.zeros(6, 3, 8, 8))},
             "expected an ordinary tensor, found FakeTensor",
