@@ -73,6 +73,10 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """
     _check_path("nearest_step", path, target)
     _check_vectors("nearest_step", path=path.detach()[0], target=target)
+    return _nearest_step(path, target)
+
+
+def _nearest_step(path: Tensor, target: Tensor) -> Tensor:
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
     return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
@@ -106,7 +110,7 @@ def path_loss(
     _check_path("path_loss", path, target)
     _check_vectors("path_loss", path=path.detach()[0], start=start, target=target)
     if match_step == "nearest":
-        step = nearest_step(path, target).to(path.device)
+        step = _nearest_step(path, target).to(path.device)
         end = path.index_select(0, step.view(1))[0].to(target.device)
     else:
         end = path[-1]
