@@ -5,10 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -82,13 +78,6 @@ def _escaped(letter: str) -> str:
 def dtype_name(dtype: object) -> str:
     """Return the name of a dtype of torch without the module, such as "float32"."""
     return str(dtype).removeprefix("torch.")
-
-
-def not_dense(tensor: Tensor) -> str | None:
-    """Return the kind of a tensor whose numbers are not a strided array, such as "a nested tensor"; None for a dense one."""
-    if tensor.is_nested:
-        return "a nested tensor"
-    return None if str(tensor.layout) == "torch.strided" else f"a tensor of layout {tensor.layout}"
 
 
 def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, not_dense
+from mtt_fast.checks import check_ordinary
+from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import shown
 
 if TYPE_CHECKING:
@@ -107,8 +108,9 @@ def _check_has_numbers(value: Any, name: str, where: Where) -> None:
     """Raise `InputError` for a tensor whose numbers cannot be read."""
     if not isinstance(value, Tensor):
         return
-    if kind := not_dense(value) or ("one on the device meta" if value.is_meta else None):
-        raise InputError(f"{where}: {name}: expected a dense tensor with numbers, found {kind}; make it a plain one")
+    check_ordinary(f"{where}: {name}", value)
+    if value.is_meta:
+        raise InputError(f"{where}: {name}: expected numbers, found a tensor on the device meta; make it on another")
 
 
 def _check_finite(values: Tensor, name: str, where: Where) -> None:

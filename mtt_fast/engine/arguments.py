@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
+from mtt_fast.checks import check_ordinary
 from mtt_fast.engine.optimizers import Adam
-from mtt_fast.errors import InputError, not_dense
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.prefetch import upload
@@ -95,20 +96,15 @@ def saveable(tensor: Tensor) -> Tensor:
 
 
 def check_types(**tensors: Tensor) -> None:
-    """Raise `InputError` unless `tensors` are tensors, and neither sparse nor nested nor fake ones."""
+    """Raise `InputError` unless `tensors` are ordinary tensors, and not fake ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
-        if found := type(value).__name__ if isinstance(value, FakeTensor) else not_dense(value):
-            raise InputError(f"`{name}`: expected an ordinary tensor, found {found}; make it a dense torch.Tensor")
-
-
-def check_generator(generator: torch.Generator | None) -> None:
-    """Raise `InputError` unless `generator` is None or a generator."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"`generator`: expected a torch.Generator, found {type(generator).__name__}; torch.Generator().manual_seed(…) makes one"
-        )
+        if isinstance(value, FakeTensor):
+            raise InputError(
+                f"`{name}`: expected an ordinary tensor, found a FakeTensor; call outside of FakeTensorMode"
+            )
+        check_ordinary(f"`{name}`", value)
 
 
 def check_augment(augment: Augment | None) -> None:

@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import check_ordinary
 from mtt_fast.engine.arguments import refuse_forward_mode, saveable
-from mtt_fast.errors import InputError, not_dense
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of a distance
@@ -155,7 +156,7 @@ def _check_no_transform(name: str) -> None:
 def _check_path(name: str, path: Tensor, target: Tensor) -> None:
     """Raise `InputError` unless `path` is one of at least one step, (N + 1, P), and `target` a vector (P,) that fits it."""
     for argument, tensor in (("path", path), ("target", target)):
-        _check_is_dense(name, argument, tensor)
+        _check_type(name, argument, tensor)
     if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
         raise InputError(
             f"{name}: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "
@@ -169,7 +170,7 @@ def _check_vectors(name: str, **vectors: Tensor) -> None:
     No value is read.
     """
     for argument, vector in vectors.items():
-        _check_is_dense(name, argument, vector)
+        _check_type(name, argument, vector)
         if vector.dim() != 1:
             raise InputError(
                 f"{name} {argument}: expected a flat vector (P,), found shape {tuple(vector.shape)}; {_FLATTEN}"
@@ -189,8 +190,7 @@ def _check_vectors(name: str, **vectors: Tensor) -> None:
         raise InputError(f"{name}: expected all vectors with numbers, or none, found some on the device meta")
 
 
-def _check_is_dense(name: str, argument: str, tensor: Tensor) -> None:
+def _check_type(name: str, argument: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name} {argument}: expected a tensor, found {type(tensor).__name__}; {_FLATTEN}")
-    if kind := not_dense(tensor):
-        raise InputError(f"{name} {argument}: expected a dense tensor, found {kind}; use .to_dense()")
+    check_ordinary(f"{name} {argument}", tensor)

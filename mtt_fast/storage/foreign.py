@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, dtype_name, not_dense, reason_of, remedy_for
+from mtt_fast.checks import check_ordinary
+from mtt_fast.errors import InputError, dtype_name, reason_of, remedy_for
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.text_files import parse_json
 
@@ -68,6 +69,7 @@ def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")
+    check_ordinary(str(where), value)
     other = _other_kind(value)
     if other is not None:
         raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; convert and save it again")
@@ -115,8 +117,6 @@ def _listed(names: Any) -> str:
 
 def _other_kind(value: Tensor) -> str | None:
     """Return the kind of the tensor `value` in words, or None if it is a plain one."""
-    if kind := not_dense(value):
-        return kind
     if value.device.type != "cpu":
         return f"one on the device {value.device}"
     if value.dtype not in _NUMBERS:

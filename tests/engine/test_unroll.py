@@ -365,6 +365,10 @@ def test_a_custom_loss() -> None:
             {"images": torch.nested.nested_tensor([torch.zeros(3, 8, 8)] * 6, layout=torch.jagged)},
             "expected an ordinary tensor, found a nested tensor",
         ),
+        (
+            {"images": torch.zeros(6, 3, 8, 8).to(torch.float8_e4m3fn)},
+            "`images`: expected an ordinary tensor, found a tensor of float8_e4m3fn; use .float()",
+        ),
         ({"lr": torch.full((3,), 0.1).to_sparse()}, "`lr`: expected an ordinary tensor, found a tensor of layout"),
         ({"lr": torch.zeros(3, device="meta")}, "`lr`: expected numbers, found a tensor on the device meta"),
         (
@@ -374,7 +378,7 @@ def test_a_custom_loss() -> None:
         ({"velocity": torch.zeros(3).to_sparse()}, "`velocity`: expected an ordinary tensor, found a tensor of layout"),
         (
             {"images": FakeTensorMode().from_tensor(torch.zeros(6, 3, 8, 8))},
-            "expected an ordinary tensor, found FakeTensor",
+            "expected an ordinary tensor, found a FakeTensor",
         ),
         ({"batches": [torch.tensor([2**63], dtype=torch.uint64)]}, "expected indices 0 … 5, found -"),
         ({"generator": 3}, "`generator`: expected a torch.Generator, found int; "),
