@@ -223,7 +223,7 @@ class TrajectoryStore:
         self.folder = Path(folder)
         try:
             names = os.listdir(self.folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a name with a NUL
             raise InputError(
                 f"{self.folder}: expected a folder of experts ({reason_of(error)}); {remedy_for(error)}, "
                 "or train some with `python -m mtt_fast.experts`"
