@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mtt_fast"
 TOPS = {"__init__", "__main__", "testing"}  # the library's entry, the commands' and the oracles: they may use anything
-ONLY = {"runtime": {"errors"}, "networks": {"errors", "kernels"}, "augmentation": {"errors", "kernels"}}
+ONLY = {
+    "runtime": {"errors"},
+    "networks": {"checks", "errors", "kernels"},
+    "augmentation": {"checks", "errors", "kernels"},
+}
 UPWARD = {("data.synthetic", "interop")}  # when it is called
 NO_VERB = re.compile(
     r"\W*(What|How|Whether|Of|Which|Where|Why|When|Who|From|As|So|Or|By|For|With|In|On|Its|Their|Those|It|They|That|Once)\b"

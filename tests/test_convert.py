@@ -66,7 +66,7 @@ def distilled(label_kind: str = "indices", **changes: Any) -> SyntheticDataset:
 
 
 def save_public_pair(labels: Tensor, folder: str = "theirs") -> Tensor:
-    Path(folder).mkdir()
+    Path(folder).mkdir(exist_ok=True)
     images = torch.randn(len(labels), 1, 8, 8)
     torch.save(images.requires_grad_(), f"{folder}/images_best.pt")
     torch.save(labels.requires_grad_(labels.is_floating_point()), f"{folder}/labels_best.pt")
@@ -329,6 +329,28 @@ def test_experts_may_lie_beside_the_buffers_that_they_were_read_from(caplog: pyt
     caplog.clear()
     assert convert(folder, "theirs", "--from", "experts") == 0
     assert "are not read" not in caplog.text
+
+
+def test_sets_that_are_not_read_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    save_public_buffer("theirs")
+    save_public_pair(torch.arange(10), "theirs")
+    assert convert("theirs", "buffers", *DIGITS) == 0
+    sets = "theirs: other sets (images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors) are not read; --from mtt reads them"
+    assert sets in caplog.text
+    distilled().save("both/synthetic.safetensors")
+    save_public_pair(torch.arange(10), "both")
+    assert convert("both", "to", "--to", "dc") == 0
+    assert sets.replace("theirs", "both", 1) in caplog.text
+    caplog.clear()
+    assert convert("both", "from", *DIGITS, "--from", "mtt") == 0
+    assert evaluate_quickly("from/synthetic.safetensors") == 0
+    assert "are not read" not in caplog.text
+    assert evaluate_quickly("both") == 0
+    assert "both: other sets (mtt: images_*.pt" in caplog.text
+
+
+def evaluate_quickly(source: str) -> int:
+    return cli.run(evaluate, [source, *DIGITS, "--num_eval", "1", "--epoch_eval_train", "1", "--other_data"])
 
 
 def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -96,10 +96,10 @@ def evenly(items: Sequence[Image.Image], count: int) -> list[Image.Image]:
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
     """Write `frames` as an endless GIF, each shown for `seconds` and the last longer, atomically."""
-    shown = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * seconds * _LAST_FRAME_FACTOR)]
+    durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * seconds * _LAST_FRAME_FACTOR)]
     with atomic_path(path) as temporary:
         frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False
+            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
         )
 
 

@@ -78,7 +78,7 @@ class Row(NamedTuple):
             "elsewhere": [record for record in records if not record["of_paper"]],
         }
 
-    def shown(self, ipc: str) -> Published | None:
+    def published_at(self, ipc: str) -> Published | None:
         """Return the first source that has a number, or a dash, at `ipc` images per class."""
         return next((source for source in self.published if ipc in source.accuracy or ipc in source.dashes), None)
 
@@ -181,7 +181,7 @@ def _sources(rows: Sequence[Row]) -> list[str]:
     datasets_of: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         for ipc in {ipc: None for source in row.published for ipc in source.accuracy}:
-            shown = row.shown(ipc)
+            shown = row.published_at(ipc)
             if shown is not None:
                 datasets_of.setdefault((row.method, shown.source), {})[row.dataset] = None
     return [f"- {method} ({', '.join(datasets)}): {source}" for (method, source), datasets in datasets_of.items()]
@@ -193,7 +193,9 @@ def _otherwise(row: Row) -> list[str]:
         f"- {row.dataset}, {row.method}, {row.model}, {ipc}: {percent(accuracy)} in {source.source}"
         for source in row.published
         for ipc, accuracy in source.accuracy.items()
-        if (shown := row.shown(ipc)) is not None and shown is not source and not _is_contained(accuracy, shown, ipc)
+        if (shown := row.published_at(ipc)) is not None
+        and shown is not source
+        and not _is_contained(accuracy, shown, ipc)
     ]
 
 
@@ -232,7 +234,7 @@ def _measured(row: Row, ipc: str) -> str:
 
 
 def _paper(row: Row, ipc: str) -> str:
-    shown = row.shown(ipc)
+    shown = row.published_at(ipc)
     if shown is None:
         return MISSING
     if ipc in shown.dashes:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtt_fast.checks import device_of
 from mtt_fast.errors import InputError
 
 
@@ -72,7 +73,7 @@ class KorniaAugment:
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Any:
         """Return kornia's parameters for a batch like `images` (b, C, H, W)."""
-        device = generator.device if generator is not None else torch.device("cpu")
+        device = device_of(generator)
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.siamese import Draws, SiameseAugment, parameters_of_steps
+from mtt_fast.checks import device_of
 
 _MAX_SHIFT = 4  # pixels that a real image is shifted by at most, along each axis
 
@@ -20,7 +21,7 @@ class CombinedAugment(SiameseAugment):
 
     def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Return the parameters (Σb, 13) of `augment_with` for distilled images, drawn step by step for batches like `batches`."""
-        device = torch.device("cpu") if generator is None else generator.device
+        device = device_of(generator)
         operations = [SiameseAugment(operation) for operation in self.operations]
         draws, places, first = [], [], 0
         for images in batches:
@@ -55,7 +56,7 @@ class CombinedAugment(SiameseAugment):
 
 def _crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return the parameters (b, 13) of shifts by up to four pixels, with zeros from outside, and flips of half the images (b, C, H, W)."""
-    device = torch.device("cpu") if generator is None else generator.device
+    device = device_of(generator)
     shifts = (
         torch.randint(-_MAX_SHIFT, _MAX_SHIFT + 1, (len(images),), generator=generator, device=device) for _ in range(2)
     )

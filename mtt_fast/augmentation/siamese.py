@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.checks import check_ordinary, device_of
 from mtt_fast.errors import InputError
 
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
@@ -67,7 +68,7 @@ class SiameseAugment:
         """Choose the operation for one step and draw its numbers for a batch like `images` (b, C, H, W)."""
         _check_images(images)
         operations = self.operations
-        chosen = int(torch.randint(len(operations), (), generator=generator, device=_device(generator)))
+        chosen = int(torch.randint(len(operations), (), generator=generator, device=device_of(generator)))
         return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
 
     def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
@@ -101,12 +102,11 @@ def _check_images(images: Any) -> None:
     """Raise `InputError` unless these are images that the operations are defined for."""
     if not isinstance(images, Tensor):
         found = type(images).__name__
-    elif images.is_nested or images.layout != torch.strided:
-        found = "a nested tensor" if images.is_nested else f"a tensor of layout {images.layout}"
-    elif images.dim() != 4 or not images.is_floating_point() or not images.shape[1:].numel():
-        found = f"{images.dtype} of shape {tuple(images.shape)}"
     else:
-        return
+        check_ordinary("SiameseAugment images", images)
+        if images.dim() == 4 and images.is_floating_point() and images.shape[1:].numel():
+            return
+        found = f"{images.dtype} of shape {tuple(images.shape)}"
     raise InputError(f"SiameseAugment images: expected floating-point images (b, C, H, W), found {found}")
 
 
@@ -226,7 +226,7 @@ def _rotate(shape: torch.Size, u: Tensor) -> _Parameters:
 def _uniform(count: int) -> Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]:
     def draw(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         return tuple(
-            torch.rand(len(images), generator=generator, device=_device(generator), dtype=images.dtype)
+            torch.rand(len(images), generator=generator, device=device_of(generator), dtype=images.dtype)
             for _ in range(count)
         )
 
@@ -249,11 +249,7 @@ def _hole_size(side: int) -> int:
 
 
 def _integers(low: int, high: int, images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randint(low, high, (len(images),), generator=generator, device=_device(generator))
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    return generator.device if generator is not None else torch.device("cpu")
+    return torch.randint(low, high, (len(images),), generator=generator, device=device_of(generator))
 
 
 class _Operation(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Footprint
 from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.checks import device_of
 
 _COPIES = 2  # of a batch of canvases, at most: the batch, and its gradient
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
@@ -61,7 +62,7 @@ class CanvasCrops:
         A corner is the first row and column. The result is (Σb, 2) or (Σb, 2 + 13), float64 for float64 canvases, else float32,
         which holds every row and column exactly.
         """
-        device = torch.device("cpu") if generator is None else generator.device
+        device = device_of(generator)
         corners = []
 
         def crops() -> Iterator[Tensor]:

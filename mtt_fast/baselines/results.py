@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtt_fast.baselines.checkpoint import Progress
 from mtt_fast.commands.accuracies import accuracy_in_words
-from mtt_fast.commands.run_loop import Record, Run, as_synthetic, write_summary
+from mtt_fast.commands.run_loop import Record, Run, set_to_save, write_summary
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.training.protocols import Accuracy
 
@@ -22,7 +22,7 @@ def as_set(
 ) -> SyntheticDataset:
     """Return the set that is saved, with labels of `label_kind` (`SyntheticDataset`)."""
     recipe = {"method": run.method, "iterations": iterations}
-    return as_synthetic(run, images, labels, lr, label_kind=label_kind, recipe=recipe)
+    return set_to_save(run, images, labels, lr, label_kind=label_kind, recipe=recipe)
 
 
 def log_accuracies(title: str, results: Mapping[str, Accuracy]) -> None:

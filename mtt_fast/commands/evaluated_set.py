@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from mtt_fast.data.set_checks import check_classes, check_share
 from mtt_fast.data.synthetic import SyntheticDataset, real_ones
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
-from mtt_fast.interop import SET_KINDS, set_kind_of
+from mtt_fast.interop import SET_KINDS, set_kind_of, set_kinds_of
 from mtt_fast.interop.pairs import read_pair, whitening_warnings
+from mtt_fast.interop.sets import warn_of_unread
 from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_files import SYNTHETIC
@@ -83,7 +85,14 @@ class SetOptions(EvaluationOptions):
 
 def read_synthetic(source: str) -> SyntheticDataset | None:
     """Return the distilled set in a run's folder or a file of this package; None if `source` is a .pt file or "random"."""
-    return None if source == RANDOM or source.endswith(".pt") else SyntheticDataset.load(_file(source))
+    if source == RANDOM or source.endswith(".pt"):
+        return None
+    synthetic = SyntheticDataset.load(_file(source))
+    if os.path.isdir(source):
+        warn_of_unread(
+            source, set_kinds_of(source)[1:], "name a file to evaluate it, or convert the folder with --from"
+        )
+    return synthetic
 
 
 def _file(source: str) -> Path:

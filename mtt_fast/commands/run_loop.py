@@ -164,7 +164,7 @@ def run_to_the_end(
             ) from None
 
 
-def as_synthetic(
+def set_to_save(
     run: Run, images: Tensor, labels: Tensor, lr: Tensor, *, label_kind: str, recipe: dict[str, Any], **others: Any
 ) -> SyntheticDataset:
     """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on with the learning rate `lr` ().

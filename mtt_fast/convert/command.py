@@ -17,7 +17,7 @@ from mtt_fast.convert.experts import EXPERT_KINDS, expert_kinds_of, export_to, i
 from mtt_fast.convert.options import ConvertOptions, parse_options
 from mtt_fast.convert.sets import convert_set
 from mtt_fast.errors import InputError, did_you_mean
-from mtt_fast.interop import SET_KINDS, set_kind_of
+from mtt_fast.interop import SET_KINDS, set_kinds_of
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +26,20 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = parse_options(argv)
     source, kinds = Path(options.source), EXPERT_KINDS | SET_KINDS
-    of_experts = [] if options.from_ else expert_kinds_of(source)
-    kind = options.from_ or next(iter(of_experts), None) or set_kind_of(source)
-    if kind is None:
+    found = [options.from_] if options.from_ else [*expert_kinds_of(source), *set_kinds_of(source)]
+    if not found:
         content = "other files" if os.path.lexists(source) else "nothing there"
         raise InputError(
             f"{source}: expected files of a known kind, found {content}; check the path, or give --from KIND"
         )
+    kind, *others = found
     for option, name in (("--from", kind), ("--to", options.to)):
         if name is not None and name not in kinds:
             raise InputError(f"{option} {name}: expected one of {', '.join(kinds)}{did_you_mean(name, list(kinds))}")
     log.info("%s: %s", source, kinds[kind])
-    for other in of_experts[1:]:
-        log.warning("%s: other experts (%s) are not read; --from %s reads them", source, kinds[other], other)
+    for other in others:
+        content = "experts" if other in EXPERT_KINDS else "sets"
+        log.warning("%s: other %s (%s) are not read; --from %s reads them", source, content, kinds[other], other)
     given = parsing.given(ConvertOptions, argv)
     if kind in EXPERT_KINDS:
         if kind != "experts":

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import shortened
+from mtt_fast.storage.foreign import complaint_of
 from mtt_fast.storage.regular import check_regular
 
 _BLOCK = 1 << 20
@@ -43,7 +43,7 @@ def read_tar(archive: Path, limits: Mapping[str, int], fix: str) -> dict[str, by
                 pass
     except Exception as error:  # a broken header raises nearly anything
         raise InputError(
-            f"{archive}: expected a whole .tar.gz, found a broken one ({shortened(error)}); {fix}"
+            f"{archive}: expected a whole .tar.gz, found a broken one ({complaint_of(error)}); {fix}"
         ) from error
     if missing := set(limits) - set(files):
         raise InputError(f"{archive}: expected {min(missing)} in it, found none; {fix}")

@@ -227,9 +227,9 @@ def _part(batches: Sequence[tuple[_Images, _Labels]]) -> Part:
 def _check_labels(labels: Sequence[int], num_classes: int, place: Path, part: str) -> None:
     for label in labels:
         if not 0 <= label < num_classes:
-            shown = label if label.bit_length() < 64 else f"a number of {label.bit_length()} bits"
+            found = label if label.bit_length() < 64 else f"a number of {label.bit_length()} bits"
             raise InputError(
-                f"{place}: expected {part} labels in [0, {num_classes}), found {shown}; get its archive again"
+                f"{place}: expected {part} labels in [0, {num_classes}), found {found}; get its archive again"
             )
 
 
@@ -254,7 +254,7 @@ def _from_pickle(raw: bytes, labels_key: Any, place: Path) -> tuple[_Images, lis
         and len(labels) == len(pixels)
         and all(type(label) is int for label in labels)
     ):
-        keys = class_names.shortened([repr(key)[:40] for key in batch if isinstance(key, str | bytes)])
+        keys = class_names.abbreviated([repr(key)[:40] for key in batch if isinstance(key, str | bytes)])
         raise InputError(
             f"{place}: expected 'data' of bytes (n, {_PIXELS}) and a list of n {labels_key!r}, found {keys or 'neither'}; "
             "get its archive again"

@@ -254,7 +254,7 @@ def class_indices(names: Sequence[str], class_names: Sequence[str], where: objec
         raise _unknown(names[meant.index(None)], class_names, where)
     renamed = [f"{name} = {class_names[i]}" for name, i in zip(names, indices, strict=True) if name != class_names[i]]
     if renamed:
-        log.info("%s: classes by name: %s", where, shortened(renamed))
+        log.info("%s: classes by name: %s", where, abbreviated(renamed))
     return indices
 
 
@@ -293,7 +293,7 @@ def relabelled(labels: Tensor, indices: Sequence[int], num_classes: int, where: 
     return moved
 
 
-def shortened(items: Sequence[str]) -> str:
+def abbreviated(items: Sequence[str]) -> str:
     """Return the items in one line; a long one is cut and ends with their number."""
     return ", ".join(items[:_NAMED]) + (f", … ({len(items)} in all)" if len(items) > _NAMED else "")
 
@@ -416,7 +416,7 @@ def _numbered(names: Sequence[str], known: _Classes, where: object) -> list[int]
     if any(reading != readings[0] for reading in readings):
         raise InputError(
             f"{where}: expected numbers that are either indices of classes or ranks among ImageNet's 1000, found "
-            f"{shortened(names)}, which may be both; rename the folders after their classes"
+            f"{abbreviated(names)}, which may be both; rename the folders after their classes"
         )
     return readings[0] if readings else None
 
@@ -446,7 +446,7 @@ def _unknown(name: str, class_names: Sequence[str], where: object) -> InputError
     elif near:
         hint = f"nearest: {', '.join(dict.fromkeys(class_names[spelt[one]] for one in near))}"
     else:
-        hint = f"the classes are {shortened(class_names)}"
+        hint = f"the classes are {abbreviated(class_names)}"
     return InputError(
         f"{where}: expected the names of the data set's {len(class_names)} classes, or numbers from 0 to "
         f"{len(class_names) - 1}, found {name!r} ({hint}); rename it, or name the data set that it belongs to"

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtt_fast.data.class_names import class_indices, shortened
+from mtt_fast.data.class_names import abbreviated, class_indices
 from mtt_fast.data.image_data import DatasetInfo, check_several
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, log_skipped
@@ -84,7 +84,7 @@ def by_class(name: str, folder: Path, listing: Listing, class_names: Sequence[st
     if missing := [class_names[index] for index in range(len(class_names)) if index not in indices]:
         raise InputError(
             f"{folder.parent}: expected the {len(class_names)} class folders of {name} in {folder.name}/, found "
-            f"{len(places)}, none for {shortened(missing)}; correct `data_path`, or name the folder itself: `dataset` "
+            f"{len(places)}, none for {abbreviated(missing)}; correct `data_path`, or name the folder itself: `dataset` "
             f"{folder.parent}"
         )
     places_by_index = dict(zip(indices, places, strict=True))
@@ -128,7 +128,7 @@ def image_source(
     test_files = [file for label in train for file in test[label]]
 
     names = tuple(class_names or train)
-    log.info("%s: %d classes in this order: %s", name, len(names), shortened(names))
+    log.info("%s: %d classes in this order: %s", name, len(names), abbreviated(names))
 
     def image_shape() -> tuple[int, int, int]:
         """Return (C, H, W) from the headers of all images: the first may be the only grey one, or the only one of its size."""

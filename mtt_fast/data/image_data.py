@@ -104,7 +104,7 @@ def from_tensors(
     if class_names is None:
         class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MAX_CLASSES))]
     check_names(class_names, name)
-    check_labels(name, train_split.labels, test_split.labels, class_names)
+    check_split_labels(name, train_split.labels, test_split.labels, class_names)
     if mean is None or std is None:
         computed = channel_statistics(train_split.images)
         mean, std = computed[0] if mean is None else mean, computed[1] if std is None else std
@@ -162,7 +162,7 @@ def _split(part: str, pair: tuple[Tensor, Tensor]) -> Split:
     return Split(images, labels.long())
 
 
-def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
+def check_split_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
     """Raise `InputError` unless all labels are class indices, both splits have images, and every class has training images."""
     check_several(name, class_names)
     for part, labels in (("training", train), ("test", test)):

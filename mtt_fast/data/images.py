@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import shortened
+from mtt_fast.storage.foreign import complaint_of
 from mtt_fast.storage.regular import check_regular, read_bytes
 
 # Not all that Pillow can read: some of its readers start other programs, or are hardly ever used.
@@ -257,7 +257,7 @@ def _too_large(path: str, size: str) -> InputError:
 
 
 def _broken(path: str, error: Exception) -> InputError:
-    return InputError(f"{path}: expected an image, found a broken one ({shortened(error)}); replace or delete it")
+    return InputError(f"{path}: expected an image, found a broken one ({complaint_of(error)}); replace or delete it")
 
 
 def as_image(picture: Tensor) -> Image.Image:

@@ -26,7 +26,7 @@ from mtt_fast.data.image_data import (
     ImageData,
     Split,
     channel_statistics,
-    check_labels,
+    check_split_labels,
     checked_splits,
     fingerprint,
 )
@@ -134,7 +134,7 @@ def _open(path: Path, key: str) -> ImageData | None:
         )
         class_names, mean, std = (tuple(parse_json(metadata[name])) for name in ("class_names", "mean", "std"))
         check_names(class_names, path)
-        check_labels(str(path), train.labels, test.labels, class_names)
+        check_split_labels(str(path), train.labels, test.labels, class_names)
         check_normalisation(mean, std, train.images.shape[1], path)
         return ImageData(metadata["name"], class_names, mean, std, train, test, metadata["fingerprint"], path)
     except InputError as error:
@@ -154,7 +154,7 @@ def _pack(source: Source, path: Path, *, progress: bool) -> None:
     contents = source.read()
     parts = {"train": contents.train, "test": contents.test}
     labels = {name: torch.from_numpy(part.labels) for name, part in parts.items()}
-    check_labels(source.name, labels["train"], labels["test"], contents.class_names)
+    check_split_labels(source.name, labels["train"], labels["test"], contents.class_names)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.labels": ("I64", (len(part.labels),)) for name, part in parts.items()
     } | {f"{name}.images": ("U8", (len(part.labels), *contents.image_shape)) for name, part in parts.items()}

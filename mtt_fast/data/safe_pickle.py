@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import shortened
+from mtt_fast.storage.foreign import complaint_of
 
 # Opcodes of plain values and of numpy's byte arrays, in any protocol. All others make other objects, or copy values.
 _OPCODES = frozenset(
@@ -42,7 +42,7 @@ def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
             return {key: item.array if isinstance(item, _Array) else item for key, item in value.items()}
     except Exception as error:  # a broken pickle raises nearly anything
         raise InputError(
-            f"{place}: expected a pickle of CIFAR, found something else ({shortened(error)}); get its archive again"
+            f"{place}: expected a pickle of CIFAR, found something else ({complaint_of(error)}); get its archive again"
         ) from error
     raise InputError(f"{place}: expected a pickled dict, found {type(value).__name__}; get its archive again")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import check_ordinary
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import shown
 
@@ -32,7 +33,7 @@ def check_set(synthetic: SyntheticDataset, where: Where) -> None:
 
     The message begins with `where`, as those of all checks here, and names what is wrong.
     """
-    check_tensors(synthetic.images, synthetic.labels, synthetic.label_kind, where)
+    check_images_and_labels(synthetic.images, synthetic.labels, synthetic.label_kind, where)
     check_lr(synthetic.lr, where)
     if synthetic.lr_per_step is not None:
         _check_lrs(synthetic.lr_per_step, where)
@@ -77,7 +78,7 @@ def check_share(share: float, labels: Tensor, label_kind: str, classes: int, whe
         )
 
 
-def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
+def check_images_and_labels(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
     """Raise `InputError` unless images are float32 (n, C, H, W), labels int64 (n,) or float32 (n, classes), and all are finite.
 
     Class indices must be in [0, `MAX_CLASSES`); rows of probabilities must be at least 0 with the sum 1, and weights at least 0.
@@ -85,7 +86,7 @@ def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where)
     _check_images(images, where)
     if label_kind not in LABEL_KINDS:
         raise InputError(f"{where}: label_kind: expected {', '.join(LABEL_KINDS)}, found {shown(label_kind)}")
-    _check_dense(labels, "labels", where)
+    _check_has_numbers(labels, "labels", where)
     if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
         raise InputError(f"{where}: labels: expected one for each of {len(images)} images, found {shown(labels)}")
     if label_kind == "indices":
@@ -95,7 +96,7 @@ def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where)
 
 
 def _check_images(images: Tensor, where: Where) -> None:
-    _check_dense(images, "images", where)
+    _check_has_numbers(images, "images", where)
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.numel() or images.dtype != torch.float32:
         raise InputError(
             f"{where}: images: expected float32 (n, C, H, W), not empty, found {shown(images)}; convert them"
@@ -103,13 +104,13 @@ def _check_images(images: Tensor, where: Where) -> None:
     _check_finite(images, "images", where)
 
 
-def _check_dense(value: Any, name: str, where: Where) -> None:
+def _check_has_numbers(value: Any, name: str, where: Where) -> None:
     """Raise `InputError` for a tensor whose numbers cannot be read."""
-    if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided or value.is_meta):
-        kind = "nested" if value.is_nested else "on the device meta" if value.is_meta else f"of layout {value.layout}"
-        raise InputError(
-            f"{where}: {name}: expected a dense tensor with numbers, found one {kind}; make it a plain one"
-        )
+    if not isinstance(value, Tensor):
+        return
+    check_ordinary(f"{where}: {name}", value)
+    if value.is_meta:
+        raise InputError(f"{where}: {name}: expected numbers, found a tensor on the device meta; make it on another")
 
 
 def _check_finite(values: Tensor, name: str, where: Where) -> None:
@@ -185,7 +186,7 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
 
 def check_lr(lr: Tensor, where: Where) -> None:
     """Raise `InputError` unless `lr` is one learning rate (), positive and finite."""
-    _check_dense(lr, "lr", where)
+    _check_has_numbers(lr, "lr", where)
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
@@ -194,7 +195,7 @@ def check_lr(lr: Tensor, where: Where) -> None:
 
 
 def _check_lrs(lrs: Tensor, where: Where) -> None:
-    _check_dense(lrs, "lr_per_step", where)
+    _check_has_numbers(lrs, "lr_per_step", where)
     good = isinstance(lrs, Tensor) and lrs.dim() == 1 and len(lrs) and lrs.is_floating_point()
     if not good or not bool(((lrs > 0) & lrs.isfinite()).all()):
         raise InputError(
@@ -244,7 +245,7 @@ def _check_whitening(whitening: Any, values: int, where: Where) -> None:
     shapes = {"mean": (values,), "matrix": (values, values), "inverse": (values, values)}
     for name, shape in shapes.items():
         tensor = getattr(whitening, name, None)
-        _check_dense(tensor, f"whitening.{name}", where)
+        _check_has_numbers(tensor, f"whitening.{name}", where)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise InputError(
                 f"{where}: whitening.{name}: expected floating point {shape}, as images of {values} values need it, found "

@@ -20,7 +20,7 @@ from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
-from mtt_fast.storage.text_files import MALFORMED, check_types, parse_json
+from mtt_fast.storage.text_files import MALFORMED, check_fields, parse_json
 
 _FORMAT = "mtt_fast.data.synthetic.2"
 _BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"
@@ -184,7 +184,7 @@ def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:
 def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:
     """Return the set that a file holds. Raises one of `MALFORMED` for a part that is missing, unknown or of another kind."""
     canvas = record.pop("canvas", None)
-    check_types(record, _RECORD)
+    check_fields(record, _RECORD)
     for name in ("class_names", "mean", "std"):
         record[name] = tuple(record[name])
     white = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("whitening.")}

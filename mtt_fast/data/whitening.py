@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import check_ordinary
+from mtt_fast.engine.number_checks import check_number
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.storage.foreign import shown
@@ -32,6 +34,13 @@ class Whitening:
     matrix: Tensor  # (D, D)
     inverse: Tensor  # (D, D)
 
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a field with which torch cannot compute."""
+        for name, value in vars(self).items():
+            if not isinstance(value, Tensor):
+                raise InputError(f"Whitening {name}: expected a tensor, found {type(value).__name__}")
+            check_ordinary(f"Whitening {name}", value)
+
     @classmethod
     def fit(cls, images: Tensor, eps: float = 0.1) -> Whitening:
         """Fit to `images` (n, C, H, W), floating point in [0, 1], on their device. This takes about 5·D² float64 values of memory.
@@ -40,7 +49,7 @@ class Whitening:
         Raises `InputError` for fewer than two images, for images of more than `LARGEST_IMAGE` values or with values that are
         not finite, and for an `eps` that would lead to a division by zero.
         """
-        _check_floating(images)
+        _check_images(images)
         return cls._fit(images, images.device, torch.promote_types(images.dtype, torch.float32), eps)
 
     @classmethod
@@ -49,6 +58,7 @@ class Whitening:
 
         Raises `InputError` as `fit` does.
         """
+        _check_images(images, in_bytes=True)
         return cls._fit(images, device, torch.float32, eps, scale=255)
 
     @classmethod
@@ -59,6 +69,7 @@ class Whitening:
         changes the matrix by 2e-7 of its norm; a decomposition in float32 would change it by 5e-5. On CUDA all is in float64, since
         float32 products may be rounded to tf32.
         """
+        check_number("eps", eps)
         _check_fits(images)
         products = torch.float64 if device.type == "cuda" else dtype
 
@@ -124,7 +135,7 @@ class Whitening:
 
     def _rows(self, images: Tensor) -> Tensor:
         """Return `images` as (n, D), in at least the dtype of the fit, as kornia does."""
-        _check_floating(images)
+        _check_images(images)
         rows = images.flatten(1)
         if rows.shape[1] != self.mean.numel():
             raise InputError(
@@ -146,7 +157,9 @@ def _moments(blocks: Callable[[], Iterable[Tensor]], count: int) -> tuple[Tensor
 
 
 def _check_fits(images: Tensor) -> None:
-    """Raise `InputError` for fewer than two images, or for images whose covariance is too large."""
+    """Raise `InputError` for images without numbers, fewer than two, or those whose covariance is too large."""
+    if images.is_meta:
+        raise InputError("ZCA whitening: expected images with numbers, found a tensor on the device meta")
     if len(images) < 2:
         raise InputError(
             f"ZCA whitening: expected at least 2 training images, found {len(images)}; use more, or no `zca`"
@@ -158,12 +171,18 @@ def _check_fits(images: Tensor) -> None:
         )
 
 
-def _check_floating(images: Tensor) -> None:
+def _check_images(images: Tensor, *, in_bytes: bool = False) -> None:
+    """Raise `InputError` unless `images` are a tensor (n, …), floating point or, with `in_bytes`, uint8."""
     if not isinstance(images, Tensor):
         raise InputError(
             f"images: expected a tensor, found {type(images).__name__}; use torch.as_tensor or torch.stack"
         )
-    if not images.is_floating_point():
+    check_ordinary("images", images)
+    if images.dim() < 2:
+        raise InputError(f"images: expected (n, C, H, W), found shape {tuple(images.shape)}")
+    if in_bytes and images.dtype != torch.uint8:
+        raise InputError(f"images: expected uint8, found {images.dtype}; use Whitening.fit for images in [0, 1]")
+    if not (in_bytes or images.is_floating_point()):
         raise InputError(f"images: expected floating point in [0, 1], found {images.dtype}; use images.float() / 255")
 
 

@@ -14,13 +14,13 @@ from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
     SET_NAMES,
     Record,
-    as_synthetic,
     best_accuracy,
     draw_curves,
     draw_set,
     evaluate_and_save,
     evaluate_network,
     iterations_in_words,
+    set_to_save,
     write_summary,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -28,6 +28,7 @@ from mtt_fast.distill.gradients import DESCRIPTIONS
 from mtt_fast.distill.labels import experts_at, mean_teacher_labels
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.errors import Diverged
+from mtt_fast.kernels import LabelKind
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.training.protocols import Accuracy
@@ -47,19 +48,20 @@ _INITIAL_IMAGES = {
 def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Train and test new networks on the current images, and on their moving average; write both sets, and pictures.
 
+    A set that an earlier process evaluated in this iteration is only drawn.
     Raises `Diverged` if images, labels or learning rates are no longer finite.
     """
     _check_finite(run, state)
-    images = {"evaluation": state.images, "ema_evaluation": state.ema}
-    sets = {kind: _distilled(run, state, pixels) for kind, pixels in images.items() if pixels is not None}
-    for kind, synthetic in sets.items():
-        words = SET_NAMES[kind].words
+    for kind, images in {"evaluation": state.images, "ema_evaluation": state.ema}.items():
+        if images is None or run.metrics.find(kind, state.iteration):
+            continue
+        synthetic, words = _distilled(run, state, images), SET_NAMES[kind].words
         results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
         for name, accuracy in results.items():
             log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
-    if run.options.teacher_label:
-        log_recognised(state, sets["evaluation"].labels)
-    _draw(run, state, sets["evaluation"])
+        if kind == "evaluation" and run.options.teacher_label:
+            log_recognised(state, synthetic.labels)
+    _draw(run, state)
 
 
 def log_recognised(state: State, labels: Tensor) -> None:
@@ -94,18 +96,26 @@ def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDatase
 
     With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
     """
-    options, labels = run.options, state.labels
-    if options.teacher_label:
-        experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device)
-        labels = mean_teacher_labels(run.network, experts, images)
-    return as_synthetic(
-        run, images, labels, state.lr.mean(), label_kind=options.label_kind, recipe={"iterations": state.iteration},
-        lr_per_step=state.lr if options.lr_per_step else None, canvas=options.canvas,
+    options = run.options
+    if not options.teacher_label:
+        return _with_labels(run, state, images, state.labels, options.label_kind)
+    experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device)
+    return _with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
+
+
+def _with_labels(
+    run: DistillRun, state: State, images: Tensor, labels: Tensor, label_kind: LabelKind
+) -> SyntheticDataset:
+    return set_to_save(
+        run, images, labels, state.lr.mean(), label_kind=label_kind, recipe={"iterations": state.iteration},
+        lr_per_step=state.lr if run.options.lr_per_step else None, canvas=run.options.canvas,
     )  # fmt: skip
 
 
-def _draw(run: DistillRun, state: State, synthetic: SyntheticDataset) -> None:
-    """Draw the initial images above the current ones."""
+def _draw(run: DistillRun, state: State) -> None:
+    """Draw the initial images above the current ones. For a picture the class of an image is enough, and the experts are not asked."""
+    kind: LabelKind = "indices" if run.options.teacher_label else run.options.label_kind
+    synthetic = _with_labels(run, state, state.images, state.labels, kind)
     first = dataclasses.replace(synthetic, images=run.first_images)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():

@@ -21,7 +21,7 @@ from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.checkpoint import State, TensorSpec, check_tensors
+from mtt_fast.storage.checkpoint import State, TensorSpec, check_specs
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
@@ -85,7 +85,7 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
     }
     if state.pixel_weights is not None or options.cam_model is None:  # the first iteration computes them
         specs["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
-    check_tensors(folder, state, specs)
+    check_specs(folder, state, specs)
 
 
 class InitialImages(NamedTuple):

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtt_fast.augmentation.protocol import Augment
+from mtt_fast.checks import check_ordinary
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
@@ -95,21 +96,15 @@ def saveable(tensor: Tensor) -> Tensor:
 
 
 def check_types(**tensors: Tensor) -> None:
-    """Raise `InputError` unless `tensors` are tensors, and neither sparse nor nested nor fake ones."""
+    """Raise `InputError` unless `tensors` are ordinary tensors, and not fake ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
-        if isinstance(value, FakeTensor) or value.is_nested or value.layout != torch.strided:
-            found = "a nested tensor" if value.is_nested else f"{type(value).__name__} of layout {value.layout}"
-            raise InputError(f"`{name}`: expected an ordinary tensor, found {found}; make it a dense torch.Tensor")
-
-
-def check_generator(generator: torch.Generator | None) -> None:
-    """Raise `InputError` unless `generator` is None or a generator."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"`generator`: expected a torch.Generator, found {type(generator).__name__}; torch.Generator().manual_seed(…) makes one"
-        )
+        if isinstance(value, FakeTensor):
+            raise InputError(
+                f"`{name}`: expected an ordinary tensor, found a FakeTensor; call outside of FakeTensorMode"
+            )
+        check_ordinary(f"`{name}`", value)
 
 
 def check_augment(augment: Augment | None) -> None:
@@ -229,7 +224,7 @@ def _are_in_range(indices: Tensor, end: int) -> bool:
     return 0 <= int(indices.min()) <= int(indices.max()) < end
 
 
-def check_tensors(
+def check_student_tensors(
     theta: Tensor,
     images: Tensor,
     labels: Tensor,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,11 +72,7 @@ class GenericStudent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._step_graph(theta, images, labels)
         v_dot_g = torch.dot(step.gradient.detach(), v)
-        if step.gradient.requires_grad:
-            derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
-        else:  # a constant, as of a loss that is linear in the parameters and does not read the images
-            derivatives = tuple(map(torch.zeros_like, step.leaves))
-        hessian_v, images_bar_dot, *labels_bar_dot = derivatives
+        hessian_v, images_bar_dot, *labels_bar_dot = _derivatives(step, v)
         to_labels = labels_bar_dot[0] if labels_bar_dot else None
         return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, to_labels, step.loss.detach())
 
@@ -82,7 +81,8 @@ class GenericStudent:
         differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
-            loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
+            with _naming_what_torch_lacks():
+                loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
             gradient = _gradient(loss, leaves[0], create_graph=True)
         return _StepGraph(leaves, loss, gradient)
 
@@ -127,6 +127,37 @@ def _gradient(loss: Tensor, theta: Tensor, *, create_graph: bool = False) -> Ten
     if gradient is None:
         raise does_not_depend_on("parameters")
     return gradient
+
+
+def _derivatives(step: _StepGraph, v: Tensor) -> list[Tensor]:
+    """Return the gradient of v·g with respect to each leaf of `step`, of which it is the only use.
+
+    It is taken by `backward`: torch.autograd.grad passes over a function that torch differentiates only once, as if it were a constant.
+    """
+    # a constant gradient, as of a loss that is linear in the parameters and does not read the images, has no graph
+    if step.gradient.requires_grad:
+        with _naming_what_torch_lacks():
+            torch.autograd.backward(step.gradient, v)
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in step.leaves]
+
+
+@contextmanager
+def _naming_what_torch_lacks() -> Iterator[None]:
+    """Raise `InputError` in place of torch's error that an operation has no derivative, or only a first one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _NO_DERIVATIVE.search(str(error)):
+            raise
+        raise InputError(
+            "`net`, `loss`: expected operations that torch differentiates twice, with respect to floating `labels` too, found one "
+            f"that it does not ({error}); write it with other operations"
+        ) from error
+
+
+_NO_DERIVATIVE = re.compile(
+    "derivative for .* is not implemented|not differentiable with respect to|differentiate twice"
+)
 
 
 def does_not_depend_on(name: str) -> InputError:

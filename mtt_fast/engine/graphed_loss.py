@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, is_equivalent, warp_of
+from mtt_fast.checks import check_generator
 from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
@@ -116,7 +117,7 @@ class GraphedMatchingLoss:
         """
         steps = checked_steps(self._net, self._options, start, images, labels, lr, batches, theta_name="start")
         arguments.check_target(target, start)
-        arguments.check_generator(generator)
+        check_generator(generator)
         parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
         iteration = self._iteration(steps, target, parameters)
         constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import check_ordinary
 from mtt_fast.engine.arguments import refuse_forward_mode, saveable
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
@@ -73,6 +74,10 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """
     _check_path("nearest_step", path, target)
     _check_vectors("nearest_step", path=path.detach()[0], target=target)
+    return _nearest_step(path, target)
+
+
+def _nearest_step(path: Tensor, target: Tensor) -> Tensor:
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
     return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
@@ -106,7 +111,7 @@ def path_loss(
     _check_path("path_loss", path, target)
     _check_vectors("path_loss", path=path.detach()[0], start=start, target=target)
     if match_step == "nearest":
-        step = nearest_step(path, target).to(path.device)
+        step = _nearest_step(path, target).to(path.device)
         end = path.index_select(0, step.view(1))[0].to(target.device)
     else:
         end = path[-1]
@@ -151,7 +156,7 @@ def _check_no_transform(name: str) -> None:
 def _check_path(name: str, path: Tensor, target: Tensor) -> None:
     """Raise `InputError` unless `path` is one of at least one step, (N + 1, P), and `target` a vector (P,) that fits it."""
     for argument, tensor in (("path", path), ("target", target)):
-        _check_dense(name, argument, tensor)
+        _check_type(name, argument, tensor)
     if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
         raise InputError(
             f"{name}: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "
@@ -165,7 +170,7 @@ def _check_vectors(name: str, **vectors: Tensor) -> None:
     No value is read.
     """
     for argument, vector in vectors.items():
-        _check_dense(name, argument, vector)
+        _check_type(name, argument, vector)
         if vector.dim() != 1:
             raise InputError(
                 f"{name} {argument}: expected a flat vector (P,), found shape {tuple(vector.shape)}; {_FLATTEN}"
@@ -185,8 +190,7 @@ def _check_vectors(name: str, **vectors: Tensor) -> None:
         raise InputError(f"{name}: expected all vectors with numbers, or none, found some on the device meta")
 
 
-def _check_dense(name: str, argument: str, tensor: Tensor) -> None:
+def _check_type(name: str, argument: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name} {argument}: expected a tensor, found {type(tensor).__name__}; {_FLATTEN}")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        raise InputError(f"{name} {argument}: expected a dense tensor, found another kind; use .to_dense()")
+    check_ordinary(f"{name} {argument}", tensor)

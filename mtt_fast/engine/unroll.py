@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
+from mtt_fast.checks import check_generator
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
@@ -144,7 +145,7 @@ def unroll(
     steps = checked_steps(net, options, theta, images, labels, lr, batches)
     student_optimizer = optimizer_of(options, steps.lr, has_velocity=velocity is not None or return_velocity)
     arguments.check_velocity(velocity, theta, optimizer)
-    arguments.check_generator(generator)
+    check_generator(generator)
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
     plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
     student_steps = StudentSteps(
@@ -233,7 +234,7 @@ def checked_steps(
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
     has_loss = options.loss is not None
-    arguments.check_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
+    arguments.check_student_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
     lrs = arguments.checked_lr(lr, theta, len(indices))
     if not (has_loss or labels.is_floating_point()):
         labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known

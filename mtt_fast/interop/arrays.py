@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import LARGEST_FILE, shortened
+from mtt_fast.storage.foreign import LARGEST_FILE, complaint_of
 from mtt_fast.storage.regular import check_regular
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,7 +31,7 @@ def read_array(path: str | os.PathLike[str]) -> Array:
         return _read(lambda: path.open("rb"), path.name, path.stat().st_size)
     except Exception as error:  # numpy raises many kinds for a broken or foreign file
         raise InputError(
-            f"{path}: expected a numpy array, found a broken or foreign file ({shortened(error)}); get it again"
+            f"{path}: expected a numpy array, found a broken or foreign file ({complaint_of(error)}); get it again"
         ) from error
 
 
@@ -50,7 +50,7 @@ def read_arrays(path: str | os.PathLike[str], names: Sequence[str], optional: Se
             return [_unpacked(archive, file, path.stat().st_size) for file in files]
     except Exception as error:  # numpy and zipfile raise many kinds for a broken or foreign file
         raise InputError(
-            f"{path}: expected arrays {' and '.join(names)}, found a broken or foreign file ({shortened(error)}); get it again"
+            f"{path}: expected arrays {' and '.join(names)}, found a broken or foreign file ({complaint_of(error)}); get it again"
         ) from error
 
 

@@ -105,12 +105,12 @@ def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[
 
 def read_buffer(file: Path) -> Iterator[Trajectory]:
     """Yield the experts of one buffer; their tensors are memory-mapped. Raises `InputError` if it is something else."""
-    for place, epochs in enumerate(experts_in(load_pickle(file, mapped=True, most=LARGE), file)):
+    for place, epochs in enumerate(experts_of_buffer(load_pickle(file, mapped=True, most=LARGE), file)):
         check_points(epochs, f"{file}: expert {place}", "epochs")
         yield Trajectory(file, place, epochs)
 
 
-def experts_in(content: Any, file: Path) -> list[Any]:
+def experts_of_buffer(content: Any, file: Path) -> list[Any]:
     """Return the experts that a buffer holds. Raises `InputError`, which names the `file`, if it is no list of any."""
     if not isinstance(content, list) or not content:
         raise InputError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtt_fast.data.class_names import class_indices, shortened
+from mtt_fast.data.class_names import abbreviated, class_indices
 from mtt_fast.data.images import as_image, decode, read_headers
 from mtt_fast.data.listing import list_classes, log_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -102,7 +102,7 @@ def _read_classes(folder: Path, info: SourceInfo | None, lr: float) -> Synthetic
         raise InputError(f"{folder}: expected images in a folder a class, found none; check the path")
     indices = class_indices(list(classes), info.class_names, folder)
     if missing := [name for index, name in enumerate(info.class_names) if index not in indices]:
-        log.warning("%s: no pictures of %d classes: %s", folder, len(missing), shortened(missing))
+        log.warning("%s: no pictures of %d classes: %s", folder, len(missing), abbreviated(missing))
     counts = torch.tensor([len(files) for files in classes.values()], device="cpu")
     labels = torch.tensor(indices, device="cpu").repeat_interleave(counts)
     images = info.transform.apply(_pictures(files).float() / 255)

@@ -24,7 +24,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
 from mtt_fast.storage.atomic import atomic_path
-from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, shortened
+from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, complaint_of
 from mtt_fast.storage.regular import check_regular
 from mtt_fast.storage.text_files import parse_json
 
@@ -82,7 +82,7 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
         raise
     except (OSError, arrow.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(
-            f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({shortened(error)}); get it "
+            f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({complaint_of(error)}); get it "
             "again"
         ) from error
     pictures = _decode(contents, path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 
 from mtt_fast.data.listing import is_image_name
@@ -15,7 +18,7 @@ from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
-from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_plain, class_major
+from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_tensor_set, class_major
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.run_files import SYNTHETIC
 
@@ -30,31 +33,47 @@ SET_KINDS = {
 }
 """Kinds of files, and their descriptions."""
 
+log = logging.getLogger(__name__)
+
 
 def set_kind_of(source: str | os.PathLike[str]) -> str | None:
-    """Return the kind of set that the names of `source`, a file or a folder, suggest, or None.
+    """Return the kind of set that the names of `source`, a file or a folder, suggest, or None: the first of `set_kinds_of`."""
+    return next(iter(set_kinds_of(source)), None)
+
+
+def set_kinds_of(source: str | os.PathLike[str]) -> list[str]:
+    """Return the kinds of sets that the names of `source`, a file or a folder, suggest, in the order of preference.
 
     Raises `InputError` for a folder that cannot be listed.
     """
     source = Path(source)
     if not os.path.isdir(source):
-        return _kind_of_file(source)
+        return [kind] if (kind := _kind_of_file(source)) else []
     names = names_in(source)
-    if SYNTHETIC in names:
-        return "synthetic"
-    if {"images.pt", "labels.pt"} <= set(names):
-        return "ddranking"
-    kinds = {kind for name in names if (kind := _kind_of_file(source / name)) and os.path.isfile(source / name)}
-    if "mtt" in kinds:
-        return "mtt"
-    if LABELS in names:
-        return "png"
+    kind_of = {name: kind for name in names if (kind := _kind_of_file(source / name)) and os.path.isfile(source / name)}
+    for_ddranking = {"images.pt", "labels.pt"} <= set(names)
+    there = {
+        "synthetic": SYNTHETIC in names,
+        "ddranking": for_ddranking,
+        "mtt": any(kind == "mtt" and not (for_ddranking and name == "images.pt") for name, kind in kind_of.items()),
+        "png": LABELS in names,
+    }
+    kinds = [kind for kind, is_there in there.items() if is_there]
     if is_benchmark(source):
-        return "dc_benchmark"
-    if kinds:
-        return min(kinds)
-    folders = (source / name for name in names if os.path.isdir(source / name))
-    return "png" if any(_holds_pictures(folder) for folder in folders) else None
+        if source.name.startswith("IPC"):  # other kinds' files in such a folder are the benchmark's own
+            return kinds or ["dc_benchmark"]
+        kinds.append("dc_benchmark")
+    kinds += sorted({"dc", "parquet"} & set(kind_of.values()))
+    folders = [source / name for name in names if os.path.isdir(source / name)]
+    if kinds:  # a run's folder has pictures of its course
+        beside = not {"synthetic", "png"} & set(kinds) and any(map(_has_pictures, folders))
+        return [*kinds, "png"] if beside else kinds
+    return ["png"] if any(map(_holds_pictures, folders)) else []
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Return whether there is an image file in `folder` itself, if it can be listed."""
+    return any(is_image_name(name) for _, _, files in islice(os.walk(folder), 1) for name in files)
 
 
 def _holds_pictures(folder: Path) -> bool:
@@ -83,10 +102,13 @@ def read_set(
 
     Kinds that contain only tensors give a `TensorSet`; the kind of their soft labels is `label_kind`, or guessed from the
     values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
+    If a folder holds sets of several kinds, the first of `set_kinds_of` is read, and a warning names the others.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
     source = Path(source)
-    kind = kind or set_kind_of(source)
+    if kind is None:
+        kind, *others = set_kinds_of(source) or [None]
+        warn_of_unread(source, others, "give `kind` to read them")
     match kind:
         case "synthetic":
             return SyntheticDataset.load(source / SYNTHETIC if os.path.isdir(source) else source)
@@ -107,6 +129,12 @@ def read_set(
     raise InputError(_unknown(source, "`from`", kind))
 
 
+def warn_of_unread(source: str | os.PathLike[str], others: Iterable[str], fix: str) -> None:
+    """Warn that `source` holds sets of the kinds `others` too, which are not read; `fix` says how to read them."""
+    for kind in others:
+        log.warning("%s: other sets (%s: %s) are not read; %s", os.fspath(source), kind, SET_KINDS[kind], fix)
+
+
 def write_set(
     destination: str | os.PathLike[str],
     distilled: SyntheticDataset | TensorSet,
@@ -124,7 +152,7 @@ def write_set(
     """
     path = Path(destination)
     if isinstance(distilled, TensorSet):
-        check_plain(distilled, f"{path}: not written")
+        check_tensor_set(distilled, f"{path}: not written")
     else:
         check_set(distilled, f"{path}: not written")
     plain = class_major(as_tensor_set(distilled))

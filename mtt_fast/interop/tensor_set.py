@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
-from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_lr, check_set, check_tensors
+from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_images_and_labels, check_lr, check_set
 from mtt_fast.data.synthetic import SyntheticDataset, classes_by_place
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
@@ -123,13 +123,13 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
             f"`label_kind` {label_kind}: has no effect on labels that are classes, as those of {where}; leave it out"
         )
     distilled = TensorSet(images.float(), labels, None if lr is None else _checked_lr(lr, where), kind)
-    check_plain(distilled, where)
+    check_tensor_set(distilled, where)
     return distilled
 
 
-def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
+def check_tensor_set(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
     """Raise `InputError` unless the tensors and the learning rate of a set are valid; the message begins with `where`."""
-    check_tensors(distilled.images, distilled.labels, distilled.label_kind, where)
+    check_images_and_labels(distilled.images, distilled.labels, distilled.label_kind, where)
     if distilled.lr is not None:
         check_lr(distilled.lr, where)
 

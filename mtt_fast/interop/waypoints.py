@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
+from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_of_buffer, groups
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
 from mtt_fast.storage.atomic import atomic_folder
-from mtt_fast.storage.foreign import shortened, shown
+from mtt_fast.storage.foreign import complaint_of, shown
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import Course
 
@@ -35,7 +35,7 @@ def read_waypoints(file: Path) -> Iterator[Trajectory]:
     Raises `InputError` if the files do not fit together.
     """
     steps_file = _steps_file(file)
-    waypoints = experts_in(load_pickle(file, mapped=True, most=LARGE), file)
+    waypoints = experts_of_buffer(load_pickle(file, mapped=True, most=LARGE), file)
     steps = load_pickle(steps_file, most=LARGE)
     if not isinstance(steps, list) or len(waypoints) != len(steps):
         raise InputError(
@@ -48,7 +48,7 @@ def read_waypoints(file: Path) -> Iterator[Trajectory]:
             yield Trajectory(file, place, points, _course(points, pieces))
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
             raise InputError(
-                f"{file}: expert {place}: expected waypoints and the steps between them, found others ({shortened(error)}); "
+                f"{file}: expert {place}: expected waypoints and the steps between them, found others ({complaint_of(error)}); "
                 f"get it and {steps_file.name} again"
             ) from error
 

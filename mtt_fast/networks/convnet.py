@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtt_fast.checks import device_of
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layout import ParameterLayout
 
@@ -114,7 +115,7 @@ class ConvNet:
         The distribution is PyTorch's default, which the public code uses: convolutions and classifier uniform in
         ±1/√fan_in, norm weights one and biases zero.
         """
-        device = generator.device if generator is not None else torch.device("cpu")
+        device = device_of(generator)
         theta = torch.empty(self.num_parameters, device=device)
         parameters = dict(zip(self.layout.names, self.layout.split(theta), strict=True))
         for name, parameter in parameters.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mtt_fast.checks import device_of
 from mtt_fast.errors import InputError
 
 
@@ -37,7 +38,7 @@ def default_parameters(module: nn.Module, generator: torch.Generator | None = No
     layers uniform in ±1/√fan_in, weights of norms one and their biases zero. All of it comes from `generator`, so that
     networks may be drawn in several threads. Raises `InputError` for a layer of another kind.
     """
-    device = generator.device if generator is not None else torch.device("cpu")
+    device = device_of(generator)
     drawn = []
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):

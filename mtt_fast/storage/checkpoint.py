@@ -146,7 +146,7 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """The dtype and the shape of a tensor."""
 
 
-def check_tensors(folder: Path, state: State, specs: Mapping[str, TensorSpec | None]) -> None:
+def check_specs(folder: Path, state: State, specs: Mapping[str, TensorSpec | None]) -> None:
     """Raise `InputError` unless each tensor of `state` has the dtype and shape in `specs`; None stands for no tensor.
 
     The message names the checkpoint of the run in `folder`.

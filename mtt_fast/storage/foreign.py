@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import check_ordinary
 from mtt_fast.errors import InputError, dtype_name, reason_of, remedy_for
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.text_files import parse_json
@@ -45,7 +46,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{path}: expected JSON, found a broken file ({shortened(error)}); write it again") from error
+        raise InputError(
+            f"{path}: expected JSON, found a broken file ({complaint_of(error)}); write it again"
+        ) from error
 
 
 def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
@@ -66,6 +69,7 @@ def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")
+    check_ordinary(str(where), value)
     other = _other_kind(value)
     if other is not None:
         raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; convert and save it again")
@@ -97,7 +101,7 @@ def shown(value: Any) -> str:
     return name
 
 
-def shortened(error: Exception) -> str:
+def complaint_of(error: Exception) -> str:
     """Return a library's complaint about a bad file, in one line."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= _WORDS else words[:_WORDS] + " …"
@@ -113,10 +117,6 @@ def _listed(names: Any) -> str:
 
 def _other_kind(value: Tensor) -> str | None:
     """Return the kind of the tensor `value` in words, or None if it is a plain one."""
-    if value.is_nested:
-        return "a nested one"
-    if value.layout != torch.strided:
-        return f"one of the layout {value.layout}"
     if value.device.type != "cpu":
         return f"one on the device {value.device}"
     if value.dtype not in _NUMBERS:

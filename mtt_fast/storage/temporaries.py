@@ -43,7 +43,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove from `folder`, if it exists, what ended writers left there; keep what live ones are writing."""
     try:
         names = os.listdir(folder)
-    except OSError:  # the writer will raise the error
+    except (OSError, ValueError):  # of a name with a NUL; the writer will raise the error
         return
     for name in filter(_LEFTOVER.fullmatch, names):
         with contextlib.suppress(OSError):  # it is in use, or its writer is removing it

@@ -36,7 +36,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
+def check_fields(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
     """Raise `KeyError` or `TypeError` unless `record` has exactly these fields, of these types."""
     for name, kind in types.items():
         if not isinstance(record[name], kind):

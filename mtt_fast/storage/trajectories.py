@@ -33,7 +33,7 @@ from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.tensor_files import TensorEntry, check_part, read_header, save_tensors, warn_unchecked
-from mtt_fast.storage.text_files import MALFORMED, check_types, parse_json, write_text
+from mtt_fast.storage.text_files import MALFORMED, check_fields, parse_json, write_text
 from mtt_fast.storage.waypoints import Course
 
 _FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
@@ -102,7 +102,7 @@ class ExpertMetadata:
             unknown = dict.fromkeys(("precision", "made_of"), '""') | {"data": "{}"}
             known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
             record = {field.name: parse_json(known[field.name]) for field in dataclasses.fields(cls)}
-            check_types(record, _TYPES)
+            check_fields(record, _TYPES)
             check_form(record["accuracy"], [int | float], "accuracy")
             layer_sizes(record["layout"])
             metadata = cls(**record)
@@ -223,7 +223,7 @@ class TrajectoryStore:
         self.folder = Path(folder)
         try:
             names = os.listdir(self.folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a name with a NUL
             raise InputError(
                 f"{self.folder}: expected a folder of experts ({reason_of(error)}); {remedy_for(error)}, "
                 "or train some with `python -m mtt_fast.experts`"

@@ -16,7 +16,7 @@ from mtt_fast import InputError, SyntheticDataset, Whitening, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.cross import command as cross
-from mtt_fast.data.set_checks import MAX_CLASSES, are_probabilities, check_classes, check_set, check_tensors
+from mtt_fast.data.set_checks import MAX_CLASSES, are_probabilities, check_classes, check_images_and_labels, check_set
 from mtt_fast.interop import SET_KINDS, as_synthetic, as_tensor_set, read_set, write_set
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, guess_label_kind, tensor_set
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
@@ -69,7 +69,8 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "canvas that does not divide": ({"canvas": Canvas(3)}, "canvas: expected a size that divides 4 and 5 pixels, found 3"),
     "canvas 0": ({"canvas": Canvas(0)}, "canvas: expected its size and samples as whole numbers"),
     "canvas of no samples": ({"canvas": Canvas(1, 0)}, "canvas: expected its size"),
-    "sparse images": ({"images": torch.zeros(N, 3, 4, 5).to_sparse()}, r"images: expected a dense tensor with numbers, found one of layout"),
+    "sparse images": ({"images": torch.zeros(N, 3, 4, 5).to_sparse()}, r"images: expected an ordinary tensor, found a tensor of layout"),
+    "float8 rates": ({"lr_per_step": torch.ones(2).to(torch.float8_e5m2)}, "lr_per_step: .* found a tensor of float8_e5m2"),
     "images without numbers": ({"images": torch.zeros(N, 3, 4, 5, device="meta")}, "images: expected .* on the device meta"),
     "labels without numbers": ({"labels": torch.zeros(N, dtype=torch.long, device="meta")}, "labels: expected .* on the device meta"),
     "rate without a number": ({"lr": torch.zeros((), device="meta")}, "lr: expected .* on the device meta"),
@@ -155,7 +156,7 @@ def test_labels_of_other_classes_than_the_datas_are_refused() -> None:
         with pytest.raises(InputError, match=r"^x: labels: "):
             check_classes(labels, 10, "x")
     with pytest.raises(InputError, match="found 0 to 1048576"):
-        check_tensors(torch.zeros(2, 1, 1, 1), torch.tensor([0, MAX_CLASSES]), "indices", "x")
+        check_images_and_labels(torch.zeros(2, 1, 1, 1), torch.tensor([0, MAX_CLASSES]), "indices", "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -172,7 +173,7 @@ def test_rows_whose_sum_is_two_hundredths_from_one_are_no_probabilities() -> Non
         labels = torch.tensor([[0.5, 0.5], row])
         assert guess_label_kind(labels) == "logits"
         with pytest.raises(InputError, match="x: labels: expected rows of probabilities"):
-            check_tensors(torch.zeros(2, 1, 1, 1), labels, "probabilities", "x")
+            check_images_and_labels(torch.zeros(2, 1, 1, 1), labels, "probabilities", "x")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_rows_whose_sum_is_two_hundredths_from_one_are_no_probabilities() -> Non
         (torch.tensor(1), "with n labels"),
         ([0, 1], "labels: expected a tensor, found a list|labels: expected a tensor, found"),
         (torch.ones(2).to(torch.complex64), "expected a dense tensor of real numbers"),
-        (torch.eye(2).to_sparse(), "expected a dense tensor of real numbers, found one of the layout"),
+        (torch.eye(2).to_sparse(), "expected an ordinary tensor, found a tensor of layout"),
         (torch.ones(1).expand(2, 10**9), "bytes claimed of a storage of 4"),
         (torch.ones(2, device="meta"), "found one on the device meta"),
     ],

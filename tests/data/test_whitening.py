@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,42 @@ def test_too_few_images_bytes_and_other_shapes_are_refused() -> None:
                 call(images)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"images of 60 values, found 12 \(3x2x2\)"):
         whitening.apply(pictures(2, (3, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(6, 1, 2, 2).to_sparse(), r"images: expected an ordinary tensor, found a tensor of layout torch\.sparse_coo"),
+        (torch.nested.nested_tensor([torch.rand(1, 2, 2)] * 6, layout=torch.jagged), "images: .*, found a nested tensor"),
+        (torch.rand(6, 1, 2, 2).to(torch.float8_e4m3fn), r"images: .*, found a tensor of float8_e4m3fn; use \.float\(\)"),
+        (torch.rand(6), r"images: expected \(n, C, H, W\), found shape \(6,\)"),
+    ],
+    ids=["sparse", "nested", "float8", "one image"],
+)  # fmt: skip
+def test_other_kinds_of_tensors_are_refused(images: torch.Tensor, message: str) -> None:
+    whitening = Whitening.fit(torch.rand(6, 1, 2, 2))
+    fit_bytes = partial(Whitening.fit_bytes, device=torch.device("cpu"))
+    for call in (Whitening.fit, fit_bytes, whitening.apply, whitening.invert):
+        with pytest.raises(InputError, match=message):
+            call(images)
+
+
+def test_a_fit_needs_numbers() -> None:
+    empty = torch.zeros(6, 1, 2, 2, device="meta")
+    for call in (lambda: Whitening.fit(empty), lambda: Whitening.fit_bytes(empty.byte(), torch.device("cpu"))):
+        with pytest.raises(InputError, match="expected images with numbers, found a tensor on the device meta"):
+            call()
+    with pytest.raises(InputError, match=r"images: expected uint8, found torch\.float32"):
+        Whitening.fit_bytes(pictures(), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"`eps`: expected a number, found '0\.1'"):
+        Whitening.fit(pictures(), "0.1")  # type: ignore[arg-type]
+
+
+def test_fields_that_torch_cannot_compute_with_are_refused() -> None:
+    with pytest.raises(InputError, match=r"Whitening matrix: .*, found a tensor of layout torch\.sparse_coo"):
+        Whitening(torch.zeros(4), torch.eye(4).to_sparse(), torch.eye(4))
+    with pytest.raises(InputError, match="Whitening mean: expected a tensor, found list"):
+        Whitening([0.0], torch.eye(1), torch.eye(1))  # type: ignore[arg-type]
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,27 @@ def test_saved_teacher_labels_are_the_mean_of_all_experts_at_the_last_start_epoc
     distilled.export("mtt", tmp_path / "exported")
     written = torch.load(tmp_path / "exported" / "labels_best.pt", weights_only=True)
     torch.testing.assert_close(written.sum(dim=1), torch.ones(10))
+
+
+def test_a_resumed_run_asks_the_experts_for_labels_only_to_evaluate(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return mean_teacher_labels(*arguments)
+
+    monkeypatch.setattr("mtt_fast.distill.evaluation.mean_teacher_labels", counted)
+    line = [*TOY, *experts, "--out", str(tmp_path), "--no_aug", "--teacher_label", "--ema_decay", "0.5"]
+    assert cli.run(main, [*line, "--Iteration", "0"]) == 0
+    picture = (tmp_path / "images.png").read_bytes()
+    (tmp_path / "images.png").unlink()
+    assert len(calls) == 2  # of the images, and of their moving average
+    (tmp_path / "summary.json").unlink()
+    assert cli.run(main, [*line, "--Iteration", "0"]) == 0
+    assert len(calls) == 2
+    assert (tmp_path / "images.png").read_bytes() == picture
 
 
 def test_teacher_labels_are_made_for_the_images_that_are_seen() -> None:

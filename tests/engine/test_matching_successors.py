@@ -264,7 +264,10 @@ def test_an_expert_that_did_not_move_is_named() -> None:
             {"path": torch.zeros(4, 3).half()},
             "path_loss: expected path float32, float64 or bfloat16, .* found torch.float16",
         ),
-        ({"path": torch.zeros(4, 3).to_sparse()}, "path_loss path: expected a dense tensor"),
+        (
+            {"path": torch.zeros(4, 3).to_sparse()},
+            "path_loss path: expected an ordinary tensor, found a tensor of layout",
+        ),
         ({"start": torch.zeros(())}, r"path_loss start: expected a flat vector \(P,\), found shape \(\)"),
         ({"start": torch.zeros(2)}, r"path_loss: expected three vectors of one shape, .* start \(2,\)"),
         ({"start": torch.zeros(3, dtype=torch.complex64)}, "and start and target floating, found .*complex64"),

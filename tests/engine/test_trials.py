@@ -312,6 +312,51 @@ def test_a_loss_without_a_gradient_in_a_later_step_is_refused(options: dict[str,
         )
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """Twice a tensor, with a derivative that has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@pytest.mark.parametrize("memory_budget", [None, "auto"])
+@pytest.mark.parametrize(
+    ("loss", "labels", "found"),
+    [
+        (nn.MultiMarginLoss(), LABELS, "derivative for aten::multi_margin_loss_backward is not implemented"),
+        (nn.SoftMarginLoss(), 2 * F.one_hot(LABELS).float() - 1, "with respect to argument 'target'"),
+        (lambda logits, labels: F.cross_entropy(OnceDifferentiable.apply(logits), labels), LABELS, "once_differentiable"),
+    ],
+    ids=["margin", "labels", "once"],
+)  # fmt: skip
+def test_a_loss_without_a_second_derivative_is_refused(
+    loss: Any, labels: Tensor, found: str, memory_budget: Any
+) -> None:
+    module = FlatModule(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
+    images = torch.ones(6, 2, 2, 2).requires_grad_()
+    with pytest.raises(
+        InputError, match=f"`net`, `loss`: expected operations that torch differentiates twice, .*{found}"
+    ):
+        unroll(module, module.init(), images, labels, 0.1, BATCHES, loss=loss, memory_budget=memory_budget)[
+            -1
+        ].sum().backward()
+
+
+def test_a_loss_without_a_second_derivative_may_train() -> None:
+    module = FlatModule(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
+    start, images, loss = module.init(), torch.ones(6, 2, 2, 2), nn.MultiMarginLoss()
+    path = unroll(module, start, images, LABELS, 0.1, BATCHES, loss=loss)
+    theta = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(module(theta, images[BATCHES[0]]), LABELS[BATCHES[0]]), theta)
+    torch.testing.assert_close(path[1], start - 0.1 * gradient)
+
+
 def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None:
     """Check what would give images without a gradient: features that are computed under no_grad."""
     net = FlatModule(with_layer(Layer(lambda images, layer: images.detach())))

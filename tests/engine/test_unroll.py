@@ -359,22 +359,26 @@ def test_a_custom_loss() -> None:
         ({"images": torch.zeros(0, 3, 8, 8)}, r"`images`: expected at least one, \(n, …\), found shape \(0, 3, 8, 8\)"),
         (
             {"images": torch.zeros(6, 3, 8, 8).to_sparse()},
-            "`images`: expected an ordinary tensor, found Tensor of layout torch.sparse_coo",
+            "`images`: expected an ordinary tensor, found a tensor of layout torch.sparse_coo",
         ),
         (
             {"images": torch.nested.nested_tensor([torch.zeros(3, 8, 8)] * 6, layout=torch.jagged)},
             "expected an ordinary tensor, found a nested tensor",
         ),
-        ({"lr": torch.full((3,), 0.1).to_sparse()}, "`lr`: expected an ordinary tensor, found Tensor of layout"),
+        (
+            {"images": torch.zeros(6, 3, 8, 8).to(torch.float8_e4m3fn)},
+            "`images`: expected an ordinary tensor, found a tensor of float8_e4m3fn; use .float()",
+        ),
+        ({"lr": torch.full((3,), 0.1).to_sparse()}, "`lr`: expected an ordinary tensor, found a tensor of layout"),
         ({"lr": torch.zeros(3, device="meta")}, "`lr`: expected numbers, found a tensor on the device meta"),
         (
             {"batches": torch.ones(3, 2).long().to_sparse()},
-            "`batches`: expected an ordinary tensor, found Tensor of layout",
+            "`batches`: expected an ordinary tensor, found a tensor of layout",
         ),
-        ({"velocity": torch.zeros(3).to_sparse()}, "`velocity`: expected an ordinary tensor, found Tensor of layout"),
+        ({"velocity": torch.zeros(3).to_sparse()}, "`velocity`: expected an ordinary tensor, found a tensor of layout"),
         (
             {"images": FakeTensorMode().from_tensor(torch.zeros(6, 3, 8, 8))},
-            "expected an ordinary tensor, found FakeTensor",
+            "expected an ordinary tensor, found a FakeTensor",
         ),
         ({"batches": [torch.tensor([2**63], dtype=torch.uint64)]}, "expected indices 0 … 5, found -"),
         ({"generator": 3}, "`generator`: expected a torch.Generator, found int; "),

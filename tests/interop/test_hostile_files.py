@@ -20,8 +20,10 @@ from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
 from mtt_fast.convert.experts import expert_kinds_of, options_in_path
+from mtt_fast.data import load
 from mtt_fast.errors import one_line
 from mtt_fast.interop import (
+    SET_KINDS,
     buffer_files,
     read_set,
     set_kind_of,
@@ -246,6 +248,17 @@ def test_folders_pipes_and_devices_are_refused(
     make(kind, file)
     for source in (tmp_path / "a", file):
         refused(lambda: read_any(source), "a")  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", SET_KINDS)
+def test_a_path_with_a_nul_is_refused(kind: str) -> None:
+    refused(lambda: write_set("a\0b", distilled(), kind), r"a\x00b")
+    refused(lambda: read_set("a\0b", kind), r"a\x00b")
+
+
+def test_a_folder_with_a_nul_in_its_name_is_refused() -> None:
+    refused(lambda: TrajectoryStore("a\0b"), r"a\x00b")
+    refused(lambda: load("digits", data_path="a\0b"), r"a\x00b")
 
 
 def test_names_with_line_breaks_stay_on_one_line(tmp_path: Path) -> None:

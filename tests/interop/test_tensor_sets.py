@@ -19,6 +19,7 @@ from mtt_fast.interop import (
     class_major,
     read_set,
     set_kind_of,
+    set_kinds_of,
     write_set,
 )
 from mtt_fast.interop.tensor_set import count_in_class_order, hardened, tensor_set
@@ -442,6 +443,44 @@ def test_folders_without_pictures_are_no_image_folder(tmp_path: Path) -> None:
     (tmp_path / "cat" / "tabby" / "0.JPEG").touch()
     assert set_kind_of(tmp_path) == "png"
     assert set_kind_of(tmp_path / "images.png") is None
+
+
+@pytest.mark.parametrize(
+    ("there", "kinds"),
+    [
+        (("mtt", "synthetic"), ["synthetic", "mtt"]),
+        (("ddranking", "mtt"), ["ddranking", "mtt"]),
+        (("mtt", "png"), ["mtt", "png"]),
+        (("parquet", "dc", "dc_benchmark"), ["dc_benchmark", "dc", "parquet"]),
+    ],
+)
+def test_of_several_kinds_in_a_folder_one_is_read_and_the_others_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: tuple[str, ...], kinds: list[str]
+) -> None:
+    for kind in there:
+        distilled().export(kind, tmp_path)
+    assert set_kinds_of(tmp_path) == kinds
+    assert_same(read_set(tmp_path), read_set(tmp_path, kinds[0]))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = [
+        f"{tmp_path}: other sets ({kind}: {SET_KINDS[kind]}) are not read; give `kind` to read them"
+        for kind in kinds[1:]
+    ]
+    assert told == expected
+
+
+def test_pictures_beside_tensors_are_told_but_not_those_of_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    distilled().export("mtt", tmp_path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").touch()
+    assert set_kinds_of(tmp_path) == ["mtt", "png"]
+    distilled().export("synthetic", tmp_path / "run")
+    (tmp_path / "run" / "history").mkdir()
+    (tmp_path / "run" / "history" / "iteration_000000.png").touch()
+    read_set(tmp_path / "run")
+    assert not caplog.records
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Check tensors and generators that a caller gives, in any layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError, dtype_name
+
+
+def check_ordinary(name: str, tensor: Tensor) -> None:
+    """Raise `InputError` for a tensor with which torch cannot compute as with others: one that is nested, sparse, or of a float8."""
+    if tensor.is_nested:
+        found, remedy = "a nested tensor", "use torch.stack"
+    elif tensor.layout != torch.strided:
+        found, remedy = f"a tensor of layout {tensor.layout}", "use .to_dense()"
+    elif tensor.dtype.is_floating_point and tensor.dtype.itemsize < 2:
+        found, remedy = f"a tensor of {dtype_name(tensor.dtype)}", "use .float()"
+    else:
+        return
+    raise InputError(f"{name}: expected an ordinary tensor, found {found}; {remedy}")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise `InputError` unless `generator` is None or a generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"`generator`: expected a torch.Generator, found {type(generator).__name__}; torch.Generator().manual_seed(…) makes one"
+        )
+
+
+def device_of(generator: torch.Generator | None) -> torch.device:
+    """Return the device on which `generator` draws; for None the CPU. Raises `InputError` if it is no generator."""
+    check_generator(generator)
+    return torch.device("cpu") if generator is None else generator.device
