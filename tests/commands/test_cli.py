@@ -57,6 +57,7 @@ def test_flags_may_be_spelt_with_hyphens_or_underscores() -> None:
         ("--gradient trunc", "--gradient: expected one of 'exact', 'truncated', found 'trunc'; see x --help"),
         ("--grad exact", "--grad: unknown option (did you mean --gradient?); see --help"),
         ("--g exact", "--g: unknown option (did you mean --gradient?); see --help"),
+        ("--quiet=1", "--quiet=1: unknown option; see --help"),
         ("--lr_imgs=3", "--lr_imgs=3: unknown option (did you mean --lr_img?); see --help"),
         ("True", "True: expected an option, which begins with --"),
     ],
