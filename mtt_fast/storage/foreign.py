@@ -41,10 +41,9 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the value in a file of JSON. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
+    text = read_text(path, LARGEST_TEXT)
     try:
-        return parse_json(read_text(path, LARGEST_TEXT))
-    except InputError:
-        raise
+        return parse_json(text)
     except ValueError as error:
         raise InputError(
             f"{path}: expected JSON, found a broken file ({complaint_of(error)}); write it again"

@@ -56,6 +56,8 @@ def test_flags_may_be_spelt_with_hyphens_or_underscores() -> None:
         ("--size 3.5", "--size: expected a whole number, found '3.5'; see x --help"),
         ("--gradient trunc", "--gradient: expected one of 'exact', 'truncated', found 'trunc'; see x --help"),
         ("--grad exact", "--grad: unknown option (did you mean --gradient?); see --help"),
+        ("--g exact", "--g: unknown option (did you mean --gradient?); see --help"),
+        ("--quiet=1", "--quiet=1: unknown option; see --help"),
         ("--lr_imgs=3", "--lr_imgs=3: unknown option (did you mean --lr_img?); see --help"),
         ("True", "True: expected an option, which begins with --"),
     ],
@@ -149,6 +151,8 @@ def test_an_error_of_two_files_or_of_none_is_one_line(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("error: a -> b: Invalid cross-device link; ")
     assert cli.run(failing_with(OSError("no such thing")), []) == 2
     assert capsys.readouterr().err.startswith("error: a file: no such thing; ")
+    assert cli.run(failing_with(OSError()), []) == 2
+    assert capsys.readouterr().err == "error: a file: OSError; check the path\n"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\r\nb", "a\x1b[2Jb", "a\u2028b", "a\x85b", "a\udcffb", "a\tb", "a\x00b"])

@@ -14,8 +14,9 @@ import torch
 from mtt_fast.commands import cli
 from mtt_fast.commands.seconds import PARTS, Seconds, counted_in, seconds_in_words
 from mtt_fast.distill.command import main as distill
+from mtt_fast.errors import InputError
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
-from mtt_fast.storage.records import read_record
+from mtt_fast.storage.records import read_record, write_record
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
 TOY = (
@@ -68,7 +69,7 @@ def test_an_error_ends_the_part_that_it_leaves() -> None:
     assert seconds.totals() == counted(data=2, other=3)
 
 
-def test_processes_of_a_run_add_up_whatever_ended_them(tmp_path: Path) -> None:
+def test_processes_of_a_run_add_up_whatever_ended_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         seconds = Seconds(clock := Clock())
         clock.now += 1
@@ -77,6 +78,21 @@ def test_processes_of_a_run_add_up_whatever_ended_them(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     with counted_in(tmp_path, seconds := Seconds(Clock())):
         assert seconds.totals() == counted(other=3, experts=6)
+    assert not caplog.messages
+
+
+def test_parts_that_an_earlier_version_did_not_count_are_zero(tmp_path: Path) -> None:
+    write_record(tmp_path / "seconds.json", {"experts": 2, "saving": 0.5})
+    with counted_in(tmp_path, seconds := Seconds(Clock())):
+        assert seconds.totals() == counted(experts=2, saving=0.5)
+
+
+def test_seconds_that_cannot_be_saved_hide_no_error_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(KeyError), counted_in(tmp_path / "file", Seconds(Clock())):
+        raise KeyError
+    with pytest.raises(InputError, match=r"seconds\.json: cannot be written"), counted_in(tmp_path / "file", Seconds()):
+        pass
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"experts": "many"}', '{"experts": 1, "format": 2, "checksum": "x"}'])

@@ -87,9 +87,11 @@ def test_other_readers_of_safetensors_accept_the_file(tmp_path: Path) -> None:
 
 def test_second_load_maps_and_reads_nothing(tmp_path: Path) -> None:
     first = packed(source(), tmp_path, progress=False)
+    (tmp_path / ".pets.safetensors.0a_1b2c3.partial").mkdir()  # of a job that was killed while it packed
     again = packed(source(never), tmp_path, progress=False)
     assert again.fingerprint == first.fingerprint
     assert torch.equal(again.train.images, first.train.images)
+    assert leftovers(tmp_path) == ["pets.safetensors"]
 
 
 def test_images_are_memory_mapped(tmp_path: Path) -> None:
@@ -137,8 +139,10 @@ def test_damaged_file_is_packed_again_with_a_warning(
     damage(first.path)
     with caplog.at_level(logging.WARNING):
         again = packed(source(), tmp_path, progress=False)
-    assert "pets.safetensors" in caplog.text
-    assert "packing its source again" in caplog.text
+    (line,) = caplog.messages
+    assert line.startswith(f"{first.path}: ")
+    assert "packing its source again" in line
+    assert "InputError" not in line
     assert np.array_equal(again.train.images.numpy(), images(7))
     assert leftovers(tmp_path) == ["pets.safetensors"]
 
@@ -259,6 +263,12 @@ def test_key_sees_name_size_time_and_settings(tmp_path: Path) -> None:
     os.utime(file, ns=(0, 10))
     key = key_of(tmp_path, [file], 1)
     assert key == key_of(tmp_path, [file], 1)
+    for name in ("one", "two"):  # in other folders
+        (tmp_path / name).mkdir()
+        copy = tmp_path / name / "a"
+        copy.write_bytes(b"12")
+        os.utime(copy, ns=(0, 10))
+        assert key == key_of(tmp_path / name, [copy], 1)
     assert key != key_of(tmp_path, [file], 2)
     os.utime(file, ns=(0, 11))
     assert key != key_of(tmp_path, [file], 1)

@@ -81,6 +81,7 @@ def test_the_window_is_that_of_selmatchs_code(score: Any, path: str, digits: Ima
     expected = expected_window(digits, reverse=score == "forgetting", first=3, last=10)
     assert torch.equal(window.pixels, real.train.subset(torch.tensor(expected)).pixels)
     assert torch.equal(window.labels, torch.arange(10).repeat_interleave(7))
+    assert len(window_of_difficulty(real, read_difficulty(options, digits), 7, 136)) == 70  # class 0 has 143 images
     with pytest.raises(
         InputError, match=r"`ipc` 7, `window_start` \(leaves 140 out\): class 0 has only 143 of the 147 "
     ):

@@ -47,6 +47,12 @@ def test_wrong_labels_of_datasets_are_refused(label: Any) -> None:
     refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_label_is_refused_without_a_look_at_its_shape() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    refused(lambda: image_data_from([(torch.zeros(1, 4, 4), nested)], []), "found a nested Tensor")
+
+
 @pytest.mark.parametrize("label", [1, 1.0, np.int32(1), np.uint8(1), torch.tensor(1), torch.tensor([1]), np.array([1])])
 def test_right_labels_of_datasets_are_read(label: Any) -> None:
     dataset = [(torch.zeros(1, 4, 4).byte(), 0), (torch.zeros(1, 4, 4).byte(), label)]

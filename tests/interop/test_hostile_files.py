@@ -388,6 +388,22 @@ def test_helpers_before_anything(value: Any) -> None:
         assert type(found) is Tensor
 
 
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1, [2]], torch.int64),
+        ([[1], 2], torch.float32),
+        ([[1, 2], [3]], torch.int64),
+        ([2**63], torch.int64),
+        ([10**400], torch.float32),
+    ],
+    ids=["a list among numbers", "a number among lists", "lengths", "int64", "float32"],
+)
+def test_lists_that_are_no_tensor_are_one_kind_of_error(values: list[Any], dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        as_tensor(values, dtype)
+
+
 def test_every_file_that_is_written_can_be_read(tmp_path: Path) -> None:
     """Check that honest files are not refused."""
     for kind in ("mtt", "dc", "ddranking", "png", "parquet", "synthetic", "dc_benchmark"):

@@ -47,6 +47,8 @@ def test_an_epoch_visits_the_images_of_pads_code() -> None:
         assert torch.equal(curriculum.between(*curriculum.shares(epoch)), torch.cat([expected, expected + 5000])), epoch
     of_a_class = Curriculum([torch.arange(1289)])  # 20 % are 257.8: rounded down, as in PAD's code
     assert torch.equal(of_a_class.between(*of_a_class.shares(61)), torch.arange(257, 1289))
+    of_three = Curriculum([torch.arange(3)], init_ratio=0.4)  # 40 % are 1.2: one image is enough for epoch 0
+    assert of_three.between(*of_three.shares(0)).tolist() == [0]
     without_a_rise = Curriculum(order, add_end_epoch=0)
     assert [without_a_rise.shares(epoch) for epoch in (0, 1)] == [(0.0, 1.0)] * 2
 
@@ -155,8 +157,8 @@ def test_an_order_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) 
             f"expected each of the {count} training images once, found {count} indices, of {count - 1} ",
         ),
         "swapped": (swapped, "expected the images of class c in row c, found "),
-        "fractions": ([row.float() for row in order], "expected a row of indices for each class"),
-        "masks": ([row > 0 for row in order], "expected a row of indices for each class"),
+        "fractions": ([*order[:9], order[9].float()], "expected a row of indices for each class"),
+        "masks": ([*order[:9], order[9] > 0], "expected a row of indices for each class"),
         "number": (torch.tensor(3), "expected a row of indices for each class"),
         "empty": ([], "expected a row of indices for each class"),
         "words": ({"a": 1}, "expected a tensor, found a dictionary"),

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record
+from mtt_fast.commands.accuracies import (
+    accuracy_by_network,
+    accuracy_fields,
+    accuracy_in_words,
+    accuracy_record,
+    remarks_on,
+)
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.cross import command as cross
 from mtt_fast.data.published_info import dataset_info
@@ -309,7 +315,19 @@ def test_evaluations_come_back_from_their_records() -> None:
     assert accuracy_by_network(line, "A") == {"A": record}
     both = accuracy_fields({"A": one, "B": other})
     assert accuracy_by_network(both, "A") == {"A": record, "B": record | {"mean": 0.25, "std": 0.0}}
-    assert accuracy_record(accuracy_fields({"B": other})) == {"mean": 0.25, "std": 0.0, "n": 1, "epoch": "best"}
+    best = {"mean": 0.25, "std": 0.0, "n": 1, "epoch": "best"}
+    assert accuracy_record(accuracy_fields({"B": other})) == best
+    diverged = {"mean": 0.4, "std": pytest.approx(0.32**0.5), "n": 2, "diverged": 1}
+    both = accuracy_fields({"A": one, "B": Accuracy((0.8, 0.0), diverged=1)})
+    assert accuracy_by_network(both, "A") == {"A": record, "B": diverged}
+    assert [remarks_on(each) for each in (record, best, diverged, best | {"diverged": 1})] == [
+        "",
+        " (best epoch)",
+        " (1 of 2 diverged)",
+        " (best epoch, 1 of 1 diverged)",
+    ]
+    assert accuracy_in_words(both) == accuracy_in_words(line) == "60.00 % ± 14.14"
+    assert accuracy_in_words(accuracy_fields({"A": Accuracy((0.0,), diverged=1)})) == "0.00 % ± 0.00 (1 of 1 diverged)"
 
 
 TOY = (
