@@ -107,8 +107,9 @@ def read_set(
     """
     source = Path(source)
     if kind is None:
-        kind, *others = set_kinds_of(source) or [None]
-        warn_of_unread(source, others, "give `kind` to read them")
+        kinds = set_kinds_of(source)
+        kind = next(iter(kinds), None)
+        warn_of_unread(source, kinds[1:], "give `kind` to read them")
     match kind:
         case "synthetic":
             return SyntheticDataset.load(source / SYNTHETIC if os.path.isdir(source) else source)

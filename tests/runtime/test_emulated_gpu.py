@@ -149,7 +149,8 @@ def test_experts_on_a_curriculum(run: Run, tmp_path: Path) -> None:
         ("ld", 2),
         ("dd --n_nets 2", 2),
         ("ratbptt --minwindow 2 --window 2 --totwindow 4", 1),
-        ("atbptt --window 2 --d 1 --totwindow 4", 3),  # and for the window and the accuracy of an epoch, here one iteration
+        # and for the window and the accuracy of an epoch, here one iteration
+        ("atbptt --window 2 --d 1 --totwindow 4", 3),
     ],
     ids=["dsa", "dm", "ld", "dd", "ratbptt", "atbptt"],
 )
