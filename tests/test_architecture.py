@@ -21,7 +21,7 @@ UPWARD = {("data.synthetic", "interop")}  # when it is called
 NO_VERB = re.compile(
     r"\W*(What|How|Whether|Of|Which|Where|Why|When|Who|From|As|So|Or|By|For|With|In|On|Its|Their|Those|It|They|That|Once)\b"
 )
-ARTICLE = re.compile(r"(The|An?|One|Two)\b")  # a class may open with its name, a function with its verb alone
+ARTICLE = re.compile(r"(The|An?|One|Two)\b")  # a class may open with its name, a function only with its verb
 
 
 def layers() -> list[set[str]]:

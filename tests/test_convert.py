@@ -74,7 +74,7 @@ def save_public_pair(labels: Tensor, folder: str = "theirs") -> Tensor:
 
 
 def save_public_buffer(folder: str, epochs: int = 2) -> None:
-    """Save two experts as buffer.py records them on a GPU."""
+    """Save two experts as buffer.py saves them on a GPU."""
     Path(folder).mkdir(parents=True)
     trajectories = []
     for seed in range(2):
@@ -378,7 +378,7 @@ def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(
     Path("ours/digits_ZCA").rename("ours/digits")
     assert cli.run(distill, [*DISTIL, "--buffer_path", "ours", "--out", "other"]) == 2
     assert (
-        "whitened otherwise: expected normalised images, found ZCA-whitened images; give --zca"
+        "whitened in another way: expected normalised images, found ZCA-whitened images; give --zca"
         in capsys.readouterr().err
     )
 
@@ -603,7 +603,7 @@ def test_a_set_of_other_images_is_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_a_set_of_normalised_images_is_not_taken_for_a_whitened_one(capsys: pytest.CaptureFixture[str]) -> None:
     distilled().save("run/synthetic.safetensors")
     assert convert("run", "out", "--zca") == 2
-    assert "whitened otherwise: expected ZCA-whitened images, found normalised images" in capsys.readouterr().err
+    assert "whitened in another way: expected ZCA-whitened images, found normalised images" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

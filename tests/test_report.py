@@ -1,4 +1,4 @@
-"""Test the report: one page that stands alone, of finished and unfinished runs, with the content of their files."""
+"""Test the report: one page without other files, of finished and unfinished runs, with the content of their files."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
 
 
 def _is_measured(store: TrajectoryStore, expert: int) -> bool:
-    """Return whether there is an accuracy at each recorded row of the expert."""
+    """Return whether there is an accuracy at each saved row of the expert."""
     accuracy, course = store.metadata(expert).accuracy, store.course(expert)
     return not any(math.isnan(accuracy[epoch]) for epoch in (course.epochs if course else range(len(accuracy))))
 

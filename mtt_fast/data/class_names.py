@@ -228,7 +228,7 @@ def is_wnid(name: str) -> bool:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return folder names in the order of their classes: sorted, but by number where they differ in a number alone.
+    """Return folder names in the order of their classes: sorted, but by number where they differ only in a number.
 
     As text, "10" comes before "2", and labels 2 … 10 would all be others than their folders say.
     """
@@ -352,7 +352,7 @@ def _wordnet(wnids: Iterable[str]) -> tuple[frozenset[str], ...]:
 
 
 def _recognised(class_names: Sequence[str]) -> _Classes:
-    """Return the known data set with these class names, or else what follows from the names alone."""
+    """Return the known data set with these class names, or else what follows from the names."""
     for known in _known_sets():
         if len(class_names) == len(known.spellings) and all(
             _normalised(name) in spelling for name, spelling in zip(class_names, known.spellings, strict=True)

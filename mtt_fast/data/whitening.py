@@ -196,6 +196,6 @@ def check_same_whitening(whitening: Whitening, expected: Whitening, where: str |
         theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (whitening, expected))
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
-                f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "
+                f"{where}: whitened in another way: expected the ZCA whitening that is fitted to these images with eps 0.1, found "
                 f"another {name}; give `other_data` to test it on images that are whitened as its own were"
             )

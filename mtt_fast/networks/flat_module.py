@@ -156,7 +156,7 @@ class _Absent(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise InputError(
-            "FlatModule: expected a module that reads its parameters and buffers in its forward pass alone, found one that reads them "
+            "FlatModule: expected a module that reads its parameters and buffers only in its forward pass, found one that reads them "
             "again in the backward pass, as torch.utils.checkpoint does; take the checkpoint out, and save memory by "
             "`microbatch` or `memory_budget`"
         )

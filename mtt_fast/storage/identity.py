@@ -126,7 +126,7 @@ def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[
         yield from unlike
     if _differ(expected.whitening, found.whitening):
         yield _Difference(
-            "whitened otherwise",
+            "whitened in another way",
             _SEEN.get(expected.whitening, expected.whitening),
             _SEEN.get(found.whitening, found.whitening),
             f"{'leave out' if found.whitening == NORMALISED else 'give'} `zca`, as when it was made",

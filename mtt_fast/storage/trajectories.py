@@ -244,7 +244,7 @@ class TrajectoryStore:
     def read(self, expert: int, epoch: float) -> Tensor:
         """Return the parameters (P,), float32, after `epoch` epochs, 0 … epochs(expert), reading only their bytes.
 
-        Rows are recorded at whole epochs, or at a compressed expert's waypoints. Between two rows the parameters are on the
+        Rows are saved at whole epochs, or at a compressed expert's waypoints. Between two rows the parameters are on the
         straight line from one to the next.
         """
         header = self._header(expert)

@@ -78,7 +78,7 @@ def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
     """Return `count` epochs from 0 to `epochs`, rounded up, as MCT's code spaces them: 0, 17, 34, 50 for 4 of 50."""
     if not 2 <= count <= epochs + 1:
         raise InputError(
-            f"`num_interpolation` {count}: expected from 2 waypoints (the ends) to the {epochs + 1} recorded epochs"
+            f"`num_interpolation` {count}: expected from 2 waypoints (the ends) to the {epochs + 1} saved epochs"
         )
     return tuple(math.ceil(k * epochs / (count - 1)) for k in range(count))
 

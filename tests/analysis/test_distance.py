@@ -284,7 +284,7 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
         (["RUN", "--expert_lr", "0"], "--expert_lr 0.0: expected more than 0"),
         (
             ["RUN", "--zca"],
-            "run: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out --zca",
+            "run: whitened in another way: expected ZCA-whitened images, found normalised images; leave out --zca",
         ),
         (["RUN", "--steps", "0"], "--steps 0: expected at least 1"),
     ],

@@ -1,4 +1,4 @@
-"""Test SelMatch's augmentation of a set of distilled and real images, alone and in a training."""
+"""Test SelMatch's augmentation of a set of distilled and real images, by itself and in a training."""
 
 from __future__ import annotations
 

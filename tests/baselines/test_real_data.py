@@ -1,4 +1,4 @@
-"""Test what the methods share: starting images, batches, and iterations that depend on their number alone."""
+"""Test what the methods share: starting images, batches, and iterations that depend only on their number."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Check that every option of every command, alone and with its partner, changes the output of a toy job, or is refused or logged.
+"""Check that every option of every command, by itself and with its partner, changes the output of a toy job, or is refused or logged.
 
-A job's outcome is what it wrote (numbers alone, without the options that the files repeat), where, and what it said of its plan.
+A job's outcome is what it wrote (only numbers, without the options that the files repeat), where, and what it said of its plan.
 The options' values and expected effects are listed in option_rows.py.
 """
 

@@ -36,7 +36,18 @@ FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 @pytest.mark.parametrize("form", FORMS)
 def test_whole_archives_are_read(tmp_path: Path, form: int) -> None:
     (tmp_path / "x").write_bytes(gzip.compress(tar(form)))
-    assert read_tar(tmp_path / "x", WANTED, "fix it") == {"folder/a": b"a" * 700, "folder/b": b"b" * 700}
+    whole = {"folder/a": b"a" * 700, "folder/b": b"b" * 700}
+    for size in (2000, 700):
+        assert read_tar(tmp_path / "x", dict.fromkeys(whole, size), "fix it") == whole
+    with pytest.raises(InputError, match=r"x: .* \(folder/b of 700 bytes, where at most 699 can be\); fix it"):
+        read_tar(tmp_path / "x", {"folder/a": 700, "folder/b": 699}, "fix it")
+
+
+def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(gzip.compress(bytes(700)))
+    assert read_gzip(tmp_path / "x", 700, "fix it") == bytes(700)
+    with pytest.raises(InputError, match=r"x: expected at most 699 bytes in it, found more; fix it"):
+        read_gzip(tmp_path / "x", 699, "fix it")
 
 
 def damaged(data: st.DataObject, raw: bytes) -> bytes:

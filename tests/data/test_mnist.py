@@ -191,3 +191,10 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
             with socket.socket(socket.AF_UNIX) as listening:
                 listening.bind(os.path.relpath(path))
     check_refused(tmp_path, f"{FILES[1]}: (expected a file, found|cannot be read)")
+
+
+def test_a_pipe_in_place_of_a_gzip_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = files(tmp_path, zipped=True) / f"{FILES[1]}.gz"
+    path.unlink()
+    os.mkfifo(path)
+    check_refused(tmp_path, rf"{FILES[1]}\.gz: expected a file, found")

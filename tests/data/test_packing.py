@@ -279,6 +279,9 @@ def test_key_sees_name_size_time_and_settings(tmp_path: Path) -> None:
     moved.write_bytes(b"12")
     os.utime(moved, ns=(0, 10))
     assert key != key_of(tmp_path, [moved], 1)
+    odd = tmp_path / os.fsdecode(b"\xff")  # a name that is not UTF-8
+    moved.rename(odd)
+    assert key_of(tmp_path, [odd], 1) not in (key, key_of(tmp_path, [odd], 2))
     with pytest.raises(InputError, match="cannot be read"):
         key_of(tmp_path, [file], 1)
 

@@ -463,7 +463,7 @@ def test_student_batches_are_the_public_codes() -> None:
         (
             "digits_ZCA/ConvNetD1W4",
             ["--zca"],
-            "expert_0000.safetensors: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out --zca",
+            "expert_0000.safetensors: whitened in another way: expected ZCA-whitened images, found normalised images; leave out --zca",
         ),
     ],
 )

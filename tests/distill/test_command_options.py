@@ -150,7 +150,7 @@ def test_mistakes_are_told_in_one_line(
 WASTED = [
     (["--ipc", "200"], "--ipc 200: class 0 has only 143 of the 200 real images that are needed"),
     (["--ipc", "40", "--texture"], "--ipc 40, --canvas_size 2: class 0 has only 143 of the 160 real images"),
-    (["--num_interpolation", "5"], "--num_interpolation 5: expected from 2 waypoints (the ends) to the 4 recorded"),
+    (["--num_interpolation", "5"], "--num_interpolation 5: expected from 2 waypoints (the ends) to the 4 saved epochs"),
     (
         ["--max_start_epoch", "4"],
         "--max_start_epoch 4, --expert_epochs 1: segments reach epoch 4, and experts of --train_epochs 3 end",

@@ -138,7 +138,7 @@ def pictures(
 
 @pytest.mark.parametrize("place", ["train/a/2.png", "train/b/0.png", "test/b/1.png"])
 def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check that all images are read for their mode and size, not the first alone."""
+    """Check that all images are read for their mode and size, not only the first."""
     from PIL import Image
 
     root = pictures(tmp_path / "x", mode="L")

@@ -206,7 +206,10 @@ def test_whole_experts_may_have_a_continuous_start(trained_folder: Path, tmp_pat
     ("flags", "problem"),
     [
         (["--num_interpolation", "1"], "--num_interpolation 1: expected at least 2"),
-        (["--num_interpolation", "8"], "--num_interpolation 8: expected from 2 waypoints (the ends) to the 7 recorded"),
+        (
+            ["--num_interpolation", "8"],
+            "--num_interpolation 8: expected from 2 waypoints (the ends) to the 7 saved epochs",
+        ),
         (["--num_interpolation", "3", "--max_start_epoch", "6"], "reach epoch 7, but the expert ends at epoch 6"),
         (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),
     ],

@@ -312,7 +312,7 @@ def test_the_network_of_other_images_is_refused_before_any_work(
     assert cli.run(experts, trained) == 0
     shutil.move("other/digits_ZCA", "other/digits")
     assert cli.run(main, [*TOY, *MAPS, "--buffer_path", "other", "--out", "run"]) == 2
-    assert "other/digits/ConvNetD2W4/expert_0000.safetensors: whitened otherwise" in capsys.readouterr().err
+    assert "other/digits/ConvNetD2W4/expert_0000.safetensors: whitened in another way" in capsys.readouterr().err
     assert not Path("other/digits/ConvNetD1W4").exists()
 
 

@@ -368,7 +368,7 @@ class Logged:
     ids=["logits", "features", "augmentation", "wrapper"],
 )
 def test_what_a_subclass_overrides_is_used(network: ConvNet, augment: Any) -> None:
-    """Compare with the subclass itself: ConvNet's fused steps and DSA as a warp are short cuts that know the base class alone."""
+    """Compare with the subclass itself: ConvNet's fused steps and DSA as a warp are short cuts that know only the base class."""
     images, lr = Distilled().images, torch.tensor(0.2, dtype=torch.float64)
     random = torch.Generator().manual_seed(4)
     draws = None if augment is None else [augment.draw(images[index], random) for index in BATCHES]
@@ -586,7 +586,7 @@ def test_a_row_may_be_chosen_by_a_number_of_numpy() -> None:
 
 
 def test_a_row_is_not_chosen_by_a_truth_value() -> None:
-    """Index by True as torch does, which adds a dimension: it is a number to Python alone."""
+    """Index by True as torch does, which adds a dimension: only to Python is it a number."""
     path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
     assert path[True].shape == (1, 4, len(START))
     assert torch.equal(path[True][0], path)

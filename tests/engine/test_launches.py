@@ -68,7 +68,7 @@ def launches_on_meta() -> Iterator[CountLaunches]:
 
     What waits for the device is an error, and so is a tensor in host memory, in an operation or as an argument of a kernel.
     """
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     from mtt_fast.kernels import triton
 
     modules = [
@@ -138,7 +138,7 @@ def test_a_step_of_both_sweeps(batch: int, precision: Precision, most: int) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_nothing_waits_in_the_host_code(precision: Precision) -> None:
-    """Cover what the steps above do not: blocks with planes alone, saved activations, pieces, momentum, Adam, rates per parameter, and soft labels."""
+    """Cover what the steps above do not: blocks with only planes, saved activations, pieces, momentum, Adam, rates per parameter, and soft labels."""
     for net, kind, cut, options in (
         (NET, "logits", False, {"saved_steps": 2, "optimizer": StudentSgd(0.5, 1e-3)}),
         (NET, "logits", False, {"optimizer": Adam(weight_decay=1e-3)}),

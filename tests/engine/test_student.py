@@ -85,7 +85,7 @@ def test_a_modules_loss_is_the_cross_entropy_of_its_kind_of_labels(kind: Any) ->
 
 
 def test_a_gradient_may_have_any_strides() -> None:
-    """Use a network of the sum of its parameters alone, whose gradient autograd expands from one number."""
+    """Use a network that is the sum of its parameters, whose gradient autograd expands from one number."""
     network: Any = lambda theta, images: theta.sum() * images.flatten(1)  # noqa: E731
     theta, images, labels = torch.randn(5), torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 2, 0])
     step = GenericStudent(network).gradient(theta, images, labels)

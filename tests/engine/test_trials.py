@@ -536,7 +536,7 @@ def test_an_augmentation_that_cuts_the_gradient_off_is_refused(microbatch: int |
 
 
 def test_attention_in_half_precision_is_not_taken_for_a_change() -> None:
-    """Take other kernels in the two sweeps: a second derivative has that of attention by its definition alone."""
+    """Take other kernels in the two sweeps: a second derivative has only that of attention by its definition."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -43,7 +43,7 @@ def test_equals_the_generic_student_interpreted(part: int) -> None:
 
 
 def test_every_back_end_is_interpreted() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     from tests.engine import triton_student
 
     cases: Any = triton_student.cases_of("cpu")
@@ -100,7 +100,7 @@ def live_bytes_on_a_gpu(student: FusedConvNetStudent, batch: int, architecture: 
     ids=str,
 )
 def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: Any) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     student = FusedConvNetStudent(net, "indices", precision)
     live_bytes = live_bytes_on_a_gpu(student, batch)
     with patch.object(dispatch, "_runs_triton", return_value=True):
@@ -124,7 +124,7 @@ def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: A
 )
 def test_the_formula_counts_the_parts_of_convolutions(net: ConvNet, batch: int, precision: Any) -> None:
     """Hold it to live bytes by the table of an H100 or H200, which cuts convolutions of so few samples."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     student = FusedConvNetStudent(net, "indices", precision)
     live_bytes = live_bytes_on_a_gpu(student, batch, "sm_90")
     with recorded_triton("sm_90"):
@@ -134,7 +134,7 @@ def test_the_formula_counts_the_parts_of_convolutions(net: ConvNet, batch: int, 
 
 
 def test_the_cotangents_of_a_block_live_while_its_planes_are_copied() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     net, batch = ConvNet(3, 10, 64, 128, 4), 50
     student = FusedConvNetStudent(net, "indices", "tf32")
     live_bytes = live_bytes_on_a_gpu(student, batch, "sm_90")
@@ -146,7 +146,7 @@ def test_the_cotangents_of_a_block_live_while_its_planes_are_copied() -> None:
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
 @pytest.mark.parametrize("net", [ConvNet(3, 10, 32, 128, 3), ConvNet(1, 10, 28, 48, 3)], ids=str)
 def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(net: ConvNet, precision: Any) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     from mtt_fast.kernels.triton import block
 
     student, batch = FusedConvNetStudent(net, "indices", precision), 200  # so many samples are not cut into parts
@@ -177,7 +177,7 @@ def test_the_plan_knows_the_sides_of_each_block(channels: int, side: int) -> Non
 @pytest.mark.parametrize(("size", "batch"), [(128, 20), (32, 100)])
 def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: int | None) -> None:
     """Iterate with batches that the student gathers and augments itself."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     net, steps, augment = ConvNet(3, 10, size, 128, 5 if size == 128 else 3), 3, SiameseAugment()
     images, theta = torch.empty(50, 3, size, size, device="meta"), torch.empty(net.num_parameters, device="meta")
     labels, indices = (torch.zeros(count, dtype=torch.long, device="meta") for count in (50, steps * batch))
@@ -211,7 +211,7 @@ def measured_peaks() -> dict[tuple[str, str], int]:
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_plan_is_within_15_percent_of_what_an_h200_took(name: str, precision: Any) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     setting = setting_named(name)
     images = torch.empty(setting.images, *image_shape(setting.net), device="meta", requires_grad=True)
     with recorded_triton("sm_90"):
@@ -225,7 +225,7 @@ def test_the_plan_is_within_15_percent_of_what_an_h200_took(name: str, precision
 
 def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> None:
     """Check that a step in full precision is allowed five planes of the second block; the first one asks no library."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     net = ConvNet(3, 10, 32, 128, 3)
     with patch.object(dispatch, "_runs_triton", return_value=True):
         work = {
@@ -245,7 +245,7 @@ def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> No
 
 
 def test_the_first_block_keeps_no_planes() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     at_once, parts = (FusedConvNetStudent(ConvNet(3, 10, 128, width, 5), "indices", "tf32") for width in (128, 127))
     live_at_once, live_in_parts = (live_bytes_on_a_gpu(student, 20) for student in (at_once, parts))
     assert live_at_once.gradient_jvp <= 0.45 * live_in_parts.gradient_jvp
@@ -259,7 +259,7 @@ def test_equals_the_generic_student_on_a_gpu(part: int) -> None:
 
 
 def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     from tests.engine import triton_student
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

@@ -151,7 +151,7 @@ def test_a_stopped_import_goes_on_and_another_is_refused(tmp_path: Path) -> None
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: made from other images: .* with fingerprint beef"):
         imported(tmp_path / "theirs", tmp_path / "ours", fingerprint="beef")
-    with pytest.raises(InputError, match=r"expert_0000\.safetensors: whitened otherwise"):
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: whitened in another way"):
         imported(tmp_path / "theirs", tmp_path / "ours", whitening="zca")
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: holds another expert"):
         imported(tmp_path / "theirs", tmp_path / "ours", network={"kind": "AlexNet"})

@@ -92,7 +92,7 @@ def tables() -> dict[str, Any]:
     good = cells(*[picture()] * 3)
     columns: dict[str, dict[str, Any]] = {
         "text for images": {"image": ["a"] * 3, "label": [0, 1, 2]},
-        "bytes alone": {"image": [picture()] * 3, "label": [0, 1, 2]},
+        "bytes without a path": {"image": [picture()] * 3, "label": [0, 1, 2]},
         "a row without image": {"image": [good[0], None, good[0]], "label": [0, 1, 2]},
         "an image without bytes": {"image": cells(picture(), None, picture()), "label": [0, 1, 2]},
         "a row without label": {"image": good, "label": [0, None, 2]},

@@ -236,7 +236,7 @@ def test_pictures_are_not_taken_for_those_of_other_real_images(tmp_path: Path, k
     others: list[tuple[dict[str, Any], str]] = [
         ({"fingerprint": "beef"}, "made from other images"),
         ({"fingerprint": "", "std": (0.2, 0.25, 0.2)}, "normalised by another std"),
-        ({"whitening": Whitening.fit(torch.rand(20, 3, 4, 5))}, "whitened otherwise"),
+        ({"whitening": Whitening.fit(torch.rand(20, 3, 4, 5))}, "whitened in another way"),
     ]
     for change, message in others:
         with pytest.raises(InputError, match=message):

@@ -23,7 +23,7 @@ from torch import Tensor
 from mtt_fast.kernels import HALF_PRECISIONS, PartialPlanes, Precision
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes for Linux alone"
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes only for Linux"
 )
 
 Test = TypeVar("Test", bound=Callable[..., None])

@@ -71,7 +71,7 @@ def reserve(
 
 @contextmanager
 def last_sample_alone() -> Iterator[None]:
-    """Launch the last sample's programs alone, and reserve the memory of results."""
+    """Launch only the last sample's programs, and reserve the memory of results."""
     from triton.runtime import interpreter
 
     number_program = interpreter.InterpreterBuilder.set_grid_idx
@@ -101,7 +101,7 @@ def last_sample_alone() -> Iterator[None]:
 
 
 def check(case: object, operation: Callable[..., Any], *arguments: Any) -> Any:
-    """Check that an operation makes of the last of SAMPLES samples what it makes of this one alone. Return the latter."""
+    """Check that an operation makes of the last of SAMPLES samples what it makes of only this one. Return the latter."""
     alone = operation(*(each.value if isinstance(each, Sample) else each for each in arguments))
     with last_sample_alone():
         many = operation(*(last_of_many(each.value) if isinstance(each, Sample) else each for each in arguments))

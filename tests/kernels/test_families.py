@@ -50,7 +50,7 @@ def test_each_operation_is_in_every_layer(operation: str) -> None:
 @pytest.mark.parametrize("operation", sorted(triton.OPERATIONS))
 def test_triton_takes_the_arguments_that_the_reference_takes(operation: str) -> None:
     """Check their signatures, since the dispatch hands both the same arguments."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     actual, expected = (inspect.signature(getattr(back_end, operation)).parameters for back_end in (triton, reference))
     assert list(actual) == list(expected)
 

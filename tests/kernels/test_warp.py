@@ -79,11 +79,11 @@ def test_values_and_transpose_are_those_of_torchs_sampler(shape: tuple[int, int,
 
 
 @pytest.mark.usefixtures("either_backend")
-@pytest.mark.parametrize("alone", ["brightness", "saturation", "contrast"])
-def test_one_change_of_colour_alone_has_its_transpose(alone: str) -> None:
+@pytest.mark.parametrize("change", ["brightness", "saturation", "contrast"])
+def test_one_change_of_colour_has_its_transpose(change: str) -> None:
     images, y_bar = torch.randn(2, 1, 3, 6, 5, dtype=torch.float64)
     images.requires_grad_()
-    parameters = row(**{alone: 0.3})
+    parameters = row(**{change: 0.3})
     expected = plain(images, parameters)
     (expected_bar,) = torch.autograd.grad(expected, images, y_bar)
     assert_close("y", kernels.colour_warp_mask(images.detach(), parameters), expected, 1e-12)

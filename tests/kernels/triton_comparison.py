@@ -55,7 +55,7 @@ def run_part(module: str, *arguments: str, part: int = 0, parts: int = 1) -> lis
     The last argument is the device: on `cpu` the module runs as a program that interprets Triton, else in this process. Fails
     the test if a comparison fails, or none is made.
     """
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     if arguments[-1] == "cpu":
         return _run_program(module, *arguments, str(part), str(parts))
     return run_here(importlib.import_module(module).compare_part, *arguments, part, parts)

@@ -25,17 +25,17 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 SETS = [
-    (["run", "--zca"], "run/synthetic.safetensors: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out --zca", False),
-    (["zrun", "--no_zca"], "zrun/synthetic.safetensors: whitened otherwise: expected normalised images, found ZCA-whitened images; give --zca", False),
+    (["run", "--zca"], "run/synthetic.safetensors: whitened in another way: expected ZCA-whitened images, found normalised images; leave out --zca", False),
+    (["zrun", "--no_zca"], "zrun/synthetic.safetensors: whitened in another way: expected normalised images, found ZCA-whitened images; give --zca", False),
     (["run", "--dataset", "./pets"], "run/synthetic.safetensors: made from another data set: expected folder-pets, found digits; give the --dataset, --subset, --res and --data_path that it was made from, or give --other_data", True),
     (["run", "--dataset", "./words"], "run/synthetic.safetensors: made from another data set: expected folder-words, found digits; give the", False),
     (["run", "--dataset", "./words", "--other_data"], "made from another data set: expected folder-words, found digits", False),
     (["run", "--dataset", "./pets", "--res", "16", "--other_data"], "made from another data set: expected folder-pets-16, found digits", False),
-    (["run", "--dataset", "./pets", "--zca", "--other_data"], "run/synthetic.safetensors: whitened otherwise", False),
+    (["run", "--dataset", "./pets", "--zca", "--other_data"], "run/synthetic.safetensors: whitened in another way", False),
     (["prun", "--res", "16"], "prun/synthetic.safetensors: made from another data set: expected folder-pets-16, found folder-pets", False),
     (["prun", "--dataset", "./toys"], "prun/synthetic.safetensors: made from another data set: expected folder-toys, found folder-pets", True),
     (["order.safetensors"], "order.safetensors: the classes in another order: expected '0' as class 0, found '9'", False),
-    (["eps.safetensors"], "eps.safetensors: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1", True),
+    (["eps.safetensors"], "eps.safetensors: whitened in another way: expected the ZCA whitening that is fitted to these images with eps 0.1", True),
     (["random", "--dataset", "digits", "--other_data"], "--other_data: expected a distilled set, found", False),
 ]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_changed_images_are_others(working_folder: Path, capsys: pytest.CaptureF
 
 
 def test_a_checkpoint_goes_on_with_its_own_images(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train the experts anew, so that the checkpoint alone names the images with which it began."""
+    """Train the experts anew, so that only the checkpoint names the images with which it began."""
     save_folder(working_folder / "pets", seed=9)
     new = [*TRAINED, "--buffer_path", "others"]
     assert cli.run(distill, distil(*new, data=("--dataset", "./pets"), out="another")) == 0
@@ -88,7 +88,7 @@ def test_a_checkpoint_goes_on_with_its_own_images(working_folder: Path, capsys: 
 def test_a_dry_run_too_sees_that_a_checkpoint_is_of_images_of_another_size(
     working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train experts on the larger images, so that the checkpoint alone names the size with which it began."""
+    """Train experts on the larger images, so that only the checkpoint names the size with which it began."""
     for path in Path("pets").rglob("*.png"):
         with Image.open(path) as picture:
             larger = picture.resize((16, 16))
@@ -143,7 +143,7 @@ def test_conversions_compare_too(working_folder: Path, capsys: pytest.CaptureFix
     for words, message in (
         (
             ["run", "out", "--zca"],
-            "run: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out",
+            "run: whitened in another way: expected ZCA-whitened images, found normalised images; leave out",
         ),
         (["run", "out", "--dataset", "MNIST"], "run: made from another data set: expected MNIST, found digits"),
         (["zrun", "out", "--dataset", "CIFAR10"], "zrun: made from another data set: expected CIFAR10, found digits"),
@@ -157,7 +157,7 @@ def test_conversions_compare_too(working_folder: Path, capsys: pytest.CaptureFix
             ["pictures", "out", "--dataset", "./pets", "--zca"],
             "labels.json: made from another data set: expected folder-pets, found digits",
         ),
-        (["plain", "out", "--dataset", "digits", "--zca"], "labels.json: whitened otherwise"),
+        (["plain", "out", "--dataset", "digits", "--zca"], "labels.json: whitened in another way"),
     ):
         assert message in refused(capsys, convert, *words)
     assert cli.run(convert, ["pictures", "back", "--dataset", "digits", "--zca"]) == 0
@@ -177,7 +177,7 @@ def test_conversions_compare_too(working_folder: Path, capsys: pytest.CaptureFix
 def test_analyses_compare_too(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, analysis, "distance", "run", "prun", "--steps", "2")
     assert "prun: made from another data set: expected digits, found folder-pets" in error
-    assert "zrun: whitened otherwise" in refused(capsys, analysis, "distance", "run", "zrun", "--steps", "2")
+    assert "zrun: whitened in another way" in refused(capsys, analysis, "distance", "run", "zrun", "--steps", "2")
 
 
 def test_one_name_and_two_data_sets_are_two_rows_of_a_table(working_folder: Path) -> None:

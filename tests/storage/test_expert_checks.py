@@ -86,7 +86,7 @@ def test_a_network_that_does_not_tell_is_compared_by_its_layout(tmp_path: Path) 
         (metadata_for(identity=replace(DATA, name="toys", fingerprint="beef")), "made from another data set: expected pets, found toys; .*`data_path`"),
         (metadata_for(identity=replace(DATA, image_shape=(3, 17, 17), fingerprint="beef")), "images of another size: expected 3×16×16, found 3×17×17"),
         (metadata_for(identity=replace(DATA, class_names=("dog", "cat"), fingerprint="beef")), "the classes in another order: expected 'cat' as class 0, found 'dog'"),
-        (metadata_for(identity=replace(DATA, whitening="zca")), "whitened otherwise: expected normalised images, found ZCA-whitened images; give `zca`"),
+        (metadata_for(identity=replace(DATA, whitening="zca")), "whitened in another way: expected normalised images, found ZCA-whitened images; give `zca`"),
         (metadata_for(identity=replace(DATA, fingerprint="beef")), "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef; .*`data_path`"),
     ],
 )  # fmt: skip

@@ -104,7 +104,7 @@ def rewrite(folder: Path, expert: int, **changes: Any) -> Path:
 
 
 ODD_EXPERTS: list[tuple[dict[str, Any], str]] = [
-    ({"whitening": "zca"}, "whitened otherwise"),
+    ({"whitening": "zca"}, "whitened in another way"),
     ({"dataset": "MNIST", "fingerprint": "beef"}, "made from another data set: expected digits, found MNIST"),
     ({"network": {"kind": "ConvNetD1W4BN"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARBNAP"),
     ({"network": {"kind": "ConvNetD1W4AL"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ALINAP"),

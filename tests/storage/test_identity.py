@@ -62,7 +62,7 @@ def test_the_same_images_pass(found: DatasetIdentity) -> None:
         (replace(OTHER, class_names=("cat",)), "another number of classes: expected 2, found 1", False),
         (replace(OTHER, class_names=("dog", "cat")), "the classes in another order: expected 'cat' as class 0, found 'dog'", False),
         (replace(OTHER, class_names=("cat", "fox")), "other classes: expected 'dog' as class 1, found 'fox'", False),
-        (replace(PETS, whitening="zca"), "whitened otherwise: expected normalised images, found ZCA-whitened images; give `zca`", False),
+        (replace(PETS, whitening="zca"), "whitened in another way: expected normalised images, found ZCA-whitened images; give `zca`", False),
         (replace(OTHER, fingerprint="", mean=(0.1, 0.4, 0.3)), "normalised by another mean: expected 0.5, 0.4, 0.3, found 0.1, 0.4, 0.3", True),
         (OTHER, "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef", True),
         (replace(OTHER, fingerprint="", std=(1.0, 1.0, 1.0)), "normalised by another std", True),
@@ -109,7 +109,7 @@ def test_whitened_images_are_the_same_whatever_they_would_be_normalised_by() -> 
 def test_other_images_that_are_whitened_are_no_others_that_are_normalised() -> None:
     with pytest.raises(InputError, match=r"made from another data set: expected pets, found toys; .* made from$"):
         check_same_data(replace(OTHER, name="toys", whitening="zca"), PETS, "here", other_data=False)
-    with pytest.raises(InputError, match="whitened otherwise"):
+    with pytest.raises(InputError, match="whitened in another way"):
         check_same_data(replace(OTHER, name="toys", whitening="zca"), PETS, "here", other_data=True)
 
 
@@ -119,11 +119,11 @@ def test_a_whitening_is_the_same_up_to_rounding() -> None:
     noise = 1e-5 * torch.randn_like(fitted.matrix)
     check_same_whitening(Whitening(fitted.mean, fitted.matrix + noise, fitted.inverse), fitted, "here")
     for other in (Whitening.fit(images, eps=0.01), Whitening.fit(images[:25]), Whitening.fit(torch.rand(9, 1, 3, 3))):
-        with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* give `other_data`"):
+        with pytest.raises(InputError, match=r"set\.safetensors: whitened in another way: .* give `other_data`"):
             check_same_whitening(other, fitted, "set.safetensors")
     for name in ("mean", "matrix"):  # either alone: brighter images have another mean and the same matrix
         other = replace(fitted, **{name: 1.01 * getattr(fitted, name)})
-        with pytest.raises(InputError, match=f"whitened otherwise: .* found another {name}"):
+        with pytest.raises(InputError, match=f"whitened in another way: .* found another {name}"):
             check_same_whitening(other, fitted, "set.safetensors")
 
 

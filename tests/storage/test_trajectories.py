@@ -1,4 +1,4 @@
-"""Test expert trajectories: exact round trips, reads of one row alone, and files that are whole or refused by name."""
+"""Test expert trajectories: exact round trips, reads of one row, and files that are whole or refused by name."""
 
 from __future__ import annotations
 
