@@ -30,6 +30,7 @@ from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.run_folder import lock_expert_folder
+from mtt_fast.storage.temporaries import remove_leftovers
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, mark_unfinished, write_expert
 from mtt_fast.storage.waypoints import Course
 
@@ -259,7 +260,9 @@ def export_experts(
 
 
 def check_absent(folder: Path, names: Iterable[str]) -> None:
-    """Raise `InputError` if `folder` holds a file of one of the `names`."""
+    """Raise `InputError` if `folder` holds a file of one of the `names`. What a killed export left goes first."""
+    for place in (folder.parent, folder):
+        remove_leftovers(place)
     for path in (folder / name for name in names):
         if os.path.lexists(path):
             raise InputError(f"{path}: exists already; choose another destination, or delete it")
