@@ -30,7 +30,7 @@ from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.run_folder import lock_expert_folder
-from mtt_fast.storage.temporaries import remove_leftovers
+from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, mark_unfinished, write_expert
 from mtt_fast.storage.waypoints import Course
 
@@ -250,7 +250,7 @@ def export_experts(
     """
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
     names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
-    check_absent(folder, names)  # and the one after them, which readers would take for another of these
+    check_absent(folder, names[0], names[-1])
     with atomic_folder(folder, last="replay_buffer") as content:
         for name, experts in zip(names, chosen, strict=False):
             save_large_pickle(
@@ -259,12 +259,10 @@ def export_experts(
             yield folder / name
 
 
-def check_absent(folder: Path, names: Iterable[str]) -> None:
-    """Raise `InputError` if `folder` holds a file of one of the `names`. What a killed export left goes first."""
-    for place in (folder.parent, folder):
-        remove_leftovers(place)
-    for path in (folder / name for name in names):
-        if os.path.lexists(path):
+def check_absent(folder: Path, first: str, further: str) -> None:
+    """Raise `InputError` if `folder` holds the `first` file of a series, or one that would be taken for a `further` one."""
+    for path in (folder / first, folder / further):
+        if not is_free(folder) and path.exists():
             raise InputError(f"{path}: exists already; choose another destination, or delete it")
 
 

@@ -68,11 +68,10 @@ def export_waypoints(
     if any(len(course.epochs) != count for course in courses):
         raise InputError(f"{store.folder}: expected {count} waypoints of every expert, found others; export them apart")
     kind = "waypoint_buffer" if count == 2 else f"waypoint_buffer_ip{count}"
-    names = [f"{kind}_{number}.pt" for number in range(len(chosen) + 1)]
-    check_absent(folder, [*names, *(_steps_file(Path(name)).name for name in names)])
+    check_absent(folder, f"{kind}_0.pt", f"{kind}_{len(chosen)}.pt")
     with atomic_folder(folder, last=kind) as content:
-        for name, experts in zip(names, chosen, strict=False):
-            path = content / name
+        for number, experts in enumerate(chosen):
+            path = content / f"{kind}_{number}.pt"
             pieces = [_shares(courses[expert]) for expert in experts]
             save_pickle(_steps_file(path), pieces if count > 2 else [one for (one,) in pieces])
             save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in experts])
