@@ -84,9 +84,10 @@ def atbptt(options: AtBpttOptions, real: RealImages, network: Trainable) -> Lear
             window.copy_(torch.tensor(window_of_stage(options, int(stages.stage), bptt.gradient_norms, generator)))
             num_correct.zero_()
         reached: RealLoss = bptt.update_set(iteration, Window(*window.tolist()))
-        num_correct.add_(count_correct(network, reached.theta, reached.images))
+        real_images = bptt.real_images(reached.draws)
+        num_correct.add_(count_correct(network, reached.theta, real_images))
         if number == iterations - 1:
-            stages.end_epoch(int(num_correct) / (iterations * len(reached.images)), options.totwindow)
+            stages.end_epoch(int(num_correct) / (iterations * len(real_images)), options.totwindow)
         return float(reached.loss)
 
     return bptt.learned_set(step, {"window": window, "right": num_correct, **vars(stages)})

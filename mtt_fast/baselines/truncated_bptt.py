@@ -16,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy, augment_with
+import mtt_fast.kernels as kernels
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.baselines.adam_steps import AdamSteps, Draws, draw
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
-from mtt_fast.baselines.real_data import random_batch, starting_images
+from mtt_fast.baselines.real_data import starting_images
 from mtt_fast.commands.option_fields import Group, Needs
 from mtt_fast.commands.options import Count, Positive, Share, Strategy
-from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.student import InMicrobatches
 from mtt_fast.engine.student_choice import precision_on, student_for
-from mtt_fast.engine.unroll import unroll
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.sgd import STEPS_AT_ONCE
 
 _REAL_PIECE = 500  # real images in memory at once
-_PATH_STEPS = 50  # of training without gradients: its path is in memory
 _OWN_STEPS = 1000  # of the method's own training; the public codes test after 300, 600, 1000 and 3000
 
 
@@ -75,17 +76,18 @@ class Window(NamedTuple):
 
 
 class RealLoss(NamedTuple):
-    """The loss () on real images at the end of a training, with the parameters (P,) there, and the images, augmented."""
+    """The loss () on real images at the end of a training, with the parameters (P,) there, and the draws of the images."""
 
     loss: Tensor
     theta: Tensor
-    images: Images
+    draws: Draws
 
 
 class TruncatedBptt:
     """Learn images by truncated backpropagation, for the method called `method`.
 
-    A ConvNet's steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32.
+    A ConvNet's steps are computed in fp32 unless --precision says otherwise: a step of Adam is much less exact in tf32. On CUDA
+    all steps are replayed from CUDA graphs.
     """
 
     def __init__(self, method: str, options: TruncatedBpttOptions, real: RealImages, network: Trainable) -> None:
@@ -98,23 +100,31 @@ class TruncatedBptt:
             learned.append({"params": [self.labels], "lr": options.lr_img / options.label_lr_scale})
         self._optimizer = torch.optim.Adam(learned, lr=options.lr_img)
         self._norm = self.images.new_zeros(())  # the running average of the gradient norm
-        self._precision: Precision = "fp32"
+        precision: Precision = "fp32"
         if options.precision != "auto":
-            self._precision = precision_on(self._device, network, options.precision)
-        self._augment, self._augment_real = (
+            precision = precision_on(self._device, network, options.precision)
+        augment, self._augment_real = (
             augment_by_strategy(name) for name in (options.syn_strategy, options.real_strategy)
         )
-        self._everything = torch.arange(len(real.train))
         kind: LabelKind = "probabilities" if options.train_y else "indices"
-        self._student = student_for(network, self._device, kind, precision=self._precision)
-        self._student_of_real = student_for(network, self._device, "indices", precision=self._precision)
+        self._steps = AdamSteps(
+            student_for(network, self._device, kind, precision=precision), augment,
+            length=self._classes_per_step * min(options.batch_per_class, options.ipc),
+            lr=self.images.new_tensor(options.inner_lr),
+        )  # fmt: skip
+        self._student_of_real = student_for(network, self._device, "indices", precision=precision)
         if not network.mixes_samples:
             self._student_of_real = InMicrobatches(self._student_of_real, _REAL_PIECE)
+        self._train = graphed(self._steps.train, self._device, kernels.compile_ahead)
+        # windows of AT-BPTT have many lengths
+        self._differentiate = graphed(
+            self._real_loss, self._device, kernels.compile_ahead, max_captured=options.totwindow
+        )
 
     @property
     def iterations_per_epoch(self) -> int:
         """Return the number of iterations in an epoch of the real images."""
-        return math.ceil(len(self._everything) / self._options.batch_real)
+        return math.ceil(len(self._real.train) / self._options.batch_real)
 
     def learned_set(self, step: Callable[[int], float], carried: Mapping[str, Tensor] | None = None) -> LearnedSet:
         """Return the set that `step` learns by calls of `update_set`, and the tensors `carried` with it."""
@@ -122,73 +132,91 @@ class TruncatedBptt:
             self.images, self.labels, self._optimizer, step, lr=lambda: torch.tensor(self._options.lr_net),
             label_kind="weights" if self._options.train_y else "indices",
             carried={"gradient_norm": self._norm} | dict(carried or {}),
-            own_training=lambda generator: self._trained(_OWN_STEPS, generator)[0],
+            own_training=lambda generator: self._trained(_OWN_STEPS, generator).theta,
         )  # fmt: skip
 
     def update_set(self, iteration: int, window: Window) -> RealLoss:
         """Update the set by the gradient, through `window`, of a training's loss on real images. Return that loss."""
         generator = generator_for(self._options.seed, self._method, iteration)
-        theta, moments = self._trained(window.before, generator)
-        learned = Images(self.images.detach().requires_grad_(), self.labels.detach())
-        learned.labels.requires_grad_(self._options.train_y)
-        path, _ = self._steps(theta, learned, window, moments, generator)
-        end = path[-1].detach()
-        inputs, targets = random_batch(self._real.train, self._everything, self._options.batch_real, generator)
-        inputs = self._augmented(inputs, self._augment_real, generator)
-        at_end = self._student_of_real.gradient(end, inputs, targets)
-        path[-1].backward(at_end.gradient)
-        assert learned.pixels.grad is not None
-        self.images.grad = clipped(learned.pixels.grad, self._norm, self._options.clip_coef)
-        self.labels.grad = learned.labels.grad
+        trained = self._trained(window.before, generator)
+        draws, real_draws = self._draws(window.steps, generator), self._real_draws(generator)
+        loss, theta, to_images, *to_labels = self._differentiate(
+            trained.theta, trained.moments, self._number(window.before), self.images, self.labels, *draws, *real_draws
+        )
+        self.images.grad = clipped(to_images, self._norm, self._options.clip_coef)
+        self.labels.grad = next(iter(to_labels), None)
         self._optimizer.step()
         self.labels.clamp_(min=0)
-        return RealLoss(at_end.loss, end, Images(inputs, targets))
+        return RealLoss(loss, theta, real_draws)
 
     def gradient_norms(self, steps: int, generator: torch.Generator) -> Tensor:
         """Return the norms (steps,) of the gradients in a training of a fresh network on the images."""
+        return torch.cat(self._trained(steps, generator).norms)
+
+    def real_images(self, draws: Draws) -> Images:
+        """Return the real images of a loss, augmented."""
+        inputs, targets = self._real.train.batch(draws.indices)
+        return Images(inputs if self._augment_real is None else self._augment_real(inputs, draws.parameters), targets)
+
+    def _real_loss(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return a loss () on real images, the parameters (P,) at the end of the training, and the gradients of images and labels.
+
+        The arguments are those of `AdamSteps.train`, and the draws of the real images. The gradient of labels that are not learned
+        is left out.
+        """
+        theta, moments, steps_before, images, labels, indices, parameters, *real_draws = tensors
+        learned = [images, *([labels] if self._options.train_y else [])]
+        with torch.enable_grad():
+            images, *soft = (tensor.detach().requires_grad_() for tensor in learned)
+            path = self._steps.path(
+                theta, moments, steps_before, images, soft[0] if soft else labels, indices, parameters
+            )
+            end, real = path[-1].detach().clone(), self.real_images(Draws(*real_draws))
+            at_end = self._student_of_real.gradient(end, real.pixels, real.labels)
+            gradients = torch.autograd.grad(path[-1], (images, *soft), at_end.gradient)
+        return at_end.loss, end, *gradients
+
+    def _trained(self, steps: int, generator: torch.Generator) -> _Trained:
+        """Return a fresh network after some steps on the images."""
         theta = upload(self._network.init(generator), self._device)
-        adam, images, norms = (
-            torch.optim.Adam([theta], lr=self._options.inner_lr),
-            Images(self.images, self.labels),
-            [],
-        )
-        for index in self._batches(steps, generator):
-            inputs, targets = images.batch(upload(index, self._device))
-            inputs = self._augmented(inputs, self._augment, generator)
-            theta.grad = self._student.gradient(theta, inputs, targets).gradient
-            norms.append(torch.linalg.vector_norm(theta.grad))
-            adam.step()
-        return torch.stack(norms)
+        trained = _Trained(theta, theta.new_zeros(2, len(theta)), [])
+        if not steps:
+            return trained
+        draws = self._draws(steps, generator)
+        chunks = zip(*(tensor.split(STEPS_AT_ONCE * self._steps.length) for tensor in draws), strict=True)
+        for number, chunk in enumerate(chunks):
+            theta, moments, norms = self._train(
+                trained.theta, trained.moments, self._number(number * STEPS_AT_ONCE), self.images, self.labels, *chunk
+            )
+            trained = _Trained(theta, moments, [*trained.norms, norms])
+        return trained
 
-    def _trained(self, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Return the parameters and moments of a fresh network after some steps on the images."""
-        theta, moments = upload(self._network.init(generator), self._device), None
-        with torch.no_grad():
-            for before in range(0, steps, _PATH_STEPS):
-                stretch = Window(before, min(_PATH_STEPS, steps - before))
-                path, moments = self._steps(theta, Images(self.images, self.labels), stretch, moments, generator)
-                theta = path[-1].clone()
-        return theta, moments
+    @property
+    def _classes_per_step(self) -> int:
+        num_classes = self._real.data.num_classes
+        return min(self._options.task_sampler_nc or num_classes, num_classes)
 
-    def _steps(
-        self, theta: Tensor, images: Images, window: Window, moments: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Return the path and the last moments of the steps of `window` on `images`; those before it left `moments`."""
-        return unroll(
-            self._network, theta, images.pixels, images.labels, self._options.inner_lr, self._batches(window.steps, generator),
-            self._augment, optimizer=Adam(steps=window.before), velocity=moments, return_velocity=True,
-            generator=generator, precision=self._precision,
+    def _draws(self, steps: int, generator: torch.Generator) -> Draws:
+        batches = random_batches(
+            self._real.data.num_classes, self._options.ipc, self._classes_per_step, self._options.batch_per_class, steps,
+            generator,
         )  # fmt: skip
+        return draw(batches, self.images.shape[1:], self.images.dtype, self._steps.augment, generator, self._device)
 
-    def _batches(self, steps: int, generator: torch.Generator) -> list[Tensor]:
-        options, num_classes = self._options, self._real.data.num_classes
-        classes = min(options.task_sampler_nc or num_classes, num_classes)
-        return random_batches(num_classes, options.ipc, classes, options.batch_per_class, steps, generator)
+    def _real_draws(self, generator: torch.Generator) -> Draws:
+        order = torch.randperm(len(self._real.train), generator=generator)[: self._options.batch_real]
+        return draw([order], self.images.shape[1:], self.images.dtype, self._augment_real, generator, self._device)
 
-    def _augmented(self, inputs: Tensor, augment: SiameseAugment | None, generator: torch.Generator) -> Tensor:
-        if augment is None:
-            return inputs
-        return augment_with(inputs, upload(augment.draw_parameters([inputs], generator), self._device))
+    def _number(self, steps: int) -> Tensor:
+        return upload(torch.tensor(steps, dtype=torch.float64), self._device)
+
+
+class _Trained(NamedTuple):
+    """A network after some steps."""
+
+    theta: Tensor  # (P,)
+    moments: Tensor  # (2, P), of Adam
+    norms: list[Tensor]  # of the gradients of its steps, each (steps of a chunk,)
 
 
 def _starting_images(options: TruncatedBpttOptions, real: RealImages) -> Images:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
@@ -193,8 +193,8 @@ class Adam:
         to_mean, to_square = state_adjoint
         # the gradient of the loss with respect to m̂ is −pull, and with respect to ŝ pull · u / 2√ŝ
         pull = adjoint * lr / denominator
-        to_mean.sub_(pull, alpha=1 / correction1)
-        to_square.add_((pull * update / root).masked_fill_(root == 0, 0), alpha=1 / (2 * correction2))
+        to_mean.sub_(pull / correction1)
+        to_square.add_((pull * update / root).masked_fill_(root == 0, 0) / (2 * correction2))
         gradient = torch.sub(after[0], before[0], alpha=beta1) / (1 - beta1)
         nu = (to_mean * (1 - beta1)).addcmul_(gradient, to_square, value=2 * (1 - beta2))
         to_mean.mul_(beta1)
@@ -207,9 +207,20 @@ class Adam:
         denominator = root + self.eps
         return _Scaled(state[0] / mean_correction / denominator, root, denominator)
 
-    def _corrections(self, n: int) -> tuple[float, float]:
+    def _corrections(self, n: int) -> tuple[float | Tensor, float | Tensor]:
         """Return 1 − βᵗ for both moments, after step `n`."""
         first, second = (1 - beta ** (self.steps + n + 1) for beta in self.betas)
+        return first, second
+
+
+@dataclass(frozen=True, eq=False)
+class CapturableAdam(Adam):
+    """`Adam` that reads the number of earlier steps from a tensor, so that one CUDA graph serves every number."""
+
+    steps_before: Tensor = field(kw_only=True)  # () float64, on the device of the parameters
+
+    def _corrections(self, n: int) -> tuple[float | Tensor, float | Tensor]:
+        first, second = (1 - beta ** (self.steps_before + n + 1) for beta in self.betas)
         return first, second
 
 

@@ -43,15 +43,20 @@ def _call_function(run: Callable[[], tuple[Tensor, ...]]) -> object:
     return run()
 
 
-def graphed(function: Function, device: torch.device, first_call: FirstCall = _call_function) -> Function:
+def graphed(
+    function: Function,
+    device: torch.device,
+    first_call: FirstCall = _call_function,
+    max_captured: int = _MAX_CAPTURED,
+) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
     `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is captured,
-    after two other calls; `first_call` makes the first of them, and may compile kernels without running them. Results are new
-    tensors.
+    after two other calls; `first_call` makes the first of them, and may compile kernels without running them. At most `max_captured`
+    sets of shapes and dtypes are captured. Results are new tensors.
     Raises `torch.OutOfMemoryError` if a capture does not fit on the device.
     """
-    return GraphedFunction(function, capturer(device, first_call)) if device.type == "cuda" else function
+    return GraphedFunction(function, capturer(device, first_call), max_captured) if device.type == "cuda" else function
 
 
 class GraphedFunction:
@@ -60,9 +65,10 @@ class GraphedFunction:
     Where there are too many such sets, or a call cannot be captured, the function itself is called, and the log says so.
     """
 
-    def __init__(self, function: Function, capture: Capture) -> None:
+    def __init__(self, function: Function, capture: Capture, max_captured: int = _MAX_CAPTURED) -> None:
         self._function = function
         self._capture = capture
+        self._max_captured = max_captured
         self._captured: dict[tuple[object, ...], tuple[tuple[Tensor, ...], CapturedCall]] = {}
         self._one_call = threading.Lock()  # at a time: another thread's inputs would take the place of this one's
         self.problem: str | None = None
@@ -86,8 +92,8 @@ class GraphedFunction:
         return tuple(output.clone() for output in captured.outputs)  # the next replay writes over them
 
     def _add(self, kind: tuple[object, ...], inputs: tuple[Tensor, ...]) -> None:
-        if len(self._captured) == _MAX_CAPTURED:
-            self._give_up(f"more than {_MAX_CAPTURED} sets of shapes")
+        if len(self._captured) == self._max_captured:
+            self._give_up(f"more than {self._max_captured} sets of shapes")
             return
         static_inputs = tuple(tensor.detach().clone() for tensor in inputs)
         try:

@@ -88,7 +88,7 @@ def test_an_epoch_has_one_window_and_its_mean_accuracy_counts(
     def recorded(self: TruncatedBptt, iteration: int, window: Window) -> RealLoss:
         reached = update_set(self, iteration, window)
         used.append(window)
-        inputs, labels = reached.images.batch(slice(None))
+        inputs, labels = self.real_images(reached.draws).batch(slice(None))
         right.append(float((NET(reached.theta, inputs).argmax(1) == labels).double().mean()))
         return reached
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from mtt_fast import ConvNet
 from mtt_fast.baselines.truncated_bptt import TruncatedBptt, TruncatedBpttOptions, Window, clipped, random_batches
+from mtt_fast.runtime.cuda_graphs import Function, GraphedFunction
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images, RealImages
 from tests.baselines.network import F64, SHAPE, plain, seeded
+from tests.runtime.repeating import Repeating
 
 
 class DoubleConvNet(ConvNet):
@@ -42,7 +44,7 @@ def adams_update(gradient: Tensor, mean: Tensor, square: Tensor, t: int, rate: f
 
 
 @pytest.mark.parametrize("train_y", [False, True])
-@pytest.mark.parametrize("before", [0, 3, 53])  # more than a stretch of the training without gradients
+@pytest.mark.parametrize("before", [0, 3, 53])  # not all a multiple of the steps in a CUDA graph
 def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int, train_y: bool) -> None:
     """Take all synthetic and all real images in each step, so that no random order matters."""
     options = TruncatedBpttOptions(
@@ -82,7 +84,7 @@ def test_iterations_are_those_of_recorded_steps(few: RealImages, before: int, tr
         reached = bptt.update_set(iteration, Window(before, 3))
         assert float(reached.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
         assert_close("end of the training", reached.theta, theta.detach(), 1e-6)
-        assert reached.images.labels.sort().values.equal(targets.sort().values)
+        assert bptt.real_images(reached.draws).labels.sort().values.equal(targets.sort().values)
         assert_close("images", bptt.images, images.detach(), 1e-6)
         assert_close("labels", bptt.labels.double(), labels.detach().double(), 1e-6)
         norm = bptt.learned_set(lambda _: 0.0).carried["gradient_norm"]
@@ -112,6 +114,33 @@ def test_lengths_of_gradients_are_those_of_recorded_steps(few: RealImages, train
     assert bptt.gradient_norms(5, seeded(3)).tolist() == pytest.approx(lengths, rel=1e-6)
     augmented = TruncatedBptt("method", replace(options, syn_strategy="flip"), few, NET)
     assert augmented.gradient_norms(1, seeded(3)).tolist() != pytest.approx(lengths[:1], rel=1e-6)
+
+
+@pytest.mark.parametrize("train_y", [False, True])
+def test_captured_steps_serve_every_window(few: RealImages, monkeypatch: pytest.MonkeyPatch, train_y: bool) -> None:
+    options = TruncatedBpttOptions(
+        dataset="digits", ipc=3, batch_per_class=2, task_sampler_nc=4, lr_img=0.1, train_y=train_y, totwindow=20
+    )
+    capturers: list[Repeating] = []
+
+    def graphed(function: Function, device: torch.device, first: Any, max_captured: int = 8) -> GraphedFunction:
+        capturers.append(Repeating())
+        return GraphedFunction(function, capturers[-1], max_captured)
+
+    windows = [Window(9, 3), Window(4, 3), Window(0, 3), Window(6, 2), Window(9, 3), Window(3, 4)]
+    eager = TruncatedBptt("method", options, few, NET)
+    monkeypatch.setattr("mtt_fast.baselines.truncated_bptt.graphed", graphed)
+    captured = TruncatedBptt("method", options, few, NET)
+    for iteration, window in enumerate(windows):
+        expected, reached = eager.update_set(iteration, window), captured.update_set(iteration, window)
+        assert torch.equal(reached.loss, expected.loss)
+        assert torch.equal(reached.theta, expected.theta)
+        assert torch.equal(captured.images, eager.images)
+        assert torch.equal(captured.labels, eager.labels)
+    assert torch.equal(captured.gradient_norms(6, seeded()), eager.gradient_norms(6, seeded()))
+    steps, window_steps = capturers
+    assert (steps.captured, steps.graphed) == (4, 12)  # for one to four steps
+    assert (window_steps.captured, window_steps.graphed) == (3, 6)
 
 
 def test_long_gradients_are_clipped_as_torch_does() -> None:
