@@ -11,12 +11,12 @@ from mtt_fast.baselines.herding import herding
 from mtt_fast.baselines.kmeans import KmeansOptions, kmeans
 from mtt_fast.baselines.ld import LdOptions, ld
 from mtt_fast.baselines.method import Method
-from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
-from mtt_fast.baselines.random_images import random_images
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.baselines.random_images import RandomOptions, random_images
 from mtt_fast.baselines.ratbptt import RatBpttOptions, ratbptt
 
 METHODS = {
-    "random": Method("Random", "random real images", BaselineOptions, random_images),
+    "random": Method("Random", "random real images", RandomOptions, random_images),
     "herding": Method(
         "Herding",
         "Welling, Herding Dynamical Weights to Learn, ICML 2009; Rebuffi et al., iCaRL, CVPR 2017",

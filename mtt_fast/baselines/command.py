@@ -18,7 +18,7 @@ from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
-from mtt_fast.baselines.trained import first_expert, with_first_expert_training
+from mtt_fast.baselines.trained import first_expert, with_expert_labels, with_first_expert_training
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
@@ -125,7 +125,8 @@ def _run(
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
-    if network.mixes_samples and name != "random":
+    uses_network = isinstance(options, TrainedNetworkOptions) and options.uses_network
+    if network.mixes_samples and (name != "random" or uses_network):
         raise InputError(
             f"--model {options.model}: its batch norm uses the statistics of each batch, which small sets do not have; make the "
             "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
@@ -157,5 +158,7 @@ def _run(
             result = method.make(options, real, network)
         if isinstance(result, LearnedSet):
             learn(run, result)
-        else:
-            evaluate_chosen(run, result)
+            return
+        if isinstance(options, TrainedNetworkOptions) and options.labels == "experts":
+            result = with_expert_labels(options, real, network, result)
+        evaluate_chosen(run, result)

@@ -33,17 +33,9 @@ class KmeansOptions(TrainedNetworkOptions):
     """image of each cluster. nearest: the real image nearest to the centre of its embeddings; centres: the centre of its pixels"""
 
     @property
-    def uses_network(self) -> bool:
-        """See `TrainedNetworkOptions.uses_network`."""
-        return self.pick == "nearest"
-
-    def without_effect(self) -> dict[str, str]:
-        """See `CommonOptions.without_effect`."""
-        reasons = super().without_effect()
-        if not self.uses_network:
-            expert_options = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
-            reasons |= dict.fromkeys(expert_options, "with --pick centres, which uses no trained network")
-        return reasons
+    def reason_without_network(self) -> str:
+        """See `TrainedNetworkOptions.reason_without_network`."""
+        return "with --pick centres, which uses no trained network" if self.pick == "centres" else ""
 
 
 def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Images:

@@ -68,6 +68,11 @@ class TrainedNetworkOptions(BaselineOptions):
 
     GROUP: ClassVar[Group] = Group.EXPERTS
 
+    labels: Annotated[Literal["classes", "experts"], Group.LABELS] = "classes"
+    """labels of the images. classes: the class of each; experts: logits, the mean over the experts in --buffer_path that classify the
+    image correctly, as learned labels begin with --label_init experts of a distillation"""
+    label_epoch: Annotated[Count | None, Group.LABELS] = None
+    """epoch of the experts whose logits are the labels; if not given, their last"""
     buffer_path: Annotated[str, Role.LOCATION] = "buffers"
     """folder of the experts' trajectories; if it is empty, one expert is trained"""
     train_epochs: Annotated[Count, Role.EXTENT] = 50
@@ -82,9 +87,24 @@ class TrainedNetworkOptions(BaselineOptions):
     """divide the first expert's learning rate by ten after --train_epochs / 2 + 2 epochs, as the public code does"""
 
     @property
+    def reason_without_network(self) -> str:
+        """Return the reason, for a message, why the method chooses its images without a trained network; "" where it uses one."""
+        return ""
+
+    @property
     def uses_network(self) -> bool:
-        """Return whether the method, with these options, uses a trained network."""
-        return True
+        """Return whether the method, with these options, uses a trained network, to choose images or for their labels."""
+        return self.labels == "experts" or not self.reason_without_network
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        reasons = super().without_effect()
+        if self.labels != "experts":
+            reasons["label_epoch"] = "without --labels experts"
+        if not self.uses_network:
+            expert_options = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
+            reasons |= dict.fromkeys(expert_options, self.reason_without_network)
+        return reasons
 
     def expert(self) -> ExpertTraining:
         """Return the hyperparameters of the expert that is trained if there is none."""

@@ -1,7 +1,8 @@
-"""Find or train the first expert, and embed real images by its network."""
+"""Find or train the first expert, embed real images by its network, and label images by the experts."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from mtt_fast import experts
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.distill.experts import check_nothing_to_convert
+from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
+from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
     as_trained,
@@ -71,6 +74,23 @@ def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network
     """Return the parameters (P,), on the images' device, of the first expert after its last epoch."""
     store = first_expert(options, real, network)
     return store.read(0, store.epochs(0)).to(real.train.labels.device)
+
+
+def with_expert_labels(options: TrainedNetworkOptions, real: RealImages, network: Trainable, images: Images) -> Images:
+    """Return `images` of known classes with logits of the experts as labels, by the rule of `expert_logits`.
+
+    Raises `InputError` if an expert is of another network or other images, or has no epoch `label_epoch`.
+    """
+    store = first_expert(options, real, network)
+    for expert in range(len(store)):
+        check_belongs(store, expert, network, real.identity)
+        if options.label_epoch is not None and options.label_epoch > store.epochs(expert):
+            raise InputError(
+                f"--label_epoch {options.label_epoch}: expected at most {store.epochs(expert)}, the epochs of {store.path(expert)}"
+            )
+    thetas = experts_at(store, len(store), options.label_epoch, images.labels.device)
+    initial = class_logits(images.labels, real.data.num_classes)
+    return dataclasses.replace(images, labels=expert_logits(network, thetas, images.pixels, initial))
 
 
 def chosen_by_embedding(

@@ -130,18 +130,20 @@ def _draw(run: DistillRun, state: State) -> None:
 
 def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Write summary.json, with the accuracies of the set, of random real images and of the experts. The run is then finished."""
-    baseline = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop)
+    baseline, initial = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop), _initial_set(run)
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
     text = (
         f"{results}, random real images {_labelled(baseline)}, "
-        f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
+        + (f"the set at the start {_labelled(initial)}, " if initial else "")
+        + f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     accuracies = {
         "random_real_images": accuracy_record(baseline)
         | {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)},
+        **({"initial_set": accuracy_record(initial)} if initial else {}),
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
@@ -149,6 +151,16 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
         run, state, state.mean_lr, text=text, evaluations={names.name: lines[-1] for names, lines in records.items()},
         accuracies=accuracies, others=_own_fields(run, state),
     )  # fmt: skip
+
+
+def _initial_set(run: DistillRun) -> Record | None:
+    """Return the evaluation of the set at the start if it is real images with soft labels, and else None.
+
+    Soft labels alone can raise the accuracy, so random images with class indices do not show what the distillation adds.
+    """
+    if run.options.label_kind == "indices" or run.options.pix_init == "noise":
+        return None
+    return run.metrics.find("evaluation", 0)
 
 
 def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, i
     never = count == 0
     if bool(never.any()):
         log.warning(
-            "--label_init experts: no expert gets %d of the %d images right; their labels begin as with --label_init classes",
-            int(never.sum()), len(images),
+            "labels of experts: no expert gets %d of the %d images right; their labels give the image's class the probability %g",
+            int(never.sum()), len(images), OWN_CLASS,
         )  # fmt: skip
     return torch.where(never, initial, total / count.clamp(min=1))
 

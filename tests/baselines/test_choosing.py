@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from mtt_fast.baselines.forgetting import correct_after_each_epoch, forgetting_e
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.baselines.trained import trained_parameters
+from mtt_fast.baselines.random_images import RandomOptions, random_images
+from mtt_fast.baselines.trained import trained_parameters, with_expert_labels
 from mtt_fast.errors import InputError
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.testing import module_function, reference_convnet
@@ -82,6 +84,48 @@ def test_an_expert_of_another_network_is_not_asked(real: RealImages, tmp_path: P
     trained_parameters(options, real, NET)
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: "):
         trained_parameters(options, real, dataclasses.replace(NET, width=3))
+
+
+@pytest.mark.parametrize("epoch", [None, 1])
+def test_labels_are_the_mean_logits_of_the_experts_that_are_right(
+    real: RealImages, tmp_path: Path, epoch: int | None
+) -> None:
+    options = RandomOptions(
+        dataset="digits", ipc=4, buffer_path=str(tmp_path), train_epochs=2, labels="experts", label_epoch=epoch
+    )
+    folder = tmp_path / "digits" / "ConvNet"
+    store = train_missing_experts(folder, 3, real, NET, ExpertTraining(2, 0.1), seed=0)
+    images = random_images(options, real, NET)
+    labelled = with_expert_labels(options, real, NET, images)
+    assert torch.equal(labelled.pixels, images.pixels)
+    function, mixed = module_function(reference_convnet(*SHAPE)), 0
+    for image, label, found in zip(images.pixels, images.labels.tolist(), labelled.labels, strict=True):
+        logits = [function(store.read(expert, epoch or 2), image[None])[0] for expert in range(3)]
+        right = [each for each in logits if int(each.argmax()) == label]
+        mixed += len(right) in (1, 2)
+        none_right = torch.tensor([0.9 if other == label else 0.1 / 9 for other in range(10)]).log()
+        torch.testing.assert_close(found, torch.stack(right).mean(0) if right else none_right, rtol=1e-4, atol=1e-4)
+    assert mixed
+
+
+def test_an_epoch_that_an_expert_does_not_have_is_refused(real: RealImages, tmp_path: Path) -> None:
+    options = RandomOptions(
+        dataset="digits", buffer_path=str(tmp_path), train_epochs=2, labels="experts", label_epoch=3
+    )
+    with pytest.raises(InputError, match=r"^--label_epoch 3: expected at most 2, the epochs of .*expert_0000\.safeten"):
+        with_expert_labels(options, real, NET, random_images(options, real, NET))
+
+
+def test_every_expert_has_to_be_of_the_network(real: RealImages, tmp_path: Path) -> None:
+    options = RandomOptions(dataset="digits", buffer_path=str(tmp_path), train_epochs=1, labels="experts")
+    images = random_images(options, real, NET)
+    with_expert_labels(options, real, NET, images)
+    other = dataclasses.replace(NET, width=3)
+    train_missing_experts(tmp_path / "other", 2, real, other, options.expert(), seed=0)
+    name = "expert_0001.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "digits" / "ConvNet" / name)
+    with pytest.raises(InputError, match=name):
+        with_expert_labels(options, real, NET, images)
 
 
 def test_clusters_are_a_fixed_point_and_find_what_is_apart() -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.analysis.measured import finished_runs, measurements
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import LearnedSet
@@ -26,7 +27,7 @@ from mtt_fast.evaluate import main as evaluate
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
-from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.images import Images, RealImages, as_training_images
 from mtt_fast.training.protocols import Accuracy
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --ipc 2".split()
@@ -121,6 +122,33 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
     assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ratbptt", "atbptt"))
     with Image.open(out / "images.png") as picture:
         assert picture.height > 500
+
+
+@pytest.mark.parametrize("method", ["random", "kmeans --pick centres"])
+def test_chosen_images_get_labels_of_experts(method: str, shared: Path, tmp_path: Path) -> None:
+    """Compare the set with that of the classes; the tables name the labels."""
+    plain, out = tmp_path / "plain", tmp_path / "run"
+    words = [*method.split(), *TOY, "--data_path", str(shared / "data")]
+    labelled = [*words, "--labels", "experts", "--buffer_path", str(shared / "buffers"), "--train_epochs", "3"]
+    assert run(*words, "--out", str(plain)) == 0
+    assert run(*labelled, "--out", str(out)) == 0
+    made, hard = set_of(out), set_of(plain)
+    assert made.label_kind == "logits"
+    assert torch.equal(made.images, hard.images)
+    assert torch.equal(as_training_images(made, torch.device("cpu")).labels, made.labels.softmax(1))
+    summary = summary_of(out)
+    assert summary["accuracy"]["distilled"] != summary_of(plain)["accuracy"]["distilled"]
+    (setting,) = {setting.method for setting in measurements(finished_runs([out]))}
+    assert setting == f"{METHODS[method.split()[0]].title}, labels of experts"
+    assert run(*labelled, "--label_epoch", "1", "--out", str(out)) == 2  # another set in the same folder
+
+
+def test_labels_of_a_network_of_batch_statistics_are_refused(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*"random --labels experts".split(), *TOY, "--model", "ConvNetD1W4BN", "--data_path", str(shared / "data")]
+    assert run(*words, "--out", str(tmp_path / "run")) == 2
+    assert "error: --model ConvNetD1W4BN: its batch norm uses the statistics of each batch" in capsys.readouterr().err
 
 
 def test_chosen_images_are_real_ones_of_their_class(shared: Path, tmp_path: Path) -> None:

@@ -352,6 +352,8 @@ _OF_TRAINED = {
     "mom": changes("--mom 0.9"),
     "l2": changes("--l2 0.5"),
     "decay": changes("--decay", "--train_epochs 6"),
+    "labels": changes("--labels experts"),
+    "label_epoch": needs("--labels experts", "--label_epoch 1"),
 }
 _OF_ITERATIONS = {
     "Iteration": changes("--Iteration 2"),
@@ -379,8 +381,13 @@ _OF_WINDOWS = {
     "train_y": changes("--train_y"),
     "label_lr_scale": needs("--train_y", "--label_lr_scale 0.01"),
 }
+_LABELLED = "--labels experts --train_epochs 3 --buffer_path fresh"
 OWN: dict[str, dict[str, Row]] = {
-    "random": {},
+    "random": {
+        **{name: needs(f"{_LABELLED} {row.partner}", row.words) for name, row in _OF_TRAINED.items()},
+        "labels": changes(_LABELLED),
+        "label_epoch": needs(_LABELLED, "--label_epoch 1"),
+    },
     "herding": _OF_TRAINED,
     "forgetting": _OF_TRAINED,
     "kmeans": {**_OF_TRAINED, "pick": changes("--pick centres", job=f"kmeans {EVALUATION} --out new")},

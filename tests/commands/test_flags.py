@@ -158,6 +158,8 @@ _ONE_EXPERT: Flags = _BASELINE | {
     "mom": 0.0,
     "l2": 0.0,
     "decay": False,
+    "labels": "classes",
+    "label_epoch": None,
 }
 _ITERATIVE: Flags = _BASELINE | {"Iteration": 20000, "eval_it": 2000, "batch_real": 256, "save_seconds": 60.0}
 _WINDOWS: Flags = {
@@ -285,7 +287,7 @@ FLAGS: dict[str, Flags] = {
     },
     "report": {"runs": (), "out": None},
     "recipes": {"words": ()},
-    "random": _BASELINE,
+    "random": _ONE_EXPERT,
     "herding": _ONE_EXPERT,
     "forgetting": _ONE_EXPERT,
     "kmeans": _ONE_EXPERT | {"pick": "nearest"},

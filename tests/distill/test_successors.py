@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,6 +281,33 @@ def test_a_run_starts_from_images_that_an_expert_gets_right(experts: list[str], 
     assert run(*TOY, *experts, "--out", str(tmp_path / "random"), "--ipc", "7", "--Iteration", "0") == 0
     others = SyntheticDataset.load(tmp_path / "random" / "synthetic.safetensors").images
     assert network(store.read(0, 6), others).argmax(dim=1).tolist() != said.tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--lr_y 1 --label_init experts", True),
+        ("--lr_y 1", True),
+        ("--teacher_label", True),
+        ("--lr_y 1 --pix_init noise", False),
+        ("--pix_init noise", False),
+        ("", False),
+    ],
+)
+def test_the_summary_compares_soft_labels_with_the_set_at_the_start(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, told: bool
+) -> None:
+    def evaluated(*_: Any, indices: Sequence[int] = (), **__: Any) -> Accuracy:
+        first = 0.2 + 0.1 * sum(indices)  # of the iteration, if it is the set's
+        return Accuracy((first, first + 0.2))
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", evaluated)
+    assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags.split()) == 0
+    summary, spread = summary_of(tmp_path / "run"), pytest.approx(0.2 / 2**0.5)
+    initial = {"mean": pytest.approx(0.3), "std": spread, "n": 2} if told else None
+    assert summary["accuracy"].get("initial_set") == initial
+    assert summary["accuracy"]["distilled"] == {"mean": pytest.approx(0.7), "std": spread, "n": 2}
+    assert (", the set at the start 30.00 % ± 14.14, experts" in summary["text"]) == told
 
 
 def test_a_class_with_too_few_of_them_is_told(
