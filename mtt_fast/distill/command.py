@@ -19,8 +19,8 @@ import torch
 
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
-    check_same_method,
     check_same_run,
+    earlier_options,
     in_precision_of_run,
     is_finished,
 )
@@ -85,12 +85,12 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
-    check_same_method(folder, None)
-    options = in_precision_of_run(options, folder, given)
+    earlier = earlier_options(folder, None)
+    options = in_precision_of_run(options, earlier, given)
     # options of the experts need not be repeated: those not given keep the values of the run's experts
-    check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
+    check_same_run(folder, earlier, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not is_finished(folder, options, options.Iteration):
-        check_same_evaluation(folder, options)
+        check_same_evaluation(folder, earlier, options)
     elif not options.dry_run:
         return
     check_output_folder(folder, "choose another `out`")
