@@ -21,7 +21,7 @@ from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.prefetch import download
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job
@@ -97,11 +97,9 @@ def expert_job(
             velocity = torch.zeros_like(theta)
         run_epoch = epochs_on(stage.student, images.train, stage.sgd, augment, track_of(network), stage.visited)
         for epoch in stage.epochs:
-            if stop:
-                raise Stopped(
-                    f"stopped in expert {index}; those that were finished are saved; the same command continues",
-                    stop.signum,
-                )
+            raise_if_stopped(
+                stop, f"stopped in expert {index}; those that were finished are saved; the same command continues"
+            )
             theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
             num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
             for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
