@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.arguments import Block, block_arguments, blocks_of
 from bench.measuring import copy_peak, interleaved, matrix_product_peak, repeated, seconds, set_precision
 from bench.parsing import CommonOptions
 from bench.render import publish
@@ -32,7 +33,6 @@ from mtt_fast.kernels import (
     reference,
 )
 from mtt_fast.kernels.reference.block import gram_of
-from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import added_up, relative_error
 
 log = logging.getLogger("mtt_fast")
@@ -173,80 +173,21 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
         planes = len(shape) == 4 and shape[2:] != (3, 3)
         return values.contiguous(memory_format=torch.channels_last) if planes else values
 
-    size = setting.side
-    images = random(batch, net.in_channels, size, size).contiguous()
+    images = random(batch, net.in_channels, setting.side, setting.side).contiguous()
     draws = SiameseAugment("rotate").draw(images, generator)
     rotated = (images, augment_parameters(draws, images.shape).float())
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
-        yield Operation(name, f"{batch}×{net.in_channels}×{size}²", rotated, 2 * images.nbytes, 0)
+        yield Operation(name, f"{batch}×{net.in_channels}×{setting.side}²", rotated, 2 * images.nbytes, 0)
     yield Operation(
-        "colour_warp_mask_transpose_add", f"{batch}×{net.in_channels}×{size}²",
+        "colour_warp_mask_transpose_add", f"{batch}×{net.in_channels}×{setting.side}²",
         (images.clone(), torch.arange(batch, device=device), *rotated, torch.full((), -1.0, device=device)),
         3 * images.nbytes, 0,
     )  # fmt: skip
-    for block in range(net.depth):
-        channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
-        x, x_dot = random(2 * batch, channels, size, size).chunk(2)  # in pairs, as a step has them
-        weight, weight_dot = random(net.width, channels, 3, 3) / 10, random(net.width, channels, 3, 3) / 10
-        size += 2 * padding - 2
-        y_dot, y = random(2 * batch, net.width, size, size).chunk(2)
-        y_bar_dot, y_bar = random(2 * batch, net.width, size, size).chunk(2)
-        one = 2 * weight.numel() * batch * size * size  # one convolution
-        ins, outs = x.nbytes, y.nbytes
-        shape = f"{batch}×{channels}→{net.width}×{size}²"
-        x_dot_or_none = x_dot if block else None  # images have no tangent
-        dots = 1 if block else 0
-        yield Operation("conv3x3", shape, (x, weight, padding, precision), ins + outs, one)
-        yield Operation("conv3x3_weight_gradient", shape, (x, y_bar, padding, precision), ins + outs, one)
-        yield Operation(
-            "conv3x3_dual",
-            shape,
-            (x, x_dot_or_none, weight, weight_dot, padding, precision),
-            (1 + dots) * ins + 2 * outs,
-            (2 + dots) * one,
-        )
-        yield Operation(
-            "conv3x3_tangent",
-            shape,
-            (x, x_dot_or_none, weight, weight_dot, padding, precision),
-            (1 + dots) * ins + outs,
-            (1 + dots) * one,
-        )
-        yield Operation(
-            "conv3x3_dual_weight_gradient", shape, (x, x_dot_or_none, y_bar, y_bar_dot, padding, precision),
-            (1 + dots) * ins + 2 * outs, (1 + dots) * one,
-        )  # fmt: skip
-        both = (y_bar, y_bar_dot, weight, weight_dot, padding, precision)
-        if block:
-            yield Operation("conv3x3_input_gradient", shape, (y_bar, weight, padding, precision), ins + outs, one)
-            yield Operation("conv3x3_dual_input_gradient", shape, both, 2 * (ins + outs), 3 * one)
-        yield Operation("conv3x3_input_gradient_tangent", shape, both, ins + 2 * outs, 2 * one)
+    blocks = blocks_of(setting)
+    for block in blocks:
+        yield from _block_operations(block, block_arguments(block, batch, precision, generator))
 
-        gamma, beta, gamma_dot, beta_dot = (random(net.width) for _ in range(4))
-        affine, affine_dot = Affine(gamma, beta), Affine(gamma_dot, beta_dot)
-        plane_shape = f"{batch}×{net.width}×{size}²"
-        pooled, mean, rstd = kernels.norm_relu_pool(y, affine, NORM_EPS)
-        p_bar, p_bar_dot = torch.randn_like(pooled), torch.randn_like(pooled)
-        small = pooled.nbytes
-        yield Operation("norm_relu_pool", plane_shape, (y, affine, NORM_EPS), outs + small, 0)
-        yield Operation("norm_relu_pool_backward", plane_shape, (y, mean, rstd, affine, p_bar), 2 * outs + small, 0)
-        norm = (affine, affine_dot)
-        yield Operation("norm_relu_pool_dual", plane_shape, (y, y_dot, *norm, NORM_EPS), 2 * (outs + small), 0)
-        stats = kernels.norm_relu_pool_dual(y, y_dot, *norm, NORM_EPS)[2]
-        yield Operation(
-            "norm_relu_pool_dual_backward", plane_shape, (y, y_dot, stats, *norm, p_bar, p_bar_dot),
-            4 * outs + 2 * small, 0,
-        )  # fmt: skip
-        bars = (p_bar, p_bar_dot)
-        if block == 0:
-            yield from _block_operations(x, weight, weight_dot, *norm, padding, precision, p_bar, p_bar_dot)
-        yield Operation("add_planes", plane_shape, (y, y_dot), 2 * outs, 0)
-        yield Operation("bias_relu_pool", plane_shape, (y, beta), outs + small, 0)
-        yield Operation("bias_relu_pool_backward", plane_shape, (y, beta, p_bar), 2 * outs + small, 0)
-        yield Operation("bias_relu_pool_dual", plane_shape, (y, y_dot, beta, beta_dot), 2 * (outs + small), 0)
-        yield Operation("bias_relu_pool_dual_backward", plane_shape, (y, beta, *bars), 3 * outs + 2 * small, 0)
-        size //= 2
-
+    size = blocks[-1].out_size // 2
     features, layout = net.width * size * size, torch.channels_last
     p, p_dot = (random(batch, net.width, size, size).contiguous(memory_format=layout) for _ in range(2))
     labels = torch.arange(batch, device=device) % net.num_classes
@@ -266,43 +207,43 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
     yield Operation("index_add", f"{batch}×{features}", (total, index, rows, -1.0), 3 * rows.nbytes, 0)
 
 
-def _block_operations(
-    x: Tensor,
-    weight: Tensor,
-    weight_dot: Tensor,
-    affine: Affine,
-    affine_dot: Affine,
-    padding: int,
-    precision: Precision,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
-) -> Iterator[Operation]:
-    """Yield the operations of the first block, each with all that it needs made beforehand."""
-    batch, filters, *sides = p_bar.shape
-    shape = f"{batch}×{x.shape[1]}→{filters}×{sides[0]}²"
-    one = 2 * weight.numel() * batch * 4 * sides[0] * sides[1]  # one convolution, as far as it is pooled
-    small, ins, options = p_bar.nbytes, x.nbytes, (NORM_EPS, precision)
-    patches = kernels.image_patches(x, padding, precision)
-    index = torch.arange(batch, device=x.device)
-    parameters = augment_parameters(SiameseAugment("rotate").draw(x), x.shape).to(x)
-    sums = 2 * patches.gram.shape[-1] ** 2 * batch * 4 * sides[0] * sides[1]
-    augmented = (x.contiguous(), padding, precision, index, parameters)
-    yield Operation("image_patches", shape, augmented, 2 * ins, sums)
-    p, folded = kernels.conv_norm_relu_pool(patches, weight, affine, *options)
-    arguments = (patches, weight, affine)
-    yield Operation("conv_norm_relu_pool", shape, (*arguments, *options), ins + small, one, BLOCK_TOLERANCE)
-    yield Operation(
-        "conv_norm_relu_pool_backward", shape, (*arguments, p_bar.to(p.dtype), folded, *options),
-        ins + small, 2 * one, BLOCK_TOLERANCE,
-    )  # fmt: skip
-    along = (patches, weight, weight_dot, affine, affine_dot)
-    _, _, folded = kernels.conv_norm_relu_pool_dual(*along, *options)
-    bars = (p_bar.to(p.dtype), p_bar_dot.to(p.dtype))
-    yield Operation("conv_norm_relu_pool_dual", shape, (*along, *options), ins + 2 * small, 2 * one, BLOCK_TOLERANCE)
-    yield Operation(
-        "conv_norm_relu_pool_dual_backward", shape, (*along, *bars, folded, *options),
-        2 * (ins + small), 5 * one, BLOCK_TOLERANCE,
-    )  # fmt: skip
+def _block_operations(block: Block, arguments: Mapping[str, tuple[Any, ...]]) -> Iterator[Operation]:
+    """Yield the operations of a block with their `arguments`."""
+    (x, weight, *_), (y, *_) = arguments["conv3x3"], arguments["norm_relu_pool"]
+    batch, dots = len(x), int(block.number > 1)  # images have no tangent
+    pixels, pooled = batch * block.out_size**2, batch * (block.out_size // 2) ** 2
+    ins, outs, small = x.nbytes, y.nbytes, y.itemsize * block.width * pooled
+    one, used = 2 * weight.numel() * pixels, 2 * weight.numel() * 4 * pooled  # a convolution; as far as it is pooled
+    costs = {  # bytes, floating-point operations
+        "conv3x3": (ins + outs, one),
+        "conv3x3_weight_gradient": (ins + outs, one),
+        "conv3x3_dual": ((1 + dots) * ins + 2 * outs, (2 + dots) * one),
+        "conv3x3_tangent": ((1 + dots) * ins + outs, (1 + dots) * one),
+        "conv3x3_dual_weight_gradient": ((1 + dots) * ins + 2 * outs, (1 + dots) * one),
+        "conv3x3_input_gradient": (ins + outs, one),
+        "conv3x3_dual_input_gradient": (2 * (ins + outs), 3 * one),
+        "conv3x3_input_gradient_tangent": (ins + 2 * outs, 2 * one),
+        "norm_relu_pool": (outs + small, 0),
+        "norm_relu_pool_backward": (2 * outs + small, 0),
+        "norm_relu_pool_dual": (2 * (outs + small), 0),
+        "norm_relu_pool_dual_backward": (4 * outs + 2 * small, 0),
+        "image_patches": (2 * ins, 2 * (9 * block.channels + 1) ** 2 * 4 * pooled),
+        "conv_norm_relu_pool": (ins + small, used),
+        "conv_norm_relu_pool_backward": (ins + small, 2 * used),
+        "conv_norm_relu_pool_dual": (ins + 2 * small, 2 * used),
+        "conv_norm_relu_pool_dual_backward": (2 * (ins + small), 5 * used),
+        "add_planes": (2 * outs, 0),
+        "bias_relu_pool": (outs + small, 0),
+        "bias_relu_pool_backward": (2 * outs + small, 0),
+        "bias_relu_pool_dual": (2 * (outs + small), 0),
+        "bias_relu_pool_dual_backward": (3 * outs + 2 * small, 0),
+    }
+    for name, given in arguments.items():
+        without_planes = name == "image_patches" or name.startswith("conv_norm")
+        channels = f"{block.channels}→{block.width}" if without_planes or name.startswith("conv3x3") else block.width
+        size = block.out_size // 2 if without_planes else block.out_size
+        tolerance = BLOCK_TOLERANCE if name.startswith("conv_norm") else FLOAT32_TOLERANCE
+        yield Operation(name, f"{batch}×{channels}×{size}²", given, *costs[name], tolerance)
 
 
 def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[Operation]:

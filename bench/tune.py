@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import time
 import tomllib
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from bench.arguments import Block, block_arguments, blocks_of
 from bench.candidates import (
     BLOCKS,
     BOX_CORRELATIONS,
@@ -34,15 +36,12 @@ from bench.measuring import interleaved, repeated, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
 from bench.render import table as rendered
-from bench.settings import Setting, Shape
+from bench.settings import Shape
 from mtt_fast import kernels
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import Affine, ConvLayer, PartialPlanes, reference
-from mtt_fast.kernels.types import accumulator
-from mtt_fast.networks.convnet import NORM_EPS
+from mtt_fast.kernels import ConvLayer, PartialPlanes
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.testing import relative_error
 
@@ -74,17 +73,6 @@ class Options(CommonOptions, Shape):
 
 
 @dataclass(frozen=True)
-class Block:
-    """The shapes of one block: images or features of `channels`, `size` pixels a side, and the block's convolution."""
-
-    number: int
-    channels: int
-    size: int
-    width: int
-    padding: int
-
-
-@dataclass(frozen=True)
 class Subject:
     """A row to find, and the operation whose time decides."""
 
@@ -93,19 +81,18 @@ class Subject:
     """the class of shapes of the row, and the looser ones that it falls back to"""
     candidates: list[Row]
     operation: str
-    arguments: Callable[[], list[Any]]
-    """makes fresh arguments: an operation may use up its own"""
+    arguments: tuple[Any, ...]
 
-    def run(self, arguments: list[Any]) -> Any:
+    def run(self) -> Any:
         """Call the operation; planes that it leaves in parts are added up, as their readers do."""
-        result = getattr(kernels, self.operation)(*arguments)
+        result = getattr(kernels, self.operation)(*self.arguments)
         results = result if type(result) is tuple else (result,)
         partial = any(isinstance(each, PartialPlanes) for each in results)
         return kernels.add_planes(*results) if partial else result
 
     def expected(self) -> list[Tensor]:
         """Return the reference's results, in float64."""
-        return exact_results(self.operation, self.arguments())
+        return exact_results(self.operation, self.arguments)
 
 
 def main(options: Options, command: str) -> None:
@@ -115,7 +102,7 @@ def main(options: Options, command: str) -> None:
         raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
     table = Table.of(device, Path(options.table))
     numbers = None if options.blocks is None else integers(options.blocks, "--blocks")
-    blocks = [block for block in _blocks(setting) if numbers is None or block.number in numbers]
+    blocks = [block for block in blocks_of(setting) if numbers is None or block.number in numbers]
     wanted = tuple((options.operations or "").split(","))
     conditions = {"case": str(setting), "precision": options.precision, "architecture": table.architecture}
     name = options.name or f"tune-{options.label()}-{options.precision}-{device.type}"
@@ -198,7 +185,7 @@ def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
             table.put(subject, row)
             # an error, such as of a tile too large for this GPU, is raised again when the row is timed
             with contextlib.suppress(Exception):
-                subject.run(subject.arguments())
+                subject.run()
 
     if table.device.type == "cuda":
         kernels.compile_ahead(each)
@@ -222,7 +209,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
     for name, row in candidates.items():
         table.put(subject, row)
         try:
-            results = results_of(subject.operation, subject.run(subject.arguments()))
+            results = results_of(subject.operation, subject.run())
             error = max(relative_error(a.double(), b, floor=1e-3) for a, b in zip(results, expected, strict=True))
         except Exception as failure:  # such as a tile too large for this GPU
             problems.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0])
@@ -231,15 +218,15 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
             errors[name] = error
         else:
             problems.append(f"{name}: wrong: error {error:.1e}")
-    arguments, calls = subject.arguments(), 1
+    calls = 1
     if errors and table.device.type == "cuda":
         table.put(subject, candidates[next(iter(errors))])
-        calls += int(_LEAST_SECONDS / seconds(lambda: subject.run(arguments), table.device))
+        calls += int(_LEAST_SECONDS / seconds(subject.run, table.device))
 
     @functools.cache
     def several(name: str) -> Callable[[], object]:
         table.put(subject, candidates[name])
-        return repeated(lambda: subject.run(arguments), calls, table.device)
+        return repeated(subject.run, calls, table.device)
 
     def measure(name: str) -> float:
         table.put(subject, candidates[name])
@@ -282,106 +269,38 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
 
-    generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-
-    def planes(channels: int, size: int, batches: int = 1) -> Tensor:
-        values = torch.randn(batches * batch, channels, size, size, generator=generator, device=device)
-        return values.to(dtype, memory_format=torch.channels_last)
-
-    def parameters(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=accumulator(dtype)) / len(shape)
-
-    padding, grown = block.padding, block.size + 2 * block.padding - 2
-    x, tangent = planes(block.channels, block.size, 2).chunk(2)  # in pairs, as a step has them
-    x_dot = tangent if block.number > 1 else None  # images have none
-    y_dot, y = planes(block.width, grown, 2).chunk(2)
-    weights = [parameters(block.width, block.channels, 3, 3) for _ in range(2)]
-    affine = [Affine(parameters(block.width), parameters(block.width)) for _ in range(2)]
-    bars = [planes(block.width, grown // 2) for _ in range(2)]
-    stats = reference.norm_relu_pool_dual(y, y_dot, *affine, NORM_EPS)[2]
+    arguments = block_arguments(block, batch, precision, torch.Generator(device).manual_seed(0), dtype)
+    x, y = arguments["conv3x3"][0], arguments["norm_relu_pool"][0]
     forward = shape_classes(Planes.from_tensors(x), Planes.from_tensors(y), precision)
     back = shape_classes(Planes.from_tensors(y), Planes.from_tensors(x), precision)
 
-    def fixed(*arguments: Any) -> Callable[[], list[Any]]:
-        return lambda: list(arguments)
-
     norm = ("norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_dual", "norm_relu_pool_dual_backward")
-    for name, arguments in zip(
-        norm,
-        (
-            (y, affine[0], NORM_EPS),
-            (y, stats.mean, stats.rstd, affine[0], bars[0]),
-            (y, y_dot, *affine, NORM_EPS),
-            (y, y_dot, stats, *affine, *bars),
-        ),
-        strict=True,
-    ):
-        made = [(False, fixed(*arguments))]
-        if batch <= FEW_SAMPLES:
-            made.append((True, fixed(*in_parts(name, arguments))))
-        for partial, make in made:
-            classes = line_classes(Planes.from_tensors(y), dtype, partial)
-            yield Subject(name, classes, lines(classes[-1]), name, make)
+    for name, partial in itertools.product(norm, (False, True) if batch <= FEW_SAMPLES else (False,)):
+        classes = line_classes(Planes.from_tensors(y), dtype, partial)
+        given = in_parts(name, arguments[name]) if partial else arguments[name]
+        yield Subject(name, classes, lines(classes[-1]), name, given)
 
     tiles: list[Row] = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
     correlations: list[Row] = [
         *({"backend": "triton"} | tile for tile in CORRELATIONS[precision]),
         {"backend": "cudnn"},
     ]
-    dual, backward = (x, x_dot, *weights, padding, precision), (y, y_dot, *weights, padding, precision)
     if block.number > 1:  # boxes fit no images
         tiles += [{"backend": "tma", "tma": tile} for tile in BOX_TILES[precision]]
         correlations += [{"backend": "tma", "tma": tile} for tile in BOX_CORRELATIONS[precision]]
-    convolutions: list[tuple[str, tuple[str, ...], list[Row], tuple[Any, ...]]] = [
-        ("conv3x3", forward, tiles, (x, weights[0], padding, precision)),
-        ("conv3x3_dual", forward, tiles, dual),
-        ("conv3x3_tangent", forward, tiles, dual),
-        ("conv3x3_weight_gradient", forward, correlations, (x, y, padding, precision)),
-        ("conv3x3_dual_weight_gradient", forward, correlations, (x, x_dot, y, y_dot, padding, precision)),
-        ("conv3x3_input_gradient_tangent", back, tiles, backward),
-    ]
-    if block.number > 1:
-        convolutions += [
-            ("conv3x3_input_gradient", back, tiles, (y, weights[0], padding, precision)),
-            ("conv3x3_dual_input_gradient", back, tiles, backward),
-        ]
-    for name, classes, candidates, arguments in convolutions:
-        yield Subject(name, classes, candidates, name, fixed(*arguments))
+    for name in (name for name in arguments if name.startswith("conv3x3")):
+        classes = back if "input_gradient" in name else forward
+        candidates = correlations if name.endswith("weight_gradient") else tiles
+        yield Subject(name, classes, candidates, name, arguments[name])
 
-    layer = ConvLayer(block.channels, block.size, block.size, block.width, padding)
+    layer = ConvLayer(block.channels, block.size, block.size, block.width, block.padding)
     if block.number == 1 and kernels.has_image_block(layer, device):
-        classes = block_classes(precision, grown * grown, batch)
-        images = x.to(weights[0].dtype).contiguous()
-        patches = kernels.image_patches(images, padding, precision)
-        rotations = augment_parameters(SiameseAugment("rotate").draw(images), images.shape).to(images)
-        options = (NORM_EPS, precision)
-        primal, dual = (patches, weights[0], affine[0]), (patches, *weights, *affine)
-        *_, folded = kernels.conv_norm_relu_pool(*primal, *options)
-        *_, folded_dual = kernels.conv_norm_relu_pool_dual(*dual, *options)
-        operations = {
-            "image_patches": (images, padding, precision, torch.arange(len(images), device=device), rotations),
-            "conv_norm_relu_pool": (*primal, *options),
-            "conv_norm_relu_pool_backward": (*primal, bars[0], folded, *options),
-            "conv_norm_relu_pool_dual": (*dual, *options),
-            "conv_norm_relu_pool_dual_backward": (*dual, *bars, folded_dual, *options),
-        }
-        for name, given in operations.items():
-            yield Subject(name, classes, BLOCKS[name], name, fixed(*given))
-        for row, name in (
-            ("conv_norm_relu_pool_finish", "conv_norm_relu_pool_dual_backward"),
-            ("conv_norm_relu_pool_columns", "conv_norm_relu_pool_dual_backward"),
-            ("conv_norm_relu_pool_col2im", "conv_norm_relu_pool_dual_backward"),
-        ):
-            yield Subject(row, classes, BLOCKS[row], name, fixed(*operations[name]))
-
-
-def _blocks(setting: Setting) -> list[Block]:
-    net, channels, size, blocks = setting.net, setting.net.in_channels, setting.side, []
-    for number in range(1, net.depth + 1):
-        blocks.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
-        channels, size = net.width, (size + 2 * blocks[-1].padding - 2) // 2
-    return blocks
+        classes = block_classes(precision, block.out_size**2, batch)
+        for row, candidates in BLOCKS.items():
+            # a part of an operation has a row of its own, and is timed with it
+            operation = row if row in arguments else "conv_norm_relu_pool_dual_backward"
+            yield Subject(row, classes, candidates, operation, arguments[operation])
 
 
 def _text(row: Row) -> str:

@@ -22,7 +22,7 @@ from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
-from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import lock_expert_folder
@@ -79,10 +79,7 @@ def compress(
     with lock_expert_folder(out, "choose another `out`"), stop_request() as stop:
         done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
-            if stop:
-                raise Stopped(
-                    "stopped; the experts that were finished are saved; the same command continues", stop.signum
-                )
+            raise_if_stopped(stop, "stopped; the experts that were finished are saved; the same command continues")
             if whole.course(expert) is not None:
                 raise InputError(
                     f"{folder}: expert {index} is compressed already; give the folder of uncompressed experts"

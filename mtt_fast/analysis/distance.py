@@ -44,7 +44,7 @@ from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTrainingOptions
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "python -m mtt_fast.analysis distance"
 RECORD = "distance.json"
+_STOPPED = "stopped; the sets that were finished are saved, and the same command continues"
 _WITHOUT_AUGMENTATION = {"DC", "DD", "LD"}  # methods whose distillation sees the images as they are
 _EXPERT_OPTIONS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
     field.name for field in dataclasses.fields(CommonOptions)
@@ -187,7 +188,7 @@ def _run(
                 bar.update(options.steps)
                 measured.append({"question": keys[start, label], "nearest": nearest})
                 _write_record(_curves(keys, measured, deltas), measured, options, device)
-                _raise_if_stopped(stop)
+                raise_if_stopped(stop, _STOPPED)
     curves = _curves(keys, measured, deltas)
     _write_record(curves, measured, options, device)
     write_text(folder / "distance.md", _as_markdown(curves, options))
@@ -197,11 +198,6 @@ def _run(
         log.info("%s: closest %.3f ± %.3f, Δt = %d", label, closest["mean"], closest["std"], closest["real_steps"])
 
 
-def _raise_if_stopped(stop: StopRequest) -> None:
-    if stop:
-        raise Stopped("stopped; the sets that were finished are saved, and the same command continues", stop.signum)
-
-
 def parameters_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopRequest, bar: tqdm) -> list[Tensor]:
     """Return the parameters (P,) that `steps` yields first, and after each of the numbers `deltas` (rising) of steps.
 
@@ -209,7 +205,7 @@ def parameters_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopR
     """
     parameters = []
     for number, theta in enumerate(itertools.islice(steps, deltas[-1] + 1)):
-        _raise_if_stopped(stop)
+        raise_if_stopped(stop, _STOPPED)
         if number in (0, *deltas):
             parameters.append(theta)
             if not bool(theta.isfinite().all()):

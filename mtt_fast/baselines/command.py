@@ -22,7 +22,6 @@ from mtt_fast.baselines.trained import first_expert, with_expert_labels, with_fi
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
-    check_same_method,
     check_same_run,
     earlier_options,
     in_precision_of_run,
@@ -62,16 +61,16 @@ def main(argv: Sequence[str]) -> None:
     options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
-    check_same_method(folder, name)
+    earlier = earlier_options(folder, name)
     given = parsing.given(type(options), argv)
-    options = in_precision_of_run(options, folder, given)
+    options = in_precision_of_run(options, earlier, given)
     may_differ = outside_result(type(options))
     if isinstance(options, TrainedNetworkOptions):
         may_differ |= set(FLAGS.values()) - given  # options that are not given say nothing about the expert of the run
-    check_same_run(folder, options, may_differ)
+    check_same_run(folder, earlier, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
-    check_same_evaluation(folder, options)
+    check_same_evaluation(folder, earlier, options)
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         _run(name, options, given, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
@@ -102,10 +101,9 @@ def parse_method_options(name: str, argv: Sequence[str]) -> BaselineOptions:
     if chosen.resume:
         if chosen.out is None:
             raise InputError("--resume: expected the run's folder with --out, found none")
-        config = earlier_options(folder)
+        config = earlier_options(folder, name)
         if config is None:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
-        check_same_method(folder, name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
     options = parsing.parse(METHODS[name].options, argv, program, defaults, source=str(folder / CONFIG))
     options.check()

@@ -23,7 +23,7 @@ from mtt_fast.commands.run_loop import (
 )
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.training.protocols import Accuracy
@@ -96,8 +96,7 @@ def _own_accuracy(run: Run, learned: LearnedSet, stop: StopRequest) -> Accuracy:
     accuracies = []
     with run.seconds.of("evaluations"):
         for number in tqdm(range(run.options.num_eval), desc="own training", unit="network", leave=False):
-            if stop:
-                raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
+            raise_if_stopped(stop, "stopped during an evaluation; its networks are not kept")
             theta = learned.own_training(generator_for(run.options.seed, "own training", number))
             accuracies.append(accuracy(run.network, theta, run.real.test))
     return Accuracy(tuple(accuracies))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,43 +25,40 @@ _DISTILLATION = "mtt_fast.distill"
 _EARLIER_PRECISION = "tf32"  # the default of former versions, which did not save the precision
 
 
-def check_same_method(folder: Path, method: str | None) -> None:
-    """Raise `InputError` if `folder` holds a run of another method.
+def earlier_options(folder: Path, method: str | None) -> dict[str, Any] | None:
+    """Return the options of the run of `method` in `folder`, or None if there is no run.
 
-    `method` is the name after `python -m mtt_fast.baselines`; None is the distillation, whose options name no method.
+    `method` is the name after `python -m mtt_fast.baselines`; None is the distillation, whose options name no method. Raises
+    `InputError` for a run of another method, and for a damaged file of options.
     """
     config = read_config(folder)
-    if config is not None and config.get("method") != method:
+    if config is None:
+        return None
+    if config.get("method") != method:
         raise InputError(
             f"{folder}: holds a run of {config.get('method', _DISTILLATION)}, not {method or _DISTILLATION}; choose another "
             "--out (or delete the folder)"
         )
+    return {"precision": _EARLIER_PRECISION} | config
 
 
-def earlier_options(folder: Path) -> dict[str, Any] | None:
-    """Return the options of the run in `folder`, or None if there is none. Raises `InputError` for a damaged file of them."""
-    config = read_config(folder)
-    return None if config is None else {"precision": _EARLIER_PRECISION} | config
-
-
-def in_precision_of_run(options: Options, folder: Path, given: Container[str]) -> Options:
-    """Return the dataclass `options` with the precision of the run in `folder`, if there is one, unless it is in `given`.
+def in_precision_of_run(options: Options, earlier: Mapping[str, Any] | None, given: Container[str]) -> Options:
+    """Return the dataclass `options` with the precision of an `earlier` run, if there is one, unless it is in `given`.
 
     A run then continues in its own precision, even if the default has changed.
     """
-    before = earlier_options(folder)
-    if before is None or "precision" in given:
+    if earlier is None or "precision" in given:
         return options
-    return dataclasses.replace(options, precision=before["precision"])  # type: ignore[type-var]
+    return dataclasses.replace(options, precision=earlier["precision"])  # type: ignore[type-var]
 
 
-def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
-    """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
+def check_same_run(folder: Path, earlier: Mapping[str, Any] | None, options: Any, may_differ: Container[str]) -> None:
+    """Raise `InputError` if `earlier`, the options of the run in `folder`, have other values than the dataclass `options`.
 
     The options named in `may_differ` may have other values, since the result does not depend on them. An image folder may
     have moved: its images are compared when they are read.
     """
-    for name, values in _other_values(folder, options):
+    for name, values in _other_values(earlier, options):
         is_same = name == "dataset" and _same_dataset(*values)
         if name not in may_differ and not is_same:
             raise InputError(
@@ -69,15 +66,15 @@ def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> No
             )
 
 
-def check_same_evaluation(folder: Path, options: Any) -> None:
+def check_same_evaluation(folder: Path, earlier: Mapping[str, Any] | None, options: Any) -> None:
     """Raise `InputError` if the run in `folder`, which continues with `options`, was evaluated in another way so far.
 
-    Its summary names one protocol for all accuracies, and its best set is the one of the highest.
+    `earlier` are its options. Its summary names one protocol for all accuracies, and its best set is the one of the highest.
     """
     if not (folder / CHECKPOINT).exists():  # nothing is evaluated yet
         return
     fields = fields_of(type(options))
-    for name, values in _other_values(folder, options):
+    for name, values in _other_values(earlier, options):
         if fields[name].role is Role.EVALUATION:
             raise InputError(
                 f"{folder}: holds a run {_differing(name, *values)}, and compares all its evaluations; leave that as it was, and "
@@ -85,12 +82,11 @@ def check_same_evaluation(folder: Path, options: Any) -> None:
             )
 
 
-def _other_values(folder: Path, options: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the names of options with another value in the run in `folder` than in `options`, with both values."""
-    before = earlier_options(folder)
-    if before is None:
+def _other_values(earlier: Mapping[str, Any] | None, options: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield the names of options with another value in an `earlier` run than in `options`, with both values."""
+    if earlier is None:
         return
-    before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
+    before = dataclasses.asdict(type(options)()) | dict(earlier)  # an option that is younger than the run
     for name, value in dataclasses.asdict(options).items():
         if before[name] != value:
             yield name, (before[name], value)

@@ -23,7 +23,7 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.storage.metrics import MetricsLog
@@ -148,8 +148,7 @@ def run_to_the_end(
                 part = "iterations"
                 bar.set_postfix(progress_fields(time.monotonic() - start), refresh=False)
                 bar.update()
-                if stop:
-                    raise Stopped("stopped by a signal", stop.signum)
+                raise_if_stopped(stop, "stopped by a signal")
                 if time.monotonic() - saved > options.save_seconds:
                     save_progress()
                     saved = time.monotonic()

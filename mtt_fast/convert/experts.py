@@ -27,7 +27,7 @@ from mtt_fast.interop import buffer_files, export_experts, export_waypoints, imp
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.by_name import full_name, short_name
-from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.atomic import atomic_folder
@@ -49,6 +49,7 @@ EXPERT_KINDS = {
     "waypoints": "waypoint_buffer_N.pt and step_buffer_N.pt of MCT",
 }
 _ELSEWHERE = "choose another destination"
+_STOPPED = "stopped; nothing was written"
 _SERIES = {
     "buffer": BUFFER,
     "convexified": CONVEXIFIED,
@@ -125,10 +126,7 @@ def import_from(options: ConvertOptions, kind: str) -> None:
 
         def after_each(expert: Trajectory) -> None:
             bar.update()
-            if stop:
-                raise Stopped(
-                    "stopped; the experts that were converted are saved; the same command continues", stop.signum
-                )
+            raise_if_stopped(stop, "stopped; the experts that were converted are saved; the same command continues")
 
         store = import_experts(
             experts, folder, network.layout, metadata, _measurer(options, common, data, device),
@@ -224,7 +222,7 @@ def export_to(options: ConvertOptions) -> None:
         for path in files:
             written.append(path)
             bar.update(min(options.experts_per_file, len(store) - bar.n))
-            _raise_if_stopped(stop)
+            raise_if_stopped(stop, _STOPPED)
     log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
     readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
     log.info("%s them with --buffer_path %s", readers[kind], options.destination)
@@ -243,13 +241,8 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)
             rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
             write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), course)
-            _raise_if_stopped(stop)
+            raise_if_stopped(stop, _STOPPED)
     log.info("wrote %d experts to %s", len(store), folder)
-
-
-def _raise_if_stopped(stop: StopRequest) -> None:
-    if stop:
-        raise Stopped("stopped; nothing was written", stop.signum)
 
 
 def _model(store: TrajectoryStore) -> str:

@@ -11,12 +11,14 @@ import torch
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network
-from mtt_fast.distill.experts import check_experts
+from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network, check_same_cam_expert
+from mtt_fast.distill.experts import check_experts, check_same_experts_so_far
+from mtt_fast.distill.initial import check_state_fits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint
 from mtt_fast.training.subsets import check_enough
 
 
@@ -76,3 +78,18 @@ def check_fits(
         check_enough(data, options.ipc, canvas_size, options.window_start_image)
     check_experts(options, data, network, requested)
     check_cam_expert(options, data)
+
+
+def load_state(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> State | None:
+    """Return, on `device`, the state from which the run in the folder of `options` continues, or None if it has not begun.
+
+    Raises `InputError` if its checkpoint is broken, or of other images, options or experts.
+    """
+    folder = options.folder()
+    state = load_checkpoint(folder, device)
+    if state is not None:
+        check_same_images(folder, state.data, data.identity(zca=options.zca))
+        check_state_fits(folder, options, data, state)
+        check_same_experts_so_far(options, state, data)
+        check_same_cam_expert(options, data, state)
+    return state

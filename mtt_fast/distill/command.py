@@ -19,8 +19,8 @@ import torch
 
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
-    check_same_method,
     check_same_run,
+    earlier_options,
     in_precision_of_run,
     is_finished,
 )
@@ -28,8 +28,8 @@ from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.data.published_info import published
-from mtt_fast.distill.cam_network import check_same_cam_expert, prepare_cam_network
-from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there
+from mtt_fast.distill.cam_network import prepare_cam_network
+from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there, load_state
 from mtt_fast.distill.command_line import parse_with_given
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, summarise
@@ -37,7 +37,6 @@ from mtt_fast.distill.experts import (
     check_experts,
     check_missing_experts,
     check_same_experts,
-    check_same_experts_so_far,
     count_matched_experts,
     prepare_experts,
     requested_hyperparameters,
@@ -53,7 +52,7 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, check_state_fits, initial_state, read_difficulty
+from mtt_fast.distill.initial import check_same_scores, initial_state, read_difficulty
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -67,7 +66,7 @@ from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import prefetched, run_now, run_now_on_gpu, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
-from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
+from mtt_fast.storage.checkpoint import State, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS, as_trained
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
@@ -85,12 +84,12 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
-    check_same_method(folder, None)
-    options = in_precision_of_run(options, folder, given)
+    earlier = earlier_options(folder, None)
+    options = in_precision_of_run(options, earlier, given)
     # options of the experts need not be repeated: those not given keep the values of the run's experts
-    check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
+    check_same_run(folder, earlier, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not is_finished(folder, options, options.Iteration):
-        check_same_evaluation(folder, options)
+        check_same_evaluation(folder, earlier, options)
     elif not options.dry_run:
         return
     check_output_folder(folder, "choose another `out`")
@@ -129,12 +128,8 @@ def _run(
     real = timed_real_images(data, device, seconds, zca=options.zca)
     plan = plan_steps(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with lock_folder(folder), counted_in(folder, seconds):
-        state = load_checkpoint(folder, device)
+        state = load_state(options, data, device)
         if state is not None:
-            check_same_images(folder, state.data, real.identity)
-            check_state_fits(folder, options, data, state)
-            check_same_experts_so_far(options, state, data)
-            check_same_cam_expert(options, data, state)
             check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
             experts = prepare_experts(options, real, network, requested)

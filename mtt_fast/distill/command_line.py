@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import check_same_method, earlier_options
+from mtt_fast.commands.earlier_run import earlier_options
 from mtt_fast.distill.options import DEFAULT_RECIPE, PROGRAM, DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_options
@@ -89,12 +89,11 @@ def _options_of_run(chosen: _Selection) -> DistillOptions:
     if not chosen.out and chosen.recipe is None:
         raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
     folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
-    config = earlier_options(folder)
+    config = earlier_options(folder, None)
     if config is None:
         raise InputError(
             f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
         )
-    check_same_method(folder, None)
     run_options = parsing.apply(DistillOptions(), config, str(folder / CONFIG))
     if chosen.recipe not in (None, run_options.recipe):
         start = "without a recipe" if run_options.recipe is None else f"with --recipe {run_options.recipe}"

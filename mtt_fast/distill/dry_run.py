@@ -13,18 +13,16 @@ from typing import Any, NamedTuple
 import torch
 
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
-from mtt_fast.distill.cam_network import cam_expert, check_same_cam_expert
-from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.experts import ExpertInventory, check_same_experts_so_far, inventory_of, whitening_remark
+from mtt_fast.distill.cam_network import cam_expert
+from mtt_fast.distill.checks import check_fits, load_state
+from mtt_fast.distill.experts import ExpertInventory, inventory_of, whitening_remark
 from mtt_fast.distill.frequencies import frequencies_in_words
-from mtt_fast.distill.initial import check_state_fits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
-from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
 
@@ -67,11 +65,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
     check_fits(options, info, network, device, requested)
-    if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
-        check_same_images(folder, state.data, info.identity(zca=options.zca))
-        check_state_fits(folder, options, info, state)
-        check_same_experts_so_far(options, state, info)
-        check_same_cam_expert(options, info, state)
+    load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes

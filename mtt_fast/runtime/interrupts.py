@@ -33,6 +33,12 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def raise_if_stopped(stop: StopRequest | None, message: str) -> None:
+    """Raise `Stopped` with this `message` after a stop request."""
+    if stop:
+        raise Stopped(message, stop.signum)
+
+
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Yield a request that the first SIGINT, SIGTERM or SIGHUP within the block sets without an interruption; a second one interrupts.

@@ -61,10 +61,8 @@ _REPEATED = "repeated"
 """A further number, which old checkpoints lack."""
 _IMPORTED = "imported"
 """The field of the metadata for `State.imported`; old checkpoints lack it."""
-_CAM_DIGEST = "cam_digest"
-"""The field of the metadata for `State.cam_digest`; old checkpoints lack it."""
-_SCORES_DIGEST = "scores_digest"
-"""The field of the metadata for `State.scores_digest`; old checkpoints lack it."""
+_DIGESTS = ("cam_digest", "scores_digest")
+"""Texts in the metadata, which old checkpoints lack."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Fields of old checkpoints, which seconds.json has replaced."""
 
@@ -82,8 +80,7 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
             "data": json.dumps(state.data.record()),
             "digests": json.dumps(state.digests),
             _IMPORTED: json.dumps(state.imported),
-            _CAM_DIGEST: state.cam_digest,
-            _SCORES_DIGEST: state.scores_digest,
+            **{name: getattr(state, name) for name in _DIGESTS},
             EVALUATIONS: json.dumps(evaluations),
         },
     )
@@ -98,6 +95,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
+        values |= {name: metadata.get(name, "") for name in _DIGESTS}
         fields = {"data": "{}", "digests": "[]"} | metadata  # which the first format lacks
         numbers, data, digests = (parse_json(fields[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
@@ -112,8 +110,6 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             data=DatasetIdentity.from_record(data),
             digests=tuple(digests),
             imported=_says_imported(metadata),
-            cam_digest=metadata.get(_CAM_DIGEST, ""),
-            scores_digest=metadata.get(_SCORES_DIGEST, ""),
         )
     except MALFORMED as error:
         raise _other_version_error(path) from error

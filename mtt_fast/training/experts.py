@@ -6,7 +6,7 @@ This is the first half of the method ("buffer.py" in the public code). Expert i 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,13 +21,13 @@ from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.prefetch import download
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job
 from mtt_fast.training.curriculum import EVERY, Curriculum
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Epochs, Sgd, accuracy, chunks_on, count_correct, epochs_on
+from mtt_fast.training.sgd import Sgd, accuracy, chunks_on, count_correct, epochs_on
 from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
 
 
@@ -92,56 +92,55 @@ def expert_job(
                 bar.update()
 
     unread: list[Callable[[], None]] = []
-    last: _Stage | None = None
-    for epoch in range(training.train_epochs):
-        stage = _stage_of(epoch, training)
-        if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimizer
-        if stage != last:
-            student_of_stage, sgd, visited = _in_stage(stage, training, student)
-            run_epoch: Epochs = epochs_on(student_of_stage, images.train, sgd, augment, track_of(network), visited)
-            last = stage
-        if stop:
-            raise Stopped(
-                f"stopped in expert {index}; those that were finished are saved; the same command continues",
-                stop.signum,
+    for stage in _stages(range(training.train_epochs), training, student):
+        if stage.new_optimizer:
+            velocity = torch.zeros_like(theta)
+        run_epoch = epochs_on(stage.student, images.train, stage.sgd, augment, track_of(network), stage.visited)
+        for epoch in stage.epochs:
+            raise_if_stopped(
+                stop, f"stopped in expert {index}; those that were finished are saved; the same command continues"
             )
-        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
-        num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
-        for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
-            read_last()
-        unread = [partial(read, epoch, download(theta, num_correct, loss))]
-        yield
+            theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
+            num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
+            for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
+                read_last()
+            unread = [partial(read, epoch, download(theta, num_correct, loss))]
+            yield
     for read_last in unread:
         read_last()
     return parameters, accuracies
 
 
 class _Stage(NamedTuple):
-    """The settings that may change from one epoch to the next."""
+    """Successive epochs with the same settings."""
 
-    lr: float
-    rho: float  # SAM's radius
-    shares: tuple[float, float]  # of the images, see `Curriculum.shares`
+    epochs: Iterator[int]
+    student: Student | SharpnessAware
+    sgd: Sgd
+    new_optimizer: bool
+    visited: Tensor | None  # indices of the images of an epoch; None for all
 
 
-def _stage_of(epoch: int, training: ExpertTraining) -> _Stage:
-    """Return the stage of a training in an `epoch`, from 0."""
+def _stages(epochs: Iterable[int], training: ExpertTraining, student: Student) -> Iterator[_Stage]:
+    """Yield the stages of the `epochs` of a training. Those of a stage have to be taken before the next stage."""
+    curriculum, last_lr = training.curriculum, None
+    for (lr, rho, shares), epochs_of_stage in itertools.groupby(epochs, partial(_settings, training)):
+        yield _Stage(
+            epochs_of_stage,
+            sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive),
+            Sgd(lr, training.mom, training.l2, training.batch_size),
+            lr != last_lr,
+            None if curriculum is None or shares == EVERY else curriculum.between(*shares),
+        )
+        last_lr = lr
+
+
+def _settings(training: ExpertTraining, epoch: int) -> tuple[float, float, tuple[float, float]]:
+    """Return learning rate, radius of SAM and `Curriculum.shares` of the images in an `epoch`, from 0."""
     shares = EVERY if training.curriculum is None else training.curriculum.shares(epoch)
     if training.decay and epoch >= training.train_epochs // 2 + 2:  # as in the public code
-        return _Stage(training.lr * 0.1, training.rho_min, shares)
-    return _Stage(training.lr, training.rho_max, shares)
-
-
-def _in_stage(
-    stage: _Stage, training: ExpertTraining, student: Student
-) -> tuple[Student | SharpnessAware, Sgd, Tensor | None]:
-    """Return the student of a stage and its SGD, and the indices of the images that its epochs visit (None for all)."""
-    student_of_stage = sharpness_aware(student, stage.rho, training.alpha, adaptive=training.adaptive)
-    sgd = Sgd(stage.lr, training.mom, training.l2, training.batch_size)
-    if training.curriculum is None or stage.shares == EVERY:
-        return student_of_stage, sgd, None
-    return student_of_stage, sgd, training.curriculum.between(*stage.shares)
+        return training.lr * 0.1, training.rho_min, shares
+    return training.lr, training.rho_max, shares
 
 
 def expert_steps(
@@ -162,15 +161,11 @@ def expert_steps(
     student = student_for(network, theta.device, precision=precision)
     augment = augment_by_strategy(training.augment)
     yield theta
-    last: _Stage | None = None
-    for epoch in itertools.count():
-        stage = _stage_of(epoch, training)
-        if last is None or stage.lr != last.lr:
-            velocity = torch.zeros_like(theta)  # of a new optimizer
-        if stage != last:
-            student_of_stage, sgd, visited = _in_stage(stage, training, student)
-            steps = chunks_on(student_of_stage, images.train, sgd, augment, visited=visited, at_once=1)
-            last = stage
-        for step in steps(theta, velocity, generator):
-            theta, velocity = step.theta, step.velocity
-            yield theta
+    for stage in _stages(itertools.count(), training, student):
+        if stage.new_optimizer:
+            velocity = torch.zeros_like(theta)
+        steps = chunks_on(stage.student, images.train, stage.sgd, augment, visited=stage.visited, at_once=1)
+        for _ in stage.epochs:
+            for step in steps(theta, velocity, generator):
+                theta, velocity = step.theta, step.velocity
+                yield theta

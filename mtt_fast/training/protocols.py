@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.engine.arguments import kind_of
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Network, Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
@@ -232,8 +233,7 @@ def network_job(
     losses: list[Tensor] = []
     soft, most, epoch = images.labels.is_floating_point(), _epochs_at_once(images, sgd.batch_size), 0
     while epoch < protocol.total_epochs:
-        if stop:
-            raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
+        raise_if_stopped(stop, "stopped during an evaluation; its networks are not kept")
         epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft)
         theta, velocity, means, *statistics = run(
             theta, velocity, generator, *statistics, epochs=epochs, factor=protocol.lr_factor(epoch)
@@ -280,8 +280,7 @@ _BEYOND_GUESSING = 100.0  # the loss of guessing among a million classes is 14
 
 
 def _student(network: Network, images: Images, precision: Precision) -> Student:
-    kind: LabelKind = "probabilities" if images.labels.is_floating_point() else "indices"
-    return student_for(network, images.labels.device, kind, precision=precision)
+    return student_for(network, images.labels.device, kind_of(images.labels, None), precision=precision)
 
 
 def evaluate(

@@ -86,7 +86,7 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(operations, "conv3x3", run)
     monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
     candidates = [{"backend": backend} for backend in ("fast", "absent", "right")]
-    subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", lambda: [torch.ones(3)])
+    subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", (torch.ones(3),))
     tuned = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
     assert tuned["chosen"] == "right"
     assert tuned["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"

@@ -11,8 +11,8 @@ import pytest
 
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
-    check_same_method,
     check_same_run,
+    earlier_options,
     in_precision_of_run,
     is_finished,
 )
@@ -38,22 +38,23 @@ MEND = r"; choose another --out \(or delete the folder\)$"
 
 @pytest.mark.parametrize(("recorded", "name"), [({}, None), ({"method": "dm"}, "dm")])
 def test_a_folder_is_of_one_method(tmp_path: Path, recorded: dict[str, str], name: str | None) -> None:
-    check_same_method(tmp_path, "any")  # the folder is empty
+    assert earlier_options(tmp_path, "any") is None  # the folder is empty
     write_config(tmp_path, {"lr_img": 1.0} | recorded)
-    check_same_method(tmp_path, name)
+    assert earlier_options(tmp_path, name) == {"precision": "tf32", "lr_img": 1.0} | recorded
     for other in {None, "dm", "dc"} - {name}:
         told = f"holds a run of {name or 'mtt_fast.distill'}, not {other or 'mtt_fast.distill'}{MEND}"
         with pytest.raises(InputError, match=told):
-            check_same_method(tmp_path, other)
+            earlier_options(tmp_path, other)
 
 
 def test_a_run_keeps_its_precision_unless_one_is_given(tmp_path: Path) -> None:
     options = Options(precision="bf16")
-    assert in_precision_of_run(options, tmp_path, ()) == options
+    assert in_precision_of_run(options, None, ()) == options
     for recorded, precision in (({}, "tf32"), ({"precision": "fp16"}, "fp16")):
         write_config(tmp_path, {"lr_img": 1.0} | recorded)
-        assert in_precision_of_run(options, tmp_path, ("lr_img",)) == replace(options, precision=precision)
-        assert in_precision_of_run(options, tmp_path, ("precision",)) == options
+        earlier = earlier_options(tmp_path, None)
+        assert in_precision_of_run(options, earlier, ("lr_img",)) == replace(options, precision=precision)
+        assert in_precision_of_run(options, earlier, ("precision",)) == options
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_a_run_keeps_its_precision_unless_one_is_given(tmp_path: Path) -> None:
 def test_other_values_are_told_with_those_of_the_run(
     tmp_path: Path, recorded: dict[str, object], now: dict[str, object], told: str | None
 ) -> None:
-    check_same_run(tmp_path, Options(lr_img=9.0), {"iterations"})  # the folder is empty
-    write_config(tmp_path, {"precision": "auto"} | recorded)
+    check_same_run(tmp_path, None, Options(lr_img=9.0), {"iterations"})  # the folder is empty
+    earlier = {"precision": "auto"} | recorded
     options = replace(Options(), **now)  # type: ignore[arg-type]
     if told is None:
-        return check_same_run(tmp_path, options, {"iterations"})
+        return check_same_run(tmp_path, earlier, options, {"iterations"})
     with pytest.raises(InputError, match=f"holds a run {told}{MEND}"):
-        check_same_run(tmp_path, options, {"iterations"})
+        check_same_run(tmp_path, earlier, options, {"iterations"})
 
 
 @pytest.mark.parametrize(
@@ -102,13 +103,13 @@ def test_other_values_are_told_with_those_of_the_run(
 def test_a_run_goes_on_with_the_evaluation_it_began_with(
     tmp_path: Path, recorded: dict[str, object], told: str | None
 ) -> None:
-    write_config(tmp_path, {"precision": "auto"} | recorded)
-    check_same_evaluation(tmp_path, Options())  # nothing is evaluated yet
+    earlier = {"precision": "auto"} | recorded
+    check_same_evaluation(tmp_path, earlier, Options())  # nothing is evaluated yet
     (tmp_path / "checkpoint.safetensors").touch()
     if told is None:
-        return check_same_evaluation(tmp_path, Options())
+        return check_same_evaluation(tmp_path, earlier, Options())
     with pytest.raises(InputError, match=f"holds a run {told}, and compares all its evaluations"):
-        check_same_evaluation(tmp_path, Options())
+        check_same_evaluation(tmp_path, earlier, Options())
 
 
 def test_a_run_is_finished_once_it_has_all_iterations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
