@@ -14,11 +14,11 @@ from mtt_fast.training.images import Images
 
 
 def evaluate_chosen(run: Run, images: Images) -> None:
-    """Write the set, evaluate it, and write the rest of the run folder. Labels of `images` that are not classes are logits.
+    """Write the set, evaluate it, and write the rest of the run folder. Labels of `images` that are not classes are probabilities.
 
     Raises `Stopped` on Ctrl-C or SIGTERM; the same command starts the evaluation again.
     """
-    label_kind = "logits" if images.labels.is_floating_point() else "indices"
+    label_kind = "probabilities" if images.labels.is_floating_point() else "indices"
     synthetic = as_set(run, images.pixels, images.labels, torch.tensor(run.options.lr_net), 0, label_kind)
     synthetic.save(run.folder / SYNTHETIC)
     try:

@@ -69,10 +69,9 @@ class TrainedNetworkOptions(BaselineOptions):
     GROUP: ClassVar[Group] = Group.EXPERTS
 
     labels: Annotated[Literal["classes", "experts"], Group.LABELS] = "classes"
-    """labels of the images. classes: the class of each; experts: logits, the mean over the experts in --buffer_path that classify the
-    image correctly, as learned labels begin with --label_init experts of a distillation"""
+    """labels of the images. classes: the class of each; experts: the mean prediction of the experts in --buffer_path, probabilities"""
     label_epoch: Annotated[Count | None, Group.LABELS] = None
-    """epoch of the experts whose logits are the labels; if not given, their last"""
+    """epoch of the experts that predict the labels; if not given, their last"""
     buffer_path: Annotated[str, Role.LOCATION] = "buffers"
     """folder of the experts' trajectories; if it is empty, one expert is trained"""
     train_epochs: Annotated[Count, Role.EXTENT] = 50

@@ -15,7 +15,7 @@ from mtt_fast import experts
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.distill.experts import check_nothing_to_convert
-from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
+from mtt_fast.distill.labels import experts_at, mean_teacher_labels
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
@@ -77,7 +77,7 @@ def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network
 
 
 def with_expert_labels(options: TrainedNetworkOptions, real: RealImages, network: Trainable, images: Images) -> Images:
-    """Return `images` of known classes with logits of the experts as labels, by the rule of `expert_logits`.
+    """Return `images` with the mean predictions of the experts, probabilities, as labels.
 
     Raises `InputError` if an expert is of another network or other images, or has no epoch `label_epoch`.
     """
@@ -89,8 +89,7 @@ def with_expert_labels(options: TrainedNetworkOptions, real: RealImages, network
                 f"--label_epoch {options.label_epoch}: expected at most {store.epochs(expert)}, the epochs of {store.path(expert)}"
             )
     thetas = experts_at(store, len(store), options.label_epoch, images.labels.device)
-    initial = class_logits(images.labels, real.data.num_classes)
-    return dataclasses.replace(images, labels=expert_logits(network, thetas, images.pixels, initial))
+    return dataclasses.replace(images, labels=mean_teacher_labels(network, thetas, images.pixels))
 
 
 def chosen_by_embedding(

@@ -17,6 +17,7 @@ from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits, load_state
 from mtt_fast.distill.experts import ExpertInventory, inventory_of, whitening_remark
 from mtt_fast.distill.frequencies import frequencies_in_words
+from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
@@ -191,6 +192,7 @@ def estimated_seconds(
     evaluated network, and `cam` in a step of the network of the Grad-CAM maps, if there is one. `share` is the part of `cost` that
     remains with saved activations. With `train_cam` the network of the maps is trained too.
     """
+    random_sets = 1 + has_soft_baseline(options, options.network(info))
     count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
     batch = (options.batch_syn or count) * crops
@@ -205,7 +207,7 @@ def estimated_seconds(
         + (0 if cam is None or not train_cam else _seconds_to_train(options, info, cam)),
         iterations=steps * batch * (cost.gradient + cost.tangent) * share + maps,
         # the first network is also evaluated on random real images
-        evaluations=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
+        evaluations=options.num_eval * (evaluations * sum(trainings) + random_sets * trainings[0]),
     )
 
 

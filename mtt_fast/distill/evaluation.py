@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
@@ -25,12 +26,13 @@ from mtt_fast.commands.run_loop import (
 )
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.gradients import DESCRIPTIONS
-from mtt_fast.distill.labels import experts_at, mean_teacher_labels
+from mtt_fast.distill.labels import experts_at, has_soft_baseline, mean_teacher_labels
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.errors import Diverged
 from mtt_fast.kernels import LabelKind
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
+from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import random_subset
 
@@ -130,20 +132,23 @@ def _draw(run: DistillRun, state: State) -> None:
 
 def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Write summary.json, with the accuracies of the set, of random real images and of the experts. The run is then finished."""
-    baseline, initial = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop), _initial_set(run)
+    baseline = _evaluate_random_images(run, state, stop)
+    labelled = (
+        _evaluate_random_images(run, state, stop, soft=True) if has_soft_baseline(run.options, run.network) else None
+    )
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
     text = (
         f"{results}, random real images {_labelled(baseline)}, "
-        + (f"the set at the start {_labelled(initial)}, " if initial else "")
+        + (f"with labels of the experts {_labelled(labelled)}, " if labelled else "")
         + f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
+    lr = {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)}
     accuracies = {
-        "random_real_images": accuracy_record(baseline)
-        | {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)},
-        **({"initial_set": accuracy_record(initial)} if initial else {}),
+        "random_real_images": accuracy_record(baseline) | lr,
+        **({"random_real_images_labelled_by_experts": accuracy_record(labelled) | lr} if labelled else {}),
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
@@ -151,16 +156,6 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
         run, state, state.mean_lr, text=text, evaluations={names.name: lines[-1] for names, lines in records.items()},
         accuracies=accuracies, others=_own_fields(run, state),
     )  # fmt: skip
-
-
-def _initial_set(run: DistillRun) -> Record | None:
-    """Return the evaluation of the set at the start if it is real images with soft labels, and else None.
-
-    Soft labels alone can raise the accuracy, so random images with class indices do not show what the distillation adds.
-    """
-    if run.options.label_kind == "indices" or run.options.pix_init == "noise":
-        return None
-    return run.metrics.find("evaluation", 0)
 
 
 def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
@@ -185,14 +180,26 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
     }
 
 
-def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict[str, Any]:
-    """Evaluate as many random real images as there are distilled ones, new ones for each network; return the record."""
-    real, ipc, (network, *_) = run.real, run.options.ipc, run.evaluated.values()
-    accuracy = evaluate_network(
-        run, network, lambda generator: random_subset(real, ipc, generator),
-        REAL_IMAGES_LR, stop, name="random real images",
-    )  # fmt: skip
-    run.metrics.write("baseline", state.iteration, **accuracy_fields({"": accuracy}))
+def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *, soft: bool = False) -> Record:
+    """Evaluate as many random real images as there are distilled ones, new ones for each network; return the record.
+
+    With `soft` their labels are the mean predictions of the matched experts after their last epoch. A set that an earlier process evaluated
+    is not evaluated again.
+    """
+    kind, title = ("soft_baseline", "labelled by experts") if soft else ("baseline", "random real images")
+    if record := run.metrics.find(kind):
+        return record
+
+    def random_images(generator: torch.Generator) -> Images:
+        images = random_subset(run.real, run.options.ipc, generator)
+        if not soft:
+            return images
+        experts = experts_at(run.experts, run.num_matched_experts, None, images.pixels.device)
+        return dataclasses.replace(images, labels=mean_teacher_labels(run.network, experts, images.pixels))
+
+    network, *_ = run.evaluated.values()
+    accuracy = evaluate_network(run, network, random_images, REAL_IMAGES_LR, stop, name=title)
+    run.metrics.write(kind, state.iteration, **accuracy_fields({"": accuracy}))
     return run.metrics.records[-1]
 
 

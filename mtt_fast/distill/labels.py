@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.trajectories import TrajectoryStore
 
@@ -18,6 +19,15 @@ OWN_CLASS = 0.9
 """Probability of an image's own class in `class_logits`; with 1 the gradient of the softmax would be zero."""
 
 _BATCH = 64  # images in a forward pass
+
+
+def has_soft_baseline(options: DistillOptions, network: Network) -> bool:
+    """Return whether a run is also compared with random real images that have the predictions of the experts as labels.
+
+    It is if its own labels are soft, since soft labels alone raise the accuracy of random images. A network of batch statistics
+    predicts no labels for few images.
+    """
+    return options.label_kind != "indices" and not network.mixes_samples
 
 
 def class_logits(classes: Tensor, num_classes: int) -> Tensor:
@@ -46,8 +56,8 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, i
     never = count == 0
     if bool(never.any()):
         log.warning(
-            "labels of experts: no expert gets %d of the %d images right; their labels give the image's class the probability %g",
-            int(never.sum()), len(images), OWN_CLASS,
+            "--label_init experts: no expert gets %d of the %d images right; their labels begin as with --label_init classes",
+            int(never.sum()), len(images),
         )  # fmt: skip
     return torch.where(never, initial, total / count.clamp(min=1))
 

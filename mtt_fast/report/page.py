@@ -21,7 +21,7 @@ _MEASURED = {
     "distilled": "the set",
     "ema": "average over the iterations",
     "random_real_images": "random real images",
-    "initial_set": "the set at the start, real images with soft labels",
+    "random_real_images_labelled_by_experts": "random real images, labels of the experts",
     "experts": "experts, all the data",
     "own_training": "after the method's own steps",
     "best_evaluation_chosen_on_the_test_images": "best evaluation, chosen on the test images",

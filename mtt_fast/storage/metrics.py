@@ -28,7 +28,7 @@ _STEPS = ("step", "skip", "above_threshold")
 _EVALUATION_FIELDS = ("accuracy_mean", "accuracy_std", "networks")
 _FIELDS = {
     "step": ("loss", "lr"), "evaluation": _EVALUATION_FIELDS, "ema_evaluation": _EVALUATION_FIELDS, "baseline": _EVALUATION_FIELDS,
-    "gradient": ("cosine",),
+    "soft_baseline": _EVALUATION_FIELDS, "gradient": ("cosine",),
 }  # fmt: skip
 """The fields of records of a kind, all numbers, besides their kind and iteration."""
 _NO_NUMBERS = ("kind", "checksum")
@@ -61,8 +61,8 @@ class MetricsLog:
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
         """Append one record, all of it or nothing. Raises `OSError` where the disk is full.
 
-        `kind` is "step", "skip" or "above_threshold" of an iteration, "evaluation", "ema_evaluation", "gradient" or
-        "baseline".
+        `kind` is "step", "skip" or "above_threshold" of an iteration, "evaluation", "ema_evaluation", "gradient",
+        "baseline" (random real images) or "soft_baseline" (with soft labels).
         """
         record = {"kind": kind, "iteration": iteration, **values}
         line = _as_line(record).encode()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +16,15 @@ import torch
 
 from mtt_fast import FlatModule, InputError, SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.initial import initial_images, predicted_correctly
+from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import read_segment, start_epochs
 from mtt_fast.distill.updates import update
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
@@ -283,31 +286,52 @@ def test_a_run_starts_from_images_that_an_expert_gets_right(experts: list[str], 
     assert network(store.read(0, 6), others).argmax(dim=1).tolist() != said.tolist()
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ("--lr_y 1 --label_init experts", True),
-        ("--lr_y 1", True),
-        ("--teacher_label", True),
-        ("--lr_y 1 --pix_init noise", False),
-        ("--pix_init noise", False),
-        ("", False),
-    ],
-)
-def test_the_summary_compares_soft_labels_with_the_set_at_the_start(
-    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, told: bool
+@pytest.mark.parametrize("flags", ["--lr_y 1 --label_init experts --max_experts 2", "--teacher_label", ""])
+def test_soft_labels_are_compared_with_random_images_that_experts_label(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
-    def evaluated(*_: Any, indices: Sequence[int] = (), **__: Any) -> Accuracy:
-        first = 0.2 + 0.1 * sum(indices)  # of the iteration, if it is the set's
-        return Accuracy((first, first + 0.2))
+    sets: dict[str, Images] = {}
+
+    def evaluated(_: Network, train: Callable[..., Images], *__: Any, name: str, **___: Any) -> Accuracy:
+        sets[name] = train(torch.Generator().manual_seed(5))
+        return Accuracy((0.3, 0.5) if name == "labelled by experts" else (0.2, 0.2))
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", evaluated)
     assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags.split()) == 0
-    summary, spread = summary_of(tmp_path / "run"), pytest.approx(0.2 / 2**0.5)
-    initial = {"mean": pytest.approx(0.3), "std": spread, "n": 2} if told else None
-    assert summary["accuracy"].get("initial_set") == initial
-    assert summary["accuracy"]["distilled"] == {"mean": pytest.approx(0.7), "std": spread, "n": 2}
-    assert (", the set at the start 30.00 % ± 14.14, experts" in summary["text"]) == told
+    summary = summary_of(tmp_path / "run")
+    told = ", random real images 20.00 % ± 0.00, with labels of the experts 40.00 % ± 14.14, experts"
+    if not flags:
+        assert "labelled by experts" not in sets
+        assert "random_real_images_labelled_by_experts" not in summary["accuracy"]
+        assert "with labels of the experts" not in summary["text"]
+        return
+    labelled, plain = sets["labelled by experts"], sets["random real images"]
+    assert torch.equal(labelled.pixels, plain.pixels)
+    store = TrajectoryStore(next(Path(experts[-1]).glob("*/*")))
+    function = module_function(reference_convnet(1, 10, 8, 4, 1))
+    asked = range(2 if "--max_experts" in flags else 3)
+    predictions = [function(store.read(expert, 6), plain.pixels).softmax(1) for expert in asked]
+    torch.testing.assert_close(labelled.labels, torch.stack(predictions).mean(0), rtol=1e-4, atol=1e-5)
+    found = summary["accuracy"]["random_real_images_labelled_by_experts"]
+    assert found == {"mean": 0.4, "std": pytest.approx(0.2 / 2**0.5), "n": 2, "lr": 0.01}
+    assert told in summary["text"]
+    before = len(sets)
+    sets.clear()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run(*TOY, *experts, "--out", str(tmp_path / "run"), "--resume") == 0
+    assert not sets, "an earlier process evaluated all"
+    assert summary_of(tmp_path / "run")["text"] == summary["text"]
+    assert before == 3
+
+
+def test_a_network_of_batch_statistics_labels_nothing() -> None:
+    options = DistillOptions(dataset="digits", lr_y=1.0)
+    plain, batch_norm = (
+        network_by_name(name, dataset_info("digits").image_shape, 10) for name in ("ConvNetD1", "ConvNetD1BN")
+    )
+    assert has_soft_baseline(options, plain)
+    assert not has_soft_baseline(options, batch_norm)
+    assert not has_soft_baseline(dataclasses.replace(options, lr_y=None), plain)
 
 
 def test_a_class_with_too_few_of_them_is_told(
