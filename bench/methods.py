@@ -74,6 +74,7 @@ def _mtt(title: str, flags: str = "", accuracy: str = "distilled") -> Method:
 
 METHODS = {
     "random": Method("Random", "baselines random"),
+    "random-labels": Method("Random, labels of experts", "baselines random", "--labels experts", _EXPERT),
     "herding": Method("Herding", "baselines herding", needs=_EXPERT),
     "forgetting": Method("Forgetting", "baselines forgetting", needs=_EXPERT),
     "kmeans": Method("K-means", "baselines kmeans", needs=_EXPERT),
