@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
             installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return installed
+    return installed | {"torch": str(torch.__version__)}  # names the build, such as +cu130; the metadata of some wheels do not
 
 
 def digest(*tensors: Tensor) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mtt_fast.data import load
 from mtt_fast.data.images import decode, read_headers
@@ -85,6 +85,19 @@ def test_other_suffixes_of_images_are_read(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(pixels).save(path, format=kind)
     data = load("folder", data_path=tmp_path, progress=False)
     with Image.open(path) as picture:
+        assert torch.equal(data.train.images[0], chw(np.asarray(picture.convert("RGB"))))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_the_exif_orientation_counts_only_where_pillow_obeys_it(tmp_path: Path, suffix: str) -> None:
+    """torchvision's ImageFolder has no transpose of its own either, so that experts see the same pixels."""
+    path = folder_of_six_images(tmp_path) / f"train/a/0{suffix}"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter
+    Image.fromarray(noise(3)).save(path, exif=exif)
+    data = load("folder", data_path=tmp_path, progress=False)
+    with Image.open(path) as picture:
+        assert picture.getexif()[ExifTags.Base.Orientation] == 6
         assert torch.equal(data.train.images[0], chw(np.asarray(picture.convert("RGB"))))
 
 

@@ -390,7 +390,7 @@ def test_a_rate_may_be_a_negative_view(network: Network) -> None:
     assert torch.equal(*(unroll(network, START, images, LABELS, lr, BATCHES) for lr in (rate, 0.2)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_a_traced_caller_is_refused() -> None:
     def traced(images: Tensor) -> Tensor:
         return unroll(NETWORK, START, images, LABELS, 0.1, BATCHES)[-1]

@@ -192,7 +192,6 @@ def hooked(module: nn.Module) -> nn.Module:
         (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_a_module_that_cannot_be_wrapped_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(InputError, match=f"FlatModule: {message}"):
         FlatModule(module)
@@ -325,6 +324,7 @@ def test_a_used_module_can_be_copied_and_pickled() -> None:
         assert torch.equal(other(net.init(), images), logits)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # on Python 3.13.0
 @pytest.mark.parametrize("called_before", [False, True])
 def test_a_function_that_calls_it_can_be_compiled(called_before: bool) -> None:
     net, images = FlatModule(small_module(nn.BatchNorm2d(4))), torch.randn(3, 2, 6, 6, dtype=torch.float64)
