@@ -49,7 +49,9 @@ def main(options: Options, command: str) -> None:
     for _ in range(options.repetitions):
         engine.run(case, **precision)
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with wrapped_operations(labelled), torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
+    activities = [ProfilerActivity.CPU, *on_gpu]
+    # without `acc_events` torch 2.11 warns that the events of further cycles, which are none, will be lost
+    with wrapped_operations(labelled), torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         engine.run(case, **precision)
         synchronise(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"

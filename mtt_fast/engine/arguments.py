@@ -37,7 +37,11 @@ def check_context() -> None:
     if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing, which its types leave out
         raise InputError("found torch.jit.trace, which cannot trace the sweeps; call outside of what is traced")
     if torch.compiler.is_compiling():
-        raise InputError("found torch.compile, which cannot trace the sweeps; call outside of what is compiled")
+        torch.compiler.disable(_refuse_compilation)()  # not traced: torch 2.11 fails on the `raise` itself
+
+
+def _refuse_compilation() -> None:
+    raise InputError("found torch.compile, which cannot trace the sweeps; call outside of what is compiled")
 
 
 def check_differentiated_once() -> None:

@@ -23,7 +23,8 @@ def versions() -> dict[str, str]:
             installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return installed | {"torch": str(torch.__version__)}  # names the build, such as +cu130; the metadata of some wheels do not
+    # torch itself names its build, such as +cu130; the metadata of some wheels do not
+    return installed | {"torch": str(torch.__version__)}
 
 
 def digest(*tensors: Tensor) -> str:

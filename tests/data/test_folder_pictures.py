@@ -90,7 +90,7 @@ def test_other_suffixes_of_images_are_read(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_the_exif_orientation_counts_only_where_pillow_obeys_it(tmp_path: Path, suffix: str) -> None:
-    """torchvision's ImageFolder has no transpose of its own either, so that experts see the same pixels."""
+    """Take what Pillow decodes, as torchvision does, so that experts see the same pixels."""
     path = folder_of_six_images(tmp_path) / f"train/a/0{suffix}"
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter
