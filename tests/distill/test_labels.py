@@ -194,10 +194,11 @@ def test_a_resumed_run_asks_the_experts_for_labels_only_to_evaluate(
     assert cli.run(main, [*line, "--Iteration", "0"]) == 0
     picture = (tmp_path / "images.png").read_bytes()
     (tmp_path / "images.png").unlink()
-    assert len(calls) == 2  # of the images, and of their moving average
+    # of the images, of their moving average, and of random ones, to plan and for one network
+    assert len(calls) == 4
     (tmp_path / "summary.json").unlink()
     assert cli.run(main, [*line, "--Iteration", "0"]) == 0
-    assert len(calls) == 2
+    assert len(calls) == 4
     assert (tmp_path / "images.png").read_bytes() == picture
 
 
