@@ -384,6 +384,7 @@ _OF_WINDOWS = {
 _LABELLED = "--labels experts --train_epochs 3 --buffer_path fresh"
 OWN: dict[str, dict[str, Row]] = {
     "random": {
+        **_BASELINE,
         **{name: needs(f"{_LABELLED} {row.partner}", row.words) for name, row in _OF_TRAINED.items()},
         "labels": changes(_LABELLED),
         "label_epoch": needs(_LABELLED, "--label_epoch 1"),
@@ -430,7 +431,7 @@ def option_cases() -> list[Any]:
     """Return all commands with their options. What another command shows of the same option too counts as slow."""
     cases = []
     for command, rows in ROWS.items():
-        for option in OWN.get(command) or rows:
+        for option in OWN.get(command, rows):
             again = command in OWN or (option in _EVALUATION and command != "evaluate")
             again |= option in _EXPERTS and command != "experts"
             name = f"{command}-{option.rstrip('_')}"

@@ -215,6 +215,14 @@ def test_no_option_is_missing(command: str) -> None:
     assert set(ROWS[command]) == set(fields_of(COMMANDS[command].options)), "each option has a row here"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_case(command: str) -> None:
+    """Check that options that all methods have are shown of one of them."""
+    cases = {tuple(case.values) for case in option_cases()}
+    shown_of = (command, "random") if command in OWN else (command,)
+    assert [option for option in ROWS[command] if not any((name, option) in cases for name in shown_of)] == []
+
+
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=[pytest.mark.slow] * (name in OWN), id=name) for name in COMMANDS]
 )
