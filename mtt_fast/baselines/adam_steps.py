@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.engine.draws import draw_steps
-from mtt_fast.engine.optimizers import CapturableAdam
+from mtt_fast.engine.optimizers import Adam, CapturableAdam
 from mtt_fast.engine.student import Student, as_sums
 from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.runtime.prefetch import upload
@@ -46,6 +46,12 @@ def draw(
     )
 
 
+def corrections(steps_before: int, steps: int, device: torch.device) -> Tensor:
+    """Return Adam's corrections 1 − βᵗ of both moments in each of some steps, (steps, 2) float64, after `steps_before` earlier ones."""
+    t = torch.arange(steps_before + 1, steps_before + steps + 1, dtype=torch.float64)[:, None]
+    return upload(1 - t.new_tensor(Adam().betas) ** t, device)
+
+
 @dataclass(frozen=True)
 class AdamSteps:
     """Steps of Adam on learned images."""
@@ -57,13 +63,13 @@ class AdamSteps:
     lr: Tensor  # ()
 
     def train(
-        self, theta: Tensor, moments: Tensor, steps_before: Tensor, images: Tensor, labels: Tensor, *draws: Tensor
+        self, theta: Tensor, moments: Tensor, corrections: Tensor, images: Tensor, labels: Tensor, *draws: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return parameters (P,), moments (2, P) and the norm of each step's gradient (steps,) after some steps.
 
-        The training had `steps_before` () float64 steps before, which left `theta` and `moments`; `draws` are a `Draws`.
+        The steps before left `theta` and `moments`; `corrections` are those of these steps, and `draws` a `Draws`.
         """
-        steps = self._student_steps(steps_before, *draws)
+        steps = self._student_steps(corrections, *draws)
         targets, norms = steps.targets(labels, theta.dtype), []
         for n in range(len(steps.batches)):
             inputs = steps.batch(images, n, theta.dtype).inputs
@@ -75,13 +81,13 @@ class AdamSteps:
         return theta, moments, torch.stack(norms)
 
     def path(
-        self, theta: Tensor, moments: Tensor, steps_before: Tensor, images: Tensor, labels: Tensor, *draws: Tensor
+        self, theta: Tensor, moments: Tensor, corrections: Tensor, images: Tensor, labels: Tensor, *draws: Tensor
     ) -> Tensor:
         """Return the parameters (steps + 1, P) before, between and after such steps, differentiable in images and floating labels."""
-        path, _ = path_of(self._student_steps(steps_before, *draws), theta, images, labels, self.lr, moments)
+        path, _ = path_of(self._student_steps(corrections, *draws), theta, images, labels, self.lr, moments)
         return path
 
-    def _student_steps(self, steps_before: Tensor, indices: Tensor, parameters: Tensor) -> StudentSteps:
+    def _student_steps(self, corrections: Tensor, indices: Tensor, parameters: Tensor) -> StudentSteps:
         return StudentSteps(
             student=self.student,
             batches=indices.split(self.length),
@@ -89,5 +95,5 @@ class AdamSteps:
             path_on_host=False,
             augment=self.augment,
             draws=parameters.split(self.length),
-            optimizer=CapturableAdam(steps_before=steps_before),
+            optimizer=CapturableAdam(corrections=corrections),
         )

@@ -18,7 +18,7 @@ from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
-from mtt_fast.baselines.trained import first_expert, with_expert_labels, with_first_expert_training
+from mtt_fast.baselines.trained import first_expert, with_first_expert_training, with_labels
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import (
     check_same_evaluation,
@@ -154,9 +154,9 @@ def _run(
                 first_expert(options, real, network)
         with seconds.of("iterations"):
             result = method.make(options, real, network)
+            if isinstance(options, TrainedNetworkOptions) and not isinstance(result, LearnedSet):
+                result = with_labels(options, real, network, result)
         if isinstance(result, LearnedSet):
             learn(run, result)
-            return
-        if isinstance(options, TrainedNetworkOptions) and options.labels == "experts":
-            result = with_expert_labels(options, real, network, result)
-        evaluate_chosen(run, result)
+        else:
+            evaluate_chosen(run, result)

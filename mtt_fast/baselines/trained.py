@@ -59,6 +59,7 @@ def with_first_expert_training(
     if store is None:
         check_output_folder(folder, "choose another `buffer_path`")
         check_nothing_to_convert(folder)
+        _check_label_epoch(options, options.train_epochs, "the epochs of the expert to train")
         return options
     check_belongs(store, 0, network, real.identity)
     check_as_asked(store, 0, requested, to_the_end=True)
@@ -76,20 +77,24 @@ def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network
     return store.read(0, store.epochs(0)).to(real.train.labels.device)
 
 
-def with_expert_labels(options: TrainedNetworkOptions, real: RealImages, network: Trainable, images: Images) -> Images:
-    """Return `images` with the mean predictions of the experts, probabilities, as labels.
+def with_labels(options: TrainedNetworkOptions, real: RealImages, network: Trainable, images: Images) -> Images:
+    """Return `images` with the labels that the options ask for: their classes, or the mean predictions of the experts, probabilities.
 
     Raises `InputError` if an expert is of another network or other images, or has no epoch `label_epoch`.
     """
+    if options.labels == "classes":
+        return images
     store = first_expert(options, real, network)
     for expert in range(len(store)):
         check_belongs(store, expert, network, real.identity)
-        if options.label_epoch is not None and options.label_epoch > store.epochs(expert):
-            raise InputError(
-                f"--label_epoch {options.label_epoch}: expected at most {store.epochs(expert)}, the epochs of {store.path(expert)}"
-            )
+        _check_label_epoch(options, store.epochs(expert), f"the epochs of {store.path(expert)}")
     thetas = experts_at(store, len(store), options.label_epoch, images.labels.device)
     return dataclasses.replace(images, labels=mean_teacher_labels(network, thetas, images.pixels))
+
+
+def _check_label_epoch(options: TrainedNetworkOptions, epochs: int, words: str) -> None:
+    if options.label_epoch is not None and options.label_epoch > epochs:
+        raise InputError(f"--label_epoch {options.label_epoch}: expected at most {epochs}, {words}")
 
 
 def chosen_by_embedding(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.siamese import augment_by_strategy
-from mtt_fast.baselines.adam_steps import AdamSteps, Draws, draw
+from mtt_fast.baselines.adam_steps import AdamSteps, Draws, corrections, draw
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import starting_images
@@ -138,10 +138,10 @@ class TruncatedBptt:
     def update_set(self, iteration: int, window: Window) -> RealLoss:
         """Update the set by the gradient, through `window`, of a training's loss on real images. Return that loss."""
         generator = generator_for(self._options.seed, self._method, iteration)
-        trained = self._trained(window.before, generator)
+        trained, adam = self._trained(window.before, generator), corrections(*window, self._device)
         draws, real_draws = self._draws(window.steps, generator), self._real_draws(generator)
         loss, theta, to_images, *to_labels = self._differentiate(
-            trained.theta, trained.moments, self._number(window.before), self.images, self.labels, *draws, *real_draws
+            trained.theta, trained.moments, adam, self.images, self.labels, *draws, *real_draws
         )
         self.images.grad = clipped(to_images, self._norm, self._options.clip_coef)
         self.labels.grad = next(iter(to_labels), None)
@@ -164,13 +164,11 @@ class TruncatedBptt:
         The arguments are those of `AdamSteps.train`, and the draws of the real images. The gradient of labels that are not learned
         is left out.
         """
-        theta, moments, steps_before, images, labels, indices, parameters, *real_draws = tensors
+        theta, moments, adam, images, labels, indices, parameters, *real_draws = tensors
         learned = [images, *([labels] if self._options.train_y else [])]
         with torch.enable_grad():
             images, *soft = (tensor.detach().requires_grad_() for tensor in learned)
-            path = self._steps.path(
-                theta, moments, steps_before, images, soft[0] if soft else labels, indices, parameters
-            )
+            path = self._steps.path(theta, moments, adam, images, soft[0] if soft else labels, indices, parameters)
             end, real = path[-1].detach().clone(), self.real_images(Draws(*real_draws))
             at_end = self._student_of_real.gradient(end, real.pixels, real.labels)
             gradients = torch.autograd.grad(path[-1], (images, *soft), at_end.gradient)
@@ -182,12 +180,10 @@ class TruncatedBptt:
         trained = _Trained(theta, theta.new_zeros(2, len(theta)), [])
         if not steps:
             return trained
-        draws = self._draws(steps, generator)
-        chunks = zip(*(tensor.split(STEPS_AT_ONCE * self._steps.length) for tensor in draws), strict=True)
-        for number, chunk in enumerate(chunks):
-            theta, moments, norms = self._train(
-                trained.theta, trained.moments, self._number(number * STEPS_AT_ONCE), self.images, self.labels, *chunk
-            )
+        length = self._steps.length
+        per_image = (tensor.split(STEPS_AT_ONCE * length) for tensor in self._draws(steps, generator))
+        for adam, *draws in zip(corrections(0, steps, self._device).split(STEPS_AT_ONCE), *per_image, strict=True):
+            theta, moments, norms = self._train(trained.theta, trained.moments, adam, self.images, self.labels, *draws)
             trained = _Trained(theta, moments, [*trained.norms, norms])
         return trained
 
@@ -206,9 +202,6 @@ class TruncatedBptt:
     def _real_draws(self, generator: torch.Generator) -> Draws:
         order = torch.randperm(len(self._real.train), generator=generator)[: self._options.batch_real]
         return draw([order], self.images.shape[1:], self.images.dtype, self._augment_real, generator, self._device)
-
-    def _number(self, steps: int) -> Tensor:
-        return upload(torch.tensor(steps, dtype=torch.float64), self._device)
 
 
 class _Trained(NamedTuple):

@@ -194,7 +194,7 @@ class Adam:
         # the gradient of the loss with respect to m̂ is −pull, and with respect to ŝ pull · u / 2√ŝ
         pull = adjoint * lr / denominator
         to_mean.sub_(pull / correction1)
-        to_square.add_((pull * update / root).masked_fill_(root == 0, 0) / (2 * correction2))
+        to_square.add_((pull * update / root).masked_fill_(root == 0, 0).div_(2 * correction2))
         gradient = torch.sub(after[0], before[0], alpha=beta1) / (1 - beta1)
         nu = (to_mean * (1 - beta1)).addcmul_(gradient, to_square, value=2 * (1 - beta2))
         to_mean.mul_(beta1)
@@ -215,12 +215,12 @@ class Adam:
 
 @dataclass(frozen=True, eq=False)
 class CapturableAdam(Adam):
-    """`Adam` that reads the number of earlier steps from a tensor, so that one CUDA graph serves every number."""
+    """`Adam` that reads its corrections 1 − βᵗ from a tensor, so that one CUDA graph serves every number of earlier steps."""
 
-    steps_before: Tensor = field(kw_only=True)  # () float64, on the device of the parameters
+    corrections: Tensor = field(kw_only=True)  # (steps, 2) float64, on the device of the parameters
 
     def _corrections(self, n: int) -> tuple[float | Tensor, float | Tensor]:
-        first, second = (1 - beta ** (self.steps_before + n + 1) for beta in self.betas)
+        first, second = self.corrections[n]
         return first, second
 
 

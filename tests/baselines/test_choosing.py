@@ -15,7 +15,7 @@ from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.random_images import RandomOptions, random_images
-from mtt_fast.baselines.trained import trained_parameters, with_expert_labels
+from mtt_fast.baselines.trained import trained_parameters, with_labels
 from mtt_fast.errors import InputError
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.testing import module_function, reference_convnet
@@ -93,7 +93,7 @@ def test_labels_are_the_mean_predictions_of_the_experts(real: RealImages, tmp_pa
     )
     store = train_missing_experts(tmp_path / "digits" / "ConvNet", 3, real, NET, ExpertTraining(2, 0.1), seed=0)
     images, function = random_images(options, real, NET), module_function(reference_convnet(*SHAPE))
-    labelled = with_expert_labels(options, real, NET, images)
+    labelled = with_labels(options, real, NET, images)
     assert torch.equal(labelled.pixels, images.pixels)
     predictions = [function(store.read(expert, epoch or 2), images.pixels).softmax(1) for expert in range(3)]
     torch.testing.assert_close(labelled.labels, torch.stack(predictions).mean(0), rtol=1e-4, atol=1e-5)
@@ -105,19 +105,19 @@ def test_an_epoch_that_an_expert_does_not_have_is_refused(real: RealImages, tmp_
         dataset="digits", buffer_path=str(tmp_path), train_epochs=2, labels="experts", label_epoch=3
     )
     with pytest.raises(InputError, match=r"^--label_epoch 3: expected at most 2, the epochs of .*expert_0000\.safeten"):
-        with_expert_labels(options, real, NET, random_images(options, real, NET))
+        with_labels(options, real, NET, random_images(options, real, NET))
 
 
 def test_every_expert_has_to_be_of_the_network(real: RealImages, tmp_path: Path) -> None:
     options = RandomOptions(dataset="digits", buffer_path=str(tmp_path), train_epochs=1, labels="experts")
     images = random_images(options, real, NET)
-    with_expert_labels(options, real, NET, images)
+    with_labels(options, real, NET, images)
     other = dataclasses.replace(NET, width=3)
     train_missing_experts(tmp_path / "other", 2, real, other, options.expert(), seed=0)
     name = "expert_0001.safetensors"
     shutil.copy(tmp_path / "other" / name, tmp_path / "digits" / "ConvNet" / name)
     with pytest.raises(InputError, match=name):
-        with_expert_labels(options, real, NET, images)
+        with_labels(options, real, NET, images)
 
 
 def test_clusters_are_a_fixed_point_and_find_what_is_apart() -> None:

@@ -143,6 +143,16 @@ def test_chosen_images_get_labels_of_experts(method: str, shared: Path, tmp_path
     assert run(*labelled, "--label_epoch", "1", "--out", str(out)) == 2  # another set in the same folder
 
 
+def test_an_epoch_that_no_expert_will_have_is_refused_before_the_training(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*"random --labels experts --train_epochs 3 --label_epoch 4".split(), *TOY]
+    words += ["--data_path", str(shared / "data"), "--buffer_path", str(tmp_path / "buffers")]
+    assert run(*words, "--out", str(tmp_path / "run")) == 2
+    assert "error: --label_epoch 4: expected at most 3, the epochs of the expert to train" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_labels_of_a_network_of_batch_statistics_are_refused(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
