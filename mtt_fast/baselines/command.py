@@ -123,8 +123,8 @@ def _run(
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
-    uses_network = isinstance(options, TrainedNetworkOptions) and options.uses_network
-    if network.mixes_samples and (name != "random" or uses_network):
+    trained_options = options if isinstance(options, TrainedNetworkOptions) and options.uses_network else None
+    if network.mixes_samples and (name != "random" or trained_options):
         raise InputError(
             f"--model {options.model}: its batch norm uses the statistics of each batch, which small sets do not have; make the "
             "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
@@ -132,9 +132,9 @@ def _run(
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
     check_enough(data, options.ipc)
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    if isinstance(options, TrainedNetworkOptions) and options.uses_network:
-        requested = requested_hyperparameters(options.expert(), given)
-        options = with_first_expert_training(options, real, network, requested)
+    if trained_options:
+        requested = requested_hyperparameters(trained_options.expert(), given)
+        options = trained_options = with_first_expert_training(trained_options, real, network, requested)
     method = METHODS[name]
     with lock_folder(folder), counted_in(folder, seconds):
         check_continues(folder, real.identity)
@@ -149,13 +149,13 @@ def _run(
             program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder, real=real,
             network=network, evaluated=evaluated, numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
-        if isinstance(options, TrainedNetworkOptions) and options.uses_network:
+        if trained_options:
             with seconds.of("experts"):
-                first_expert(options, real, network)
+                first_expert(trained_options, real, network)
         with seconds.of("iterations"):
             result = method.make(options, real, network)
-            if isinstance(options, TrainedNetworkOptions) and not isinstance(result, LearnedSet):
-                result = with_labels(options, real, network, result)
+            if trained_options and not isinstance(result, LearnedSet):
+                result = with_labels(trained_options, real, network, result)
         if isinstance(result, LearnedSet):
             learn(run, result)
         else:

@@ -57,7 +57,7 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     for kind, images in {"evaluation": state.images, "ema_evaluation": state.ema}.items():
         if images is None or run.metrics.find(kind, state.iteration):
             continue
-        synthetic, words = _distilled(run, state, images), SET_NAMES[kind].words
+        synthetic, words = _distilled(run, state, images, stop), SET_NAMES[kind].words
         results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
         for name, accuracy in results.items():
             log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
@@ -93,7 +93,7 @@ def _check_finite(run: DistillRun, state: State) -> None:
             )
 
 
-def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDataset:
+def _distilled(run: DistillRun, state: State, images: Tensor, stop: StopRequest) -> SyntheticDataset:
     """Return the distilled set: `images` (n, C, H, W) with labels, and the learning rate to train networks with.
 
     With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
@@ -101,7 +101,7 @@ def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDatase
     options = run.options
     if not options.teacher_label:
         return _with_labels(run, state, images, state.labels, options.label_kind)
-    experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device)
+    experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
     return _with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
 
 
@@ -194,7 +194,7 @@ def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *,
         images = random_subset(run.real, run.options.ipc, generator)
         if not soft:
             return images
-        experts = experts_at(run.experts, run.num_matched_experts, None, images.pixels.device)
+        experts = experts_at(run.experts, run.num_matched_experts, None, images.pixels.device, stop)
         return dataclasses.replace(images, labels=mean_teacher_labels(run.network, experts, images.pixels))
 
     network, *_ = run.evaluated.values()

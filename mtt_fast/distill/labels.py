@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.storage.trajectories import TrajectoryStore
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,13 @@ def predict(network: Network, theta: Tensor, images: Tensor, batch: int = _BATCH
     return torch.cat([network(theta, part) for part in images.split(batch)])
 
 
-def experts_at(store: TrajectoryStore, count: int, epoch: int | None, device: torch.device) -> Iterable[Tensor]:
-    """Yield the parameters (P,) of the first `count` experts after `epoch` epochs, or after their last one if None."""
+def experts_at(
+    store: TrajectoryStore, count: int, epoch: int | None, device: torch.device, stop: StopRequest | None = None
+) -> Iterable[Tensor]:
+    """Yield the parameters (P,) of the first `count` experts after `epoch` epochs, or after their last one if None.
+
+    Raises `Stopped` between two experts after a stop request.
+    """
     for expert in tqdm(range(count), desc="labels of experts", unit="expert", leave=False):
+        raise_if_stopped(stop, "stopped while experts label images; the labels are not kept")
         yield store.read(expert, store.epochs(expert) if epoch is None else epoch).to(device)

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -283,6 +283,14 @@ def _student(network: Network, images: Images, precision: Precision) -> Student:
     return student_for(network, images.labels.device, kind_of(images.labels, None), precision=precision)
 
 
+class _Start(NamedTuple):
+    """The start of a network's training."""
+
+    theta: Tensor  # (P,)
+    images: Images
+    generator: torch.Generator  # of all later random numbers
+
+
 def evaluate(
     network: Trainable,
     train: Callable[[torch.Generator], Images],
@@ -307,9 +315,14 @@ def evaluate(
     accuracy. Raises `Stopped` between two epochs after a stop request.
     """
 
-    def job(k: int) -> Job[tuple[float, bool]]:
+    def start(k: int) -> _Start:
         generator = generator_for(seed, "evaluation", *indices, k)
-        theta = network.init(generator).to(test.labels.device)
+        return _Start(network.init(generator).to(test.labels.device), train(generator), generator)
+
+    first = start(0)
+
+    def job(k: int) -> Job[tuple[float, bool]]:
+        theta, images, generator = first if k == 0 else start(k)
         num_correct: list[Tensor] = []
         diverged: list[Tensor] = []
 
@@ -318,16 +331,15 @@ def evaluate(
             diverged.append(has_diverged)
 
         yield from network_job(
-            network, theta, train(generator), lr, protocol, generator, precision=precision, stop=stop, test=test_network
+            network, theta, images, lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield
         return int(torch.stack(num_correct).max()) / len(test), bool(torch.stack(diverged).all())
 
-    device = test.labels.device
-    example = train(generator_for(seed, "evaluation", *indices, 0))
+    device, images = test.labels.device, first.images
     concurrency = concurrency_for(
-        network, _student(network, example, precision), example.input_shape, device,
-        batch=example.num_crops * min(protocol.batch_size, len(example)), num_jobs=num_networks, at_once=at_once,
+        network, _student(network, images, precision), images.input_shape, device,
+        batch=images.num_crops * min(protocol.batch_size, len(images)), num_jobs=num_networks, at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     values, num_diverged = [0.0] * num_networks, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
 from mtt_fast.distill.evaluation import log_recognised
-from mtt_fast.distill.labels import class_logits, expert_logits, mean_teacher_labels, teacher_labels
+from mtt_fast.distill.labels import class_logits, expert_logits, experts_at, mean_teacher_labels, teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import update
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
@@ -194,12 +196,20 @@ def test_a_resumed_run_asks_the_experts_for_labels_only_to_evaluate(
     assert cli.run(main, [*line, "--Iteration", "0"]) == 0
     picture = (tmp_path / "images.png").read_bytes()
     (tmp_path / "images.png").unlink()
-    # of the images, of their moving average, and of random ones, to plan and for one network
-    assert len(calls) == 4
+    assert len(calls) == 3  # for the images, their moving average, and random ones of one network
     (tmp_path / "summary.json").unlink()
     assert cli.run(main, [*line, "--Iteration", "0"]) == 0
-    assert len(calls) == 4
+    assert len(calls) == 3
     assert (tmp_path / "images.png").read_bytes() == picture
+
+
+def test_a_stop_request_is_noticed_between_two_experts_that_label(experts: list[str]) -> None:
+    store, stop = store_of(experts), StopRequest()
+    thetas = iter(experts_at(store, 2, None, CPU, stop))
+    next(thetas)
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Stopped, match="while experts label"):
+        next(thetas)
 
 
 def test_teacher_labels_are_made_for_the_images_that_are_seen() -> None:
