@@ -24,8 +24,8 @@ from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.expert_locks import lock_expert_folder
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import lock_expert_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 

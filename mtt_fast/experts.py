@@ -1,14 +1,16 @@
 """Train experts on real images and save their parameters after every epoch: `python -m mtt_fast.experts`.
 
 The first half of the method ("buffer.py" in the public code). Expert i depends only on (seed, i), and is written as soon as it
-is trained, so a stopped run continues where it was. mtt_fast/training/experts.py trains one.
+is trained, so a stopped run continues where it was, and several processes can share the work. mtt_fast/training/experts.py trains
+one.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
@@ -37,14 +39,14 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import stop_request
+from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
-from mtt_fast.storage.expert_checks import check_belongs, check_same_training
+from mtt_fast.storage.expert_checks import check_belongs, check_same_training, training_digest
+from mtt_fast.storage.expert_locks import ExpertClaim, claim_expert
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import lock_expert_folder
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.curriculum import Curriculum
@@ -52,6 +54,8 @@ from mtt_fast.training.experts import ExpertTraining, expert_job
 from mtt_fast.training.images import RealImages, real_images
 
 log = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 1.0  # seconds, until the experts that other processes train are looked for again
 
 STORE_DTYPES: dict[StoreDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -189,18 +193,22 @@ def train_missing_experts(
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all experts in `folder`.
 
     They are stored as `dtype`; with None as the experts already in `folder`, else as float32. Several are trained at the
-    same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py).
+    same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py). Other processes may train
+    experts in `folder` at the same time, if all settings are the same: this one trains those that no other one has claimed, and
+    waits for the rest.
     Raises `InputError` if an expert in `folder` is of another network or other images or was trained otherwise, or if another
-    process trains experts there; `Stopped` on Ctrl-C or SIGTERM.
+    process trains such experts or writes others there; `Stopped` on Ctrl-C or SIGTERM.
     """
     request = _Request(count, images, network, training, seed, dtype, precision)
-    if not _missing(folder, request):
+    missing = _missing(folder, request)
+    if not missing:
         return TrajectoryStore(folder)
-    with lock_expert_folder(folder):
-        missing = _missing(folder, request)  # another process may have been faster
-        log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
-        if missing:
-            _train(folder, missing, request, at_once, memory_budget)
+    log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
+    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
+        while missing:
+            if not _train_unclaimed(folder, missing, request, at_once, memory_budget, bar, stop):
+                _wait_for_others(len(missing), stop, bar)
+            missing = _missing(folder, request)
     return TrajectoryStore(folder)
 
 
@@ -271,25 +279,42 @@ def check_trained_alike(
         check_same_training(present, expert, training.record(), seed, dtype, precision)
 
 
-def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
-    """Train the experts with the numbers `missing` and write each as soon as it is trained."""
+def _train_unclaimed(
+    folder: Path,
+    missing: list[int],
+    request: _Request,
+    at_once: int | None,
+    memory_budget: str,
+    bar: tqdm,
+    stop: StopRequest,
+) -> int:
+    """Train those of the `missing` experts that no other process trains; write each as soon as it is trained. Return their number."""
     images, network, training, precision = request.images, request.network, request.training, request.precision
-    present = TrajectoryStore(folder)
-    dtype = request.dtype or (present.dtype(0) if len(present) else torch.float32)
-    device, training_images = images.train.labels.device, images.train
+    dtype, device = _stored_dtype(folder, request), images.train.labels.device
+    digest = training_digest(network, images.identity, training.record(), request.seed, dtype, precision)
     concurrency = concurrency_for(
-        network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), num_jobs=len(missing), at_once=at_once,
+        network, student_for(network, device, precision=precision), images.train.pixels.shape[1:], device,
+        batch=min(training.batch_size, len(images.train)), num_jobs=len(missing), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
+    claims: list[ExpertClaim] = []
+    epochs_before = bar.n
 
-        def job(index: int) -> Job[tuple[Tensor, list[float]]]:
-            return expert_job(
-                images, network, training, seed=request.seed, index=index, precision=precision, bar=bar, stop=stop
+    def unclaimed() -> list[int]:
+        """Return the numbers of the experts that are neither in the folder nor claimed by this process."""
+        others = sorted(set(_missing(folder, request)) - {claim.index for claim in claims})
+        bar.total = epochs_before + training.train_epochs * (len(claims) + len(others))
+        return others
+
+    def jobs() -> Iterator[Job[tuple[Tensor, list[float]]]]:
+        while claim := claim_expert(folder, unclaimed, digest):
+            claims.append(claim)
+            yield expert_job(
+                images, network, training, seed=request.seed, index=claim.index, precision=precision, bar=bar, stop=stop
             )
 
-        for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
+    try:
+        for position, (parameters, accuracies) in run_concurrently(jobs(), concurrency, device):
             metadata = ExpertMetadata.from_identity(
                 images.identity,
                 network=network.describe(),
@@ -300,7 +325,25 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 versions=versions(),
                 precision=precision,
             )
-            write_expert(folder, missing[position], parameters, metadata, dtype)
+            write_expert(folder, claims[position].index, parameters, metadata, dtype)
+            claims[position].release()
+    finally:
+        for claim in claims:
+            claim.release()
+    return len(claims)
+
+
+def _stored_dtype(folder: Path, request: _Request) -> torch.dtype:
+    """Return the dtype in which experts are stored: that of the request, or of the experts in `folder`, or else float32."""
+    present = experts_in(folder)
+    return request.dtype or (torch.float32 if present is None else present.dtype(0))
+
+
+def _wait_for_others(count: int, stop: StopRequest, bar: tqdm) -> None:
+    """Wait a moment for the `count` experts that other processes train."""
+    raise_if_stopped(stop, "stopped while other processes train the last experts; the same command continues")
+    bar.set_description(f"waiting for other processes, which train the last {count}")
+    time.sleep(_LOOK_AGAIN)
 
 
 def main(argv: Sequence[str]) -> None:

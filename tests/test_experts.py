@@ -23,9 +23,12 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import from_tensors
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertOptions, main, train_missing_experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.storage.expert_checks import training_digest
+from mtt_fast.storage.expert_locks import claim_expert
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
@@ -267,6 +270,88 @@ def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     assert 2 <= done < 40
     assert run(tmp_path, "--num_experts", str(done + 1), "--train_epochs", "20") == 0
     assert len(TrajectoryStore(buffers(tmp_path))) == done + 1
+
+
+def test_experts_that_another_process_trains_are_left_to_it(
+    images: RealImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the other process, which trains expert 1, end without having written it."""
+    training = ExpertTraining(train_epochs=1, batch_size=8, augment="flip")
+    digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
+    tmp_path.joinpath(".expert_0000.abc.lock").touch()  # as a killed process of another training leaves it
+    other = claim_expert(tmp_path, lambda: [1], digest)
+    assert other is not None
+    trained, waits = [], []
+
+    def job(*arguments: Any, index: int, **others: Any) -> Any:
+        trained.append(index)
+        return expert_job(*arguments, index=index, **others)
+
+    def sleep(seconds: float) -> None:
+        waits.append(TrajectoryStore(tmp_path).indices)
+        if len(waits) == 2:
+            other.release()
+
+    monkeypatch.setattr("mtt_fast.experts.expert_job", job)
+    monkeypatch.setattr("mtt_fast.experts.time.sleep", sleep)
+    store = train_missing_experts(tmp_path, 3, images, NET, training, seed=0)
+    assert (trained, waits) == ([0, 2, 1], [(0, 2), (0, 2)])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [store.path(expert).name for expert in range(3)]
+    alone = train_missing_experts(tmp_path / "alone", 3, images, NET, training, seed=0)
+    assert all(torch.equal(store.read(expert, 1), alone.read(expert, 1)) for expert in range(3))
+
+
+def test_who_waits_for_other_processes_can_be_stopped(
+    images: RealImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = ExpertTraining(train_epochs=1)
+    digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
+    other = claim_expert(tmp_path, lambda: [0], digest)
+    monkeypatch.setattr("mtt_fast.experts.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match="stopped while other processes train the last experts; the same command"):
+        train_missing_experts(tmp_path, 1, images, NET, training, seed=0)
+    assert other is not None
+    other.release()
+
+
+def test_processes_with_other_options_train_in_other_folders(images: RealImages, tmp_path: Path) -> None:
+    training = ExpertTraining(train_epochs=1)
+    digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
+    other = claim_expert(tmp_path, lambda: [0], digest)
+    assert other is not None
+    other_trainings: list[dict[str, Any]] = [
+        {"training": replace(training, lr=0.02)}, {"seed": 1}, {"dtype": torch.bfloat16},
+        {"network": replace(NET, width=8)}, {"images": replace(images, data=replace(images.data, mean=(0.3,)))},
+    ]  # fmt: skip
+    for changed in other_trainings:
+        arguments: dict[str, Any] = {"images": images, "network": NET, "training": training, "seed": 0} | changed
+        with pytest.raises(InputError, match="another process trains experts here with other options; give the same"):
+            train_missing_experts(tmp_path, 2, **arguments)
+    other.release()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.slow
+def test_processes_share_the_experts_and_take_over_those_of_a_killed_one(tmp_path: Path) -> None:
+    flags = ["--num_experts", "8", "--train_epochs", "10"]
+    command = [sys.executable, "-m", "mtt_fast.experts", *TOY, *flags]
+    command += ["--data_path", str(tmp_path / "data"), "--buffer_path", str(tmp_path / "buffers")]
+    alone_on_a_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone_on_a_core) for _ in range(3)]
+    deadline = time.monotonic() + 240
+    while not all(process.poll() is not None for process in processes[1:]):
+        if buffers(tmp_path).is_dir() and len(TrajectoryStore(buffers(tmp_path))) >= 2:
+            processes[0].kill()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert all("8 experts in" in text for text in said[1:])
+    shared = TrajectoryStore(buffers(tmp_path))
+    assert run(tmp_path, *flags, "--buffer_path", str(tmp_path / "alone")) == 0
+    alone = TrajectoryStore(tmp_path / "alone" / "digits" / "ConvNetD1W4")
+    assert shared.indices == alone.indices == tuple(range(8))
+    assert all(torch.equal(shared.read(expert, 10), alone.read(expert, 10)) for expert in range(8))
 
 
 @pytest.mark.parametrize(

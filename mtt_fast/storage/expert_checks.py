@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import torch
 from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.identity import DatasetIdentity, check_same_data
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore
 
@@ -160,6 +162,22 @@ def check_same_training(
                 f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or train further ones "
                 "by `python -m mtt_fast.experts` with the options of those there"
             )
+
+
+def training_digest(
+    network: Trainable,
+    identity: DatasetIdentity,
+    hyperparameters: Mapping[str, Any],
+    seed: int,
+    dtype: torch.dtype,
+    precision: str,
+) -> str:
+    """Return a digest of all that the experts of a folder have in common (`check_belongs`, `check_same_training`)."""
+    common = (
+        network.describe(), network.layout.describe(), identity.record(), dict(hyperparameters), seed, dtype_name(dtype),
+        _rounding(precision),
+    )  # fmt: skip
+    return checksum_of(json.dumps(common, sort_keys=True).encode())
 
 
 def training_unknown(requested: Iterable[str]) -> str:

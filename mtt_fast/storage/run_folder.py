@@ -28,16 +28,19 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, doing: str = "writing to this run", fix: str = "choose another `out`") -> Iterator[None]:
+def lock_folder(
+    folder: Path, doing: str = "writing to this run", fix: str = "choose another `out`", *, wait: float = 0
+) -> Iterator[None]:
     """Lock `folder` within the block, and remove partial files of killed processes.
 
-    The lock ends with the process that holds it. Raises `InputError` if another process holds it; the message says what that
-    process is `doing`, and what to do other than wait (`fix`). Also raises it if the folder cannot be made or written.
+    The lock ends with the process that holds it. Raises `InputError` if another process still holds it after `wait` seconds; the
+    message says what that process is `doing`, and what to do other than wait (`fix`). Also raises it if the folder cannot be made
+    or written.
     """
     check_output_folder(folder, fix)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / _LOCK, timeout=0):
+        with FileLock(folder / _LOCK, timeout=wait):
             remove_leftovers(folder)
             for leftover in folder.glob(".*.partial"):  # of former versions, which did not lock what they write
                 if leftover.is_file():
@@ -47,20 +50,10 @@ def lock_folder(folder: Path, doing: str = "writing to this run", fix: str = "ch
         raise InputError(f"{folder}: another process is {doing}; wait for it or {fix}") from error
 
 
-@contextlib.contextmanager
-def lock_expert_folder(folder: Path, fix: str = "choose another `buffer_path`") -> Iterator[None]:
-    """Keep other processes from writing experts to `folder` within the block; readers need no lock.
-
-    At the end the lock file is removed, and so is the folder if it is empty. Raises as `lock_folder`.
-    """
-    with lock_folder(folder, "training or writing experts here", fix):
-        try:
-            yield
-        finally:
-            # a process that opened it a moment ago finds that it has no name, and starts over
-            (folder / _LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there are experts
-                folder.rmdir()
+def remove_lock(folder: Path) -> None:
+    """Remove the lock file of `folder`, which is locked."""
+    # a process that opened it a moment ago finds that it has no name, and starts over
+    (folder / _LOCK).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:

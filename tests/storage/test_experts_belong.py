@@ -260,7 +260,10 @@ def test_experts_trained_otherwise_are_used_and_the_log_says_so(
     assert "used as they are" not in caplog.text
 
 
-def test_one_process_writes_experts(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_writes_a_folder_of_experts_has_it_alone(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mtt_fast.storage.expert_locks._WAIT", 0.01)
     files = {path: path.read_bytes() for path in EXPERTS.iterdir()}
     trains = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128"]
     (EXPERTS / "waypoints_3").mkdir()
