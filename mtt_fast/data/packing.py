@@ -6,12 +6,13 @@ they do and is cheap to compute. `packed` opens the packed file if it has this k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mtt_fast.data.image_data import (
@@ -33,8 +35,9 @@ from mtt_fast.data.image_data import (
 from mtt_fast.data.set_checks import check_names, check_normalisation
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.atomic import atomic_path
+from mtt_fast.storage.file_locks import acquire, remove
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.temporaries import remove_leftovers
+from mtt_fast.storage.temporaries import made_folder, remove_leftovers
 from mtt_fast.storage.tensor_files import header_of, load_tensors
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
@@ -101,20 +104,40 @@ def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
 def packed(source: Source, folder: Path, *, progress: bool) -> ImageData:
     """Return the data set of `source` from its packed file in `folder`, which is written first if missing, damaged or out of date.
 
-    Two processes may pack at the same time: each writes a temporary file, and the last one to finish replaces the other's.
-    Raises `InputError` if the source is damaged or the file cannot be written; then no partial file is left.
+    One process packs, and others wait for it. Raises `InputError` if the source is damaged or the file cannot be written; then no
+    partial file is left.
     """
     path = folder / f"{source.stem}.safetensors"
     remove_leftovers(folder)
     if (data := _open(path, source.key)) is not None:
         return data
-    _pack(source, path, progress=progress)
-    data = _open(path, source.key)
+    check_output_folder(folder, "choose another `packed_path`")  # before the source is read, which may take long
+    with made_folder(folder), _locked(path) as has_waited:
+        if has_waited and (data := _open(path, source.key)) is not None:
+            return data
+        _pack(source, path, progress=progress)
+        data = _open(path, source.key)
     if data is None:
         raise InputError(
             f"{path}: expected the file just packed, found another; is a second job packing from other files?"
         )
     return data
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Keep other processes from packing `path` within the block; yield whether another one did so before."""
+    lock, has_waited = FileLock(path.with_name(f".{path.name}.lock")), False
+    try:
+        acquire(lock, timeout=0)
+    except Timeout:
+        log.info("%s: waiting for another process, which packs it", path)
+        acquire(lock)
+        has_waited = True
+    try:
+        yield has_waited
+    finally:
+        remove(lock)
 
 
 def _open(path: Path, key: str) -> ImageData | None:
@@ -150,7 +173,6 @@ def _pack(source: Source, path: Path, *, progress: bool) -> None:
     The checksums are computed before writing, so that an error of the disk is found when the file is opened. Only a few blocks are
     in memory at once: ImageNet at 128 pixels (63 GB) needs no more memory than MNIST.
     """
-    check_output_folder(path.parent, "choose another `packed_path`")  # before the source is read, which may take long
     contents = source.read()
     parts = {"train": contents.train, "test": contents.test}
     labels = {name: torch.from_numpy(part.labels) for name, part in parts.items()}

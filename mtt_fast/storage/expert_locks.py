@@ -15,10 +15,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.run_folder import lock_folder, remove_lock
+from mtt_fast.storage.file_locks import remove
+from mtt_fast.storage.run_folder import lock_folder
 
 _DOING = "training or writing experts here"
-_CLAIM = re.compile(r"\.expert_(?P<index>\d{4,})\.(?P<training>[0-9a-f]+)\.lock")
+_CLAIM = re.compile(r"\.expert_\d{4,}\.([0-9a-f]+)\.lock")
 _WAIT = 10.0  # seconds; a process that claims an expert holds the folder's lock for a moment only
 
 
@@ -45,11 +46,8 @@ class ExpertClaim:
     def release(self) -> None:
         """Let other processes claim the expert, if it was not written. A second call does nothing."""
         if self.lock.is_locked:
-            path = Path(self.lock.lock_file)
-            path.unlink(missing_ok=True)
-            self.lock.release()
-            with contextlib.suppress(OSError):  # there are experts
-                path.parent.rmdir()
+            remove(self.lock)
+            _remove_if_empty(Path(self.lock.lock_file).parent)
 
 
 def claim_expert(folder: Path, missing: Callable[[], Sequence[int]], training: str) -> ExpertClaim | None:
@@ -61,7 +59,7 @@ def claim_expert(folder: Path, missing: Callable[[], Sequence[int]], training: s
     fix = "choose another `buffer_path`"
     with _locked(folder, fix, wait=_WAIT):
         for path, digest in _claims_in(folder).items():
-            if digest != training and _is_held(path):
+            if _is_held(path) and digest != training:
                 raise InputError(
                     f"{folder}: another process trains experts here with other options; give the same, or {fix}"
                 )
@@ -76,7 +74,7 @@ def claim_expert(folder: Path, missing: Callable[[], Sequence[int]], training: s
 def _claims_in(folder: Path) -> dict[Path, str]:
     """Return the lock files of claims in `folder`, with the digests of the trainings. Processes that were killed may have left some."""
     matches = ((path, _CLAIM.fullmatch(path.name)) for path in folder.iterdir())
-    return {path: match["training"] for path, match in matches if match}
+    return {path: match[1] for path, match in matches if match}
 
 
 def _is_held(path: Path) -> bool:
@@ -91,10 +89,14 @@ def _is_held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path, fix: str, *, wait: float) -> Iterator[None]:
-    with lock_folder(folder, _DOING, fix, wait=wait):
+    with lock_folder(folder, _DOING, fix, wait=wait) as lock:
         try:
             yield
         finally:
-            remove_lock(folder)
-            with contextlib.suppress(OSError):  # there are experts
-                folder.rmdir()
+            remove(lock)
+            _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # there are experts
+        folder.rmdir()

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.checksums import checksum_of
+from mtt_fast.storage.file_locks import acquire
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import NUMBER, check_form, read_record
 from mtt_fast.storage.regular import read_text
@@ -30,30 +31,27 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def lock_folder(
     folder: Path, doing: str = "writing to this run", fix: str = "choose another `out`", *, wait: float = 0
-) -> Iterator[None]:
-    """Lock `folder` within the block, and remove partial files of killed processes.
+) -> Iterator[FileLock]:
+    """Lock `folder`, which is made, within the block, and remove partial files of killed processes.
 
     The lock ends with the process that holds it. Raises `InputError` if another process still holds it after `wait` seconds; the
     message says what that process is `doing`, and what to do other than wait (`fix`). Also raises it if the folder cannot be made
     or written.
     """
     check_output_folder(folder, fix)
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
     try:
-        with FileLock(folder / _LOCK, timeout=wait):
-            remove_leftovers(folder)
-            for leftover in folder.glob(".*.partial"):  # of former versions, which did not lock what they write
-                if leftover.is_file():
-                    leftover.unlink()
-            yield
+        acquire(lock, wait)
     except Timeout as error:
         raise InputError(f"{folder}: another process is {doing}; wait for it or {fix}") from error
-
-
-def remove_lock(folder: Path) -> None:
-    """Remove the lock file of `folder`, which is locked."""
-    # a process that opened it a moment ago finds that it has no name, and starts over
-    (folder / _LOCK).unlink(missing_ok=True)
+    try:
+        remove_leftovers(folder)
+        for leftover in folder.glob(".*.partial"):  # of former versions, which did not lock what they write
+            if leftover.is_file():
+                leftover.unlink()
+        yield lock
+    finally:
+        lock.release()
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:

@@ -27,7 +27,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     The folder that is to hold `path` is made; if the block fails it goes again, unless it holds other things.
     Raises `OSError`.
     """
-    with _made_folder(path.parent):
+    with made_folder(path.parent):
         remove_leftovers(path.parent)
         folder, lock = _locked_folder(path)
         try:
@@ -96,7 +96,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 @contextlib.contextmanager
-def _made_folder(folder: Path) -> Iterator[None]:
+def made_folder(folder: Path) -> Iterator[None]:
     """Make `folder` with its parents; if the block fails, remove those of them that were made and are empty."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:

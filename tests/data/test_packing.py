@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -221,24 +223,40 @@ def test_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
         packed(source(), tmp_path / "packed", progress=False)
 
 
-def test_two_at_once_both_get_whole_data(tmp_path: Path) -> None:
-    together = threading.Barrier(2, timeout=20)
+@pytest.mark.parametrize("fails", [False, True], ids=["", "the first one fails"])
+def test_of_two_processes_one_packs_and_the_other_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    """Take threads for processes: a lock keeps out both."""
+    caplog.set_level("INFO")
+    begun, waits = threading.Event(), threading.Event()
     results: list[Tensor] = []
 
     def read() -> Contents:
-        together.wait()  # neither has finished packing when the other begins
+        begun.set()
+        assert waits.wait(20)
+        if fails:
+            raise InputError("broken")
         return contents()
 
-    def work() -> None:
-        results.append(packed(source(read), tmp_path, progress=False).train.images)
+    def first() -> None:
+        with contextlib.suppress(InputError):
+            packed(source(read), tmp_path / "new", progress=False)
 
-    workers = [threading.Thread(target=work) for _ in range(2)]
-    for worker in workers:
-        worker.start()
+    def second() -> None:
+        results.append(packed(source(contents if fails else never), tmp_path / "new", progress=False).train.images)
+
+    workers = [threading.Thread(target=work) for work in (first, second)]
+    workers[0].start()
+    assert begun.wait(20)
+    workers[1].start()
+    while "waiting for another process, which packs it" not in caplog.text:
+        time.sleep(0.01)
+    waits.set()
     for worker in workers:
         worker.join()
-    assert [np.array_equal(result.numpy(), images(7)) for result in results] == [True, True]
-    assert leftovers(tmp_path) == ["pets.safetensors"]
+    assert np.array_equal(results[0].numpy(), images(7))
+    assert leftovers(tmp_path / "new") == ["pets.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_who_claims_looks_for_missing_experts_when_nobody_else_can(tmp_path: Pat
 
 
 def test_claims_of_a_killed_process_count_for_nothing(tmp_path: Path) -> None:
-    for name in (".expert_0000.ab.lock", ".expert_0001.cd.lock"):
+    for name in (".expert_0000.ab.lock", ".expert_0001.ab.lock", ".expert_0002.cd.lock"):
         (tmp_path / name).touch()
     claim = claim_expert(tmp_path, lambda: [0], "ab")
     assert claim is not None
