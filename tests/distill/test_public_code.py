@@ -67,7 +67,8 @@ def test_iterations_are_those_of_the_public_code(name: str) -> None:
     for segment, loss, rate in zip(segments(case, options), case["losses"], case["lrs"], strict=True):
         finished = finish_gradients(state, start_gradients(state, [segment], plan, partial(iteration_of, options, NET)))
         kind, _ = apply_gradients(options, state, [segment], finished.loss, finished.gradients)
-        assert (kind, finished.loss) == ("step", pytest.approx(float(loss), rel=1e-12))
+        assert kind == "step"
+        assert finished.loss == pytest.approx(float(loss), rel=1e-12)
         assert_close("learning rate", state.lr, rate, 1e-12)
     case["images_velocity"] *= COMMON["lr_img"] / options.lr_img
     for result in ("images", "images_velocity", "lr_velocity", *(["ema"] if "ema" in case else [])):
