@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
@@ -91,6 +91,15 @@ class ExpertTrainingOptions(TrainingOptions):
     """weight of GSAM: subtract this much of the experts' plain gradient, orthogonal to SAM's gradient. FTD uses 0.3 or 1"""
     adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
     """scale SAM's radius by the size of each parameter (ASAM), as FTD's code does"""
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        remarks = super().remarks(given)
+        if "dsa" in given and not self.dsa:
+            remarks.append(
+                "--dsa False leaves images as they are; the public code's buffer.py then crops, scales or rotates them"
+            )
+        return remarks
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
         """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""

@@ -38,8 +38,8 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
     The folders train/WNID/ and val/WNID/ (the test split) are searched in `data_path` and its sub-folders ImageNet/ and imagenet/;
     for a subset also in those of fastai's archives (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/). Class folders
     may be named by WordNet id, class name or class number. The shorter side is resized to `res`, bilinear and antialiased, on
-    bytes; then the centre is cropped. (The public code resizes normalised tensors. The result is the same up to rounding to bytes
-    if torchvision antialiases tensors, the default since 0.17.) Raises `InputError` if classes are missing.
+    bytes; then the centre is cropped. (GLaD's code does the same with normalised tensors, which torchvision antialiases since 0.17. MTT's
+    squeezes images that are not square.) Raises `InputError` if classes are missing.
     """
     root = _find(data_path, subset)
     train, test = (

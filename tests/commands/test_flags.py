@@ -63,7 +63,7 @@ PUBLIC_DISTILL: dict[str, Row] = {
     "batch_syn": ("5", None, None, ""),
     "batch_train": ("128", 256, None, ""),  # None: what the protocol says, 256 by that of the public code
     "pix_init": ("noise", "real", "real", ""),
-    "dsa": ("False", "True", True, ""),
+    "dsa": ("False", "True", True, "--dsa False leaves images as they are"),
     "dsa_strategy": ("color_crop", "color_crop_cutout_flip_scale_rotate", "color_crop_cutout_flip_scale_rotate", ""),
     "data_path": ("elsewhere", "data", "data", ""),
     "buffer_path": ("elsewhere", "./buffers", "buffers", ""),
