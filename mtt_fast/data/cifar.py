@@ -14,6 +14,7 @@ from mtt_fast.data.archives import is_file_or_link, read_tar
 from mtt_fast.data.download import fetch
 from mtt_fast.data.folder import by_class, find_splits, has_splits, image_source
 from mtt_fast.data.image_data import DatasetInfo
+from mtt_fast.data.images import Fit
 from mtt_fast.data.listing import list_classes, log_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of
 from mtt_fast.data.safe_pickle import unpickle
@@ -191,7 +192,8 @@ def _image_folder(spec: DatasetSpec, root: Path, res: int | None) -> Source:
         by_class(spec.name, folder, listing, spec.class_names)
         for folder, listing in zip(folders, listings, strict=True)
     )
-    return image_source(spec.name, root, train, test, channels=3, size=32, resize=res is not None, mean=MEAN, std=STD)
+    fit: Fit = "crop" if res else "exact"
+    return image_source(spec.name, root, train, test, channels=3, size=32, fit=fit, mean=MEAN, std=STD)
 
 
 def _read(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtt_fast.data.class_names import abbreviated, class_indices
 from mtt_fast.data.image_data import DatasetInfo, check_several
-from mtt_fast.data.images import decode, read_headers
+from mtt_fast.data.images import Fit, decode, read_headers
 from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, log_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
 from mtt_fast.errors import InputError
@@ -44,7 +44,7 @@ def source(root: Path, res: int | None) -> Source:
         test.classes,
         stem=f"folder-{root.name}-{place}{suffix}",
         size=res,
-        resize=res is not None,
+        fit="crop" if res else "exact",
     )
 
 
@@ -101,13 +101,13 @@ def image_source(
     class_names: Sequence[str] | None = None,
     channels: int | None = None,
     size: int | None = None,
-    resize: bool,
+    fit: Fit,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Source:
     """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`, or by its key.
 
-    `channels` and `size` None: taken from the headers of all images. `resize`: see `images.decode`.
+    `channels` and `size` None: taken from the headers of all images. `fit`: see `images.decode`.
     Raises `InputError` for classes that differ or are empty, for a single one, and when it is read, for an image of another size or kind.
     """
     if set(train) != set(test):
@@ -132,9 +132,9 @@ def image_source(
 
     def image_shape() -> tuple[int, int, int]:
         """Return (C, H, W) from the headers of all images: the first may be the only grey one, or the only one of its size."""
-        if channels and size and resize:
+        if channels and size and fit != "exact":
             return channels, size, size
-        header = read_headers(train_files + test_files, (size, size) if size else None, resize=resize)
+        header = read_headers(train_files + test_files, (size, size) if size else None, resize=fit != "exact")
         return (channels or (1 if header.grey else 3), *((size, size) if size else header.size))
 
     def read() -> Contents:
@@ -143,12 +143,12 @@ def image_source(
         return Contents(
             names,
             shape,
-            Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, resize=resize)),
-            Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize=resize)),
+            Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, fit=fit)),
+            Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, fit=fit)),
         )
 
     def info() -> DatasetInfo:
         return DatasetInfo(name, image_shape(), len(names), len(train_files), len(test_files))
 
-    key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, resize, mean, std)
+    key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, fit, mean, std)
     return Source(name, stem or name, key, read, mean, std, info)

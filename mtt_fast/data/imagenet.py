@@ -19,6 +19,7 @@ STD = (0.229, 0.224, 0.225)
 _CLASSES = 1000
 _SPLITS = ("train", "val")
 _RES = 128  # the papers' resolution for the subsets
+_GLAD = "imagenet-"  # begins the names of GLaD's subsets
 
 
 def info(subset: str | None, res: int | None) -> DatasetInfo:
@@ -37,9 +38,9 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
 
     The folders train/WNID/ and val/WNID/ (the test split) are searched in `data_path` and its sub-folders ImageNet/ and imagenet/;
     for a subset also in those of fastai's archives (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/). Class folders
-    may be named by WordNet id, class name or class number. The shorter side is resized to `res`, bilinear and antialiased, on
-    bytes; then the centre is cropped. (GLaD's code does the same with normalised tensors, which torchvision antialiases since 0.17. MTT's
-    squeezes images that are not square.) Raises `InputError` if classes are missing.
+    may be named by WordNet id, class name or class number. Images that are not square are squeezed, as in MTT's code; GLaD's subsets are
+    cropped, as in GLaD's: the shorter side is resized, and the centre remains. Resizing is bilinear and antialiased, on bytes.
+    (These codes resize normalised tensors, which torchvision antialiases since 0.17.) Raises `InputError` if classes are missing.
     """
     root = _find(data_path, subset)
     train, test = (
@@ -55,7 +56,7 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
         class_names=tuple(SUBSETS[subset].values()) if subset else list(train.classes),
         channels=3,
         size=known.image_shape[1],
-        resize=True,
+        fit="crop" if subset and subset.startswith(_GLAD) else "squeeze",
         mean=MEAN,
         std=STD,
     )

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -31,6 +31,9 @@ _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
 _MAX_BYTES = 4 * _MAX_PIXELS + (1 << 20)  # as many, without compression
 _REPLACE = "replace or delete it"
+
+Fit = Literal["exact", "crop", "squeeze"]
+"""How an image gets its size, see `decode`."""
 
 _Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -65,11 +68,12 @@ def read_headers(paths: Sequence[str], size: tuple[int, int] | None, *, resize: 
     return Header(grey, first or (0, 0))
 
 
-def decode(paths: Sequence[str], shape: tuple[int, int, int], *, resize: bool) -> Iterator[_Picture]:
+def decode(paths: Sequence[str], shape: tuple[int, int, int], *, fit: Fit) -> Iterator[_Picture]:
     """Yield the images in the order of `paths`, in blocks uint8 (k, C, H, W) with `shape` = (C, H, W).
 
-    C = 1 is grey, C = 3 is RGB; transparent images are composed on white. With `resize` an image is resized so that it just
-    covers H x W (bilinear, antialiased) and cropped about its centre; without, it must have that size.
+    C = 1 is grey, C = 3 is RGB; transparent images are composed on white. With `fit` "exact" an image must be of H x W. With
+    "crop" it is resized so that it just covers H x W (bilinear, antialiased), and cropped about its centre; with "squeeze" it is
+    resized to H x W, whatever its proportions.
     Raises `InputError`, which names the file, for a bad one.
 
     Threads, because Pillow decodes outside the interpreter's lock: on two cores they take 1.9 times the speed of one
@@ -77,9 +81,9 @@ def decode(paths: Sequence[str], shape: tuple[int, int, int], *, resize: bool) -
     250 to 310 in 16. Two forked processes take half of one thread's time, but to fork under threads and CUDA is not safe.
     """
     transparent: list[str] = []
-    with _threads(1 if not resize and shape[1] * shape[2] <= _SMALL else _MAX_THREADS) as (pool, workers):
+    with _threads(1 if fit == "exact" and shape[1] * shape[2] <= _SMALL else _MAX_THREADS) as (pool, workers):
         chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
-        for _, (block, names) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, resize), chunks):
+        for _, (block, names) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, fit), chunks):
             transparent += names
             yield block
     if transparent:
@@ -105,7 +109,7 @@ def decode_bytes(contents: Sequence[bytes], names: Sequence[str]) -> _Picture:
             _check_size(name, header.size, headers[0].size)
         shape = (1 if all(header.grey for header in headers) else 3, *headers[0].size)
         return np.stack([
-            _pixels(_opened(io.BytesIO(content), name), name, shape, resize=False)[0]
+            _pixels(_opened(io.BytesIO(content), name), name, shape, "exact")[0]
             for content, name in zip(contents, names, strict=True)
         ])  # fmt: skip
 
@@ -154,24 +158,24 @@ def _header_of(image: Image.Image) -> Header:
     return Header(image.mode in _GREY, (image.height, image.width))
 
 
-def _decode_chunk(paths: Sequence[str], shape: tuple[int, int, int], resize: bool) -> tuple[_Picture, list[str]]:
+def _decode_chunk(paths: Sequence[str], shape: tuple[int, int, int], fit: Fit) -> tuple[_Picture, list[str]]:
     """Return the images, and which of them are transparent."""
     block, transparent = np.empty((len(paths), *shape), np.uint8), []
     for picture, path in zip(block, paths, strict=True):
         # read whole: Pillow would ask the system for it in many pieces
         content = read_bytes(path, _MAX_BYTES, _REPLACE)
-        picture[:], is_transparent = _pixels(_opened(io.BytesIO(content), path), path, shape, resize)
+        picture[:], is_transparent = _pixels(_opened(io.BytesIO(content), path), path, shape, fit)
         if is_transparent:
             transparent.append(path)
     return block, transparent
 
 
-def _pixels(image: Image.Image, path: str, shape: tuple[int, int, int], resize: bool) -> tuple[_Picture, bool]:
+def _pixels(image: Image.Image, path: str, shape: tuple[int, int, int], fit: Fit) -> tuple[_Picture, bool]:
     """Return (the pixels uint8 of `shape`, whether they were transparent) of an image whose header was read."""
     channels, height, width = shape
-    if not resize:
+    if fit == "exact":
         _check_size(path, (image.height, image.width), (height, width))
-    wide, high = _covering(image.size, width, height)
+    wide, high = (width, height) if fit == "squeeze" else _covering(image.size, width, height)
     if wide * high > _MAX_PIXELS:
         raise InputError(
             f"{path}: expected an image that can be resized to cover {width}x{height} pixels, found {image.width}x"

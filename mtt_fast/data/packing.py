@@ -34,7 +34,7 @@ from mtt_fast.data.image_data import (
 )
 from mtt_fast.data.set_checks import check_names, check_normalisation
 from mtt_fast.errors import InputError, reason_of, remedy_for
-from mtt_fast.storage.atomic import atomic_path
+from mtt_fast.storage.atomic import atomic_path, naming_errors
 from mtt_fast.storage.file_locks import acquire, remove
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import made_folder, remove_leftovers
@@ -112,7 +112,7 @@ def packed(source: Source, folder: Path, *, progress: bool) -> ImageData:
     if (data := _open(path, source.key)) is not None:
         return data
     check_output_folder(folder, "choose another `packed_path`")  # before the source is read, which may take long
-    with made_folder(folder), _locked(path) as has_waited:
+    with naming_errors(path), made_folder(folder), _locked(path) as has_waited:
         if has_waited and (data := _open(path, source.key)) is not None:
             return data
         _pack(source, path, progress=progress)

@@ -64,7 +64,7 @@ def source(data_path: Path, res: int | None) -> Source:
         class_names=_words(root / "words.txt", wnids),
         channels=3,
         size=known.image_shape[1],
-        resize=True,
+        fit="crop",
         mean=MEAN,
         std=STD,
     )

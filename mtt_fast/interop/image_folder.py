@@ -114,7 +114,7 @@ def _pictures(files: list[str]) -> Tensor:
     header = read_headers(files, None, resize=False)
     check_size(header.size, files[0])
     shape = (1 if header.grey else 3, *header.size)
-    return torch.from_numpy(np.concatenate(list(decode(files, shape, resize=False))))
+    return torch.from_numpy(np.concatenate(list(decode(files, shape, fit="exact"))))
 
 
 def _file_name(name: str) -> str:

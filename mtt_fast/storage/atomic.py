@@ -18,9 +18,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     The content reaches the disk before the name does, so a crash at any moment leaves the old file or the new one.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
-    _check_name(path)
     path = Path(path)
-    with _naming_errors(path), temporary_folder(path) as folder:
+    with naming_errors(path), temporary_folder(path) as folder:
         temporary = folder / path.name
         temporary.touch()
         yield temporary
@@ -37,9 +36,9 @@ def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pa
     others, and the first of them at the very end. A reader who finds that file finds all of them.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
-    _check_name(folder)
+    check_name(folder)  # which is resolved
     folder = Path(folder).resolve()
-    with _naming_errors(folder):
+    with naming_errors(folder):
         # a folder that is in use or not empty cannot be replaced, so files are moved into it
         stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
@@ -68,15 +67,16 @@ def _move_files(source: Path, folder: Path, last: str) -> None:
         _sync(place.parent)
 
 
-def _check_name(path: str | os.PathLike[str]) -> None:
+def check_name(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` for a path that no operating system takes."""
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)}: cannot be written (its name has a NUL); choose another name")
 
 
 @contextlib.contextmanager
-def _naming_errors(path: Path) -> Iterator[None]:
-    """Raise `InputError` that names `path` in place of the `OSError` of a failed write."""
+def naming_errors(path: Path) -> Iterator[None]:
+    """Raise `InputError` that names `path` in place of the `OSError` of a failed write, and for a path that no system takes."""
+    check_name(path)
     try:
         yield
     except OSError as error:

@@ -55,7 +55,7 @@ def test_folder_means_the_data_path(tmp_path: Path) -> None:
 
 def test_test_images_follow_the_classes_of_training(tmp_path: Path) -> None:
     a, b = (str(write(tmp_path / f"{name}.png", noise(seed))) for seed, name in enumerate("ab"))
-    source = image_source("x", tmp_path, {"a": [a], "b": [b]}, {"b": [b], "a": [a]}, resize=False)
+    source = image_source("x", tmp_path, {"a": [a], "b": [b]}, {"b": [b], "a": [a]}, fit="exact")
     data = packed(source, tmp_path, progress=False)
     assert torch.equal(data.train.images, data.test.images)
 
@@ -70,15 +70,17 @@ def test_more_images_than_a_task_holds_keep_their_order(tmp_path: Path) -> None:
     assert data.train.images[:, 0, 0, 0].tolist() == list(range(151))
 
 
-@pytest.mark.parametrize(("side", "resize", "threads"), [(6, False, 1), (6, True, 8), (65, False, 8)])
+@pytest.mark.parametrize(
+    ("side", "fit", "threads"), [(6, "exact", 1), (6, "crop", 8), (6, "squeeze", 8), (65, "exact", 8)]
+)
 def test_small_images_are_decoded_in_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, resize: bool, threads: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, fit: images.Fit, threads: int
 ) -> None:
     pools = Mock(side_effect=ThreadPoolExecutor)
     monkeypatch.setattr(images, "ThreadPoolExecutor", pools)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     path, pixels = str(write(tmp_path / "x.png", noise(0, side, side))), noise(0, side, side)
-    (block,) = decode([path], (3, side, side), resize=resize)
+    (block,) = decode([path], (3, side, side), fit=fit)
     assert (pools.call_args.args, block[0].tolist()) == ((threads,), chw(pixels).tolist())
 
 

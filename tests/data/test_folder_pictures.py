@@ -204,7 +204,7 @@ def test_no_damage_to_a_picture_is_more_than_one_line(tmp_path_factory: pytest.T
     lines = []
     for read in (
         lambda: read_headers([str(path)], None, resize=False),
-        lambda: list(decode([str(path)], (3, 8, 8), resize=True)),
+        lambda: list(decode([str(path)], (3, 8, 8), fit="crop")),
     ):
         try:
             read()

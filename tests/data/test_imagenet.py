@@ -90,13 +90,19 @@ def test_folders_of_fastai_are_found_by_the_subsets_name(tmp_path: Path, below: 
     assert data.train.images[:, 0, 0, 0].tolist() == list(range(10)), "not sorted: the public order"
 
 
-def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:
-    root = tree(tmp_path, ids("imagenette"))
+@pytest.mark.parametrize("subset", [*SUBSETS, None])
+def test_images_are_squeezed_as_mtt_does_it_and_those_of_glad_cropped(tmp_path: Path, subset: str | None) -> None:
+    wnids = ids(subset) if subset else [f"n{number:08}" for number in range(1000)]
+    root, first = tree(tmp_path, wnids), wnids[0]
     ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None] * 5, (16, 48, 3))
-    Image.fromarray(np.ascontiguousarray(ramp)).save(root / "train" / "n01440764" / "n01440764_1.JPEG", format="PNG")
-    image = load("imagenette", data_path=tmp_path, res=8, progress=False).train.images[0]
-    expected = Image.fromarray(np.ascontiguousarray(ramp)).resize((24, 8), Image.Resampling.BILINEAR)
-    assert torch.equal(image.permute(1, 2, 0), torch.tensor(np.asarray(expected)[:, 8:16]))
+    picture = Image.fromarray(np.ascontiguousarray(ramp))
+    picture.save(root / "train" / first / f"{first}_1.JPEG", format="PNG")
+    image = load(subset or "ImageNet", data_path=tmp_path, res=8, progress=False).train.images[0]
+    if subset and subset.startswith("imagenet-"):
+        expected = np.asarray(picture.resize((24, 8), Image.Resampling.BILINEAR))[:, 8:16]
+    else:
+        expected = np.asarray(picture.resize((8, 8), Image.Resampling.BILINEAR))
+    assert torch.equal(image.permute(1, 2, 0), torch.tensor(expected))
 
 
 def test_all_of_imagenet_is_read(tmp_path: Path) -> None:
