@@ -36,7 +36,7 @@ def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pa
     others, and the first of them at the very end. A reader who finds that file finds all of them.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
-    check_name(folder)  # which is resolved
+    _check_name(folder)  # which is resolved
     folder = Path(folder).resolve()
     with naming_errors(folder):
         # a folder that is in use or not empty cannot be replaced, so files are moved into it
@@ -67,7 +67,7 @@ def _move_files(source: Path, folder: Path, last: str) -> None:
         _sync(place.parent)
 
 
-def check_name(path: str | os.PathLike[str]) -> None:
+def _check_name(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` for a path that no operating system takes."""
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)}: cannot be written (its name has a NUL); choose another name")
@@ -76,7 +76,7 @@ def check_name(path: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
     """Raise `InputError` that names `path` in place of the `OSError` of a failed write, and for a path that no system takes."""
-    check_name(path)
+    _check_name(path)
     try:
         yield
     except OSError as error:
