@@ -43,13 +43,22 @@ class CompressOptions:
     epochs: Annotated[tuple[int, ...] | None, Range(0, largest=10**9)] = None
     """epochs of the waypoints, such as 0 6 25 50; if not given, evenly spaced"""
     smooth: TrueOrFalse = True
-    """smooth the waypoints: use the mean of the epochs before and after each, and of the last two epochs for the last waypoint"""
+    """smooth the waypoints: use the mean of the epochs before and after each, and of the last two epochs for the last waypoint; two
+    waypoints, the ends, stay as they are, as in MCT's code"""
     out: Annotated[str | None, Checked(check_output_folder)] = None
     """folder for the compressed experts; if not given, FOLDER/waypoints_K"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""
-        return {} if self.epochs is None else {"num_interpolation": "with --epochs, which determines the number"}
+        reasons = {} if self.epochs is None else {"num_interpolation": "with --epochs, which determines the number"}
+        if self.count == 2:
+            reasons["smooth"] = "with two waypoints, which stay as they are"
+        return reasons
+
+    @property
+    def count(self) -> int:
+        """Return the number of waypoints per expert."""
+        return len(self.epochs) if self.epochs else self.num_interpolation
 
 
 def waypoint_folder(folder: Path, count: int) -> Path:
@@ -62,8 +71,8 @@ def compress(
 ) -> TrajectoryStore:
     """Compress those experts in `folder` that `out` lacks to `count` waypoints; return the store of all in `out`.
 
-    The waypoints are at `epochs`, or evenly spaced; `smooth` as in `convexified`. Each expert is written as soon as it
-    is done.
+    The waypoints are at `epochs`, or evenly spaced; `smooth` as in `convexified`, but two waypoints stay as they are, as in MCT's
+    code. Each expert is written as soon as it is done.
     Raises `InputError` if there is none, if they were not trained alike on the same images, if one is compressed already, if
     the waypoints do not fit an expert's epochs, if `out` holds one that was made otherwise, or if another process writes
     there; `Stopped` on Ctrl-C or SIGTERM.
@@ -85,10 +94,11 @@ def compress(
                     f"{folder}: expert {index} is compressed already; give the folder of uncompressed experts"
                 )
             waypoints = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
+            smoothed = smooth and len(waypoints) > 2
             if index in done.indices:
-                _check_same(whole, expert, done, waypoints, smooth=smooth)
+                _check_same(whole, expert, done, waypoints, smooth=smoothed)
             else:
-                _compress_one(whole, expert, out, waypoints, smooth=smooth)
+                _compress_one(whole, expert, out, waypoints, smooth=smoothed)
             written += expert_path(folder, index).stat().st_size
             compressed += expert_path(out, index).stat().st_size
     log.info(
@@ -146,9 +156,9 @@ def main(argv: Sequence[str]) -> None:
     options = parsing.parse(CompressOptions, argv, "python -m mtt_fast.compress")
     if not options.folder:
         raise InputError("expected a folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet; see --help")
-    folder, count = Path(options.folder), len(options.epochs) if options.epochs else options.num_interpolation
-    out = Path(options.out) if options.out else waypoint_folder(folder, count)
-    compress(folder, out, count, options.epochs, smooth=options.smooth)
+    folder = Path(options.folder)
+    out = Path(options.out) if options.out else waypoint_folder(folder, options.count)
+    compress(folder, out, options.count, options.epochs, smooth=options.smooth)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ class ExpertTrainingOptions(TrainingOptions):
         "max_files": "there is one file an expert; limit them with --max_experts",
         "save_interval": "every expert is saved as soon as it is trained",
         "force_save": "pictures are always drawn",
-        "lr_init": "the public code does not use it either; the learned learning rate starts at --lr_teacher in both",
+        "lr_init": "the public code does not use it either; the learned learning rate starts at --lr_teacher in both (SelMatch's code starts "
+        "it at --lr_init: give that value as --lr_teacher)",
     }
     """Flags of the public code that do nothing here, with the reasons: accepted, and named in the log."""
 

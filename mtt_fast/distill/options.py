@@ -47,8 +47,13 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """Distil a data set into a few synthetic images per class. Without --dataset and --recipe: the digits recipe."""
 
     GROUP: ClassVar[Group] = Group.DISTILLATION
-    RENAMED: ClassVar[dict[str, str]] = {"lr_freq": "lr_img", "loss_threshold": "loss_ratio"}
-    """Flags of the successors' codes (FreD, EDF) that have another name here."""
+    RENAMED: ClassVar[dict[str, str]] = {
+        "lr_freq": "lr_img",
+        "loss_threshold": "loss_ratio",
+        "initialize": "pix_init",
+        "beta": "window_start",
+    }
+    """Flags of the successors' codes (FreD, EDF, SelMatch) that have another name here."""
 
     recipe: Annotated[str | None, Role.LOCATION, Group.RUN] = None
     """named setting (python -m mtt_fast.recipes lists them); other flags override it"""

@@ -75,7 +75,10 @@ class Course:
 
 
 def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
-    """Return `count` epochs from 0 to `epochs`, rounded up, as MCT's code spaces them: 0, 17, 34, 50 for 4 of 50."""
+    """Return `count` epochs from 0 to `epochs`, evenly spaced and rounded up: 0, 17, 34, 50 for 4 of 50, as in MCT's code.
+
+    MCT's code rounds their distance down instead. Where that leaves epochs over, as for 5 of 50, it cannot match these.
+    """
     if not 2 <= count <= epochs + 1:
         raise InputError(
             f"`num_interpolation` {count}: expected from 2 waypoints (the ends) to the {epochs + 1} saved epochs"

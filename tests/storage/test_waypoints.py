@@ -63,8 +63,8 @@ def test_every_epoch_is_where_the_definition_says(tmp_path: Path, at: tuple[int,
     path = trajectory()
     store = compress(experts(tmp_path, 1), tmp_path / "few", len(at), at, smooth=smooth)
     waypoints = path[list(at)].clone()
-    if smooth:
-        waypoints[1:-1] = torch.stack([(path[e - 1] + path[e + 1]) / 2 for e in at[1:-1]]) if len(at) > 2 else 0
+    if smooth and len(at) > 2:
+        waypoints[1:-1] = torch.stack([(path[e - 1] + path[e + 1]) / 2 for e in at[1:-1]])
         waypoints[-1] = (path[-2] + path[-1]) / 2
     assert torch.equal(load_tensors(expert_path(store.folder, 0))[0]["parameters"], waypoints)
     for epoch in [*range(EPOCHS + 1), 0.25, 3.999, 4.001, 6.5, 9.9]:
@@ -219,6 +219,10 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             "expected waypoints at (0, 4, 10), smooth True, found waypoints at (0, 5",
         ),
         ([folder, "--num_interpolation", "3", "--smooth", "False"], "smooth False, found waypoints at"),
+        (
+            [folder, "--epochs", "0", "10", "--smooth", "False"],
+            "--smooth: has no effect with two waypoints, which stay as they are; leave it out",
+        ),
         ([folder, "--out", folder], "found a whole expert; choose another --out\n"),
     ):
         assert run(*words) == 2

@@ -1,4 +1,4 @@
-"""Check whole iterations against those that the public codes computed (tests/distill/public_code/README.md)."""
+"""Compare whole iterations with those that the public codes of FTD, ATT and TESLA computed (public_code/README.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.testing import assert_close
 
-CASES = load_file(Path(__file__).parent / "public_code" / "iterations.safetensors")
+CASES = load_file(Path(__file__).parent / "public_code" / "ftd_att_tesla.safetensors")
 NET = ConvNet(num_classes=3, image_size=8, width=4, depth=2)
 NUMBERS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
 """Random numbers that each operation draws for an image, in the order of the recorded operations."""
