@@ -3,8 +3,10 @@
 A run has three stages. In the first, the window starts at a step with a large gradient norm, and is wider if the norm changes more
 there. In the second, the window is wide, and starts at a random step. In the third, it is narrow, and starts at a step whose mirror
 image, counted from the end, has a large gradient norm. The next stage begins when the accuracy on real images no longer rises.
-Defaults are those of
-the public code's command for CIFAR-10, whose 60,000 epochs with --batch_real 5000 are 600,000 iterations.
+Defaults are those of the public code's command for CIFAR-10, whose 60,000 epochs with --batch_real 5000 are 600,000 iterations.
+
+Widths are counted from --window. The public code counts each from the last one (`model.module.window = shared_window.item()`), so
+that in the second stage they grow until no window fits.
 """
 
 from __future__ import annotations

@@ -83,6 +83,8 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
             counters.pop(name, None)
         progress = Progress(**counters)
         for name, tensor in _tensors(learned).items():
+            if name not in saved and tensor.shape == (0,):
+                continue  # what older versions did not carry over starts empty
             _check_like(name, saved[name], tensor)
             tensor.resize_(saved[name].shape).copy_(saved[name])
         parameters = [parameter for group in learned.optimizer.param_groups for parameter in group["params"]]

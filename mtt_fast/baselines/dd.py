@@ -1,8 +1,9 @@
 """Learn images that lower the loss on real images after a few steps: Dataset Distillation (DD: Wang et al., 2018).
 
-Each iteration takes fresh networks (or always the same one) through all steps, and moves the images and the learning rate
+Each iteration takes fresh networks (or always the same ones) through all steps, and moves the images and the learning rate
 of each step by Adam. Options and defaults are those of the public code for random initialisations; the public code draws
-those by Xavier's rule, this one as the network does. The public code's 400 epochs, at CIFAR-10, are 19,600 iterations.
+those by Xavier's rule, this one as the network does. The public code's 400 epochs, at CIFAR-10, are 19,600 iterations, and
+its 40 epochs between decays 1,960; it shifts and mirrors the real images of CIFAR-10 at random, which is not done here.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class DdOptions(LearnedImagesOptions):
     distill_lr: Positive = 0.02
     """initial learning rate of each student step"""
     train_nets_type: Literal["unknown_init", "known_init"] = "unknown_init"
-    """initial networks. unknown_init: new random ones in each iteration; known_init: always the same"""
+    """initial networks. unknown_init: new random ones in each iteration; known_init: always the same --n_nets ones"""
     n_nets: Count = 1
     """networks per iteration"""
 
@@ -82,17 +83,20 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     everything = torch.arange(len(real.train))
     precision = precision_on(device, network, options.precision)
 
-    def initial(generator: torch.Generator) -> Tensor:
-        fixed = options.train_nets_type == "known_init"
-        return upload(network.init(generator_for(options.seed, "dd network") if fixed else generator), device)
+    is_known = options.train_nets_type == "known_init"
+
+    def initial(generator: torch.Generator, number: int) -> Tensor:
+        if is_known:  # the first without a number, as when it was the only one, so that such runs can be continued
+            generator = generator_for(options.seed, "dd network", *([number] if number else []))
+        return upload(network.init(generator), device)
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "dd", iteration)
         inputs, targets = random_batch(real.train, everything, options.batch_real, generator)
         pixels, learned = images.detach().requires_grad_(), raw.detach().requires_grad_()
         total = torch.zeros((), device=device)
-        for _ in range(options.n_nets):
-            theta, lrs = initial(generator), F.softplus(learned)
+        for number in range(options.n_nets):
+            theta, lrs = initial(generator, number), F.softplus(learned)
             path = unroll(network, theta, pixels, labels, lrs, batches, precision=precision)
             loss = F.cross_entropy(network(path[-1], inputs), targets) / options.n_nets
             loss.backward()
@@ -103,8 +107,8 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         return float(total)
 
     def own_training(generator: torch.Generator) -> Tensor:
-        lrs = F.softplus(raw)
-        return unroll(network, initial(generator), images, labels, lrs, batches, precision=precision)[-1]
+        lrs, number = F.softplus(raw), int(torch.randint(options.n_nets, (), generator=generator)) if is_known else 0
+        return unroll(network, initial(generator, number), images, labels, lrs, batches, precision=precision)[-1]
 
     return LearnedSet(
         images, labels, optimizer, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},

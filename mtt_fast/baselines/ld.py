@@ -3,7 +3,7 @@
 The paper's second-order method. A network trains on the images with the current labels; at each of the network's steps
 Adam moves the labels so that this step lowers the loss on a batch of real images. When the error has not fallen for a
 while, a fresh network replaces it. Options and defaults are those of the public code, whose 400 epochs, at CIFAR-10, are
-17,600 iterations.
+17,600 iterations. The method's own training takes as many steps of Adam as the last networks took to their lowest error.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import RealImages
 
 _MODEL_LR = 1e-3  # Adam's default, which the public code takes
+_LAST_LIFETIMES = 3  # networks whose steps to the lowest error are averaged, as in the public code
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
     labels = torch.full((count, classes), 1 / classes, device=device)
     theta = network.init(generator_for(options.seed, "ld network", 0)).to(device)
     errors = torch.empty(0)  # since the start of this network's training
+    lifetimes = torch.empty(0)  # of the networks before: steps to the lowest mean error
     optimizer = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
     precision = precision_on(device, network, options.precision)
     student = student_for(network, device, "probabilities", precision=precision)
@@ -71,15 +73,31 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
         labels.div_(labels.sum(dim=1, keepdim=True))
         errors.resize_(len(errors) + 1)[-1] = (logits.argmax(dim=1) != targets).float().mean().cpu()
         if stagnates(errors, window):
+            lifetimes.resize_(len(lifetimes) + 1)[-1] = len(errors) - window - 1
             theta.copy_(network.init(generator_for(options.seed, "ld network", iteration + 1)))
             optimizer.state.pop(theta)
             errors.resize_(0)
         return float(loss.detach())
 
+    def own_training(generator: torch.Generator) -> Tensor:
+        trained = network.init(generator).to(device)
+        adam = torch.optim.Adam([trained], lr=_MODEL_LR)
+        for _ in range(steps_of_own_training(lifetimes, errors)):
+            index = upload(torch.randperm(count, generator=generator)[: options.inner_batch_size], device)
+            trained.grad = student.gradient(trained, images[index], labels[index]).gradient
+            adam.step()
+        return trained
+
     return LearnedSet(
         images, labels, optimizer, step, lr=lambda: torch.tensor(options.lr_net), label_kind="probabilities",
-        carried={"theta": theta, "errors": errors},
+        carried={"theta": theta, "errors": errors, "lifetimes": lifetimes}, own_training=own_training,
     )  # fmt: skip
+
+
+def steps_of_own_training(lifetimes: Tensor, errors: Tensor) -> int:
+    """Return the mean of the last `lifetimes` (networks,), or else the number of steps of the first network, of `errors` (steps,)."""
+    last = lifetimes[-_LAST_LIFETIMES:]
+    return int(last.sum()) // len(last) if len(last) else len(errors)
 
 
 def patience(images: int, classes: int) -> int:

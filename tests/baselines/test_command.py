@@ -119,7 +119,7 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         kinds = [json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert kinds == ["evaluation", "step", "step", "evaluation"]
     assert {path.name for path in out.iterdir()} - {".lock"} == names
-    assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ratbptt", "atbptt"))
+    assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ld", "ratbptt", "atbptt"))
     with Image.open(out / "images.png") as picture:
         assert picture.height > 500
 
@@ -481,6 +481,15 @@ def test_a_checkpoint_with_a_tensor_of_another_form_is_refused(
             assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
     save_tensors(path, tensors, metadata)
     assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 0
+
+
+def test_a_checkpoint_from_before_the_steps_of_earlier_networks_were_kept_is_read(shared: Path, tmp_path: Path) -> None:
+    assert run(*flags("ld", shared), "--out", str(tmp_path)) == 0
+    path = tmp_path / "checkpoint.safetensors"
+    saved, metadata = load_tensors(path)
+    save_tensors(path, {name: tensor.clone() for name, tensor in saved.items() if name != "lifetimes"}, metadata)
+    assert run("ld", "--out", str(tmp_path), "--resume", "--Iteration", "3") == 0
+    assert load_tensors(path)[0]["lifetimes"].shape == (0,)
 
 
 def test_help_lists_the_methods_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from mtt_fast import InputError, unroll
 from mtt_fast.baselines import learning as learning_module
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
-from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
+from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates, steps_of_own_training
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.commands.seconds import Seconds
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
@@ -119,15 +119,30 @@ def test_each_network_of_the_own_training_has_random_numbers_of_its_own(
         learning_module._own_accuracy(run, learned, stop)
 
 
-def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:
-    options = {"dataset": "digits", "batch_real": 64, "train_nets_type": "known_init"}
-    one, three = (dd(DdOptions(**options, n_nets=n), real, NET) for n in (1, 3))  # type: ignore[arg-type]
-    assert one.step(0) == pytest.approx(three.step(0), rel=1e-6)
-    assert_close("images", three.images, one.images, 1e-4)
+def test_known_networks_of_dd_are_several(real: RealImages) -> None:
+    """Check that each is in every iteration, and that the method's own training takes any of them, as in the public code."""
+    options = DdOptions(dataset="digits", batch_real=64, train_nets_type="known_init", n_nets=2, seed=3)
+    learning = dd(options, real, NET)
+    learning.carried["raw_rates"].fill_(-100)  # no step moves a network
+    known = [NET.init(generator_for(3, "dd network", *indices)) for indices in ((), (1,))]
+    inputs, targets = random_batch(real.train, torch.arange(len(real.train)), 64, generator_for(3, "dd", 0))
+    losses = [F.cross_entropy(NET(theta, inputs), targets) for theta in known]
+    assert float(losses[0]) != pytest.approx(float(losses[1]), rel=1e-3)
+    assert learning.step(0) == pytest.approx(float(sum(losses) / 2), rel=1e-4)
+    assert learning.own_training is not None
+    trained = [learning.own_training(seeded(seed)) for seed in range(10)]
+    assert all(any(theta.allclose(one) for one in known) for theta in trained)
+    assert all(any(theta.allclose(one) for theta in trained) for one in known)
 
 
-def test_dd_moves_images_and_rates_by_adam_through_all_steps(real: RealImages) -> None:
-    options = DdOptions(dataset="digits", ipc=2, batch_real=64, lr_img=0.05, n_nets=2, seed=3)
+@pytest.mark.parametrize("train_nets_type", ["unknown_init", "known_init"])
+def test_dd_moves_images_and_rates_by_adam_through_all_steps(
+    real: RealImages, train_nets_type: Literal["unknown_init", "known_init"]
+) -> None:
+    options = DdOptions(
+        dataset="digits", ipc=2, batch_real=64, lr_img=0.05, n_nets=2, seed=3, train_nets_type=train_nets_type
+    )
+    known = [NET.init(generator_for(3, "dd network", *indices)).double() for indices in ((), (1,))]
     learning, batches, function = dd(options, real, NET), step_batches(options, 10), plain()
     images, raw, labels = learning.images.double(), learning.carried["raw_rates"].double(), learning.labels
     optimizer = torch.optim.Adam([images, raw], lr=0.05, betas=(0.5, 0.999))
@@ -135,8 +150,9 @@ def test_dd_moves_images_and_rates_by_adam_through_all_steps(real: RealImages) -
         generator = generator_for(3, "dd", iteration)
         inputs, targets = random_batch(real.train, torch.arange(len(real.train)), 64, generator)
         pixels, numbers, losses = images.clone().requires_grad_(), raw.clone().requires_grad_(), []
-        for _ in range(2):
-            theta, rates = NET.init(generator).double(), F.softplus(numbers)
+        for number in range(2):
+            theta = NET.init(generator).double() if train_nets_type == "unknown_init" else known[number]
+            rates = F.softplus(numbers)
             logits = whole_graph_logits(theta, pixels, labels, rates, batches, inputs.double())
             losses.append(F.cross_entropy(logits, targets))
         loss = torch.stack(losses).mean()
@@ -149,6 +165,8 @@ def test_dd_moves_images_and_rates_by_adam_through_all_steps(real: RealImages) -
     assert float(learning.lr()) == pytest.approx(float(rates.mean()), rel=1e-4)
     assert learning.own_training is not None
     start = NET.init(seeded(5)).double()
+    if train_nets_type == "known_init":
+        start = known[int(torch.randint(2, (), generator=seeded(5)))]
     theta, trained = start.clone(), learning.own_training(seeded(5)).double()
     for index, rate in zip(batches, rates, strict=True):
         leaf = theta.clone().requires_grad_()
@@ -213,12 +231,17 @@ def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> Non
     assert float((learning.labels.argmax(1) == own).float().mean()) > 0.6
 
 
-def restarts(errors: list[float], window: int) -> list[int]:
-    """Return the steps after which the public code takes a fresh network: its counters, kept one step after the other."""
+def restarts(errors: list[float], window: int) -> tuple[list[int], list[int]]:
+    """Return the steps after which the public code takes a fresh network, and the steps of each network to its lowest errors.
+
+    These are its counters, kept one step after the other.
+    """
     steps_of_restarts: list[int] = []
+    lifetimes: list[int] = []
     last: list[float] = []
-    lowest, since = float("inf"), 0
+    lowest, since, steps = float("inf"), 0, 0
     for step, error in enumerate(errors):
+        steps += 1
         full = len(last) == window
         last = [*last[1:], error] if full else [*last, error]
         if len(last) < window:
@@ -229,8 +252,9 @@ def restarts(errors: list[float], window: int) -> list[int]:
             since += 1
         else:
             steps_of_restarts.append(step)
-            last, lowest, since = [], float("inf"), 0
-    return steps_of_restarts
+            lifetimes.append(steps - since - 1)
+            last, lowest, since, steps = [], float("inf"), 0, 0
+    return steps_of_restarts, lifetimes
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -238,13 +262,14 @@ def test_a_network_is_replaced_when_the_public_code_would(seed: int) -> None:
     errors = [
         float(step % 90 < 20) + float(torch.randint(8, (), generator=seeded(seed * 1000 + step))) for step in range(300)
     ]
-    steps_of_restarts, so_far = [], torch.empty(0)
+    steps_of_restarts, lifetimes, so_far = [], [], torch.empty(0)
     for step, error in enumerate(errors):
         so_far = torch.cat([so_far, torch.tensor([error])])
         if stagnates(so_far, 7):
             steps_of_restarts.append(step)
+            lifetimes.append(len(so_far) - 7 - 1)
             so_far = torch.empty(0)
-    assert steps_of_restarts == restarts(errors, 7)
+    assert (steps_of_restarts, lifetimes) == restarts(errors, 7)
     assert len(steps_of_restarts) > 3
     assert [patience(100, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
 
@@ -260,3 +285,39 @@ def test_ld_begins_a_fresh_network_with_a_fresh_optimizer(real: RealImages, monk
             assert theta not in learning.optimizer.state
             assert torch.equal(theta, NET.init(generator_for(5, "ld network", iteration + 1)))  # never one again
     assert lengths.count(0) > 1
+
+
+def test_ld_trains_by_adam_for_as_many_steps_as_the_last_networks(
+    real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtt_fast.baselines.ld.patience", lambda images, classes: 2)
+    learning = ld(LdOptions(dataset="digits", batch_real=16, inner_batch_size=4, seed=5), real, NET)
+    lifetimes, steps, function = learning.carried["lifetimes"], 0, plain()
+    assert learning.own_training is not None
+    assert torch.equal(learning.own_training(seeded()), NET.init(seeded()))
+    expected = []
+    for iteration in range(60):
+        learning.step(iteration)
+        steps += 1
+        if len(learning.carried["errors"]) == 0:
+            expected.append(steps - 2 - 1)
+            steps = 0
+    assert lifetimes.tolist() == expected
+    assert len(set(expected)) > 1
+    assert len(expected) > 3
+    lifetimes.copy_(
+        torch.arange(len(lifetimes)) + 4
+    )  # the last three are now different, with a mean that is the middle one
+    generator, labels = seeded(7), learning.labels.double()
+    theta = NET.init(generator).double().requires_grad_()
+    adam = torch.optim.Adam([theta], lr=1e-3)
+    for _ in range(int(lifetimes[-2])):
+        index = torch.randperm(10, generator=generator)[:4]
+        adam.zero_grad()
+        (-(labels[index] * function(theta, learning.images[index].double()).log_softmax(1)).sum(1).mean()).backward()
+        adam.step()
+    trained, start = learning.own_training(seeded(7)).double(), NET.init(seeded(7)).double()
+    has_effect = theta.grad.abs() > 1e-6  # type: ignore[union-attr]
+    assert_close("own training", (trained - start)[has_effect], (theta.detach() - start)[has_effect], 1e-2)
+    assert steps_of_own_training(torch.empty(0), torch.empty(7)) == 7
+    assert steps_of_own_training(torch.tensor([9.0, 4.0, 5.0, 5.0]), torch.empty(7)) == 4
