@@ -1,4 +1,4 @@
-"""Test that the methods compute what their public codes do: recorded results of these codes (README_public_codes.md), in float64."""
+"""Test that the methods compute what their public codes do: recorded results of these codes (public_code/README.md), in float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images, RealImages
 from tests.baselines.network import F64
 
-RECORDS = Path(__file__).parent / "public_codes.safetensors"
+RECORDS = Path(__file__).parent / "public_code" / "iterations.safetensors"
 CLASSES, SIZE = 4, 8
 
 
