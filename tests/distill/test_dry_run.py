@@ -54,19 +54,19 @@ def test_every_recipe_has_a_dry_run(
 
 PAD_IS_DATM_BUT_FOR: dict[str, dict[str, float]] = {
     "cifar10-ipc1": {},
-    "cifar10-ipc10": {"loss_ratio": 0.5},
-    "cifar10-ipc50": {"loss_ratio": 0.25, "expert_epochs": 3},
+    "cifar10-ipc10": {"depth_ratio": 0.5},
+    "cifar10-ipc50": {"depth_ratio": 0.25, "expert_epochs": 3},
     "cifar10-ipc500": {
-        "loss_ratio": 0.5, "current_max_start_epoch": 60, "max_start_epoch": 70, "expansion_end_epoch": 2000,
+        "depth_ratio": 0.5, "current_max_start_epoch": 60, "max_start_epoch": 70, "expansion_end_epoch": 2000,
     },
-    "cifar10-ipc1000": {"loss_ratio": 0.5},
-    "cifar100-ipc1": {"loss_ratio": 0.5, "current_max_start_epoch": 20, "max_start_epoch": 30},
-    "cifar100-ipc10": {"loss_ratio": 0.5},
+    "cifar10-ipc1000": {"depth_ratio": 0.5},
+    "cifar100-ipc1": {"depth_ratio": 0.5, "current_max_start_epoch": 20, "max_start_epoch": 30},
+    "cifar100-ipc10": {"depth_ratio": 0.5},
     "cifar100-ipc50": {},
-    "cifar100-ipc100": {"loss_ratio": 0.5},
-    "tiny-ipc1": {"loss_ratio": 0.5},
-    "tiny-ipc10": {"loss_ratio": 0.5},
-    "tiny-ipc50": {"loss_ratio": 0.5},
+    "cifar100-ipc100": {"depth_ratio": 0.5},
+    "tiny-ipc1": {"depth_ratio": 0.5},
+    "tiny-ipc10": {"depth_ratio": 0.5},
+    "tiny-ipc50": {"depth_ratio": 0.5},
 }  # fmt: skip
 
 
