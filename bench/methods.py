@@ -106,7 +106,8 @@ METHODS = {
         "--expansion_end_epoch {half_way}",
     ),
     "mtt-att": _mtt("MTT with ATT's nearest step", "--match_step nearest"),
-    "mtt-pad": _mtt("MTT with PAD's mask", "--loss_ratio 0.25"),
+    "mtt-pad": _mtt("MTT with PAD's mask", "--depth_ratio 0.25"),
+    "mtt-edf-mask": _mtt("MTT with EDF's mask", "--loss_ratio 0.25"),
     "mtt-edf": _mtt("MTT with EDF's weights of the pixels", "--cam_model ConvNetD2W32 --cam_interval 50"),
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
     "mtt-fred": _mtt(

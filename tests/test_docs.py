@@ -318,8 +318,8 @@ def test_a_recipe_is_what_its_description_says(name: str) -> None:
     options, description = parse_options(["--recipe", name, "--dry-run"]), recipe_about(name)["description"]
     for words, value in {
         "nearest step": options.match_step == "nearest",
-        "without the parameters of lowest loss": options.loss_ratio,
-        "with all parameters": not options.loss_ratio,
+        "without the parameters of the first layers": options.depth_ratio,
+        "with all parameters": not (options.loss_ratio or options.depth_ratio),
         "dropped parameters": options.loss_ratio,
         "Grad-CAM weights": options.cam_model,
         "EMA of the images": options.ema_decay,

@@ -51,7 +51,12 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
         plan,
         augment,
         tuple(len(index) for index in batches),
-        loss=partial(path_loss, match_step=options.match_step, loss_ratio=options.loss_ratio),
+        loss=partial(
+            path_loss,
+            match_step=options.match_step,
+            loss_ratio=options.loss_ratio,
+            depth_ratio=options.depth_ratio,
+        ),
         optimizer=StudentSgd(options.student_mom, options.student_l2),
         gradient=options.gradient,
         graph=graph,

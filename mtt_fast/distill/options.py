@@ -110,7 +110,9 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     match_step: MatchStep = "last"
     """student step that is matched. last: the last one; nearest: the one nearest to the expert (ATT)"""
     loss_ratio: Share = 0.0
-    """fraction of the parameters, those with the lowest loss, to leave out of the matching loss (PAD)"""
+    """fraction of the parameters, those with the lowest loss, to leave out of the matching loss (EDF)"""
+    depth_ratio: Share = 0.0
+    """fraction of the parameters, the first ones, to leave out of the matching loss: those of the first layers (PAD)"""
     num_trajectories: Count = 1
     """number of expert segments that each iteration matches; the gradients are averaged"""
     pix_init: Literal["real", "noise", "samples_predicted_correctly", "window"] = "real"
@@ -292,6 +294,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         if self.teacher_label and self.lr_y is not None:
             raise InputError(
                 "--teacher_label, --lr_y: expected one of them, found both: the labels either come from experts or are learned"
+            )
+        if self.loss_ratio and self.depth_ratio:
+            raise InputError(
+                f"--loss_ratio {self.loss_ratio:g}, --depth_ratio {self.depth_ratio:g}: expected one of them, found both, as in PAD's "
+                "configurations, of which each script reads one; set the other to 0"
             )
         if self.label_init == "experts" and self.lr_y is None:
             raise InputError("--label_init experts: expected --lr_y with it (0 keeps the initial labels)")

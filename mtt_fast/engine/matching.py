@@ -1,4 +1,4 @@
-"""Losses of a student's path: the paper's, ATT's nearest step, and PAD's choice of parameters."""
+"""Losses of a student's path: the paper's, ATT's nearest step, and PAD's and EDF's choices of parameters."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
 
 
 def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `matching_loss` without the parameters of lowest loss, as PAD does.
+    """Return `matching_loss` without the parameters of lowest loss, as EDF does, and one of PAD's two scripts.
 
     The ⌊`loss_ratio` · P⌋ parameters whose `(θ_N − θ*)²` is smallest are dropped from numerator and denominator, and get no
     gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
     """
-    _check_ratio("masked_matching_loss", loss_ratio)
+    _check_ratio("masked_matching_loss loss_ratio", loss_ratio)
     return _checked_loss("masked_matching_loss", end, start, target, loss_ratio)
 
 
@@ -96,17 +96,25 @@ def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: f
 
 
 def path_loss(
-    path: Tensor, start: Tensor, target: Tensor, match_step: MatchStep = "last", loss_ratio: float = 0.0
+    path: Tensor,
+    start: Tensor,
+    target: Tensor,
+    match_step: MatchStep = "last",
+    loss_ratio: float = 0.0,
+    depth_ratio: float = 0.0,
 ) -> Tensor:
     """Return the matching loss of `path` (N + 1, P) without checks of values, so that no tensor is read on the host.
 
     With the defaults it is `matching_loss`; `match_step="nearest"` is `nearest_step_loss`, `loss_ratio` is that of
-    `masked_matching_loss`, and the two can be combined. With "nearest" the gradient is as large as the path, since the row is
-    selected by a tensor. Raises `InputError` for another `match_step` and `loss_ratio`, and for tensors that do not fit each other.
+    `masked_matching_loss`. The first ⌊`depth_ratio` · P⌋ parameters, those of the first layers, are left out of numerator and
+    denominator (PAD); `loss_ratio` is a share of the others. All can be combined. With "nearest" the gradient is as large as the path,
+    since the row is selected by a tensor. Raises `InputError` for another `match_step`, for shares outside [0, 1), and for tensors that
+    do not fit each other.
     """
     if match_step not in get_args(MatchStep):
         raise InputError(f"path_loss match_step: expected {' or '.join(get_args(MatchStep))}, found {match_step!r}")
-    _check_ratio("path_loss", loss_ratio)
+    _check_ratio("path_loss loss_ratio", loss_ratio)
+    _check_ratio("path_loss depth_ratio", depth_ratio)
     _check_no_transform("path_loss")
     _check_path("path_loss", path, target)
     _check_vectors("path_loss", path=path.detach()[0], start=start, target=target)
@@ -115,12 +123,13 @@ def path_loss(
         end = path.index_select(0, step.view(1))[0].to(target.device)
     else:
         end = path[-1]
-    return _relative_distance(end, start, target, loss_ratio)
+    deep = slice(int(depth_ratio * len(end)), None)
+    return _relative_distance(end[deep], start[deep], target[deep], loss_ratio)
 
 
-def _check_ratio(name: str, loss_ratio: float) -> None:
-    if not 0 <= loss_ratio < 1:
-        raise InputError(f"{name} loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
+def _check_ratio(name: str, ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise InputError(f"{name}: expected at least 0 and less than 1, found {ratio}")
 
 
 def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:

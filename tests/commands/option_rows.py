@@ -209,6 +209,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "gradient": changes("--gradient truncated"),
         "match_step": changes("--match_step nearest --lr_teacher 5", "--lr_teacher 5"),
         "loss_ratio": changes("--loss_ratio 0.5"),
+        "depth_ratio": changes("--depth_ratio 0.5"),
         "num_trajectories": changes("--num_trajectories 2"),
         "pix_init": changes("--pix_init noise"),
         "score_path": changes(_WINDOW),

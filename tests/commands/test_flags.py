@@ -201,6 +201,7 @@ FLAGS: dict[str, Flags] = {
         "gradient": "exact",
         "match_step": "last",
         "loss_ratio": 0.0,
+        "depth_ratio": 0.0,
         "num_trajectories": 1,
         "score_path": None,
         "score": "cscore",

@@ -54,29 +54,29 @@ def test_every_recipe_has_a_dry_run(
 
 PAD_IS_DATM_BUT_FOR: dict[str, dict[str, float]] = {
     "cifar10-ipc1": {},
-    "cifar10-ipc10": {"loss_ratio": 0.5},
-    "cifar10-ipc50": {"loss_ratio": 0.25, "expert_epochs": 3},
+    "cifar10-ipc10": {"depth_ratio": 0.5},
+    "cifar10-ipc50": {"depth_ratio": 0.25, "expert_epochs": 3},
     "cifar10-ipc500": {
-        "loss_ratio": 0.5, "current_max_start_epoch": 60, "max_start_epoch": 70, "expansion_end_epoch": 2000,
+        "depth_ratio": 0.5, "current_max_start_epoch": 60, "max_start_epoch": 70, "expansion_end_epoch": 2000,
     },
-    "cifar10-ipc1000": {"loss_ratio": 0.5},
-    "cifar100-ipc1": {"loss_ratio": 0.5, "current_max_start_epoch": 20, "max_start_epoch": 30},
-    "cifar100-ipc10": {"loss_ratio": 0.5},
+    "cifar10-ipc1000": {"depth_ratio": 0.5},
+    "cifar100-ipc1": {"depth_ratio": 0.5, "current_max_start_epoch": 20, "max_start_epoch": 30},
+    "cifar100-ipc10": {"depth_ratio": 0.5},
     "cifar100-ipc50": {},
-    "cifar100-ipc100": {"loss_ratio": 0.5},
-    "tiny-ipc1": {"loss_ratio": 0.5},
-    "tiny-ipc10": {"loss_ratio": 0.5},
-    "tiny-ipc50": {"loss_ratio": 0.5},
+    "cifar100-ipc100": {"depth_ratio": 0.5},
+    "tiny-ipc1": {"depth_ratio": 0.5},
+    "tiny-ipc10": {"depth_ratio": 0.5},
+    "tiny-ipc50": {"depth_ratio": 0.5},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", PAD_IS_DATM_BUT_FOR)
 def test_what_pads_configurations_change_of_datms(setting: str) -> None:
     pad, datm = (recipe_options(f"{method}-{setting}") for method in ("pad", "datm"))
-    every = {"eval_it"}  # how often the authors looked
-    changed = {name: value for name, value in pad.items() if name not in every and datm.get(name) != value}
+    changed = {name: value for name, value in pad.items() if datm.get(name) != value}
     assert changed == PAD_IS_DATM_BUT_FOR[setting]
-    assert set(datm) <= set(pad) | every
+    assert set(datm) <= set(pad)
+    assert pad["eval_it"] == (1000 if setting in ("cifar10-ipc500", "cifar10-ipc1000") else 500)
 
 
 def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

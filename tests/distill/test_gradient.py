@@ -69,6 +69,7 @@ OPTIONS = {
     "fast": ["--lr_teacher", "0.3"],  # steps so long that the last is not the nearest
     "nearest": ["--lr_teacher", "0.3", "--match_step", "nearest"],
     "loss-ratio": ["--loss_ratio", "0.4"],
+    "depth-ratio": ["--depth_ratio", "0.4"],
     "trajectories": ["--num_trajectories", "2"],
     "lr-per-step": ["--lr_per_step", "--lr_lr", "1e-4"],
     "momentum": ["--student_mom", "0.9"],
@@ -219,6 +220,11 @@ def test_a_student_that_diverges_is_not_compared(
     ("flags", "message"),
     [
         (["--loss_ratio", "1"], "--loss_ratio 1.0: expected at least 0 and less than 1"),
+        (["--depth_ratio", "1"], "--depth_ratio 1.0: expected at least 0 and less than 1"),
+        (
+            ["--loss_ratio", "0.5", "--depth_ratio", "0.25"],
+            "--loss_ratio 0.5, --depth_ratio 0.25: expected one of them, found both",
+        ),
         (["--student_mom", "-0.1"], "--student_mom -0.1: expected at least 0 and less than 1"),
         (["--student_l2", "-1"], "--student_l2 -1.0: expected at least 0"),
         (["--num_trajectories", "0"], "--num_trajectories 0: expected at least 1"),

@@ -69,24 +69,25 @@ def written_out(given: dict[str, Tensor], momentum: float = 0.0, weight_decay: f
     return torch.stack(path), images, lr, *([labels] if labels.requires_grad else [])
 
 
-def loss_of(row: Tensor, given: dict[str, Tensor], loss_ratio: float) -> Tensor:
-    """Return PAD's loss: the parameters of lowest loss are sorted out of both sums."""
+def loss_of(row: Tensor, given: dict[str, Tensor], loss_ratio: float, depth_ratio: float = 0.0) -> Tensor:
+    """Return the loss without the first parameters (PAD) and, of the others, those of lowest loss (EDF), in both sums."""
     errors, moves = (row - given["target"]) ** 2, (given["start"] - given["target"]) ** 2
-    saved = errors.detach().sort().indices[int(loss_ratio * len(row)) :]
+    first = int(depth_ratio * len(row))
+    saved = first + errors.detach()[first:].sort().indices[int(loss_ratio * (len(row) - first)) :]
     return errors[saved].sum() / moves[saved].sum()
 
 
-@pytest.mark.parametrize("loss_ratio", [0.0, 0.3])
+@pytest.mark.parametrize(("loss_ratio", "depth_ratio"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.3, 0.4)])
 @pytest.mark.parametrize("match_step", ["last", "nearest"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_iterate_equals_autograd(match_step: MatchStep, loss_ratio: float, soft: bool) -> None:
+def test_iterate_equals_autograd(match_step: MatchStep, loss_ratio: float, depth_ratio: float, soft: bool) -> None:
     given = case(per_step=soft, soft=soft)
     path, *leaves = written_out(given)
     distances = (path - given["target"]).abs().sum(1)
     assert int(distances[1:].argmin()) + 1 == NEAREST
-    expected_loss = loss_of(path[NEAREST if match_step == "nearest" else -1], given, loss_ratio)
+    expected_loss = loss_of(path[NEAREST if match_step == "nearest" else -1], given, loss_ratio, depth_ratio)
     expected = torch.autograd.grad(expected_loss, leaves)
-    loss = partial(path_loss, match_step=match_step, loss_ratio=loss_ratio)
+    loss = partial(path_loss, match_step=match_step, loss_ratio=loss_ratio, depth_ratio=depth_ratio)
     for student in (GenericStudent(NET), FusedConvNetStudent(NET, "probabilities" if soft else "indices")):
         results = iteration(student, None, LENGTHS, loss=loss)(*given.values())
         assert len(results) == 1 + len(expected)

@@ -104,7 +104,7 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
     [
         "--lr_y 1 --label_init experts --pix_init samples_predicted_correctly --ema_decay 0.9 --threshold 5 --batch_syn 7",
         "--cam_model ConvNetD2W4 --cam_interval 1 --loss_ratio 0.25 --lr_per_step --student_mom 0.5 --lr_decay --best_epoch",
-        "--match_step nearest --zca --num_trajectories 2 --noise_start 0.1 --continuous_start --precision fp32 --msz_per_channel 9",
+        "--match_step nearest --depth_ratio 0.25 --zca --num_trajectories 2 --noise_start 0.1 --continuous_start --precision fp32 --msz_per_channel 9",
         "--texture --canvas_size 2 --canvas_samples 2 --rho_max 0.01 --decay --precision tf32",
         "--teacher_label --gradient truncated --microbatch 3 --no_aug --pix_init noise",
         "--model ConvNetD1W4BN --lr_y 1 --num_interpolation 2 --memory_budget 2GiB --pix_init window --score_path {scores} "
