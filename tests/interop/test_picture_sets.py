@@ -105,6 +105,15 @@ def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     assert distilled.lr == pytest.approx(0.05)
 
 
+def test_sorted_folders_are_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    """Check a set of more classes than three digits number: other software counts the sorted folders."""
+    names = tuple(f"class {number}" for number in range(1001))
+    files = distilled(images=torch.zeros(1001, 1, 1, 1), labels=torch.arange(1001), class_names=names, mean=(0.5,), std=(0.5,)).export("png", tmp_path)  # fmt: skip
+    folders = [file.parent.name for file in files[:-1]]
+    assert folders == sorted(folders)
+    assert read_set(tmp_path).labels.tolist() == list(range(1001))
+
+
 def coloured_folder(root: Path, names: Sequence[str], value_of: Sequence[int]) -> Path:
     """Write one picture a class folder, whose red is the class that it shows."""
     for name, value in zip(names, value_of, strict=True):
