@@ -212,6 +212,34 @@ def test_parquet_files_go_by_the_names_of_their_classes(
     assert distilled.labels.tolist() == expected
 
 
+@pytest.mark.parametrize("label_kind", ["weights", "logits", None])
+def test_soft_labels_of_another_programs_parquet_file_are_of_the_kind_that_is_given(
+    tmp_path: Path, label_kind: str | None
+) -> None:
+    from pyarrow import parquet
+
+    synthetic = distilled("weights")
+    (file,) = synthetic.export("parquet", tmp_path)
+    table = parquet.read_table(file)
+    info = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, None)
+    if label_kind:
+        with pytest.raises(InputError, match=rf"^`label_kind` {label_kind}: .* are known to be weights; leave it out"):
+            read_set(file, info=info, label_kind=label_kind)
+    parquet.write_table(table.replace_schema_metadata(None), file)
+    back = read_set(file, info=info, label_kind=label_kind)
+    assert back.label_kind == (label_kind or "logits")
+    assert torch.equal(back.labels, synthetic.labels)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
+def test_what_datasets_saves_to_disk_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(
+        InputError, match=r"found what `save_to_disk` of the library datasets writes \(its `to_parquet`"
+    ):
+        read_set(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
