@@ -202,6 +202,16 @@ def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCa
         assert told in "".join(warnings)
 
 
+def test_a_folder_of_the_library_datasets_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("saved").mkdir()
+    Path("saved/dataset_info.json").write_text("{}")
+    assert convert("saved", "ours") == 2
+    assert (
+        "saved: expected files of a known kind, found a folder as save_to_disk of the library datasets"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_whitened_set_is_not_what_dc_benchmark_tests(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     save_public_pair(torch.arange(10))

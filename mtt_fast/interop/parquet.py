@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,13 @@ from mtt_fast.data.images import as_image, decode_bytes, read_header
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, label_warnings, tensor_set
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, complaint_of
 from mtt_fast.storage.regular import check_regular
 from mtt_fast.storage.text_files import parse_json
+
+log = logging.getLogger(__name__)
 
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
@@ -112,7 +115,10 @@ def read_parquet(
         indices = class_indices(names, info.class_names, path)
         targets = relabelled(targets, indices, len(info.class_names), path)
     images = info.transform.apply(pictures.float() / 255)
-    return as_synthetic(tensor_set(images, targets, None, str(path), label_kind), info, lr, {}, {}, str(path))
+    distilled = tensor_set(images, targets, None, str(path), label_kind)
+    for line in label_warnings(path, distilled):
+        log.warning("%s", line)
+    return as_synthetic(distilled, info, lr, {}, {}, str(path))
 
 
 def _check_columns(file: Any, path: Path) -> None:

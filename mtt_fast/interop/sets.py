@@ -190,7 +190,7 @@ def content_of(source: str | os.PathLike[str]) -> str:
     if not os.path.lexists(source):
         return "nothing there"
     if os.path.isdir(source) and {"dataset_info.json", "dataset_dict.json"} & set(names_in(source)):
-        return "what `save_to_disk` of the library datasets writes (its `to_parquet` writes a kind that is known)"
+        return "a folder as save_to_disk of the library datasets writes it (its to_parquet writes a kind that is known)"
     return "other files"
 
 

@@ -129,8 +129,8 @@ def test_what_datasets_writes_in_another_way_is_refused_in_one_line(caplog: pyte
     datasets.DatasetDict(train=rows).save_to_disk("splits")
     for source, message in {
         "paths.parquet": "expected the bytes of an image, found none; put the images into the file, or name their folder",
-        "saved": "found what `save_to_disk` of the library datasets writes",
-        "splits": "found what `save_to_disk` of the library datasets writes",
+        "saved": "found a folder as save_to_disk of the library datasets writes it",
+        "splits": "found a folder as save_to_disk of the library datasets writes it",
     }.items():
         with pytest.raises(InputError, match=rf"^{source}: .*{message}"):
             read_set(source, info=info_of(synthetic))

@@ -214,7 +214,7 @@ def test_parquet_files_go_by_the_names_of_their_classes(
 
 @pytest.mark.parametrize("label_kind", ["weights", "logits", None])
 def test_soft_labels_of_another_programs_parquet_file_are_of_the_kind_that_is_given(
-    tmp_path: Path, label_kind: str | None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, label_kind: str | None
 ) -> None:
     from pyarrow import parquet
 
@@ -228,6 +228,7 @@ def test_soft_labels_of_another_programs_parquet_file_are_of_the_kind_that_is_gi
     parquet.write_table(table.replace_schema_metadata(None), file)
     back = read_set(file, info=info, label_kind=label_kind)
     assert back.label_kind == (label_kind or "logits")
+    assert ("are they weights" in caplog.text) is (back.label_kind == "logits")
     assert torch.equal(back.labels, synthetic.labels)
 
 
@@ -235,7 +236,7 @@ def test_soft_labels_of_another_programs_parquet_file_are_of_the_kind_that_is_gi
 def test_what_datasets_saves_to_disk_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(
-        InputError, match=r"found what `save_to_disk` of the library datasets writes \(its `to_parquet`"
+        InputError, match=r"found a folder as save_to_disk of the library datasets writes it \(its to_parquet"
     ):
         read_set(tmp_path)
 
