@@ -202,6 +202,31 @@ def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCa
         assert told in "".join(warnings)
 
 
+def test_a_folder_of_the_library_datasets_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("saved").mkdir()
+    Path("saved/dataset_info.json").write_text("{}")
+    assert convert("saved", "ours") == 2
+    assert (
+        "saved: expected files of a known kind, found a folder as save_to_disk of the library datasets"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_whitened_set_is_not_what_dc_benchmark_tests(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    save_public_pair(torch.arange(10))
+    told = "dc_benchmark does not whiten its test images"
+    assert convert("theirs", "normalised", "--to", "dc_benchmark", "--dataset", "digits") == 0
+    assert told not in caplog.text
+    assert convert("theirs", "whitened", "--to", "dc_benchmark", "--dataset", "digits", "--zca") == 0
+    assert told in caplog.text
+    assert convert("theirs", "ours", "--zca", "--lr_teacher", "0.07", *DIGITS) == 0
+    caplog.clear()
+    assert convert("ours", "bench", "--to", "dc_benchmark") == 0
+    assert told in caplog.text
+    assert "trains at its --lr_net, 0.01 if not given (the set's own: 0.07)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("destination", "flags", "files", "words"),
     [

@@ -7,7 +7,6 @@ experts is the folder that --buffer_path names, in the public code and here.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mtt_fast.convert.options import ConvertOptions, parse_options
 from mtt_fast.convert.sets import convert_set
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.interop import SET_KINDS, set_kinds_of
+from mtt_fast.interop.sets import content_of
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,8 @@ def main(argv: Sequence[str]) -> None:
     source, kinds = Path(options.source), EXPERT_KINDS | SET_KINDS
     found = [options.from_] if options.from_ else [*expert_kinds_of(source), *set_kinds_of(source)]
     if not found:
-        content = "other files" if os.path.lexists(source) else "nothing there"
         raise InputError(
-            f"{source}: expected files of a known kind, found {content}; check the path, or give --from KIND"
+            f"{source}: expected files of a known kind, found {content_of(source)}; check the path, or give --from KIND"
         )
     kind, *others = found
     for option, name in (("--from", kind), ("--to", options.to)):

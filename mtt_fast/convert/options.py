@@ -114,7 +114,7 @@ class ConvertOptions:
             reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share"), unread)
         else:
             reasons |= self._without_effect_on_data()
-        if kind in ("dc_benchmark", "png", "parquet"):
+        if kind in ("dc_benchmark", "png"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
         if kind in ("png", "parquet"):
             reasons["distilled_share"] = "on pictures, whose record contains it"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import logging
+import os
 import shlex
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -83,7 +85,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, distilled))
-    for line in _left_out(to, distilled, written):
+    for line in _left_out(to, distilled, written, whitened=bool(_is_whitened(options, distilled))):
         log.warning("%s", line)
     if isinstance(distilled, SyntheticDataset) and distilled.canvas and to != "synthetic":
         log.info(
@@ -92,12 +94,26 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         )  # fmt: skip
 
 
-def _left_out(to: str, distilled: SyntheticDataset | TensorSet, written: list[Path]) -> Iterator[str]:
-    """Yield what the `written` files of the kind `to` do not hold: learning rates of the set, and which of its images are real."""
+def _is_whitened(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> bool | None:
+    """Return whether the images are ZCA-whitened, or None where neither the set nor an option says so."""
+    if isinstance(distilled, SyntheticDataset):
+        return distilled.whitening is not None
+    return options.zca or None
+
+
+def _left_out(
+    to: str, distilled: SyntheticDataset | TensorSet, written: list[Path], *, whitened: bool
+) -> Iterator[str]:
+    """Yield what the `written` files of the kind `to` do not hold: learning rates, whitening, and which images are real."""
     if isinstance(distilled, SyntheticDataset) and distilled.real is not None and to not in ("synthetic", *_PICTURES):
         yield (
             f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
             f"ones of each class (evaluate, convert: --distilled_share {distilled.recipe['distilled_share']:g})"
+        )
+    if to == "dc_benchmark" and whitened:
+        yield (
+            "files of this kind do not hold the whitening of the images, and dc_benchmark does not whiten its test images: the "
+            "accuracy that it gives is not that of the set"
         )
     lrs = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
     images, *others = written
@@ -215,25 +231,35 @@ def _for_ddranking(
 def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet) -> str:
     """Return in words how other software reads the files."""
     first = written[0]
-    zca: bool | None = options.zca or None
-    if isinstance(distilled, SyntheticDataset):
-        zca = distilled.whitening is not None
+    zca = _is_whitened(options, distilled)
     space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
+    labels = {
+        "indices": "class indices", "probabilities": "probabilities", "weights": "weights of the classes",
+        "logits": "logits (take their softmax)",
+    }[distilled.label_kind]  # fmt: skip
+    soft = distilled.label_kind != "indices"
     match kind:
         case "synthetic":
             return f"use it with: python -m mtt_fast.evaluate {shlex.quote(str(first))}"
         case "ddranking":
             return _for_ddranking(options, first.parent, distilled, zca)
         case "dc_benchmark":
-            return f"dc_benchmark's root is {options.destination}; images are {space}"
+            own = "" if distilled.lr is None else f" (the set's own: {float(distilled.lr):.4g})"
+            return (
+                f"dc_benchmark's root is {options.destination}; images are {space}. Its evaluator trains at its --lr_net, 0.01 "
+                f"if not given{own}"
+            )
         case "dc":
             return f"images, labels = torch.load({str(first)!r}, weights_only=False)['data'][-1]; images are {space}"
         case "png":
-            return f"torchvision.datasets.ImageFolder({options.destination!r}) reads it. {_LOSSY}"
+            # of the folder alone, `datasets` would take a class called "train" for the split, and drop all others
+            files = os.path.join(glob.escape(options.destination), "**")
+            return (
+                f"torchvision.datasets.ImageFolder({options.destination!r}) reads it, and so does "
+                f"datasets.load_dataset('imagefolder', data_files={files!r}, split='train')"
+                f"{f', without the {labels} in {written[-1]}' if soft else ''}. {_LOSSY}"
+            )
         case "parquet":
-            return f"datasets.load_dataset('parquet', data_files={str(first)!r}) reads it. {_LOSSY}"
-    labels = {
-        "indices": "class indices", "probabilities": "probabilities", "weights": "weights of the classes",
-        "logits": "logits (take their softmax)",
-    }  # fmt: skip
-    return f"torch.load reads each; images are {space}, labels are {labels[distilled.label_kind]}"
+            columns = f"; soft_label holds {labels}" if soft else ""
+            return f"datasets.load_dataset('parquet', data_files={str(first)!r}, split='train') reads it{columns}. {_LOSSY}"
+    return f"torch.load reads each; images are {space}, labels are {labels}"

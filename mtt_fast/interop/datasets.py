@@ -89,6 +89,8 @@ def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:
 
 
 def _length(dataset: Any, where: str) -> int:
+    if isinstance(dataset, Mapping) and 0 not in dataset:  # a DatasetDict
+        raise InputError(f"{where}: expected the images of one split, found {shown(dataset)}; give one of these")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise InputError(f"{where}: expected a map-style dataset, with a length and items, found {shown(dataset)}")
     return len(dataset)

@@ -36,9 +36,10 @@ _MAX_NAME = 500  # letters of CLASS/NNNNN.png
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
     pictures, files = as_bytes(synthetic, folder), []
+    digits = max(3, len(str(len(synthetic.class_names) - 1)))  # readers number the classes in the order of their names
     with atomic_folder(folder, last=LABELS) as content:
         for number, (picture, label) in enumerate(zip(pictures, synthetic.classes.tolist(), strict=True)):
-            files.append(f"{label:03d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
+            files.append(f"{label:0{digits}d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
             (content / files[-1]).parent.mkdir(exist_ok=True)
             as_image(picture.float() / 255).save(content / files[-1], format="PNG")
         kept = {"files": files, "labels": synthetic.labels.tolist()}

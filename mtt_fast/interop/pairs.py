@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
-from mtt_fast.interop.tensor_set import TensorSet, tensor_set
+from mtt_fast.interop.tensor_set import TensorSet, label_warnings, tensor_set
 from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 
@@ -140,11 +140,7 @@ def whitening_warnings(source: str | os.PathLike[str], distilled: TensorSet, *, 
             f"{source}: images from {least:.3g} to {most:.3g} look like pictures; those that networks see are "
             f"{'whitened' if zca else 'normalised'} and have negative values"
         )
-    if distilled.label_kind == "logits" and bool((distilled.labels >= 0).all()):
-        yield (
-            f"{source}: labels taken as logits are at least 0; are they weights, as of cross-entropy, whose sums are not 1? "
-            "Then give the `label_kind` weights"
-        )
+    yield from label_warnings(source, distilled)
 
 
 def find_images(source: Path) -> Path:

@@ -1,14 +1,15 @@
 """Distilled sets as parquet files, laid out as the library `datasets` and the hub lay out images.
 
 Columns: `image` {bytes: PNG, path}, `label` (the class), and `soft_label` where labels are soft. `datasets` reads the
-features from the schema: `load_dataset("parquet", data_files=…)` decodes images and names classes. See
-picture_record.py for what pictures lose. Needs pyarrow: pip install 'mtt-fast[parquet]'.
+features from the schema: `load_dataset("parquet", data_files=…)` decodes images and names classes. Files that it writes
+itself lack the record of the set. See picture_record.py for what pictures lose. Needs pyarrow: pip install 'mtt-fast[parquet]'.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,13 @@ from mtt_fast.data.images import as_image, decode_bytes, read_header
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, label_warnings, tensor_set
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, complaint_of
 from mtt_fast.storage.regular import check_regular
 from mtt_fast.storage.text_files import parse_json
+
+log = logging.getLogger(__name__)
 
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
@@ -61,11 +64,14 @@ def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> 
     return [Path(path)]
 
 
-def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, lr: float = 0.01) -> SyntheticDataset:
+def read_parquet(
+    path: str | os.PathLike[str], info: SourceInfo | None = None, lr: float = 0.01, label_kind: str | None = None
+) -> SyntheticDataset:
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
     `info` of the real images gives the whitening of a whitened set; for a file that `write_parquet` did not write it
-    gives all the properties, and `lr` the learning rate; its labels are matched by the names of its classes, if it has any.
+    gives all the properties, and `lr` the learning rate; its labels are matched by the names of its classes, if it has any,
+    and its soft labels are of `label_kind`, or of the kind that they look like.
     Raises `InputError` for a broken or foreign file, where properties are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
@@ -87,7 +93,13 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
         ) from error
     pictures = _decode(contents, path)
     if record is not None:
-        return from_pictures(pictures, labels if soft is None else soft, record, info, path)
+        synthetic = from_pictures(pictures, labels if soft is None else soft, record, info, path)
+        if label_kind is not None:
+            raise InputError(
+                f"`label_kind` {label_kind}: has no effect on {path}, whose labels are known to be {synthetic.label_kind}; "
+                "leave it out"
+            )
+        return synthetic
     if info is None:
         raise InputError(
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "
@@ -103,7 +115,10 @@ def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, l
         indices = class_indices(names, info.class_names, path)
         targets = relabelled(targets, indices, len(info.class_names), path)
     images = info.transform.apply(pictures.float() / 255)
-    return as_synthetic(tensor_set(images, targets, None, str(path)), info, lr, {}, {}, str(path))
+    distilled = tensor_set(images, targets, None, str(path), label_kind)
+    for line in label_warnings(path, distilled):
+        log.warning("%s", line)
+    return as_synthetic(distilled, info, lr, {}, {}, str(path))
 
 
 def _check_columns(file: Any, path: Path) -> None:
@@ -149,7 +164,8 @@ def _rows(file: Any, columns: list[str], most: int, path: Path) -> Iterator[dict
             content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
             if not isinstance(content, bytes):
                 raise InputError(
-                    f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
+                    f"{path}: row {number}: expected the bytes of an image, found none; put the images into the file, or "
+                    "name their folder itself"
                 )
             total, number = total + len(content), number + 1
             if total > most:

@@ -100,8 +100,8 @@ def read_set(
 ) -> SyntheticDataset | TensorSet:
     """Read a distilled set of `kind`, or of the kind that the names of its files look like.
 
-    Kinds that contain only tensors give a `TensorSet`; the kind of their soft labels is `label_kind`, or guessed from the
-    values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
+    Kinds that contain only tensors give a `TensorSet`; the kind of their soft labels, and of those in another program's
+    parquet file, is `label_kind`, or guessed from the values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
     If a folder holds sets of several kinds, the first of `set_kinds_of` is read, and a warning names the others.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
@@ -126,7 +126,7 @@ def read_set(
         case "png":
             return read_image_folder(source, info, lr)
         case "parquet":
-            return read_parquet(_only(source, "*.parquet"), info, lr)
+            return read_parquet(_only(source, "*.parquet"), info, lr, label_kind)
     raise InputError(_unknown(source, "`from`", kind))
 
 
@@ -185,6 +185,15 @@ def write_set(
     return [file]
 
 
+def content_of(source: str | os.PathLike[str]) -> str:
+    """Return in words what is at `source`, where its names suggest no kind of set."""
+    if not os.path.lexists(source):
+        return "nothing there"
+    if os.path.isdir(source) and {"dataset_info.json", "dataset_dict.json"} & set(names_in(source)):
+        return "a folder as save_to_disk of the library datasets writes it (its to_parquet writes a kind that is known)"
+    return "other files"
+
+
 def _only(source: Path, pattern: str) -> Path:
     if not os.path.isdir(source):
         return source
@@ -208,6 +217,5 @@ def _dataset(distilled: SyntheticDataset | TensorSet, dataset: str | None) -> st
 def _unknown(where: Path, option: str, kind: str | None) -> str:
     kinds = ", ".join(SET_KINDS)
     if kind is None:
-        what = "nothing there" if not os.path.lexists(where) else "other files"
-        return f"{where}: expected a distilled set ({kinds}), found {what}; check the path, or give {option} KIND"
+        return f"{where}: expected a distilled set ({kinds}), found {content_of(where)}; check the path, or give {option} KIND"
     return f"{option} {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,15 @@ def guess_label_kind(labels: Tensor) -> str:
     Both lie in files of one name: TESLA and MCT write probabilities, DATM and its successors logits.
     """
     return "probabilities" if are_probabilities(labels) else "logits"
+
+
+def label_warnings(source: str | os.PathLike[str], distilled: TensorSet) -> Iterator[str]:
+    """Yield reasons to doubt the kind of the labels of the set at `source`, which does not say it."""
+    if distilled.label_kind == "logits" and bool((distilled.labels >= 0).all()):
+        yield (
+            f"{source}: labels taken as logits are at least 0; are they weights, as of cross-entropy, whose sums are not 1? "
+            "Then give the `label_kind` weights"
+        )
 
 
 def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSet:

@@ -105,6 +105,15 @@ def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     assert distilled.lr == pytest.approx(0.05)
 
 
+def test_sorted_folders_are_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    """Check a set of more classes than three digits number: other software counts the sorted folders."""
+    names = tuple(f"class {number}" for number in range(1001))
+    files = distilled(images=torch.zeros(1001, 1, 1, 1), labels=torch.arange(1001), class_names=names, mean=(0.5,), std=(0.5,)).export("png", tmp_path)  # fmt: skip
+    folders = [file.parent.name for file in files[:-1]]
+    assert folders == sorted(folders)
+    assert read_set(tmp_path).labels.tolist() == list(range(1001))
+
+
 def coloured_folder(root: Path, names: Sequence[str], value_of: Sequence[int]) -> Path:
     """Write one picture a class folder, whose red is the class that it shows."""
     for name, value in zip(names, value_of, strict=True):
@@ -201,6 +210,35 @@ def test_parquet_files_go_by_the_names_of_their_classes(
     info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     distilled = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
     assert distilled.labels.tolist() == expected
+
+
+@pytest.mark.parametrize("label_kind", ["weights", "logits", None])
+def test_soft_labels_of_another_programs_parquet_file_are_of_the_kind_that_is_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, label_kind: str | None
+) -> None:
+    from pyarrow import parquet
+
+    synthetic = distilled("weights")
+    (file,) = synthetic.export("parquet", tmp_path)
+    table = parquet.read_table(file)
+    info = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, None)
+    if label_kind:
+        with pytest.raises(InputError, match=rf"^`label_kind` {label_kind}: .* are known to be weights; leave it out"):
+            read_set(file, info=info, label_kind=label_kind)
+    parquet.write_table(table.replace_schema_metadata(None), file)
+    back = read_set(file, info=info, label_kind=label_kind)
+    assert back.label_kind == (label_kind or "logits")
+    assert ("are they weights" in caplog.text) is (back.label_kind == "logits")
+    assert torch.equal(back.labels, synthetic.labels)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
+def test_what_datasets_saves_to_disk_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(
+        InputError, match=r"found a folder as save_to_disk of the library datasets writes it \(its to_parquet"
+    ):
+        read_set(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
         ([{"picture": 1}], r"expected image \(or img\) and label, found picture"),
         ([{"img": 1}], r"expected image \(or img\) and label, found img"),
         ([7], r"expected \(image, label\), found int"),
+        (
+            {"train": [], "test": []},
+            "expected the images of one split, found a dictionary with train, test; give one of these",
+        ),
     ],
 )
 def test_datasets_that_cannot_be_read_are_refused(dataset: Any, message: str) -> None:
