@@ -55,7 +55,7 @@ from mtt_fast.training.images import RealImages, real_images
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN = 1.0  # seconds, until the experts that other processes train are looked for again
+_LOOK_AGAIN = 5.0  # seconds, until the experts that other processes train are looked for again
 
 STORE_DTYPES: dict[StoreDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -319,6 +319,7 @@ def _train_unclaimed(
     def jobs() -> Iterator[Job[tuple[Tensor, list[float]]]]:
         while claim := claim_expert(folder, unclaimed, digest):
             claims.append(claim)
+            bar.set_description(refresh=False)  # of waiting
             yield expert_job(
                 images, network, training, seed=request.seed, index=claim.index, precision=precision, bar=bar, stop=stop
             )
