@@ -37,6 +37,10 @@ _OTHERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "ResNet18BN": partial(resnet18, batch_norm=True),
     "ResNet18_AP": partial(resnet18, average_pooled=True),
     "ResNet18BN_AP": partial(resnet18, batch_norm=True, average_pooled=True),
+    "MLP_Tiny": mlp,
+    "LeNet_Tiny": partial(lenet, first_stride=2),
+    "AlexNet_Tiny": partial(alexnet, first_stride=2),
+    "VGG11_Tiny": partial(vgg11, last_stride=2),
     "ResNet18_Tiny": partial(resnet18, first_stride=2),
     "ResNet18BN_Tiny": partial(resnet18, batch_norm=True, first_stride=2),
 }
@@ -66,9 +70,10 @@ def network_by_name(
     The name is ConvNet with depth, width, activation, norm and pooling, each of them optional, in this order: ConvNetD4,
     ConvNetW256, ConvNetD2W64BN, ConvNetAL, ConvNetNNMP. Activations: AS sigmoid, AR ReLU, AL leaky ReLU, ASwish.
     Norms: IN instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. ConvNet alone is
-    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11, ResNet18, ResNet18_AP
-    (average pooled) and ResNet18_Tiny (first stride 2, for 64-pixel images), all with instance norm where they have a norm, and
-    AlexNetBN, VGG11BN, ResNet18BN, ResNet18BN_AP, ResNet18BN_Tiny.
+    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11, ResNet18 and ResNet18_AP
+    (average pooled); those of DATM's code for 64-pixel images, LeNet_Tiny, AlexNet_Tiny and ResNet18_Tiny (first stride 2), VGG11_Tiny
+    (a quarter of the features) and MLP_Tiny (MLP), all with instance norm where they have a norm; and AlexNetBN, VGG11BN, ResNet18BN,
+    ResNet18BN_AP, ResNet18BN_Tiny.
 
     `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
     all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images

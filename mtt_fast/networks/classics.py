@@ -1,7 +1,7 @@
 """MLP, LeNet, AlexNet and VGG11 as the public code has them: for 32-pixel images, and 28-pixel ones of one channel.
 
-Names and order of the parameters are the public code's. Other sizes, which that code lacks, change only the number of
-the classifier's features.
+Names and order of the parameters are the public code's. Other sizes change only the number of the classifier's features. For
+64-pixel images DATM's code has networks that halve the images once more (`first_stride`, `last_stride`), under names of their own.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def mlp(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     )
 
 
-def lenet(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def lenet(image_shape: tuple[int, int, int], num_classes: int, *, first_stride: int = 1) -> nn.Module:
     """Return LeNet-5 with ReLU and max pooling, for images (C, H, W). Raises `InputError` if they are too small."""
     channels, *sides = image_shape
     padding = 2 if channels == 1 else 0
-    height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in sides)
+    height, width = ((((side + 2 * padding - 5) // first_stride + 1) // 2 - 4) // 2 for side in sides)
     _check("LeNet", image_shape, height, width)
     features = nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(channels, 6, 5, first_stride, padding), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
     )  # fmt: skip
     return in_sequence(
@@ -47,35 +47,40 @@ def lenet(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     )
 
 
-def alexnet(image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False) -> nn.Module:
+def alexnet(
+    image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False, first_stride: int = 1
+) -> nn.Module:
     """Return AlexNet with the strides and widths of the public code, for images (C, H, W); it has no dropout.
 
     `batch_norm` puts a batch norm after each convolution. Raises `InputError` if the images are too small.
     """
     channels, *sides = image_shape
     padding = 4 if channels == 1 else 2
-    height, width = ((side + 2 * (padding - 2)) // 8 for side in sides)
+    height, width = (((side + 2 * padding - 5) // first_stride + 1) // 8 for side in sides)
     _check("AlexNet", image_shape, height, width)
 
-    def block(before: int, after: int, kernel: int, padding: int) -> list[nn.Module]:
+    def block(before: int, after: int, kernel: int, padding: int, stride: int = 1) -> list[nn.Module]:
         norm = [nn.BatchNorm2d(after)] if batch_norm else []
-        return [nn.Conv2d(before, after, kernel, padding=padding), *norm, nn.ReLU()]
+        return [nn.Conv2d(before, after, kernel, stride, padding), *norm, nn.ReLU()]
 
     features = nn.Sequential(
-        *block(channels, 128, 5, padding), nn.MaxPool2d(2), *block(128, 192, 5, 2), nn.MaxPool2d(2),
+        *block(channels, 128, 5, padding, first_stride), nn.MaxPool2d(2), *block(128, 192, 5, 2), nn.MaxPool2d(2),
         *block(192, 256, 3, 1), *block(256, 192, 3, 1), *block(192, 192, 3, 1), nn.MaxPool2d(2),
     )  # fmt: skip
     return in_sequence(features=features, flatten=nn.Flatten(), fc=nn.Linear(192 * height * width, num_classes))
 
 
-def vgg11(image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False) -> nn.Module:
+def vgg11(
+    image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False, last_stride: int = 1
+) -> nn.Module:
     """Return VGG11 with one linear layer and no dropout, for images (C, H, W).
 
-    Its norm is an instance norm, or a batch norm. Raises `InputError` if the images are too small.
+    Its norm is an instance norm, or a batch norm. Of every `last_stride` × `last_stride` pixels of the last map the classifier sees
+    one, the first. Raises `InputError` if the images are too small.
     """
     channels, *sides = image_shape
     padding = 3 if channels == 1 else 1
-    height, width = ((side + 2 * (padding - 1)) // 32 for side in sides)
+    height, width = (((side + 2 * (padding - 1)) // 32 - 1) // last_stride + 1 for side in sides)
     _check("VGG11", image_shape, height, width)
     layers: list[nn.Module] = []
     before = channels
@@ -86,6 +91,8 @@ def vgg11(image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bo
             convolution = nn.Conv2d(before, after, 3, padding=1 if layers else padding)
             layers += [convolution, norm_2d(after, batch_norm=batch_norm), nn.ReLU()]
             before = after
+    if last_stride > 1:
+        layers.append(nn.AvgPool2d(1, last_stride))
     return in_sequence(
         features=nn.Sequential(*layers),
         flatten=nn.Flatten(),

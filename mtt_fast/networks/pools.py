@@ -14,7 +14,8 @@ POOLS: dict[str, tuple[str, ...]] = {
     "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
     "BN": ("ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"),
 }
-"""Networks by the letter of `get_eval_pool`: M as in MTT (Table 3 of the paper), B as in DM, BN as in DATM.
+"""Networks by the letter of `get_eval_pool`: M as in MTT (Table 3 of the paper; DATM, PAD and ATT leave ResNet18_AP out), B as in DM, BN as in
+DATM.
 
 The pools ablate architecture (M), width (W), depth (D), activation (A), pooling (P), norm (N), batch norm (B, BN).
 """
@@ -24,7 +25,8 @@ def eval_pool(eval_mode: str, model: str) -> tuple[str, ...]:
     """Return the names of the networks of the pool `eval_mode`, where the distillation's own network is `model`.
 
     Besides `POOLS`: S is `model` itself, with instance norm in place of batch norm as in the public code, since a
-    small set says little of batch statistics; SS is `model` as it is; C is `model` and ConvNet.
+    small set says little of batch statistics (that code also drops what comes after BN in a name); SS is `model` as it is; C is `model`
+    and ConvNet.
     Raises `InputError` for another letter.
     """
     own = {"S": (model.replace("BN", ""),), "SS": (model,), "C": tuple(dict.fromkeys((model, "ConvNet")))}

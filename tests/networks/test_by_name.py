@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -84,6 +84,10 @@ COUNTS: list[tuple[str, tuple[int, int, int], int, int]] = [
     ("ResNet18", CIFAR, 100, resnet18(CIFAR, 100, 512)),
     ("ResNet18", MNIST, 10, resnet18(MNIST, 10, 512)),
     ("ResNet18_AP", CIFAR, 10, resnet18(CIFAR, 10, 512 * 16)),
+    ("MLP_Tiny", TINY, 200, linear(12_288, 128) + linear(128, 128) + linear(128, 200)),
+    ("LeNet_Tiny", TINY, 10, 62_006),
+    ("AlexNet_Tiny", TINY, 200, alexnet(TINY, 200)),
+    ("VGG11_Tiny", TINY, 200, vgg11(TINY, 200)),
     ("ResNet18_Tiny", TINY, 200, resnet18(TINY, 200, 512)),
     ("ResNet18BN_Tiny", TINY, 200, resnet18(TINY, 200, 512)),
     ("ResNet18BN_AP", CIFAR, 100, resnet18(CIFAR, 100, 512 * 16)),
@@ -134,20 +138,20 @@ class Reader:
         return F.linear(x, self.take(after, x.shape[1]), self.take(after))
 
 
-def plain_alexnet(p: Reader, x: Tensor) -> Tensor:
-    x = F.max_pool2d(p.conv(x, 128, 5, 4 if x.shape[1] == 1 else 2).relu(), 2)
+def plain_alexnet(p: Reader, x: Tensor, first: int = 1) -> Tensor:
+    x = F.max_pool2d(p.conv(x, 128, 5, 4 if x.shape[1] == 1 else 2, first).relu(), 2)
     x = F.max_pool2d(p.conv(x, 192, 5, 2).relu(), 2)
     for after in (256, 192, 192):
         x = p.conv(x, after, 3, 1).relu()
     return p.linear(F.max_pool2d(x, 2), 10)
 
 
-def plain_vgg11(p: Reader, x: Tensor) -> Tensor:
+def plain_vgg11(p: Reader, x: Tensor, last: int = 1) -> Tensor:
     for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
         for after in stage:
             x = p.instance(p.conv(x, after, 3, 3 if x.shape[1] == 1 else 1)).relu()
         x = F.max_pool2d(x, 2)
-    return p.linear(x, 10)
+    return p.linear(x[:, :, ::last, ::last], 10)
 
 
 def plain_resnet18(p: Reader, x: Tensor, pooled: bool = False, first: int = 1) -> Tensor:
@@ -164,26 +168,37 @@ def plain_resnet18(p: Reader, x: Tensor, pooled: bool = False, first: int = 1) -
     return p.linear(x if pooled else F.avg_pool2d(x, 4), 10)
 
 
-def plain_lenet(p: Reader, x: Tensor) -> Tensor:
-    x = F.max_pool2d(p.conv(x, 6, 5, 2 if x.shape[1] == 1 else 0).relu(), 2)
+def plain_lenet(p: Reader, x: Tensor, first: int = 1) -> Tensor:
+    x = F.max_pool2d(p.conv(x, 6, 5, 2 if x.shape[1] == 1 else 0, first).relu(), 2)
     x = F.max_pool2d(p.conv(x, 16, 5, 0).relu(), 2)
     return p.linear(p.linear(p.linear(x, 120).relu(), 84).relu(), 10)
 
 
-PLAIN = {
+def plain_mlp(p: Reader, x: Tensor) -> Tensor:
+    return p.linear(p.linear(p.linear(x, 128).relu(), 128).relu(), 10)
+
+
+PLAIN: dict[str, Callable[[Reader, Tensor], Tensor]] = {
     "AlexNet": plain_alexnet,
     "VGG11": plain_vgg11,
     "ResNet18": plain_resnet18,
-    "ResNet18_AP": lambda p, x: plain_resnet18(p, x, pooled=True),
+    "ResNet18_AP": partial(plain_resnet18, pooled=True),
     "LeNet": plain_lenet,
-    "MLP": lambda p, x: p.linear(p.linear(p.linear(x, 128).relu(), 128).relu(), 10),
+    "MLP": plain_mlp,
+}
+PLAIN_TINY: dict[str, Callable[[Reader, Tensor], Tensor]] = {
+    "AlexNet_Tiny": partial(plain_alexnet, first=2),
+    "VGG11_Tiny": partial(plain_vgg11, last=2),
+    "ResNet18_Tiny": partial(plain_resnet18, first=2),
+    "LeNet_Tiny": partial(plain_lenet, first=2),
+    "MLP_Tiny": plain_mlp,
 }
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
     [(name, shape) for name in PLAIN for shape in (CIFAR, MNIST)]  # 28 pixels, halved, become odd
-    + [("ResNet18_Tiny", TINY)],
+    + [(name, TINY) for name in PLAIN_TINY],
 )
 def test_outputs_equal_the_layers_written_out(name: str, shape: tuple[int, int, int]) -> None:
     net = network_by_name(name, shape, 10)
@@ -191,8 +206,7 @@ def test_outputs_equal_the_layers_written_out(name: str, shape: tuple[int, int, 
     theta += 0.02 * torch.randn(theta.shape, dtype=torch.float64)  # the norms' parameters differ too
     images = torch.randn(2, *shape, dtype=torch.float64)
     reader = Reader(theta)
-    plain = PLAIN.get(name, partial(plain_resnet18, first=2))
-    assert_close("logits", net(theta, images), plain(reader, images), 1e-10)
+    assert_close("logits", net(theta, images), (PLAIN | PLAIN_TINY)[name](reader, images), 1e-10)
     assert reader.begin == net.num_parameters
 
 
@@ -299,6 +313,14 @@ def test_fresh_parameters_have_the_default_distribution_of_torch(name: str) -> N
             assert float(parameter.mean()) == pytest.approx(0, abs=0.1 * bound)
 
 
+@pytest.mark.parametrize("name", ["LeNet", "VGG11BN", "AlexNet_Tiny", "ConvNetD2W8LN"])
+def test_a_seed_gives_the_parameters_that_modules_of_torch_have(name: str) -> None:
+    torch.manual_seed(3)
+    net = network_by_name(name, CIFAR, 10)
+    assert isinstance(net, FlatModule)
+    assert torch.equal(net.init(torch.Generator().manual_seed(3)), FlatModule.init(net))
+
+
 def test_fresh_parameters_follow_from_the_generator_alone() -> None:
     before = torch.get_rng_state()
     net = network_by_name("AlexNetBN", CIFAR, 10)
@@ -367,6 +389,7 @@ def test_wrong_names_are_refused(name: str, shape: tuple[int, int, int], message
 def test_pools_are_those_of_the_public_code() -> None:
     assert eval_pool("S", "ConvNetD4") == ("ConvNetD4",)
     assert eval_pool("S", "ConvNetBN") == ("ConvNet",)
+    assert eval_pool("S", "ResNet18BN_AP") == ("ResNet18_AP",)
     assert eval_pool("SS", "ConvNetBN") == ("ConvNetBN",)
     assert eval_pool("C", "AlexNet") == ("AlexNet", "ConvNet")
     assert eval_pool("C", "ConvNet") == ("ConvNet",)

@@ -87,6 +87,14 @@ def test_init_has_the_default_distribution_of_torch(norm: Norm) -> None:
             assert torch.equal(ours, theirs.detach())
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_seed_gives_the_parameters_that_modules_of_torch_have(norm: Norm) -> None:
+    torch.manual_seed(3)
+    module = reference_convnet(3, 10, 32, 8, 3, norm)
+    theta = ConvNet(width=8, norm=norm).init(torch.Generator().manual_seed(3))
+    assert torch.equal(theta, torch.nn.utils.parameters_to_vector(module.parameters()).to(theta))
+
+
 def test_init_repeats_with_the_generator() -> None:
     net = ConvNet(width=4)
     first, second, other = (net.init(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
