@@ -29,7 +29,7 @@ from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.commands.options import Count
 from mtt_fast.errors import InputError
-from mtt_fast.networks.resnets import resnet18
+from mtt_fast.networks.resnets import resnet
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.testing import relative_error
 
@@ -68,7 +68,7 @@ class _VisionTransformer(nn.Module):
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ConvNet": lambda: testing.reference_convnet(3, _CLASSES, 32, 128, 3),
-    "ResNet18": lambda: resnet18(_SHAPE, _CLASSES),
+    "ResNet18": lambda: resnet(_SHAPE, _CLASSES),
     "ViT": _VisionTransformer,
 }
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mtt_fast.errors import InputError
-from mtt_fast.networks.classics import alexnet, lenet, mlp, vgg11
+from mtt_fast.networks.classics import alexnet, lenet, mlp, vgg
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.convnet_variants import convnet_variant
 from mtt_fast.networks.flat_module import FlatModule
 from mtt_fast.networks.layers import default_parameters
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.networks.resnets import resnet18
+from mtt_fast.networks.resnets import resnet
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"AS": nn.Sigmoid, "AR": nn.ReLU, "AL": nn.LeakyReLU, "ASwish": nn.SiLU}
 _NORMS = {"NN": "none", "BN": "batch", "LN": "layer", "IN": "instance", "GN": "group"}
@@ -31,18 +31,18 @@ _OTHERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "LeNet": lenet,
     "AlexNet": alexnet,
     "AlexNetBN": partial(alexnet, batch_norm=True),
-    "VGG11": vgg11,
-    "VGG11BN": partial(vgg11, batch_norm=True),
-    "ResNet18": resnet18,
-    "ResNet18BN": partial(resnet18, batch_norm=True),
-    "ResNet18_AP": partial(resnet18, average_pooled=True),
-    "ResNet18BN_AP": partial(resnet18, batch_norm=True, average_pooled=True),
+    **{f"VGG{depth}": partial(vgg, depth=depth) for depth in (11, 13, 16, 19)},
+    **{f"VGG{depth}BN": partial(vgg, depth=depth, batch_norm=True) for depth in (11, 13, 16, 19)},
+    **{f"ResNet{depth}": partial(resnet, depth=depth) for depth in (18, 34, 50, 101, 152)},
+    **{f"ResNet{depth}BN": partial(resnet, depth=depth, batch_norm=True) for depth in (18, 34, 50, 101, 152)},
+    "ResNet18_AP": partial(resnet, average_pooled=True),
+    "ResNet18BN_AP": partial(resnet, batch_norm=True, average_pooled=True),
     "MLP_Tiny": mlp,
     "LeNet_Tiny": partial(lenet, first_stride=2),
     "AlexNet_Tiny": partial(alexnet, first_stride=2),
-    "VGG11_Tiny": partial(vgg11, last_stride=2),
-    "ResNet18_Tiny": partial(resnet18, first_stride=2),
-    "ResNet18BN_Tiny": partial(resnet18, batch_norm=True, first_stride=2),
+    "VGG11_Tiny": partial(vgg, last_stride=2),
+    "ResNet18_Tiny": partial(resnet, first_stride=2),
+    "ResNet18BN_Tiny": partial(resnet, batch_norm=True, first_stride=2),
 }
 
 
@@ -70,10 +70,10 @@ def network_by_name(
     The name is ConvNet with depth, width, activation, norm and pooling, each of them optional, in this order: ConvNetD4,
     ConvNetW256, ConvNetD2W64BN, ConvNetAL, ConvNetNNMP. Activations: AS sigmoid, AR ReLU, AL leaky ReLU, ASwish.
     Norms: IN instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. ConvNet alone is
-    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11, ResNet18 and ResNet18_AP
-    (average pooled); those of DATM's code for 64-pixel images, LeNet_Tiny, AlexNet_Tiny and ResNet18_Tiny (first stride 2), VGG11_Tiny
-    (a quarter of the features) and MLP_Tiny (MLP), all with instance norm where they have a norm; and AlexNetBN, VGG11BN, ResNet18BN,
-    ResNet18BN_AP, ResNet18BN_Tiny.
+    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11 (13, 16, 19), ResNet18 (34, 50, 101, 152)
+    and ResNet18_AP (average pooled); those of DATM's code for 64-pixel images, LeNet_Tiny, AlexNet_Tiny and ResNet18_Tiny (first stride 2),
+    VGG11_Tiny (a quarter of the features) and MLP_Tiny (MLP), all with instance norm where they have a norm; and with batch norm AlexNetBN,
+    VGG11BN, ResNet18BN, …, ResNet18BN_AP, ResNet18BN_Tiny.
 
     `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
     all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images

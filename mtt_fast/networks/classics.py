@@ -1,4 +1,4 @@
-"""MLP, LeNet, AlexNet and VGG11 as the public code has them: for 32-pixel images, and 28-pixel ones of one channel.
+"""MLP, LeNet, AlexNet and VGGs as the public codes have them: for 32-pixel images, and 28-pixel ones of one channel.
 
 Names and order of the parameters are the public code's. Other sizes change only the number of the classifier's features. For
 64-pixel images DATM's code has networks that halve the images once more (`first_stride`, `last_stride`), under names of their own.
@@ -10,7 +10,9 @@ from torch import nn
 
 from mtt_fast.networks.layers import in_sequence, norm_2d, too_small
 
-_VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+_VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+"""Number of convolutions before each pooling, by depth."""
+_VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 
 def mlp(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -70,10 +72,15 @@ def alexnet(
     return in_sequence(features=features, flatten=nn.Flatten(), fc=nn.Linear(192 * height * width, num_classes))
 
 
-def vgg11(
-    image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False, last_stride: int = 1
+def vgg(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    depth: int = 11,
+    batch_norm: bool = False,
+    last_stride: int = 1,
 ) -> nn.Module:
-    """Return VGG11 with one linear layer and no dropout, for images (C, H, W).
+    """Return a VGG of 11, 13, 16 or 19 layers with one linear layer and no dropout, for images (C, H, W).
 
     Its norm is an instance norm, or a batch norm. Of every `last_stride` × `last_stride` pixels of the last map the classifier sees
     one, the first. Raises `InputError` if the images are too small.
@@ -81,16 +88,15 @@ def vgg11(
     channels, *sides = image_shape
     padding = 3 if channels == 1 else 1
     height, width = (((side + 2 * (padding - 1)) // 32 - 1) // last_stride + 1 for side in sides)
-    _check("VGG11", image_shape, height, width)
+    _check(f"VGG{depth}", image_shape, height, width)
     layers: list[nn.Module] = []
     before = channels
-    for after in _VGG11:
-        if isinstance(after, str):
-            layers.append(nn.MaxPool2d(2))
-        else:
+    for after, count in zip(_VGG_CHANNELS, _VGG[depth], strict=True):
+        for _ in range(count):
             convolution = nn.Conv2d(before, after, 3, padding=1 if layers else padding)
             layers += [convolution, norm_2d(after, batch_norm=batch_norm), nn.ReLU()]
             before = after
+        layers.append(nn.MaxPool2d(2))
     if last_stride > 1:
         layers.append(nn.AvgPool2d(1, last_stride))
     return in_sequence(

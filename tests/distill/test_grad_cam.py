@@ -29,7 +29,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import main as experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Network
-from mtt_fast.networks.resnets import resnet18
+from mtt_fast.networks.resnets import resnet
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.tensor_files import load_tensors
@@ -78,7 +78,7 @@ def test_maps_are_those_of_the_last_features_before_a_pooling(name: str) -> None
     module: nn.Module
     network: Network
     if name == "resnet":
-        module, network = resnet18(shape, 4).double(), network_by_name("ResNet18", shape, 4)
+        module, network = resnet(shape, 4).double(), network_by_name("ResNet18", shape, 4)
         layer = module.get_submodule("layer4")
     elif name == "max pooling":
         layer = nn.Conv2d(3, 5, 3)

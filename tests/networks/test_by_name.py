@@ -70,7 +70,14 @@ COUNTS: list[tuple[str, tuple[int, int, int], int, int]] = [
     ("ConvNetD4", TINY, 200, 857_160),
     ("ConvNetD5", IMAGENETTE, 10, 615_690),
     ("ResNet18BN", CIFAR, 10, 11_173_962),
+    ("ResNet34BN", CIFAR, 10, 21_282_122),
+    ("ResNet50BN", CIFAR, 10, 23_520_842),
+    ("ResNet101BN", CIFAR, 10, 42_512_970),
+    ("ResNet152", CIFAR, 10, 58_156_618),
     ("VGG11BN", CIFAR, 10, 9_231_114),
+    ("VGG13", CIFAR, 10, 9_416_010),
+    ("VGG16BN", CIFAR, 10, 14_728_266),
+    ("VGG19", CIFAR, 10, 20_040_522),
     ("LeNet", CIFAR, 10, 62_006),
     ("LeNet", MNIST, 10, 61_706),
     ("MLP", CIFAR, 10, linear(3072, 128) + linear(128, 128) + linear(128, 10)),
@@ -146,9 +153,9 @@ def plain_alexnet(p: Reader, x: Tensor, first: int = 1) -> Tensor:
     return p.linear(F.max_pool2d(x, 2), 10)
 
 
-def plain_vgg11(p: Reader, x: Tensor, last: int = 1) -> Tensor:
-    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
-        for after in stage:
+def plain_vgg(p: Reader, x: Tensor, last: int = 1, counts: Sequence[int] = (1, 1, 2, 2, 2)) -> Tensor:
+    for after, count in zip((64, 128, 256, 512, 512), counts, strict=True):
+        for _ in range(count):
             x = p.instance(p.conv(x, after, 3, 3 if x.shape[1] == 1 else 1)).relu()
         x = F.max_pool2d(x, 2)
     return p.linear(x[:, :, ::last, ::last], 10)
@@ -168,6 +175,18 @@ def plain_resnet18(p: Reader, x: Tensor, pooled: bool = False, first: int = 1) -
     return p.linear(x if pooled else F.avg_pool2d(x, 4), 10)
 
 
+def plain_resnet50(p: Reader, x: Tensor) -> Tensor:
+    x = p.instance(p.conv(x, 64, 3, 1, bias=False)).relu()
+    for inner, count, first in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for stride in (first, *[1] * (count - 1)):
+            y = p.instance(p.conv(x, inner, 1, 0, bias=False)).relu()
+            y = p.instance(p.conv(y, inner, 3, 1, stride, bias=False)).relu()
+            y = p.instance(p.conv(y, 4 * inner, 1, 0, bias=False))
+            x = x if x.shape == y.shape else p.instance(p.conv(x, 4 * inner, 1, 0, stride, bias=False))
+            x = (y + x).relu()
+    return p.linear(F.avg_pool2d(x, 4), 10)
+
+
 def plain_lenet(p: Reader, x: Tensor, first: int = 1) -> Tensor:
     x = F.max_pool2d(p.conv(x, 6, 5, 2 if x.shape[1] == 1 else 0, first).relu(), 2)
     x = F.max_pool2d(p.conv(x, 16, 5, 0).relu(), 2)
@@ -180,15 +199,17 @@ def plain_mlp(p: Reader, x: Tensor) -> Tensor:
 
 PLAIN: dict[str, Callable[[Reader, Tensor], Tensor]] = {
     "AlexNet": plain_alexnet,
-    "VGG11": plain_vgg11,
+    "VGG11": plain_vgg,
+    "VGG16": partial(plain_vgg, counts=(2, 2, 3, 3, 3)),
     "ResNet18": plain_resnet18,
     "ResNet18_AP": partial(plain_resnet18, pooled=True),
+    "ResNet50": plain_resnet50,
     "LeNet": plain_lenet,
     "MLP": plain_mlp,
 }
 PLAIN_TINY: dict[str, Callable[[Reader, Tensor], Tensor]] = {
     "AlexNet_Tiny": partial(plain_alexnet, first=2),
-    "VGG11_Tiny": partial(plain_vgg11, last=2),
+    "VGG11_Tiny": partial(plain_vgg, last=2),
     "ResNet18_Tiny": partial(plain_resnet18, first=2),
     "LeNet_Tiny": partial(plain_lenet, first=2),
     "MLP_Tiny": plain_mlp,
@@ -259,6 +280,10 @@ def test_variants_of_convnet_equal_the_layers_written_out(
         ("AlexNet", ["features.0.weight", "features.3.bias", "features.10.weight", "fc.weight"]),
         ("LeNet", ["features.3.weight", "fc_1.weight", "fc_3.bias"]),
         ("ResNet18", ["conv1.weight", "bn1.weight", "layer2.0.shortcut.1.weight", "layer4.1.bn2.bias"]),
+        (
+            "ResNet50",
+            ["layer1.0.conv3.weight", "layer1.0.shortcut.0.weight", "layer1.2.bn3.bias", "layer4.2.conv2.weight"],
+        ),
         ("ResNet18_AP", ["layer2.0.shortcut.0.weight", "layer2.0.shortcut.2.weight", "classifier.bias"]),
     ],
 )
@@ -368,7 +393,7 @@ def test_plain_names_keep_the_network_with_a_student_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("VGG16", CIFAR, "`model` VGG16: expected ConvNet"),
+        ("VGG12", CIFAR, "`model` VGG12: expected ConvNet"),
         ("ConvNetBNAL", CIFAR, "`model` ConvNetBNAL: expected ConvNet"),
         ("ConvNetW6GN", CIFAR, "width divisible by 4, found 6"),
         ("ConvNetD4MP", (3, 8, 8), "4 poolings leave nothing of 8×8 images"),
