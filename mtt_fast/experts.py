@@ -210,15 +210,9 @@ def train_missing_experts(
     process trains such experts or writes others there; `Stopped` on Ctrl-C or SIGTERM.
     """
     request = _Request(count, images, network, training, seed, dtype, precision)
-    missing = _missing(folder, request)
-    if not missing:
-        return TrajectoryStore(folder)
-    log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
-    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
-        while missing:
-            if not _train_unclaimed(folder, missing, request, at_once, memory_budget, bar, stop):
-                _wait_for_others(len(missing), stop, bar)
-            missing = _missing(folder, request)
+    if missing := _missing(folder, request):
+        log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
+        _train(folder, missing, request, at_once, memory_budget)
     return TrajectoryStore(folder)
 
 
@@ -289,16 +283,8 @@ def check_trained_alike(
         check_same_training(present, expert, training.record(), seed, dtype, precision)
 
 
-def _train_unclaimed(
-    folder: Path,
-    missing: list[int],
-    request: _Request,
-    at_once: int | None,
-    memory_budget: str,
-    bar: tqdm,
-    stop: StopRequest,
-) -> int:
-    """Train those of the `missing` experts that no other process trains; write each as soon as it is trained. Return their number."""
+def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
+    """Train those of the `missing` experts that no other process trains, write each as soon as it is trained, and wait for the others."""
     images, network, training, precision = request.images, request.network, request.training, request.precision
     dtype, device = _stored_dtype(folder, request), images.train.labels.device
     digest = training_digest(network, images.identity, training.record(), request.seed, dtype, precision)
@@ -307,13 +293,12 @@ def _train_unclaimed(
         batch=min(training.batch_size, len(images.train)), num_jobs=len(missing), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    claims: list[ExpertClaim] = []
-    epochs_before = bar.n
+    claims: list[ExpertClaim] = []  # in the order of the jobs
 
     def unclaimed() -> list[int]:
-        """Return the numbers of the experts that are neither in the folder nor claimed by this process."""
-        others = sorted(set(_missing(folder, request)) - {claim.index for claim in claims})
-        bar.total = epochs_before + training.train_epochs * (len(claims) + len(others))
+        """Return the numbers of the experts that are neither in the folder nor being trained by this process."""
+        others = sorted(set(_missing(folder, request)) - {claim.index for claim in claims if claim.lock.is_locked})
+        bar.total = training.train_epochs * (len(claims) + len(others))
         return others
 
     def jobs() -> Iterator[Job[tuple[Tensor, list[float]]]]:
@@ -324,24 +309,30 @@ def _train_unclaimed(
                 images, network, training, seed=request.seed, index=claim.index, precision=precision, bar=bar, stop=stop
             )
 
-    try:
-        for position, (parameters, accuracies) in run_concurrently(jobs(), concurrency, device):
-            metadata = ExpertMetadata.from_identity(
-                images.identity,
-                network=network.describe(),
-                layout=network.layout.describe(),
-                hyperparameters=training.record(),
-                seed=request.seed,
-                accuracy=accuracies,
-                versions=versions(),
-                precision=precision,
-            )
-            write_expert(folder, claims[position].index, parameters, metadata, dtype)
-            claims[position].release()
-    finally:
-        for claim in claims:
-            claim.release()
-    return len(claims)
+    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
+        try:
+            while missing:
+                first = len(claims)
+                for position, (parameters, accuracies) in run_concurrently(jobs(), concurrency, device):
+                    claim = claims[first + position]
+                    metadata = ExpertMetadata.from_identity(
+                        images.identity,
+                        network=network.describe(),
+                        layout=network.layout.describe(),
+                        hyperparameters=training.record(),
+                        seed=request.seed,
+                        accuracy=accuracies,
+                        versions=versions(),
+                        precision=precision,
+                    )
+                    write_expert(folder, claim.index, parameters, metadata, dtype)
+                    claim.release()
+                if len(claims) == first:
+                    _wait_for_others(len(missing), stop, bar)
+                missing = _missing(folder, request)
+        finally:
+            for claim in claims:
+                claim.release()
 
 
 def _stored_dtype(folder: Path, request: _Request) -> torch.dtype:
