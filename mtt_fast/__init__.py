@@ -33,6 +33,7 @@ from mtt_fast.networks.flat_module import FlatModule
 if TYPE_CHECKING:
     from mtt_fast.data.synthetic import SyntheticDataset
     from mtt_fast.data.whitening import Whitening
+    from mtt_fast.parametrisations.parametrisation import Parametrisation
     from mtt_fast.storage.trajectories import TrajectoryStore
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "GraphedMatchingLoss",
     "InputError",
     "KorniaAugment",
+    "Parametrisation",
     "Plan",
     "SiameseAugment",
     "SyntheticDataset",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Parametrisation": "parametrisations.parametrisation",
     "SyntheticDataset": "data.synthetic",
     "TrajectoryStore": "storage.trajectories",
     "Whitening": "data.whitening",

@@ -36,6 +36,7 @@ class SyntheticDataset:
     `lr` () is the learned learning rate, with which networks are trained. If one was learned for each of the N student steps, these
     are `lr_per_step` (N,), and `lr` is their mean. With a `canvas` the images are textures, and networks are trained on random crops
     of them (mtt_fast/augmentation/texture.py).
+    `parameters` are those from which the images are computed, by name, if their pixels were not learned (`--parametrisation`).
     `recipe` holds the options that the set was made with, `versions` the versions of the software. `dataset` and `fingerprint` are
     the name and the fingerprint of the real images that the set was made from (`ImageData`), or "" if not known.
     `python -m mtt_fast.evaluate` takes the options in `recipe` as its defaults. With `dataset` and `model` there, it needs no others.
@@ -68,6 +69,7 @@ class SyntheticDataset:
     canvas: Canvas | None = None
     dataset: str = ""
     fingerprint: str = ""
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def identity(self) -> DatasetIdentity:
@@ -109,6 +111,7 @@ class SyntheticDataset:
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
         if self.lr_per_step is not None:
             tensors["lr_per_step"] = self.lr_per_step
+        tensors |= {f"parameters.{name}": value for name, value in self.parameters.items()}
         if self.whitening:
             tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
         record = {name: getattr(self, name) for name in _RECORD}
@@ -187,7 +190,10 @@ def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> Synthe
     check_fields(record, _RECORD)
     for name in ("class_names", "mean", "std"):
         record[name] = tuple(record[name])
-    white = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("whitening.")}
+    white, parameters = (
+        {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        for start in ("whitening.", "parameters.")
+    )
     return SyntheticDataset(
         tensors["images"],
         tensors["labels"],
@@ -195,5 +201,6 @@ def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> Synthe
         whitening=Whitening(**white) if white else None,
         lr_per_step=tensors.get("lr_per_step"),
         canvas=Canvas(**canvas) if canvas is not None else None,
+        parameters=parameters,
         **record,
     )

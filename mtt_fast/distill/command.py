@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -52,8 +52,9 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, initial_state, read_difficulty
+from mtt_fast.distill.initial import check_same_scores, initial_images, initial_state, read_difficulty
 from mtt_fast.distill.options import PROGRAM, DistillOptions
+from mtt_fast.distill.parametrised import check_parameters_fit, parametrisation_in_words
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
@@ -152,18 +153,22 @@ def _run(
             log.info("%s", line)
         if frequencies := frequencies_in_words(options, data):
             log.info("images: %s", frequencies)
+        initial = cache(partial(initial_images, options, real, network, experts, num_matched, difficulty))
         if state is None:
-            state = initial_state(options, real, network, experts, num_matched, difficulty)
+            state = initial_state(options, initial(), real, network, experts, num_matched, difficulty)
             state.cam_digest = "" if cam is None else cam.digest
         else:
             log.info("continuing at iteration %d", state.iteration)
             if len(experts) > num_matched:
                 log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
+        if (parametrisation := initial().parametrisation if options.parametrisation else None) is not None:
+            check_parameters_fit(folder, state, parametrisation)
+            log.info("images: %s", parametrisation_in_words(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            num_matched_experts=num_matched, cam=cam, difficulty=difficulty, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
+            num_matched_experts=num_matched, cam=cam, initial=initial, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 
@@ -177,6 +182,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     """
     options, device = run.options, state.lr.device
     iteration_for = cached_iterations(partial(iteration_of, options, run.network))
+    parametrisation = run.initial().parametrisation if options.parametrisation else None
     segment = partial(read_segment, run, sender(device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
@@ -196,7 +202,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
             gradients = gradients_to_apply(run, state, gradients)
-            kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
+            kind, values = apply_gradients(options, state, pending.segments, loss, gradients, parametrisation)
             del result, pending, gradients  # memory may suffice for the gradients of one iteration only
             if state.iteration < options.Iteration:
                 result = run_now_on_gpu(device, partial(start, segments))  # a GPU does not wait for the log

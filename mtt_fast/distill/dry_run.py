@@ -103,7 +103,8 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
         "scores": _scores(options),
-        "images": frequencies_in_words(options, info),
+        "images": frequencies_in_words(options, info)
+        or (f"computed by {options.parametrisation}" if options.parametrisation else ""),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "

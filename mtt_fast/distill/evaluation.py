@@ -54,7 +54,8 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     Raises `Diverged` if images, labels or learning rates are no longer finite.
     """
     _check_finite(run, state)
-    for kind, images in {"evaluation": state.images, "ema_evaluation": state.ema}.items():
+    evaluated = run.evaluated_images(state.images, state.parameters)
+    for kind, images in {"evaluation": evaluated, "ema_evaluation": state.ema}.items():
         if images is None or run.metrics.find(kind, state.iteration):
             continue
         synthetic, words = _distilled(run, state, images, stop), SET_NAMES[kind].words
@@ -63,7 +64,7 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
             log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
         if kind == "evaluation" and run.options.teacher_label:
             log_recognised(state, synthetic.labels)
-    _draw(run, state)
+    _draw(run, state, evaluated)
 
 
 def log_recognised(state: State, labels: Tensor) -> None:
@@ -111,17 +112,22 @@ def _with_labels(
     return set_to_save(
         run, images, labels, state.lr.mean(), label_kind=label_kind, recipe={"iterations": state.iteration},
         lr_per_step=state.lr if run.options.lr_per_step else None, canvas=run.options.canvas,
+        parameters=state.parameters or {},
     )  # fmt: skip
 
 
-def _draw(run: DistillRun, state: State) -> None:
-    """Draw the initial images above the current ones. For a picture the class of an image is enough, and the experts are not asked."""
+def _draw(run: DistillRun, state: State, images: Tensor) -> None:
+    """Draw the initial images above the current `images`. For a picture the class of an image is enough, and the experts are not asked."""
     kind: LabelKind = "indices" if run.options.teacher_label else run.options.label_kind
-    synthetic = _with_labels(run, state, state.images, state.labels, kind)
-    first = dataclasses.replace(synthetic, images=run.first_images)
+    synthetic = _with_labels(run, state, images, state.labels, kind)
+    first = dataclasses.replace(
+        synthetic, images=run.evaluated_images(run.initial().images.pixels, run.initial().parameters)
+    )
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
         title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
+        if not iteration and run.options.parametrisation:
+            title = "initial images"
         if not iteration and run.options.msz_per_channel:
             title = f"{title}, {run.options.msz_per_channel} frequencies of each channel"
         if synthetic.canvas:

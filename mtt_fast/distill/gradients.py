@@ -61,6 +61,8 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
         gradient=options.gradient,
         graph=graph,
     )
+    if options.student_dampening:
+        iteration = _dampened(iteration, 1 - options.student_dampening)
     if not options.teacher_label:
         return iteration
 
@@ -71,6 +73,18 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
         return iteration(start, target, images, labels, lr, index, *parameters)
 
     return labelled
+
+
+def _dampened(iteration: Iteration, factor: float) -> Iteration:
+    """Return the iteration of a student whose velocity is μ m + `factor` g, which is `factor` times that of μ m + g."""
+
+    def dampened(
+        start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, *draws: Tensor
+    ) -> tuple[Tensor, ...]:
+        loss, images_gradient, lr_gradient, *others = iteration(start, target, images, labels, factor * lr, *draws)
+        return loss, images_gradient, factor * lr_gradient, *others
+
+    return dampened
 
 
 def cached_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:

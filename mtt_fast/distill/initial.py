@@ -16,12 +16,15 @@ from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.frequencies import most_varying_frequencies, with_frequencies
 from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.parametrised import parametrisation_of
 from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
+from mtt_fast.parametrisations.parametrisation import Parametrisation, images_at, learned_values
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, TensorSpec, check_specs
+from mtt_fast.storage.run_files import CHECKPOINT
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
@@ -33,33 +36,35 @@ _BATCH = 64  # images of a class in a forward pass; more would be a waste, since
 
 def initial_state(
     options: DistillOptions,
+    start: InitialImages,
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
     num_matched: int,
     difficulty: Tensor | None,
 ) -> State:
-    """Return the state before the first iteration, for a run that matches the first `num_matched` of `experts`.
+    """Return the state before the first iteration, with the images `start`, for a run that matches the first `num_matched` of `experts`.
 
     For `difficulty` see `initial_images`.
     """
-    start, wrong, frequencies = initial_images(options, real, network, experts, num_matched, difficulty)
-    if wrong:
+    if start.wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
             "others of their class",
-            wrong, len(start) * options.num_tiles,
+            start.wrong, len(start.images) * options.num_tiles,
         )  # fmt: skip
-    images, labels, device = start.pixels, start.labels, start.pixels.device
+    images, labels, parameters = start.images.pixels.clone(), start.images.labels, start.parameters
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
-            labels = expert_logits(network, experts_at(experts, num_matched, None, device), images, labels)
-    lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=device)
+            labels = expert_logits(network, experts_at(experts, num_matched, None, images.device), images, labels)
+    lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=images.device)
     return State(
-        0, num_matched, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
+        0, num_matched, images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
-        ema=None if options.ema_decay is None else images.clone(), frequencies=frequencies,
+        ema=None if options.ema_decay is None else images.clone(), frequencies=start.frequencies,
+        parameters=None if parameters is None else {name: each.clone() for name, each in parameters.items()},
+        parameters_velocity=None if parameters is None else {name: torch.zeros_like(each) for name, each in parameters.items()},
         data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
     )  # fmt: skip
@@ -75,7 +80,7 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
     learned = options.lr_y is not None
     specs: dict[str, TensorSpec | None] = {
         "images": images,
-        "images_velocity": images,
+        "images_velocity": images if options.parametrisation is None else None,
         "labels": logits if learned else indices,
         "labels_velocity": logits if learned else None,
         "lr": lr,
@@ -85,7 +90,12 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
     }
     if state.pixel_weights is not None or options.cam_model is None:  # the first iteration computes them
         specs["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
-    check_specs(folder, state, specs)
+    if (state.parameters is None) != (options.parametrisation is None):
+        raise InputError(
+            f"{folder / CHECKPOINT}: expected {'parameters' if options.parametrisation else 'pixels'} that are learned, as --parametrisation "
+            "asks for, found others; restore a copy, or choose another `out`"
+        )
+    check_specs(folder, {name: getattr(state, name) for name in specs}, specs)
 
 
 class InitialImages(NamedTuple):
@@ -94,6 +104,10 @@ class InitialImages(NamedTuple):
     images: Images  # sorted by class
     wrong: int  # of them that no expert gets right; 0 unless `pix_init` is "samples_predicted_correctly"
     frequencies: Tensor | None  # (classes, H, W) bool: those that are kept with `msz_per_channel`
+    parametrisation: Parametrisation | None = (
+        None  # on the device, from which the images are computed with `parametrisation`
+    )
+    parameters: dict[str, Tensor] | None = None  # its learned parameters
 
 
 def initial_images(
@@ -126,10 +140,20 @@ def initial_images(
         images = Images(torch.randn(images.pixels.shape, generator=generator).to(device), images.labels)
     if options.canvas is not None:
         images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.num_tiles])
+    if options.parametrisation is not None:
+        return _parametrised(options, images, real.data.num_classes, wrong)
     if options.msz_per_channel is None:
         return InitialImages(images, wrong, None)
     frequencies = most_varying_frequencies(images.pixels, ipc, options.msz_per_channel)
     return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
+
+
+def _parametrised(options: DistillOptions, images: Images, num_classes: int, wrong: int) -> InitialImages:
+    """Return the images that the parametrisation of `options` computes, made from the initial `images`."""
+    module = parametrisation_of(options, images.pixels, num_classes).to(images.pixels.device)
+    parameters = learned_values(module)
+    pixels = images_at(module, parameters, torch.empty_like(images.pixels))
+    return InitialImages(Images(pixels, images.labels), wrong, None, module, parameters)
 
 
 def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.commands.option_fields import Checked, Group, Needs, Remark, Role
+from mtt_fast.commands.option_fields import MAY_BE_EMPTY, Checked, Group, Needs, Remark, Role
 from mtt_fast.commands.options import (
     AtLeastTwo,
     Count,
@@ -51,9 +51,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         "lr_freq": "lr_img",
         "loss_threshold": "loss_ratio",
         "initialize": "pix_init",
+        "num_scm": "ipc",
+        "lr_scm": "lr_img",
         "beta": "window_start",
     }
-    """Flags of the successors' codes (FreD, EDF, SelMatch) that have another name here."""
+    """Flags of the successors' codes (FreD, EDF, SelMatch, SPEED) that have another name here."""
 
     recipe: Annotated[str | None, Role.LOCATION, Group.RUN] = None
     """named setting (python -m mtt_fast.recipes lists them); other flags override it"""
@@ -92,7 +94,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     batch_syn: Count | None = None
     """synthetic images per student step; if not given, all synthetic images"""
     lr_img: NonNegative = 1000.0
-    """learning rate of the pixels, or of the frequencies of --msz_per_channel (FreD's lr_freq); 0 keeps them fixed"""
+    """learning rate of the pixels, of the frequencies of --msz_per_channel (FreD's lr_freq), or of the parameters of --parametrisation;
+    0 keeps them fixed"""
+    mom_img: Share = 0.5
+    """momentum of the pixels or of what else --lr_img is for, and of the student's learning rate (SPEED: 0.95)"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: NonNegative = 1e-5
@@ -103,6 +108,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learn a separate learning rate for each student step; evaluations use their mean"""
     student_mom: Share = 0.0
     """momentum of the student's steps"""
+    student_dampening: Annotated[Share, Needs("student_mom")] = 0.0
+    """multiply the gradients in the student's momentum by 1 minus this, in all steps (SPEED: 0.9)"""
     student_l2: NonNegative = 0.0
     """weight decay of the student's steps"""
     gradient: Gradient = "exact"
@@ -130,6 +137,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     msz_per_channel: Count | None = None
     """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
+    parametrisation: str | None = None
+    """learn the parameters from which the images are computed, in place of their pixels. speed: sparse combinations of tokens (SPEED);
+    FILE.py:CLASS or MODULE:CLASS: a class of your own that inherits mtt_fast.Parametrisation"""
+    parametrisation_options: Annotated[str, Needs("parametrisation"), MAY_BE_EMPTY] = ""
+    """arguments of --parametrisation, separated by spaces, e.g. "num_saet=64 dim_saet=96" """
     lr_y: Annotated[NonNegative | None, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
@@ -308,6 +320,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             self._check_texture()
         self._check_window()
         self._check_frequencies()
+        self._check_parametrisation()
         self.experts()
         self.evaluation_protocol()
 
@@ -383,6 +396,20 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 f"--msz_per_channel {self.msz_per_channel}, --ipc {self.ipc}: expected at least two images per class, since the "
                 "frequencies are chosen by their differences; raise --ipc"
             )
+
+    def _check_parametrisation(self) -> None:
+        """Raise `InputError` for options that need images of free pixels."""
+        others = {
+            "--msz_per_channel": self.msz_per_channel is not None,
+            "--distilled_share": self.distilled_share < 1,
+            "--ema_decay": self.ema_decay is not None,
+            "--texture": self.texture,
+        }
+        for other, given in others.items():
+            if self.parametrisation is not None and given:
+                raise InputError(
+                    f"--parametrisation {self.parametrisation}, {other}: expected one of them, found both; it decides on the pixels"
+                )
 
     def _check_texture(self) -> None:
         """Raise `InputError` for options that need images of the networks' input size, which canvases do not have."""

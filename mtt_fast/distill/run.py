@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from mtt_fast.commands.run_loop import LoopRun
 from mtt_fast.distill.cam_network import CamNetwork
-from mtt_fast.distill.initial import initial_images
+from mtt_fast.distill.initial import InitialImages
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.parametrisations.parametrisation import images_at
 from mtt_fast.storage.trajectories import TrajectoryStore
 
 
@@ -22,15 +24,16 @@ class DistillRun(LoopRun):
     experts: TrajectoryStore
     num_matched_experts: int
     """number of `experts` that are matched, the first ones"""
-    cam: CamNetwork | None = None
+    cam: CamNetwork | None
     """the network whose Grad-CAM maps weigh the pixels' gradients"""
-    difficulty: Tensor | None = None
-    """the difficulty of each training image, if the initial images are a window of it"""
+    initial: Callable[[], InitialImages]
+    """returns the initial images, which every picture shows; they are made at the first call"""
 
-    @cached_property
-    def first_images(self) -> Tensor:
-        """Return the run's initial images (n, C, H, W), which every picture shows."""
-        first = initial_images(
-            self.options, self.real, self.network, self.experts, self.num_matched_experts, self.difficulty
-        )
-        return first.images.pixels
+    def evaluated_images(self, images: Tensor, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        """Return the images that are evaluated, saved and drawn for the matched `images` (n, C, H, W).
+
+        These are others if a parametrisation computes them, at its `parameters`.
+        """
+        if parameters is None or (parametrisation := self.initial().parametrisation) is None:
+            return images
+        return images_at(parametrisation, parameters, torch.empty_like(images), evaluated=True)

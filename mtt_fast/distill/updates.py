@@ -13,21 +13,27 @@ from mtt_fast.distill.options import HALVED_AFTER, DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, log_fields
 from mtt_fast.errors import Diverged
+from mtt_fast.parametrisations.parametrisation import Parametrisation, gradients_at, images_at
 from mtt_fast.storage.checkpoint import State
 
 log = logging.getLogger(__name__)
 
-PIXEL_MOMENTUM = 0.5
 _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
 def apply_gradients(
-    options: DistillOptions, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor] | None
+    options: DistillOptions,
+    state: State,
+    segments: Sequence[Segment],
+    loss: float,
+    gradients: Sequence[Tensor] | None,
+    parametrisation: Parametrisation | None = None,
 ) -> tuple[str, dict[str, float]]:
     """Update images, labels and learning rate by the `gradients` of an iteration that matched `segments`.
 
-    Nothing is updated if `gradients` is None (not finite), or if `loss` is above the threshold. Return the kind ("step", "skip" or
-    "above_threshold") and the values of the iteration's record in metrics.jsonl.
+    With a `parametrisation`, from which the images are computed, its parameters are updated. Nothing is updated if `gradients` is None
+    (not finite), or if `loss` is above the threshold. Return the kind ("step", "skip" or "above_threshold") and the values of the
+    iteration's record in metrics.jsonl.
     """
     state.iteration += 1
     if gradients is None:
@@ -36,7 +42,9 @@ def apply_gradients(
     if options.threshold is not None and loss > options.threshold:
         _reject_above_threshold(state, loss, options.threshold)
         return "above_threshold", {"loss": loss, **log_fields(segments)}
-    update(options, state, *gradients)
+    if not update(options, state, *gradients, parametrisation=parametrisation):
+        _skip(state, loss)
+        return "skip", {"skipped": state.skipped}
     return "step", {"loss": loss, "lr": state.mean_lr, **log_fields(segments)}
 
 
@@ -60,19 +68,56 @@ def update(
     images_gradient: Tensor,
     lr_gradient: Tensor,
     labels_gradient: Tensor | None = None,
-) -> None:
-    """Update pixels, learning rate and learned labels by one step of SGD with momentum, in iteration `state.iteration`.
+    *,
+    parametrisation: Parametrisation | None = None,
+) -> bool:
+    """Update images, learned labels and learning rate by one step of SGD with momentum, in iteration `state.iteration`.
 
-    An update that would make a learning rate of the student negative is left out. The moving average of the images is updated too,
-    if there is one (FTD).
+    The images are updated by their pixels, or by the parameters of the `parametrisation` that computes them. Return False, and update
+    nothing, if a gradient of these is not finite. An update that would make a learning rate of the student negative is left out.
     """
-    lr_img = options.lr_img * (0.5 ** ((state.iteration - 1) // HALVED_AFTER) if options.lr_decay else 1)
-    _descend(state.images, state.images_velocity, images_gradient, lr_img, PIXEL_MOMENTUM)
+    if parametrisation is None:
+        _update_images(options, state, images_gradient)
+    elif not _update_parameters(options, state, images_gradient, parametrisation):
+        return False
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
         _descend(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
+    _update_lr(options, state, lr_gradient)
+    return True
+
+
+def _update_images(options: DistillOptions, state: State, gradient: Tensor) -> None:
+    """Update the pixels, and the moving average of the images if there is one (FTD)."""
+    assert state.images_velocity is not None
+    _descend(state.images, state.images_velocity, gradient, _lr_img(options, state), options.mom_img)
     if options.ema_decay is not None and state.ema is not None:
         state.ema.lerp_(state.images, 1 - options.ema_decay)
-    state.lr_velocity.mul_(PIXEL_MOMENTUM).add_(lr_gradient)
+
+
+def _update_parameters(
+    options: DistillOptions, state: State, images_gradient: Tensor, parametrisation: Parametrisation
+) -> bool:
+    """Update the parameters of the images, and the images. Return False, and update nothing, if a gradient is not finite."""
+    assert state.parameters is not None
+    assert state.parameters_velocity is not None
+    gradients = gradients_at(parametrisation, state.parameters, images_gradient)
+    if not bool(torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()):
+        return False
+    for name, values in state.parameters.items():
+        lr = parametrisation.relative_rate(name) * _lr_img(options, state)
+        _descend(values, state.parameters_velocity[name], gradients[name], lr, options.mom_img)
+    images_at(parametrisation, state.parameters, state.images)
+    return True
+
+
+def _lr_img(options: DistillOptions, state: State) -> float:
+    """Return the learning rate of the images in iteration `state.iteration`."""
+    return options.lr_img * (0.5 ** ((state.iteration - 1) // HALVED_AFTER) if options.lr_decay else 1)
+
+
+def _update_lr(options: DistillOptions, state: State, gradient: Tensor) -> None:
+    """Update the student's learning rate, but for a rate that would become negative."""
+    state.lr_velocity.mul_(options.mom_img).add_(gradient)
     proposed = state.lr - options.lr_lr * state.lr_velocity
     positive = proposed > 0
     before, state.lr = state.lr, torch.where(positive, proposed, state.lr)

@@ -29,12 +29,14 @@ class State:
     images: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) int64, the classes; or learned logits (n, classes) float32
     lr: Tensor  # () float32; (N,) where each step has one
-    images_velocity: Tensor
+    images_velocity: Tensor | None  # None if the images are computed from learned parameters
     lr_velocity: Tensor
     labels_velocity: Tensor | None = None  # of learned labels
     ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
     pixel_weights: Tensor | None = None  # (n, 1, H, W): factors of the images' gradient, where they are asked for (EDF)
     frequencies: Tensor | None = None  # (classes, H, W) bool: those that are kept, if not all are (FreD)
+    parameters: dict[str, Tensor] | None = None  # learned ones from which the images are computed, if they are, by name
+    parameters_velocity: dict[str, Tensor] | None = None
     skipped: int = 0  # iterations whose loss or gradient was not finite
     repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
@@ -52,8 +54,9 @@ class State:
 
 
 _CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, does not name itself
-_TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
-_OPTIONAL_TENSORS = ("labels_velocity", "ema", "pixel_weights", "frequencies")
+_TENSORS = ("images", "labels", "lr", "lr_velocity")
+_OPTIONAL_TENSORS = ("images_velocity", "labels_velocity", "ema", "pixel_weights", "frequencies")
+_NAMED_TENSORS = ("parameters", "parameters_velocity")
 _EXPERTS = "experts"
 """The field of a checkpoint for `State.num_experts`."""
 _NUMBERS = ("iteration", "skipped", "above_threshold", "lr_kept")
@@ -71,6 +74,8 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
     """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
     numbers = {name: getattr(state, name) for name in (*_NUMBERS, _REPEATED)} | {_EXPERTS: state.num_experts}
     tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
+    for group in _NAMED_TENSORS:
+        tensors |= {f"{group}.{name}": tensor for name, tensor in (getattr(state, group) or {}).items()}
     save_tensors(
         folder / CHECKPOINT,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
@@ -94,7 +99,9 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     tensors, metadata = load_tensors(path)
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
-        values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
+        values: dict[str, Any] = {"images_velocity": None}
+        values |= {name: tensors[name].to(device, copy=True) for name in names}
+        values |= {group: _named(tensors, group, device) for group in _NAMED_TENSORS}
         values |= {name: metadata.get(name, "") for name in _DIGESTS}
         fields = {"data": "{}", "digests": "[]"} | metadata  # which the first format lacks
         numbers, data, digests = (parse_json(fields[name]) for name in ("numbers", "data", "digests"))
@@ -113,6 +120,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         )
     except MALFORMED as error:
         raise _other_version_error(path) from error
+
+
+def _named(tensors: Mapping[str, Tensor], group: str, device: torch.device) -> dict[str, Tensor] | None:
+    """Return the tensors of a `group` by name, on `device`, or None if there are none."""
+    start = f"{group}."
+    named = {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
+    return {name: each.to(device, copy=True) for name, each in named.items()} or None
 
 
 def initial_num_experts(folder: Path) -> tuple[int, bool]:
@@ -142,13 +156,13 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """The dtype and the shape of a tensor."""
 
 
-def check_specs(folder: Path, state: State, specs: Mapping[str, TensorSpec | None]) -> None:
-    """Raise `InputError` unless each tensor of `state` has the dtype and shape in `specs`; None stands for no tensor.
+def check_specs(folder: Path, tensors: Mapping[str, Tensor | None], specs: Mapping[str, TensorSpec | None]) -> None:
+    """Raise `InputError` unless each of `tensors` has the dtype and shape in `specs`; None, and a name that is missing, stand for none.
 
     The message names the checkpoint of the run in `folder`.
     """
-    for name, spec in specs.items():
-        tensor = getattr(state, name)
+    for name in dict.fromkeys((*specs, *tensors)):
+        spec, tensor = specs.get(name), tensors.get(name)
         if spec != (None if tensor is None else (tensor.dtype, tuple(tensor.shape))):
             expected = "none" if spec is None else f"{dtype_name(spec[0])} {spec[1]}"
             raise InputError(

@@ -37,6 +37,21 @@ from tests.commands.option_rows import COMMANDS, EVALUATION, NETWORK, NO_EFFECT,
 pytestmark = pytest.mark.slow  # hundreds of jobs
 
 
+_PARAMETRISATION = """
+import torch
+import mtt_fast
+
+
+class Scaled(mtt_fast.Parametrisation):
+    def __init__(self, images, num_classes, scale=1.0):
+        super().__init__()
+        self.pixels, self.scale = torch.nn.Parameter(images.clone()), scale
+
+    def forward(self, index):
+        return self.scale * self.pixels[index]
+"""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Make a folder with the inputs of the toy jobs: data, experts, a run, a baseline, sets and experts of the public code."""
@@ -52,6 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert cli.run(distill.main, f"{RUN} --Iteration 0 --no_aug --out plain".split()) == 0
         _save_foreign_files()
         Path("mine.toml").write_text("student_l2 = 0.5\n")
+        Path("mine.py").write_text(_PARAMETRISATION)
         Path("idle.toml").write_text("mom_y = 0.5\ncanvas_size = 2\n")
         yield folder
 

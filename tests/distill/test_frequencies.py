@@ -207,6 +207,7 @@ def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplo
         whole, halves = (SyntheticDataset.load(f"{run}/{name}.safetensors").images for run in ("whole", "halves"))
         assert torch.equal(whole, halves)
         assert np.abs(frequencies_of(whole)[others]).max() < 1e-4
+    assert state.images_velocity is not None
     assert bool(state.images_velocity.any())
 
 

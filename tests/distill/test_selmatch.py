@@ -103,6 +103,7 @@ def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits
         assert torch.equal(real_ones, kept)
     state = load_checkpoint(Path("run"), torch.device("cpu"))
     assert state is not None
+    assert state.images_velocity is not None
     assert not state.images_velocity[kept].any()
     assert state.images_velocity[~kept].any()
 

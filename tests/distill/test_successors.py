@@ -448,7 +448,7 @@ def test_the_first_images_of_a_run_are_made_once_for_all_pictures(
         asked.append(arguments)
         return initial_images(*arguments)
 
-    monkeypatch.setattr("mtt_fast.distill.run.initial_images", counted)
+    monkeypatch.setattr("mtt_fast.distill.command.initial_images", counted)
     assert run(*TOY, *experts, "--num_eval", "1", "--out", str(tmp_path)) == 0
     assert len(list((tmp_path / "history").iterdir())) == 3
     assert len(asked) == 1

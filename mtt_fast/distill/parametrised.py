@@ -1,0 +1,59 @@
+"""Distil the parameters from which images are computed, in place of their pixels: `--parametrisation`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.parametrisations.by_name import make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_parameters
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.checkpoint import State, check_specs
+
+
+def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int) -> Parametrisation:
+    """Return the parametrisation of `options`, on the CPU, made from the initial `images` (n, C, H, W) of `num_classes` classes.
+
+    It is the same each time. Raises `InputError` if it cannot be made.
+    """
+    return make_parametrisation(
+        str(options.parametrisation), options.parametrisation_options, images, num_classes,
+        generator_for(options.seed, "parametrisation"),
+    )  # fmt: skip
+
+
+def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
+    """Raise `InputError` if the parametrisation of `options` cannot be made and learned.
+
+    It is tried on random images, at most two of each class.
+    """
+    if options.parametrisation is None:
+        return
+    count = min(options.ipc, 2) * data.num_classes
+    images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
+    parametrisation = parametrisation_of(options, images, data.num_classes)
+    try_parametrisation(options.parametrisation, parametrisation, count, data.image_shape)
+
+
+def check_parameters_fit(folder: Path, state: State, parametrisation: Parametrisation) -> None:
+    """Raise `InputError` unless the learned parameters of `state`, from the run in `folder`, are those of the `parametrisation`."""
+    specs = {name: (each.dtype, tuple(each.shape)) for name, each in learned_parameters(parametrisation).items()}
+    for tensors in (state.parameters, state.parameters_velocity):
+        check_specs(folder, tensors or {}, specs)
+
+
+def parametrisation_in_words(
+    options: DistillOptions, data: ImageData | DatasetInfo, parametrisation: Parametrisation
+) -> str:
+    """Return how many numbers have to be stored for the images, in terms of images of all pixels."""
+    stored = parametrisation.stored_numbers()
+    return (
+        f"computed by {options.parametrisation} from {stored:,} stored numbers of 32 bits, as many as "
+        f"{stored / (data.num_classes * math.prod(data.image_shape)):.3g} images per class of all pixels"
+    )

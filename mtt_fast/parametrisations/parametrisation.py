@@ -1,0 +1,117 @@
+"""The base class of parametrisations, the images that one computes, and the gradients of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK = 1 << 20  # values of images that are computed at once
+
+
+class Parametrisation(nn.Module):
+    """Compute the synthetic images from parameters, which are learned in place of the pixels.
+
+    `python -m mtt_fast.distill --parametrisation FILE.py:NAME` makes `NAME(images, num_classes, **options)`, where `options` are those
+    of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every run makes
+    it again when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
+
+    Parameters that require a gradient are learned, by SGD with the momentum `--mom_img`. Other parameters and buffers stay as
+    they are. All have to be float32.
+
+    Example:
+        ```python
+        class Mirrored(mtt_fast.Parametrisation):
+            \"\"\"Every second image is the mirror image of the one before.\"\"\"
+
+            def __init__(self, images: Tensor, num_classes: int) -> None:
+                super().__init__()
+                self.pixels = torch.nn.Parameter(images[::2].clone())
+
+            def forward(self, index: Tensor) -> Tensor:
+                images = self.pixels[index // 2]
+                return torch.where((index % 2 == 0).view(-1, 1, 1, 1), images, images.flip(3))
+        ```
+    """
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the images (k, C, H, W) float32 at `index` (k,) int64.
+
+        An image must not depend on which others are computed with it, or on random numbers. In eval mode (`self.training` is
+        False) these are the images that are evaluated and saved, which may differ from those that are matched.
+        """
+        raise NotImplementedError
+
+    def relative_rate(self, name: str) -> float:
+        """Return the learning rate of the parameter `name`, as a multiple of `--lr_img`."""
+        return 1.0
+
+    def penalty(self) -> Tensor | None:
+        """Return a scalar that is added to the matching loss, or None for nothing."""
+        return None
+
+    def stored_numbers(self) -> int:
+        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def learned_parameters(parametrisation: Parametrisation) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in parametrisation.named_parameters() if parameter.requires_grad}
+
+
+def learned_values(parametrisation: Parametrisation) -> dict[str, Tensor]:
+    """Return copies of the learned parameters' values, by name."""
+    return {name: parameter.detach().clone() for name, parameter in learned_parameters(parametrisation).items()}
+
+
+@torch.no_grad()
+def images_at(
+    parametrisation: Parametrisation, values: Mapping[str, Tensor], out: Tensor, *, evaluated: bool = False
+) -> Tensor:
+    """Write all images at the `values` of the learned parameters to `out` (n, C, H, W), and return it.
+
+    These are the images that are matched, or with `evaluated` those that are evaluated and saved.
+    """
+    _set(parametrisation, values)
+    parametrisation.train(not evaluated)
+    for index in _blocks(out):
+        out[index] = parametrisation(index)
+    return out
+
+
+def gradients_at(
+    parametrisation: Parametrisation, values: Mapping[str, Tensor], images_gradient: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradients of the loss with respect to the learned parameters at `values`, by name, that of the penalty included.
+
+    `images_gradient` (n, C, H, W) is the gradient with respect to the images. The images are computed again, some at a time.
+    """
+    _set(parametrisation, values)
+    parametrisation.train()
+    learned = learned_parameters(parametrisation)
+    with torch.enable_grad():
+        for index in _blocks(images_gradient):
+            parametrisation(index).backward(images_gradient[index])
+        if (penalty := parametrisation.penalty()) is not None:
+            penalty.backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+        for name, parameter in learned.items()
+    }
+    for parameter in learned.values():
+        parameter.grad = None
+    return gradients
+
+
+@torch.no_grad()
+def _set(parametrisation: Parametrisation, values: Mapping[str, Tensor]) -> None:
+    """Copy `values` into the learned parameters of the same names."""
+    for name, parameter in learned_parameters(parametrisation).items():
+        parameter.copy_(values[name])
+
+
+def _blocks(images: Tensor) -> Iterator[Tensor]:
+    """Yield the indices of the images that are computed at once, in order."""
+    yield from torch.arange(len(images), device=images.device).split(max(1, _BLOCK // images[0].numel()))

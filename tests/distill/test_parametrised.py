@@ -1,0 +1,183 @@
+"""Check distillations of the parameters from which images are computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtt_fast import SyntheticDataset
+from mtt_fast.commands import cli
+from mtt_fast.data import load
+from mtt_fast.distill.command import main
+from mtt_fast.parametrisations.by_name import make_parametrisation
+from mtt_fast.storage.checkpoint import load_checkpoint
+from mtt_fast.storage.tensor_files import load_tensors, save_tensors
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --expert_epochs 1 --ipc 2 "
+    "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --save_seconds 0 --lr_img 50"
+).split()
+SPEED = "num_saet=4 dim_saet=6 num_head=2 decoder_depth=1 top_k=3 l1_weight=1e-3 saet_rate=0.5 freenet_rate=1e-3"
+OWN = """
+import torch
+import mtt_fast
+
+
+class Pixels(mtt_fast.Parametrisation):
+    def __init__(self, images, num_classes):
+        super().__init__()
+        self.pixels = torch.nn.Parameter(images.clone())
+
+    def forward(self, index):
+        return self.pixels[index]
+
+
+class Mirrored(Pixels):
+    def __init__(self, images, num_classes, count=2):
+        super().__init__(images[::count], num_classes)
+        self.count = count
+
+    def forward(self, index):
+        images = self.pixels[index // self.count]
+        return torch.where((index % self.count == 0).view(-1, 1, 1, 1), images, images.flip(3))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    load("digits", data_path="data", progress=False)
+    Path("own.py").write_text(OWN)
+    return tmp_path
+
+
+def distilled(out: str, *flags: str) -> SyntheticDataset:
+    assert cli.run(main, [*TOY, "--out", out, *flags]) == 0
+    return SyntheticDataset.load(Path(out) / "synthetic.safetensors")
+
+
+def test_learned_pixels_are_the_run_without_a_parametrisation() -> None:
+    plain = distilled("plain", "--lr_decay")
+    parametrised = distilled("own", "--lr_decay", "--parametrisation", "own.py:Pixels")
+    assert torch.equal(plain.images, parametrised.images)
+    assert torch.equal(plain.lr, parametrised.lr)
+    assert torch.equal(parametrised.parameters["pixels"], plain.images)
+    logs = [
+        [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        for out in ("plain", "own")
+    ]
+    assert [line.get("loss") for line in logs[0]] == [line.get("loss") for line in logs[1]]
+
+
+@pytest.mark.parametrize(
+    "flags", [["speed", "--parametrisation_options", SPEED], ["own.py:Mirrored"]], ids=["speed", "own"]
+)
+def test_a_resumed_run_is_the_same(flags: list[str]) -> None:
+    whole = distilled("whole", "--parametrisation", *flags)
+    distilled("parts", "--parametrisation", *flags, "--Iteration", "2")
+    parts = distilled("parts", "--resume", "--Iteration", "4")
+    assert torch.equal(whole.images, parts.images)
+    states = [load_checkpoint(Path(out), torch.device("cpu")) for out in ("whole", "parts")]
+    for name in ("parameters", "parameters_velocity"):
+        first, second = (getattr(state, name) for state in states)
+        assert first
+        assert all(torch.equal(each, second[key]) for key, each in first.items())
+
+
+def test_the_saved_parameters_give_the_saved_images() -> None:
+    saved = distilled("runs", "--parametrisation", "speed", "--parametrisation_options", SPEED)
+    module = make_parametrisation("speed", SPEED, saved.images, 10, torch.Generator()).eval()
+    module.load_state_dict(saved.parameters)
+    with torch.no_grad():
+        torch.testing.assert_close(module(torch.arange(20)), saved.images)
+    best = SyntheticDataset.load("runs/best.safetensors")
+    assert best.parameters.keys() == saved.parameters.keys()
+
+
+def test_the_log_tells_the_storage(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    distilled("own", "--parametrisation", "own.py:Mirrored", "--Iteration", "0")
+    assert (
+        "images: computed by own.py:Mirrored from 640 stored numbers of 32 bits, as many as 1 images per class"
+        in caplog.text
+    )
+
+
+def test_the_dry_run_names_the_parametrisation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]) == 0
+    assert "images    computed by own.py:Pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--parametrisation own.py:Pixels --ema_decay 0.9",
+            "--parametrisation own.py:Pixels, --ema_decay: expected one of them",
+        ),
+        (
+            "--parametrisation own.py:Pixels --msz_per_channel 9",
+            "--parametrisation own.py:Pixels, --msz_per_channel: expected one",
+        ),
+        (
+            "--parametrisation own.py:Pixels --distilled_share 0.5",
+            "--parametrisation own.py:Pixels, --distilled_share: expected",
+        ),
+        (
+            "--parametrisation own.py:Pixels --texture",
+            "--parametrisation own.py:Pixels, --texture: expected one of them",
+        ),
+        ("--parametrisation speed", "--parametrisation_options: expected num_saet, "),
+        ("--parametrisation own.py:Pixel", "--parametrisation own.py:Pixel: expected a class Pixel that inherits"),
+        ("--parametrisation_options a=1", "--parametrisation_options a=1: has no effect without --parametrisation"),
+        ("--student_dampening 0.9", "--student_dampening 0.9: has no effect without --student_mom"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(
+    flags: str, message: str, folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(main, [*TOY, "--out", "new", *flags.split()]) == 2
+    assert message in caplog.text + capsys.readouterr().err
+    assert not (folder / "buffers").exists()
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "own.py:Mirrored --parametrisation_options count=4",
+            "holds a run with --parametrisation_options , not count=4",
+        ),
+        ("own.py:Pixels", "holds a run with --parametrisation own.py:Mirrored, not own.py:Pixels"),
+    ],
+)
+def test_a_run_does_not_continue_with_another_parametrisation(
+    flags: str, message: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distilled("run", "--parametrisation", "own.py:Mirrored")
+    assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--parametrisation", *flags.split()]) == 2
+    assert message in caplog.text + capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    distilled("run", "--parametrisation", "own.py:Mirrored")
+    Path("own.py").write_text(OWN.replace("self.pixels", "self.colours"))
+    assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--resume"]) == 2
+    assert "checkpoint.safetensors: colours: expected float32 (10, 1, 8, 8)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_pixels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    distilled("plain")
+    distilled("run", "--parametrisation", "own.py:Pixels")
+    tensors, metadata = load_tensors("plain/checkpoint.safetensors")
+    save_tensors("run/checkpoint.safetensors", tensors, {key: metadata[key] for key in metadata if key != "checksums"})
+    assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--resume"]) == 2
+    assert (
+        "expected parameters that are learned, as --parametrisation asks for, found others" in capsys.readouterr().err
+    )
