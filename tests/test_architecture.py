@@ -16,7 +16,7 @@ ONLY = {
     "runtime": {"errors"},
     "networks": {"checks", "errors", "kernels"},
     "augmentation": {"checks", "errors", "kernels"},
-    "parametrisations": {"checks", "errors", "kernels"},
+    "parametrisations": {"errors", "runtime"},
 }
 UPWARD = {("data.synthetic", "interop")}  # when it is called
 NO_VERB = re.compile(

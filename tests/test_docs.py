@@ -189,7 +189,7 @@ def test_the_other_blocks_on_porting_do_what_they_say() -> None:
 
 
 def test_the_order_by_difficulty_is_one_for_a_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = on_digits(blocks_of("methods.md")[2], {"expert, 10": "expert, 2", "range(10)]": "range(2)]"})
+    block = on_digits(blocks_of("methods.md")[4], {"expert, 10": "expert, 2", "range(10)]": "range(2)]"})
     monkeypatch.chdir(tmp_path)
     flags = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 2 --lr_teacher 0.1".split()
     assert cli.run(train_experts, flags) == 0
@@ -232,6 +232,24 @@ def test_the_numbers_of_frequencies_restore_the_images(tmp_path: Path, monkeypat
     exec(blocks_of("methods.md")[1], space)
     assert len(space["numbers"]) == 40 * 16
     torch.testing.assert_close(torch.from_numpy(space["restored"]), space["images"], rtol=0, atol=1e-5)
+
+
+def test_images_of_the_users_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own, restore = blocks_of("methods.md")[2:4]
+    Path("quarters.py").write_text(own)
+    flags = "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2"
+    flags += (
+        " --num_eval 1 --epoch_eval_train 1 --Iteration 2 --ipc 4 --lr_img 10 --parametrisation quarters.py:Quarters"
+    )
+    with caplog.at_level("INFO"):
+        assert cli.run(distill, [*flags.split(), "--out", "runs/quarters"]) == 0
+    assert "as many as 1 images per class of all pixels" in caplog.text
+    space: dict[str, Any] = {}
+    exec(own + restore, space)
+    torch.testing.assert_close(space["images"], space["distilled"].images)
 
 
 def on_digits(block: str, further: dict[str, str]) -> str:

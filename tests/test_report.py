@@ -206,6 +206,7 @@ def test_what_a_page_says_of_the_successors_options(tmp_path: Path) -> None:
         pytest.param("seed = 0", "MTT", id="distillation"),
         pytest.param("texture = true", "MTT, textures", id="textures"),
         pytest.param("msz_per_channel = 16", "MTT, 16 frequencies", id="frequencies"),
+        pytest.param('parametrisation = "speed"', "MTT, images by speed", id="parametrisation"),
     ],
 )
 def test_a_run_that_is_not_finished_has_its_methods_name(config: str, method: str, tmp_path: Path) -> None:

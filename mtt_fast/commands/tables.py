@@ -38,12 +38,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def marked_method(name: str, options: Mapping[str, Any]) -> str:
     """Return the `name` of a method, marked where its sets do not compare with those of papers.
 
-    These are textures and frequencies (FreD), of which --ipc does not count images of all pixels, and chosen images with the experts' labels.
+    These are textures, frequencies (FreD) and parametrised images (SPEED), of which --ipc does not count images of all pixels, and chosen
+    images with the experts' labels.
     """
     if options.get("texture"):
         return f"{name}, textures"
     if options.get("labels") == "experts":
         return f"{name}, labels of experts"
+    if parametrisation := options.get("parametrisation"):
+        return f"{name}, images by {parametrisation}"
     frequencies = options.get("msz_per_channel")
     return name if frequencies is None else f"{name}, {frequencies} frequencies"
 

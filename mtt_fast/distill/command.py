@@ -54,7 +54,12 @@ from mtt_fast.distill.gradients import (
 )
 from mtt_fast.distill.initial import check_same_scores, initial_images, initial_state, read_difficulty
 from mtt_fast.distill.options import PROGRAM, DistillOptions
-from mtt_fast.distill.parametrised import check_parameters_fit, parametrisation_in_words
+from mtt_fast.distill.parametrised import (
+    check_parameters_fit,
+    count_image_parameters,
+    parametrisation_in_words,
+    parametrisation_without_numbers,
+)
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
@@ -127,7 +132,10 @@ def _run(
     else:
         numerics_text = f"iterations in {precision}"
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    plan = plan_steps(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
+    plan = plan_steps(
+        options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision,
+        image_parameters=count_image_parameters(parametrisation_without_numbers(options, data)),
+    )  # fmt: skip
     with lock_folder(folder), counted_in(folder, seconds):
         state = load_state(options, data, device)
         if state is not None:

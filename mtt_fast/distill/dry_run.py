@@ -19,10 +19,16 @@ from mtt_fast.distill.experts import ExpertInventory, inventory_of, whitening_re
 from mtt_fast.distill.frequencies import frequencies_in_words
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.parametrised import (
+    count_image_parameters,
+    parametrisation_in_words,
+    parametrisation_without_numbers,
+)
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
+from mtt_fast.parametrisations.parametrisation import Parametrisation
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
@@ -70,7 +76,11 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
-    plan = plan_steps(options, network, (count, *info.image_shape), device, precision)
+    parametrisation = parametrisation_without_numbers(options, info)
+    image_parameters = count_image_parameters(parametrisation)
+    plan = plan_steps(
+        options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters
+    )
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None
     trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
@@ -95,6 +105,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     size = estimated_bytes(
         options, info, network.num_parameters, inventory.missing, inventory.uncompressed,
         cam_parameters=cam.num_parameters if cam is not None and to_train else 0,
+        image_parameters=image_parameters,
     )  # fmt: skip
     lines = {
         "recipe": _recipe(options),
@@ -103,8 +114,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
         "scores": _scores(options),
-        "images": frequencies_in_words(options, info)
-        or (f"computed by {options.parametrisation}" if options.parametrisation else ""),
+        "images": frequencies_in_words(options, info) or _parametrised(options, info, parametrisation),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
@@ -148,6 +158,14 @@ def _scores(options: DistillOptions) -> str:
     if options.score_path is None:
         return ""
     return f"{options.score_path}, {'there' if Path(options.score_path).is_file() else 'to be put there first'}"
+
+
+def _parametrised(options: DistillOptions, info: DatasetInfo, parametrisation: Parametrisation | None) -> str:
+    if options.parametrisation is None:
+        return ""
+    if parametrisation is None:
+        return f"computed by {options.parametrisation}; the disk space of its parameters is not known"
+    return parametrisation_in_words(options, info, parametrisation)
 
 
 def _maps(options: DistillOptions, *, to_train: bool) -> str:
@@ -232,21 +250,23 @@ def estimated_bytes(
     uncompressed: int,
     *,
     cam_parameters: int = 0,
+    image_parameters: int = 0,
 ) -> EstimatedBytes:
     """Return the estimated bytes written by a run that trains `missing` experts and compresses `uncompressed` ones.
 
-    `cam_parameters` is the number of parameters of the network of the Grad-CAM maps, or 0 if it is not trained.
+    `cam_parameters` is the number of parameters of the network of the Grad-CAM maps, or 0 if it is not trained; `image_parameters`
+    that of the parameters from which the images are computed, or 0 if their pixels are learned.
     """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
     images = 4 * options.ipc * info.num_classes * values * options.num_tiles
     weights = 0 if options.cam_model is None else images // info.image_shape[0]
-    sets = _set_count(options)
+    sets, learned = _set_count(options), 4 * image_parameters
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return EstimatedBytes(
         experts=4 * (rows * num_parameters + (options.train_epochs + 1) * cam_parameters),
-        # the last and the best of each set; the checkpoint's images, their velocity, moving average and pixel weights
-        run_folder=2 * sets * (images + whitening) + (1 + sets) * images + weights,
+        # the last and the best of each set; the checkpoint's images, moving average and pixel weights, what is learned, and its velocity
+        run_folder=2 * sets * (images + whitening + learned) + sets * images + (2 * learned or images) + weights,
         packed_data=info.packed_bytes,
     )
 

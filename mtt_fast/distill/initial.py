@@ -150,7 +150,7 @@ def initial_images(
 
 def _parametrised(options: DistillOptions, images: Images, num_classes: int, wrong: int) -> InitialImages:
     """Return the images that the parametrisation of `options` computes, made from the initial `images`."""
-    module = parametrisation_of(options, images.pixels, num_classes).to(images.pixels.device)
+    module = parametrisation_of(options, images.pixels.cpu(), num_classes).to(images.pixels.device)
     parameters = learned_values(module)
     pixels = images_at(module, parameters, torch.empty_like(images.pixels))
     return InitialImages(Images(pixels, images.labels), wrong, None, module, parameters)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.errors import InputError
 from mtt_fast.parametrisations.by_name import make_parametrisation, try_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_parameters
 from mtt_fast.runtime.seeding import generator_for
@@ -39,6 +40,26 @@ def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo
     images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
     parametrisation = parametrisation_of(options, images, data.num_classes)
     try_parametrisation(options.parametrisation, parametrisation, count, data.image_shape)
+
+
+def parametrisation_without_numbers(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
+    """Return the parametrisation of `options` on the device meta, which takes no memory.
+
+    Return None without one, and for one that can only be made of images with numbers.
+    """
+    if options.parametrisation is None:
+        return None
+    with torch.device("meta"):
+        images = torch.empty(options.ipc * data.num_classes, *data.image_shape)
+        try:
+            return parametrisation_of(options, images, data.num_classes)
+        except InputError:
+            return None
+
+
+def count_image_parameters(parametrisation: Parametrisation | None) -> int:
+    """Return the number of learned parameters from which the images are computed, 0 without a parametrisation."""
+    return 0 if parametrisation is None else sum(each.numel() for each in learned_parameters(parametrisation).values())
 
 
 def check_parameters_fit(folder: Path, state: State, parametrisation: Parametrisation) -> None:

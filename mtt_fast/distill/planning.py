@@ -14,18 +14,28 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.memory_plan import Plan, plan, plan_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes
+
+_COPIES = 4  # of the parameters of the images: in the state and in their module, their velocities and gradients
 
 
 def plan_steps(
-    options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
+    options: DistillOptions,
+    network: Trainable,
+    images: Sequence[int],
+    device: torch.device,
+    precision: Precision,
+    *,
+    image_parameters: int = 0,
 ) -> Plan:
     """Return the memory plan of the student steps of an iteration.
 
-    `images` is (n, C, H, W): the number of synthetic images, and the shape of a real one. Raises `InputError` for a budget that is too small. In fp16 it must also suffice for tf32, since an iteration that overflows is
+    `images` is (n, C, H, W): the number of synthetic images, and the shape of a real one. `image_parameters` is the number of
+    parameters from which the images are computed, if they are: a budget of "auto" leaves room for them. Raises `InputError` for a budget that is too small. In fp16 it must also suffice for tf32, since an iteration that overflows is
     repeated in tf32.
     """
     if precision == "fp16":
-        plan_steps(options, network, images, device, "tf32")
+        plan_steps(options, network, images, device, "tf32", image_parameters=image_parameters)
     canvas = options.canvas or Canvas(1)
     count, channels, height, width = images
     return plan(
@@ -33,7 +43,7 @@ def plan_steps(
         images=(count, channels, height * canvas.size, width * canvas.size),
         steps=options.syn_steps,
         batch=(options.batch_syn or count) * canvas.samples,
-        memory_budget=options.memory_budget,
+        memory_budget=_memory_budget(options, device, image_parameters),
         microbatch=options.microbatch,
         device=device,
         momentum=options.student_mom,
@@ -42,6 +52,13 @@ def plan_steps(
         path_gradient=options.match_step == "nearest",
         precision=precision,
     )
+
+
+def _memory_budget(options: DistillOptions, device: torch.device, image_parameters: int) -> int | str:
+    """Return the budget of an iteration, without the memory of the parameters of the images if it is to be chosen."""
+    if not image_parameters or options.memory_budget != AUTO or options.microbatch is not None:
+        return options.memory_budget
+    return max(1, int(MARGIN * free_bytes(device)) - _COPIES * 4 * image_parameters)
 
 
 def plan_in_tf32(plan: Plan) -> Plan:

@@ -27,7 +27,7 @@ _CLOSE = 1e-4  # relative: what rounding in float32 may change
 def make_parametrisation(
     name: str, options: str, images: Tensor, num_classes: int, generator: torch.Generator
 ) -> Parametrisation:
-    """Return the parametrisation `name` of images like `images` (n, C, H, W), with its parameters drawn from `generator`, on the CPU.
+    """Return the parametrisation `name` of `images` (n, C, H, W), on the CPU, with its parameters drawn from `generator`.
 
     `name` is a known one, or FILE.py:CLASS or MODULE:CLASS. `options` are its arguments, as "num_saet=64 dim_saet=96".
     Raises `InputError` for another name, for arguments that it does not take, and with the error that it raises.
@@ -35,8 +35,8 @@ def make_parametrisation(
     cls = _class_of(name)
     arguments = _arguments(name, cls, options)
     with _named(name), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
-        return cls(images.cpu(), num_classes, **arguments)
+        torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator, device="cpu")))
+        return cls(images, num_classes, **arguments)
 
 
 def try_parametrisation(name: str, parametrisation: Parametrisation, count: int, image_shape: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from mtt_fast.runtime.numerics import numerics
+
 _BLOCK = 1 << 20  # values of images that are computed at once
 
 
@@ -22,16 +24,13 @@ class Parametrisation(nn.Module):
 
     Example:
         ```python
-        class Mirrored(mtt_fast.Parametrisation):
-            \"\"\"Every second image is the mirror image of the one before.\"\"\"
-
-            def __init__(self, images: Tensor, num_classes: int) -> None:
+        class Quarters(mtt_fast.Parametrisation):  # four images in the storage of one
+            def __init__(self, images, num_classes):
                 super().__init__()
-                self.pixels = torch.nn.Parameter(images[::2].clone())
+                self.small = torch.nn.Parameter(interpolate(images, scale_factor=0.5, mode="area"))
 
-            def forward(self, index: Tensor) -> Tensor:
-                images = self.pixels[index // 2]
-                return torch.where((index % 2 == 0).view(-1, 1, 1, 1), images, images.flip(3))
+            def forward(self, index):
+                return interpolate(self.small[index], scale_factor=2, mode="bilinear")
         ```
     """
 
@@ -76,8 +75,9 @@ def images_at(
     """
     _set(parametrisation, values)
     parametrisation.train(not evaluated)
-    for index in _blocks(out):
-        out[index] = parametrisation(index)
+    with numerics(out.device, "fp32"):
+        for index in _blocks(out):
+            out[index] = parametrisation(index)
     return out
 
 
@@ -91,7 +91,7 @@ def gradients_at(
     _set(parametrisation, values)
     parametrisation.train()
     learned = learned_parameters(parametrisation)
-    with torch.enable_grad():
+    with torch.enable_grad(), numerics(images_gradient.device, "fp32"):
         for index in _blocks(images_gradient):
             parametrisation(index).backward(images_gradient[index])
         if (penalty := parametrisation.penalty()) is not None:

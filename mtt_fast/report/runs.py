@@ -33,7 +33,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Return the method's name, marked where the set is of textures or of frequencies."""
+        """Return the method's name, marked where its sets do not compare with those of papers."""
         return marked_method(str(self.summary.get("method") or _method_of(self.options)), self.options)
 
     @property

@@ -262,7 +262,7 @@ def test_each_network_is_timed_in_its_own_precision(
 
     monkeypatch.setattr(dry_run, "precision_on", lambda *_, iterations=False: "fp16" if iterations else "tf32")
     monkeypatch.setattr(
-        dry_run, "plan_steps", lambda *given: plan_steps(given[0], given[1], given[2], given[3], "fp32")
+        dry_run, "plan_steps", lambda *given, **_: plan_steps(given[0], given[1], given[2], given[3], "fp32")
     )
     monkeypatch.setattr(dry_run, "_measured_seconds", seconds)
     monkeypatch.setattr(dry_run, "estimated_seconds", estimated)

@@ -109,14 +109,19 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
         "--teacher_label --gradient truncated --microbatch 3 --no_aug --pix_init noise",
         "--model ConvNetD1W4BN --lr_y 1 --num_interpolation 2 --memory_budget 2GiB --pix_init window --score_path {scores} "
         "--distilled_share 0.5 --protocol selmatch",
+        "--parametrisation speed --config {speed} --student_mom 0.9 --student_dampening 0.9 --mom_img 0.95",
     ],
 )
 def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
     scores = tmp_path / "scores.npy"
     np.save(scores, np.linspace(0, 1, len(load("digits", data_path=str(tmp_path)).train.labels)))
+    speed = tmp_path / "speed.toml"
+    speed.write_text(
+        'parametrisation_options = "num_saet=4 dim_saet=6 num_head=2 decoder_depth=1 top_k=3 l1_weight=1e-3"\n'
+    )
     words = ["mtt_fast.distill", *TOY, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
-        report = run(*words, *options.format(scores=scores).split(), *more)
+        report = run(*words, *options.format(scores=scores, speed=speed).split(), *more)
         assert report.refused == []
         assert "not captured" not in report.output
         # of an iteration the loss and the largest magnitudes are read, and the rate after the update
