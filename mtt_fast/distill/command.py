@@ -55,7 +55,7 @@ from mtt_fast.distill.gradients import (
 from mtt_fast.distill.initial import check_same_scores, initial_images, initial_state, read_difficulty
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
-    check_parameters_fit,
+    check_same_parametrisation,
     count_image_parameters,
     parametrisation_in_words,
     parametrisation_without_numbers,
@@ -170,7 +170,7 @@ def _run(
             if len(experts) > num_matched:
                 log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
         if (parametrisation := initial().parametrisation if options.parametrisation else None) is not None:
-            check_parameters_fit(folder, state, parametrisation)
+            check_same_parametrisation(options, state, parametrisation)
             log.info("images: %s", parametrisation_in_words(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.parametrisations.by_name import make_parametrisation, try_parametrisation
-from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_parameters
+from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, images_at, learned_parameters
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, check_specs
 
@@ -62,11 +61,21 @@ def count_image_parameters(parametrisation: Parametrisation | None) -> int:
     return 0 if parametrisation is None else sum(each.numel() for each in learned_parameters(parametrisation).values())
 
 
-def check_parameters_fit(folder: Path, state: State, parametrisation: Parametrisation) -> None:
-    """Raise `InputError` unless the learned parameters of `state`, from the run in `folder`, are those of the `parametrisation`."""
+def check_same_parametrisation(options: DistillOptions, state: State, parametrisation: Parametrisation) -> None:
+    """Raise `InputError` unless the parameters of `state` are those of the `parametrisation`, and give the images of `state`.
+
+    They give others if the user's code was changed after the run began.
+    """
+    folder, parameters = options.folder(), state.parameters or {}
     specs = {name: (each.dtype, tuple(each.shape)) for name, each in learned_parameters(parametrisation).items()}
-    for tensors in (state.parameters, state.parameters_velocity):
-        check_specs(folder, tensors or {}, specs)
+    for tensors in (parameters, state.parameters_velocity or {}):
+        check_specs(folder, tensors, specs)
+    computed = images_at(parametrisation, parameters, torch.empty_like(state.images))
+    if not are_close(computed, state.images):
+        raise InputError(
+            f"--parametrisation {options.parametrisation}: expected the images with which the run in {folder} stopped, found others at the "
+            "same parameters; give it the code with which the run began, or choose another --out"
+        )
 
 
 def parametrisation_in_words(

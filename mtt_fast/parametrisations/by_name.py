@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, did_you_mean
-from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_parameters
+from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, learned_parameters
 from mtt_fast.parametrisations.speed import Speed
 
 _KNOWN: dict[str, type[Parametrisation]] = {"speed": Speed}
-_CLOSE = 1e-4  # relative: what rounding in float32 may change
 
 
 def make_parametrisation(
@@ -60,11 +59,11 @@ def try_parametrisation(name: str, parametrisation: Parametrisation, count: int,
             images, again = parametrisation(index), parametrisation(index)
             single = torch.cat([parametrisation(each) for each in index.split(1)])
         _check_images(name, images, (len(index), *image_shape))
-        if not _are_close(images, again):
+        if not are_close(images, again):
             raise InputError(
                 f"`parametrisation` {name}: expected the same images at a second call, found others; draw random numbers in __init__"
             )
-        if not _are_close(images, single):
+        if not are_close(images, single):
             raise InputError(
                 f"`parametrisation` {name}: expected each image to be independent of those that are computed with it, found another "
                 "alone; leave out layers such as batch norm"
@@ -141,10 +140,6 @@ def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
         raise InputError(f"`parametrisation` {name}: expected images torch.float32 {shape}, found {found}")
     if not bool(images.isfinite().all()):
         raise InputError(f"`parametrisation` {name}: expected finite images, found others")
-
-
-def _are_close(first: Tensor, second: Tensor) -> bool:
-    return bool((first - second).abs().max() <= _CLOSE * first.abs().max())
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mtt_fast.runtime.numerics import numerics
 
 _BLOCK = 1 << 20  # values of images that are computed at once
+_CLOSE = 1e-3  # relative: more than rounding in float32 changes
 
 
 class Parametrisation(nn.Module):
@@ -103,6 +104,11 @@ def gradients_at(
     for parameter in learned.values():
         parameter.grad = None
     return gradients
+
+
+def are_close(first: Tensor, second: Tensor) -> bool:
+    """Return whether images differ by rounding in float32 only."""
+    return bool((first - second).abs().max() <= _CLOSE * first.abs().max())
 
 
 @torch.no_grad()

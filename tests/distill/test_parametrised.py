@@ -172,6 +172,16 @@ def test_a_checkpoint_of_other_parameters_is_refused(capsys: pytest.CaptureFixtu
     assert "checkpoint.safetensors: colours: expected float32 (10, 1, 8, 8)" in capsys.readouterr().err
 
 
+def test_code_that_was_changed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    distilled("run", "--parametrisation", "own.py:Mirrored")
+    Path("own.py").write_text(OWN.replace("images.flip(3)", "images.flip(2)"))
+    assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--resume"]) == 2
+    assert (
+        "expected the images with which the run in run stopped, found others at the same parameters"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_checkpoint_of_pixels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     distilled("plain")
     distilled("run", "--parametrisation", "own.py:Pixels")
