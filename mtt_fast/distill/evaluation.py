@@ -54,7 +54,7 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     Raises `Diverged` if images, labels or learning rates are no longer finite.
     """
     _check_finite(run, state)
-    evaluated = run.evaluated_images(state.images, state.parameters)
+    evaluated = run.evaluated_images(state)
     for kind, images in {"evaluation": evaluated, "ema_evaluation": state.ema}.items():
         if images is None or run.metrics.find(kind, state.iteration):
             continue
@@ -120,9 +120,7 @@ def _draw(run: DistillRun, state: State, images: Tensor) -> None:
     """Draw the initial images above the current `images`. For a picture the class of an image is enough, and the experts are not asked."""
     kind: LabelKind = "indices" if run.options.teacher_label else run.options.label_kind
     synthetic = _with_labels(run, state, images, state.labels, kind)
-    first = dataclasses.replace(
-        synthetic, images=run.evaluated_images(run.initial().images.pixels, run.initial().parameters)
-    )
+    first = dataclasses.replace(synthetic, images=run.initial().pictures)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
         title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]

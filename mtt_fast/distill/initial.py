@@ -53,7 +53,8 @@ def initial_state(
             "others of their class",
             start.wrong, len(start.images) * options.num_tiles,
         )  # fmt: skip
-    images, labels, parameters = start.images.pixels.clone(), start.images.labels, start.parameters
+    images, labels = start.images.pixels.clone(), start.images.labels
+    parameters = None if start.parametrisation is None else learned_values(start.parametrisation)
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
@@ -63,7 +64,7 @@ def initial_state(
         0, num_matched, images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=start.frequencies,
-        parameters=None if parameters is None else {name: each.clone() for name, each in parameters.items()},
+        parameters=parameters,
         parameters_velocity=None if parameters is None else {name: torch.zeros_like(each) for name, each in parameters.items()},
         data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
@@ -101,13 +102,21 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
 class InitialImages(NamedTuple):
     """The synthetic images before the first iteration."""
 
-    images: Images  # sorted by class
-    wrong: int  # of them that no expert gets right; 0 unless `pix_init` is "samples_predicted_correctly"
-    frequencies: Tensor | None  # (classes, H, W) bool: those that are kept with `msz_per_channel`
-    parametrisation: Parametrisation | None = (
-        None  # on the device, from which the images are computed with `parametrisation`
-    )
-    parameters: dict[str, Tensor] | None = None  # its learned parameters
+    images: Images
+    """sorted by class"""
+    wrong: int = 0
+    """number of them that no expert gets right, if `pix_init` is "samples_predicted_correctly" """
+    frequencies: Tensor | None = None
+    """(classes, H, W) bool: those that are kept with `msz_per_channel`"""
+    parametrisation: Parametrisation | None = None
+    """computes the images, on their device; at first with its initial parameters"""
+    evaluated: Tensor | None = None
+    """(n, C, H, W): the images that a parametrisation gives to evaluations, if there is one"""
+
+    @property
+    def pictures(self) -> Tensor:
+        """Return the images (n, C, H, W) that are drawn."""
+        return self.images.pixels if self.evaluated is None else self.evaluated
 
 
 def initial_images(
@@ -143,7 +152,7 @@ def initial_images(
     if options.parametrisation is not None:
         return _parametrised(options, images, real.data.num_classes, wrong)
     if options.msz_per_channel is None:
-        return InitialImages(images, wrong, None)
+        return InitialImages(images, wrong)
     frequencies = most_varying_frequencies(images.pixels, ipc, options.msz_per_channel)
     return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
 
@@ -151,9 +160,11 @@ def initial_images(
 def _parametrised(options: DistillOptions, images: Images, num_classes: int, wrong: int) -> InitialImages:
     """Return the images that the parametrisation of `options` computes, made from the initial `images`."""
     module = parametrisation_of(options, images.pixels.cpu(), num_classes).to(images.pixels.device)
-    parameters = learned_values(module)
-    pixels = images_at(module, parameters, torch.empty_like(images.pixels))
-    return InitialImages(Images(pixels, images.labels), wrong, None, module, parameters)
+    values = learned_values(module)
+    matched, evaluated = (
+        images_at(module, values, torch.empty_like(images.pixels), evaluated=kind) for kind in (False, True)
+    )
+    return InitialImages(Images(matched, images.labels), wrong, parametrisation=module, evaluated=evaluated)
 
 
 def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:

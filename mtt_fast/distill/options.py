@@ -288,6 +288,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             (f"student_mom {self.student_mom}", self.student_mom > 0 and self.syn_steps == 1, single),
             ("lr_per_step", self.lr_per_step and self.syn_steps == 1, single),
             (
+                f"pix_init {self.pix_init}",
+                self.parametrisation == "speed" and self.pix_init != DistillOptions.pix_init,
+                "--parametrisation speed, which begins with random tokens",
+            ),
+            (
                 f"current_max_start_epoch {self.current_max_start_epoch}",
                 self.current_max_start_epoch == self.max_start_epoch,
                 "--max_start_epoch of the same value",

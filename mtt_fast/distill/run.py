@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from mtt_fast.distill.cam_network import CamNetwork
 from mtt_fast.distill.initial import InitialImages
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.parametrisations.parametrisation import images_at
+from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.trajectories import TrajectoryStore
 
 
@@ -29,11 +30,8 @@ class DistillRun(LoopRun):
     initial: Callable[[], InitialImages]
     """returns the initial images, which every picture shows; they are made at the first call"""
 
-    def evaluated_images(self, images: Tensor, parameters: Mapping[str, Tensor] | None) -> Tensor:
-        """Return the images that are evaluated, saved and drawn for the matched `images` (n, C, H, W).
-
-        These are others if a parametrisation computes them, at its `parameters`.
-        """
-        if parameters is None or (parametrisation := self.initial().parametrisation) is None:
-            return images
-        return images_at(parametrisation, parameters, torch.empty_like(images), evaluated=True)
+    def evaluated_images(self, state: State) -> Tensor:
+        """Return the images (n, C, H, W) of `state` that are evaluated, saved and drawn. A parametrisation may match others."""
+        if state.parameters is None or (parametrisation := self.initial().parametrisation) is None:
+            return state.images
+        return images_at(parametrisation, state.parameters, torch.empty_like(state.images), evaluated=True)
