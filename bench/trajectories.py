@@ -91,11 +91,11 @@ def seconds_of_iteration(setting: Setting, device: torch.device) -> float:
     return min([seconds(lambda: engine.run(case), device) for _ in range(4)][1:])
 
 
-def seconds_of_checksums(parameters: int, times: int = 100) -> Spread:
+def seconds_of_checksums(parameters: int) -> Spread:
     """Return the seconds that the checksums of two rows of `parameters` numbers take."""
     rows = [torch.randn(parameters) for _ in range(2)]
     cpu = torch.device("cpu")
-    return spread([seconds(lambda: [checksum_of(bytes_of(row)) for row in rows], cpu) for _ in range(times)])
+    return spread([seconds(lambda: [checksum_of(bytes_of(row)) for row in rows], cpu) for _ in range(100)])
 
 
 def write_all(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str, Path]:

@@ -210,7 +210,7 @@ def train_missing_experts(
     process trains such experts or writes others there; `Stopped` on Ctrl-C or SIGTERM.
     """
     request = _Request(count, images, network, training, seed, dtype, precision)
-    if missing := _missing(folder, request):
+    if missing := _missing(folder, request, set()):
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
         _train(folder, missing, request, at_once, memory_budget)
     return TrajectoryStore(folder)
@@ -241,21 +241,27 @@ class _Request(NamedTuple):
     precision: Precision
 
 
-def _missing(folder: Path, request: _Request) -> list[int]:
-    """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested."""
+def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
+    """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested.
+
+    Only the files of experts whose numbers are not in `checked` are read; afterwards it has the numbers of all in `folder`.
+    """
     present = experts_in(folder)
     missing = _numbers_missing(present, request.num_experts)
+    checked.intersection_update(present.indices if present else ())  # a deleted expert may be written again
     if present:
         check_trained_alike(
             present, request.network, request.images.identity, request.training, request.seed,
-            request.dtype or present.dtype(0), request.precision, more=bool(missing),
+            request.dtype or present.dtype(0), request.precision, more=bool(missing), checked=checked,
         )  # fmt: skip
+        checked.update(present.indices)
     return missing
 
 
 def _numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
     """Return those of the numbers 0 … `count` − 1 of which there is no expert `present`."""
-    return [index for index in range(count) if present is None or index not in present.indices]
+    numbers = set(present.indices if present else ())
+    return [index for index in range(count) if index not in numbers]
 
 
 def check_trained_alike(
@@ -268,19 +274,22 @@ def check_trained_alike(
     precision: str,
     *,
     more: bool = True,
+    checked: Container[int] = (),
 ) -> None:
     """Raise `InputError` unless all `present` experts are of `network` and the images of `identity`, and were trained with these settings.
 
     The message names the first one that was not. If `more` experts are to be trained, compressed ones are refused too.
+    Experts whose numbers are in `checked` are passed over.
     """
     if more and present.course(0) is not None:
         raise InputError(
             f"{present.folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
             f"{len(present)} or less, or the --buffer_path of uncompressed experts"
         )
-    for expert in range(len(present)):
-        check_belongs(present, expert, network, identity)
-        check_same_training(present, expert, training.record(), seed, dtype, precision)
+    for expert, number in enumerate(present.indices):
+        if number not in checked:
+            check_belongs(present, expert, network, identity)
+            check_same_training(present, expert, training.record(), seed, dtype, precision)
 
 
 def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
@@ -294,10 +303,13 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
         memory_budget=memory_budget,
     )  # fmt: skip
     claims: list[ExpertClaim] = []  # in the order of the jobs
+    checked: set[int] = set()  # numbers of the experts in the folder that are as requested
 
     def unclaimed() -> list[int]:
         """Return the numbers of the experts that are neither in the folder nor being trained by this process."""
-        others = sorted(set(_missing(folder, request)) - {claim.index for claim in claims if claim.lock.is_locked})
+        others = sorted(
+            set(_missing(folder, request, checked)) - {claim.index for claim in claims if claim.lock.is_locked}
+        )
         bar.total = training.train_epochs * (len(claims) + len(others))
         return others
 
@@ -329,7 +341,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                     claim.release()
                 if len(claims) == first:
                     _wait_for_others(len(missing), stop, bar)
-                missing = _missing(folder, request)
+                missing = _missing(folder, request, checked)
         finally:
             for claim in claims:
                 claim.release()

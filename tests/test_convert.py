@@ -73,15 +73,15 @@ def save_public_pair(labels: Tensor, folder: str = "theirs") -> Tensor:
     return images.detach()
 
 
-def save_public_buffer(folder: str, epochs: int = 2) -> None:
-    """Save two experts as buffer.py saves them on a GPU."""
+def save_public_buffer(folder: str) -> None:
+    """Save two experts of two epochs as buffer.py saves them on a GPU."""
     Path(folder).mkdir(parents=True)
     trajectories = []
     for seed in range(2):
         torch.manual_seed(seed)
         net = reference_convnet(1, 10, 8, 4, 1)
         timestamps = [[p.detach().clone() for p in net.parameters()]]
-        for _ in range(epochs):
+        for _ in range(2):
             for p in net.parameters():
                 p.data += 0.01 * torch.randn_like(p)
             timestamps.append([p.detach().clone() for p in net.parameters()])

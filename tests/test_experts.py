@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -29,7 +30,7 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.expert_checks import training_digest
 from mtt_fast.storage.expert_locks import claim_expert
-from mtt_fast.storage.tensor_files import load_tensors
+from mtt_fast.storage.tensor_files import load_tensors, read_header
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.experts import ExpertTraining, expert_job
@@ -312,6 +313,48 @@ def test_who_waits_for_other_processes_can_be_stopped(
         train_missing_experts(tmp_path, 1, images, NET, training, seed=0)
     assert other is not None
     other.release()
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (0.01, ""),
+        (0.02, "expert_0002.safetensors: trained with lr 0.02, not 0.01"),
+        (None, "expert_0002.safetensors: "),
+    ],
+)
+def test_an_expert_that_another_process_writes_meanwhile_is_checked(
+    images: RealImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float | None, message: str
+) -> None:
+    training, folder = ExpertTraining(train_epochs=1), tmp_path / "experts"
+    content = b"broken"
+    if lr is not None:
+        store = train_missing_experts(tmp_path / "other", 3, images, NET, replace(training, lr=lr), seed=0)
+        content = store.path(2).read_bytes()
+    trained = []
+
+    def job(*arguments: Any, index: int, **others: Any) -> Any:
+        trained.append(index)
+        if index == 1:  # after the first look at the folder's experts
+            (folder / "expert_0002.safetensors").write_bytes(content)
+        return expert_job(*arguments, index=index, **others)
+
+    monkeypatch.setattr("mtt_fast.experts.expert_job", job)
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        train_missing_experts(folder, 4, images, NET, training, seed=0, at_once=1)
+    assert trained == ([0, 1] if message else [0, 1, 3])
+
+
+def test_claims_do_not_read_experts_again(images: RealImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[Path] = []
+
+    def read(path: Path) -> Any:
+        paths.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("mtt_fast.storage.trajectories.read_header", read)
+    store = train_missing_experts(tmp_path, 6, images, NET, ExpertTraining(train_epochs=1), seed=0, at_once=1)
+    assert [paths.count(store.path(expert)) for expert in range(1, 6)] == [1] * 5  # the first tells the dtype each time
 
 
 def test_processes_with_other_options_train_in_other_folders(images: RealImages, tmp_path: Path) -> None:

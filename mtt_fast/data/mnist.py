@@ -128,9 +128,9 @@ def read_split(
         raise InputError(
             f"{labels}: expected {len(pixels)} labels as {images.name} has images, found {len(classes)}; get both again"
         )
-    if len(classes) and classes.max() > 9:
+    if len(classes) and np.max(classes) > 9:
         raise InputError(
-            f"{labels}: expected labels in [0, 10), found {classes.min()} to {classes.max()}; get both again"
+            f"{labels}: expected labels in [0, 10), found {np.min(classes)} to {np.max(classes)}; get both again"
         )
     return pixels.reshape(len(pixels), 1, _SIDE, _SIDE), classes.reshape(len(classes)).astype(np.int64)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.images import as_image, decode_bytes, read_header
+from mtt_fast.data.set_checks import LABEL_KINDS
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
@@ -91,15 +92,10 @@ def read_parquet(
             f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({complaint_of(error)}); get it "
             "again"
         ) from error
-    pictures = _decode(contents, path)
     if record is not None:
-        synthetic = from_pictures(pictures, labels if soft is None else soft, record, info, path)
         if label_kind is not None:
-            raise InputError(
-                f"`label_kind` {label_kind}: has no effect on {path}, whose labels are known to be {synthetic.label_kind}; "
-                "leave it out"
-            )
-        return synthetic
+            _check_kind_unknown(record, label_kind, path)
+        return from_pictures(_decode(contents, path), labels if soft is None else soft, record, info, path)
     if info is None:
         raise InputError(
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "
@@ -114,7 +110,7 @@ def read_parquet(
     if names:
         indices = class_indices(names, info.class_names, path)
         targets = relabelled(targets, indices, len(info.class_names), path)
-    images = info.transform.apply(pictures.float() / 255)
+    images = info.transform.apply(_decode(contents, path).float() / 255)
     distilled = tensor_set(images, targets, None, str(path), label_kind)
     for line in label_warnings(path, distilled):
         log.warning("%s", line)
@@ -211,6 +207,15 @@ def _labels(classes: list[Any], described: Any) -> tuple[list[Any], list[str] | 
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise TypeError("the names of its classes are no list of names")
     return classes, names
+
+
+def _check_kind_unknown(record: Any, label_kind: str, path: Path) -> None:
+    """Raise `InputError` if the record says of which kind the labels are. A record that says nothing valid is left to its reader."""
+    known = record.get("label_kind") if isinstance(record, dict) else None
+    if known in LABEL_KINDS:
+        raise InputError(
+            f"`label_kind` {label_kind}: has no effect on {path}, whose labels are known to be {known}; leave it out"
+        )
 
 
 def _decode(contents: list[bytes], path: Path) -> Tensor:

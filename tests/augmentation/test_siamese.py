@@ -17,7 +17,6 @@ from mtt_fast.augmentation.siamese import Draws, augment_by_strategy, augment_pa
 from mtt_fast.testing import assert_close
 
 NAMES = ["brightness", "saturation", "contrast", "crop", "cutout", "flip", "scale", "rotate"]
-COMPUTED_IN_FLOAT32 = {"flip", "scale", "rotate"}
 
 # What the golden values of scale and rotate are off by, since they were computed in float32. A coordinate is rounded on
 # its way to pixels. Shifted to [0, 2], and as a pixel's number, it is off by up to half a unit in the last place, that is

@@ -30,7 +30,6 @@ from mtt_fast.report import __main__ as report
 
 NETWORK = "--dataset digits --model ConvNetD1W4 --device cpu"
 EVALUATION = f"{NETWORK} --num_eval 1 --epoch_eval_train 1"
-OF_EXPERTS = f"{NETWORK} --train_epochs 4 --num_experts 2"
 RUN = (
     f"{EVALUATION} --num_experts 2 --train_epochs 4 --max_start_epoch 2 --expert_epochs 1 --syn_steps 2 --Iteration 2 "
     "--eval_it 2 --lr_img 10"
@@ -100,9 +99,9 @@ def needs(partner: str, words: str, job: str | None = None) -> Row:
     return Row(words, partner, "has no effect", job)
 
 
-def says(words: str, message: str, job: str | None = None) -> Row:
+def says(words: str, message: str) -> Row:
     """Return a row for an option that is refused, or told to do nothing, in a line that holds `message`."""
-    return Row(words, "", message, job)
+    return Row(words, "", message)
 
 
 def told(partner: str, words: str, message: str, job: str | None = None) -> Row:

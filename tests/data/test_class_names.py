@@ -23,7 +23,6 @@ from mtt_fast.data.class_names import (
 )
 from mtt_fast.errors import InputError
 
-WOOF = list(SUBSETS["imagewoof"].values())
 KNOWN: dict[str, Sequence[str]] = {
     "CIFAR10": CIFAR10,
     "CIFAR100": CIFAR100,

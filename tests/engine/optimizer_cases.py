@@ -79,9 +79,7 @@ ENGINES = (
 )  # fmt: skip
 
 
-def assert_same_gradients(
-    case: Case, mine: Callable[[Case], Tensor], theirs: Callable[[Case], Tensor], tolerance: float = 1e-9
-) -> None:
+def assert_same_gradients(case: Case, mine: Callable[[Case], Tensor], theirs: Callable[[Case], Tensor]) -> None:
     ours, expected = case.leaves(), case.leaves()
     names = [name for name in Case._fields if getattr(case, name).is_floating_point()]
     found, wanted = (
@@ -89,4 +87,4 @@ def assert_same_gradients(
         for value, leaves in ((mine(ours), ours), (theirs(expected), expected))
     )
     for name, one, other in zip(names, found, wanted, strict=True):
-        assert_close(name, one, other, tolerance)
+        assert_close(name, one, other, 1e-9)

@@ -190,11 +190,11 @@ def repeating(run: Any) -> CapturedCall:
     return CapturedCall(graph, outputs)
 
 
-def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(seed: int, device: torch.device = CPU) -> list[Tensor]:
     """Return the arguments of an iteration, drawn from `seed`."""
-    given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
+    given, generator = tensors(seed=seed, dtype=torch.float32), torch.Generator().manual_seed(seed)
     batches = student_batches(10, 4, 3, generator)
-    draws = draw_steps(batches, (3, 8, 8), dtype, SiameseAugment().draw_parameters, generator)
+    draws = draw_steps(batches, (3, 8, 8), torch.float32, SiameseAugment().draw_parameters, generator)
     return [tensor.to(device) for tensor in (*given.values(), *draws.tensors())]
 
 

@@ -17,9 +17,9 @@ from tests.engine.optimizer_cases import BATCHES, ENGINES, NET, STEPS, Case, ass
 ADAM = Adam(test_adam.BETAS, test_adam.EPS, 0.05, test_adam.BEFORE)
 
 
-def with_rates(case: Case, steps: int = STEPS) -> Case:
+def with_rates(case: Case) -> Case:
     """Return `case` with a rate for each step and parameter, of the same size; one of them is negative, and one zero."""
-    scale = 2 * torch.rand(steps, len(case.start), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    scale = 2 * torch.rand(STEPS, len(case.start), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     scale[1, 2], scale[2, 1] = -0.5, 0
     return case._replace(lr=case.lr.reshape(-1, 1) * scale.to(case.lr))
 

@@ -232,6 +232,18 @@ def test_soft_labels_of_another_programs_parquet_file_are_of_the_kind_that_is_gi
     assert torch.equal(back.labels, synthetic.labels)
 
 
+def test_a_call_that_does_not_suit_a_parquet_file_is_refused_before_its_pictures_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = distilled("weights").export("parquet", tmp_path)
+    theirs = foreign_parquet(tmp_path / "x.parquet", [0, 1], None)
+    monkeypatch.setattr("mtt_fast.interop.parquet.decode_bytes", lambda *_: pytest.fail("pictures were decoded"))
+    with pytest.raises(InputError, match="has no effect"):
+        read_set(file, label_kind="weights")
+    with pytest.raises(InputError, match="another program's file"):
+        read_set(theirs)
+
+
 @pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
 def test_what_datasets_saves_to_disk_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")

@@ -40,8 +40,8 @@ def convnet(shape: Shape, classes: int, width: int = 128, depth: int = 3, norm: 
     return inner + linear(width * (side >> halvings) ** 2, classes)
 
 
-def layer_norms(sides: tuple[int, ...], width: int = 128) -> int:
-    return sum(2 * width * side**2 for side in sides)
+def layer_norms(sides: tuple[int, ...]) -> int:
+    return sum(2 * 128 * side**2 for side in sides)
 
 
 def vgg11(shape: Shape, classes: int) -> int:

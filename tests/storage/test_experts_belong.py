@@ -297,9 +297,6 @@ def imported(working_folder: Path) -> Path:
     return Path("my_buffers/digits/ConvNetD1W4")
 
 
-USED = ["--dataset", "digits", *MODEL, *(word for word in DISTILLED if word not in ("--num_experts",)), *EVALUATED]
-
-
 @pytest.mark.parametrize(
     "flags",
     [

@@ -1,4 +1,4 @@
-"""Check experts against those that the public codes trained (tests/training/public_code/README.md)."""
+"""Check experts against those that the public codes trained (public_code/README.md)."""
 
 from __future__ import annotations
 
