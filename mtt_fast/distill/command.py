@@ -27,6 +27,7 @@ from mtt_fast.commands.earlier_run import (
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
+from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import prepare_cam_network
 from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there, load_state
@@ -67,6 +68,7 @@ from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.kernels import Precision
+from mtt_fast.networks.protocol import Trainable
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
@@ -77,6 +79,8 @@ from mtt_fast.storage.expert_checks import FLAGS, as_trained
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import lock_folder, write_config
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.training.images import RealImages
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +119,7 @@ def _run(
     precision: Precision | None,
 ) -> None:
     """Distil with `options`. `command` is the command line; for `requested` see `check_experts`, for `precision` see `main`."""
-    folder = options.folder()
-    check_scores_are_there(options)
-    if (info := published(options.dataset, options.subset, options.res)) is not None:
-        # fail early, before images are downloaded and packed
-        check_options_fit(options, info, options.network(info), device)
-        check_missing_experts(options, info)
-    with seconds.of("data"):
-        data = options.load_data()
-    network = options.network(data)
-    check_fits(options, data, network, device, requested)
+    folder, (data, network) = options.folder(), _fitting_images(options, requested, device, seconds)
     difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
     if precision is None:
         precision = precision_on(device, network, options.precision, iterations=True)
@@ -141,12 +136,7 @@ def _run(
         if state is not None:
             check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
-            experts = prepare_experts(options, real, network, requested)
-            # again, since other processes may write into the same folder
-            check_experts(options, data, network, requested)
-            if state is not None:
-                check_same_experts(options, state, experts)
-            num_matched = count_matched_experts(options, experts) if state is None else state.num_experts
+            experts, num_matched = _experts_to_match(options, requested, real, network, state)
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
@@ -179,6 +169,39 @@ def _run(
             num_matched_experts=num_matched, cam=cam, initial=initial, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
+
+
+def _fitting_images(
+    options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Seconds
+) -> tuple[ImageData, Trainable]:
+    """Return the real images and the network of `options`, after all checks that need no work.
+
+    What needs no images is checked before they are downloaded and packed. Raises as `check_fits`.
+    """
+    check_scores_are_there(options)
+    if (info := published(options.dataset, options.subset, options.res)) is not None:
+        check_options_fit(options, info, options.network(info), device)
+        check_missing_experts(options, info)
+    with seconds.of("data"):
+        data = options.load_data()
+    network = options.network(data)
+    check_fits(options, data, network, device, requested)
+    return data, network
+
+
+def _experts_to_match(
+    options: DistillOptions, requested: Mapping[str, Any], real: RealImages, network: Trainable, state: State | None
+) -> tuple[TrajectoryStore, int]:
+    """Train the missing experts; return the experts, and the number of those that are matched, the first ones.
+
+    `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or are not those of `state`.
+    """
+    experts = prepare_experts(options, real, network, requested)
+    check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder
+    if state is None:
+        return experts, count_matched_experts(options, experts)
+    check_same_experts(options, state, experts)
+    return experts, state.num_experts
 
 
 def distill(run: DistillRun, state: State, plan: Plan) -> None:
