@@ -36,8 +36,8 @@ from mtt_fast.distill.evaluation import evaluate_sets, summarise
 from mtt_fast.distill.experts import (
     check_experts,
     check_missing_experts,
-    check_same_experts,
     count_matched_experts,
+    experts_of_run,
     prepare_experts,
     requested_hyperparameters,
 )
@@ -136,7 +136,7 @@ def _run(
             # again, since other processes may write into the same folder
             check_experts(options, data, network, requested)
             if state is not None:
-                check_same_experts(options, state, experts)
+                experts = experts_of_run(options, state, experts)
             num_matched = count_matched_experts(options, experts) if state is None else state.num_experts
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real)

@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from mtt_fast.errors import InputError
 from mtt_fast.storage.file_locks import remove
 from mtt_fast.storage.run_folder import lock_folder
+from mtt_fast.storage.trajectories import expert_path
 
 _DOING = "training or writing experts here"
 _CLAIM = re.compile(r"\.expert_\d{4,}\.([0-9a-f]+)\.lock")
-_WAIT = 10.0  # seconds; a process that claims an expert holds the folder's lock for a moment only
+_WAIT = 120.0  # seconds; many processes on a slow file system may take turns, and one that fails loses the experts that it trains
 
 
 @contextlib.contextmanager
@@ -67,7 +68,9 @@ def claim_expert(folder: Path, missing: Callable[[], Sequence[int]], training: s
             lock = FileLock(folder / f".expert_{index:04d}.{training}.lock")
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
-                return ExpertClaim(index, lock)
+                if not expert_path(folder, index).exists():  # it may have been written since `missing` looked
+                    return ExpertClaim(index, lock)
+                remove(lock)
     return None
 
 

@@ -211,6 +211,24 @@ def test_a_run_goes_on_with_its_own_experts(working_folder: Path, capsys: pytest
     assert len(TrajectoryStore(store.folder)) == 2  # none was trained beside them
 
 
+def test_a_run_goes_on_with_its_own_experts_where_others_were_added_between_them(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    flags = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128", "--num_experts", "3"]
+    assert cli.run(experts, flags) == 0
+    added = (EXPERTS / "expert_0001.safetensors").rename("other")  # as another process that trains it more slowly
+    for out in ("added", "alone"):
+        assert cli.run(distill, distil(out=out)) == 0
+    assert cli.run(distill, ["--out", "alone", "--resume", "--Iteration", "6"]) == 0
+    added.rename(EXPERTS / "expert_0001.safetensors")
+    assert cli.run(distill, ["--out", "added", "--resume", "--Iteration", "6"]) == 0
+    assert "the run began with 2 of the 3 experts, and matches no others" in caplog.messages
+    assert cli.run(distill, ["--out", "added", "--resume", "--Iteration", "7", "--dry_run"]) == 0
+    sets = [SyntheticDataset.load(f"{out}/synthetic.safetensors").images for out in ("added", "alone")]
+    assert torch.equal(*sets)
+
+
 def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(distill, distil("--num_interpolation", "3")) == 0
     assert cli.run(compress, [str(EXPERTS), "--num_interpolation", "3"]) == 0  # they are there already
