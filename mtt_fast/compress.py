@@ -67,7 +67,7 @@ def waypoint_folder(folder: Path, count: int) -> Path:
 
 
 def compress(
-    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, *, smooth: bool = True
+    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, *, smooth: bool = True, wait: float = 0
 ) -> TrajectoryStore:
     """Compress those experts in `folder` that `out` lacks to `count` waypoints; return the store of all in `out`.
 
@@ -75,7 +75,7 @@ def compress(
     code. Each expert is written as soon as it is done.
     Raises `InputError` if there is none, if they were not trained alike on the same images, if one is compressed already, if
     the waypoints do not fit an expert's epochs, if `out` holds one that was made otherwise, or if another process writes
-    there; `Stopped` on Ctrl-C or SIGTERM.
+    there (`wait` as in `lock_folder`); `Stopped` on Ctrl-C or SIGTERM.
     """
     whole = TrajectoryStore(folder)
     if not len(whole):
@@ -85,7 +85,7 @@ def compress(
         )
     check_one_kind(whole)
     written = compressed = 0
-    with lock_expert_folder(out, "choose another `out`"), stop_request() as stop:
+    with lock_expert_folder(out, "choose another `out`", wait=wait), stop_request() as stop:
         done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
             raise_if_stopped(stop, "stopped; the experts that were finished are saved; the same command continues")

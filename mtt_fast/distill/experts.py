@@ -195,7 +195,8 @@ def prepare_experts(
             at_once=options.networks_at_once, memory_budget=options.memory_budget,
         )  # fmt: skip
     if inventory.uncompressed and options.num_interpolation is not None:
-        compress(inventory.whole, inventory.used, options.num_interpolation)
+        # another distillation may have waited for the same experts, and compress them now
+        compress(inventory.whole, inventory.used, options.num_interpolation, wait=-1)
     store = TrajectoryStore(inventory.used)
     for line in _remarks(options, real, store, requested):
         log.info("%s: %s", inventory.used, line)

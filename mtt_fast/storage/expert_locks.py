@@ -25,13 +25,13 @@ _WAIT = 120.0  # seconds; many processes on a slow file system may take turns, a
 
 
 @contextlib.contextmanager
-def lock_expert_folder(folder: Path, fix: str = "choose another `buffer_path`") -> Iterator[None]:
+def lock_expert_folder(folder: Path, fix: str = "choose another `buffer_path`", *, wait: float = 0) -> Iterator[None]:
     """Keep other processes from writing experts to `folder` within the block; readers need no lock.
 
     At the end the lock file is removed, and so is the folder if it is empty. Raises as `lock_folder`, also if another process
-    has claimed an expert.
+    has claimed an expert. `wait` as there.
     """
-    with _locked(folder, fix, wait=0):
+    with _locked(folder, fix, wait=wait):
         if any(_is_held(path) for path in _claims_in(folder)):
             raise InputError(f"{folder}: another process is {_DOING}; wait for it or {fix}")
         yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +307,22 @@ def test_who_writes_a_folder_of_experts_has_it_alone(
     assert not (EXPERTS / ".lock").exists()
     error = refused(capsys, experts, *trains, "--num_experts", "4", "--seed", "1")
     assert f"{EXPERTS}/expert_0000.safetensors: trained with seed 0, not 1" in error
+
+
+def test_a_distillation_waits_for_another_one_that_compresses_the_experts(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (EXPERTS / "waypoints_3").mkdir()
+    with open(EXPERTS / "waypoints_3" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.5, file.close)
+        timer.start()
+        assert cli.run(distill, distil("--num_interpolation", "3")) == 0
+        timer.join()
+    assert (
+        f"{EXPERTS}/waypoints_3: waiting for another process, which is training or writing experts here" in caplog.text
+    )
 
 
 @pytest.fixture
