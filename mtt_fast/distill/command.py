@@ -139,7 +139,7 @@ def _run(
                 experts = experts_of_run(options, state, experts)
             num_matched = count_matched_experts(options, experts) if state is None else state.num_experts
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
-            cam = prepare_cam_network(options, real)
+            cam = prepare_cam_network(options, real, state)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)

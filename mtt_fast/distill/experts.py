@@ -271,13 +271,12 @@ def experts_of_run(options: DistillOptions, state: State, store: TrajectoryStore
     ]
     if not differing:
         return store
-    positions = {store.digest(expert): expert for expert in range(len(store))}
-    if not positions.keys() >= set(state.digests):
+    if (own := store.starting_with(state.digests)) is None:
         raise InputError(
             f"{store.path(differing[0])}: another expert than the one with which the run in {folder} began; restore its "
             "--buffer_path, or choose another --out"
         )
-    return store.with_first([positions[digest] for digest in state.digests])
+    return own
 
 
 def requested_hyperparameters(training: ExpertTraining, given: Set[str]) -> dict[str, Any]:

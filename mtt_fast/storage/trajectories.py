@@ -212,7 +212,7 @@ class _Header:
 class TrajectoryStore:
     """The experts of a folder, read only. Opening it lists names; each file's header is read at the first use of it.
 
-    Methods take an expert's position, 0 … len − 1, in `indices`, which are the experts' numbers in order (but see `with_first`). They
+    Methods take an expert's position, 0 … len − 1, in `indices`, which are the experts' numbers in order (but see `starting_with`). They
     may be called from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`, which
     is an `InputError` and an `IndexError`, for a position or an epoch out of range.
     """
@@ -242,10 +242,15 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def with_first(self, experts: Sequence[int]) -> TrajectoryStore:
-        """Return the store with those at the positions `experts` first, in this order, and then all others."""
-        store, others = copy.copy(self), (expert for expert in range(len(self)) if expert not in experts)
-        store.indices, store._headers = tuple(self.indices[expert] for expert in (*experts, *others)), {}
+    def starting_with(self, digests: Sequence[str]) -> TrajectoryStore | None:
+        """Return the store with the experts of these `digests` first, in this order, and then all others; None if one is not there."""
+        positions = {self.digest(expert): expert for expert in reversed(range(len(self)))}
+        if not positions.keys() >= set(digests):
+            return None
+        first = [positions[digest] for digest in digests]
+        others = (expert for expert in range(len(self)) if expert not in first)
+        store = copy.copy(self)
+        store.indices, store._headers = tuple(self.indices[expert] for expert in (*first, *others)), {}
         return store
 
     def read(self, expert: int, epoch: float) -> Tensor:
