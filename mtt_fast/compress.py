@@ -29,6 +29,8 @@ from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 
+_COMPRESS_AGAIN = "delete that folder, or compress into another one"  # --out of a distillation is another folder
+
 log = logging.getLogger(__name__)
 
 
@@ -125,7 +127,7 @@ def _check_same(
     if course is None or (course.epochs, course.smooth) != (epochs, smooth):
         content, fix = "a whole expert", "choose another --out"
         if course is not None:
-            content, fix = f"waypoints at {course.epochs}, smooth {course.smooth}", f"{fix}, or delete that folder"
+            content, fix = f"waypoints at {course.epochs}, smooth {course.smooth}", _COMPRESS_AGAIN
         raise InputError(
             f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; {fix}"
         )
@@ -143,7 +145,7 @@ def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: Tr
         if made_of and digest and made_of != digest:
             raise InputError(
                 f"{compressed.path(expert)}: made from another expert than {expert_path(whole.folder, index)}; "
-                "choose another --out, or delete that folder"
+                f"{_COMPRESS_AGAIN}"
             )
 
 

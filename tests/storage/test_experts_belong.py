@@ -248,6 +248,7 @@ def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsy
             f"{EXPERTS}/waypoints_3/expert_0001.safetensors: made from another expert than {EXPERTS}/expert_0001"
             in error
         )
+        assert error.endswith("delete that folder, or compress into another one")
 
 
 def test_the_students_augmentation_is_not_the_experts(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
