@@ -29,6 +29,8 @@ from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 
+_COMPRESS_AGAIN = "delete that folder, or compress into another one"  # --out of a distillation is another folder
+
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ def waypoint_folder(folder: Path, count: int) -> Path:
 
 
 def compress(
-    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, *, smooth: bool = True
+    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, *, smooth: bool = True, wait: float = 0
 ) -> TrajectoryStore:
     """Compress those experts in `folder` that `out` lacks to `count` waypoints; return the store of all in `out`.
 
@@ -75,7 +77,7 @@ def compress(
     code. Each expert is written as soon as it is done.
     Raises `InputError` if there is none, if they were not trained alike on the same images, if one is compressed already, if
     the waypoints do not fit an expert's epochs, if `out` holds one that was made otherwise, or if another process writes
-    there; `Stopped` on Ctrl-C or SIGTERM.
+    there (`wait` as in `lock_folder`); `Stopped` on Ctrl-C or SIGTERM.
     """
     whole = TrajectoryStore(folder)
     if not len(whole):
@@ -85,7 +87,7 @@ def compress(
         )
     check_one_kind(whole)
     written = compressed = 0
-    with lock_expert_folder(out, "choose another `out`"), stop_request() as stop:
+    with lock_expert_folder(out, "choose another `out`", wait=wait), stop_request() as stop:
         done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
             raise_if_stopped(stop, "stopped; the experts that were finished are saved; the same command continues")
@@ -125,7 +127,7 @@ def _check_same(
     if course is None or (course.epochs, course.smooth) != (epochs, smooth):
         content, fix = "a whole expert", "choose another --out"
         if course is not None:
-            content, fix = f"waypoints at {course.epochs}, smooth {course.smooth}", f"{fix}, or delete that folder"
+            content, fix = f"waypoints at {course.epochs}, smooth {course.smooth}", _COMPRESS_AGAIN
         raise InputError(
             f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; {fix}"
         )
@@ -143,7 +145,7 @@ def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: Tr
         if made_of and digest and made_of != digest:
             raise InputError(
                 f"{compressed.path(expert)}: made from another expert than {expert_path(whole.folder, index)}; "
-                "choose another --out, or delete that folder"
+                f"{_COMPRESS_AGAIN}"
             )
 
 

@@ -71,27 +71,38 @@ def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> 
 
 
 def check_same_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo, began_with: State) -> None:
-    """Raise `InputError` unless the expert of `cam_model` is the one with which the run of the state `began_with` began."""
-    if options.cam_model is None:
-        return
-    store = cam_expert(options, data)
-    if store is None or store.digest(0) != began_with.cam_digest:
+    """Raise `InputError` unless the expert of `cam_model` with which the run of the state `began_with` began is there."""
+    if options.cam_model is not None:
+        _starting_with_same(options, data, cam_expert(options, data), began_with)
+
+
+def _starting_with_same(
+    options: DistillOptions, data: ImageData | DatasetInfo, store: TrajectoryStore | None, began_with: State
+) -> TrajectoryStore:
+    """Return `store` with the expert first that `check_same_cam_expert` looks for. Raises as that does."""
+    own = store and store.starting_with([began_with.cam_digest])
+    if own is None:
         raise InputError(
             f"{_folder(options, data)}: expected the expert of `cam_model` with which the run began, found "
             f"{'another' if store else 'none'}; restore it, or choose another `out`"
         )
+    return own
 
 
-def prepare_cam_network(options: DistillOptions, real: RealImages) -> CamNetwork | None:
+def prepare_cam_network(
+    options: DistillOptions, real: RealImages, began_with: State | None = None
+) -> CamNetwork | None:
     """Return the network of `cam_model`, after training its expert if that is missing; None without the option.
 
-    Raises `Stopped` on Ctrl-C or SIGTERM.
+    A run that continues takes the expert that it `began_with`. Raises `Stopped` on Ctrl-C or SIGTERM.
     """
     network = options.cam_network(real.data)
     if network is None:
         return None
     check_cam_expert(options, real.data)  # again, since other processes may have written it
     store = first_expert(_folder(options, real.data), real, network, options.experts(), options)
+    if began_with is not None:
+        store = _starting_with_same(options, real.data, store, began_with)
     log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
     expert = store.metadata(0)
     for remark in (

@@ -37,8 +37,8 @@ from mtt_fast.distill.evaluation import evaluate_sets, summarise
 from mtt_fast.distill.experts import (
     check_experts,
     check_missing_experts,
-    check_same_experts,
     count_matched_experts,
+    experts_of_run,
     prepare_experts,
     requested_hyperparameters,
 )
@@ -138,7 +138,7 @@ def _run(
         with seconds.of("experts"):
             experts, num_matched = _experts_to_match(options, requested, real, network, state)
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
-            cam = prepare_cam_network(options, real)
+            cam = prepare_cam_network(options, real, state)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)
@@ -194,14 +194,13 @@ def _experts_to_match(
 ) -> tuple[TrajectoryStore, int]:
     """Train the missing experts; return the experts, and the number of those that are matched, the first ones.
 
-    `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or are not those of `state`.
+    `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or those of `state` are not there.
     """
     experts = prepare_experts(options, real, network, requested)
     check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder
     if state is None:
         return experts, count_matched_experts(options, experts)
-    check_same_experts(options, state, experts)
-    return experts, state.num_experts
+    return experts_of_run(options, state, experts), state.num_experts
 
 
 def distill(run: DistillRun, state: State, plan: Plan) -> None:

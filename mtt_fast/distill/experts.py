@@ -195,7 +195,8 @@ def prepare_experts(
             at_once=options.networks_at_once, memory_budget=options.memory_budget,
         )  # fmt: skip
     if inventory.uncompressed and options.num_interpolation is not None:
-        compress(inventory.whole, inventory.used, options.num_interpolation)
+        # another distillation may have waited for the same experts, and compress them now
+        compress(inventory.whole, inventory.used, options.num_interpolation, wait=-1)
     store = TrajectoryStore(inventory.used)
     for line in _remarks(options, real, store, requested):
         log.info("%s: %s", inventory.used, line)
@@ -239,15 +240,18 @@ def _remarks(
 
 
 def check_same_experts_so_far(options: DistillOptions, state: State, data: ImageData | DatasetInfo) -> None:
-    """Raise `InputError` as `check_same_experts` does, before missing experts are trained or compressed."""
+    """Raise `InputError` as `experts_of_run` does, before missing experts are trained or compressed."""
     inventory = inventory_of(options, data)
     store = experts_in(inventory.used)
     if store is not None and (len(store) >= state.num_experts or not (inventory.missing or inventory.uncompressed)):
-        check_same_experts(options, state, store)
+        experts_of_run(options, state, store)
 
 
-def check_same_experts(options: DistillOptions, state: State, store: TrajectoryStore) -> None:
-    """Raise `InputError` unless the run with `state` still has, and may use, the experts with which it began."""
+def experts_of_run(options: DistillOptions, state: State, store: TrajectoryStore) -> TrajectoryStore:
+    """Return `store` with the experts first with which the run with `state` began, since others may have been added between them.
+
+    Raises `InputError` unless the run still has, and may use, these experts.
+    """
     folder = options.folder()
     if options.max_experts is not None and options.max_experts < state.num_experts:
         raise InputError(
@@ -260,12 +264,19 @@ def check_same_experts(options: DistillOptions, state: State, store: TrajectoryS
             + ("" if store.metadata(0).imported else f"give --num_experts {state.num_experts}, or ")
             + f"restore its --buffer_path, {store.folder}"
         )
-    for expert, digest in enumerate(state.digests):
-        if store.digest(expert) not in (digest, "") and digest:  # an expert without checksums has ""
-            raise InputError(
-                f"{store.path(expert)}: another expert than the one with which the run in {folder} began; restore its "
-                "--buffer_path, or choose another --out"
-            )
+    differing = [
+        expert
+        for expert, digest in enumerate(state.digests)
+        if store.digest(expert) not in (digest, "") and digest  # an expert without checksums has ""
+    ]
+    if not differing:
+        return store
+    if (own := store.starting_with(state.digests)) is None:
+        raise InputError(
+            f"{store.path(differing[0])}: another expert than the one with which the run in {folder} began; restore its "
+            "--buffer_path, or choose another --out"
+        )
+    return own
 
 
 def requested_hyperparameters(training: ExpertTraining, given: Set[str]) -> dict[str, Any]:

@@ -102,14 +102,18 @@ def read_parquet(
             "with `dataset` and `data_path`"
         )
     try:
-        targets = as_tensor(labels, torch.int64) if soft is None else as_tensor(soft, torch.float32)
+        places = as_tensor(labels, torch.int64)
+        targets = places if soft is None else as_tensor(soft, torch.float32)
     except ValueError as error:
         raise InputError(
             f"{path}: expected a label for each image, found others ({error}); correct the column"
         ) from error
     if names:
         indices = class_indices(names, info.class_names, path)
-        targets = relabelled(targets, indices, len(info.class_names), path)
+        places, targets = (relabelled(each, indices, len(info.class_names), path) for each in (places, targets))
+    if soft is not None:  # then the order of a set tells the classes of its images
+        order = places.argsort(stable=True)
+        contents, targets = [contents[place] for place in order.tolist()], targets[order]
     images = info.transform.apply(_decode(contents, path).float() / 255)
     distilled = tensor_set(images, targets, None, str(path), label_kind)
     for line in label_warnings(path, distilled):

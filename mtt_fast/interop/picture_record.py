@@ -94,11 +94,21 @@ def from_pictures(
     if info is None:
         return synthetic
     if synthetic.class_names != info.class_names:
-        indices = class_indices(synthetic.class_names, info.class_names, where)
-        ordered = relabelled(synthetic.labels, indices, len(info.class_names), where)
-        synthetic = dataclasses.replace(synthetic, labels=ordered, class_names=info.class_names)
+        synthetic = _in_classes_of(synthetic, info, where)
     check_same_data(synthetic.identity, info.identity, where)
     return synthetic
+
+
+def _in_classes_of(synthetic: SyntheticDataset, info: SourceInfo, where: str | os.PathLike[str]) -> SyntheticDataset:
+    """Return the set with its classes in the order of `info`; with soft labels its images too, as their order tells their classes."""
+    indices = class_indices(synthetic.class_names, info.class_names, where)
+    labels = relabelled(synthetic.labels, indices, len(info.class_names), where)
+    order = torch.arange(len(labels), device="cpu")
+    if synthetic.label_kind != "indices":
+        order = relabelled(synthetic.classes, indices, len(info.class_names), where).argsort(stable=True)
+    return dataclasses.replace(
+        synthetic, images=synthetic.images[order], labels=labels[order], class_names=info.class_names
+    )
 
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:

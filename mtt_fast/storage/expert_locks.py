@@ -17,20 +17,21 @@ from filelock import FileLock, Timeout
 from mtt_fast.errors import InputError
 from mtt_fast.storage.file_locks import remove
 from mtt_fast.storage.run_folder import lock_folder
+from mtt_fast.storage.trajectories import expert_path
 
 _DOING = "training or writing experts here"
 _CLAIM = re.compile(r"\.expert_\d{4,}\.([0-9a-f]+)\.lock")
-_WAIT = 10.0  # seconds; a process that claims an expert holds the folder's lock for a moment only
+_WAIT = 120.0  # seconds; many processes on a slow file system may take turns, and one that fails loses the experts that it trains
 
 
 @contextlib.contextmanager
-def lock_expert_folder(folder: Path, fix: str = "choose another `buffer_path`") -> Iterator[None]:
+def lock_expert_folder(folder: Path, fix: str = "choose another `buffer_path`", *, wait: float = 0) -> Iterator[None]:
     """Keep other processes from writing experts to `folder` within the block; readers need no lock.
 
     At the end the lock file is removed, and so is the folder if it is empty. Raises as `lock_folder`, also if another process
-    has claimed an expert.
+    has claimed an expert. `wait` as there.
     """
-    with _locked(folder, fix, wait=0):
+    with _locked(folder, fix, wait=wait):
         if any(_is_held(path) for path in _claims_in(folder)):
             raise InputError(f"{folder}: another process is {_DOING}; wait for it or {fix}")
         yield
@@ -67,7 +68,9 @@ def claim_expert(folder: Path, missing: Callable[[], Sequence[int]], training: s
             lock = FileLock(folder / f".expert_{index:04d}.{training}.lock")
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
-                return ExpertClaim(index, lock)
+                if not expert_path(folder, index).exists():  # it may have been written since `missing` looked
+                    return ExpertClaim(index, lock)
+                remove(lock)
     return None
 
 

@@ -35,15 +35,18 @@ def lock_folder(
     """Lock `folder`, which is made, within the block, and remove partial files of killed processes.
 
     The lock ends with the process that holds it. Raises `InputError` if another process still holds it after `wait` seconds; the
-    message says what that process is `doing`, and what to do other than wait (`fix`). Also raises it if the folder cannot be made
-    or written.
+    message says what that process is `doing`, and what to do other than wait (`fix`). A `wait` below 0 has no end. Also raises it if
+    the folder cannot be made or written.
     """
     check_output_folder(folder, fix)
     lock = FileLock(folder / _LOCK)
     try:
-        acquire(lock, wait)
+        acquire(lock, max(wait, 0))
     except Timeout as error:
-        raise InputError(f"{folder}: another process is {doing}; wait for it or {fix}") from error
+        if wait >= 0:
+            raise InputError(f"{folder}: another process is {doing}; wait for it or {fix}") from error
+        log.info("%s: waiting for another process, which is %s", folder, doing)
+        acquire(lock)
     try:
         remove_leftovers(folder)
         for leftover in folder.glob(".*.partial"):  # of former versions, which did not lock what they write

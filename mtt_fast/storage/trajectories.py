@@ -9,6 +9,7 @@ A compressed expert has the rows of a few waypoints instead, and its course betw
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -16,7 +17,7 @@ import operator
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -211,8 +212,8 @@ class _Header:
 class TrajectoryStore:
     """The experts of a folder, read only. Opening it lists names; each file's header is read at the first use of it.
 
-    Methods take an expert's position, 0 … len − 1, in the order of the experts' numbers (`indices`). They may be called
-    from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`, which
+    Methods take an expert's position, 0 … len − 1, in `indices`, which are the experts' numbers in order (but see `starting_with`). They
+    may be called from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`, which
     is an `InputError` and an `IndexError`, for a position or an epoch out of range.
     """
 
@@ -240,6 +241,17 @@ class TrajectoryStore:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def starting_with(self, digests: Sequence[str]) -> TrajectoryStore | None:
+        """Return the store with the experts of these `digests` first, in this order, and then all others; None if one is not there."""
+        positions = {self.digest(expert): expert for expert in reversed(range(len(self)))}
+        if not positions.keys() >= set(digests):
+            return None
+        first = [positions[digest] for digest in digests]
+        others = (expert for expert in range(len(self)) if expert not in first)
+        store = copy.copy(self)
+        store.indices, store._headers = tuple(self.indices[expert] for expert in (*first, *others)), {}
+        return store
 
     def read(self, expert: int, epoch: float) -> Tensor:
         """Return the parameters (P,), float32, after `epoch` epochs, 0 … epochs(expert), reading only their bytes.

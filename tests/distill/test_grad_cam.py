@@ -193,9 +193,13 @@ def test_truncated_gradients_are_compared_as_weighed(tmp_path: Path, monkeypatch
 
 
 def test_a_run_goes_on_with_its_weights_and_the_network_that_made_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
     assert cli.run(main, [*TOY, *MAPS, "--out", "whole", "--Iteration", "5"]) == 0
     assert cli.run(main, [*TOY, *MAPS, "--out", "parts", "--Iteration", "2"]) == 0
     assert cli.run(main, ["--out", "parts", "--resume", "--Iteration", "5"]) == 0
@@ -203,7 +207,7 @@ def test_a_run_goes_on_with_its_weights_and_the_network_that_made_them(
     assert whole.keys() == parts.keys()
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     folder = Path("buffers/digits/ConvNetD2W4")
-    shutil.rmtree(folder)
+    shutil.move(folder, "own")
     go_on = ["--out", "parts", "--resume", "--Iteration", "6"]
     told = f"{folder}: expected the expert of --cam_model with which the run began, found"
     for flags in ([], ["--dry-run"]):
@@ -213,6 +217,9 @@ def test_a_run_goes_on_with_its_weights_and_the_network_that_made_them(
     assert cli.run(experts, trained) == 0
     assert cli.run(main, go_on) == 2
     assert f"{told} another" in capsys.readouterr().err
+    shutil.copy("own/expert_0000.safetensors", folder / "expert_0001.safetensors")  # the other one was added before it
+    assert cli.run(main, go_on) == 0
+    assert f"Grad-CAM maps by {folder}/expert_0001.safetensors" in caplog.text
 
 
 def test_the_network_is_trained_as_the_experts_are(

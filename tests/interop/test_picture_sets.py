@@ -23,7 +23,7 @@ from mtt_fast.interop import (
     set_kind_of,
 )
 from mtt_fast.interop.tensor_set import SourceInfo
-from tests.interop.helpers import N, distilled
+from tests.interop.helpers import CLASSES, IPC, N, distilled
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -174,10 +174,38 @@ def test_a_set_with_its_classes_in_another_order_is_put_in_the_datas(tmp_path: P
     if labels == "indices":
         assert [info.class_names[i] for i in read_back.labels] == [synthetic.class_names[i] for i in synthetic.labels]
     else:
-        assert torch.equal(read_back.labels, synthetic.labels[:, order])
+        rows = torch.arange(N).view(CLASSES, IPC)[order].flatten()  # since places tell the classes
+        assert torch.equal(read_back.labels, synthetic.labels[rows][:, order])
+        assert_pictures(read_back, synthetic, rows)
     other = SourceInfo(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
     with pytest.raises(InputError, match="found 'dog / wolf'"):
         read_set(tmp_path, info=other)
+
+
+def assert_pictures(found: SyntheticDataset, expected: SyntheticDataset, rows: torch.Tensor) -> None:
+    """Check that the pictures of `found` are those at `rows` of `expected`, rounded to 8 bits."""
+    pictures = [(each.pictures() * 255).round() for each in (found, expected)]
+    assert torch.equal(pictures[0], pictures[1][rows])
+
+
+@pytest.mark.parametrize("names", [None, ("owl", "cat", "dog / wolf")])
+def test_the_rows_of_another_programs_file_with_soft_labels_are_put_in_the_order_of_their_classes(
+    tmp_path: Path, names: tuple[str, ...] | None
+) -> None:
+    """Shuffle the rows, as the library `datasets` does; `names` are those of the data set, if it has others than the file."""
+    from pyarrow import parquet
+
+    synthetic = distilled("logits")
+    (file,) = synthetic.export("parquet", tmp_path)
+    table = parquet.read_table(file)
+    metadata = {"huggingface": table.schema.metadata[b"huggingface"]}
+    parquet.write_table(table.take([5, 2, 0, 3, 4, 1]).replace_schema_metadata(metadata), file)
+    info = SourceInfo(names or synthetic.class_names, synthetic.mean, synthetic.std, None)
+    back = read_set(file, info=info)
+    assert isinstance(back, SyntheticDataset)
+    rows = torch.tensor([5, 4, 0, 1, 2, 3] if names else [0, 1, 2, 3, 5, 4])
+    assert_pictures(back, synthetic, rows)
+    assert torch.equal(back.labels, synthetic.labels[rows][:, [2, 0, 1] if names else [0, 1, 2]])
 
 
 def foreign_parquet(path: Path, labels: list[Any], names: list[str] | None) -> Path:

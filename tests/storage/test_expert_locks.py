@@ -39,6 +39,18 @@ def test_who_claims_looks_for_missing_experts_when_nobody_else_can(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["expert_0000.safetensors"]
 
 
+def test_an_expert_that_is_written_while_another_process_looks_is_not_claimed(tmp_path: Path) -> None:
+    def missing() -> list[int]:
+        (tmp_path / "expert_0000.safetensors").touch()
+        return [0, 1]
+
+    claim = claim_expert(tmp_path, missing, "ab")
+    assert claim is not None
+    assert claim.index == 1
+    claim.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["expert_0000.safetensors"]
+
+
 def test_claims_of_a_killed_process_count_for_nothing(tmp_path: Path) -> None:
     for name in (".expert_0000.ab.lock", ".expert_0001.ab.lock", ".expert_0002.cd.lock"):
         (tmp_path / name).touch()

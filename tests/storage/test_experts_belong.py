@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,24 @@ def test_a_run_goes_on_with_its_own_experts(working_folder: Path, capsys: pytest
     assert len(TrajectoryStore(store.folder)) == 2  # none was trained beside them
 
 
+def test_a_run_goes_on_with_its_own_experts_where_others_were_added_between_them(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    flags = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128", "--num_experts", "3"]
+    assert cli.run(experts, flags) == 0
+    added = (EXPERTS / "expert_0001.safetensors").rename("other")  # as another process that trains it more slowly
+    for out in ("added", "alone"):
+        assert cli.run(distill, distil(out=out)) == 0
+    assert cli.run(distill, ["--out", "alone", "--resume", "--Iteration", "6"]) == 0
+    added.rename(EXPERTS / "expert_0001.safetensors")
+    assert cli.run(distill, ["--out", "added", "--resume", "--Iteration", "6"]) == 0
+    assert "the run began with 2 of the 3 experts, and matches no others" in caplog.messages
+    assert cli.run(distill, ["--out", "added", "--resume", "--Iteration", "7", "--dry_run"]) == 0
+    sets = [SyntheticDataset.load(f"{out}/synthetic.safetensors").images for out in ("added", "alone")]
+    assert torch.equal(*sets)
+
+
 def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(distill, distil("--num_interpolation", "3")) == 0
     assert cli.run(compress, [str(EXPERTS), "--num_interpolation", "3"]) == 0  # they are there already
@@ -228,6 +248,7 @@ def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsy
             f"{EXPERTS}/waypoints_3/expert_0001.safetensors: made from another expert than {EXPERTS}/expert_0001"
             in error
         )
+        assert error.endswith("delete that folder, or compress into another one")
 
 
 def test_the_students_augmentation_is_not_the_experts(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,6 +308,22 @@ def test_who_writes_a_folder_of_experts_has_it_alone(
     assert not (EXPERTS / ".lock").exists()
     error = refused(capsys, experts, *trains, "--num_experts", "4", "--seed", "1")
     assert f"{EXPERTS}/expert_0000.safetensors: trained with seed 0, not 1" in error
+
+
+def test_a_distillation_waits_for_another_one_that_compresses_the_experts(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (EXPERTS / "waypoints_3").mkdir()
+    with open(EXPERTS / "waypoints_3" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.5, file.close)
+        timer.start()
+        assert cli.run(distill, distil("--num_interpolation", "3")) == 0
+        timer.join()
+    assert (
+        f"{EXPERTS}/waypoints_3: waiting for another process, which is training or writing experts here" in caplog.text
+    )
 
 
 @pytest.fixture
