@@ -205,9 +205,10 @@ def _flat(image: Image.Image, mode: str) -> tuple[Image.Image, bool]:
 
 
 def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Return (width, height) of an image of `size` when it is scaled so that it just covers width x height."""
-    scale = max(width / size[0], height / size[1])
-    return max(width, int(size[0] * scale)), max(height, int(size[1] * scale))
+    """Return (width, height) of an image of `size` when it is scaled so that it just covers width x height; the longer side is rounded down."""
+    if width * size[1] >= height * size[0]:
+        return width, max(height, size[1] * width // size[0])
+    return max(width, size[0] * height // size[1]), height
 
 
 def _opened_file(path: str) -> Image.Image:

@@ -41,7 +41,7 @@ from mtt_fast.storage.temporaries import made_folder, remove_leftovers
 from mtt_fast.storage.tensor_files import header_of, load_tensors
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
-VERSION = 1  # of the packed content; raise it when the same source is packed differently
+VERSION = 2  # of the packed content; raise it when the same source is packed differently
 _FORMAT = "mtt_fast data set 2"  # files without checksums have no format field
 
 log = logging.getLogger(__name__)

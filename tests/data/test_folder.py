@@ -112,7 +112,9 @@ def test_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
     assert data.std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
 
 
-@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (9, 6), (3, 5), (6, 6), (7, 400)], ids=str)
+@pytest.mark.parametrize(
+    ("height", "width"), [(12, 20), (20, 12), (9, 6), (3, 5), (6, 6), (7, 400), (47, 94), (94, 47)], ids=str
+)
 def test_resize_covers_then_crops_the_centre(tmp_path: Path, height: int, width: int) -> None:
     pixels = noise(1, height, width)
     folder(tmp_path)
