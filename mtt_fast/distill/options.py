@@ -53,6 +53,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         "initialize": "pix_init",
         "num_scm": "ipc",
         "lr_scm": "lr_img",
+        "momentum": "student_mom",
+        **dict.fromkeys(
+            ("num_saet", "dim_saet", "num_head", "top_k", "l1_weight", "patch_size", "lr_saet", "lr_freenet"),
+            "parametrisation_options",
+        ),
         "beta": "window_start",
     }
     """Flags of the successors' codes (FreD, EDF, SelMatch, SPEED) that have another name here."""

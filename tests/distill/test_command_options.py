@@ -110,6 +110,9 @@ MISTAKES = [
     pytest.param(
         ["--lr-freq", "1e8"], r"--lr-freq: unknown option; here it is --lr_img; see --help", id="flag-of-FreD"
     ),
+    pytest.param(
+        ["--num_saet", "64"], r"--num_saet: unknown option; here it is --parametrisation_options", id="flag-of-SPEED"
+    ),
     pytest.param(["--beta", "0.5"], r"--beta: unknown option; here it is --window_start", id="flag-of-SelMatch"),
     pytest.param(["--ITERATION", "3"], r"unknown option \(did you mean --Iteration\?\)", id="flag-in-capitals"),
     pytest.param(["--dataset", "CIFAR-10", "--dry-run"], r"did you mean CIFAR10\?", id="data-set-of-a-dry-run"),
