@@ -165,6 +165,17 @@ def test_learned_labels_do_not_reorder_a_set(
     assert not Path("hard.safetensors").exists()
 
 
+def test_a_set_with_real_images_is_not_reordered(capsys: pytest.CaptureFixture[str]) -> None:
+    save_public_pair(9 * torch.eye(10).roll(3, dims=0).repeat(2, 1))
+    assert convert("theirs", "ours.safetensors", "--distilled_share", "0.5", "--reorder", *DIGITS) == 2
+    assert (
+        "--reorder: expected a set without real images, found one with --distilled_share 0.5" in capsys.readouterr().err
+    )
+    assert convert("theirs", "ours.safetensors", "--distilled_share", "0.5", *DIGITS) == 0
+    assert convert("ours.safetensors", "again.safetensors", "--reorder") == 2
+    assert "--reorder: expected a set without real images" in capsys.readouterr().err
+
+
 def test_names_tell_the_method_that_made_the_set(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     for made_by, name in {"DSA": "DSA", "MTT": "TM", "Random": "random"}.items():

@@ -190,6 +190,12 @@ def _kind_for(destination: Path, *, native: bool) -> str:
 
 def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
     """Return the set class-major, with class indices in place of soft labels for --hard_labels; log its content."""
+    recipe = distilled.recipe if isinstance(distilled, SyntheticDataset) else {}
+    if options.reorder and (share := recipe.get("distilled_share", options.distilled_share)) < 1:
+        raise InputError(
+            f"`reorder`: expected a set without real images, found one with `distilled_share` {share:g}, in which the places of images in "
+            "their class tell the real ones; leave it out"
+        )
     plain = as_tensor_set(distilled)
     count, before = len(plain.labels), count_in_class_order(plain)
     lr = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
