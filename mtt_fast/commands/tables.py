@@ -38,7 +38,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def marked_method(name: str, options: Mapping[str, Any]) -> str:
     """Return the `name` of a method, marked where its sets do not compare with those of papers.
 
-    These are textures, frequencies (FreD) and parametrised images (SPEED), of which --ipc does not count images of all pixels, and chosen
+    These are textures, frequencies (FreD) and parametrised images (SPEED, DDiF), of which --ipc does not count images of all pixels, and chosen
     images with the experts' labels.
     """
     if options.get("texture"):

@@ -21,6 +21,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.parametrisations.parametrisation import Parametrisation, images_at, learned_values
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, TensorSpec, check_specs
@@ -54,7 +55,7 @@ def initial_state(
             start.wrong, len(start.images) * options.num_tiles,
         )  # fmt: skip
     images, labels = start.images.pixels.clone(), start.images.labels
-    parameters = None if start.parametrisation is None else learned_values(start.parametrisation)
+    parameters, velocity, square = _initial_parameters(start.parametrisation)
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
@@ -64,11 +65,23 @@ def initial_state(
         0, num_matched, images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=start.frequencies,
-        parameters=parameters,
-        parameters_velocity=None if parameters is None else {name: torch.zeros_like(each) for name, each in parameters.items()},
+        parameters=parameters, parameters_velocity=velocity, parameters_square=square,
         data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
     )  # fmt: skip
+
+
+Named = dict[str, Tensor] | None
+"""Tensors by name, if there are some."""
+
+
+def _initial_parameters(parametrisation: Parametrisation | None) -> tuple[Named, Named, Named]:
+    """Return the parameters from which images are computed, and the state of their optimizer."""
+    if parametrisation is None:
+        return None, None, None
+    values = learned_values(parametrisation)
+    velocity, square = ({name: torch.zeros_like(each) for name, each in values.items()} for _ in range(2))
+    return values, velocity, square if parametrisation.optimizer == "adam" else None
 
 
 def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
@@ -160,6 +173,8 @@ def initial_images(
 def _parametrised(options: DistillOptions, images: Images, num_classes: int, wrong: int) -> InitialImages:
     """Return the images that the parametrisation of `options` computes, made from the initial `images`."""
     module = parametrisation_of(options, images.pixels.cpu(), num_classes).to(images.pixels.device)
+    with torch.enable_grad(), numerics(images.pixels.device, "fp32"):
+        module.fit(images.pixels)
     values = learned_values(module)
     matched, evaluated = (
         images_at(module, values, torch.empty_like(images.pixels), evaluated=kind) for kind in (False, True)

@@ -53,14 +53,19 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         "initialize": "pix_init",
         "num_scm": "ipc",
         "lr_scm": "lr_img",
+        "lr_nf": "lr_img",
+        "dipc": "ipc",
         "momentum": "student_mom",
         **dict.fromkeys(
-            ("num_saet", "dim_saet", "num_head", "top_k", "l1_weight", "patch_size", "lr_saet", "lr_freenet"),
+            (
+                *("num_saet", "dim_saet", "num_head", "top_k", "l1_weight", "patch_size", "lr_saet", "lr_freenet"),
+                *("num_layers", "layer_size", "w0_initial", "w0", "epochs_init", "lr_nf_init"),
+            ),
             "parametrisation_options",
         ),
         "beta": "window_start",
     }
-    """Flags of the successors' codes (FreD, EDF, SelMatch, SPEED) that have another name here."""
+    """Flags of the successors' codes (FreD, EDF, SelMatch, SPEED, DDiF) that have another name here."""
 
     recipe: Annotated[str | None, Role.LOCATION, Group.RUN] = None
     """named setting (python -m mtt_fast.recipes lists them); other flags override it"""
@@ -102,7 +107,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learning rate of the pixels, of the frequencies of --msz_per_channel (FreD's lr_freq), or of the parameters of --parametrisation;
     0 keeps them fixed"""
     mom_img: Share = 0.5
-    """momentum of the pixels or of what else --lr_img is for, and of the student's learning rate (SPEED: 0.95)"""
+    """momentum of the pixels or of what else --lr_img is for (but for Adam's, which updates DDiF's fields), and of the student's learning
+    rate (SPEED: 0.95)"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: NonNegative = 1e-5
@@ -143,8 +149,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
     parametrisation: str | None = None
-    """learn the parameters from which the images are computed, in place of their pixels. speed: sparse combinations of tokens (SPEED);
-    FILE.py:CLASS or MODULE:CLASS: a class of your own that inherits mtt_fast.Parametrisation"""
+    """learn the parameters from which the images are computed, in place of their pixels. ddif: a neural field for each image (DDiF);
+    speed: sparse combinations of tokens (SPEED); FILE.py:CLASS or MODULE:CLASS: a class of your own that inherits mtt_fast.Parametrisation"""
     parametrisation_options: Annotated[str, Needs("parametrisation"), MAY_BE_EMPTY] = ""
     """arguments of --parametrisation, separated by spaces, e.g. "num_saet=64 dim_saet=96" """
     lr_y: Annotated[NonNegative | None, Group.LABELS] = None

@@ -70,6 +70,7 @@ def check_same_parametrisation(options: DistillOptions, state: State, parametris
     specs = {name: (each.dtype, tuple(each.shape)) for name, each in learned_parameters(parametrisation).items()}
     for tensors in (parameters, state.parameters_velocity or {}):
         check_specs(folder, tensors, specs)
+    check_specs(folder, state.parameters_square or {}, specs if parametrisation.optimizer == "adam" else {})
     computed = images_at(parametrisation, parameters, torch.empty_like(state.images))
     if not are_close(computed, state.images):
         raise InputError(

@@ -18,6 +18,7 @@ from mtt_fast.storage.checkpoint import State
 
 log = logging.getLogger(__name__)
 
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # torch's defaults for Adam
 _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
@@ -104,8 +105,11 @@ def _update_parameters(
     if not bool(torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()):
         return False
     for name, values in state.parameters.items():
-        lr = parametrisation.relative_rate(name) * _lr_img(options, state)
-        _descend(values, state.parameters_velocity[name], gradients[name], lr, options.mom_img)
+        lr, velocity = parametrisation.relative_rate(name) * _lr_img(options, state), state.parameters_velocity[name]
+        if state.parameters_square is None:
+            _descend(values, velocity, gradients[name], lr, options.mom_img)
+        else:
+            _adam(values, velocity, state.parameters_square[name], gradients[name], lr, state.updates)
     images_at(parametrisation, state.parameters, state.images)
     return True
 
@@ -137,6 +141,14 @@ def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, mome
     """Do one step of torch.optim.SGD in place."""
     velocity.mul_(momentum).add_(gradient)
     values.sub_(velocity, alpha=lr)
+
+
+def _adam(values: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, lr: float, step: int) -> None:
+    """Do step number `step`, from 1 on, of torch.optim.Adam with its defaults in place."""
+    mean.lerp_(gradient, 1 - _BETAS[0])
+    square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+    first, second = (1 - beta**step for beta in _BETAS)
+    values.addcdiv_(mean, (square / second).sqrt_().add_(_EPS), value=-lr / first)
 
 
 def _reject_above_threshold(state: State, loss: float, threshold: float) -> None:

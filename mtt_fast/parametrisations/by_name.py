@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, did_you_mean
+from mtt_fast.parametrisations.ddif import Ddif
 from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, learned_parameters
 from mtt_fast.parametrisations.speed import Speed
 
-_KNOWN: dict[str, type[Parametrisation]] = {"speed": Speed}
+_KNOWN: dict[str, type[Parametrisation]] = {"ddif": Ddif, "speed": Speed}
 
 
 def make_parametrisation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ class Parametrisation(nn.Module):
     of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every run makes
     it again when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
 
-    Parameters that require a gradient are learned, by SGD with the momentum `--mom_img`. Other parameters and buffers stay as
-    they are. All have to be float32.
+    Parameters that require a gradient are learned, by SGD with the momentum `--mom_img` or, if `optimizer` is "adam", by Adam. Other
+    parameters and buffers stay as they are. All have to be float32.
 
     Example:
         ```python
@@ -35,6 +36,9 @@ class Parametrisation(nn.Module):
         ```
     """
 
+    optimizer: ClassVar[Literal["sgd", "adam"]] = "sgd"
+    """the optimizer of the parameters: torch.optim.SGD, or torch.optim.Adam with its own defaults"""
+
     def forward(self, index: Tensor) -> Tensor:
         """Return the images (k, C, H, W) float32 at `index` (k,) int64.
 
@@ -42,6 +46,12 @@ class Parametrisation(nn.Module):
         False) these are the images that are evaluated and saved, which may differ from those that are matched.
         """
         raise NotImplementedError
+
+    def fit(self, images: Tensor) -> None:
+        """Fit the parameters to the initial `images` (n, C, H, W), on their device, to which the module has been moved.
+
+        It is called when a run starts or continues, but not when options are checked before. Here it does nothing.
+        """
 
     def relative_rate(self, name: str) -> float:
         """Return the learning rate of the parameter `name`, as a multiple of `--lr_img`."""
@@ -118,6 +128,11 @@ def _set(parametrisation: Parametrisation, values: Mapping[str, Tensor]) -> None
         parameter.copy_(values[name])
 
 
+def block_size(images: Tensor) -> int:
+    """Return how many of `images` (n, C, H, W) are computed at once."""
+    return max(1, _BLOCK // images[0].numel())
+
+
 def _blocks(images: Tensor) -> Iterator[Tensor]:
     """Yield the indices of the images that are computed at once, in order."""
-    yield from torch.arange(len(images), device=images.device).split(max(1, _BLOCK // images[0].numel()))
+    yield from torch.arange(len(images), device=images.device).split(block_size(images))

@@ -37,6 +37,9 @@ class State:
     frequencies: Tensor | None = None  # (classes, H, W) bool: those that are kept, if not all are (FreD)
     parameters: dict[str, Tensor] | None = None  # learned ones from which the images are computed, if they are, by name
     parameters_velocity: dict[str, Tensor] | None = None
+    parameters_square: dict[str, Tensor] | None = (
+        None  # Adam's average of their squared gradients, if it is Adam that updates them
+    )
     skipped: int = 0  # iterations whose loss or gradient was not finite
     repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
@@ -48,6 +51,11 @@ class State:
     scores_digest: str = ""  # of the difficulty by which a window chose the first images (SelMatch)
 
     @property
+    def updates(self) -> int:
+        """Return the number of iterations that updated the images."""
+        return self.iteration - self.skipped - self.above_threshold
+
+    @property
     def mean_lr(self) -> float:
         """Return the student's learning rate, or the mean if each step has one."""
         return float(self.lr.mean())
@@ -56,7 +64,7 @@ class State:
 _CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, does not name itself
 _TENSORS = ("images", "labels", "lr", "lr_velocity")
 _OPTIONAL_TENSORS = ("images_velocity", "labels_velocity", "ema", "pixel_weights", "frequencies")
-_NAMED_TENSORS = ("parameters", "parameters_velocity")
+_NAMED_TENSORS = ("parameters", "parameters_velocity", "parameters_square")
 _EXPERTS = "experts"
 """The field of a checkpoint for `State.num_experts`."""
 _NUMBERS = ("iteration", "skipped", "above_threshold", "lr_kept")

@@ -416,8 +416,9 @@ def test_every_help_text_stands_alone(command: str) -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else value if isinstance(value, str) else "",
 )
 def test_an_argument_of_the_public_code_is_read_or_explained(
-    kind: type, name: str, row: Row, caplog: pytest.LogCaptureFixture
+    kind: type, name: str, row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no images in data/
     typed, public, ours, difference = row
     options: Any
 

@@ -102,6 +102,40 @@ def test_speed_stores_as_many_numbers_as_its_paper_allows() -> None:
     assert module.stored_numbers() == 306_960
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 4, 4), (2, 1, 3, 5)], ids=str)
+def test_the_fields_of_ddif_are_networks_of_sines(shape: tuple[int, ...]) -> None:
+    images = torch.randn(shape, generator=seeded(3))
+    module = make_parametrisation("ddif", "num_layers=2 layer_size=5 w0_initial=3 w0=2", images, 2, seeded())
+    computed = images_at(module, learned_values(module), torch.empty(shape))
+    values = learned_values(module)
+    for image in range(shape[0]):
+        layers = [(values[f"weights.{place}"][image], values[f"biases.{place}"][image]) for place in range(3)]
+        for row in range(shape[2]):
+            for column in range(shape[3]):
+                x = torch.tensor([2 * row / (shape[2] - 1) - 1, 2 * column / (shape[3] - 1) - 1])
+                x = torch.sin(3 * (layers[0][0] @ x + layers[0][1]))
+                x = torch.sin(2 * (layers[1][0] @ x + layers[1][1]))
+                torch.testing.assert_close(computed[image, :, row, column], layers[2][0] @ x + layers[2][1])
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_each_field_is_fitted_alone(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.parametrisations.parametrisation._BLOCK", block)
+    options = "num_layers=2 layer_size=5 epochs_init=200 lr_nf_init=1e-2"
+    images = torch.randn(4, 3, 4, 4, generator=seeded(3))
+    together = make_parametrisation("ddif", options, images, 2, seeded())
+    before = learned_values(together)
+    together.fit(images)
+    for image in range(4):
+        alone = make_parametrisation("ddif", options, images[:1], 1, seeded())
+        images_at(alone, {name: each[image : image + 1] for name, each in before.items()}, torch.empty(1, 3, 4, 4))
+        alone.fit(images[image : image + 1])
+        for name, values in learned_values(alone).items():
+            torch.testing.assert_close(learned_values(together)[name][image], values[0])
+    first, fitted = (images_at(together, each, torch.empty(4, 3, 4, 4)) for each in (before, learned_values(together)))
+    assert (fitted - images).square().mean() < 0.5 * (first - images).square().mean()
+
+
 def test_the_generator_decides_the_parameters_and_the_default_generator_stays() -> None:
     before = torch.get_rng_state()
     first, again, other = (
@@ -126,7 +160,7 @@ def test_a_class_of_the_users_is_found(as_module: bool, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sped", "", r"`parametrisation` sped: expected speed, FILE.py:CLASS or MODULE:CLASS \(did you mean speed\?\)"),
+        ("sped", "", r"`parametrisation` sped: expected ddif, speed, FILE.py:CLASS or MODULE:CLASS \(did you mean speed\?\)"),
         ("missing.py:Pixels", "", "expected a Python file missing.py, found none; check the path"),
         ("no_such_module:Pixels", "", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("OWN:Others", "", "expected a class Others that inherits mtt_fast.Parametrisation, found none"),

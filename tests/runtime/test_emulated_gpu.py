@@ -110,6 +110,7 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
         "--model ConvNetD1W4BN --lr_y 1 --num_interpolation 2 --memory_budget 2GiB --pix_init window --score_path {scores} "
         "--distilled_share 0.5 --protocol selmatch",
         "--parametrisation speed --config {speed} --student_mom 0.9 --student_dampening 0.9 --mom_img 0.95",
+        "--parametrisation ddif --config {ddif} --lr_img 1e-3 --match_step nearest",
     ],
 )
 def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
@@ -119,9 +120,11 @@ def test_distillations(options: str, run: Run, tmp_path: Path) -> None:
     speed.write_text(
         'parametrisation_options = "num_saet=4 dim_saet=6 num_head=2 decoder_depth=1 top_k=3 l1_weight=1e-3"\n'
     )
+    ddif = tmp_path / "ddif.toml"
+    ddif.write_text('parametrisation_options = "num_layers=2 layer_size=4 epochs_init=3"\n')
     words = ["mtt_fast.distill", *TOY, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     for more in (["--Iteration", "1"], ["--resume"]):  # the checkpoint, too, comes from the device and goes back to it
-        report = run(*words, *options.format(scores=scores, speed=speed).split(), *more)
+        report = run(*words, *options.format(scores=scores, speed=speed, ddif=ddif).split(), *more)
         assert report.refused == []
         assert "not captured" not in report.output
         # of an iteration the loss and the largest magnitudes are read, and the rate after the update
