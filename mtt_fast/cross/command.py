@@ -112,7 +112,7 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[EvaluatedSet]:
 
 
 def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.device, stop: StopRequest) -> None:
-    folder, protocol = Path(options.out), options.evaluation_protocol()
+    folder, protocols = Path(options.out), protocols_in_words(sets)
     measured = read_entries(
         folder / TABLE, "cells", _cell, "a table of this command", "delete it or choose another --out"
     )
@@ -121,7 +121,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         raise InputError("--other_data: expected a distilled set, found none; leave it out")
     # the images of all sets are compared before the first network is trained
     data_of_rows = [row.load_data() for row in sets]
-    log.info("%s", protocol.describe())
+    log.info("%s", protocols)
     for row, data in zip(sets, data_of_rows, strict=True):
         networks = _networks(options.models, row, data)
         real = row.real_images(data, device)
@@ -141,13 +141,23 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
             log.info("%s on %s: %s", row.source, name, cell["text"])
             cells.append({"set": row.source, **cell})
     quoted = quoted_for(cells)
-    table = markdown(cells, quoted, protocol.describe())
+    table = markdown(cells, quoted, protocols)
     write_text(folder / MARKDOWN, table)
     save_plot(folder / PLOT, cells, quoted)
     log.info("%s", table)
     check_any_trained(
         Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in cells
     )
+
+
+def protocols_in_words(sets: Sequence[EvaluatedSet]) -> str:
+    """Return the protocol in words; where a set brings settings of its own, each protocol after the names of its sets."""
+    sources: dict[str, list[str]] = {}
+    for row in sets:
+        sources.setdefault(row.options.evaluation_protocol().describe(), []).append(row.source)
+    if len(sources) == 1:
+        return next(iter(sources))
+    return "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in sources.items())
 
 
 def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict[str, Trainable]:
