@@ -174,7 +174,7 @@ def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> di
     key = {
         "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
         "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
-        "ipc": len(example) // real.data.num_classes,
+        "ipc": _images_per_class(len(example), real.data.num_classes),
         "lr": lr,
         "dataset": real.data.name,
         "fingerprint": real.data.fingerprint,
@@ -188,6 +188,11 @@ def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> di
     if protocol.combined and example.real is not None:  # which are augmented in another way
         key["real"] = digest(example.real)
     return key
+
+
+def _images_per_class(count: int, num_classes: int) -> int | float:
+    """Return how many of `count` images a class has, on average where a file's classes differ."""
+    return round(count / num_classes, 2) if count % num_classes else count // num_classes
 
 
 def _measure(
