@@ -27,7 +27,7 @@ from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.expert_locks import lock_expert_folder
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
-from mtt_fast.storage.waypoints import convexified, evenly_spaced
+from mtt_fast.storage.waypoints import check_waypoints, convexified, evenly_spaced
 
 _COMPRESS_AGAIN = "delete that folder, or compress into another one"  # --out of a distillation is another folder
 
@@ -96,6 +96,7 @@ def compress(
                     f"{folder}: expert {index} is compressed already; give the folder of uncompressed experts"
                 )
             waypoints = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
+            check_waypoints(waypoints, whole.epochs(expert))
             smoothed = smooth and len(waypoints) > 2
             if index in done.indices:
                 _check_same(whole, expert, done, waypoints, smooth=smoothed)

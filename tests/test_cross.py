@@ -140,6 +140,34 @@ def test_a_set_brings_its_batch_size_and_the_table_all_else(monkeypatch: pytest.
     assert [cell["question"]["protocol"]["name"] for cell in table()] == ["mtt"] * 4
 
 
+def test_a_table_says_the_protocol_of_each_set(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    ours = SyntheticDataset.load("b.safetensors")
+    replace(ours, recipe=ours.recipe | {"batch_train": 4, "dsa": False}).save("c.safetensors")
+    assert cli.run(cross.main, ["c.safetensors", *TOY, "--models", "MLP"]) == 0
+    of_c = "protocol mtt: 3 epochs in batches of 4, SGD with momentum 0.9 and weight decay 0.0005, the set's learning rate, "
+    note = Path("table/cross.md").read_text().splitlines()[-1]
+    assert f"over 2 networks; {of_c}" in note
+    assert "augmentation none; the last epoch is reported." in note
+    assert cli.run(cross.main, ["c.safetensors", "run", "b.safetensors", *TOY, "--models", "MLP"]) == 0
+    note = Path("table/cross.md").read_text().splitlines()[-1]
+    assert f"over 2 networks; c.safetensors: {of_c}" in note
+    assert "; run, b.safetensors: protocol mtt: 3 epochs in batches of 256, " in note
+    assert f"{note.partition('networks; ')[2].removesuffix('.')}" in caplog.messages
+
+
+def test_a_file_whose_classes_differ_has_a_mean_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
+    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
+    monkeypatch.setattr(cross, "_measure", lambda *_: cell)
+    torch.save(torch.randn(15, 1, 8, 8), "images_best.pt")
+    torch.save(torch.arange(15) % 10, "labels_best.pt")
+    assert cli.run(cross.main, ["images_best.pt", "run", *TOY, "--dataset", "digits"]) == 0
+    lines = Path("table/cross.md").read_text().splitlines()
+    assert lines[2].startswith("| images_best.pt | digits | 1.5 | 50.0 ")
+    assert lines[3].startswith("| run | digits | 2 | 50.0 ")
+
+
 def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = {
         "accuracy": {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]},

@@ -227,7 +227,7 @@ def student_path(
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
     batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
     augment = augment_by_strategy(strategy_of(recipe, options))
-    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+    lrs = _student_rates(synthetic)
     if lrs.dim():  # one for each of N steps, which are repeated
         lrs = lrs.repeat(math.ceil(options.steps / len(lrs)))[: options.steps]
     with torch.no_grad():
@@ -239,6 +239,13 @@ def student_path(
             generator=generator, precision=precision_on(start.device, network, options.precision),
         )  # fmt: skip
     return path
+
+
+def _student_rates(synthetic: SyntheticDataset) -> Tensor:
+    """Return the learning rate () of the student in the set's distillation, or one for each of its steps (N,)."""
+    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+    # a velocity μ m + (1 − d) g is 1 − d times that of μ m + g
+    return lrs * (1 - float(synthetic.recipe.get("student_dampening", 0.0)))
 
 
 def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
@@ -268,10 +275,9 @@ def _measurement_key(
     options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int
 ) -> dict[str, Any]:
     """Return everything on which a set's distances from one start depend. It is the "question" of an entry in distance.json."""
-    lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
     key = {
-        "set": digest(synthetic.images, synthetic.labels, lrs),
+        "set": digest(synthetic.images, synthetic.labels, _student_rates(synthetic)),
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
         "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},

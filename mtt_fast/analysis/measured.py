@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from mtt_fast.commands.option_fields import Role, names_of
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.commands.tables import marked_method
+from mtt_fast.data.catalogue import name_of
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.run_files import SUMMARY
@@ -81,7 +82,7 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
     """
     groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]] = {}
     for folder, summary in summaries.items():
-        options = summary.get("options", {})
+        options = _with_known_names(summary.get("options", {}))
         try:
             setting = Setting(_dataset(options), options["model"], _method(summary), str(options["ipc"]))
         except KeyError as error:
@@ -91,6 +92,8 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         all_options = {
             name: value for name, value in options.items() if name not in (*_LOCATION_AND_MACHINE_OPTIONS, "seed")
         }
+        # the experts of a curriculum (PAD), or of other software, are others at the same options
+        all_options |= {"experts": summary.get("experts", {}).get("hyperparameters")}
         random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
         for trained_on, method, others in (
             ("distilled", setting.method, all_options),
@@ -104,6 +107,12 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
     for (setting, _), by_seed in groups.items():
         by_setting.setdefault(setting, []).append(_combined(list(by_seed.values())))
     return by_setting
+
+
+def _with_known_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with the data set as `NAMES` spells it, which the commands take in upper or lower case."""
+    names = {name: options[name] for name in ("dataset", "subset") if options.get(name)}
+    return dict(options) | {name: name_of(value) or value for name, value in names.items()}
 
 
 def _dataset(options: Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[EvaluatedSet]:
 
 
 def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.device, stop: StopRequest) -> None:
-    folder, protocol = Path(options.out), options.evaluation_protocol()
+    folder, protocols = Path(options.out), protocols_in_words(sets)
     measured = read_entries(
         folder / TABLE, "cells", _cell, "a table of this command", "delete it or choose another --out"
     )
@@ -121,7 +121,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         raise InputError("--other_data: expected a distilled set, found none; leave it out")
     # the images of all sets are compared before the first network is trained
     data_of_rows = [row.load_data() for row in sets]
-    log.info("%s", protocol.describe())
+    log.info("%s", protocols)
     for row, data in zip(sets, data_of_rows, strict=True):
         networks = _networks(options.models, row, data)
         real = row.real_images(data, device)
@@ -141,13 +141,23 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
             log.info("%s on %s: %s", row.source, name, cell["text"])
             cells.append({"set": row.source, **cell})
     quoted = quoted_for(cells)
-    table = markdown(cells, quoted, protocol.describe())
+    table = markdown(cells, quoted, protocols)
     write_text(folder / MARKDOWN, table)
     save_plot(folder / PLOT, cells, quoted)
     log.info("%s", table)
     check_any_trained(
         Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in cells
     )
+
+
+def protocols_in_words(sets: Sequence[EvaluatedSet]) -> str:
+    """Return the protocol in words; where a set brings settings of its own, each protocol after the names of its sets."""
+    sources: dict[str, list[str]] = {}
+    for row in sets:
+        sources.setdefault(row.options.evaluation_protocol().describe(), []).append(row.source)
+    if len(sources) == 1:
+        return next(iter(sources))
+    return "; ".join(f"{', '.join(names)}: {protocol}" for protocol, names in sources.items())
 
 
 def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict[str, Trainable]:
@@ -164,7 +174,7 @@ def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> di
     key = {
         "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
         "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
-        "ipc": len(example) // real.data.num_classes,
+        "ipc": _images_per_class(len(example), real.data.num_classes),
         "lr": lr,
         "dataset": real.data.name,
         "fingerprint": real.data.fingerprint,
@@ -178,6 +188,11 @@ def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> di
     if protocol.combined and example.real is not None:  # which are augmented in another way
         key["real"] = digest(example.real)
     return key
+
+
+def _images_per_class(count: int, num_classes: int) -> int | float:
+    """Return how many of `count` images a class has, on average where a file's classes differ."""
+    return round(count / num_classes, 2) if count % num_classes else count // num_classes
 
 
 def _measure(

@@ -53,7 +53,7 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
     networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
     rows = []
 
-    def add_row(title: str, dataset: str, ipc: int, accuracies: Mapping[str, Mapping[str, Any]]) -> None:
+    def add_row(title: str, dataset: str, ipc: float, accuracies: Mapping[str, Mapping[str, Any]]) -> None:
         known = (accuracies.get(network) for network in networks)
         rows.append([title, dataset, str(ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
 

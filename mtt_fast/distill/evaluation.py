@@ -32,6 +32,7 @@ from mtt_fast.errors import Diverged
 from mtt_fast.kernels import LabelKind
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.identity import other_data_in_words
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import random_subset
@@ -39,6 +40,11 @@ from mtt_fast.training.subsets import random_subset
 log = logging.getLogger(__name__)
 
 _TILES = 2  # a texture is shown side by side with itself, so that its borders can be judged
+_EXPERTS, _EXPERTS_OF_OTHER_DATA = (
+    ("experts", "experts on all the data"),
+    ("experts_on_their_own_data", "experts on their own data"),
+)
+"""The name of the experts' accuracy in the summary, and its words; of other data their accuracy is that on the other test images."""
 _INITIAL_IMAGES = {
     "real": "real images",
     "noise": "noise",
@@ -143,17 +149,20 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
+    name_of_experts, experts_in_words = _EXPERTS
+    if other_data_in_words(run.experts.metadata(0).identity, run.real.identity):
+        name_of_experts, experts_in_words = _EXPERTS_OF_OTHER_DATA  # which were tested on its test images
     results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
     text = (
         f"{results}, random real images {_labelled(baseline)}, "
         + (f"with labels of the experts {_labelled(labelled)}, " if labelled else "")
-        + f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
+        + f"{experts_in_words} {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     lr = {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)}
     accuracies = {
         "random_real_images": accuracy_record(baseline) | lr,
         **({"random_real_images_labelled_by_experts": accuracy_record(labelled) | lr} if labelled else {}),
-        "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
+        name_of_experts: {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
     write_summary(

@@ -24,11 +24,17 @@ def convnet_variant(
 
     `activation` and `pooling` are classes of torch's layers, and None is no pooling; `norm` is instance, batch, layer, group
     (four groups) or none. Padding is 1, but 3 in the first layer for one-channel images. Names and order of the parameters
-    are the public code's. Raises `InputError` if the poolings leave nothing, or the groups do not divide the width.
+    are the public code's. Raises `InputError` if the poolings leave nothing, the groups do not divide the width, or a norm has only one
+    value to normalise.
     """
     channels, height, side = image_shape
     padding = 3 if channels == 1 else 1
     height, side = height + 2 * (padding - 1), side + 2 * (padding - 1)
+    if height * side == 1 and (norm == "instance" or (norm, width) == ("group", _GROUPS)):
+        raise InputError(
+            f"ConvNet with {norm} norm: expected more than one value to normalise, found maps of one pixel; use larger images, or no norm "
+            "(NN)"
+        )
     layers: list[nn.Module] = []
     for block in range(depth):
         layers.append(nn.Conv2d(width if block else channels, width, 3, padding=1 if block else padding))

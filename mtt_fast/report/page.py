@@ -23,6 +23,7 @@ _MEASURED = {
     "random_real_images": "random real images",
     "random_real_images_labelled_by_experts": "random real images, labels of the experts",
     "experts": "experts, all the data",
+    "experts_on_their_own_data": "experts, their own data",
     "own_training": "after the method's own steps",
     "best_evaluation_chosen_on_the_test_images": "best evaluation, chosen on the test images",
     "best_ema_evaluation_chosen_on_the_test_images": "best evaluation of the average, chosen on the test images",

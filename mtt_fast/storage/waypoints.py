@@ -86,6 +86,14 @@ def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
     return tuple(math.ceil(k * epochs / (count - 1)) for k in range(count))
 
 
+def check_waypoints(epochs: Sequence[int], last: int) -> None:
+    """Raise `InputError` unless `epochs` rise from 0 to the `last` one of the expert."""
+    if len(epochs) < 2 or list(epochs) != sorted(set(epochs)) or epochs[0] != 0 or epochs[-1] != last:
+        raise InputError(
+            f"`epochs` {' '.join(map(str, epochs))}: expected rising epochs from 0 to the expert's last, {last}"
+        )
+
+
 def convexified(
     parameters: Tensor, layer_sizes: Sequence[int], epochs: Sequence[int], *, smooth: bool = True
 ) -> tuple[Tensor, Course]:
@@ -93,13 +101,10 @@ def convexified(
 
     `layer_sizes` are the `sizes` of `Course`. With `smooth` a waypoint is the mean of the epochs before and
     after it, and the last that of the last two, as in MCT's code; the first is always the initialisation.
-    Raises `InputError` unless `epochs` rise from 0 to the last one.
+    Raises `InputError` as `check_waypoints` does.
     """
     last = len(parameters) - 1
-    if len(epochs) < 2 or list(epochs) != sorted(set(epochs)) or epochs[0] != 0 or epochs[-1] != last:
-        raise InputError(
-            f"`epochs` {' '.join(map(str, epochs))}: expected rising epochs from 0 to the expert's last, {last}"
-        )
+    check_waypoints(epochs, last)
     layers = parameters.double().diff(dim=0).split(list(layer_sizes), dim=1)
     strides = torch.stack([layer.norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)
     positions = strides.new_empty(last + 1, len(layer_sizes))

@@ -272,6 +272,23 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
         torch.testing.assert_close(path[step + 1], theta.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_dampened_students_step_as_in_the_distillation(toy: Path) -> None:
+    """Write the velocity out; torch's optimizer does not dampen the first gradient."""
+    synthetic = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
+    recipe = synthetic.recipe | {"student_mom": 0.9, "student_dampening": 0.75, "student_l2": 0.01, "batch_syn": None}
+    synthetic = dataclasses.replace(synthetic, lr=torch.tensor(0.4), recipe=recipe)
+    net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
+    theta = net.init(generator_for(0, "start"))
+    path = student_path(net, theta, synthetic, DistanceOptions(steps=4), generator_for(0, "student"))
+    velocity = torch.zeros_like(theta)
+    for row in path[1:]:
+        leaf = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf, synthetic.images), synthetic.labels), leaf)
+        velocity = 0.9 * velocity + 0.25 * (gradient + 0.01 * theta)
+        theta = theta - 0.4 * velocity
+        torch.testing.assert_close(row, theta, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

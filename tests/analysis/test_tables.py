@@ -151,3 +151,27 @@ def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None
     assert both.mean == pytest.approx(0.6)
     assert both.std == pytest.approx(0.02**0.5)
     assert (other.runs, other.n, other.mean, other.diverged) == (("other",), 5, 0.1, 2)  # of five networks
+
+
+def test_spelling_parts_no_runs_and_other_experts_do() -> None:
+    """Check that a data set's name counts in upper and lower case alike, and that no run is left out for another one's experts."""
+
+    def of_run(hyperparameters: dict[str, Any], **options: Any) -> dict[str, Any]:
+        return summary(0.5, **options) | {"experts": {"hyperparameters": hyperparameters}}
+
+    plain, curriculum = {"lr": 0.01}, {"lr": 0.01, "sort_method": "sha256:f00d"}
+    runs = {
+        "a": of_run(plain),
+        "b": of_run(plain, dataset="cifar10", seed=1),
+        "curriculum": of_run(curriculum),
+        "nette": of_run(plain, dataset="imagenet", subset="ImageNette", model="ConvNetD5"),
+    }
+    measured = measurements({Path(name): run for name, run in runs.items()})
+    assert {setting: [value.runs for value in values] for setting, values in measured.items()} == {
+        Setting("CIFAR10", "ConvNet", "MTT", "1"): [("a", "b"), ("curriculum",)],
+        Setting("imagenette", "ConvNetD5", "MTT", "1"): [("nette",)],
+    }
+    paper = published_numbers()
+    rows = rows_by_table(measured, paper.rows, list(paper.titles))["1"]
+    shown = [value.runs for row in rows if row.method == "MTT" for value in row.measured.values()]
+    assert shown == [("a", "b"), ("curriculum",)]

@@ -396,6 +396,8 @@ def test_plain_names_keep_the_network_with_a_student_of_its_own() -> None:
         ("VGG12", CIFAR, "`model` VGG12: expected ConvNet"),
         ("ConvNetBNAL", CIFAR, "`model` ConvNetBNAL: expected ConvNet"),
         ("ConvNetW6GN", CIFAR, "width divisible by 4, found 6"),
+        ("ConvNetNP", (3, 1, 1), "ConvNet with instance norm: expected more than one value to normalise"),
+        ("ConvNetW4GNNP", (3, 1, 1), "ConvNet with group norm: expected more than one value to normalise"),
         ("ConvNetD4MP", (3, 8, 8), "4 poolings leave nothing of 8×8 images"),
         ("ConvNetD0MP", CIFAR, "a depth and a width of at least 1"),
         ("VGG11", (3, 16, 16), "VGG11: nothing is left of images"),

@@ -166,6 +166,13 @@ def test_experts_of_other_images_may_be_used_on_purpose(
     assert read_toml(Path("new/config.toml"))["other_data"] is True
     summary = json.loads(Path("new/summary.json").read_text())
     assert (summary["data"]["name"], summary["experts"]["data"]["name"]) == ("folder-toys", "folder-pets")
+    assert "experts" not in summary["accuracy"]  # theirs are of the test images of pets
+    tested = summary["accuracy"]["experts_on_their_own_data"]["mean"]
+    accuracies = [
+        TrajectoryStore("buffers/folder-pets/ConvNetD1W4").metadata(expert).accuracy[-1] for expert in range(2)
+    ]
+    assert tested == pytest.approx(sum(accuracies) / 2)
+    assert f"experts on their own data {100 * tested:.2f} %" in summary["text"]
     assert cli.run(distill, ["--out", "new", "--resume", "--Iteration", "3"]) == 0
     Path("buffers/folder-words").mkdir()
     shutil.copytree("buffers/folder-pets/ConvNetD1W4", "buffers/folder-words/ConvNetD1W4")

@@ -214,6 +214,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ([few], "expert 0 is compressed already"),
         ([folder, "--num_interpolation", "12"], "--num_interpolation 12: expected from 2 waypoints"),
         ([folder, "--epochs", "0", "9"], "--epochs 0 9: expected rising epochs from 0 to the expert's last, 10"),
+        ([folder, "--epochs", "0", "5", "9"], "--epochs 0 5 9: expected rising epochs from 0 to the expert's last, 10"),
         (
             [folder, "--epochs", "0", "4", "10"],
             "expected waypoints at (0, 4, 10), smooth True, found waypoints at (0, 5",
