@@ -337,6 +337,22 @@ class Wavy(ConvNet):
         return super()._features(blocks, images).sin()
 
 
+class Standardised(ConvNet):
+    """ConvNet with filters of mean zero."""
+
+    def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        *blocks, classifier = super().split(theta)
+        return [*((w - w.mean((1, 2, 3), keepdim=True), *others) for w, *others in blocks), classifier]
+
+
+class Frozen(ConvNet):
+    """ConvNet of which only the classifier learns."""
+
+    def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        *blocks, classifier = super().split(theta)
+        return [*(tuple(tensor.detach() for tensor in block) for block in blocks), classifier]
+
+
 class Clipped(SiameseAugment):
     """DSA within bounds."""
 
@@ -362,10 +378,12 @@ class Logged:
     [
         (Scaled(2, 3, 8, 4, 2), None),
         (Wavy(2, 3, 8, 4, 2), None),
+        (Standardised(2, 3, 8, 4, 2), None),
+        (Frozen(2, 3, 8, 4, 2), None),
         (NETWORK, Clipped("flip_color")),
         (NETWORK, Logged(SiameseAugment("flip_color"))),
     ],
-    ids=["logits", "features", "augmentation", "wrapper"],
+    ids=["logits", "features", "filters", "what learns", "augmentation", "wrapper"],
 )
 def test_what_a_subclass_overrides_is_used(network: ConvNet, augment: Any) -> None:
     """Compare with the subclass itself: ConvNet's fused steps and DSA as a warp are short cuts that know only the base class."""
