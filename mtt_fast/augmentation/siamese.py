@@ -83,13 +83,16 @@ class SiameseAugment:
         return parameters_of_steps(draws, like.shape).to(torch.promote_types(like.dtype, torch.float32))
 
     def warp_parameters(self, draws: Draws | Tensor, shape: torch.Size) -> Tensor:
-        """Return the parameters (b, 13) of `augment_with` for images of `shape` (b, C, H, W). A tensor from `draw_parameters` is returned unchanged."""
+        """Return the parameters (b, 13) of `augment_with` for images of `shape` (b, C, H, W). A tensor from `draw_parameters` is returned unchanged.
+
+        Raises `InputError` for draws of another number of images.
+        """
+        _check_draws(draws, shape[0])
         return draws if isinstance(draws, Tensor) else augment_parameters(draws, shape)
 
     def __call__(self, images: Tensor, draws: Draws | Tensor) -> Tensor:
         """Apply the drawn operation, or what `draw_parameters` returned, to `images` (b, C, H, W)."""
         _check_images(images)
-        _check_draws(draws, len(images))
         return augment_with(images, self.warp_parameters(draws, images.shape))
 
 

@@ -190,7 +190,8 @@ def check_lr(lr: Tensor, where: Where) -> None:
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < lr.item() < math.inf:
         value = lr.item() if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
-            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the learning rate that the set was made with"
+            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the learning rate that the set was made with, "
+            "as a floating-point tensor ()"
         )
 
 

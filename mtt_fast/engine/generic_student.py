@@ -82,7 +82,9 @@ class GenericStudent:
         with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
             with _naming_what_torch_lacks():
-                loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
+                # of copies, since a network may write into its images, and a loss into its labels
+                logits = self.network(leaves[0], leaves[1].clone())
+                loss = self.loss(logits, (leaves[2] if len(leaves) == 3 else labels).clone())
             gradient = _gradient(loss, leaves[0], create_graph=True)
         return _StepGraph(leaves, loss, gradient)
 

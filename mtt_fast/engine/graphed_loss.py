@@ -30,7 +30,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
-from mtt_fast.runtime.numerics import without_autocast
+from mtt_fast.runtime.numerics import without_autocast, without_saved_tensor_hooks
 from mtt_fast.runtime.prefetch import upload
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,7 @@ class _LossWithGradients(torch.autograd.Function):
     jvp = staticmethod(arguments.refuse_forward_mode)
 
     @staticmethod
+    @without_saved_tensor_hooks()
     def forward(
         ctx: Any, iteration: Iteration, constants: Sequence[Tensor], images: Tensor, labels: Tensor, lr: Tensor
     ) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast.engine.student import StepBytes, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.numerics import without_saved_tensor_hooks
 
 _Shapes = tuple[int, torch.Size, torch.dtype]
 _LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weakref.WeakKeyDictionary()
@@ -47,6 +48,7 @@ def live_bytes(
     return known[shapes]
 
 
+@without_saved_tensor_hooks()
 def _counted_live_bytes(
     network: Network, student: Student, batch: int, image_shape: torch.Size, dtype: torch.dtype
 ) -> StepBytes:

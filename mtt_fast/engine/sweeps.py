@@ -29,7 +29,7 @@ from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.saved_tensors import check_unchanged, checksums_of
 from mtt_fast.engine.student import Student
 from mtt_fast.kernels import PartialSums
-from mtt_fast.runtime.numerics import without_autocast
+from mtt_fast.runtime.numerics import without_autocast, without_saved_tensor_hooks
 from mtt_fast.runtime.prefetch import upload
 
 Gradient = Literal["exact", "truncated"]
@@ -95,7 +95,7 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast.
+    """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast and hooks.
 
     Each step takes derivatives of its own, so `torch.inference_mode` around the backward pass is left, as torch's own permits it.
     """
@@ -104,7 +104,7 @@ def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         check_differentiated_once()
         check_one_gradient(gradients)
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(ctx.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(ctx.device), without_saved_tensor_hooks():
             return function(ctx, *gradients)
 
     return backward
@@ -116,6 +116,7 @@ class _Unroll(torch.autograd.Function):
     jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
+    @without_saved_tensor_hooks()
     def forward(
         ctx: Any,
         steps: StudentSteps,

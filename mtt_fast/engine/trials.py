@@ -111,9 +111,9 @@ def _try_gradient(
 ) -> Tensor:
     """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(needs_images)]
-    # of copies, since a network may write into its images, and a loss (one with a margin) into the logits
+    # of copies, since a network may write into its images, and a loss into the logits (one with a margin) and into the labels
     logits = _call_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
-    loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels), logits, labels)
+    loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels.clone()), logits, labels)
     if loss.dim() or not loss.is_floating_point():
         raise InputError(
             f"`loss`: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
@@ -192,7 +192,7 @@ def _with_extremes(targets: Tensor, labels: Tensor) -> Tensor:
 
 def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None:
     """Raise `InputError` if the loss of a batch is not the mean of the losses of its samples."""
-    loss = student.loss(logits.clone(), labels)
+    loss = student.loss(logits.clone(), labels.clone())
     losses = torch.stack(
         [student.loss(single.clone(), label) for single, label in zip(logits.split(1), labels.split(1), strict=True)]
     )

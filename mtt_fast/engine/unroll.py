@@ -23,6 +23,7 @@ from mtt_fast.engine.trials import try_augmentation, try_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.numerics import without_saved_tensor_hooks
 
 
 @overload
@@ -242,6 +243,7 @@ def checked_steps(
     return CheckedSteps(student, theta, images, labels, lrs, indices)
 
 
+@without_saved_tensor_hooks()
 def checked_plan(
     net: Network,
     options: StepOptions,

@@ -163,8 +163,6 @@ class ConvNet:
 
 def is_plain_convnet(network: object) -> TypeGuard[ConvNet]:
     """Return whether `network` is a `ConvNet`, or an instance of a subclass that computes the logits in the same way."""
-    return (
-        isinstance(network, ConvNet)
-        and type(network).__call__ is ConvNet.__call__
-        and type(network)._features is ConvNet._features
+    return isinstance(network, ConvNet) and all(
+        getattr(type(network), name) is getattr(ConvNet, name) for name in ("__call__", "_features", "split", "layout")
     )

@@ -59,7 +59,7 @@ class FlatModule:
         self._running = ParameterLayout(tuple(running), tuple(tuple(value.shape) for value in running.values()))
         self.statistics = _flat(running.values()) if running else None
         """The running statistics (S,) of batch norms in training mode at the start: means, variances, counts. None if it has none."""
-        self._initial = nn.utils.parameters_to_vector(parameters.values()).detach().clone()
+        self._initial = _one_vector(parameters.values())
         self._kind = type(module).__name__
         self._module = tracked
         self._trained = _Stateless(_without_running_statistics(tracked))
@@ -339,6 +339,16 @@ def _without_last_linear(module: nn.Module) -> nn.Module | None:
     module = _with_the_same_tensors(module)
     module.set_submodule(names[-1], nn.Identity())
     return module
+
+
+def _one_vector(parameters: Iterable[Tensor]) -> Tensor:
+    """Return a copy of the `parameters` one after another. Raises `InputError` for those on several devices."""
+    parts = [value.detach().reshape(-1) for value in parameters]
+    if len(devices := {str(part.device) for part in parts}) > 1:
+        raise InputError(
+            f"FlatModule: expected parameters on one device, found {' and '.join(sorted(devices))}; move the module by .to(…)"
+        )
+    return torch.cat(parts)
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

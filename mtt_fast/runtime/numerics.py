@@ -1,4 +1,4 @@
-"""Set how torch computes within a block: precision of products, deterministic algorithms, defaults, autocast, attention."""
+"""Set how torch computes within a block: precision of products, deterministic algorithms, defaults, autocast, saved tensors, attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in another order on each stream
@@ -80,6 +81,24 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute in the dtype of the tensors, whatever the caller has chosen for networks of their own."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+@contextlib.contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Keep what graphs within the block save as it is, whatever hooks the caller has set for a graph of their own.
+
+    Those of `torch.utils.checkpoint` would repeat the caller's whole function for each graph within, and those of `save_on_cpu` fail
+    on the device meta.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            yield
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _SharedSetting:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtt_fast import InputError, SiameseAugment
+from mtt_fast import ConvNet, InputError, SiameseAugment, unroll
 from mtt_fast.augmentation.siamese import Draws, augment_by_strategy, augment_parameters, augment_with
 from mtt_fast.testing import assert_close
 
@@ -277,8 +277,13 @@ def test_what_are_no_images_is_refused(images: Any, found: str) -> None:
     ids=["none", "of more images", "parameters of fewer"],
 )
 def test_what_are_no_draws_for_the_images_is_refused(draws: Any, message: str) -> None:
+    augment, images, net = SiameseAugment("color"), torch.zeros(2, 3, 8, 8), ConvNet(3, 2, 8, 4, 1)
     with pytest.raises(InputError, match=f"SiameseAugment draws: {message}"):
-        SiameseAugment("color")(torch.zeros(2, 3, 8, 8), draws)
+        augment(images, draws)
+    with pytest.raises(InputError, match=f"SiameseAugment draws: {message}"):
+        unroll(
+            net, net.init(), images, torch.tensor([0, 1]), 0.1, torch.tensor([[0, 1]]), augment=augment, draws=[draws]
+        )
 
 
 def test_a_strategy_that_is_no_text_is_refused() -> None:

@@ -49,6 +49,7 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "weights below 0": ({"labels": torch.tensor([[1.5, -0.5, 0]] * N), "label_kind": "weights"}, "at least 0, found -0.5"),
     "probabilities of another sum": ({"labels": torch.full((N, 3), 0.4), "label_kind": "probabilities"}, "sums from 1.2 to 1.2; are they weights"),
     "infinite logits": ({"labels": torch.full((N, 3), math.inf), "label_kind": "logits"}, "labels: expected finite numbers"),
+    "a number as rate": ({"lr": 0.1}, r"found 0\.1; give the .* made with, as a floating-point tensor \(\)"),
     "rate 0": ({"lr": torch.tensor(0.0)}, "lr: expected one learning rate, finite and above 0, found 0"),
     "rate below 0": ({"lr": torch.tensor(-0.1)}, "lr: expected one learning rate"),
     "rate NaN": ({"lr": torch.tensor(math.nan)}, "found nan"),

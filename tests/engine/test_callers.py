@@ -27,6 +27,7 @@ from mtt_fast import (
     InputError,
     SiameseAugment,
     matching_loss,
+    plan,
     unroll,
 )
 from mtt_fast.networks.protocol import Network
@@ -337,6 +338,22 @@ class Wavy(ConvNet):
         return super()._features(blocks, images).sin()
 
 
+class Standardised(ConvNet):
+    """ConvNet with filters of mean zero."""
+
+    def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        *blocks, classifier = super().split(theta)
+        return [*((w - w.mean((1, 2, 3), keepdim=True), *others) for w, *others in blocks), classifier]
+
+
+class Frozen(ConvNet):
+    """ConvNet of which only the classifier learns."""
+
+    def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        *blocks, classifier = super().split(theta)
+        return [*(tuple(tensor.detach() for tensor in block) for block in blocks), classifier]
+
+
 class Clipped(SiameseAugment):
     """DSA within bounds."""
 
@@ -362,10 +379,12 @@ class Logged:
     [
         (Scaled(2, 3, 8, 4, 2), None),
         (Wavy(2, 3, 8, 4, 2), None),
+        (Standardised(2, 3, 8, 4, 2), None),
+        (Frozen(2, 3, 8, 4, 2), None),
         (NETWORK, Clipped("flip_color")),
         (NETWORK, Logged(SiameseAugment("flip_color"))),
     ],
-    ids=["logits", "features", "augmentation", "wrapper"],
+    ids=["logits", "features", "filters", "what learns", "augmentation", "wrapper"],
 )
 def test_what_a_subclass_overrides_is_used(network: ConvNet, augment: Any) -> None:
     """Compare with the subclass itself: ConvNet's fused steps and DSA as a warp are short cuts that know only the base class."""
@@ -442,18 +461,70 @@ def test_within_a_checkpoint(network: Network, momentum: float, reentrant: bool)
     assert torch.equal(actual, expected)
 
 
-def test_what_is_saved_is_unpacked_once() -> None:
+def logged(tensors: list[Tensor], tensor: Tensor) -> Tensor:
+    tensors.append(tensor)
+    return tensor
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "1GiB"}], ids=["", "budget"])
+@pytest.mark.parametrize("make", [lambda: NETWORK, lambda: FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_a_caller_s_hooks_see_what_is_saved_for_the_backward_pass(
+    make: Callable[[], Network], options: dict[str, Any]
+) -> None:
+    """Check that hooks see images, labels, rate and path once each way, and nothing of the graphs of single steps."""
+    packed: list[Tensor] = []
     unpacked: list[Tensor] = []
+    network, images = make(), Distilled().images  # a new network, whose memory was not yet measured
+    with torch.autograd.graph.saved_tensors_hooks(
+        functools.partial(logged, packed), functools.partial(logged, unpacked)
+    ):
+        path = unroll(network, START, images, LABELS, 0.2, BATCHES, **options)
+        assert (len(packed), len(unpacked)) == (4, 0)
+        path[-1].sum().backward()
+    assert (len(packed), len(unpacked)) == (4, 4)
 
-    def unpack(tensor: Tensor) -> Tensor:
-        unpacked.append(tensor)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-        path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
-    unpacked.clear()  # by autograd in the forward sweep, where there are no kernels
-    path[-1].sum().backward()
-    assert len(unpacked) == 4  # images, labels, rate, path
+def test_a_caller_s_hooks_see_the_gradients_of_a_graphed_loss() -> None:
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(functools.partial(logged, packed), lambda tensor: tensor):
+        GraphedMatchingLoss(FlatModule(MODULE))(START, TARGET, Distilled().images, LABELS, 0.2, BATCHES)
+    assert [tuple(tensor.shape) for tensor in packed] == [(6, 2, 8, 8), ()]  # of the images and the rate
+
+
+@pytest.mark.parametrize("call", [unroll, plan], ids=["unroll", "plan"])
+def test_a_budget_with_tensors_saved_on_the_cpu(call: Callable[..., Any]) -> None:
+    """Measure the memory of a step, on tensors without data that nothing can save."""
+    images, network = Distilled().images, FlatModule(MODULE)
+    with torch.autograd.graph.save_on_cpu():
+        if call is plan:
+            assert plan(network, images=images, steps=3, memory_budget="1GiB").saved_steps == 3
+        else:
+            unroll(network, START, images, LABELS, 0.2, BATCHES, memory_budget="1GiB")[-1].sum().backward()
+
+
+class Counted(nn.Module):
+    """A module that counts its calls."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        type(self).calls += 1
+        return images
+
+
+def test_a_checkpoint_computes_the_steps_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = FlatModule(nn.Sequential(Counted(), MODULE))
+
+    def calls(steps: int) -> int:
+        monkeypatch.setattr(Counted, "calls", 0)
+
+        def end(images: Tensor) -> Tensor:
+            return unroll(network, START, images, LABELS, 0.2, [BATCHES[0]] * steps)[-1]
+
+        checkpoint(end, Distilled().images, use_reentrant=False).sum().backward()
+        return Counted.calls
+
+    assert calls(9) - calls(8) == 3  # a step of each sweep, and of the repeated forward sweep
 
 
 def test_a_start_made_in_inference_mode_serves() -> None:

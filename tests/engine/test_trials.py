@@ -192,13 +192,34 @@ def test_a_loss_that_writes_into_the_logits_is_taken(options: dict[str, Any]) ->
     assert_close("images", actual, expected, 1e-12)
 
 
-def test_a_network_that_writes_into_its_images_is_taken_where_it_can_be() -> None:
-    net = FlatModule(with_layer(Layer(lambda images, layer: images.sub_(0.5))))
-    images, start = torch.randn(6, 2, 6, 6, dtype=torch.float64), net.init()
-    with torch.no_grad():
-        path = unroll(net, start, images, LABELS, 0.3, BATCHES)
-        expected = unroll(FlatModule(with_layer(nn.Identity())), start, images - 0.5, LABELS, 0.3, BATCHES)
-    assert_close("path", path, expected, 1e-12)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"microbatch": 2}, {"memory_budget": "1GiB"}, {"augment": Augmentation(lambda *_: 2, torch.mul)}],
+    ids=["whole", "cut", "saved", "augmented"],
+)
+def test_a_network_that_writes_into_its_images_is_taken(options: dict[str, Any]) -> None:
+    actual = gradient_of_module(Layer(lambda images, layer: images.sub_(0.5)), **options)
+    expected = gradient_of_module(Layer(lambda images, layer: images - 0.5), **options)
+    assert_close("images", actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "1GiB"}], ids=["whole", "cut", "saved"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.long])
+def test_a_loss_that_writes_into_its_labels_is_taken(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    net = ConvNet(2, 3, 6, 4, 1)
+    start, images = net.init().double(), torch.randn(6, 2, 6, 6, dtype=torch.float64)
+
+    def gradients(add: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+        labels = torch.arange(18).view(6, 3).to(dtype)
+        learned = [images.requires_grad_(), *([labels.requires_grad_()] if dtype.is_floating_point else [])]
+        path = unroll(
+            net, start, images, labels, 0.1, BATCHES, **options,
+            loss=lambda logits, labels: F.mse_loss(logits, add(labels, 2).to(logits.dtype)),
+        )  # fmt: skip
+        return torch.autograd.grad(path[-1].sum(), learned)
+
+    for actual, expected in zip(gradients(Tensor.add_), gradients(Tensor.add), strict=True):
+        assert_close("gradient", actual, expected, 1e-12)
 
 
 class NormOfHalves(nn.BatchNorm2d):

@@ -49,6 +49,20 @@ def test_the_meta_gradient_of_a_third_party_module_is_that_of_autograd(norm: nn.
     assert_close("images", images.grad, expected.images, 1e-9)
 
 
+def test_a_module_whose_parameters_are_not_contiguous() -> None:
+    module, images = small_module(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    expected = FlatModule(module).init()
+    net = FlatModule(module.to(memory_format=torch.channels_last))  # type: ignore[call-overload]  # torch does not list it
+    assert torch.equal(net.init(), expected)  # in the order of the indices, not of the memory
+    assert_close("logits", net(net.init(), images), module(images), 1e-12)
+
+
+def test_parameters_on_two_devices_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(InputError, match="expected parameters on one device, found cpu and meta; move the module"):
+        FlatModule(module)
+
+
 def test_wrapping_leaves_the_module_alone() -> None:
     module = small_module(nn.BatchNorm2d(4))
     before = copy.deepcopy(module.state_dict())
