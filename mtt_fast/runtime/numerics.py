@@ -90,7 +90,10 @@ def without_saved_tensor_hooks() -> Iterator[None]:
     Those of `torch.utils.checkpoint` would repeat the caller's whole function for each graph within, and those of `save_on_cpu` fail
     on the device meta.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    top_hooks = getattr(
+        torch._C._autograd, "_top_saved_tensors_default_hooks", None
+    )  # private: another torch may lack it
+    if top_hooks is not None and top_hooks(True) is None:
         yield
     else:
         with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
