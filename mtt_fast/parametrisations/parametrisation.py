@@ -18,10 +18,10 @@ class Parametrisation(nn.Module):
 
     `python -m mtt_fast.distill --parametrisation FILE.py:NAME` makes `NAME(images, num_classes, **options)`, where `options` are those
     of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every run makes
-    it again when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
+    it several times, also when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
 
     Parameters that require a gradient are learned, by SGD with the momentum `--mom_img`. Other parameters and buffers stay as
-    they are. All have to be float32.
+    they are: `forward` must not change them. All have to be float32; `torch.view_as_complex` makes complex numbers of them.
 
     Example:
         ```python
@@ -52,7 +52,10 @@ class Parametrisation(nn.Module):
         return None
 
     def stored_numbers(self) -> int:
-        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log."""
+        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log: those of all parameters.
+
+        Count buffers too if they cannot be made again.
+        """
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -74,7 +77,7 @@ def images_at(
 
     These are the images that are matched, or with `evaluated` those that are evaluated and saved.
     """
-    _set(parametrisation, values)
+    set_values(parametrisation, values)
     parametrisation.train(not evaluated)
     with numerics(out.device, "fp32"):
         for index in _blocks(out):
@@ -89,7 +92,7 @@ def gradients_at(
 
     `images_gradient` (n, C, H, W) is the gradient with respect to the images. The images are computed again, some at a time.
     """
-    _set(parametrisation, values)
+    set_values(parametrisation, values)
     parametrisation.train()
     learned = learned_parameters(parametrisation)
     with torch.enable_grad(), numerics(images_gradient.device, "fp32"):
@@ -112,7 +115,7 @@ def are_close(first: Tensor, second: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _set(parametrisation: Parametrisation, values: Mapping[str, Tensor]) -> None:
+def set_values(parametrisation: Parametrisation, values: Mapping[str, Tensor]) -> None:
     """Copy `values` into the learned parameters of the same names."""
     for name, parameter in learned_parameters(parametrisation).items():
         parameter.copy_(values[name])
