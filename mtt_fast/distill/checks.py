@@ -48,7 +48,7 @@ def check_options_fit(
             "images need running statistics, which trajectories do not contain; leave the option out, or use another --model"
         )
     check_cam_network(options, data, device)
-    check_parametrisation(options, data)
+    check_parametrisation(options, data, device)
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
 

@@ -139,6 +139,10 @@ def _run(
             experts, num_matched = _experts_to_match(options, requested, real, network, state)
             options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real, state)
+        initial = cache(partial(initial_images, options, real, network, experts, num_matched, difficulty))
+        parametrisation = initial().parametrisation if options.parametrisation else None
+        if state is not None and parametrisation is not None:
+            check_same_parametrisation(options, state, parametrisation)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)
@@ -151,7 +155,6 @@ def _run(
             log.info("%s", line)
         if frequencies := frequencies_in_words(options, data):
             log.info("images: %s", frequencies)
-        initial = cache(partial(initial_images, options, real, network, experts, num_matched, difficulty))
         if state is None:
             state = initial_state(options, initial(), real, network, experts, num_matched, difficulty)
             state.cam_digest = "" if cam is None else cam.digest
@@ -159,8 +162,7 @@ def _run(
             log.info("continuing at iteration %d", state.iteration)
             if len(experts) > num_matched:
                 log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
-        if (parametrisation := initial().parametrisation if options.parametrisation else None) is not None:
-            check_same_parametrisation(options, state, parametrisation)
+        if parametrisation is not None:
             log.info("images: %s", parametrisation_in_words(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(

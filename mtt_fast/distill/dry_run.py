@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -144,7 +145,9 @@ def _other_options(options: DistillOptions) -> str:
     """Return all other options that are not at their defaults, as flags."""
     plain, given = dataclasses.asdict(DistillOptions()), dataclasses.asdict(options)
     others = {name: value for name, value in given.items() if name not in _SHOWN_ELSEWHERE and value != plain[name]}
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in others.items())
+    return " ".join(
+        f"--{name}" if value is True else shlex.join([f"--{name}", str(value)]) for name, value in others.items()
+    )
 
 
 def _recipe(options: DistillOptions) -> str:
@@ -165,7 +168,10 @@ def _parametrised(options: DistillOptions, info: DatasetInfo, parametrisation: P
         return ""
     if parametrisation is None:
         return f"computed by {options.parametrisation}; the disk space of its parameters is not known"
-    return parametrisation_in_words(options, info, parametrisation)
+    try:
+        return parametrisation_in_words(options, info, parametrisation)
+    except RuntimeError:  # a class may count values, such as those that are not zero
+        return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
 
 
 def _maps(options: DistillOptions, *, to_train: bool) -> str:

@@ -11,8 +11,9 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.by_name import is_own, make_parametrisation, try_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, images_at, learned_parameters
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, check_specs
 
@@ -28,17 +29,22 @@ def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int
     )  # fmt: skip
 
 
-def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
-    """Raise `InputError` if the parametrisation of `options` cannot be made and learned.
+def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> None:
+    """Raise `InputError` if the parametrisation of `options` cannot be made and learned on `device`.
 
-    It is tried on random images, at most two of each class.
+    It is tried on random images: as many as there will be for a class of the user's own, which may need groups of them; at most two of
+    each class for another, whose parameters may take gigabytes.
     """
-    if options.parametrisation is None:
+    if (name := options.parametrisation) is None:
         return
-    count = min(options.ipc, 2) * data.num_classes
+    count = (options.ipc if is_own(name) else min(options.ipc, 2)) * data.num_classes
     images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
-    parametrisation = parametrisation_of(options, images, data.num_classes)
-    try_parametrisation(options.parametrisation, parametrisation, count, data.image_shape)
+
+    def make() -> Parametrisation:
+        return parametrisation_of(options, images.clone(), data.num_classes).to(device)
+
+    with numerics(device, "fp32"):
+        try_parametrisation(name, make, count, data.image_shape)
 
 
 def parametrisation_without_numbers(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
@@ -49,7 +55,7 @@ def parametrisation_without_numbers(options: DistillOptions, data: ImageData | D
     if options.parametrisation is None:
         return None
     with torch.device("meta"):
-        images = torch.empty(options.ipc * data.num_classes, *data.image_shape)
+        images = torch.empty(options.ipc * data.num_classes, *data.image_shape, device="meta")
         try:
             return parametrisation_of(options, images, data.num_classes)
         except InputError:

@@ -12,6 +12,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.memory_plan import Plan, plan, plan_for
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes
@@ -58,7 +59,13 @@ def _memory_budget(options: DistillOptions, device: torch.device, image_paramete
     """Return the budget of an iteration, without the memory of the parameters of the images if it is to be chosen."""
     if not image_parameters or options.memory_budget != AUTO or options.microbatch is not None:
         return options.memory_budget
-    return max(1, int(MARGIN * free_bytes(device)) - _COPIES * 4 * image_parameters)
+    needed, free = _COPIES * 4 * image_parameters, free_bytes(device)
+    if MARGIN * free <= needed:
+        raise InputError(
+            f"--parametrisation {options.parametrisation}: expected more than {needed / MARGIN / 2**30:.1f} GiB of free memory for its "
+            f"{image_parameters:,} parameters, found {free / 2**30:.1f} GiB; lower --ipc or its options, or give --memory_budget"
+        )
+    return int(MARGIN * free) - needed
 
 
 def plan_in_tf32(plan: Plan) -> Plan:

@@ -7,21 +7,32 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.parametrisations.ddif import Ddif
-from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, learned_parameters
+from mtt_fast.parametrisations.parametrisation import (
+    Optimizer,
+    Parametrisation,
+    are_close,
+    learned_parameters,
+    set_values,
+)
 from mtt_fast.parametrisations.speed import Speed
 
 _KNOWN: dict[str, type[Parametrisation]] = {"ddif": Ddif, "speed": Speed}
+_NOT_OWN = (str(Path(torch.__file__).parent), "<frozen", __file__)
+"""Where the names of files begin that no user wrote."""
 
 
 def make_parametrisation(
@@ -39,21 +50,17 @@ def make_parametrisation(
         return cls(images, num_classes, **arguments)
 
 
-def try_parametrisation(name: str, parametrisation: Parametrisation, count: int, image_shape: Sequence[int]) -> None:
-    """Raise `InputError` unless the parametrisation can be learned, judged by the first and the last of its `count` images.
+def try_parametrisation(name: str, make: Callable[[], Parametrisation], count: int, image_shape: Sequence[int]) -> None:
+    """Raise `InputError` unless what `make` returns can be learned, judged by the first and the last of its `count` images.
 
-    Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is beside others:
-    otherwise the gradient would be wrong without any other symptom.
+    Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is beside others. Images at
+    other parameters must be others, and those that a new object computes there. Otherwise the gradient would be wrong without any other
+    symptom, or a run could not be resumed.
     """
-    learned = learned_parameters(parametrisation)
-    if not learned:
-        raise InputError(
-            f"`parametrisation` {name}: expected a parameter that requires a gradient, found none; nothing is learned"
-        )
-    for parameter_name, tensor in [*learned.items(), *parametrisation.named_buffers()]:
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise InputError(f"`parametrisation` {name}: {parameter_name}: expected float32, found {tensor.dtype}")
-    index = torch.tensor([0, count - 1]).unique()
+    parametrisation = make()
+    _check_parameters(name, parametrisation)
+    buffers = {key: buffer.clone() for key, buffer in parametrisation.named_buffers()}
+    index = torch.tensor([0, count - 1], device=next(parametrisation.parameters()).device).unique()
     for training in (False, True):
         parametrisation.train(training)
         with _named(name):
@@ -71,6 +78,89 @@ def try_parametrisation(name: str, parametrisation: Parametrisation, count: int,
             )
     if not images.requires_grad:
         raise InputError(f"`parametrisation` {name}: expected images that depend on its parameters, found others")
+    _try_step(name, parametrisation, index)
+    _try_other_values(name, parametrisation, make, index, images.detach(), buffers)
+
+
+def _check_parameters(name: str, parametrisation: Parametrisation) -> None:
+    learned = learned_parameters(parametrisation)
+    if not learned:
+        raise InputError(
+            f"`parametrisation` {name}: expected a parameter that requires a gradient, found none; nothing is learned"
+        )
+    if parametrisation.optimizer not in get_args(Optimizer):
+        raise InputError(
+            f"`parametrisation` {name}: optimizer: expected {' or '.join(get_args(Optimizer))}, found {parametrisation.optimizer!r}"
+        )
+    for key, tensor in [*learned.items(), *parametrisation.named_buffers()]:
+        if is_lazy(tensor):
+            raise InputError(f"`parametrisation` {name}: {key}: expected a known shape, found a lazy layer's")
+        if tensor.dtype != torch.float32 and (key in learned or tensor.is_floating_point()):
+            raise InputError(f"`parametrisation` {name}: {key}: expected float32, found {tensor.dtype}")
+
+
+def _try_step(name: str, parametrisation: Parametrisation, index: Tensor) -> None:
+    """Raise `InputError` unless there are gradients of the images at each call, a penalty and rates."""
+    with _named(name), torch.enable_grad():
+        for _ in range(2):
+            parametrisation(index).sum().backward()
+        penalty = parametrisation.penalty()
+        if penalty is not None and not (isinstance(penalty, Tensor) and penalty.shape == () and penalty.requires_grad):
+            found = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
+            raise InputError(
+                f"`parametrisation` {name}: penalty: expected None, or a tensor () that depends on the parameters, found {found}"
+            )
+        for key in learned_parameters(parametrisation):
+            rate: Any = parametrisation.relative_rate(key)
+            if not (isinstance(rate, Real) and math.isfinite(rate)):
+                raise InputError(f"`parametrisation` {name}: relative_rate of {key}: expected a number, found {rate!r}")
+        parametrisation.stored_numbers()
+    parametrisation.zero_grad()
+
+
+@torch.no_grad()
+def _try_other_values(
+    name: str,
+    parametrisation: Parametrisation,
+    make: Callable[[], Parametrisation],
+    index: Tensor,
+    images: Tensor,
+    buffers: dict[str, Tensor],
+) -> None:
+    """Raise `InputError` unless images are computed from the values of the parameters, and nothing else changes.
+
+    `images` are those at `index` so far, and `buffers` those before the first call.
+    """
+    other, generator, values = make().train(), torch.Generator().manual_seed(0), {}
+    for key, each in learned_parameters(other).items():
+        noise = torch.randn(each.shape, dtype=each.dtype, generator=generator).to(each.device)
+        values[key] = each + 0.1 * (1 + each.abs()) * noise
+    with _named(name):
+        set_values(parametrisation, values)
+        set_values(other, values)
+        moved, expected = parametrisation(index).nan_to_num(), other(index).nan_to_num()
+    if torch.equal(moved, images):
+        raise InputError(
+            f"`parametrisation` {name}: expected other images at other parameters, found the same; compute images from the parameters in "
+            "forward, at each call"
+        )
+    kept = values | buffers
+    for key, tensor in [*learned_parameters(parametrisation).items(), *parametrisation.named_buffers()]:
+        if not torch.equal(tensor, kept[key]):
+            raise InputError(
+                f"`parametrisation` {name}: {key}: expected the values that it was given, found others; forward must leave parameters and "
+                "buffers as they are, and no two parameters may overlap in memory"
+            )
+    if not are_close(moved, expected):
+        raise InputError(
+            f"`parametrisation` {name}: expected the images of a new object with the same parameters, found others; draw random numbers "
+            "with torch, and keep no results from one call to the next"
+        )
+
+
+def is_own(name: str) -> bool:
+    """Return whether the parametrisation `name` is a class of the user's own."""
+    return name not in _KNOWN
 
 
 def _class_of(name: str) -> type[Parametrisation]:
@@ -95,7 +185,12 @@ def _class_of(name: str) -> type[Parametrisation]:
 
 
 def _module_of_file(path: Path) -> Any:
-    """Return the module in the file `path`. It is in `sys.modules`, where dataclasses look for it."""
+    """Return the module in the file `path`. It is in `sys.modules`, where dataclasses look for it.
+
+    As for a script, it can import the files beside it.
+    """
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)
     name = f"mtt_fast_parametrisation_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -109,15 +204,19 @@ def _module_of_file(path: Path) -> Any:
 def _arguments(name: str, cls: type[Parametrisation], text: str) -> dict[str, Any]:
     """Return the arguments in `text` for `cls`. Raises `InputError` for those that it does not take, or that are missing."""
     given = dict(_split(name, part) for part in text.split())
-    _, _, *parameters = inspect.signature(cls).parameters.values()  # after images and num_classes
-    known = [parameter.name for parameter in parameters]
+    parameters = inspect.signature(cls).parameters.values()
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    by_name = [each for each in by_name if each not in positional[:2]]  # images and num_classes
+    takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters)
+    known = [each.name for each in by_name]
     for argument in given:
-        if argument not in known:
+        if argument not in known and not takes_any:
             raise InputError(
                 f"`parametrisation_options` {argument}: expected an argument of {name} ({', '.join(known) or 'it has none'})"
                 f"{did_you_mean(argument, known)}"
             )
-    missing = [each.name for each in parameters if each.default is each.empty and each.name not in given]
+    missing = [each.name for each in by_name if each.default is each.empty and each.name not in given]
     if missing:
         raise InputError(f"`parametrisation_options`: expected {', '.join(missing)} of {name}, found none")
     return given
@@ -131,7 +230,7 @@ def _split(name: str, part: str) -> tuple[str, Any]:
         )
     try:
         return argument, ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return argument, text
 
 
@@ -150,8 +249,9 @@ def _named(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((each for each in reversed(frames) if not each.filename.startswith(_NOT_OWN)), frames[-1])
         raise InputError(
             f"`parametrisation` {name}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
         ) from error

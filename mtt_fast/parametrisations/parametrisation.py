@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mtt_fast.runtime.numerics import numerics
 
-_BLOCK = 1 << 20  # values of images that are computed at once
+Optimizer = Literal["sgd", "adam"]
+
+_BLOCK = 1 << 21  # values of images that are computed at once
 _CLOSE = 1e-3  # relative: more than rounding in float32 changes
 
 
@@ -19,10 +21,11 @@ class Parametrisation(nn.Module):
 
     `python -m mtt_fast.distill --parametrisation FILE.py:NAME` makes `NAME(images, num_classes, **options)`, where `options` are those
     of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every run makes
-    it again when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
+    it several times, also when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
 
     Parameters that require a gradient are learned, by SGD with the momentum `--mom_img` or, if `optimizer` is "adam", by Adam. Other
-    parameters and buffers stay as they are. All have to be float32.
+    parameters and buffers stay as they are: `forward` must not change them. All have to be float32; `torch.view_as_complex` makes complex
+    numbers of them.
 
     Example:
         ```python
@@ -36,7 +39,7 @@ class Parametrisation(nn.Module):
         ```
     """
 
-    optimizer: ClassVar[Literal["sgd", "adam"]] = "sgd"
+    optimizer: ClassVar[Optimizer] = "sgd"
     """the optimizer of the parameters: torch.optim.SGD, or torch.optim.Adam with its own defaults"""
 
     def forward(self, index: Tensor) -> Tensor:
@@ -62,7 +65,10 @@ class Parametrisation(nn.Module):
         return None
 
     def stored_numbers(self) -> int:
-        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log."""
+        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log: those of all parameters.
+
+        Count buffers too if they cannot be made again.
+        """
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -84,7 +90,7 @@ def images_at(
 
     These are the images that are matched, or with `evaluated` those that are evaluated and saved.
     """
-    _set(parametrisation, values)
+    set_values(parametrisation, values)
     parametrisation.train(not evaluated)
     with numerics(out.device, "fp32"):
         for index in _blocks(out):
@@ -99,7 +105,7 @@ def gradients_at(
 
     `images_gradient` (n, C, H, W) is the gradient with respect to the images. The images are computed again, some at a time.
     """
-    _set(parametrisation, values)
+    set_values(parametrisation, values)
     parametrisation.train()
     learned = learned_parameters(parametrisation)
     with torch.enable_grad(), numerics(images_gradient.device, "fp32"):
@@ -122,7 +128,7 @@ def are_close(first: Tensor, second: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _set(parametrisation: Parametrisation, values: Mapping[str, Tensor]) -> None:
+def set_values(parametrisation: Parametrisation, values: Mapping[str, Tensor]) -> None:
     """Copy `values` into the learned parameters of the same names."""
     for name, parameter in learned_parameters(parametrisation).items():
         parameter.copy_(values[name])

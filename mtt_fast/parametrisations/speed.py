@@ -40,6 +40,12 @@ class Speed(Parametrisation):
         freenet_rate: float = 1e-4,
     ) -> None:
         super().__init__()
+        sizes = {
+            "num_saet": num_saet, "dim_saet": dim_saet, "num_head": num_head, "decoder_depth": decoder_depth, "patch_size": patch_size
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise InputError(f"`parametrisation` speed: {name} {size}: expected a whole number from 1 on")
         count, channels, height, width = images.shape
         if height % patch_size or width % patch_size:
             raise InputError(

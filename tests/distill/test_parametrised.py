@@ -113,6 +113,35 @@ def test_the_log_tells_the_storage(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
+def test_the_dry_run_takes_a_class_that_counts_values(capsys: pytest.CaptureFixture[str]) -> None:
+    count = "\n    def stored_numbers(self):\n        return int((self.pixels != 0).sum())\n"
+    Path("own.py").write_text(OWN.replace("class Mirrored", f"class Counted(Pixels):{count}\n\nclass Mirrored"))
+    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Counted", "--dry-run"]) == 0
+    assert "the log of the run will tell the numbers that have to be stored" in capsys.readouterr().out
+
+
+def test_the_dry_run_quotes_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--parametrisation", "speed", "--parametrisation_options", SPEED]
+    assert cli.run(main, [*TOY, "--out", "own", *flags, "--dry-run"]) == 0
+    assert f"--parametrisation_options '{SPEED}'" in capsys.readouterr().out
+
+
+def test_parameters_that_do_not_fit_in_memory_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mtt_fast.distill.planning.free_bytes", lambda _: 20_000)
+    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]) == 2
+    assert "--parametrisation own.py:Pixels: expected more than 0.0 GiB of free memory" in capsys.readouterr().err
+
+
+def test_a_class_may_group_the_images_of_a_class() -> None:
+    text = OWN.replace("images.clone()", "images.view(num_classes, -1, 4, *images.shape[1:])[:, :, 0].flatten(0, 1)")
+    Path("own.py").write_text(text.replace("self.pixels[index]\n\n\n", "self.pixels[index // 4]\n\n\n"))
+    saved = distilled("own", "--ipc", "4", "--parametrisation", "own.py:Pixels")
+    assert len(saved.parameters["pixels"]) == 10
+    assert len(saved.images) == 40
+
+
 def test_the_dry_run_names_the_parametrisation(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]) == 0
     assert "images    computed by own.py:Pixels" in capsys.readouterr().out
@@ -180,7 +209,9 @@ def test_a_checkpoint_of_other_parameters_is_refused(capsys: pytest.CaptureFixtu
 def test_code_that_was_changed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     distilled("run", "--parametrisation", "own.py:Mirrored")
     Path("own.py").write_text(OWN.replace("images.flip(3)", "images.flip(2)"))
+    config = Path("run/config.toml").read_text()
     assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--resume"]) == 2
+    assert Path("run/config.toml").read_text() == config
     assert (
         "expected the images with which the run in run stopped, found others at the same parameters"
         in capsys.readouterr().err

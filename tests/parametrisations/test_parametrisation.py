@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ SPEED = "num_saet=5 dim_saet=6 num_head=2 decoder_depth=2 top_k=3 l1_weight=1e-2
 OWN = """
 import torch
 import mtt_fast
+from torch import nn
 
 
 class Pixels(mtt_fast.Parametrisation):
@@ -38,6 +40,11 @@ def images_of(count: int = 6) -> Tensor:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def try_own(name: str) -> None:
+    """Try the class `name` on six images."""
+    try_parametrisation(name, lambda: make_parametrisation(name, "", images_of(), 3, seeded()), 6, (3, 4, 8))
 
 
 def own_file(folder: Path, text: str = OWN) -> str:
@@ -153,7 +160,7 @@ def test_a_class_of_the_users_is_found(as_module: bool, tmp_path: Path, monkeypa
         monkeypatch.syspath_prepend(str(tmp_path))
         name = "own:Pixels"
     module = make_parametrisation(name, "scale=2", images_of(), 3, seeded())
-    try_parametrisation(name, module, 6, (3, 4, 8))
+    try_own(name)
     assert torch.equal(learned_values(module)["pixels"], 2 * images_of())
 
 
@@ -167,8 +174,11 @@ def test_a_class_of_the_users_is_found(as_module: bool, tmp_path: Path, monkeypa
         ("OWN:torch", "", "expected a class torch that inherits mtt_fast.Parametrisation, found module"),
         ("OWN:Pixels", "scalle=2", r"`parametrisation_options` scalle: expected an argument of .* \(scale, offset\) \(did you mean scale\?\)"),
         ("OWN:Pixels", "scale", "`parametrisation_options` scale: expected NAME=VALUE, separated by spaces"),
-        ("OWN:Pixels", "scale='a'", r"TypeError: .*\(.*own.py, line 9\)"),
+        ("OWN:Pixels", "scale={[]}", r"TypeError: .*\(.*own.py, line 10\)"),
+        ("OWN:Pixels", "scale='a'", r"TypeError: .*\(.*own.py, line 10\)"),
         ("speed", "num_saet=5", "`parametrisation_options`: expected dim_saet, num_head, decoder_depth, top_k, l1_weight of speed"),
+        ("speed", SPEED.replace("depth=2", "depth=0"), "decoder_depth 0: expected a whole number from 1 on"),
+        ("speed", SPEED.replace("num_head=2", "num_head=1.5"), "num_head 1.5: expected a whole number from 1 on"),
         ("speed", f"{SPEED[:-1]}3", "patch_size 3: expected a divisor of height and width, 4 and 8"),
         ("speed", SPEED.replace("num_head=2", "num_head=4"), "dim_saet 6: expected a multiple of num_head 4"),
         ("speed", SPEED.replace("top_k=3", "top_k=41"), "top_k 41: expected 1 to 40"),
@@ -187,6 +197,9 @@ FORWARD = {
     "return self.pixels[index] + torch.randn(())": "expected the same images at a second call, found others",
     "x = self.pixels[index]; return x - x.mean(0)": "expected each image to be independent of those that are computed with it",
     "return self.pixels[index].detach()": "expected images that depend on its parameters",
+    "return nn.functional.interpolate(self.pixels[index], (1, 2, 3))": "ValueError: .*own.py, line",
+    "x = self.pixels.exp(); y = x[index]; x += 1; return y * x[index]": "RuntimeError: one of the variables needed for gradient",
+    "self.pixels.data.clamp_(-1, 1); return self.pixels[index]": "pixels: expected the values that it was given, found others",
     "return self.nothing": "AttributeError: 'Pixels' object has no attribute 'nothing'",
 }
 
@@ -194,15 +207,15 @@ FORWARD = {
 @pytest.mark.parametrize("forward", FORWARD)
 def test_what_cannot_be_learned_is_refused(forward: str, tmp_path: Path) -> None:
     name = own_file(tmp_path, OWN.replace("return self.pixels[index]", forward))
-    module = make_parametrisation(name, "", images_of(), 3, seeded())
     with pytest.raises(InputError, match=FORWARD[forward]):
-        try_parametrisation(name, module, 6, (3, 4, 8))
+        try_own(name)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (".clone()", "expected a parameter that requires a gradient, found none"),
+        (".clone() + 0j", "pixels: expected float32, found torch.complex64"),
         (".clone().double()", "pixels: expected float32, found torch.float64"),
     ],
 )
@@ -211,6 +224,101 @@ def test_parameters_of_another_kind_are_refused(change: str, message: str, tmp_p
     if "requires a gradient" in message:
         text = text.replace("torch.rand(()))", "torch.rand(()), requires_grad=False)")
     name = own_file(tmp_path, text)
-    module = make_parametrisation(name, "", images_of(), 3, seeded())
     with pytest.raises(InputError, match=message):
-        try_parametrisation(name, module, 6, (3, 4, 8))
+        try_own(name)
+
+
+INIT = {
+    "self.mirrored = self.pixels.flip(3)": ("self.mirrored[index]", "expected other images at other parameters, found the same"),
+    "self.twice = None": (
+        "self.twice if self.twice is not None else self.keep(); return self.pixels[index] + self.twice[index]",
+        "expected the images of a new object with the same parameters, found others",
+    ),
+    "self.number = float(np.random.rand())": (
+        "self.pixels[index] + self.number", "expected the images of a new object with the same parameters, found others"
+    ),
+    "self.layer = nn.LazyLinear(8)": ("self.layer(self.pixels[index])", "layer.weight: expected a known shape, found a lazy"),
+    "self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))": (
+        "self.layer(self.pixels[index])", "_u: expected the values that it was given, found others; forward must leave"
+    ),
+    "self.first = nn.Parameter(self.pixels.data[:1])": (
+        "self.pixels[index] + self.first", "pixels: expected the values that it was given, found others"
+    ),
+    "self.rates = nn.Parameter(torch.ones(1).expand(8))": (
+        "self.pixels[index] * self.rates", "RuntimeError: unsupported operation: more than one element"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("init", INIT)
+def test_images_that_are_not_computed_from_the_parameters_alone_are_refused(init: str, tmp_path: Path) -> None:
+    forward, message = INIT[init]
+    forward = forward if "; return" in forward else f"return {forward}"
+    text = OWN.replace("    def forward", f"        {init}\n\n    def forward").replace(
+        "return self.pixels[index]", forward
+    )
+    text = f"import numpy as np\n{text}\n    def keep(self):\n        self.twice = 2 * self.pixels.detach()\n"
+    with pytest.raises(InputError, match=message):
+        try_own(own_file(tmp_path, text))
+
+
+OTHER_METHODS = {
+    "def penalty(self): return self.pixels.abs()": r"penalty: expected None, or a tensor \(\) that .*, found \(6, 3, 4, 8\)",
+    "def penalty(self): return 0.0": "penalty: expected None, or a tensor .*, found float",
+    "def penalty(self): return torch.zeros(())": "penalty: expected None, or a tensor .* that depends on the parameters",
+    "def relative_rate(self, name): return 'a'": "relative_rate of pixels: expected a number, found 'a'",
+    "def stored_numbers(self): return self.nothing": "AttributeError: .*own.py, line",
+    "optimizer = 'Adam'": "optimizer: expected sgd or adam, found 'Adam'",
+}
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_are_tried(method: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=OTHER_METHODS[method]):
+        try_own(own_file(tmp_path, f"{OWN}\n    {method}\n"))
+
+
+@pytest.mark.parametrize("arguments", ["images, num_classes, **more", "*all, **more", "images, num_classes, *, scale"])
+def test_a_class_passes_arguments_on(arguments: str, tmp_path: Path) -> None:
+    passed = arguments.replace("*, scale", "scale=scale")
+    text = f"{OWN}\nclass Own(Pixels):\n    def __init__(self, {arguments}):\n        super().__init__({passed})\n"
+    name = own_file(tmp_path, text).replace(":Pixels", ":Own")
+    module = make_parametrisation(name, "scale=2", images_of(), 3, seeded())
+    assert torch.equal(learned_values(module)["pixels"], 2 * images_of())
+
+
+def test_a_class_that_takes_other_arguments_is_refused(tmp_path: Path) -> None:
+    name = own_file(tmp_path, OWN.replace("self, images, num_classes, scale=1.0, offset=0.0", "self, images"))
+    with pytest.raises(InputError, match=r"TypeError: .* takes 2 positional arguments but 3 were given"):
+        make_parametrisation(name, "", images_of(), 3, seeded())
+
+
+def test_a_file_that_ends_the_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="SystemExit: 0"):
+        make_parametrisation(own_file(tmp_path, "raise SystemExit(0)"), "", images_of(), 3, seeded())
+
+
+def test_a_file_imports_those_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "beside_own.py").write_text("SCALE = 3")
+    text = OWN.replace("import torch\n", "import torch\nfrom beside_own import SCALE\n").replace("* scale", "* SCALE")
+    module = make_parametrisation(own_file(tmp_path, text), "", images_of(), 3, seeded())
+    assert torch.equal(learned_values(module)["pixels"], 3 * images_of())
+
+
+def test_tied_and_empty_parameters_are_learned(tmp_path: Path) -> None:
+    init = (
+        "self.more = nn.Parameter(images.clone()); self.tied = self.more; self.none = nn.Parameter(torch.zeros(0, 2))"
+    )
+    text = OWN.replace("    def forward", f"        {init}\n\n    def forward")
+    text = text.replace("[index]", "[index] + self.more[index] * self.tied[index].flip(3) + self.none.sum()")
+    name = own_file(tmp_path, text)
+    try_own(name)
+    module = make_parametrisation(name, "", images_of(), 3, seeded())
+    values, weights = learned_values(module), torch.randn(6, 3, 4, 8, generator=seeded(1))
+    gradients = gradients_at(module, values, weights)
+    more = values["more"].clone().requires_grad_()
+    (more * more.flip(3) * weights).sum().backward()
+    assert more.grad is not None
+    assert_close("more", gradients["more"], more.grad, 1e-6)
+    assert list(gradients) == ["pixels", "more", "none"]
