@@ -62,6 +62,7 @@ class Whitening:
         return cls._fit(images, device, torch.float32, eps, scale=255)
 
     @classmethod
+    @torch.no_grad()
     def _fit(cls, images: Tensor, device: torch.device, dtype: torch.dtype, eps: float, scale: int = 1) -> Whitening:
         """Fit to `images` / `scale` on `device`; the fields are of `dtype`.
 

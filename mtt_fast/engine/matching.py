@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -128,8 +129,8 @@ def path_loss(
 
 
 def _check_ratio(name: str, ratio: float) -> None:
-    if not 0 <= ratio < 1:
-        raise InputError(f"{name}: expected at least 0 and less than 1, found {ratio}")
+    if not isinstance(ratio, Real) or not 0 <= ratio < 1:
+        raise InputError(f"{name}: expected at least 0 and less than 1, found {ratio!r}")
 
 
 def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:

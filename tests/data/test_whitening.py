@@ -209,3 +209,8 @@ def test_neither_import_nor_fit_needs_kornia() -> None:
         "sys.exit('kornia' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_matrices_need_no_gradient() -> None:
+    images = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert not any(tensor.requires_grad for tensor in vars(Whitening.fit(images)).values())

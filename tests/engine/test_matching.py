@@ -80,6 +80,7 @@ def test_forward_mode_is_refused() -> None:
     [
         ({"match_step": "Nearest"}, "path_loss match_step: expected last or nearest, found 'Nearest'"),
         ({"loss_ratio": 1.5}, "path_loss loss_ratio: expected at least 0 and less than 1, found 1.5"),
+        ({"depth_ratio": None}, "path_loss depth_ratio: expected at least 0 and less than 1, found None"),
         ({"depth_ratio": -0.5}, "path_loss depth_ratio: expected at least 0 and less than 1, found -0.5"),
     ],
 )
