@@ -1,7 +1,7 @@
 """Dataset distillation by matching training trajectories: the exact meta-gradient in the memory of one step.
 
 The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`, and `plan` predicts the memory of a run; the commands are
-`python -m mtt_fast.experts`, `mtt_fast.distill` and `mtt_fast.evaluate`. Classes for files are imported on first use.
+`python -m mtt_fast.experts`, `mtt_fast.distill` and `mtt_fast.evaluate`. What not every program needs is imported on first use.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ except ModuleNotFoundError as error:
         "`pip install -e .` there; if mtt_fast is installed elsewhere, start in another folder"
     ) from None
 
-from mtt_fast.augmentation.adapters import Augmentation, KorniaAugment
 from mtt_fast.augmentation.siamese import SiameseAugment
-from mtt_fast.engine.graphed_loss import GraphedMatchingLoss
 from mtt_fast.engine.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss, path_loss
 from mtt_fast.engine.memory_plan import Plan, plan
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.networks.flat_module import FlatModule
 
 if TYPE_CHECKING:
+    from mtt_fast.augmentation.adapters import Augmentation, KorniaAugment
     from mtt_fast.data.synthetic import SyntheticDataset
     from mtt_fast.data.whitening import Whitening
+    from mtt_fast.engine.graphed_loss import GraphedMatchingLoss
+    from mtt_fast.networks.flat_module import FlatModule
     from mtt_fast.parametrisations.parametrisation import Parametrisation
     from mtt_fast.storage.trajectories import TrajectoryStore
 
@@ -62,6 +62,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Augmentation": "augmentation.adapters",
+    "FlatModule": "networks.flat_module",
+    "GraphedMatchingLoss": "engine.graphed_loss",
+    "KorniaAugment": "augmentation.adapters",
     "Parametrisation": "parametrisations.parametrisation",
     "SyntheticDataset": "data.synthetic",
     "TrajectoryStore": "storage.trajectories",

@@ -128,7 +128,7 @@ def path_loss(
     return _relative_distance(end[deep], start[deep], target[deep], loss_ratio)
 
 
-def _check_ratio(name: str, ratio: float) -> None:
+def _check_ratio(name: str, ratio: Any) -> None:
     if not isinstance(ratio, Real) or not 0 <= ratio < 1:
         raise InputError(f"{name}: expected at least 0 and less than 1, found {ratio!r}")
 
