@@ -129,7 +129,7 @@ def path_loss(
 
 
 def _check_ratio(name: str, ratio: Any) -> None:
-    if not isinstance(ratio, Real) or not 0 <= ratio < 1:
+    if not (isinstance(ratio, Real) and 0 <= float(ratio) < 1):
         raise InputError(f"{name}: expected at least 0 and less than 1, found {ratio!r}")
 
 
