@@ -37,9 +37,7 @@ class State:
     frequencies: Tensor | None = None  # (classes, H, W) bool: those that are kept, if not all are (FreD)
     parameters: dict[str, Tensor] | None = None  # learned ones from which the images are computed, if they are, by name
     parameters_velocity: dict[str, Tensor] | None = None
-    parameters_square: dict[str, Tensor] | None = (
-        None  # Adam's average of their squared gradients, if it is Adam that updates them
-    )
+    parameters_square: dict[str, Tensor] | None = None  # average of their squared gradients, if Adam updates them
     skipped: int = 0  # iterations whose loss or gradient was not finite
     repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
