@@ -15,7 +15,6 @@ from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network, ch
 from mtt_fast.distill.experts import check_experts, check_same_experts_so_far
 from mtt_fast.distill.initial import check_state_fits
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.parametrised import check_parametrisation
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
@@ -48,7 +47,6 @@ def check_options_fit(
             "images need running statistics, which trajectories do not contain; leave the option out, or use another --model"
         )
     check_cam_network(options, data, device)
-    check_parametrisation(options, data, device)
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
 

@@ -56,6 +56,7 @@ from mtt_fast.distill.gradients import (
 from mtt_fast.distill.initial import check_same_scores, initial_images, initial_state, read_difficulty
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
+    check_parametrisation,
     check_same_parametrisation,
     count_image_parameters,
     parametrisation_in_words,
@@ -183,11 +184,14 @@ def _fitting_images(
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         check_options_fit(options, info, options.network(info), device)
+        check_parametrisation(options, info, device)
         check_missing_experts(options, info)
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, requested)
+    if info is None:
+        check_parametrisation(options, data, device)
     return data, network
 
 

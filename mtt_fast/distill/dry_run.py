@@ -21,6 +21,7 @@ from mtt_fast.distill.frequencies import frequencies_in_words
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.parametrised import (
+    check_parametrisation,
     count_image_parameters,
     parametrisation_in_words,
     parametrisation_without_numbers,
@@ -73,6 +74,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
     check_fits(options, info, network, device, requested)
+    check_parametrisation(options, info, device)
     load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
