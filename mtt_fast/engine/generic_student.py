@@ -63,7 +63,7 @@ class GenericStudent:
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             loss = self.loss(self.network(leaf, gathered(images)), labels)
-            gradient = _gradient(loss, leaf)
+            gradient = gradient_of(loss, leaf)
         return StepGradient(loss.detach(), as_sums(gradient), None)
 
     def gradient_jvp(
@@ -72,21 +72,21 @@ class GenericStudent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._step_graph(theta, images, labels)
         v_dot_g = torch.dot(step.gradient.detach(), v)
-        hessian_v, images_bar_dot, *labels_bar_dot = _derivatives(step, v)
+        hessian_v, images_bar_dot, *labels_bar_dot = derivatives_of(step, v)
         to_labels = labels_bar_dot[0] if labels_bar_dot else None
         return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, to_labels, step.loss.detach())
 
-    def _step_graph(self, theta: Tensor, images: Inputs, labels: Tensor) -> _StepGraph:
+    def _step_graph(self, theta: Tensor, images: Inputs, labels: Tensor) -> LossGraph:
         inputs = gathered(images)
         differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
-            with _naming_what_torch_lacks():
+            with naming_what_torch_lacks():
                 # of copies, since a network may write into its images, and a loss into its labels
                 logits = self.network(leaves[0], leaves[1].clone())
                 loss = self.loss(logits, (leaves[2] if len(leaves) == 3 else labels).clone())
-            gradient = _gradient(loss, leaves[0], create_graph=True)
-        return _StepGraph(leaves, loss, gradient)
+            gradient = gradient_of(loss, leaves[0], create_graph=True)
+        return LossGraph(leaves, loss, gradient)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -122,29 +122,40 @@ class GenericStudent:
         return live_bytes(self.network, student, batch, image_shape, dtype)
 
 
-def _gradient(loss: Tensor, theta: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Return the gradient of `loss` (). Raises `InputError` for a loss that does not depend on `theta`."""
+class LossGraph(NamedTuple):
+    """The autograd graph of a loss, from its leaves to the gradient with respect to the first of them."""
+
+    leaves: list[Tensor]  # of a step: parameters, images, and soft labels
+    loss: Tensor  # ()
+    gradient: Tensor  # of the shape of the first leaf
+
+
+def gradient_of(loss: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Return the gradient of `loss` () with respect to `leaf`, the parameters or what depends on them.
+
+    Raises `InputError` for a loss that does not depend on it.
+    """
     depends = loss.requires_grad
-    (gradient,) = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True) if depends else [None]
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph, allow_unused=True) if depends else [None]
     if gradient is None:
         raise does_not_depend_on("parameters")
     return gradient
 
 
-def _derivatives(step: _StepGraph, v: Tensor) -> list[Tensor]:
-    """Return the gradient of v·g with respect to each leaf of `step`, of which it is the only use.
+def derivatives_of(graph: LossGraph, v: Tensor) -> list[Tensor]:
+    """Return the gradient of v·g with respect to each leaf of `graph`, of which it is the only use; `v` has the shape of g.
 
     It is taken by `backward`: torch.autograd.grad passes over a function that torch differentiates only once, as if it were a constant.
     """
     # a constant gradient, as of a loss that is linear in the parameters and does not read the images, has no graph
-    if step.gradient.requires_grad:
-        with _naming_what_torch_lacks():
-            torch.autograd.backward(step.gradient, v)
-    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in step.leaves]
+    if graph.gradient.requires_grad:
+        with naming_what_torch_lacks():
+            torch.autograd.backward(graph.gradient, v)
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in graph.leaves]
 
 
 @contextmanager
-def _naming_what_torch_lacks() -> Iterator[None]:
+def naming_what_torch_lacks() -> Iterator[None]:
     """Raise `InputError` in place of torch's error that an operation has no derivative, or only a first one."""
     try:
         yield
@@ -168,11 +179,3 @@ def does_not_depend_on(name: str) -> InputError:
         f"expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
         "detach, item, torch.no_grad and a constant do"
     )
-
-
-class _StepGraph(NamedTuple):
-    """The autograd graph of a step, from its leaves to the gradient with respect to the parameters."""
-
-    leaves: list[Tensor]  # parameters, images, and soft labels
-    loss: Tensor  # ()
-    gradient: Tensor  # (P,)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.arguments import check_augment, check_optimizer
+from mtt_fast.engine.batch_loss_student import BatchLossStudent
+from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.number_checks import check_count, check_number
 from mtt_fast.engine.optimizers import Adam, StudentSgd
 from mtt_fast.engine.student import InMicrobatches, Loss, Student
@@ -66,6 +68,8 @@ class Work:
     """whether the gradient of the loss takes as much memory as the path, as with `path.index_select` or a loss of all rows"""
     lr_per_parameter: bool = False
     """whether each step has a learning rate for each parameter, (N, P)"""
+    loss_is_mean: bool = True
+    """whether the loss of a batch is the mean of its samples' losses, as is assumed before the trial of a loss of the caller's own"""
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,17 @@ class Plan:
     @property
     def student(self) -> Student:
         """Return the student that cuts batches as the plan says."""
-        return InMicrobatches(self.work.student, self.microbatch) if self.cut else self.work.student
+        student = self.work.student
+        if not self.cut:
+            return student
+        if isinstance(student, GenericStudent) and not self.work.loss_is_mean:
+            return BatchLossStudent(student, self.microbatch)
+        return InMicrobatches(student, self.microbatch)
 
     @property
     def passes(self) -> float:
         """Return the mean cost of a step in both sweeps, in forward passes."""
-        recomputed, saved = self.work.student.passes
+        recomputed, saved = self.student.passes
         share = self.saved_steps / self.work.steps
         return saved * share + recomputed * (1 - share)
 
@@ -152,7 +161,7 @@ class Plan:
         return dataclasses.replace(self, microbatch=_even(self.work.batch, self.microbatch // 2))
 
     def __str__(self) -> str:
-        work, (_, least) = self.work, self.work.student.passes
+        work, (_, least) = self.work, self.student.passes
         pieces = math.ceil(work.batch / self.microbatch)
         cut = f"in {pieces} pieces of at most {self.microbatch}" if self.cut else "whole"
         parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.parts.items() if size)

@@ -1,7 +1,8 @@
 """The student: a network's gradient, and the directional derivative of that gradient, for one step.
 
 `GenericStudent` (generic_student.py) computes both by autograd, for any network and loss. `FusedConvNetStudent` (fused.py) computes
-them by hand-written formulas. `InMicrobatches` wraps another student, and calls it on pieces of the batch.
+them by hand-written formulas. `InMicrobatches` wraps another student, and calls it on pieces of the batch; for a loss that is not a
+mean over samples `BatchLossStudent` (batch_loss_student.py) takes its place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mtt_fast.engine.batch import Inputs
 from mtt_fast.kernels import PartialSums
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Loss () of a batch from the network's output (b, …) and labels (b, …): a mean over the samples, if batches are cut."""
+"""Loss () of a batch from the network's output (b, …) and labels (b, …)."""
 
 
 SavedActivations = list[Any]
@@ -113,7 +114,7 @@ class InMicrobatches:
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
-        for piece, weight in self._pieces(len(images)):
+        for piece, weight in pieces_of(len(images), self.size):
             part = self.student.gradient(theta, images[piece], labels[piece], save)
             total_loss.add_(part.loss, alpha=weight)
             total.add_(part.gradient, alpha=weight)
@@ -127,7 +128,7 @@ class InMicrobatches:
         v_dot_g, hessian_v, loss = theta.new_zeros(()), torch.zeros_like(theta), None
         to_images = theta.new_empty(images.shape)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
-        for piece, weight in self._pieces(len(images)):
+        for piece, weight in pieces_of(len(images), self.size):
             piece_saved = saved.pop(0) if saved else None
             part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, piece_saved)
             v_dot_g.add_(part.v_dot_g, alpha=weight)
@@ -146,12 +147,14 @@ class InMicrobatches:
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`: the memory of the largest piece, and the saved activations of all pieces."""
-        sizes = [piece.stop - piece.start for piece, _ in self._pieces(batch)]
+        sizes = [piece.stop - piece.start for piece, _ in pieces_of(batch, self.size)]
         steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
         largest, saved = steps[sizes[0]], sum(steps[size].saved for size in sizes)
         return largest._replace(saved=saved, gradient_saving=saved - largest.saved + largest.gradient_saving)
 
-    def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
-        for start in range(0, batch, self.size):
-            stop = min(start + self.size, batch)
-            yield slice(start, stop), (stop - start) / batch
+
+def pieces_of(batch: int, size: int) -> Iterator[tuple[slice, float]]:
+    """Yield the pieces of at most `size` samples of a batch, each with its share of the batch."""
+    for start in range(0, batch, size):
+        stop = min(start + size, batch)
+        yield slice(start, stop), (stop - start) / batch

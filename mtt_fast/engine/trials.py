@@ -1,7 +1,8 @@
 """Trials of a caller's network, loss and augmentation on a few samples of the first batch, before the first step.
 
 The backward sweep computes each step again, and may cut its batch. The gradient is right only if the same inputs give the same
-outputs, and if the loss of a batch is the mean of the losses of its samples. Otherwise it would be wrong without any other symptom.
+outputs, and if those of a sample do not depend on the others of a batch that is cut. Otherwise it would be wrong without any other
+symptom.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MAX_SAMPLES = 8  # of a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
+_MAX_LABELS = 1000
 
 
 def try_augmentation(
@@ -60,14 +62,14 @@ def try_step(
     augmented: Tensor | None,
     *,
     is_cut: bool,
-) -> None:
-    """Raise `InputError` unless network and loss can be unrolled, judged at `theta` (P,) by a few samples of the first batch.
+) -> bool:
+    """Return whether the loss of a batch is the mean of its samples' losses; True if batches are not cut (`is_cut`).
 
-    If network or loss fail on a few, as those of a graph with fixed edges do, the whole batch is taken, unless batches are cut.
-    `augmented` is the result of `try_augmentation`. Network and loss must return the same at a second call, and read no other tensor
-    that requires a gradient. The loss must be a scalar that depends on the parameters, and on the images if they require a
-    gradient. If batches are cut (`is_cut`), the outputs of a sample must also be independent of the other samples, and the loss
-    must be the mean over the samples.
+    It is judged at `theta` (P,) by a few samples of the first batch. `augmented` is the result of `try_augmentation`.
+    Raises `InputError` unless network and loss return the same at a second call, and read no other tensor that requires a gradient.
+    The loss must be a scalar that depends on the parameters, and on the images if they require a gradient. If batches are cut, the
+    outputs of a sample must be independent of the other samples. If network or loss fail on a few samples, as those of a graph with
+    fixed edges do, the whole batch is taken; where it is cut, only for the loss.
     """
     network, needs_images = student.network, images.requires_grad and torch.is_grad_enabled()
     index = batches[0]
@@ -78,6 +80,11 @@ def try_step(
         targets = labels.detach()[index[positions]]
         return inputs.to(theta.dtype), targets.to(theta.dtype) if labels.is_floating_point() else targets
 
+    def outputs_of(inputs: Tensor) -> Tensor:
+        """Return the network's outputs, computed on a few samples at once."""
+        return torch.cat([network(theta, pair.clone()) for pair in inputs.split(_SAMPLES_AT_ONCE)])
+
+    whole = torch.arange(len(index), device="cpu")
     inputs, targets = samples(_trial_positions(network, len(index)))
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
     with without_autocast(theta.device):
@@ -86,15 +93,23 @@ def try_step(
         except InputError:
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError):  # no other: torch.utils.checkpoint stops by one
-            if is_cut or len(inputs[first]) == len(index):
+            if len(inputs[first]) == len(index):
                 raise
-            _try_gradient(student, theta, *samples(torch.arange(len(index), device="cpu")), needs_images=needs_images)
-            return
-        if is_cut:
+            if not is_cut:
+                _try_gradient(student, theta, *samples(whole), needs_images=needs_images)
+                return True
+            inputs, targets = samples(whole)
             with torch.no_grad():
+                logits = outputs_of(inputs)
                 _check_samples_are_independent(student, theta, inputs[first], logits)
-                all_logits = torch.cat([network(theta, pair.clone()) for pair in inputs.split(_SAMPLES_AT_ONCE)])
-                _check_mean(student, all_logits, _with_extremes(targets, labels[torch.cat(tuple(batches)).unique()]))
+            _try_loss(student, logits.requires_grad_(), targets)
+            return False
+        if not is_cut:
+            return True
+        with torch.no_grad():
+            _check_samples_are_independent(student, theta, inputs[first], logits)
+            # of all labels, since a captured iteration gets other batches later
+            return _is_mean(student, *_with_many_labels(outputs_of(inputs), targets, labels.detach()))
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:
@@ -111,19 +126,25 @@ def _try_gradient(
 ) -> Tensor:
     """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(needs_images)]
-    # of copies, since a network may write into its images, and a loss into the logits (one with a margin) and into the labels
+    # of copies, since a network may write into its images; a loss may, into the logits (one with a margin) and into the labels
     logits = _call_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
-    loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels.clone()), logits, labels)
-    if loss.dim() or not loss.is_floating_point():
-        raise InputError(
-            f"`loss`: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
-        )
+    loss = _try_loss(student, logits, labels)
     names = ["parameters", "images"] if needs_images else ["parameters"]
     gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
         if gradient is None:
             raise does_not_depend_on(name)
     return logits.detach()
+
+
+def _try_loss(student: GenericStudent, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of a batch, with its graph. Raises `InputError` as `_call_twice` does, and unless it is a floating-point scalar."""
+    loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels.clone()), logits, labels)
+    if loss.dim() or not loss.is_floating_point():
+        raise InputError(
+            f"`loss`: expected one number for a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
+        )
+    return loss
 
 
 def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments: Tensor) -> Tensor:
@@ -177,31 +198,38 @@ def _check_samples_are_independent(student: GenericStudent, theta: Tensor, input
             )
 
 
-def _with_extremes(targets: Tensor, labels: Tensor) -> Tensor:
-    """Return `targets`, the first and the last replaced by those of all `labels` with the smallest and the largest number.
+def _is_mean(student: GenericStudent, outputs: Tensor, targets: Tensor) -> bool:
+    """Return whether the loss of a batch is the mean of the losses of its samples, which a loss of pairs, or one that fails, is not."""
+    if len(outputs) == 1:
+        return False  # of one sample every loss is the mean
+    loss, samples = student.loss(outputs.clone(), targets.clone()), zip(outputs.split(1), targets.split(1), strict=True)
+    try:
+        losses = torch.stack([student.loss(output.clone(), target.clone()) for output, target in samples])
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return _are_close(losses.mean(), loss, losses.abs().mean())
 
-    These are the labels that a loss may leave out (`ignore_index`), and they need not be in the first batch. Floating and complex
-    targets are returned as they are.
+
+def _with_many_labels(outputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and targets of a trial of the loss that has many of all `labels`, to which it may give other weights, or none.
+
+    Of class indices all are taken, up to a limit, and the outputs are repeated. Of maps of classes those with the smallest and the
+    largest number are taken. Floating and complex targets are returned as they are.
     """
     if targets.is_floating_point() or targets.is_complex():
-        return targets
-    rows, targets = labels.view(len(labels), -1).long(), targets.clone()
-    targets[0], targets[-1] = labels[rows.amin(1).argmin()], labels[rows.amax(1).argmax()]
-    return targets
-
-
-def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None:
-    """Raise `InputError` if the loss of a batch is not the mean of the losses of its samples."""
-    loss = student.loss(logits.clone(), labels.clone())
-    losses = torch.stack(
-        [student.loss(single.clone(), label) for single, label in zip(logits.split(1), labels.split(1), strict=True)]
-    )
-    if not _are_close(losses.mean(), loss, losses.abs().mean()):
-        raise InputError(
-            f"`loss`: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(losses)} "
-            f"samples whose mean is {float(losses.mean()):.6g}; take one without weights of classes and with every label, or leave "
-            "`microbatch` and `memory_budget` out"
-        )
+        return outputs, targets
+    if labels.dim() == 1:
+        kinds = labels.unique()
+        few = torch.linspace(0, len(kinds) - 1, min(len(kinds), _MAX_LABELS), device="cpu").round().long()
+        chosen = kinds[few]
+    else:
+        rows = labels.view(len(labels), -1).long()
+        chosen = labels[torch.stack([rows.amin(1).argmin(), rows.amax(1).argmax()])]
+    count = max(len(chosen), len(targets))
+    repeated = torch.arange(count, device=outputs.device) % len(outputs)
+    return outputs[repeated], torch.cat([chosen, targets])[:count]
 
 
 class _RandomOperations(TorchDispatchMode):

@@ -120,7 +120,9 @@ def unroll(
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: a function of the network's output and the labels of a step, in place of cross-entropy. It gets the labels
             unchanged, whatever `label_kind` says, but floating ones in the dtype of `theta`. The gradient flows to all numbers in
-            these, such as a teacher's logits and a temperature. If batches are cut, it has to be a mean over the samples.
+            these, such as a teacher's logits and a temperature. It may compare the samples of a batch, as a contrastive loss does. If
+            batches are cut and it is not a mean over the samples, the network gets the pieces and the loss the outputs of the whole
+            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is not counted.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
@@ -135,8 +137,8 @@ def unroll(
         InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
             `torch.func`, `torch.jit.trace` or `torch.compile`. A network, a loss or an augmentation of the caller's own is first
             tried on a few samples (on a whole batch if the network mixes samples). It is refused if a second call gives other
-            results, if a batch is cut and its loss is not the mean over its samples, or if it reads a tensor that requires a
-            gradient besides its arguments, since no gradient would flow to that tensor.
+            results, if a batch is cut and the network mixes its samples, or if it reads a tensor that requires a gradient besides
+            its arguments, since no gradient would flow to that tensor.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
@@ -288,5 +290,6 @@ def checked_plan(
     else:
         plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        try_step(student, theta, images, labels, batches, augmented, is_cut=plan.cut)
+        loss_is_mean = try_step(student, theta, images, labels, batches, augmented, is_cut=plan.cut)
+        plan = replace(plan, work=replace(work, loss_is_mean=loss_is_mean))
     return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mtt_fast import Augmentation, FlatModule, InputError, matching_loss, plan, unroll
+from mtt_fast import Augmentation, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
+from mtt_fast.engine.live_bytes import CountLiveBytes
 from mtt_fast.testing import assert_close, module_function
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -204,16 +205,12 @@ def test_complex_labels_are_constants_of_a_loss() -> None:
 
 
 @pytest.mark.parametrize("ignored", [-100, 255])
-def test_a_loss_that_leaves_out_pixels_of_a_later_batch_is_not_cut(ignored: int) -> None:
-    """Check the labels of all steps: the pieces of such a batch are means over other numbers of pixels."""
-    net, labels = FlatModule(MAP.double()), torch.randint(3, (5, 6, 6))
-    theta = torch.linspace(-1, 1, net.num_parameters).double()  # at random weights the two means may be close
+def test_a_loss_may_leave_out_pixels_of_a_later_batch(ignored: int) -> None:
+    """Check that all labels are looked at: pieces of such a batch are means over other numbers of pixels."""
+    labels = torch.randint(3, (5, 6, 6))
     labels[4, :3] = ignored  # in the second batch and the third
-    loss = nn.CrossEntropyLoss(ignore_index=ignored)
-    check(MAP, rows_of(1, 6, 6), labels, loss)
-    with pytest.raises(InputError, match="`loss`: expected the mean of the samples' losses, since batches are cut"):
-        unroll(net, theta, rows_of(1, 6, 6), labels, 0.1, BATCHES, loss=loss, microbatch=2)
-    unroll(net, theta, rows_of(1, 6, 6), labels, 0.1, BATCHES[:1], loss=loss, microbatch=2)  # without such an image
+    for options in cast("list[dict[str, Any]]", [{}, {"microbatch": 2}]):
+        check(MAP, rows_of(1, 6, 6), labels, nn.CrossEntropyLoss(ignore_index=ignored), **options)
 
 
 def test_labels_of_another_shape_need_a_loss() -> None:
@@ -264,7 +261,7 @@ def of_matrix(features: Tensor, labels: Tensor) -> Tensor:
     return info_nce(features, labels[:, labels[:, -1].long()])
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "64MiB"}, {"microbatch": 1}, {"microbatch": 2}], ids=str)
 @pytest.mark.parametrize(
     ("loss", "labels"),
     [
@@ -277,9 +274,85 @@ def test_pairs_of_images_and_texts(loss: Loss, labels: Tensor, options: dict[str
     check(Pairs(), rows_of(36 + 7), labels.clone(), loss, **options)
 
 
-def test_pairs_are_not_cut() -> None:
-    with pytest.raises(InputError, match="since batches are cut"):
-        check(Pairs(), rows_of(36 + 7), CLASSES, of_classes, microbatch=2)
+@pytest.mark.parametrize("options", [{"momentum": 0.8}, {"augment": Augmentation(lambda *_: 2, torch.mul)}], ids=str)
+def test_pairs_may_be_cut_with_other_options(options: dict[str, Any]) -> None:
+    whole, cut = (gradient_of_pairs(**options, **size) for size in ({}, {"microbatch": 2}))
+    assert_close("rows", cut, whole, 1e-12)
+
+
+def gradient_of_pairs(**options: Any) -> Tensor:
+    torch.manual_seed(1)
+    net = FlatModule(Pairs().double())
+    rows = rows_of(36 + 7).requires_grad_()
+    path = unroll(net, net.init(), rows, CLASSES, 0.2, BATCHES, loss=of_classes, **options)
+    (gradient,) = torch.autograd.grad(path[-1].square().sum(), rows)
+    return gradient
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_pairs_of_a_graphed_loss(size: int | None) -> None:
+    net = FlatModule(Pairs().double())
+    start, rows = net.init(), rows_of(36 + 7)
+    target, batches = start + 0.05 * torch.randn_like(start), torch.stack(BATCHES)
+
+    def gradient(loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = rows.clone().requires_grad_()
+        (found,) = torch.autograd.grad(loss_of(leaf), leaf)
+        return found
+
+    graphed = GraphedMatchingLoss(net, loss=of_classes, microbatch=size)
+    found = gradient(lambda rows: graphed(start, target, rows, CLASSES, 0.2, batches))
+    expected = gradient(
+        lambda rows: matching_loss(unroll(net, start, rows, CLASSES, 0.2, batches, loss=of_classes)[-1], start, target)
+    )
+    assert_close("rows", found, expected, 1e-12)
+
+
+def test_the_first_batch_may_have_one_pair() -> None:
+    """Check that the loss of one sample, which is the mean of itself, proves nothing for larger batches."""
+    batches = [torch.tensor([2]), torch.tensor([0, 1, 2]), torch.tensor([3, 1, 4])]
+    check(Pairs(), rows_of(36 + 7), CLASSES, of_classes, batches, microbatch=2)
+
+
+def of_all_three(features: Tensor, labels: Tensor) -> Tensor:
+    """Compute a loss that takes batches of three pairs only."""
+    image, text = features.chunk(2, 1)
+    return F.cross_entropy(image @ text.T, torch.arange(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_a_loss_may_take_whole_batches_only(options: dict[str, Any]) -> None:
+    check(Pairs(), rows_of(36 + 7), CLASSES, of_all_three, **options)
+
+
+def test_a_network_that_compares_its_samples_is_not_cut() -> None:
+    def centred(features: Tensor, labels: Tensor) -> Tensor:
+        return of_classes(features, labels)
+
+    class Centred(Pairs):
+        def forward(self, rows: Tensor) -> Tensor:
+            features = super().forward(rows)
+            return features - features.mean(0)
+
+    for loss in (centred, of_all_three):
+        with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+            check(Centred(), rows_of(36 + 7), CLASSES, loss, microbatch=2)
+
+
+def test_a_batch_of_many_pairs_takes_the_memory_of_a_piece() -> None:
+    """Check the peak of the tensors that torch allocates. The outputs of the batch and their similarities are small beside a piece."""
+    net = FlatModule(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(14 * 14 * 8, 4)))
+    rows, batches = torch.randn(32, 1, 16, 16, requires_grad=True), torch.arange(32).expand(2, 32)
+
+    def peak(size: int) -> int:
+        with CountLiveBytes() as counted:
+            path = unroll(net, net.init(), rows, torch.arange(32), 0.1, batches, loss=of_classes, microbatch=size)
+            path[-1].square().sum().backward()
+        return int(counted.peak)
+
+    whole, quarter, pair = map(peak, (32, 8, 2))
+    assert quarter < 0.5 * whole
+    assert pair < 0.25 * whole
 
 
 def test_the_gradient_of_labels_may_have_any_strides() -> None:

@@ -168,13 +168,38 @@ def test_a_module_that_is_frozen_as_a_whole_has_all_its_parameters() -> None:
     ],
     ids=["a sum", "weights", "a class left out", "a mean over the batch"],
 )
-def test_a_loss_that_does_not_add_up_is_refused_where_batches_are_cut(loss: Any) -> None:
+def test_a_loss_that_does_not_add_up_is_computed_of_whole_batches(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     net = ConvNet(2, 3, 6, 4, 1)
     start = net.init(torch.Generator().manual_seed(0)).double()
-    gradient(net, start, loss=loss)
-    gradient(net, start, loss=loss, microbatch=4)
-    with pytest.raises(InputError, match="`loss`: expected the mean of the samples' losses, since batches are cut"):
-        gradient(net, start, loss=loss, microbatch=2)
+    whole = gradient(net, start, loss=loss)
+    for size in (1, 2, 3):
+        assert_close("images", gradient(net, start, loss=loss, microbatch=size), whole, 1e-12)
+    monkeypatch.setattr("mtt_fast.engine.unroll.try_step", lambda *_, **__: True)  # as a mean over the samples
+    assert not torch.allclose(gradient(net, start, loss=loss, microbatch=2), whole, rtol=1e-3)
+
+
+def test_weights_of_classes_are_found_wherever_they_are() -> None:
+    """Check a weight of one class that few batches have."""
+    net, images, labels = (
+        ConvNet(2, 3, 6, 4, 1),
+        torch.randn(40, 2, 6, 6, dtype=torch.float64),
+        torch.zeros(40, dtype=torch.long),
+    )
+    labels[-1], labels[-2] = 2, 1
+    images.requires_grad_()
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    weights = torch.tensor([1, 5, 1], dtype=torch.float64)
+    whole, cut = (
+        torch.autograd.grad(
+            unroll(
+                net, start, images, labels, 0.3, torch.arange(40).view(2, 20), loss=nn.CrossEntropyLoss(weight=weights),
+                microbatch=size,
+            )[-1].sum(),
+            images,
+        )[0]
+        for size in (None, 8)
+    )  # fmt: skip
+    assert_close("images", cut, whole, 1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=["whole", "cut"])
