@@ -199,17 +199,32 @@ def _check_samples_are_independent(student: GenericStudent, theta: Tensor, input
 
 
 def _is_mean(student: GenericStudent, outputs: Tensor, targets: Tensor) -> bool:
-    """Return whether the loss of a batch is the mean of the losses of its samples, which a loss of pairs, or one that fails, is not."""
+    """Return whether the loss of a batch is the mean of the losses of its samples, which a loss of pairs, or one that fails, is not.
+
+    Its gradients are compared, too. At random parameters all samples may have about the same loss, so that any weights give it.
+    """
     if len(outputs) == 1:
         return False  # of one sample every loss is the mean
-    loss, samples = student.loss(outputs.clone(), targets.clone()), zip(outputs.split(1), targets.split(1), strict=True)
+
+    def loss_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = student.loss(leaf.clone(), targets.clone())
+        depends = loss.requires_grad  # not on an output that the loss leaves out
+        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True) if depends else [None]
+        return loss.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+
+    of_batch = loss_and_gradient(outputs, targets)
     try:
-        losses = torch.stack([student.loss(output.clone(), target.clone()) for output, target in samples])
+        samples = [loss_and_gradient(*sample) for sample in zip(outputs.split(1), targets.split(1), strict=True)]
     except InputError:
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return False
-    return _are_close(losses.mean(), loss, losses.abs().mean())
+    losses, gradients = torch.stack([loss for loss, _ in samples]), torch.cat([gradient for _, gradient in samples])
+    return _are_close(losses.mean(), of_batch[0], losses.abs().mean()) and _are_close(
+        gradients / len(gradients), of_batch[1]
+    )
 
 
 def _with_many_labels(outputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
