@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -26,7 +26,6 @@ from bench.flops import (
 from bench.workers import named_function
 from mtt_fast import GraphedMatchingLoss, matching_loss, testing, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import cross_entropy
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
@@ -72,15 +71,34 @@ def truncated(case: Case) -> Gradients:
     return Gradients(result.images, result.lr)
 
 
+class GenericConvNet(ConvNet):
+    """A `ConvNet` with a call of its own, so that mtt_fast takes the generic student, as for any other network."""
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return super().__call__(theta, images)
+
+
+@functools.cache
+def generic_convnet(net: ConvNet) -> GenericConvNet:
+    """Return `net` as a network that takes the generic student; the same object for each call, by which its memory is cached."""
+    return GenericConvNet(*astuple(net))
+
+
 def generic(case: Case, **limits: Any) -> Gradients:
     """Run mtt_fast with the generic student, which uses autograd."""
-    return _unrolled(case, loss=cross_entropy, **limits)  # a loss of the user's own takes the generic student
+    return _unrolled(replace(case, net=generic_convnet(case.net)), **limits)
 
 
 def fused(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
     """Run mtt_fast with the fused student, which is written by hand on the kernels."""
     _fused_student(case, precision)
     return _unrolled(case, precision=precision, **limits)
+
+
+def fused_loss(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
+    """Run `fused` with cross-entropy as a loss of the user's own, which autograd differentiates."""
+    return fused(case, precision, loss=F.cross_entropy, **limits)
 
 
 def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
@@ -193,6 +211,7 @@ ENGINES = {
     "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "compiled": Engine(compiled, (PLAIN_GRADIENT, COMPILED_MIXED_STEP), compiles=True),
     "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True),
+    "fused-loss": Engine(fused_loss, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True),
     "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True),
     "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_precision=True),
     "fused-graph": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True, cuda_only=True),

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 
 from bench.cases import case_on, make_case, small_setting
-from bench.engines import Engine, engine_named
+from bench.engines import Engine, engine_named, generic_convnet
 from bench.measuring import peak_above_baseline
 from bench.parsing import CommonOptions
 from bench.render import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
-from mtt_fast.engine.generic_student import cross_entropy
 from mtt_fast.engine.memory_plan import plan
 
 log = logging.getLogger("mtt_fast")
@@ -65,12 +64,9 @@ def main(options: Options, command: str) -> None:
 
 def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
     """Return the peak bytes that mtt_fast predicts for an iteration of `engine`."""
-    net = setting.net
+    net = generic_convnet(setting.net) if engine == "generic" else setting.net
     shape = (setting.images, net.in_channels, setting.side, setting.side)
-    loss = cross_entropy if engine == "generic" else None  # a loss of the user's own takes the generic student
-    planned = plan(
-        net, images=shape, steps=setting.steps, batch=setting.batch, memory_budget=None, device=device, loss=loss
-    )
+    planned = plan(net, images=shape, steps=setting.steps, batch=setting.batch, memory_budget=None, device=device)
     return planned.peak_bytes
 
 

@@ -54,6 +54,7 @@ from .ops import (
     sgd_step,
     squared_distance,
 )
+from .reference.linear import linear, linear_backward, linear_dual, linear_dual_backward
 from .types import (
     HALF_PRECISIONS,
     WARP_PARAMETERS,
@@ -126,8 +127,12 @@ __all__ = [
     "has_kernels",
     "image_patches",
     "index_add",
+    "linear",
+    "linear_backward",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
+    "linear_dual",
+    "linear_dual_backward",
     "native_available",
     "norm_relu_pool",
     "norm_relu_pool_backward",

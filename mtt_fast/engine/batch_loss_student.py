@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.engine.batch import Inputs, gathered
-from mtt_fast.engine.generic_student import (
-    GenericStudent,
-    LossGraph,
-    derivatives_of,
-    gradient_of,
-    naming_what_torch_lacks,
-)
+from mtt_fast.engine.generic_student import GenericStudent, derivatives_of, loss_graph
 from mtt_fast.engine.student import (
     GradientTangent,
     InMicrobatches,
@@ -44,7 +38,7 @@ class BatchLossStudent:
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        graph = self._loss_graph(theta, images, labels)
+        graph = loss_graph(self.student.loss, self._outputs(theta, images), labels)
         step = self._pieces.gradient(theta, images, len(images) * graph.gradient.detach())
         return StepGradient(graph.loss.detach(), step.sums, None)
 
@@ -52,7 +46,7 @@ class BatchLossStudent:
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        graph = self._loss_graph(theta, images, labels)
+        graph = loss_graph(self.student.loss, self._outputs(theta, images), labels)
         outputs_bar = len(images) * graph.gradient.detach()
         # with ∂ℓ/∂z as a constant; the derivative with respect to that constant is the tangent of the outputs
         part = self._pieces.gradient_jvp(theta, images, outputs_bar, v)
@@ -79,17 +73,11 @@ class BatchLossStudent:
         """Return the student whose "labels" are b·∂ℓ/∂z: the mean of z·(b ∂ℓ/∂z) over the samples has the gradient of ℓ."""
         return InMicrobatches(GenericStudent(self.student.network, _mean_inner_product), self.size)
 
-    def _loss_graph(self, theta: Tensor, images: Inputs, labels: Tensor) -> LossGraph:
-        """Return the graph of the loss from the network's outputs, and soft labels, to ∂ℓ/∂z."""
+    def _outputs(self, theta: Tensor, images: Inputs) -> Tensor:
+        """Return the network's outputs (b, …) of the whole batch."""
         network, pieces = self.student.network, pieces_of(len(images), self.size)
         with torch.no_grad():
-            outputs = torch.cat([network(theta, gathered(images[piece]).clone()) for piece, _ in pieces])
-        differentiated = (outputs, labels) if labels.is_floating_point() else (outputs,)
-        with torch.enable_grad(), naming_what_torch_lacks():
-            leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
-            # of copies, since a loss may write into its arguments
-            loss = self.student.loss(leaves[0].clone(), (leaves[1] if len(leaves) == 2 else labels).clone())
-            return LossGraph(leaves, loss, gradient_of(loss, leaves[0], create_graph=True))
+            return torch.cat([network(theta, gathered(images[piece]).clone()) for piece, _ in pieces])
 
     def _add_vjp(self, theta: Tensor, images: Inputs, outputs_bar: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """Add the gradients of the network's outputs · `outputs_bar` with respect to θ and to the images to `out`."""

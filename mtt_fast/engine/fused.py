@@ -20,9 +20,10 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, batch_images, gathered
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
+from mtt_fast.engine.fused_head import CrossEntropyHead, Head, LossHead
 from mtt_fast.engine.fused_step_bytes import fused_step_bytes
 from mtt_fast.engine.step_checks import check_choices, check_saved, check_step
-from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
+from mtt_fast.engine.student import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import (
     ConvLayer,
@@ -44,7 +45,7 @@ _LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
 
 @dataclass(frozen=True)
 class FusedConvNetStudent:
-    """Compute a step of `ConvNet` with cross-entropy, in float32 or float64.
+    """Compute a step of `ConvNet` with cross-entropy or a `loss` of the caller's own, in float32 or float64.
 
     `precision` is that of the factors of float32 convolutions; on a CPU only fp32 has an effect. With fp16 or bf16 all planes but
     the given images and their gradient are float16 or bfloat16, in half the memory. With fp16 the direction and the cotangents are
@@ -55,6 +56,8 @@ class FusedConvNetStudent:
     network: ConvNet
     label_kind: LabelKind = "indices"
     precision: Precision = "fp32"
+    loss: Loss | None = None
+    """in place of the cross-entropy with labels of `label_kind`"""
 
     def __post_init__(self) -> None:
         if not is_plain_convnet(self.network):
@@ -63,7 +66,7 @@ class FusedConvNetStudent:
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`. Raises `InputError` for tensors that do not fit the network or each other."""
-        check_step(self.network, self.label_kind, images, labels, theta)
+        check_step(self.network, self._checked_kind, images, labels, theta)
         packed, x = self._pack(theta, None, images)
         parameters, classifier = self._layer_parameters(theta, packed.weights)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
@@ -75,7 +78,7 @@ class FusedConvNetStudent:
 
         assert isinstance(x, Tensor)
         x_bar: Convolved | None
-        loss, x_bar, *classifier_bar, scale = kernels.linear_cross_entropy(x, *classifier, labels, self.label_kind)
+        loss, x_bar, *classifier_bar, scale = self._head.gradient(x, classifier, labels)
         del x
 
         saved: SavedActivations = [scale]
@@ -93,7 +96,7 @@ class FusedConvNetStudent:
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and activations that are consumed."""
-        check_step(self.network, self.label_kind, images, labels, theta, v=v)
+        check_step(self.network, self._checked_kind, images, labels, theta, v=v)
         check_saved(saved, self.network, images)
         packed, x = self._pack(theta, v, images, None if saved is None else saved[-1][0])
         parameters, classifier = self._layer_parameters(theta, packed.weights)
@@ -113,8 +116,8 @@ class FusedConvNetStudent:
         scale = None if saved is None else saved.pop()
         x_bar: Convolved | None
         x_bar_dot: Convolved
-        v_dot_g, x_bar, x_bar_dot, *classifier_bar_dot, labels_bar_dot, scale = kernels.linear_cross_entropy_dual(
-            x, x_dot, *classifier, *classifier_dot, labels, self.label_kind, scale, packed.scale
+        v_dot_g, x_bar, x_bar_dot, *classifier_bar_dot, labels_bar_dot, scale, loss = self._head.gradient_jvp(
+            x, x_dot, classifier, classifier_dot, labels, scale, packed.scale
         )
         del x, x_dot
 
@@ -129,7 +132,7 @@ class FusedConvNetStudent:
             )
             derivatives.append(parameters_bar_dot)
         assert isinstance(x_bar_dot, Tensor)
-        return GradientTangent(v_dot_g, self._sums(derivatives, scales), x_bar_dot, labels_bar_dot)
+        return GradientTangent(v_dot_g, self._sums(derivatives, scales), x_bar_dot, labels_bar_dot, loss)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -139,7 +142,9 @@ class FusedConvNetStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`."""
         layers, has_image_block = self.layers(image_shape), self._has_image_block(image_shape, device)
-        return fused_step_bytes(self.network, layers, has_image_block, batch, dtype, device, self.precision)
+        return fused_step_bytes(
+            self.network, layers, has_image_block, batch, dtype, device, self.precision, own_loss=self.loss is not None
+        )
 
     def layers(self, image_shape: torch.Size) -> list[ConvLayer]:
         """Return the convolution of each block, for images (C, H, W)."""
@@ -151,6 +156,14 @@ class FusedConvNetStudent:
             channels = self.network.width
             height, width = ((side + 2 * padding - 2) // 2 for side in (height, width))
         return layers
+
+    @property
+    def _head(self) -> Head:
+        return CrossEntropyHead(self.label_kind) if self.loss is None else LossHead(self.loss)
+
+    @property
+    def _checked_kind(self) -> LabelKind | None:
+        return self.label_kind if self.loss is None else None
 
     def _blocks(
         self, images: Inputs, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]

@@ -47,10 +47,13 @@ def fused_step_bytes(
     dtype: torch.dtype,
     device: torch.device,
     precision: Precision,
+    *,
+    own_loss: bool = False,
 ) -> StepBytes:
     """Return the peak memory of a step on `batch` samples of `dtype`.
 
-    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`.
+    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`, and `own_loss`
+    whether the loss is one of the caller's own, whose logits are not counted.
     """
     planes, parameters = plane_dtype(dtype, precision), dtype.itemsize * network.num_parameters
     weights = kernels.weight_bytes(batch, layers, planes, device, precision)
@@ -74,8 +77,12 @@ def fused_step_bytes(
     # The classifier runs beside all activations, and holds p and p̄ with their tangents. On a CPU it copies one of these to the
     # public code's order.
     p, copies, ys = blocks[-1].p, int(device.type == "cpu"), sum(block.y for block in blocks)
+    dual_copies = copies
+    if own_loss:  # features and their gradient, with their tangents, in the dtype of the parameters
+        width = dtype.itemsize // planes.itemsize
+        copies, dual_copies = 2 * width - 1, 4 * width
     classifier = sum(block.x for block in blocks) + ys + (2 + copies) * p
-    dual_classifier = sum(2 * block.x + block.y_dot for block in blocks) + ys + (4 + copies) * p
+    dual_classifier = sum(2 * block.x + block.y_dot for block in blocks) + ys + (4 + dual_copies) * p
     backward, saving, dual_forward, dual_backward = (
         max(peak(blocks[:number], block, blocks[number + 1 :]) for number, block in enumerate(blocks))
         for peak in (_backward_peak, _saving_backward_peak, _saved_dual_forward_peak, _dual_backward_peak)

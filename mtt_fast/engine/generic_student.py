@@ -130,6 +130,16 @@ class LossGraph(NamedTuple):
     gradient: Tensor  # of the shape of the first leaf
 
 
+def loss_graph(loss: Loss, outputs: Tensor, labels: Tensor) -> LossGraph:
+    """Return the graph of `loss` from a network's `outputs` (b, …), and from floating `labels`, to the gradient with respect to the outputs."""
+    differentiated = (outputs, labels) if labels.is_floating_point() else (outputs,)
+    with torch.enable_grad(), naming_what_torch_lacks():
+        leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
+        # of copies, since a loss may write into its arguments
+        value = loss(leaves[0].clone(), (leaves[1] if len(leaves) == 2 else labels).clone())
+        return LossGraph(leaves, value, gradient_of(value, leaves[0], create_graph=True))
+
+
 def gradient_of(loss: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Tensor:
     """Return the gradient of `loss` () with respect to `leaf`, the parameters or what depends on them.
 

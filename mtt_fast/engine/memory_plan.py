@@ -208,7 +208,8 @@ def plan(
         momentum: as in `unroll`; only zero or not zero matters.
         optimizer: as in `unroll`.
         augment: the augmentation, or True for any that keeps the images' shape.
-        label_kind: as in `unroll`, as are `loss` and `precision`.
+        label_kind: as in `unroll`, as are `loss` and `precision`. Here the loss is taken for a mean over the samples; with another,
+            `unroll` may cut the batches into smaller pieces.
         path_gradient: whether the loss uses `path` itself (as `path.mean()`), or more than three rows `path[n]`, so that its
             gradient takes as much memory as the path. Memory that such a loss itself allocates is not counted: `path.square()` and
             its backward pass take twice the memory of the path in addition.

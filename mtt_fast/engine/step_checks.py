@@ -21,11 +21,12 @@ def check_choices(label_kind: str, precision: str) -> None:
 
 
 def check_step(
-    network: ConvNet, label_kind: LabelKind, images: Inputs, labels: Tensor, theta: Tensor, **directions: Tensor
+    network: ConvNet, label_kind: LabelKind | None, images: Inputs, labels: Tensor, theta: Tensor, **directions: Tensor
 ) -> None:
     """Raise `InputError` unless types, shapes, dtypes and devices of a step's tensors fit the network and each other.
 
-    `directions` must be like `theta`. The values of class indices are checked only on a CPU.
+    `directions` must be like `theta`. The values of class indices are checked only on a CPU. A `label_kind` of None stands for the labels
+    of a loss of the caller's own, which may be anything.
     """
     pixels = images.images if isinstance(images, Batch) else images
     for name, tensor in {"theta": theta, "images": pixels, "labels": labels, **directions}.items():
@@ -39,7 +40,8 @@ def check_step(
     for name, direction in directions.items():
         _check_vector(name, direction, network, (theta.dtype,))
     _check_images(images, pixels, network)
-    check_labels(labels, label_kind, len(images), network.num_classes, theta.dtype)
+    if label_kind is not None:
+        check_labels(labels, label_kind, len(images), network.num_classes, theta.dtype)
 
 
 def check_saved(saved: Any, network: ConvNet, images: Inputs) -> None:

@@ -39,8 +39,8 @@ def student_for(
     """Return the student for `network` on `device`: `FusedConvNetStudent` for a `ConvNet` if kernels exist, else `GenericStudent`.
 
     A subclass of `ConvNet` that computes other logits has `GenericStudent`, too.
-    The default loss is cross-entropy with labels of `label_kind`; a `loss` of the user's own needs `GenericStudent`, which ignores
-    `precision` and follows torch's own settings. Raises `InputError` for an unknown `label_kind` or `precision`, and for a module
+    The default `loss` is cross-entropy with labels of `label_kind`. `GenericStudent` ignores `precision` and follows torch's own
+    settings. Raises `InputError` for an unknown `label_kind` or `precision`, and for a module
     whose parameters are not one vector.
     """
     check_choices(label_kind, precision)
@@ -55,8 +55,8 @@ def student_for(
         raise InputError(
             f"`loss`: expected a function of logits and labels, found {loss!r}; leave it out for cross-entropy"
         )
-    if loss is None and is_plain_convnet(network) and has_fused_kernels(device):
-        return FusedConvNetStudent(network, label_kind, precision)
+    if is_plain_convnet(network) and has_fused_kernels(device):
+        return FusedConvNetStudent(network, label_kind, precision, loss)
     default = cross_entropy_from_logits if label_kind == "logits" else cross_entropy
     return GenericStudent(network, loss or default)
 

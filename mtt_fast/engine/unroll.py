@@ -128,7 +128,7 @@ def unroll(
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
         precision: "fp32", "tf32", "fp16" or "bf16": the precision to which ConvNet's fused step rounds the factors of float32
             convolutions; sums are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks
-            follow torch's own settings.
+            follow torch's own settings, and so does a ConvNet whose batches are cut for a loss that is not a mean.
         gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which drops every
             Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, with λ_N in place of every λ_n. It costs as
             much as the exact gradient. The terms of momentum, weight decay and losses of earlier steps stay exact.
@@ -279,17 +279,29 @@ def checked_plan(
         path_gradient=path_gradient,
         lr_per_parameter=lr.dim() == 2,
     )
-    if options.plan is not None:
-        if not isinstance(options.plan, Plan):
-            raise InputError(f"`plan`: expected what mtt_fast.plan returned, found {type(options.plan).__name__}")
-        plan = replace(options.plan, work=work)
-        if plan.microbatch < 1:
-            raise InputError(f"`plan`: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")
-        if plan.cut and net.mixes_samples:
-            raise InputError(CANNOT_CUT)
+    plan = _plan_of(work, options)
+    if isinstance(student, GenericStudent):
+        generic = student
+    elif options.loss is not None:
+        generic = GenericStudent(net, options.loss)
     else:
-        plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
-    if isinstance(student, GenericStudent) and not theta.is_meta:
-        loss_is_mean = try_step(student, theta, images, labels, batches, augmented, is_cut=plan.cut)
-        plan = replace(plan, work=replace(work, loss_is_mean=loss_is_mean))
+        return plan
+    if theta.is_meta:
+        return plan
+    loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
+    # only the generic student cuts batches for another loss
+    return plan if loss_is_mean else _plan_of(replace(work, student=generic, loss_is_mean=False), options)
+
+
+def _plan_of(work: Work, options: StepOptions) -> Plan:
+    """Return the plan for `work` that `options` ask for. Raises `InputError` for a plan or a limit that does not fit."""
+    if options.plan is None:
+        return plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
+    if not isinstance(options.plan, Plan):
+        raise InputError(f"`plan`: expected what mtt_fast.plan returned, found {type(options.plan).__name__}")
+    plan = replace(options.plan, work=work)
+    if plan.microbatch < 1:
+        raise InputError(f"`plan`: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")
+    if plan.cut and work.mixes_samples:
+        raise InputError(CANNOT_CUT)
     return plan

@@ -22,9 +22,10 @@ from mtt_fast import Adam, ConvNet, FlatModule, InputError, Plan, SiameseAugment
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.generic_student import GenericStudent, cross_entropy
 from mtt_fast.engine.live_bytes import CountLiveBytes
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
+from mtt_fast.engine.student import Loss
 from mtt_fast.kernels import native
 from mtt_fast.kernels.native import planes
 from mtt_fast.networks.convnet import Norm
@@ -123,12 +124,15 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("batch", [10, 50])
 @pytest.mark.parametrize("norm", ["instance", "none"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
-def test_a_step_is_counted_to_a_tenth(depth: int, norm: Norm, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", [None, cross_entropy], ids=["kernels", "own loss"])
+def test_a_step_is_counted_to_a_tenth(
+    loss: Loss | None, depth: int, norm: Norm, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         planes, "allocate", lambda like, shape: like.new_empty(shape)
     )  # torch's memory, which is counted
     net = ConvNet(3, 10, 32, 64, depth, norm)
-    student = FusedConvNetStudent(net)
+    student = FusedConvNetStudent(net, loss=loss)
     counted = live_bytes_of_a_step(student, net, batch, "cpu")
     formula = student.step_bytes(batch, image_shape(net), torch.float32, CPU)._replace(
         workspace=0
