@@ -464,6 +464,7 @@ def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> No
     assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 2  # nothing is written over
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_stopped_conversion_of_experts_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
