@@ -129,9 +129,13 @@ def test_the_dry_run_quotes_the_options(capsys: pytest.CaptureFixture[str]) -> N
 def test_parameters_that_do_not_fit_in_memory_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mtt_fast.distill.planning.free_bytes", lambda _: 20_000)
-    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]) == 2
-    assert "--parametrisation own.py:Pixels: expected more than 0.0 GiB of free memory" in capsys.readouterr().err
+    flags = [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]
+    for free in (20_000, 40_000):  # less than the parameters take, and hardly more
+        monkeypatch.setattr("mtt_fast.engine.memory_plan.free_bytes", lambda _, free=free: free)
+        assert cli.run(main, flags) == 2
+        said = capsys.readouterr().err
+        assert "--memory_budget auto: expected at least 5 MiB for 2 steps of 20 images, found 1 MiB, 80% of the" in said
+        assert "or --ipc or the sizes of --parametrisation, whose 1,280 parameters take 1 MiB" in said
 
 
 def test_a_class_may_group_the_images_of_a_class() -> None:
