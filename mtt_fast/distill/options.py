@@ -152,7 +152,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learn the parameters from which the images are computed, in place of their pixels. ddif: a neural field for each image (DDiF);
     speed: sparse combinations of tokens (SPEED); FILE.py:CLASS or MODULE:CLASS: a class of your own that inherits mtt_fast.Parametrisation"""
     parametrisation_options: Annotated[str, Needs("parametrisation"), MAY_BE_EMPTY] = ""
-    """arguments of --parametrisation, separated by spaces, e.g. "num_saet=64 dim_saet=96" """
+    """arguments of --parametrisation, separated by spaces, e.g. "num_saet=64 dim_saet=96"; a value with spaces is quoted, as in
+    "path='my net.pt'" """
     lr_y: Annotated[NonNegative | None, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
