@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -22,7 +23,6 @@ from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
-    count_image_parameters,
     parametrisation_in_words,
     parametrisation_without_numbers,
 )
@@ -30,7 +30,6 @@ from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
-from mtt_fast.parametrisations.parametrisation import Parametrisation
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
@@ -74,13 +73,11 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
     check_fits(options, info, network, device, requested)
-    check_parametrisation(options, info, device)
+    image_parameters = check_parametrisation(options, info, device)
     load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
-    parametrisation = parametrisation_without_numbers(options, info)
-    image_parameters = count_image_parameters(parametrisation)
     plan = plan_steps(
         options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters
     )
@@ -117,7 +114,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
         "scores": _scores(options),
-        "images": frequencies_in_words(options, info) or _parametrised(options, info, parametrisation),
+        "images": frequencies_in_words(options, info) or _parametrised(options, info),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
@@ -165,15 +162,13 @@ def _scores(options: DistillOptions) -> str:
     return f"{options.score_path}, {'there' if Path(options.score_path).is_file() else 'to be put there first'}"
 
 
-def _parametrised(options: DistillOptions, info: DatasetInfo, parametrisation: Parametrisation | None) -> str:
+def _parametrised(options: DistillOptions, info: DatasetInfo) -> str:
     if options.parametrisation is None:
         return ""
-    if parametrisation is None:
-        return f"computed by {options.parametrisation}; the disk space of its parameters is not known"
-    try:
-        return parametrisation_in_words(options, info, parametrisation)
-    except RuntimeError:  # a class may count values, such as those that are not zero
-        return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
+    if (parametrisation := parametrisation_without_numbers(options, info)) is not None:
+        with contextlib.suppress(RuntimeError):  # a class may count values, such as those that are not zero
+            return parametrisation_in_words(options, info, parametrisation)
+    return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
 
 
 def _maps(options: DistillOptions, *, to_train: bool) -> str:

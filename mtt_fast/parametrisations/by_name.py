@@ -53,12 +53,14 @@ def make_parametrisation(
         return cls(images, num_classes, **arguments)
 
 
-def try_parametrisation(name: str, make: Callable[[], Parametrisation], count: int, image_shape: Sequence[int]) -> None:
-    """Raise `InputError` unless what `make` returns can be learned, judged by the first and the last of its `count` images.
+def try_parametrisation(
+    name: str, make: Callable[[], Parametrisation], count: int, image_shape: Sequence[int]
+) -> Parametrisation:
+    """Return what `make` returns, after a trial on the first and the last of its `count` images whether it can be learned.
 
-    Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is beside others. Images at
-    other parameters must be others, and those that a new object computes there. Otherwise the gradient would be wrong without any other
-    symptom, or a run could not be resumed.
+    Raises `InputError` if not. Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is
+    beside others. Images at other parameters must be others, and those that a new object computes there. Otherwise the gradient would be
+    wrong without any other symptom, or a run could not be resumed.
     """
     parametrisation = make()
     _check_parameters(name, parametrisation)
@@ -83,6 +85,7 @@ def try_parametrisation(name: str, make: Callable[[], Parametrisation], count: i
         raise InputError(f"`parametrisation` {name}: expected images that depend on its parameters, found others")
     _try_step(name, parametrisation, index)
     _try_other_values(name, parametrisation, make, index, images.detach(), buffers)
+    return parametrisation
 
 
 def _check_parameters(name: str, parametrisation: Parametrisation) -> None:

@@ -113,6 +113,19 @@ def test_the_log_tells_the_storage(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
+def test_a_class_of_the_users_own_is_made_twice_for_its_trial_and_once_for_the_run() -> None:
+    """Make what may be slow, such as a generator that is loaded, no more often."""
+    Path("own.py").write_text(
+        OWN.replace(
+            "(images.clone())", "(images.clone())\n        with open('made', 'a') as file:\n            file.write('x')"
+        )
+    )
+    for more in ([], ["--Iteration", "6"]):
+        distilled("own", "--parametrisation", "own.py:Pixels", *more)
+        assert Path("made").read_text() == "xxx"
+        Path("made").unlink()
+
+
 def test_the_dry_run_takes_a_class_that_counts_values(capsys: pytest.CaptureFixture[str]) -> None:
     count = "\n    def stored_numbers(self):\n        return int((self.pixels != 0).sum())\n"
     Path("own.py").write_text(OWN.replace("class Mirrored", f"class Counted(Pixels):{count}\n\nclass Mirrored"))
