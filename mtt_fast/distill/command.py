@@ -39,7 +39,9 @@ from mtt_fast.distill.experts import (
     check_missing_experts,
     count_matched_experts,
     experts_of_run,
+    inventory_of,
     prepare_experts,
+    remark_on_number,
     requested_hyperparameters,
 )
 from mtt_fast.distill.frequencies import frequencies_in_words
@@ -200,6 +202,8 @@ def _experts_to_match(
 
     `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or those of `state` are not there.
     """
+    if state is None and (remark := remark_on_number(options, inventory_of(options, real.data))):
+        log.info("experts: %s", remark)
     experts = prepare_experts(options, real, network, requested)
     check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder
     if state is None:

@@ -17,7 +17,7 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits, load_state
-from mtt_fast.distill.experts import ExpertInventory, inventory_of, whitening_remark
+from mtt_fast.distill.experts import ExpertInventory, inventory_of, remark_on_number, whitening_remark
 from mtt_fast.distill.frequencies import frequencies_in_words
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
@@ -74,7 +74,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     network = options.network(info)
     check_fits(options, info, network, device, requested)
     image_parameters = check_parametrisation(options, info, device)
-    load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
+    state = load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
@@ -112,7 +112,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.num_train:,} + {info.num_test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": _experts(options, info, inventory),
+        "experts": _experts(options, info, inventory, "" if state else remark_on_number(options, inventory)),
         "scores": _scores(options),
         "images": frequencies_in_words(options, info) or _parametrised(options, info),
         "maps": _maps(options, to_train=to_train),
@@ -178,15 +178,14 @@ def _maps(options: DistillOptions, *, to_train: bool) -> str:
     return f"by {options.cam_model}, {'to be trained first' if to_train else known}, every {options.cam_interval} iterations"
 
 
-def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory) -> str:
+def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory, on_number: str) -> str:
     kind = "imported experts, used as they are" if inventory.imported else ""
     to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remark = whitening_remark(options, info) if inventory.missing else ""
+    remarks = [whitening_remark(options, info) if inventory.missing else "", on_number]
     return (
-        f"{to_train}, {inventory.available} in {inventory.whole}"
-        + (to_compress if inventory.uncompressed else "")
-        + (f" ({remark})" if remark else "")
+        f"{to_train}, {inventory.available} in {inventory.whole}{to_compress if inventory.uncompressed else ''}"
+        + "".join(f" ({remark})" for remark in remarks if remark)
     )
 
 
