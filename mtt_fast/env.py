@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     """Print versions, devices, kernels, and the student that ConvNet gets."""
     if argv and argv[0] in ("-h", "--help"):
         print(
-            "usage: python -m mtt_fast.env\n\nPrint versions, devices and kernels, and the student and precision in use."
+            "usage: python -m mtt_fast.env\n\nPrint versions, devices and kernels, and which code and precision compute student steps."
         )
         return
     if argv:

@@ -129,7 +129,7 @@ class ExpertTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class ExpertOptions(ExpertTrainingOptions):
-    """Train experts and save their trajectories."""
+    """Train experts, networks on the real images, and save their trajectories: the parameters after every epoch."""
 
     IGNORED: ClassVar[dict[str, str]] = ExpertTrainingOptions.IGNORED | {
         "batch_real": "it changes no expert in the public code either; --batch_train is the batch size of their training",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,17 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the golden cases are not here: no folder {folder}")
     return folder
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Let this process and its children ignore no signal, though the tests may run in the background or under nohup."""
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(signum, signal.SIG_DFL) for signum in signums]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for signum, handler in zip(signums, before, strict=True):
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="module")

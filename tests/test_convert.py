@@ -213,6 +213,25 @@ def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCa
         assert told in "".join(warnings)
 
 
+def test_parameters_of_the_images_that_are_not_written_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    ours = dataclasses.replace(distilled("logits"), labels=9 * torch.eye(10).roll(3, dims=0))
+    dataclasses.replace(ours, parameters={"tokens": torch.ones(4, 300), "scale": torch.ones(())}).save(
+        "run.safetensors"
+    )
+    told = "hold the images alone, not the 1,201 learned parameters that they were computed from"
+    for kind in ("mtt", "dc", "png"):
+        caplog.clear()
+        assert convert("run.safetensors", kind, "--to", kind) == 0
+        assert told in caplog.text
+    caplog.clear()
+    assert convert("run.safetensors", "same.safetensors") == 0
+    assert "parameters" not in caplog.text
+    assert SyntheticDataset.load("same.safetensors").parameters.keys() == {"tokens", "scale"}
+    assert convert("run.safetensors", "sorted.safetensors", "--reorder") == 0
+    assert "the learned parameters are left out: they give the images in their former order" in caplog.text
+    assert not SyntheticDataset.load("sorted.safetensors").parameters
+
+
 def test_a_folder_of_the_library_datasets_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("saved").mkdir()
     Path("saved/dataset_info.json").write_text("{}")
@@ -464,6 +483,7 @@ def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> No
     assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 2  # nothing is written over
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_stopped_conversion_of_experts_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -253,6 +253,7 @@ def test_a_stop_request_ends_an_expert_after_its_epoch(images: RealImages) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_signals")
 def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     flags = ["--num_experts", "40", "--train_epochs", "20"]
     command = [sys.executable, "-m", "mtt_fast.buffer", *TOY, *flags]
@@ -302,6 +303,7 @@ def test_experts_that_another_process_trains_are_left_to_it(
     assert all(torch.equal(store.read(expert, 1), alone.read(expert, 1)) for expert in range(3))
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_who_waits_for_other_processes_can_be_stopped(
     images: RealImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

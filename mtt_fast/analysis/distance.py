@@ -128,6 +128,11 @@ def main(argv: Sequence[str]) -> None:
     network = options.network(data)
     for label, synthetic in sets.items():
         check_same_data(synthetic.identity, data.identity(zca=options.zca), label)
+        if synthetic.recipe.get("sort_method"):
+            log.warning(
+                "%s: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch",
+                label,
+            )
     with numerics(device, options.precision), lock_folder(Path(options.out)), stop_request() as stop:
         images = real_images(data, device, zca=options.zca)
         _run(options, sets, _RealTraining(network, images, training, deltas), stop)

@@ -34,7 +34,10 @@ Accuracies = Mapping[tuple[int, int], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class GridOptions:
-    """Distil with every M and N. Options of python -m mtt_fast.distill apply to every cell."""
+    """Distil with every number of expert epochs (M) and of student steps (N), and draw the accuracy over both.
+
+    Options of python -m mtt_fast.distill apply to every cell.
+    """
 
     expert_epochs: str = "1,2,3"
     """values of M, the expert epochs that the student must match, joined by commas"""

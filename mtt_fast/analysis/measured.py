@@ -94,6 +94,7 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         }
         # the experts of a curriculum (PAD), or of other software, are others at the same options
         all_options |= {"experts": summary.get("experts", {}).get("hyperparameters")}
+        all_options |= {"scores": summary.get("scores_digest")}  # two files may have had the same name (SelMatch)
         random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
         for trained_on, method, others in (
             ("distilled", setting.method, all_options),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from mtt_fast.baselines.atbptt import AtBpttOptions, atbptt
 from mtt_fast.baselines.dd import DdOptions, dd
 from mtt_fast.baselines.dm import DmOptions, dm
-from mtt_fast.baselines.forgetting import forgetting
+from mtt_fast.baselines.forgetting import ForgettingOptions, forgetting
 from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, dsa
-from mtt_fast.baselines.herding import herding
+from mtt_fast.baselines.herding import HerdingOptions, herding
 from mtt_fast.baselines.kmeans import KmeansOptions, kmeans
 from mtt_fast.baselines.ld import LdOptions, ld
 from mtt_fast.baselines.method import Method
-from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.random_images import RandomOptions, random_images
 from mtt_fast.baselines.ratbptt import RatBpttOptions, ratbptt
 
@@ -20,13 +19,13 @@ METHODS = {
     "herding": Method(
         "Herding",
         "Welling, Herding Dynamical Weights to Learn, ICML 2009; Rebuffi et al., iCaRL, CVPR 2017",
-        TrainedNetworkOptions,
+        HerdingOptions,
         herding,
     ),
     "forgetting": Method(
         "Forgetting",
         "Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network Learning, ICLR 2019",
-        TrainedNetworkOptions,
+        ForgettingOptions,
         forgetting,
     ),
     "kmeans": Method(

@@ -6,6 +6,8 @@ never forgotten, as in DeepCore by the same group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +23,12 @@ from mtt_fast.training.sgd import classified_correctly
 from mtt_fast.training.subsets import class_members
 
 
-def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
+@dataclass(frozen=True)
+class ForgettingOptions(TrainedNetworkOptions):
+    """Choose the real images that a network, the first expert, learned and forgot most often in its training."""
+
+
+def forgetting(options: ForgettingOptions, real: RealImages, network: Trainable) -> Images:
     """Return the --ipc images of each class with the most forgetting events; among equals, chance decides.
 
     The paper classifies an image whenever it is in a batch, once an epoch; here all images are classified after each epoch,

@@ -6,6 +6,7 @@ images, as in the coreset baseline of dataset condensation (Zhao et al., ICLR 20
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +18,12 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.training.images import Images, RealImages
 
 
-def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
+@dataclass(frozen=True)
+class HerdingOptions(TrainedNetworkOptions):
+    """Choose real images whose mean embedding, in a network trained on all of them (the first expert), is near that of their class."""
+
+
+def herding(options: HerdingOptions, real: RealImages, network: Trainable) -> Images:
     """Return --ipc images of each class, in the order of their choice, which is not random."""
     return chosen_by_embedding(options, real, network, partial(herd, count=options.ipc))
 

@@ -27,7 +27,7 @@ class BaselineOptions(EvaluationOptions):
     """Make a small training set, and evaluate it."""
 
     batch_train: Count | None = None
-    """batch size for training networks; if not given, 256, or in an evaluation that of --protocol"""
+    """batch size of networks that are trained on the set or on real images; if not given, 256, or in an evaluation that of --protocol"""
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
     """run folder; if not given, runs/METHOD-DATASET-ipcN"""
     resume: Annotated[bool, Role.LOCATION, Group.OUTPUT] = False

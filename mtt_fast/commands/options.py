@@ -81,7 +81,7 @@ class CommonOptions:
     """device: auto, cpu, cuda, cuda:1, …"""
     precision: Annotated[PrecisionRequest, HARMLESS, Group.MACHINE] = "auto"
     """rounding of the factors of matrix products and convolutions on a GPU. fp32; tf32: as in the public code; fp16: about as exact as
-    tf32, half the bytes, and an iteration that overflows is repeated in tf32; bf16. fp16 and bf16 need ConvNet's fused step. auto: fp16 in
+    tf32, half the bytes, and an iteration that overflows is repeated in tf32; bf16. fp16 and bf16 need a ConvNet. auto: fp16 in
     the iterations of a distillation where Tensor cores support it, else tf32. Sums are float32. No effect on a CPU, which uses float32"""
 
     def without_effect(self) -> dict[str, str]:
@@ -141,7 +141,7 @@ class EvaluationOptions(TrainingOptions):
     GROUP: ClassVar[Group] = Group.EVALUATION
 
     batch_train: Annotated[Count | None, Role.EVALUATION] = None
-    """batch size for training networks; if not given, that of --protocol, or 256"""
+    """batch size of the networks that an evaluation trains; if not given, that of --protocol, or 256"""
     num_eval: Annotated[Networks, Role.EVALUATION] = 5
     """number of networks that an evaluation trains and tests"""
     epoch_eval_train: Annotated[CountFromZero, Role.EVALUATION] = 1000

@@ -104,7 +104,12 @@ def _is_whitened(options: ConvertOptions, distilled: SyntheticDataset | TensorSe
 def _left_out(
     to: str, distilled: SyntheticDataset | TensorSet, written: list[Path], *, whitened: bool
 ) -> Iterator[str]:
-    """Yield what the `written` files of the kind `to` do not hold: learning rates, whitening, and which images are real."""
+    """Yield what the `written` files of the kind `to` do not hold: parameters of the images, learning rates, whitening, real images."""
+    if isinstance(distilled, SyntheticDataset) and distilled.parameters and to != "synthetic":
+        yield (
+            f"files of this kind hold the images alone, not the {sum(each.numel() for each in distilled.parameters.values()):,} learned "
+            "parameters that they were computed from"
+        )
     if isinstance(distilled, SyntheticDataset) and distilled.real is not None and to not in ("synthetic", *_PICTURES):
         yield (
             f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
@@ -204,17 +209,19 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
         count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, lr,
     )  # fmt: skip
     ordered = class_major(plain, reorder_soft=options.reorder)
+    changed: dict[str, Any] = {}
     if not torch.equal(ordered.labels, plain.labels):
         log.info("reordered: class by class")
+        if isinstance(distilled, SyntheticDataset) and distilled.parameters:
+            log.warning("the learned parameters are left out: they give the images in their former order")
+            changed["parameters"] = {}
     elif plain.label_kind != "indices" and before < count:
         fewest, most = largest_label_counts(plain)  # if they differ, labels were learned, and places tell the classes
         sorts = "; --reorder sorts by it" if fewest == most else ""
         log.info("in %d of %d images the largest label is the class of their place%s", before, count, sorts)
     if options.hard_labels:
         ordered = hardened(ordered)
-    changed: dict[str, Any] = {
-        "images": ordered.images, "labels": ordered.labels, "label_kind": ordered.label_kind,
-    }  # fmt: skip
+    changed |= {"images": ordered.images, "labels": ordered.labels, "label_kind": ordered.label_kind}
     return dataclasses.replace(distilled, **changed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,7 @@ def check_set(synthetic: SyntheticDataset, where: Where) -> None:
         _check_canvas(synthetic.canvas, height, width, where)
     if synthetic.whitening is not None:
         _check_whitening(synthetic.whitening, channels * height * width, where)
+    _check_parameters(synthetic.parameters, where)
     for name in ("recipe", "versions"):
         if not isinstance(getattr(synthetic, name), dict):
             raise InputError(f"{where}: {name}: expected a dictionary, found {shown(getattr(synthetic, name))}")
@@ -253,6 +254,19 @@ def _check_whitening(whitening: Any, values: int, where: Where) -> None:
                 f"{shown(tensor)}"
             )
         _check_finite(tensor, f"whitening.{name}", where)
+
+
+def _check_parameters(parameters: Any, where: Where) -> None:
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"{where}: parameters: expected a dictionary of tensors by name, found {shown(parameters)}")
+    for name, tensor in parameters.items():
+        _check_has_numbers(tensor, f"parameters.{name}", where)
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{where}: parameters: expected tensors by name, found {shown(tensor)} as {shown(name)}; "
+                "use torch.as_tensor, or leave it out"
+            )
+        _check_finite(tensor, f"parameters.{name}", where)
 
 
 def _is_number(value: Any) -> bool:

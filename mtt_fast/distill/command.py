@@ -39,7 +39,9 @@ from mtt_fast.distill.experts import (
     check_missing_experts,
     count_matched_experts,
     experts_of_run,
+    inventory_of,
     prepare_experts,
+    remark_on_number,
     requested_hyperparameters,
 )
 from mtt_fast.distill.frequencies import frequencies_in_words
@@ -58,9 +60,7 @@ from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
     check_same_parametrisation,
-    count_image_parameters,
     parametrisation_in_words,
-    parametrisation_without_numbers,
 )
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -120,7 +120,7 @@ def _run(
     precision: Precision | None,
 ) -> None:
     """Distil with `options`. `command` is the command line; for `requested` see `check_experts`, for `precision` see `main`."""
-    folder, (data, network) = options.folder(), _fitting_images(options, requested, device, seconds)
+    folder, (data, network, image_parameters) = options.folder(), _fitting_images(options, requested, device, seconds)
     difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
     if precision is None:
         precision = precision_on(device, network, options.precision, iterations=True)
@@ -130,7 +130,7 @@ def _run(
     real = timed_real_images(data, device, seconds, zca=options.zca)
     plan = plan_steps(
         options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision,
-        image_parameters=count_image_parameters(parametrisation_without_numbers(options, data)),
+        image_parameters=image_parameters,
     )  # fmt: skip
     with lock_folder(folder), counted_in(folder, seconds):
         state = load_state(options, data, device)
@@ -176,23 +176,23 @@ def _run(
 
 def _fitting_images(
     options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Seconds
-) -> tuple[ImageData, Trainable]:
-    """Return the real images and the network of `options`, after all checks that need no work.
+) -> tuple[ImageData, Trainable, int]:
+    """Return the real images and the network of `options`, and the number of parameters of the images, after all checks that need no work.
 
     What needs no images is checked before they are downloaded and packed. Raises as `check_fits`.
     """
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         check_options_fit(options, info, options.network(info), device)
-        check_parametrisation(options, info, device)
+        image_parameters = check_parametrisation(options, info, device)
         check_missing_experts(options, info)
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, requested)
     if info is None:
-        check_parametrisation(options, data, device)
-    return data, network
+        image_parameters = check_parametrisation(options, data, device)
+    return data, network, image_parameters
 
 
 def _experts_to_match(
@@ -202,6 +202,8 @@ def _experts_to_match(
 
     `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or those of `state` are not there.
     """
+    if state is None and (remark := remark_on_number(options, inventory_of(options, real.data))):
+        log.info("experts: %s", remark)
     experts = prepare_experts(options, real, network, requested)
     check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder
     if state is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -16,13 +17,12 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits, load_state
-from mtt_fast.distill.experts import ExpertInventory, inventory_of, whitening_remark
+from mtt_fast.distill.experts import ExpertInventory, inventory_of, remark_on_number, whitening_remark
 from mtt_fast.distill.frequencies import frequencies_in_words
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
-    count_image_parameters,
     parametrisation_in_words,
     parametrisation_without_numbers,
 )
@@ -30,7 +30,6 @@ from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
-from mtt_fast.parametrisations.parametrisation import Parametrisation
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
@@ -74,13 +73,11 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
     check_fits(options, info, network, device, requested)
-    check_parametrisation(options, info, device)
-    load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
+    image_parameters = check_parametrisation(options, info, device)
+    state = load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
-    parametrisation = parametrisation_without_numbers(options, info)
-    image_parameters = count_image_parameters(parametrisation)
     plan = plan_steps(
         options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters
     )
@@ -115,9 +112,9 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.num_train:,} + {info.num_test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": _experts(options, info, inventory),
+        "experts": _experts(options, info, inventory, "" if state else remark_on_number(options, inventory)),
         "scores": _scores(options),
-        "images": frequencies_in_words(options, info) or _parametrised(options, info, parametrisation),
+        "images": frequencies_in_words(options, info) or _parametrised(options, info),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
@@ -165,15 +162,13 @@ def _scores(options: DistillOptions) -> str:
     return f"{options.score_path}, {'there' if Path(options.score_path).is_file() else 'to be put there first'}"
 
 
-def _parametrised(options: DistillOptions, info: DatasetInfo, parametrisation: Parametrisation | None) -> str:
+def _parametrised(options: DistillOptions, info: DatasetInfo) -> str:
     if options.parametrisation is None:
         return ""
-    if parametrisation is None:
-        return f"computed by {options.parametrisation}; the disk space of its parameters is not known"
-    try:
-        return parametrisation_in_words(options, info, parametrisation)
-    except RuntimeError:  # a class may count values, such as those that are not zero
-        return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
+    if (parametrisation := parametrisation_without_numbers(options, info)) is not None:
+        with contextlib.suppress(RuntimeError):  # a class may count values, such as those that are not zero
+            return parametrisation_in_words(options, info, parametrisation)
+    return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
 
 
 def _maps(options: DistillOptions, *, to_train: bool) -> str:
@@ -183,15 +178,14 @@ def _maps(options: DistillOptions, *, to_train: bool) -> str:
     return f"by {options.cam_model}, {'to be trained first' if to_train else known}, every {options.cam_interval} iterations"
 
 
-def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory) -> str:
+def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory, on_number: str) -> str:
     kind = "imported experts, used as they are" if inventory.imported else ""
     to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remark = whitening_remark(options, info) if inventory.missing else ""
+    remarks = [whitening_remark(options, info) if inventory.missing else "", on_number]
     return (
-        f"{to_train}, {inventory.available} in {inventory.whole}"
-        + (to_compress if inventory.uncompressed else "")
-        + (f" ({remark})" if remark else "")
+        f"{to_train}, {inventory.available} in {inventory.whole}{to_compress if inventory.uncompressed else ''}"
+        + "".join(f" ({remark})" for remark in remarks if remark)
     )
 
 

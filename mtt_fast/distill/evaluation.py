@@ -115,8 +115,10 @@ def _distilled(run: DistillRun, state: State, images: Tensor, stop: StopRequest)
 def _with_labels(
     run: DistillRun, state: State, images: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> SyntheticDataset:
+    order = run.experts.metadata(0).hyperparameters.get("sort_method")  # the digest of that of a curriculum (PAD)
+    recipe = {"iterations": state.iteration} | ({"sort_method": order} if order else {})
     return set_to_save(
-        run, images, labels, state.lr.mean(), label_kind=label_kind, recipe={"iterations": state.iteration},
+        run, images, labels, state.lr.mean(), label_kind=label_kind, recipe=recipe,
         lr_per_step=state.lr if run.options.lr_per_step else None, canvas=run.options.canvas,
         parameters=state.parameters or {},
     )  # fmt: skip
@@ -179,6 +181,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
         "iterations_repeated_in_tf32": state.repeated,
         "iterations_above_threshold": state.above_threshold,
         "learning_rate_kept": state.lr_kept,
+        "scores_digest": state.scores_digest or None,
         "learning_rate_per_step": state.lr.tolist() if options.lr_per_step else None,
         "gradient": {
             "kind": DESCRIPTIONS[options.gradient],

@@ -132,6 +132,21 @@ def count_matched_experts(options: DistillOptions, store: TrajectoryStore) -> in
     return min(options.max_experts or len(store), len(store))
 
 
+def remark_on_number(options: DistillOptions, inventory: ExpertInventory) -> str:
+    """Return how many experts a new run matches, if they are fewer than it trains, or more than it asks for; else ""."""
+    store = experts_in(inventory.used)
+    made = inventory.missing if options.num_interpolation is None else inventory.uncompressed
+    count, asked, most = made + (len(store) if store else 0), options.num_experts, options.max_experts
+    if most is None and count > asked and not inventory.imported:
+        return f"all {count} experts in the folder are matched, more than --num_experts {asked}; --max_experts {asked} takes the first ones"
+    if most is not None and inventory.missing and most < count:
+        return (
+            f"--num_experts {asked} trains {inventory.missing} more, and --max_experts {most} matches {most} of the {count}; --num_experts "
+            f"{most} trains no others"
+        )
+    return ""
+
+
 def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` if missing experts must not be trained, or would be trained for too few epochs."""
     inventory = inventory_of(options, data)

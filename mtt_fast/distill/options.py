@@ -44,7 +44,13 @@ HALVED_AFTER = 2000
 
 @dataclass(frozen=True)
 class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
-    """Distil a data set into a few synthetic images per class. Without --dataset and --recipe: the digits recipe."""
+    """Distil a data set into a few synthetic images per class.
+
+    In each iteration a student, a network, takes a few training steps on the synthetic images from the parameters of an expert, a network
+    that was trained on the real images. The images are updated so that the student arrives where the expert did.
+
+    Without --dataset and --recipe: the digits recipe. With --recipe NAME --help the page shows the defaults of that recipe.
+    """
 
     GROUP: ClassVar[Group] = Group.DISTILLATION
     RENAMED: ClassVar[dict[str, str]] = {
@@ -107,8 +113,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learning rate of the pixels, of the frequencies of --msz_per_channel (FreD's lr_freq), or of the parameters of --parametrisation;
     0 keeps them fixed"""
     mom_img: Share = 0.5
-    """momentum of the pixels or of what else --lr_img is for (but for Adam's, which updates DDiF's fields), and of the student's learning
-    rate (SPEED: 0.95)"""
+    """momentum of what --lr_img is for, except where Adam updates it (DDiF), and of the student's learning rate (SPEED: 0.95)"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: NonNegative = 1e-5
@@ -124,7 +129,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     student_l2: NonNegative = 0.0
     """weight decay of the student's steps"""
     gradient: Gradient = "exact"
-    """meta-gradient. exact; truncated: TESLA's approximation without the Hessian terms, compared with the exact one at each evaluation"""
+    """gradient of the matching loss. exact: through all student steps; truncated: TESLA's approximation without the Hessian terms, compared
+    with the exact one at each evaluation"""
     match_step: MatchStep = "last"
     """student step that is matched. last: the last one; nearest: the one nearest to the expert (ATT)"""
     loss_ratio: Share = 0.0
@@ -152,7 +158,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learn the parameters from which the images are computed, in place of their pixels. ddif: a neural field for each image (DDiF);
     speed: sparse combinations of tokens (SPEED); FILE.py:CLASS or MODULE:CLASS: a class of your own that inherits mtt_fast.Parametrisation"""
     parametrisation_options: Annotated[str, Needs("parametrisation"), MAY_BE_EMPTY] = ""
-    """arguments of --parametrisation, separated by spaces, e.g. "num_saet=64 dim_saet=96" """
+    """arguments of --parametrisation, separated by spaces, e.g. "num_saet=64 dim_saet=96"; a value with spaces is quoted, as in
+    "path='my net.pt'" """
     lr_y: Annotated[NonNegative | None, Group.LABELS] = None
     """learn soft labels, stored as logits, with this learning rate (DATM); 0 keeps the initial soft labels; if not given, the labels are
     the classes"""
@@ -172,7 +179,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     cam_interval: Annotated[Count, Needs("cam_model")] = 100
     """iterations between updates of the maps of --cam_model"""
     cam_beta: Annotated[NonNegative, Needs("cam_model")] = 1.0
-    """the gradient of a pixel is multiplied by this plus the map of --cam_model, from 0 to 1, where the map is at least its mean"""
+    """number that is added to the map of --cam_model, from 0 to 1, to weight the gradients of pixels where the map is at least its mean;
+    other pixels have the weight 1"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """do not augment during distillation; evaluations still augment"""
     texture: Annotated[bool, Group.TEXTURE] = False
@@ -190,14 +198,15 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
-    """number of experts; missing ones are trained first, except in a folder of converted experts"""
+    """number of experts to have: missing ones are trained first, also those that --max_experts leaves out, except in a folder of converted
+    experts"""
     max_experts: Annotated[
         Networks | None,
         Role.EXTENT,
         Group.EXPERTS,
         Remark("of all experts, where the public code takes as many of each of its files"),
     ] = None
-    """use at most this many experts; if not given, all in the folder"""
+    """match at most this many experts, the first ones; if not given, all in the folder, also if it has more than --num_experts"""
     num_interpolation: Annotated[AtLeastTwo | None, Group.EXPERTS] = None
     """replace each expert by this many waypoints with straight lines between them (MCT: 4); experts are compressed first if needed"""
     expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01

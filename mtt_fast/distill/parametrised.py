@@ -29,14 +29,14 @@ def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int
     )  # fmt: skip
 
 
-def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> None:
-    """Raise `InputError` if the parametrisation of `options` cannot be made and learned on `device`.
+def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> int:
+    """Return the number of learned parameters from which the images are computed, 0 without a parametrisation, after a trial on `device`.
 
     It is tried on random images: as many as there will be for a class of the user's own, which may need groups of them; at most two of
-    each class for another, whose parameters may take gigabytes.
+    each class for another, whose parameters may take gigabytes. Raises `InputError` if it cannot be made and learned.
     """
     if (name := options.parametrisation) is None:
-        return
+        return 0
     count = (options.ipc if is_own(name) else min(options.ipc, 2)) * data.num_classes
     images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
 
@@ -44,7 +44,12 @@ def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo
         return parametrisation_of(options, images.clone(), data.num_classes).to(device)
 
     with numerics(device, "fp32"):
-        try_parametrisation(name, make, count, data.image_shape)
+        tried = try_parametrisation(name, make, count, data.image_shape)
+    whole = (
+        tried if is_own(name) else parametrisation_without_numbers(options, data)
+    )  # an own one may be slow to make again
+    assert whole is not None
+    return sum(each.numel() for each in learned_parameters(whole).values())
 
 
 def parametrisation_without_numbers(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
@@ -60,11 +65,6 @@ def parametrisation_without_numbers(options: DistillOptions, data: ImageData | D
             return parametrisation_of(options, images, data.num_classes)
         except InputError:
             return None
-
-
-def count_image_parameters(parametrisation: Parametrisation | None) -> int:
-    """Return the number of learned parameters from which the images are computed, 0 without a parametrisation."""
-    return 0 if parametrisation is None else sum(each.numel() for each in learned_parameters(parametrisation).values())
 
 
 def check_same_parametrisation(options: DistillOptions, state: State, parametrisation: Parametrisation) -> None:

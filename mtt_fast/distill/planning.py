@@ -12,10 +12,9 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.memory_plan import Plan, plan, plan_for
-from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes
+from mtt_fast.runtime.memory_info import AUTO
 
 _COPIES = 4  # of the parameters of the images: in the state and in their module, their velocities and gradients
 
@@ -39,13 +38,12 @@ def plan_steps(
         plan_steps(options, network, images, device, "tf32", image_parameters=image_parameters)
     canvas = options.canvas or Canvas(1)
     count, channels, height, width = images
-    return plan(
+    unlimited = plan(
         network,
         images=(count, channels, height * canvas.size, width * canvas.size),
         steps=options.syn_steps,
         batch=(options.batch_syn or count) * canvas.samples,
-        memory_budget=_memory_budget(options, device, image_parameters),
-        microbatch=options.microbatch,
+        memory_budget=None,
         device=device,
         momentum=options.student_mom,
         augment=augmentation(options) or False,
@@ -53,19 +51,11 @@ def plan_steps(
         path_gradient=options.match_step == "nearest",
         precision=precision,
     )
-
-
-def _memory_budget(options: DistillOptions, device: torch.device, image_parameters: int) -> int | str:
-    """Return the budget of an iteration, without the memory of the parameters of the images if it is to be chosen."""
-    if not image_parameters or options.memory_budget != AUTO or options.microbatch is not None:
-        return options.memory_budget
-    needed, free = _COPIES * 4 * image_parameters, free_bytes(device)
-    if MARGIN * free <= needed:
-        raise InputError(
-            f"--parametrisation {options.parametrisation}: expected more than {needed / MARGIN / 2**30:.1f} GiB of free memory for its "
-            f"{image_parameters:,} parameters, found {free / 2**30:.1f} GiB; lower --ipc or its options, or give --memory_budget"
-        )
-    return int(MARGIN * free) - needed
+    reserved, fix = 0, "lower `batch` or `steps`"
+    if image_parameters and options.memory_budget == AUTO:
+        reserved = _COPIES * 4 * image_parameters
+        fix += f", or --ipc or the sizes of --parametrisation, whose {image_parameters:,} parameters take {-(-reserved // 2**20)} MiB"
+    return plan_for(unlimited.work, options.memory_budget, options.microbatch, fix, reserved=reserved)
 
 
 def plan_in_tf32(plan: Plan) -> Plan:

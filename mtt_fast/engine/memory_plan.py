@@ -281,10 +281,13 @@ def plan_for(
     memory_budget: int | str | None,
     microbatch: int | None = None,
     fix: str = "lower `batch` or `steps`",
+    *,
+    reserved: int = 0,
 ) -> Plan:
     """Return the plan for `work`: the largest pieces that fit, and then as many saved activations as fit.
 
-    Raises as `plan` does. The error for a budget that is too small advises to raise it, or gives the advice `fix`.
+    `reserved` bytes of the budget are left. Raises as `plan` does. The error for a budget that is too small advises to raise it, or gives
+    the advice `fix`.
     """
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected `microbatch` or `memory_budget`, found both; give one")
@@ -295,17 +298,20 @@ def plan_for(
         return Plan(work, min(microbatch, work.batch))
     if memory_budget is None:
         return Plan(work, work.batch)
-    budget = int(MARGIN * free_bytes(work.device)) if memory_budget == AUTO else parse_bytes(memory_budget)
+    is_auto = memory_budget == AUTO
+    available = int(MARGIN * free_bytes(work.device)) if is_auto else parse_bytes(memory_budget)
+    budget = available - reserved
     whole = Plan(work, work.batch, budget=budget)
     if work.device.type == "cuda" and _LARGE_PATH * whole.parts["path"] > budget:
         whole = dataclasses.replace(whole, path_on_host=True)
     cut = _largest(work.batch, lambda size: dataclasses.replace(whole, microbatch=size), budget)
     if cut is None or (cut.cut and work.mixes_samples):
         least = whole if work.mixes_samples else dataclasses.replace(whole, microbatch=1)
+        found = f", found {_mib(available)}, {MARGIN:.0%} of the free memory" if is_auto else ""
         raise InputError(
-            f"`memory_budget` {memory_budget}: expected at least {_mib(least.peak_bytes)} for {work.steps} steps of "
-            f"{work.batch} images{' (batch statistics: the batch cannot be cut)' if work.mixes_samples else ''}; "
-            f"raise it, or {fix}"
+            f"`memory_budget` {memory_budget}: expected at least {_mib(least.peak_bytes + reserved)} for {work.steps} steps of "
+            f"{work.batch} images{' (batch statistics: the batch cannot be cut)' if work.mixes_samples else ''}{found}; "
+            f"{'free memory' if is_auto else 'raise it'}, or {fix}"
         )
     even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
     recomputed, saved = work.student.passes

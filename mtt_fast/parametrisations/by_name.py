@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from mtt_fast.parametrisations.parametrisation import (
 from mtt_fast.parametrisations.speed import Speed
 
 _KNOWN: dict[str, type[Parametrisation]] = {"ddif": Ddif, "speed": Speed}
+_WORD = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*')(?!\S)|\S+""")
+"""A word of the options: NAME='VALUE', with spaces in the value, or anything without spaces."""
 _NOT_OWN = (str(Path(torch.__file__).parent), "<frozen", __file__)
 """Where the names of files begin that no user wrote."""
 
@@ -40,7 +43,7 @@ def make_parametrisation(
 ) -> Parametrisation:
     """Return the parametrisation `name` of `images` (n, C, H, W), on the CPU, with its parameters drawn from `generator`.
 
-    `name` is a known one, or FILE.py:CLASS or MODULE:CLASS. `options` are its arguments, as "num_saet=64 dim_saet=96".
+    `name` is a known one, or FILE.py:CLASS or MODULE:CLASS. `options` are its arguments, as "num_saet=64 path='my net.pt'".
     Raises `InputError` for another name, for arguments that it does not take, and with the error that it raises.
     """
     cls = _class_of(name)
@@ -50,12 +53,14 @@ def make_parametrisation(
         return cls(images, num_classes, **arguments)
 
 
-def try_parametrisation(name: str, make: Callable[[], Parametrisation], count: int, image_shape: Sequence[int]) -> None:
-    """Raise `InputError` unless what `make` returns can be learned, judged by the first and the last of its `count` images.
+def try_parametrisation(
+    name: str, make: Callable[[], Parametrisation], count: int, image_shape: Sequence[int]
+) -> Parametrisation:
+    """Return what `make` returns, after a trial on the first and the last of its `count` images whether it can be learned.
 
-    Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is beside others. Images at
-    other parameters must be others, and those that a new object computes there. Otherwise the gradient would be wrong without any other
-    symptom, or a run could not be resumed.
+    Raises `InputError` if not. Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is
+    beside others. Images at other parameters must be others, and those that a new object computes there. Otherwise the gradient would be
+    wrong without any other symptom, or a run could not be resumed.
     """
     parametrisation = make()
     _check_parameters(name, parametrisation)
@@ -80,6 +85,7 @@ def try_parametrisation(name: str, make: Callable[[], Parametrisation], count: i
         raise InputError(f"`parametrisation` {name}: expected images that depend on its parameters, found others")
     _try_step(name, parametrisation, index)
     _try_other_values(name, parametrisation, make, index, images.detach(), buffers)
+    return parametrisation
 
 
 def _check_parameters(name: str, parametrisation: Parametrisation) -> None:
@@ -203,7 +209,7 @@ def _module_of_file(path: Path) -> Any:
 
 def _arguments(name: str, cls: type[Parametrisation], text: str) -> dict[str, Any]:
     """Return the arguments in `text` for `cls`. Raises `InputError` for those that it does not take, or that are missing."""
-    given = dict(_split(name, part) for part in text.split())
+    given = dict(_split(name, part) for part in _WORD.findall(text))
     parameters = inspect.signature(cls).parameters.values()
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
@@ -226,7 +232,8 @@ def _split(name: str, part: str) -> tuple[str, Any]:
     argument, equals, text = part.partition("=")
     if not equals:
         raise InputError(
-            f"`parametrisation_options` {part}: expected NAME=VALUE, separated by spaces, for {name}, found another"
+            f"`parametrisation_options` {part}: expected NAME=VALUE, separated by spaces, for {name}, found another; quote a value with "
+            "spaces, as in NAME='A B'"
         )
     try:
         return argument, ast.literal_eval(text)

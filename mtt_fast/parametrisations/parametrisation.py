@@ -21,7 +21,7 @@ class Parametrisation(nn.Module):
 
     `python -m mtt_fast.distill --parametrisation FILE.py:NAME` makes `NAME(images, num_classes, **options)`, where `options` are those
     of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every run makes
-    it several times, also when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
+    it three times, also when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
 
     Parameters that require a gradient are learned, by SGD with the momentum `--mom_img` or, if `optimizer` is "adam", by Adam. Other
     parameters and buffers stay as they are: `forward` must not change them. All have to be float32; `torch.view_as_complex` makes complex

@@ -125,6 +125,19 @@ def test_the_distances_are_those_of_written_out_steps(
         assert picture.width > 400
 
 
+def test_experts_on_a_curriculum_are_told_to_be_trained_otherwise(
+    toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
+    dataclasses.replace(plain, recipe=plain.recipe | {"sort_method": "sha256:f00d"}).save(tmp_path / "pad.safetensors")
+    sets = [f"MTT={toy / 'run'}", f"PAD={tmp_path / 'pad.safetensors'}"]
+    assert run("distance", *sets, "--steps", "1", "--deltas", "1", "--out", str(tmp_path / "out")) == 0
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "PAD: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch"
+    ]
+
+
 def test_the_default_options_are_those_of_the_paper() -> None:
     options = DistanceOptions()
     assert (options.steps, options.starts) == (1000, 1)

@@ -153,8 +153,8 @@ def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None
     assert (other.runs, other.n, other.mean, other.diverged) == (("other",), 5, 0.1, 2)  # of five networks
 
 
-def test_spelling_parts_no_runs_and_other_experts_do() -> None:
-    """Check that a data set's name counts in upper and lower case alike, and that no run is left out for another one's experts."""
+def test_spelling_parts_no_runs_and_other_experts_and_scores_do() -> None:
+    """Check that a data set's name counts in any case alike, and that no run is left out for another one's experts or scores."""
 
     def of_run(hyperparameters: dict[str, Any], **options: Any) -> dict[str, Any]:
         return summary(0.5, **options) | {"experts": {"hyperparameters": hyperparameters}}
@@ -171,6 +171,9 @@ def test_spelling_parts_no_runs_and_other_experts_do() -> None:
         Setting("CIFAR10", "ConvNet", "MTT", "1"): [("a", "b"), ("curriculum",)],
         Setting("imagenette", "ConvNetD5", "MTT", "1"): [("nette",)],
     }
+    scores = [summary(0.5, score_path="scores.npy") | {"scores_digest": digest} for digest in ("f00d", "beef", "f00d")]
+    ((first, other),) = measurements({Path(str(number)): run for number, run in enumerate(scores)}).values()
+    assert (first.runs, other.runs) == (("0",), ("1",))  # the same seed twice is one measurement
     paper = published_numbers()
     rows = rows_by_table(measured, paper.rows, list(paper.titles))["1"]
     shown = [value.runs for row in rows if row.method == "MTT" for value in row.measured.values()]

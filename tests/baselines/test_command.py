@@ -302,6 +302,7 @@ def test_a_finished_run_is_not_repeated(shared: Path, tmp_path: Path, caplog: py
     )
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_stopped_run_continues(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

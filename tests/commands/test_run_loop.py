@@ -82,6 +82,7 @@ def test_checkpoints_are_as_often_as_asked_for(tmp_path: Path) -> None:
     assert " ".join(looped(tmp_path, iterations=2, save_seconds=0)) == "s0 e0 s1 i1 s1 i2 s1 e2 s2 !"
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_signal_ends_it_after_the_iteration_with_everything_saved(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     folder.mkdir()

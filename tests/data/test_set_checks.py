@@ -85,6 +85,11 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "whitening of other images": ({"whitening": Whitening(torch.zeros(48), torch.eye(48), torch.eye(48))}, r"whitening\.mean: expected floating point \(60,\)"),
     "whitening whose matrix is none": ({"whitening": Whitening(torch.zeros(60), torch.ones(60), SQUARE)}, r"whitening\.matrix: expected"),
     "whitening with NaN": ({"whitening": Whitening(torch.zeros(60), SQUARE, SQUARE * math.nan)}, r"whitening\.inverse: expected finite"),
+    "parameters that are none": ({"parameters": [torch.zeros(2)]}, "parameters: expected a dictionary of tensors by name, found"),
+    "a parameter that is a number": ({"parameters": {"scale": 2.0}}, r"parameters: expected tensors by name, found 2\.0 as 'scale'"),
+    "a parameter without a name": ({"parameters": {0: torch.zeros(2)}}, r"parameters: expected tensors by name, found Tensor float32 \(2,\) as 0"),
+    "a parameter with NaN": ({"parameters": {"scale": torch.tensor([0, math.nan])}}, r"parameters\.scale: expected finite numbers, found 1 of 2"),
+    "a parameter without numbers": ({"parameters": {"scale": torch.zeros(2, device="meta")}}, r"parameters\.scale: expected .* on the device meta"),
     "recipe that is none": ({"recipe": []}, "recipe: expected a dictionary"),
     "no share": ({"recipe": {"distilled_share": "0.5"}}, "expected a distilled_share above 0 and at most 1, found"),
     "share of none": ({"recipe": {"distilled_share": 0}}, "expected a distilled_share above 0 and at most 1, found 0"),
@@ -134,6 +139,7 @@ def spoiled(path: Path, **changes: Tensor) -> Path:
         ({"labels": torch.rand(N, 4).softmax(1)}, "labels: expected soft labels of 3 classes, found 4"),
         ({"images": torch.full((N, 3, 4, 5), math.nan)}, "images: expected finite"),
         ({"lr_per_step": torch.zeros(3)}, "lr_per_step"),
+        ({"parameters.scale": torch.tensor(math.inf)}, r"parameters\.scale: expected finite"),
     ],
 )
 def test_an_unsound_set_is_not_read(tmp_path: Path, changes: dict[str, Tensor], message: str) -> None:
@@ -146,6 +152,7 @@ def test_a_sound_set_passes_whatever_it_has() -> None:
     white = Whitening(torch.zeros(60), SQUARE, SQUARE)
     for kind in ("indices", "probabilities", "weights", "logits"):
         check_set(distilled(kind, whitening=white, lr_per_step=torch.rand(3) + 0.1), "here")
+    check_set(distilled(parameters={"scale": torch.ones(()), "none": torch.zeros(0, 3)}), "here")
     check_set(distilled(images=torch.randn(N, 3, 4, 6), canvas=Canvas(2, 3)), "here")
     check_set(distilled(labels=torch.zeros(N).long()), "here")  # classes may be left out
 

@@ -245,6 +245,7 @@ def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_
     assert kinds[0] == kinds[1]
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_run_that_goes_on_with_fewer_iterations_than_it_did_is_evaluated_as_it_is(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,22 +348,15 @@ def test_an_option_without_effect_at_the_value_of_another_is_told(
         torch.testing.assert_close(getattr(one, values), getattr(other, values), rtol=1e-5, atol=1e-6)
 
 
-def _as_in_a_terminal() -> None:
-    """Ignore no signal, though the tests may run in the background or under nohup."""
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_DFL)
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, signum: signal.Signals) -> None:
     flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     command = [sys.executable, "-m", "mtt_fast.distill", *flags, "--out", str(stopped)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number would round otherwise
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=_as_in_a_terminal, env=os.environ | threads
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     metrics = stopped / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("step") > 5):

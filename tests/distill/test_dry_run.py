@@ -45,8 +45,9 @@ def test_every_recipe_has_a_dry_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dry_run, "_SAMPLES", 1)  # the time is not looked at
     monkeypatch.setattr(dry_run, "_ENOUGH_SECONDS", 0.0)
-    for module in ("distill.planning", "engine.memory_plan"):
-        monkeypatch.setattr(f"mtt_fast.{module}.free_bytes", lambda _: 64 << 30)  # what other processes leave differs
+    monkeypatch.setattr(
+        "mtt_fast.engine.memory_plan.free_bytes", lambda _: 64 << 30
+    )  # what other processes leave differs
     lines = told(capsys, "--recipe", name)
     assert lines["recipe"].startswith(f"{name}: ")
     assert "peak" in lines["memory"]

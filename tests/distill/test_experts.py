@@ -16,7 +16,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
-from mtt_fast.distill.experts import count_matched_experts, inventory_of
+from mtt_fast.distill.experts import count_matched_experts, inventory_of, remark_on_number
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
@@ -135,6 +135,44 @@ def test_all_experts_that_are_there_are_matched_unless_fewer_are_asked_for(
         count_matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path))
         == expected
     )
+
+
+@pytest.mark.parametrize(
+    ("whole", "options", "remark"),
+    [
+        ("012", {"num_experts": 2}, "all 3 experts in the folder are matched, more than --num_experts 2; --max_experts 2 takes"),
+        ("", {"num_experts": 4, "max_experts": 1}, "--num_experts 4 trains 4 more, and --max_experts 1 matches 1 of the 4; --num_experts 1"),
+        ("0", {"num_experts": 4, "max_experts": 2}, "--num_experts 4 trains 3 more, and --max_experts 2 matches 2 of the 4; --num_experts 2"),
+        ("0", {"num_experts": 4, "max_experts": 2, "num_interpolation": 3}, "--num_experts 4 trains 3 more, and --max_experts 2 matches 2"),
+        ("012", {"num_experts": 2, "num_interpolation": 3}, "all 3 experts in the folder are matched"),
+        ("012", {"num_experts": 4, "max_experts": 2}, ""),  # none is trained
+        ("", {"num_experts": 2, "max_experts": 2}, ""),
+        ("01", {"num_experts": 2}, ""),
+        ("(012)", {"num_experts": 2}, ""),  # of converted experts all are used
+    ],
+)  # fmt: skip
+def test_experts_that_are_trained_and_not_matched_or_matched_unasked_are_told(
+    tmp_path: Path, whole: str, options: dict[str, int], remark: str
+) -> None:
+    write_experts(experts(tmp_path), whole)
+    given = DistillOptions(model="ConvNetD1W4", buffer_path=str(tmp_path / "buffers"), **options)  # type: ignore[arg-type]
+    told = remark_on_number(given, inventory_of(given, dataset_info("digits")))
+    assert told.startswith(remark)
+    assert bool(told) == bool(remark)
+
+
+def test_the_log_and_the_dry_run_tell_how_many_experts_are_matched(
+    trained_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, flags = "all 2 experts in the folder are matched, more than --num_experts 1", ["--num_experts", "1"]
+    assert run(trained_folder, tmp_path, *flags, "--dry-run") == 0
+    assert told in capsys.readouterr().out
+    caplog.set_level("INFO")
+    assert run(trained_folder, tmp_path, *flags, "--Iteration", "0") == 0
+    assert f"experts: {told}" in caplog.text
+    capsys.readouterr()
+    assert run(trained_folder, tmp_path, *flags, "--Iteration", "1", "--dry-run") == 0
+    assert told not in capsys.readouterr().out  # the run goes on with its own
 
 
 def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(

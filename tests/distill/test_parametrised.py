@@ -113,6 +113,19 @@ def test_the_log_tells_the_storage(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
+def test_a_class_of_the_users_own_is_made_twice_for_its_trial_and_once_for_the_run() -> None:
+    """Make what may be slow, such as a generator that is loaded, no more often."""
+    Path("own.py").write_text(
+        OWN.replace(
+            "(images.clone())", "(images.clone())\n        with open('made', 'a') as file:\n            file.write('x')"
+        )
+    )
+    for more in ([], ["--Iteration", "6"]):
+        distilled("own", "--parametrisation", "own.py:Pixels", *more)
+        assert Path("made").read_text() == "xxx"
+        Path("made").unlink()
+
+
 def test_the_dry_run_takes_a_class_that_counts_values(capsys: pytest.CaptureFixture[str]) -> None:
     count = "\n    def stored_numbers(self):\n        return int((self.pixels != 0).sum())\n"
     Path("own.py").write_text(OWN.replace("class Mirrored", f"class Counted(Pixels):{count}\n\nclass Mirrored"))
@@ -129,9 +142,13 @@ def test_the_dry_run_quotes_the_options(capsys: pytest.CaptureFixture[str]) -> N
 def test_parameters_that_do_not_fit_in_memory_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mtt_fast.distill.planning.free_bytes", lambda _: 20_000)
-    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]) == 2
-    assert "--parametrisation own.py:Pixels: expected more than 0.0 GiB of free memory" in capsys.readouterr().err
+    flags = [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels", "--dry-run"]
+    for free in (20_000, 40_000):  # less than the parameters take, and hardly more
+        monkeypatch.setattr("mtt_fast.engine.memory_plan.free_bytes", lambda _, free=free: free)
+        assert cli.run(main, flags) == 2
+        said = capsys.readouterr().err
+        assert "--memory_budget auto: expected at least 5 MiB for 2 steps of 20 images, found 1 MiB, 80% of the" in said
+        assert "or --ipc or the sizes of --parametrisation, whose 1,280 parameters take 1 MiB" in said
 
 
 def test_a_class_may_group_the_images_of_a_class() -> None:

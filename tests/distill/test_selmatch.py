@@ -237,6 +237,9 @@ def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
     assert cli.run(main, "--resume --out halves --Iteration 4 --score_path moved.npz".split()) == 0
     whole, halves = (SyntheticDataset.load(f"{name}/synthetic.safetensors") for name in ("whole", "halves"))
     assert torch.equal(whole.images, halves.images)
+    digests = [json.loads(Path(name, "summary.json").read_text())["scores_digest"] for name in ("whole", "halves")]
+    assert digests[0] == digests[1]
+    assert digests[0]
 
 
 def test_a_run_goes_on_with_its_own_scores_only(digits: ImageData, capsys: pytest.CaptureFixture[str]) -> None:

@@ -647,6 +647,10 @@ def test_free_memory_is_the_least_that_system_and_groups_leave(tmp_path: Path, m
     assert sorted(bytes_left_in_groups(tmp_path / "own", tmp_path)) == [100, 400]
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 100 * MIB)
     assert planned("auto").budget == 80 * MIB
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: MIB)
+    too_little = r"^`memory_budget` auto: expected at least \d+ MiB .*, found 1 MiB, 80% of the free memory; free memory, or lower"
+    with pytest.raises(InputError, match=too_little):
+        planned("auto")
 
 
 @pytest.mark.parametrize(

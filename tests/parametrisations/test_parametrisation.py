@@ -174,6 +174,7 @@ def test_a_class_of_the_users_is_found(as_module: bool, tmp_path: Path, monkeypa
         ("OWN:torch", "", "expected a class torch that inherits mtt_fast.Parametrisation, found module"),
         ("OWN:Pixels", "scalle=2", r"`parametrisation_options` scalle: expected an argument of .* \(scale, offset\) \(did you mean scale\?\)"),
         ("OWN:Pixels", "scale", "`parametrisation_options` scale: expected NAME=VALUE, separated by spaces"),
+        ("OWN:Pixels", "scale=1 2", r"`parametrisation_options` 2: expected NAME=VALUE, .*; quote a value with spaces, as in NAME='A B'"),
         ("OWN:Pixels", "scale={[]}", r"TypeError: .*\(.*own.py, line 10\)"),
         ("OWN:Pixels", "scale='a'", r"TypeError: .*\(.*own.py, line 10\)"),
         ("speed", "num_saet=5", "`parametrisation_options`: expected dim_saet, num_head, decoder_depth, top_k, l1_weight of speed"),
@@ -188,6 +189,15 @@ def test_what_cannot_be_made_is_refused(name: str, options: str, message: str, t
     place = own_file(tmp_path).removesuffix(":Pixels")
     with pytest.raises(InputError, match=message):
         make_parametrisation(name.replace("OWN", place), options, images_of(), 3, seeded())
+
+
+def test_values_of_options_are_python_or_texts_with_spaces_in_quotes(tmp_path: Path) -> None:
+    text = "import mtt_fast\n\nclass Given(mtt_fast.Parametrisation):\n    def __init__(self, images, num_classes, **given):\n"
+    (tmp_path / "own.py").write_text(f"{text}        super().__init__()\n        self.given = given\n")
+    options = """a=1 b=[1,'x'] c='my net.pt' d="it's  x=3" e=don't f='7' g= h='' """
+    module = make_parametrisation(f"{tmp_path / 'own.py'}:Given", options, images_of(), 3, seeded())
+    expected = {"a": 1, "b": [1, "x"], "c": "my net.pt", "d": "it's  x=3", "e": "don't", "f": "7", "g": "", "h": ""}
+    assert module.given == expected
 
 
 FORWARD = {

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from mtt_fast.runtime.interrupts import stop_request
 
-
-@pytest.fixture
-def dispositions() -> Iterator[None]:
-    """Put back, after the test, what signals do to this process."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in signals]
-    yield
-    for number, handler in zip(signals, before, strict=True):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("default_signals")
 
 
-@pytest.mark.usefixtures("dispositions")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_request(signum: signal.Signals) -> None:
-    signal.signal(signum, signal.SIG_DFL)
     with stop_request() as stop:
         assert not stop
         signal.raise_signal(signum)
@@ -33,17 +22,14 @@ def test_the_first_signal_is_a_request(signum: signal.Signals) -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.usefixtures("dispositions")
 def test_a_terminal_that_ends_may_say_so_twice() -> None:
     """Be told by the shell, which tells its jobs, and by the system: the second signal does not interrupt what saves."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stop_request() as stop:
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
         assert stop.signum == signal.SIGHUP
 
 
-@pytest.mark.usefixtures("dispositions")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_that_is_ignored_stays_ignored(signum: signal.Signals) -> None:
     """Ignore Ctrl-C as a script does in the background, where it is for another command, and with nohup the terminal's end."""
