@@ -56,7 +56,7 @@ def test_a_distillation_is_compared_in_each_precision(tmp_path: Path) -> None:
 
 @pytest.mark.native
 def test_iterations_that_are_too_large_for_fp16_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
+    monkeypatch.setattr("mtt_fast.kernels.reference.linear.LARGEST_COTANGENT", 2.0**40)
     bench("distillation", *TOY_RUN, "--precisions", "fp16", "--out", str(tmp_path), "--name", "found")
     (row,) = rows_of(tmp_path, "found")
     assert (row["skipped"], row["repeated"]) == (0, 3)

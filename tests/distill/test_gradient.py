@@ -402,7 +402,7 @@ def test_what_overflows_in_fp16_is_repeated_in_tf32(
     assert run(*TOY, *experts, "--out", str(tmp_path / "fp16")) == 0
     assert "repeated in tf32" not in caplog.text
     assert not torch.equal(images_of(tmp_path / "fp16"), images_of(tmp_path / "tf32"))
-    monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
+    monkeypatch.setattr("mtt_fast.kernels.reference.linear.LARGEST_COTANGENT", 2.0**40)
     assert run(*TOY, *experts, "--out", str(tmp_path / "overflowing")) == 0
     assert "iteration 4: a number is too large for fp16; repeated in tf32" in caplog.text
     assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
@@ -461,7 +461,7 @@ def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
     assert not torch.equal(images_of(tmp_path / "auto"), images_of(tmp_path / "tf32"))
     assert "repeated in tf32" not in caplog.text
     assert made == [True] * 3
-    monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
+    monkeypatch.setattr("mtt_fast.kernels.reference.linear.LARGEST_COTANGENT", 2.0**40)
     assert run(*common, "--out", str(tmp_path / "overflowing")) == 0
     assert caplog.text.count("a number is too large for fp16; repeated in tf32") == 4
     assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))

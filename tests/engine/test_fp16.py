@@ -13,7 +13,7 @@ from mtt_fast import ConvNet, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.matching import matching_loss
 from mtt_fast.kernels import LabelKind, Precision
-from mtt_fast.kernels.reference import classifier
+from mtt_fast.kernels.reference import linear
 from mtt_fast.testing import relative_error
 
 NET = ConvNet(3, 4, 8, 6, 2)
@@ -97,7 +97,7 @@ def test_golden_cases_are_as_exact_as_in_tf32(golden: Path, name: str) -> None:
 
 def test_what_overflows_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     theta, images, labels, v = step_of(NET, 3)
-    monkeypatch.setattr(classifier, "LARGEST_COTANGENT", 2.0**20)
+    monkeypatch.setattr(linear, "LARGEST_COTANGENT", 2.0**20)
     student = FusedConvNetStudent(NET, precision="fp16")
     assert not student.gradient(theta, images, labels).gradient.isfinite().all()
     assert not student.gradient_jvp(theta, images, labels, v).images.isfinite().all()
