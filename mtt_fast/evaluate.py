@@ -44,7 +44,7 @@ class EvaluateOptions(SetOptions):
     """Train fresh networks on a distilled set (or on random real images), and test them. Files of the public code work too."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")] = ""
-    """run folder, a synthetic.safetensors, an images_*.pt (with its labels_*.pt beside it), or the word "random" """
+    """run folder, a synthetic.safetensors, an images_*.pt (with its labels_*.pt beside it), a file of NCFM, or the word "random" """
     out: Annotated[str | None, Role.LOCATION, Group.OUTPUT, Checked(check_output_file)] = None
     """write the result to this JSON file too"""
 

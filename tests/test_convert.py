@@ -131,6 +131,38 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(both.images, images[order])
 
 
+def test_a_set_of_ncfm_is_evaluated_as_its_file(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluate the file, and what is made of it: both of 2 × 2 parts, which files of MTT do not say."""
+    settings = [*DIGITS, "--protocol", "ncfm", "--num_eval", "1", "--epoch_eval_train", "2"]
+
+    def evaluated(source: str, *more: str) -> tuple[int, dict[str, Any]]:
+        assert cli.run(evaluate, [source, *settings, *more, "--out", "result.json"]) == 0
+        result = json.loads(Path("result.json").read_text())
+        return result["images"], result["accuracy"]
+
+    load("digits", data_path="data", progress=False)
+    torch.save([torch.rand(10, 1, 8, 8), torch.arange(10)], "data_100.pt")
+    expected = evaluated("data_100.pt")
+    assert expected[0] == 40
+    assert evaluated("data_100.pt", "--factor", "1")[0] == 10
+    caplog.set_level("INFO")
+    assert convert("data_100.pt", "ours", *DIGITS) == 0
+    assert evaluated("ours") == expected
+    assert "ours: each image is taken for 2 × 2 smaller ones (--factor)" in caplog.text
+    assert convert("data_100.pt", "theirs", "--to", "mtt", "--dataset", "digits") == 0
+    assert "do not say that each image consists of 2 × 2 smaller ones (evaluate: --factor 2)" in caplog.text
+    assert evaluated("theirs/images_best.pt", "--factor", "2") == expected
+    assert convert("ours", "data_ipc1.pt", "--to", "ncfm") == 0
+    assert "NCFM's evaluation_script.py takes it as --load_path data_ipc1.pt, with factor: 2 in" in caplog.text
+    assert convert("data_100.pt", "unnamed") == 2
+    assert (
+        "expected the properties of the real images, with which its pictures are normalised; name them with --dataset"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_share_of_classes_of_several_sizes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Check that images of which the place does not tell the class are not taken for real ones."""
     share = ["--dataset", "digits", "--distilled_share"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from dataclasses import replace
@@ -42,6 +43,16 @@ def _two_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def table() -> list[dict[str, Any]]:
     return list(json.loads(Path("table/cross.json").read_text())["cells"])
+
+
+def test_only_the_set_of_smaller_images_is_cut() -> None:
+    """Check that the first set's factor is not that of the others, which take its other settings."""
+    whole = SyntheticDataset.load("b.safetensors")
+    dataclasses.replace(whole, recipe=whole.recipe | {"factor": 2}).save("parts.safetensors")
+    whole.export("mtt", "pair")
+    flags = "--num_eval 1 --epoch_eval_train 1 --models ConvNetD1W4 --out table".split()
+    assert cli.run(cross.main, ["parts.safetensors", "pair/images_best.pt", "random", *flags]) == 0
+    assert [cell["question"]["ipc"] for cell in table()] == [8, 2, 2]
 
 
 def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,14 @@ from mtt_fast.data.set_checks import check_classes, check_share
 from mtt_fast.data.synthetic import SyntheticDataset, real_ones
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
-from mtt_fast.interop import SET_KINDS, set_kind_of, set_kinds_of
+from mtt_fast.interop import SET_KINDS, set_kind_of, set_kinds_of, source_info
+from mtt_fast.interop.ncfm import FACTOR, read_ncfm
 from mtt_fast.interop.pairs import read_pair, whitening_warnings
 from mtt_fast.interop.sets import warn_of_unread
 from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_files import SYNTHETIC
-from mtt_fast.training.images import Images, RealImages, as_training_images, real_images
+from mtt_fast.training.images import Images, RealImages, as_training_images, parts_of, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
 from mtt_fast.training.subsets import check_enough, random_subset
 
@@ -60,6 +61,9 @@ class SetOptions(EvaluationOptions):
     distilled_share: PositiveShare = 1.0
     """share of each class's images in a .pt file that was distilled, for --protocol selmatch: the first ones, as SelMatch writes them (its
     alpha); the others are real images"""
+    factor: Count | None = None
+    """take each image of the set for FACTOR × FACTOR smaller ones, which networks see scaled up (the multi-formation of IDC and NCFM); if
+    not given, 2 for files of NCFM and sets made of them, else 1"""
     other_data: bool = False
     """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
     set's own"""
@@ -72,6 +76,8 @@ class SetOptions(EvaluationOptions):
     def without_effect_on(self, sources: Sequence[str]) -> dict[str, str]:
         """Return the options that have no effect on these sets, with the reasons."""
         reasons = {}
+        if set(sources) == {RANDOM}:
+            reasons["factor"] = "on real images"
         if RANDOM not in sources:
             reasons["ipc"] = f'without "{RANDOM}" among the sets: the others have their own number of images'
         if not any(source.endswith(".pt") for source in sources):
@@ -114,7 +120,7 @@ def _file(source: str) -> Path:
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
     """Return the options of the set's distillation that an evaluation has too, except those of the machine."""
-    names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.LOCATION)
+    names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.LOCATION) | {"factor"}
     zca = synthetic.whitening is not None
     return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
 
@@ -171,37 +177,52 @@ class EvaluatedSet:
         if source == RANDOM:
             check_enough(real.data, options.ipc)
             return lambda generator: random_subset(real, options.ipc, generator), initial_lr(REAL_IMAGES_LR)
-        images, learned = self._images_and_lr(real.test.labels.device)
+        images, learned = self._images_and_lr(real)
         check_shape(images, real.data, source)
+        if (factor := self._factor) > 1:
+            log.info("%s: each image is taken for %d × %d smaller ones (--factor)", source, factor, factor)
+        images = parts_of(images, factor)
         classes = real.data.num_classes
         present = check_classes(images.labels, classes, source)
         if present < classes:
             log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
         return lambda _: images, initial_lr(learned)
 
-    def _images_and_lr(self, device: torch.device) -> tuple[Images, float]:
+    @property
+    def _is_of_ncfm(self) -> bool:
+        return self.synthetic is None and set_kind_of(self.source) == "ncfm"
+
+    @property
+    def _factor(self) -> int:
+        return self.options.factor or (FACTOR if self._is_of_ncfm else 1)
+
+    def _images_and_lr(self, real: RealImages) -> tuple[Images, float]:
         """Return the images of the set, and its learning rate; of files without a rate, that of real images."""
+        device = real.test.labels.device
         if self.synthetic is not None:
             return as_training_images(self.synthetic, device), float(self.synthetic.lr)
         options = self.options
-        pair = read_pair(self.source, options.label_kind)
+        if self._is_of_ncfm:
+            pair = read_ncfm(self.source, source_info(real.data, real.transform), options.label_kind)
+        else:
+            pair = read_pair(self.source, options.label_kind)
         if pair.label_kind != "indices" and options.label_kind is None:
             log.info("labels are soft; taken as %s", pair.label_kind)
         for line in whitening_warnings(self.source, pair, zca=options.zca):
             log.warning("%s", line)
-        real = None
+        marks = None
         if options.distilled_share < 1:
             pair = class_major(pair)
             classes = len(pair.labels) // pair.ipc(self.source)
             check_share(options.distilled_share, pair.labels, pair.label_kind, classes, self.source)
-            real = real_ones(len(pair.labels), classes, options.distilled_share)
+            marks = real_ones(len(pair.labels), classes, options.distilled_share)
         elif options.evaluation_protocol().combined:
             log.warning(
                 "%s: all images count as distilled; if some are real, say so with --distilled_share", self.source
             )
         labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
         canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
-        images = Images(pair.images.to(device), labels.to(device), canvas=canvas, real=real)
+        images = Images(pair.images.to(device), labels.to(device), canvas=canvas, real=marks)
         return images, REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
 
 

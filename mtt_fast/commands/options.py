@@ -144,14 +144,14 @@ class EvaluationOptions(TrainingOptions):
     """batch size of the networks that an evaluation trains; if not given, that of --protocol, or 256"""
     num_eval: Annotated[Networks, Role.EVALUATION] = 5
     """number of networks that an evaluation trains and tests"""
-    epoch_eval_train: Annotated[CountFromZero, Role.EVALUATION] = 1000
-    """training epochs of each network in an evaluation"""
+    epoch_eval_train: Annotated[CountFromZero | None, Role.EVALUATION] = None
+    """training epochs of each network in an evaluation; if not given, those of --protocol: 2000 of ncfm, 1000 of the others"""
     eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "S"
     """networks to evaluate. S: --model with instance norm instead of batch norm; SS: --model; C: --model and ConvNet; M: architectures;
     W: widths; D: depths; A: activations; P: poolings; N: norms; B, BN: batch norm"""
     protocol: Annotated[str, Role.EVALUATION, Checked(published_protocol)] = "mtt"
-    """evaluation protocol: mtt, datm (batches of 128), ddranking (reports the best epoch) or selmatch (learning rate 0.1, falling
-    along a cosine)"""
+    """evaluation protocol: mtt, datm (batches of 128), ddranking (reports the best epoch), selmatch (learning rate 0.1, falling
+    along a cosine) or ncfm (AdamW and CutMix, reports the best epoch)"""
     best_epoch: Annotated[bool, Role.EVALUATION, HARMLESS] = False
     """report the best epoch of each evaluated network, chosen on the test images, instead of the last"""
 

@@ -35,7 +35,7 @@ class ConvertOptions:
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """kind of the source, if its file names do not show it: those of --to, or convexified (MCT)"""
     to: str | None = None
-    """kind of the destination. Sets: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts: experts, buffer, waypoints. If not
+    """kind of the destination. Sets: synthetic, mtt, dc, ncfm, dc_benchmark, ddranking, png, parquet; experts: experts, buffer, waypoints. If not
     given: the kind that the destination's name shows; else the public code's kind for a source of this software, and this software's kind
     for any other source. --to experts can also rewrite experts of this software"""
 
@@ -105,13 +105,14 @@ class ConvertOptions:
     def without_effect_on_set(self, kind: str, to: str) -> dict[str, str]:
         """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, with the reasons."""
         reasons = dict.fromkeys((*_IMPORT_OPTIONS, "experts_per_file"), "on a distilled set, only on experts")
-        with_data_info = ("synthetic", "png", "parquet")
+        with_data_info = ("synthetic", "png", "parquet", "ncfm")
         if kind == "synthetic":
             known = "on a set of this software, whose file contains it"
             reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "label_kind"), known)
         elif to not in with_data_info:
             unread = f"without --to {' or '.join(with_data_info)}"
-            reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share"), unread)
+            data_options = () if kind == "ncfm" else _DATA_OPTIONS  # whose pictures are normalised for every kind
+            reasons |= dict.fromkeys((*data_options, "model", "lr_teacher", "distilled_share"), unread)
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc_benchmark", "png"):

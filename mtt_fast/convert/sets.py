@@ -33,6 +33,7 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
+from mtt_fast.interop.ncfm import FACTOR
 from mtt_fast.interop.pairs import sibling, whitening_warnings
 from mtt_fast.interop.tensor_set import count_in_class_order, hardened, largest_label_counts
 from mtt_fast.runtime.provenance import versions
@@ -43,6 +44,7 @@ from mtt_fast.storage.temporaries import is_free
 log = logging.getLogger(__name__)
 
 _PICTURES = ("png", "parquet")
+_WITH_DATA = ("synthetic", *_PICTURES, "ncfm")  # kinds that need the properties of the real images
 _LOSSY = "Pictures are cut to [0, 1] and rounded to 8 bits: train on tensors where you can"
 
 
@@ -62,7 +64,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: exists already; choose another destination, or delete it")
     check_output_folder(destination if destination.is_dir() else destination.parent, "choose another destination")
-    info = _source_info(options) if kind in _PICTURES and options.dataset else None
+    info = _source_info(options) if kind in (*_PICTURES, "ncfm") and options.dataset else None
     distilled = read_set(options.source, kind, label_kind=options.label_kind, info=info, lr=options.lr_teacher)
     if isinstance(distilled, SyntheticDataset):
         _check_belongs(options, distilled)
@@ -71,10 +73,10 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     if isinstance(distilled, TensorSet):
         for line in whitening_warnings(options.source, distilled, zca=options.zca):
             log.warning("%s", line)
-    if isinstance(distilled, TensorSet) and to in ("synthetic", *_PICTURES):
+    if isinstance(distilled, TensorSet) and to in _WITH_DATA:
         if distilled.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        recipe = _recipe(options, distilled)
+        recipe = _recipe(options, distilled) | ({"factor": FACTOR} if kind == "ncfm" else {})
         distilled = as_synthetic(
             distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source
         )
@@ -85,13 +87,23 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, distilled))
-    for line in _left_out(to, distilled, written, whitened=bool(_is_whitened(options, distilled))):
+    factor = _factor(distilled, kind)
+    whitened = bool(_is_whitened(options, distilled))
+    for line in _left_out(to, distilled, written, whitened=whitened, factor=factor):
         log.warning("%s", line)
     if isinstance(distilled, SyntheticDataset) and distilled.canvas and to != "synthetic":
         log.info(
             "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
             distilled.canvas.size, distilled.canvas.size,
         )  # fmt: skip
+
+
+def _factor(distilled: SyntheticDataset | TensorSet, kind: str) -> int:
+    """Return the number of smaller images along a side of each image of a set that was read from files of `kind`."""
+    if isinstance(distilled, TensorSet):
+        return FACTOR if kind == "ncfm" else 1
+    factor = distilled.recipe.get("factor", 1)
+    return factor if isinstance(factor, int) else 1
 
 
 def _is_whitened(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> bool | None:
@@ -102,9 +114,10 @@ def _is_whitened(options: ConvertOptions, distilled: SyntheticDataset | TensorSe
 
 
 def _left_out(
-    to: str, distilled: SyntheticDataset | TensorSet, written: list[Path], *, whitened: bool
+    to: str, distilled: SyntheticDataset | TensorSet, written: list[Path], *, whitened: bool, factor: int
 ) -> Iterator[str]:
-    """Yield what the `written` files of the kind `to` do not hold: parameters of the images, learning rates, whitening, real images."""
+    """Yield what the `written` files of the kind `to` do not hold: parameters of the images, learning rates, whitening, `factor`, and
+    which images are real."""
     if isinstance(distilled, SyntheticDataset) and distilled.parameters and to != "synthetic":
         yield (
             f"files of this kind hold the images alone, not the {sum(each.numel() for each in distilled.parameters.values()):,} learned "
@@ -120,6 +133,10 @@ def _left_out(
             "files of this kind do not hold the whitening of the images, and dc_benchmark does not whiten its test images: the "
             "accuracy that it gives is not that of the set"
         )
+    if factor > 1 and to not in _WITH_DATA:
+        yield (
+            f"files of this kind do not say that each image consists of {factor} × {factor} smaller ones (evaluate: --factor {factor})"
+        )
     lrs = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
     images, *others = written
     if to in ("dc", "dc_benchmark") and distilled.lr is not None and sibling(images, "lr") not in others:
@@ -127,7 +144,7 @@ def _left_out(
             f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
             "(evaluate: --lr_teacher)"
         )
-    elif to not in ("synthetic", *_PICTURES) and lrs is not None:
+    elif to not in _WITH_DATA and lrs is not None:
         yield (
             f"files of this kind hold one learning rate: of the {len(lrs)} learned for each step, {float(lrs.min()):.4g} to "
             f"{float(lrs.max()):.4g}, the mean was written"
@@ -264,6 +281,11 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
             )
         case "dc":
             return f"images, labels = torch.load({str(first)!r}, weights_only=False)['data'][-1]; images are {space}"
+        case "ncfm":
+            return (
+                f"NCFM's evaluation_script.py takes it as --load_path {shlex.quote(str(first))}, with factor: "
+                f"{_factor(distilled, kind)} in its configuration"
+            )
         case "png":
             # of the folder alone, `datasets` would take a class called "train" for the split, and drop all others
             files = os.path.join(glob.escape(options.destination), "**")

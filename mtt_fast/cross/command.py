@@ -100,7 +100,7 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[EvaluatedSet]:
     first = next(iter(settings), None)
     like_first: dict[str, Any] = {}
     if first is not None and (synthetic := synthetics[first]) is not None:
-        like_first = settings[first] | {"ipc": len(synthetic.images) // len(synthetic.class_names)}
+        like_first = settings[first] | {"factor": None, "ipc": len(synthetic.images) // len(synthetic.class_names)}
     return [
         EvaluatedSet(
             source,

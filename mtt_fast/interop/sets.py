@@ -16,6 +16,7 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result, write_benchmark, write_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
+from mtt_fast.interop.ncfm import is_ncfm_name, read_ncfm, write_ncfm
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_tensor_set, class_major
@@ -26,6 +27,7 @@ SET_KINDS = {
     "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",
     "mtt": "images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors",
     "dc": "res_*.pt of DC, DSA and DM",
+    "ncfm": "data_*.pt of NCFM, and its released NAME_ipcN.pt",
     "dc_benchmark": "the folders METHOD/DATASET/IPCn of dc_benchmark",
     "ddranking": "images.pt, labels.pt (soft labels as logits) and lr.pt for DD-Ranking",
     "png": "an image folder CLASS/NNNNN.png with labels.json",
@@ -63,7 +65,7 @@ def set_kinds_of(source: str | os.PathLike[str]) -> list[str]:
         if source.name.startswith("IPC"):  # other kinds' files in such a folder are the benchmark's own
             return kinds or ["dc_benchmark"]
         kinds.append("dc_benchmark")
-    kinds += sorted({"dc", "parquet"} & set(kind_of.values()))
+    kinds += sorted({"dc", "ncfm", "parquet"} & set(kind_of.values()))
     folders = [source / name for name in names if os.path.isdir(source / name)]
     if kinds:  # a run's folder has pictures of its course
         beside = not {"synthetic", "png"} & set(kinds) and any(map(_has_pictures, folders))
@@ -87,6 +89,8 @@ def _kind_of_file(path: Path) -> str | None:
         return "mtt"
     if name.endswith(".pt") and name.startswith("res_"):
         return "dc"
+    if is_ncfm_name(name):
+        return "ncfm"
     return {".safetensors": "synthetic", ".parquet": "parquet"}.get(path.suffix)
 
 
@@ -101,7 +105,7 @@ def read_set(
     """Read a distilled set of `kind`, or of the kind that the names of its files look like.
 
     Kinds that contain only tensors give a `TensorSet`; the kind of their soft labels, and of those in another program's
-    parquet file, is `label_kind`, or guessed from the values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
+    parquet file, is `label_kind`, or guessed from the values. `info` and `lr`: see `read_image_folder`, `read_parquet` and `read_ncfm`.
     If a folder holds sets of several kinds, the first of `set_kinds_of` is read, and a warning names the others.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
@@ -121,6 +125,8 @@ def read_set(
             return dataclasses.replace(distilled, label_kind="logits") if soft else distilled
         case "dc":
             return read_result(_only(source, "res_*.pt"), label_kind)
+        case "ncfm":
+            return read_ncfm(_only(source, "*.pt"), info, label_kind)
         case "dc_benchmark":
             return read_benchmark(source)
         case "png":
@@ -180,6 +186,8 @@ def write_set(
             return write_image_folder(path, distilled)
         case "parquet":
             return write_parquet(path if path.suffix == ".parquet" else path / "synthetic.parquet", distilled)
+        case "ncfm":
+            return write_ncfm(path if path.suffix == ".pt" else path / f"data_ipc{plain.ipc('NCFM')}.pt", distilled)
     file = path if path.suffix == ".safetensors" else path / SYNTHETIC
     distilled.save(file)
     return [file]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data import ImageData, Normalisation, Split, transform_for
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
+from mtt_fast.errors import InputError
 from mtt_fast.storage.identity import DatasetIdentity
 
 
@@ -64,6 +67,26 @@ class Images:
     def subset(self, index: Tensor) -> Images:
         """Return the images at `index`, which may be on another device, as inputs of networks."""
         return Images(*self.batch(index.to(self.labels.device)))
+
+
+def parts_of(images: Images, factor: int) -> Images:
+    """Return the `factor` × `factor` parts of each image, scaled up to its size, with its label: the multi-formation of IDC and NCFM.
+
+    Raises `InputError` for sides that cannot be cut so, and for canvases.
+    """
+    if factor == 1:
+        return images
+    height, width = images.pixels.shape[2:]
+    if images.canvas is not None or height % factor or width % factor:
+        found = "canvases" if images.canvas is not None else f"images of {height} × {width}"
+        raise InputError(
+            f"`factor` {factor}: expected images that can be cut into {factor} × {factor} parts, found {found}"
+        )
+    rows = [part for band in images.pixels.chunk(factor, 2) for part in band.chunk(factor, 3)]
+    pixels = interpolate(torch.cat(rows), size=(height, width), mode="bilinear")
+    labels = images.labels.repeat(factor**2, *[1] * (images.labels.dim() - 1))
+    real = None if images.real is None else images.real.repeat(factor**2)
+    return dataclasses.replace(images, pixels=pixels, labels=labels, real=real)
 
 
 @dataclass(frozen=True)

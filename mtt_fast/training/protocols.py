@@ -15,10 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from mtt_fast.augmentation.combined import CombinedAugment
-from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.augmentation.flip_and_color import FlipAndColorAugment
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy
 from mtt_fast.engine.arguments import kind_of
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.student_choice import student_for
@@ -29,6 +31,7 @@ from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.adamw import AdamW
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
@@ -37,6 +40,9 @@ log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
 _TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
+# The same in NCFM's code for 2000 epochs, and for as many with 50 and more images per class
+_TESTED_EVERY_IN_NCFM, _TESTED_EVERY_OF_MANY, _MANY_IMAGES = 100, 2, 50
+_FEWEST_TESTS = 8  # of fewer epochs; in NCFM's configurations they are 6 in 300 epochs, and 8 in 40
 _MIN_LR_FACTOR = (
     0.01  # the learning rate at the end of the loop "cosine", as a share of the first, as in SelMatch's code
 )
@@ -46,7 +52,8 @@ _MIN_LR_FACTOR = (
 class EvaluationProtocol:
     """A protocol to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
 
-    Training is SGD at the set's own learning rate, which is divided by ten once, after half of the epochs. `lr` and `loop` change that.
+    Training is SGD at the set's own learning rate, which is divided by ten once, after half of the epochs. `lr`, `loop` and `optimizer`
+    change that.
     """
 
     epochs: int = 1000
@@ -55,22 +62,28 @@ class EvaluationProtocol:
     batch_size: int = 256
     augment: str = "color_crop_cutout_flip_scale_rotate"
     name: str = "mtt"
-    loop: Literal["public", "scheduler", "cosine"] = "public"
+    loop: Literal["public", "scheduler", "cosine", "fifths"] = "public"
     """public: `epochs` + 1 epochs; after `epochs` // 2 + 2 of them a new optimizer at a tenth of the rate.
     scheduler: `epochs` epochs; after `epochs` // 2 of them a tenth of the rate in the same optimizer.
-    cosine: `epochs` + 1 epochs; the rate falls to a hundredth along half a period of the cosine"""
+    cosine: `epochs` + 1 epochs; the rate falls to a hundredth along half a period of the cosine.
+    fifths: `epochs` epochs; half the rate after each fifth of them"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """adamw: torch.optim.AdamW, which has no `momentum`"""
     lr: float | None = None
     """learning rate in place of the set's, see `initial_lr`"""
     combined: bool = False
     """augment each distilled image by an operation of its own, and real images in the set by a crop and a flip
     (mtt_fast/augmentation/combined.py)"""
+    cutmix: bool = False
+    """mix the images of half the batches by CutMix, and augment each image by a flip, colors and another operation
+    (mtt_fast/augmentation/flip_and_color.py)"""
     best_epoch: bool = False
-    """report the highest test accuracy of every tenth epoch (twentieth with soft labels) and the last, not that of the last"""
+    """report the highest test accuracy of the epochs after which the network is tested (`tested_every`), not that of the last"""
 
     @property
     def total_epochs(self) -> int:
         """Return the number of epochs of a training."""
-        return self.epochs + (self.loop != "scheduler")
+        return self.epochs + (self.loop in ("public", "cosine"))
 
     @property
     def epochs_before_drop(self) -> int:
@@ -85,36 +98,55 @@ class EvaluationProtocol:
         """Return the learning rate in `epoch`, counted from 0, as a multiple of that in the first epoch."""
         if self.loop == "cosine":
             return _MIN_LR_FACTOR + (1 - _MIN_LR_FACTOR) * (1 + math.cos(math.pi * epoch / max(self.epochs, 1))) / 2
+        if self.loop == "fifths":
+            return 0.5 ** sum(epoch >= fifth * self.epochs // 5 for fifth in range(1, 5))
         return 1.0 if epoch < self.epochs_before_drop else 0.1
 
-    def is_tested(self, epoch: int, *, soft: bool) -> bool:
-        """Return whether the network is tested after `epoch` (counted from 1), for `soft` labels or class indices."""
-        every = _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
-        return epoch == self.total_epochs or (self.best_epoch and epoch % every == 0)
+    def tested_every(self, *, soft: bool, ipc: int) -> int:
+        """Return the number of epochs between tests for the best epoch, with `soft` labels or class indices and `ipc` images per class."""
+        if self.loop != "fifths":
+            return _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
+        if self.epochs < _FEWEST_TESTS * _TESTED_EVERY_IN_NCFM:
+            return max(1, self.epochs // _FEWEST_TESTS)
+        return _TESTED_EVERY_IN_NCFM if ipc < _MANY_IMAGES else _TESTED_EVERY_OF_MANY
+
+    def is_tested(self, epoch: int, *, soft: bool, ipc: int) -> bool:
+        """Return whether the network is tested after `epoch` (counted from 1); see `tested_every`."""
+        return epoch == self.total_epochs or (self.best_epoch and epoch % self.tested_every(soft=soft, ipc=ipc) == 0)
 
     def describe(self) -> str:
         """Return the protocol in words, on one line."""
-        optimizer = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
+        sgd = f"SGD with momentum {self.momentum:g} and"
+        optimizer = f"{sgd if self.optimizer == 'sgd' else 'AdamW with'} weight decay {self.weight_decay:g}"
         drop = {
             "public": f"a tenth of it after {self.epochs_before_drop} epochs in a new optimizer",
             "scheduler": f"a tenth of it after {self.epochs_before_drop} epochs in the same optimizer",
             "cosine": f"which falls to {_MIN_LR_FACTOR:g} of it along a cosine",
+            "fifths": "half of it after each fifth of the epochs",
         }[self.loop]
         lr = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
-        combined = (
-            ", an operation of its own for each image, for real images in a distilled set a crop and a flip"
-            if self.combined and augment_by_strategy(self.augment) is not None
-            else ""
-        )
+        how = ""
+        if augment_by_strategy(self.augment) is not None:
+            if self.combined:
+                how = ", an operation of its own for each image, for real images in a distilled set a crop and a flip"
+            elif self.cutmix:
+                how = " (flip and colors of all images, one of the others in each step, no cutout)"
+        if self.cutmix:
+            how += ", CutMix in half the steps"
+        every, of_many = (self.tested_every(soft=False, ipc=ipc) for ipc in (1, _MANY_IMAGES))
+        best = f"of every {every}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels)"
+        if self.loop == "fifths":
+            best = f"after every {every} epochs" + (
+                f" ({of_many} with {_MANY_IMAGES} and more images per class)" if of_many < every else ""
+            )
         reported = (
-            f"the BEST of every {_TESTED_EVERY}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels) and the last is reported, "
-            "chosen on the test images"
+            f"the BEST {best} and the last is reported, chosen on the test images"
             if self.best_epoch
             else "the last epoch is reported"
         )
         return (
             f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {lr}, "
-            f"{drop}, augmentation {self.augment}{combined}; {reported}"
+            f"{drop}, augmentation {self.augment}{how}; {reported}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -127,6 +159,17 @@ PROTOCOLS = {
     "datm": EvaluationProtocol(name="datm", batch_size=128),
     "ddranking": EvaluationProtocol(name="ddranking", loop="scheduler", best_epoch=True),
     "selmatch": EvaluationProtocol(name="selmatch", batch_size=128, loop="cosine", lr=0.1, combined=True),
+    "ncfm": EvaluationProtocol(
+        name="ncfm",
+        epochs=2000,
+        batch_size=128,
+        loop="fifths",
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,
+        cutmix=True,
+        best_epoch=True,
+    ),
 }
 """Protocols by name.
 
@@ -137,6 +180,7 @@ ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set
     and keeps the one best on the test images; here the caller gives the rate.
 selmatch: SelMatch's code, for its sets of hundreds of images per class, on ResNet18BN. Its authors' numbers are of the set with
     the highest accuracy on the test images, as DATM's.
+ncfm: NCFM's code with its configurations, whose weight decay does not reach the optimizer: it is torch.optim.AdamW's own.
 """
 
 
@@ -149,16 +193,16 @@ def published_protocol(name: str) -> EvaluationProtocol:
 
 
 def protocol_by_name(
-    name: str, *, epochs: int, batch_size: int | None, augment: str, best_epoch: bool
+    name: str, *, epochs: int | None, batch_size: int | None, augment: str, best_epoch: bool
 ) -> EvaluationProtocol:
-    """Return the protocol called `name` with these `epochs`, this augmentation and, if given, this batch size.
+    """Return the protocol called `name` with this augmentation and, if given, these `epochs` and this batch size.
 
     `best_epoch` reports the best epoch even if the protocol reports the last. Raises `InputError` for an unknown name.
     """
     published = published_protocol(name)
     protocol = dataclasses.replace(
         published,
-        epochs=epochs,
+        epochs=published.epochs if epochs is None else epochs,
         batch_size=published.batch_size if batch_size is None else batch_size,
         augment=augment,
         best_epoch=best_epoch or published.best_epoch,
@@ -223,29 +267,49 @@ def network_job(
     The job returns the final parameters (P,), and calls `test` after the epochs to test. The arguments of `test` are the network in
     evaluation mode, its parameters (P,), and whether it has diverged (), bool, on the device.
     """
-    student = _student(network, images, precision)
-    sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
-    augment = augment_by_strategy(protocol.augment)
-    if augment is not None and protocol.combined:
-        augment = CombinedAugment(augment.strategy)
-    velocity, run = torch.zeros_like(theta), epochs_on(student, images, sgd, augment, track_of(network))
+    soft, classes = images.labels.is_floating_point(), _num_classes(network, theta, images)
+    ipc = len(images) // classes
+    if protocol.cutmix and not soft:  # whose targets are means of two labels
+        images = dataclasses.replace(images, labels=one_hot(images.labels, classes).to(theta.dtype))
+    student, optimizer = _student(network, images, precision), _optimizer(protocol, lr)
+    velocity = optimizer.start(theta)
+    run = epochs_on(student, images, optimizer, _augment(protocol), track_of(network), cutmix=protocol.cutmix)
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     losses: list[Tensor] = []
-    soft, most, epoch = images.labels.is_floating_point(), _epochs_at_once(images, sgd.batch_size), 0
+    most, epoch = _epochs_at_once(images, protocol.batch_size), 0
     while epoch < protocol.total_epochs:
         raise_if_stopped(stop, "stopped during an evaluation; its networks are not kept")
-        epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft)
+        epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft, ipc=ipc)
         theta, velocity, means, *statistics = run(
             theta, velocity, generator, *statistics, epochs=epochs, factor=protocol.lr_factor(epoch)
         )
         losses.append(means)
         epoch += epochs
-        if protocol.is_tested(epoch, soft=soft):
+        if protocol.is_tested(epoch, soft=soft, ipc=ipc):
             test(in_evaluation(network, *statistics), theta, has_diverged(torch.cat(losses), theta, *statistics))
         if epoch == protocol.epochs_before_drop and protocol.loop == "public":
             velocity = torch.zeros_like(theta)
         yield
     return theta
+
+
+def _num_classes(network: Network, theta: Tensor, images: Images) -> int:
+    """Return the number of classes that `network` tells apart: a class may have no image."""
+    with torch.no_grad():
+        return network(theta, theta.new_zeros(2, *images.input_shape)).shape[1]
+
+
+def _optimizer(protocol: EvaluationProtocol, lr: float) -> Sgd | AdamW:
+    if protocol.optimizer == "adamw":
+        return AdamW(lr, protocol.weight_decay, protocol.batch_size)
+    return Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
+
+
+def _augment(protocol: EvaluationProtocol) -> SiameseAugment | None:
+    augment = augment_by_strategy(protocol.augment)
+    if augment is None or not (protocol.combined or protocol.cutmix):
+        return augment
+    return (CombinedAugment if protocol.combined else FlipAndColorAugment)(augment.strategy)
 
 
 def _epochs_at_once(images: Images, batch_size: int) -> int:
@@ -258,10 +322,11 @@ def _epochs_at_once(images: Images, batch_size: int) -> int:
     return max(1, _STEPS_DRAWN_AT_ONCE // steps) if images.labels.is_cuda else 1
 
 
-def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool) -> int:
+def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool, ipc: int) -> int:
     """Return the number of epochs after `epoch`, at most `most`, until the next test, a change of the learning rate, or the end."""
     for following in range(epoch + 1, min(epoch + most, protocol.total_epochs)):
-        if protocol.is_tested(following, soft=soft) or protocol.lr_factor(following) != protocol.lr_factor(epoch):
+        is_tested = protocol.is_tested(following, soft=soft, ipc=ipc)
+        if is_tested or protocol.lr_factor(following) != protocol.lr_factor(epoch):
             return following - epoch
     return min(most, protocol.total_epochs - epoch)
 

@@ -1,4 +1,4 @@
-"""Train experts and evaluated networks by SGD, in chunks of steps or in epochs, and measure their accuracy."""
+"""Train experts and evaluated networks by SGD or AdamW, in chunks of steps or in epochs, and measure their accuracy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.batch import Batch, Inputs, gathered
 from mtt_fast.engine.draws import Apply, StepDraws, draw_steps
 from mtt_fast.engine.student import Student
+from mtt_fast.kernels import PartialSums
 from mtt_fast.networks.flat_module import Track
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
+from mtt_fast.training.adamw import AdamW
+from mtt_fast.training.cutmix import draw_box, mixed
 from mtt_fast.training.images import Images
 from mtt_fast.training.sharpness import SharpnessAware
 
@@ -39,12 +42,31 @@ class Sgd:
     weight_decay: float = 0.0
     batch_size: int = 256
 
+    def start(self, theta: Tensor) -> Tensor:
+        """Return the velocity (P,) before the first step."""
+        return torch.zeros_like(theta)
+
+    def step(self, theta: Tensor, velocity: Tensor, sums: PartialSums, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """Return parameters and velocity (P,) after a step with the learning rate `lr` (). A pure function."""
+        theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if self.momentum else None
+        kernels.sgd_step(
+            theta,
+            sums,
+            lr,
+            out=theta_out,
+            velocity=velocity if self.momentum else None,
+            velocity_out=velocity_out,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        return theta_out, velocity if velocity_out is None else velocity_out
+
 
 Epochs = Callable[..., tuple[Tensor, ...]]
 """A function (theta, velocity, generator, epochs=1, factor=1.0) -> (theta, velocity, losses) that trains for some epochs.
 
-The learning rate is `factor` times that of its `Sgd`, and `losses` (epochs,) are the means of each epoch. For a network with
-running statistics (S,), they are the last positional argument and the last result.
+The learning rate is `factor` times that of its `Sgd` or `AdamW`, whose state takes the place of the velocity, and `losses` (epochs,)
+are the means of each epoch. For a network with running statistics (S,), they are the last positional argument and the last result.
 """
 
 
@@ -52,7 +74,7 @@ class Chunk(NamedTuple):
     """The state of a training after a few steps."""
 
     theta: Tensor  # (P,)
-    velocity: Tensor  # (P,)
+    velocity: Tensor  # (P,), or the state of `AdamW`
     losses: Tensor  # (steps,): the sum over the images of each step, before its update
     statistics: list[Tensor]  # running statistics (S,), or empty
 
@@ -64,18 +86,20 @@ Chunks = Callable[..., Iterator[Chunk]]
 def epochs_on(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd,
+    sgd: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
     visited: Tensor | None = None,
+    *,
+    cutmix: bool = False,
 ) -> Epochs:
-    """Return a function that trains by SGD for some epochs on `images`, each in random order; the last batch may be smaller.
+    """Return a function that trains by SGD or AdamW for some epochs on `images`, each in random order; the last batch may be smaller.
 
     `visited`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
-    the running statistics of a network that has some. Order and augmentation of all epochs are drawn from the generator before the
-    first step. Nothing waits for the device, and on CUDA steps are replayed from a CUDA graph.
+    the running statistics of a network that has some. `cutmix` mixes the images of half the batches (mtt_fast/training/cutmix.py) and needs
+    soft labels. Order and augmentation of all epochs are drawn from the generator before the first step. Nothing waits for the device, and on CUDA steps are replayed from a CUDA graph.
     """
-    chunks = chunks_on(student, images, sgd, augment, track, visited)
+    chunks = chunks_on(student, images, sgd, augment, track, visited, cutmix=cutmix)
     count = images.num_crops * (len(images) if visited is None else len(visited))
 
     def run(
@@ -98,11 +122,13 @@ def epochs_on(
 def chunks_on(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd,
+    sgd: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
     visited: Tensor | None = None,
     at_once: int = STEPS_AT_ONCE,
+    *,
+    cutmix: bool = False,
 ) -> Chunks:
     """Return a function that trains as `epochs_on` does, and yields after every `at_once` steps and after a smaller batch."""
     device, pixels = images.labels.device, images.pixels
@@ -110,7 +136,7 @@ def chunks_on(
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
     indices = torch.arange(len(images)) if visited is None else visited
     length = images.num_crops * min(sgd.batch_size, len(indices))
-    run = partial(training_steps, student, images, sgd, augmentation, track, length)
+    run = partial(training_steps, student, images, sgd, augmentation, track, length, cutmix=cutmix)
     steps = graphed(run, device, kernels.compile_ahead)
 
     def chunks(
@@ -122,10 +148,14 @@ def chunks_on(
         factor: float = 1.0,
     ) -> Iterator[Chunk]:
         lr = theta.new_full((), sgd.lr * factor)
-        batches = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
+        batches: Iterator[Tensor] = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
+        boxes: list[Tensor] = []
+        if cutmix:
+            batches = _with_boxes(batches, images.input_shape, generator, boxes)
         draws = _draws(images, augmentation, batches, dtype, generator)
+        tensors = (*draws.tensors(), torch.cat(boxes)) if cutmix else draws.tensors()
         sizes = chunk_sizes(draws.lengths, length, at_once)
-        for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in draws.tensors()), strict=True):
+        for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in tensors), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, lr, *statistics, *chunk)
             statistics = tuple(statistics_after)
             yield Chunk(theta, velocity, losses, statistics_after)
@@ -156,6 +186,15 @@ def _batches(indices: Tensor, size: int, generator: torch.Generator, epochs: int
         yield from indices[torch.randperm(len(indices), generator=generator)].split(size)
 
 
+def _with_boxes(
+    batches: Iterable[Tensor], image_shape: torch.Size, generator: torch.Generator, boxes: list[Tensor]
+) -> Iterator[Tensor]:
+    """Yield `batches`, and add CutMix's draws for each, drawn after the batch, to `boxes`."""
+    for index in batches:
+        boxes.append(draw_box(len(index), image_shape, generator))
+        yield index
+
+
 def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
     """Return the number of images in each chunk. A chunk is at most `at_once` batches, and ends after one smaller than `full`."""
     sizes, count = [0], 0
@@ -171,7 +210,7 @@ def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
 def training_steps(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd,
+    sgd: Sgd | AdamW,
     augment: Apply | None,
     track: Track | None,
     length: int,
@@ -179,17 +218,20 @@ def training_steps(
     velocity: Tensor,
     lr: Tensor,
     *rest: Tensor,
+    cutmix: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return parameters and velocity (P,) after steps on `length` images each, and the sum of the losses in each step (steps,).
 
     `lr` () replaces `sgd.lr`, so that one CUDA graph serves all learning rates. `rest` are the running statistics (S,) if
-    `track` is given (they are also the last result), the indices (Σb,) of the images of all steps, and the parameters (Σb, K) of
-    `augment`. The function is pure, and reads no tensor on the host.
+    `track` is given (they are also the last result), the indices (Σb,) of the images of all steps, the parameters (Σb, K) of
+    `augment`, and with `cutmix` the draws (Σb, 5) of the boxes. The function is pure, and reads no tensor on the host.
     """
     statistics, (index, *parameters) = (rest[:1], rest[1:]) if track is not None else ((), rest)
     losses = []
     for step in zip(index.split(length), *(each.split(length) for each in parameters), strict=True):
-        inputs, targets = _inputs(images, augment, *step)
+        inputs, targets = _inputs(images, augment, *(step[:-1] if cutmix else step))
+        if cutmix:
+            inputs, targets = mixed(gathered(inputs), targets, step[-1])
         if track is not None:
             inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
@@ -200,7 +242,7 @@ def training_steps(
 
 def training_step(
     student: Student | SharpnessAware,
-    sgd: Sgd,
+    sgd: Sgd | AdamW,
     theta: Tensor,
     velocity: Tensor,
     inputs: Inputs,
@@ -209,18 +251,7 @@ def training_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameters and velocity (P,) after a step with the learning rate `lr` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
-    theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
-    kernels.sgd_step(
-        theta,
-        sums,
-        lr,
-        out=theta_out,
-        velocity=velocity if sgd.momentum else None,
-        velocity_out=velocity_out,
-        momentum=sgd.momentum,
-        weight_decay=sgd.weight_decay,
-    )
-    return theta_out, velocity if velocity_out is None else velocity_out, loss
+    return *sgd.step(theta, velocity, sums, lr), loss
 
 
 def _inputs(

@@ -168,6 +168,7 @@ def _of_sets(rest: str) -> dict[str, Row]:
         "canvas_samples": needs("--texture", "--canvas_samples 2", pt.format("canvases")),
         "label_kind": changes("--label_kind logits", job=pt.format("soft")),
         "distilled_share": needs("--protocol selmatch", "--distilled_share 0.5", pt.format("two")),
+        "factor": changes("--factor 2", job=pt.format("pair")),
         "other_data": says("--other_data", "--other_data: has no effect"),
     }
 

@@ -54,7 +54,7 @@ PUBLIC_DISTILL: dict[str, Row] = {
     "eval_mode": ("M", "S", "S", ""),
     "num_eval": ("3", 5, 5, ""),
     "eval_it": ("50", 100, 100, ""),
-    "epoch_eval_train": ("300", 1000, 1000, ""),
+    "epoch_eval_train": ("300", 1000, None, ""),  # None: what the protocol says, 1000 by that of the public code
     "Iteration": ("100", 5000, 5000, ""),
     "lr_img": ("100", 1000, 1000.0, ""),
     "lr_lr": ("1e-07", 1e-05, 1e-05, ""),
@@ -126,7 +126,7 @@ _TRAINING: Flags = _COMMON | {"networks_at_once": None}
 _EVALUATION: Flags = _TRAINING | {
     "batch_train": None,
     "num_eval": 5,
-    "epoch_eval_train": 1000,
+    "epoch_eval_train": None,
     "eval_mode": "S",
     "protocol": "mtt",
     "best_epoch": False,
@@ -149,6 +149,7 @@ _SET: Flags = _EVALUATION | {
     "canvas_samples": 1,
     "label_kind": None,
     "distilled_share": 1.0,
+    "factor": None,
     "other_data": False,
 }
 _BASELINE: Flags = _EVALUATION | {"out": None, "resume": False, "ipc": 1, "lr_net": 0.01}
@@ -451,7 +452,7 @@ def test_an_argument_of_the_public_code_is_read_or_explained(
     same = (
         str(public) == str(default)
         or public == default
-        or (name, default) in (("batch_train", None), ("buffer_path", "buffers"))
+        or (name, default) in (("batch_train", None), ("epoch_eval_train", None), ("buffer_path", "buffers"))
     )
     assert same or difference
 

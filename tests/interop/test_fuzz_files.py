@@ -235,6 +235,7 @@ READERS = {
     "dc": Reader(lambda folder: a_set(folder, "dc"), read_set),
     "dc_benchmark": Reader(lambda folder: hard_set(folder, "dc_benchmark"), read_set),
     "kip": Reader(kip, read_set),
+    "ncfm": Reader(lambda folder: hard_set(folder, "ncfm"), lambda folder: read_set(folder, info=INFO)),
     "png": Reader(lambda folder: a_set(folder, "png"), read_set),
     "png, hard": Reader(lambda folder: hard_set(folder, "png"), read_set),
     "class folders": Reader(class_folders, lambda folder: read_set(folder, info=INFO), checked=False),

@@ -498,4 +498,4 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected class indices, as dc_benchmark makes all labels whole numbers"):
         distilled("logits").export("dc_benchmark", tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert len(SET_KINDS) == 7
+    assert len(SET_KINDS) == 8

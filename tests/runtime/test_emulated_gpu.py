@@ -174,9 +174,10 @@ def test_an_iteration_of_a_baseline_waits_for_what_is_logged(method: str, waits:
 
 
 @pytest.mark.slow
-def test_sets_of_several_networks(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["mtt", "ncfm"])
+def test_sets_of_several_networks(protocol: str, run: Run, tmp_path: Path) -> None:
     words = "mtt_fast.cross random --dataset digits --models ConvNetD1W4 MLP ConvNetD1W4BN --num_eval 1 --epoch_eval_train 2 --device cuda"
-    report = run(*words.split(), "--out", str(tmp_path))
+    report = run(*words.split(), "--protocol", protocol, "--out", str(tmp_path))
     assert report.refused == []
     assert "not captured" not in report.output
     assert report.waits_below("chunks", "count_correct") == []

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtt_fast import SyntheticDataset
+from mtt_fast import InputError, SyntheticDataset
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data import load
-from mtt_fast.training.images import as_training_images, real_images
+from mtt_fast.training.images import Images, as_training_images, parts_of, real_images
 from mtt_fast.training.subsets import shuffled_classes
 
 CPU = torch.device("cpu")
@@ -48,3 +48,27 @@ def test_each_class_is_in_an_order_that_follows_from_the_generator(tmp_path: Pat
         assert first[label].tolist() != members
         assert torch.equal(first[label], again[label])
         assert not torch.equal(first[label], other[label])
+
+
+def test_the_parts_of_an_image_are_scaled_up() -> None:
+    """Cut images of two by two parts, each of one color, which stay of one color."""
+    colors = torch.rand(2, 3, 2, 2)
+    pixels = colors.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = Images(pixels, torch.tensor([4, 7]), real=torch.tensor([False, True]))
+    parts = parts_of(images, 2)
+    torch.testing.assert_close(parts.pixels, colors.permute(2, 3, 0, 1).reshape(8, 3, 1, 1).expand(8, 3, 8, 8))
+    assert parts.labels.tolist() == [4, 7] * 4
+    assert parts.real is not None
+    assert parts.real.tolist() == [False, True] * 4
+    soft = parts_of(Images(pixels, torch.tensor([[0.2, 0.8], [0.6, 0.4]])), 2).labels
+    assert torch.equal(soft, torch.tensor([[0.2, 0.8], [0.6, 0.4]] * 4))
+    assert parts_of(images, 1) is images
+
+
+def test_images_that_cannot_be_cut_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"`factor` 3: expected images that can be cut into 3 × 3 parts, found images of 8 × 8"
+    ):
+        parts_of(Images(torch.rand(1, 1, 8, 8), torch.zeros(1)), 3)
+    with pytest.raises(InputError, match="found canvases"):
+        parts_of(Images(torch.rand(1, 1, 8, 8), torch.zeros(1), canvas=Canvas(2)), 2)

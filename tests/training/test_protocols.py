@@ -184,6 +184,17 @@ def test_protocols_say_what_they_do() -> None:
         "the BEST of every 10th epoch (20th with soft labels) and the last is reported, chosen on the test images"
         in said["ddranking"]
     )
+    assert (
+        "2000 epochs in batches of 128, AdamW with weight decay 0.01, learning rate 0.001, half of it after each fifth"
+        in said["ncfm"]
+    )
+    assert (
+        "rotate (flip and colors of all images, one of the others in each step, no cutout), CutMix in half the steps;"
+        in said["ncfm"]
+    )
+    assert "the BEST after every 100 epochs (2 with 50 and more images per class) and the last" in said["ncfm"]
+    without = dataclasses.replace(PROTOCOLS["ncfm"], augment="none").describe()
+    assert "augmentation none, CutMix in half the steps;" in without
     assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm", "selmatch"))
     assert "1001 epochs in batches of 128" in said["selmatch"]
     assert "learning rate 0.1, which falls to 0.01 of it along a cosine" in said["selmatch"]
@@ -193,10 +204,33 @@ def test_protocols_say_what_they_do() -> None:
     )
     assert "augmentation none;" in dataclasses.replace(PROTOCOLS["selmatch"], augment="none").describe()
     tested = [
-        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft)]
+        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft, ipc=50)]
         for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
     ]
     assert tested == [[1001], list(range(10, 1001, 10)), list(range(20, 1001, 20))]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ipc", "every"), [(2000, 49, 100), (2000, 50, 2), (1000, 10, 100), (40, 50, 5), (3, 1, 1)]
+)
+def test_ncfm_tests_as_often_as_its_code(epochs: int, ipc: int, every: int) -> None:
+    protocol = dataclasses.replace(PROTOCOLS["ncfm"], epochs=epochs)
+    tested = [epoch for epoch in range(1, epochs + 1) if protocol.is_tested(epoch, soft=True, ipc=ipc)]
+    assert tested == list(range(every, epochs + 1, every))
+
+
+def test_cutmix_mixes_soft_labels_too() -> None:
+    """Train with labels that are classes and with the same as probabilities; a class without an image has its place."""
+    net = ConvNet(1, 5, 6, width=4, depth=1)
+    start, labels = net.init(torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    protocol = protocol_by_name("ncfm", epochs=2, batch_size=5, augment="none", best_epoch=False)
+    pixels = torch.randn(12, 1, 6, 6)
+    hard, soft = (
+        finished(network_job(net, start, Images(pixels, each), 0.05, protocol, torch.Generator().manual_seed(1)))
+        for each in (labels, nn.functional.one_hot(labels, 5).float())
+    )
+    assert torch.equal(hard, soft)
+    assert not torch.equal(hard, start)
 
 
 def test_options_choose_the_protocol() -> None:
@@ -204,7 +238,8 @@ def test_options_choose_the_protocol() -> None:
     datm = EvaluationOptions(protocol="datm", epoch_eval_train=30, best_epoch=True, dsa=False).evaluation_protocol()
     assert (datm.batch_size, datm.epochs, datm.best_epoch, datm.augment) == (128, 30, True, "none")
     assert EvaluationOptions(protocol="datm", batch_train=64).evaluation_protocol().batch_size == 64
-    with pytest.raises(InputError, match="`protocol` kip: expected mtt, datm, ddranking, selmatch"):
+    assert [EvaluationOptions(protocol=name).evaluation_protocol().epochs for name in ("datm", "ncfm")] == [1000, 2000]
+    with pytest.raises(InputError, match="`protocol` kip: expected mtt, datm, ddranking, selmatch, ncfm"):
         EvaluationOptions(protocol="kip").evaluation_protocol()
     with pytest.raises(InputError, match="`epoch_eval_train` 0: expected at least 1 with `protocol` ddranking"):
         EvaluationOptions(protocol="ddranking", epoch_eval_train=0).evaluation_protocol()
@@ -300,6 +335,12 @@ def test_the_log_and_the_record_describe_the_rate_that_is_used(
     described = f"learning rate {rate}" if words else "the set's learning rate"
     for said in (caplog.text, Path("runs/cross/cross.md").read_text()):
         assert f", {described}, " in said
+
+
+def test_a_set_is_evaluated_by_ncfms_protocol(a_set: Path) -> None:
+    result = result_of(str(a_set), "--protocol", "ncfm", "--epoch_eval_train", "2")
+    assert (result["lr"], result["images"], result["accuracy"]["epoch"]) == (1e-3, 10, "best")
+    assert result_of(str(a_set), "--protocol", "ncfm", *ONE_EPOCH, "--factor", "2")["images"] == 40
 
 
 def test_random_images_are_said_to_be_trained_on_at_their_rate(a_set: Path) -> None:

@@ -94,7 +94,9 @@ def test_running_statistics_go_through_a_chunk(at_once: int) -> None:
 
 
 @pytest.mark.parametrize("best_epoch", [False, True])
-@pytest.mark.parametrize(("name", "together"), [("mtt", 4), ("mtt", 10), ("ddranking", 10), ("selmatch", 10)])
+@pytest.mark.parametrize(
+    ("name", "together"), [("mtt", 4), ("mtt", 10), ("ddranking", 10), ("selmatch", 10), ("ncfm", 10)]
+)
 def test_an_evaluation_pauses_where_it_must(
     name: str, together: int, best_epoch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
