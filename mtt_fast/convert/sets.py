@@ -116,8 +116,7 @@ def _is_whitened(options: ConvertOptions, distilled: SyntheticDataset | TensorSe
 def _left_out(
     to: str, distilled: SyntheticDataset | TensorSet, written: list[Path], *, whitened: bool, factor: int
 ) -> Iterator[str]:
-    """Yield what the `written` files of the kind `to` do not hold: parameters of the images, learning rates, whitening, `factor`, and
-    which images are real."""
+    """Yield what the `written` files of the kind `to` do not hold, such as learning rates, whitening and `factor`."""
     if isinstance(distilled, SyntheticDataset) and distilled.parameters and to != "synthetic":
         yield (
             f"files of this kind hold the images alone, not the {sum(each.numel() for each in distilled.parameters.values()):,} learned "

@@ -97,7 +97,8 @@ def epochs_on(
 
     `visited`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
     the running statistics of a network that has some. `cutmix` mixes the images of half the batches (mtt_fast/training/cutmix.py) and needs
-    soft labels. Order and augmentation of all epochs are drawn from the generator before the first step. Nothing waits for the device, and on CUDA steps are replayed from a CUDA graph.
+    soft labels. Order and augmentation of all epochs are drawn from the generator before the first step. Nothing waits for the
+    device, and on CUDA steps are replayed from a CUDA graph.
     """
     chunks = chunks_on(student, images, sgd, augment, track, visited, cutmix=cutmix)
     count = images.num_crops * (len(images) if visited is None else len(visited))
