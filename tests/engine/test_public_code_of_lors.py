@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import mtt_fast
 from mtt_fast import FlatModule, InputError, matching_loss, unroll
 from mtt_fast.engine.student import Loss
 from mtt_fast.testing import assert_close
@@ -148,6 +150,26 @@ def test_iterations_are_those_of_the_code(name: str) -> None:
         optimizer.step()
     for key, first in first_values(name).items():
         assert_close(f"change of {key}", values[key] - first, RECORD[f"{name}.{key}"] - first, 1e-10)
+
+
+def test_the_block_on_the_page_computes_the_exact_gradient() -> None:
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    (block,) = re.findall(r"^```python\n(class Encoders.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    values, towers, epoch = first_values("wbce"), Towers().double(), int(RECORD["starts"][0])
+    image_rows, text_rows = RECORD["image_rows"], RECORD["text_rows"]
+    start, target = (torch.cat([image_rows[row], text_rows[row]]) for row in (epoch, epoch + 1))
+    space: dict[str, Any] = {
+        "torch": torch, "F": F, "mtt_fast": mtt_fast, "image_encoder": towers.image[1:], "text_projection": towers.text,
+        "size": SIZE, "pixels": PIXELS, "rank": RANK, "alpha": ALPHA, "temperature": TEMPERATURE,
+        "contrastive_criterion": weighted_bce, "image_syn": values["images"], "text_syn": values["texts"],
+        "diag_weight": values["diagonal"], "left": values["left"], "right": values["right"],
+        "syn_lr_img": values["lr_img"], "syn_lr_txt": values["lr_txt"], "order": RECORD["batches"][0],
+        "start": start, "target": target, "split": image_rows.shape[1],
+    }  # fmt: skip
+    exec(block, space)
+    for key, value in values.items():
+        assert value.grad is not None
+        assert_close(key, value.grad, RECORD[f"wbce.exact.{key}"], 1e-10)
 
 
 def test_similarities_that_the_loss_reads_from_elsewhere_are_refused() -> None:
