@@ -99,7 +99,7 @@ def saveable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def check_types(**tensors: Tensor) -> None:
+def check_types(**tensors: Any) -> None:
     """Raise `InputError` unless `tensors` are ordinary tensors, and not fake ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
