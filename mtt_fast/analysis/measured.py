@@ -94,10 +94,10 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         }
         experts = summary.get("experts", {})
         hyperparameters, digest = experts.get("hyperparameters"), experts.get("digest")
-        # experts of a curriculum (PAD) are others at the same options, and those of other software may be of any training
-        all_options |= {
-            "experts": [hyperparameters, digest] if "imported_from" in (hyperparameters or ()) else hyperparameters
-        }
+        # experts of a curriculum (PAD) are others at the same options, those of other software may be of any training, and of those
+        # that a baseline used only the folder is known
+        known = [hyperparameters, digest] if "imported_from" in (hyperparameters or ()) else hyperparameters
+        all_options |= {"experts": known or options.get("buffer_path")}
         random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
         for trained_on, method, others, repetition in (
             ("distilled", setting.method, all_options, (seed, digest)),

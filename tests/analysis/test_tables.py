@@ -154,7 +154,7 @@ def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None
 
 
 def test_runs_with_other_experts_or_scores_are_not_left_out() -> None:
-    """Check that imported experts part runs, that other own experts are another repetition, and that a copied run is none."""
+    """Check that imported experts, and those of baselines, part runs; that other own experts are another repetition, and a copied run is none."""
 
     def of_run(mean: float, experts: dict[str, Any], digest: str, **options: Any) -> dict[str, Any]:
         return summary(mean, random=mean, **options) | {"experts": {"hyperparameters": experts, "digest": digest}}
@@ -168,6 +168,8 @@ def test_runs_with_other_experts_or_scores_are_not_left_out() -> None:
         "own, copied": of_run(0.5, own, "c"),
         "scores": of_run(0.6, own, "c", ipc=50, score_path="cscores.npz"),
         "other scores": of_run(0.7, own, "c", ipc=50, score_path="mine.npz"),
+        "herding": summary(0.8, method="Herding", buffer_path="mine"),
+        "herding by others": summary(0.9, method="Herding", buffer_path="theirs"),
     }
     measured = measurements({Path(name): run for name, run in runs.items()})
     assert {setting: [value.runs for value in values] for setting, values in measured.items()} == {
@@ -179,6 +181,7 @@ def test_runs_with_other_experts_or_scores_are_not_left_out() -> None:
         Setting("CIFAR10", "ConvNet", "MTT", "50"): [("scores",), ("other scores",)],
         Setting("CIFAR10", "ConvNet", "Random", "1"): [("imported", "imported, others")],
         Setting("CIFAR10", "ConvNet", "Random", "50"): [("scores",)],
+        Setting("CIFAR10", "ConvNet", "Herding", "1"): [("herding",), ("herding by others",)],
     }
 
 
