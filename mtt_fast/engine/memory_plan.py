@@ -314,7 +314,7 @@ def plan_for(
             f"{'free memory' if is_auto else 'raise it'}, or {fix}"
         )
     even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
-    recomputed, saved = work.student.passes
+    recomputed, saved = even.student.passes
     if saved == recomputed:
         return even
     return _largest(work.steps, lambda steps: dataclasses.replace(even, saved_steps=steps), budget) or even
