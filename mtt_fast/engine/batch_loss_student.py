@@ -65,7 +65,7 @@ class BatchLossStudent:
         return 17, 17
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`: the memory of a piece. That of the loss itself on the outputs of a batch is not counted."""
+        """See `Student.step_bytes`: the memory of a piece. That of the loss itself is not counted, but a plan allows for it."""
         step = InMicrobatches(self.student, self.size).step_bytes(batch, image_shape, dtype, device)
         return step._replace(gradient_saving=step.gradient, gradient_jvp_saved=step.gradient_jvp, saved=0)
 

@@ -13,6 +13,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.checks import check_generator
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.live_bytes import output_bytes
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
 from mtt_fast.engine.number_checks import check_number
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
@@ -122,7 +123,7 @@ def unroll(
             unchanged, whatever `label_kind` says, but floating ones in the dtype of `theta`. The gradient flows to all numbers in
             these, such as a teacher's logits and a temperature. It may compare the samples of a batch, as a contrastive loss does. If
             batches are cut and it is not a mean over the samples, the network gets the pieces and the loss the outputs of the whole
-            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is not counted.
+            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is estimated from the size of the outputs.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
@@ -324,7 +325,8 @@ def _plan_of_batch_loss(plan: Plan, net: Network, options: StepOptions) -> Plan:
     # only the generic student cuts batches for it, which may take more memory
     work = replace(plan.work, student=GenericStudent(net, options.loss), loss_is_mean=False)
     if plan.budget is not None:
-        options = replace(options, plan=None, memory_budget=plan.budget)
+        options = replace(options, plan=None, memory_budget=options.memory_budget or plan.budget)
+        work = replace(work, output_bytes=output_bytes(net, work.batch, work.input_shape, work.dtype))
     return _plan_of(work, options)
 
 

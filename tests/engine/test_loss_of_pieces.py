@@ -182,3 +182,16 @@ def test_the_budget_of_a_plan_holds_for_a_loss_that_is_not_a_mean() -> None:
     images.requires_grad_()
     first = peak(memory_budget="14MiB")  # the memory of steps is counted once, on tensors without data
     assert peak(plan=steps) == peak(memory_budget="14MiB") < first
+
+
+def test_a_budget_allows_for_the_loss_of_a_whole_batch() -> None:
+    """Check a loss whose arguments, a class for each pixel, take more memory than the network."""
+    net, images = FlatModule(nn.Conv2d(3, 21, 1)), draw(32, 3, 32, 32).float().requires_grad_()
+    labels, loss = torch.arange(32 * 32 * 32).view(32, 32, 32) % 21, nn.CrossEntropyLoss(weight=torch.arange(1.0, 22))
+    arguments = (net, net.init(), images, labels, 0.1, torch.arange(32)[None])
+    unroll(*arguments, loss=F.cross_entropy, memory_budget="24MiB")  # a mean, whose pieces do not need each other
+    with pytest.raises(InputError, match=r"`memory_budget` 24MiB: expected at least 5\d MiB"):
+        unroll(*arguments, loss=loss, memory_budget="24MiB")
+    with CountLiveBytes() as counted:
+        unroll(*arguments, loss=loss, memory_budget="64MiB")[-1].sum().backward()
+    assert counted.peak < 64 << 20
