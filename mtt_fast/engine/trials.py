@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.batch_loss_student import outputs_in_pieces
-from mtt_fast.engine.generic_student import GenericStudent, does_not_depend_on
+from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, does_not_depend_on
 from mtt_fast.engine.student import Loss
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
@@ -88,6 +88,7 @@ def try_step(
     whole = torch.arange(len(index), device="cpu")
     inputs, targets = samples(_trial_positions(network, len(index)))
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
+    is_known_mean = student.loss in (cross_entropy, cross_entropy_from_logits)
     with without_autocast(theta.device):
         try:
             logits = _try_gradient(student, theta, inputs[first], targets[first], needs_images=needs_images)
@@ -104,11 +105,13 @@ def try_step(
                 logits = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
                 _check_samples_are_independent(student, theta, inputs[first], logits)
             _try_loss(student, logits.requires_grad_(), targets)
-            return False
+            return is_known_mean
         if not is_cut:
             return True
         with torch.no_grad():
             _check_samples_are_independent(student, theta, inputs[first], logits)
+            if is_known_mean:
+                return True
             outputs = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
             # of all labels, since a captured iteration gets other batches later
             others = labels.detach()[_different_labels(labels.detach())]

@@ -279,7 +279,7 @@ def checked_plan(
     if theta.is_meta:
         return plan
     loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
-    return plan if loss_is_mean or options.loss is None else _plan_of_batch_loss(plan, net, options)
+    return plan if loss_is_mean else _plan_of_batch_loss(plan, net, options)
 
 
 def planned_path(
