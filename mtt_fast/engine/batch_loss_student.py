@@ -23,6 +23,7 @@ from mtt_fast.engine.student import (
     as_sums,
     pieces_of,
 )
+from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention
 
 
@@ -38,7 +39,7 @@ class BatchLossStudent:
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        graph = loss_graph(self.student.loss, self._outputs(theta, images), labels)
+        graph = loss_graph(self.student.loss, outputs_in_pieces(self.student.network, theta, images, self.size), labels)
         step = self._pieces.gradient(theta, images, len(images) * graph.gradient.detach())
         return StepGradient(graph.loss.detach(), step.sums, None)
 
@@ -46,7 +47,7 @@ class BatchLossStudent:
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        graph = loss_graph(self.student.loss, self._outputs(theta, images), labels)
+        graph = loss_graph(self.student.loss, outputs_in_pieces(self.student.network, theta, images, self.size), labels)
         outputs_bar = len(images) * graph.gradient.detach()
         # with ∂ℓ/∂z as a constant; the derivative with respect to that constant is the tangent of the outputs
         part = self._pieces.gradient_jvp(theta, images, outputs_bar, v)
@@ -64,7 +65,7 @@ class BatchLossStudent:
         return 17, 17
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`: the memory of a piece. That of the loss itself on the outputs of a batch is not counted."""
+        """See `Student.step_bytes`: the memory of a piece. That of the loss itself is not counted, but a plan allows for it."""
         step = InMicrobatches(self.student, self.size).step_bytes(batch, image_shape, dtype, device)
         return step._replace(gradient_saving=step.gradient, gradient_jvp_saved=step.gradient_jvp, saved=0)
 
@@ -72,12 +73,6 @@ class BatchLossStudent:
     def _pieces(self) -> InMicrobatches:
         """Return the student whose "labels" are b·∂ℓ/∂z: the mean of z·(b ∂ℓ/∂z) over the samples has the gradient of ℓ."""
         return InMicrobatches(GenericStudent(self.student.network, _mean_inner_product), self.size)
-
-    def _outputs(self, theta: Tensor, images: Inputs) -> Tensor:
-        """Return the network's outputs (b, …) of the whole batch."""
-        network, pieces = self.student.network, pieces_of(len(images), self.size)
-        with torch.no_grad():
-            return torch.cat([network(theta, gathered(images[piece]).clone()) for piece, _ in pieces])
 
     def _add_vjp(self, theta: Tensor, images: Inputs, outputs_bar: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """Add the gradients of the network's outputs · `outputs_bar` with respect to θ and to the images to `out`."""
@@ -90,6 +85,13 @@ class BatchLossStudent:
             for total, leaf in zip((to_theta, to_images[piece]), leaves, strict=True):
                 if leaf.grad is not None:
                     total.add_(leaf.grad)
+
+
+def outputs_in_pieces(network: Network, theta: Tensor, images: Inputs, size: int) -> Tensor:
+    """Return the network's outputs (b, …) of a whole batch, without a graph, computed on at most `size` samples at once."""
+    with torch.no_grad():
+        pieces = [network(theta, gathered(images[piece]).clone()) for piece, _ in pieces_of(len(images), size)]
+    return torch.cat(pieces)
 
 
 def _mean_inner_product(outputs: Tensor, factors: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ _LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
 class FusedConvNetStudent:
     """Compute a step of `ConvNet` with cross-entropy or a `loss` of the caller's own, in float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; on a CPU only fp32 has an effect. With fp16 or bf16 all planes but
+    `precision` is that of the factors of float32 convolutions; a CPU rounds them too, and takes longer. With fp16 or bf16 all planes but
     the given images and their gradient are float16 or bfloat16, in half the memory. With fp16 the direction and the cotangents are
     scaled by powers of two. All results are linear in them, so the scales are removed exactly. A number that is still too large
     makes the results not finite. float64 stays float64.

@@ -25,7 +25,7 @@ from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Loss
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps, optimizer_of
+from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps, optimizer_of, planned_path
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -43,8 +43,8 @@ class GraphedMatchingLoss:
 
     The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures the
     loss and its gradients. Later calls copy their tensors into the graph and launch it; nothing waits for the GPU. Python values
-    that network, loss and augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of
-    its plan until the object is freed. On a CPU nothing is captured. Call one object on one stream.
+    that network, loss and augmentation read, such as a module's mode, are fixed by the first call, and so is whether the loss is
+    taken for a mean over the samples. Each graph holds the memory of its plan until the object is freed. On a CPU nothing is captured. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
@@ -149,6 +149,9 @@ class GraphedMatchingLoss:
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 moments=optimizer.moments, path_gradient=self._path_loss is not path_loss,
             )  # fmt: skip
+            if options.loss is not None and plan.cut:
+                draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
+                plan, *_ = planned_path(plan, self._net, options, steps, optimizer, draws)
             _check_reads_constants(self._path_loss, steps, target, on_host=plan.path_on_host)
         is_full = len(self._graphed_functions()) == _MAX_GRAPHS
         if is_full or plan.path_on_host:

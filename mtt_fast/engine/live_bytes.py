@@ -48,6 +48,13 @@ def live_bytes(
     return known[shapes]
 
 
+def output_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> int:
+    """Return the bytes of the outputs of a `network` for a batch. Nothing is computed, as in `live_bytes`."""
+    theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
+    with torch.no_grad():
+        return network(theta, torch.empty((batch, *image_shape), dtype=dtype, device="meta")).nbytes
+
+
 @without_saved_tensor_hooks()
 def _counted_live_bytes(
     network: Network, student: Student, batch: int, image_shape: torch.Size, dtype: torch.dtype

@@ -35,6 +35,7 @@ _VECTORS = 5  # λ_{n+1}, the loss's gradient with respect to θ_N, and room for
 _VECTORS_OF_STATE = (0, 2, 9)  # by moments: the adjoint of the state, the direction, and temporaries of Adam
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
+_COPIES_OF_OUTPUTS = 16  # in a loss and its derivatives; 15 were measured with a weighted cross-entropy of pixels
 _BASE = (4 << 20, 256 << 20)  # code loaded at its first use, stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
 _ROUNDING = 20  # allow 1/20 for what allocators round up and keep; at most 1/28 was measured
 _LARGE_PATH = 4  # a path of more than 1/4 of the budget is kept on the host
@@ -70,6 +71,8 @@ class Work:
     """whether each step has a learning rate for each parameter, (N, P)"""
     loss_is_mean: bool = True
     """whether the loss of a batch is the mean of its samples' losses, as is assumed before the trial of a loss of the caller's own"""
+    output_bytes: int = 0
+    """memory of the network's outputs for a whole batch, where the loss gets these and not those of pieces"""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Plan:
             "learning rate gradients": lr_gradients * vector,
             "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
+            "loss": _COPIES_OF_OUTPUTS * work.output_bytes,
             "saved activations": saved_bytes,
             "step": max(peaks) - saved_bytes,
             "workspace": step.workspace,
@@ -314,7 +318,7 @@ def plan_for(
             f"{'free memory' if is_auto else 'raise it'}, or {fix}"
         )
     even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
-    recomputed, saved = work.student.passes
+    recomputed, saved = even.student.passes
     if saved == recomputed:
         return even
     return _largest(work.steps, lambda steps: dataclasses.replace(even, saved_steps=steps), budget) or even

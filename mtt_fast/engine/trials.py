@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
-from mtt_fast.engine.generic_student import GenericStudent, does_not_depend_on
+from mtt_fast.engine.batch_loss_student import outputs_in_pieces
+from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, does_not_depend_on
+from mtt_fast.engine.student import Loss
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
@@ -23,6 +26,8 @@ from mtt_fast.runtime.numerics import plain_attention, without_autocast
 _MAX_SAMPLES = 8  # of a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
 _MAX_LABELS = 1000
+# What network and loss raise where they do not take so few samples. No other: torch.utils.checkpoint stops by an exception of its own.
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
 
 
 def try_augmentation(
@@ -80,19 +85,16 @@ def try_step(
         targets = labels.detach()[index[positions]]
         return inputs.to(theta.dtype), targets.to(theta.dtype) if labels.is_floating_point() else targets
 
-    def outputs_of(inputs: Tensor) -> Tensor:
-        """Return the network's outputs, computed on a few samples at once."""
-        return torch.cat([network(theta, pair.clone()) for pair in inputs.split(_SAMPLES_AT_ONCE)])
-
     whole = torch.arange(len(index), device="cpu")
     inputs, targets = samples(_trial_positions(network, len(index)))
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
+    is_known_mean = student.loss in (cross_entropy, cross_entropy_from_logits)
     with without_autocast(theta.device):
         try:
             logits = _try_gradient(student, theta, inputs[first], targets[first], needs_images=needs_images)
         except InputError:
             raise
-        except (RuntimeError, ValueError, IndexError, AssertionError):  # no other: torch.utils.checkpoint stops by one
+        except _FAILURES:
             if len(inputs[first]) == len(index):
                 raise
             if not is_cut:
@@ -100,16 +102,47 @@ def try_step(
                 return True
             inputs, targets = samples(whole)
             with torch.no_grad():
-                logits = outputs_of(inputs)
+                logits = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
                 _check_samples_are_independent(student, theta, inputs[first], logits)
             _try_loss(student, logits.requires_grad_(), targets)
-            return False
+            return is_known_mean
         if not is_cut:
             return True
         with torch.no_grad():
             _check_samples_are_independent(student, theta, inputs[first], logits)
+            if is_known_mean:
+                return True
+            outputs = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
             # of all labels, since a captured iteration gets other batches later
-            return _is_mean(student, *_with_many_labels(outputs_of(inputs), targets, labels.detach()))
+            others = labels.detach()[_different_labels(labels.detach())]
+            return _is_mean(student.loss, outputs, torch.cat([others.to(targets.dtype), targets]))
+
+
+class WatchedLoss:
+    """A loss of pieces of batches that finds out in the forward sweep whether they add up.
+
+    `try_step` has seen other outputs: a loss may leave out samples only once they are learned. Each half of a piece is compared with
+    the half before, so that this takes no more memory than a piece.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._found: list[Tensor] | None = []
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a piece."""
+        # of copies, since the loss may write into its arguments
+        for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
+            if self._before is not None and self._found is not None:
+                self._found.append(_adds_up(self._loss, [self._before, half]))
+            self._before = half
+        return self._loss(outputs, targets)
+
+    def adds_up(self) -> bool:
+        """Return whether the pieces so far added up, and watch no more. A GPU is waited for."""
+        found, self._found = self._found, None
+        return not found or bool(torch.stack(found).all())
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:
@@ -187,64 +220,88 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
 
 
 def _check_samples_are_independent(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
-    """Raise `InputError` if the logits of a sample change when it is beside a copy of itself and not beside other samples."""
+    """Raise `InputError` if the logits of a sample change when it is beside a copy of itself and not beside other samples.
+
+    If all samples are alike, or there is only one, it is set beside half of itself.
+    """
+    factor = 0.5 if bool((inputs == inputs[:1]).all()) else 1
     for position in range(len(inputs)):
-        # twice, since some networks fail with one sample (those that squeeze)
-        beside_itself = student.network(theta, inputs[[position, position]])
-        if not _are_close(logits[position], beside_itself[-1]):
+        # of two, since some networks fail with one sample (those that squeeze)
+        pair = torch.stack([factor * inputs[position], inputs[position]])
+        if not _are_close(logits[position], student.network(theta, pair)[-1]):
             raise InputError(
                 "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                 "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
             )
 
 
-def _is_mean(student: GenericStudent, outputs: Tensor, targets: Tensor) -> bool:
-    """Return whether the loss of a batch is the mean of the losses of its samples, which a loss of pairs, or one that fails, is not.
+def _is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+    """Return whether the `loss` of a batch is the mean of the losses of its samples, which a loss of pairs, or one that fails, is not.
 
-    Its gradients are compared, too. At random parameters all samples may have about the same loss, so that any weights give it.
+    There may be more `targets` than `outputs`, which are then repeated.
     """
-    if len(outputs) == 1:
-        return False  # of one sample every loss is the mean
+    if bool((outputs == outputs[:1]).all()):
+        return False  # of one sample, and of equal ones, a loss of differences is the mean
+    rows = outputs.split(1)
+    samples = [(rows[n % len(rows)], target) for n, target in enumerate(targets.split(1))]
+    # a few at once, of which the last is the first of the next few
+    few = [samples[first : first + _MAX_SAMPLES] for first in range(0, len(samples) - 1, _MAX_SAMPLES - 1)]
+    return all(bool(_adds_up(loss, part)) for part in few)
+
+
+def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
+
+    Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared, too:
+    at random parameters all samples may have about the same loss, so that any weights give it.
+    """
 
     def loss_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         leaf = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            loss = student.loss(leaf.clone(), targets.clone())
-        depends = loss.requires_grad  # not on an output that the loss leaves out
-        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True) if depends else [None]
-        return loss.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+            value = loss(leaf.clone(), targets.clone())
+        depends = value.requires_grad  # not on an output that the loss leaves out
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True) if depends else [None]
+        return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 
-    of_batch = loss_and_gradient(outputs, targets)
+    outputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
     try:
-        samples = [loss_and_gradient(*sample) for sample in zip(outputs.split(1), targets.split(1), strict=True)]
+        value, gradient = loss_and_gradient(outputs, targets)
+        of_parts = [loss_and_gradient(*part) for part in parts]
     except InputError:
         raise
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False
-    losses, gradients = torch.stack([loss for loss, _ in samples]), torch.cat([gradient for _, gradient in samples])
-    return _are_close(losses.mean(), of_batch[0], losses.abs().mean()) and _are_close(
-        gradients / len(gradients), of_batch[1]
-    )
+    except _FAILURES:
+        return torch.tensor(False, device=outputs.device)
+    shares = [len(part[0]) / len(outputs) for part in parts]
+    values = torch.stack([share * value for share, (value, _) in zip(shares, of_parts, strict=True)])
+    gradients = torch.cat([share * gradient for share, (_, gradient) in zip(shares, of_parts, strict=True)])
+    return _are_same(values.sum(), value, values.abs().sum()) & _are_same(gradients, gradient, gradient)
 
 
-def _with_many_labels(outputs: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return outputs and targets of a trial of the loss that has many of all `labels`, to which it may give other weights, or none.
+def _are_same(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
+    """Return whether two tensors are equal up to the rounding of a sum, relative to the largest magnitude in `like`, as a tensor ()."""
+    rounding = 1e-9 if first.dtype == torch.float64 else 1e-5
+    error, scale = (first - second).abs(), like.abs().nan_to_num(0, 0, 0).max()
+    not_numbers = first.isnan() & second.isnan()
+    return ((error <= rounding * scale) | (first == second) | not_numbers).all()
 
-    Of class indices all are taken, up to a limit, and the outputs are repeated. Of maps of classes those with the smallest and the
-    largest number are taken. Floating and complex targets are returned as they are.
+
+def _different_labels(labels: Tensor) -> Tensor:
+    """Return the positions of a few of all `labels` (n, …), to which a loss may give other weights, or none.
+
+    These have each class, or of numbers the smallest and the largest at each place. If there are too many, they are spread over all.
     """
-    if targets.is_floating_point() or targets.is_complex():
-        return outputs, targets
-    if labels.dim() == 1:
-        kinds = labels.unique()
-        few = torch.linspace(0, len(kinds) - 1, min(len(kinds), _MAX_LABELS), device="cpu").round().long()
-        chosen = kinds[few]
+    if labels.is_complex():
+        labels = torch.view_as_real(labels.resolve_conj())
+    if labels.is_floating_point():
+        numbers = labels.reshape(len(labels), -1)
+        rows = torch.cat([numbers.argmin(0), numbers.argmax(0)]).unique()
     else:
-        rows = labels.view(len(labels), -1).long()
-        chosen = labels[torch.stack([rows.amin(1).argmin(), rows.amax(1).argmax()])]
-    count = max(len(chosen), len(targets))
-    repeated = torch.arange(count, device=outputs.device) % len(outputs)
-    return outputs[repeated], torch.cat([chosen, targets])[:count]
+        _, first = np.unique(labels.cpu().numpy(), return_index=True)
+        rows = torch.as_tensor(first // max(labels[0].numel(), 1), device=labels.device).unique()
+    few = torch.linspace(0, len(rows) - 1, min(len(rows), _MAX_LABELS), device="cpu").round().long()
+    chosen: Tensor = rows[few]
+    return chosen
 
 
 class _RandomOperations(TorchDispatchMode):
@@ -266,9 +323,9 @@ def _generators_state(device: torch.device) -> tuple[Tensor, ...]:
     return (state, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (state,)
 
 
-def _are_close(first: Tensor, second: Tensor, like: Tensor | None = None) -> bool:
-    """Return whether two tensors are equal up to rounding, relative to the largest magnitude in `like`, by default `first`."""
-    scale = float((first if like is None else like).detach().abs().nan_to_num(0, 0, 0).max())
+def _are_close(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors are equal up to rounding, relative to the largest magnitude in `first`."""
+    scale = float(first.detach().abs().nan_to_num(0, 0, 0).max())
     # the two may have been summed in another order, with products in half precision
     rounding = 1e-4 if first.dtype == torch.float64 else 1e-2
     return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=rounding * scale, equal_nan=True)

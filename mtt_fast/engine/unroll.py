@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.checks import check_generator
 from mtt_fast.engine import arguments
 from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.live_bytes import output_bytes
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
 from mtt_fast.engine.number_checks import check_number
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
-from mtt_fast.engine.student import Loss, Student
+from mtt_fast.engine.student import InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
-from mtt_fast.engine.trials import try_augmentation, try_step
+from mtt_fast.engine.trials import WatchedLoss, try_augmentation, try_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -122,7 +123,7 @@ def unroll(
             unchanged, whatever `label_kind` says, but floating ones in the dtype of `theta`. The gradient flows to all numbers in
             these, such as a teacher's logits and a temperature. It may compare the samples of a batch, as a contrastive loss does. If
             batches are cut and it is not a mean over the samples, the network gets the pieces and the loss the outputs of the whole
-            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is not counted.
+            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is estimated from the size of the outputs.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
@@ -151,18 +152,7 @@ def unroll(
     check_generator(generator)
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
     plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
-    student_steps = StudentSteps(
-        student=plan.student,
-        batches=steps.batches,
-        saved_steps=plan.saved_steps,
-        path_on_host=plan.path_on_host,
-        augment=augment,
-        draws=tuple(draws),
-        optimizer=student_optimizer,
-        gradient=gradient,
-        checks_repeat=not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing()),
-    )
-    path, after = path_of(student_steps, steps.theta, steps.images, steps.labels, steps.lr, velocity)
+    _, path, after = planned_path(plan, net, options, steps, student_optimizer, draws, velocity)
     return (path, after) if return_velocity and after is not None else path
 
 
@@ -289,8 +279,55 @@ def checked_plan(
     if theta.is_meta:
         return plan
     loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
-    # only the generic student cuts batches for another loss
-    return plan if loss_is_mean else _plan_of(replace(work, student=generic, loss_is_mean=False), options)
+    return plan if loss_is_mean else _plan_of_batch_loss(plan, net, options)
+
+
+def planned_path(
+    plan: Plan,
+    net: Network,
+    options: StepOptions,
+    steps: CheckedSteps,
+    optimizer: Optimizer,
+    draws: Sequence[Any],
+    velocity: Tensor | None = None,
+) -> tuple[Plan, Tensor, Tensor | None]:
+    """Return the path of `steps` and the optimizer's last state, and the plan with which they were computed.
+
+    It is `plan`, unless that takes the loss for a mean over the samples, and in some step it is none.
+    """
+    theta, images, labels = steps.theta, steps.images, steps.labels
+    student, watched = plan.student, None
+    checks = not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing())
+    if checks and options.loss is not None and isinstance(student, InMicrobatches):  # which takes it for a mean
+        watched = WatchedLoss(options.loss)
+        student = InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size)
+    student_steps = StudentSteps(
+        student=student,
+        batches=steps.batches,
+        saved_steps=plan.saved_steps,
+        path_on_host=plan.path_on_host,
+        augment=options.augment,
+        draws=tuple(draws),
+        optimizer=optimizer,
+        gradient=options.gradient,
+        checks_repeat=checks,
+    )
+    path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
+    if watched is None or watched.adds_up():
+        return plan, path, after
+    del path, after  # before there is another
+    return planned_path(_plan_of_batch_loss(plan, net, options), net, options, steps, optimizer, draws, velocity)
+
+
+def _plan_of_batch_loss(plan: Plan, net: Network, options: StepOptions) -> Plan:
+    """Return the plan in place of `plan`, with its budget, for a loss that is not a mean over the samples."""
+    assert options.loss is not None
+    # only the generic student cuts batches for it, which may take more memory
+    work = replace(plan.work, student=GenericStudent(net, options.loss), loss_is_mean=False)
+    if plan.budget is not None:
+        options = replace(options, plan=None, memory_budget=options.memory_budget or plan.budget)
+        work = replace(work, output_bytes=output_bytes(net, work.batch, work.input_shape, work.dtype))
+    return _plan_of(work, options)
 
 
 def _plan_of(work: Work, options: StepOptions) -> Plan:

@@ -15,14 +15,15 @@ from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.generic_student import GenericStudent, cross_entropy
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.student import InMicrobatches, Student
+from mtt_fast.engine.student import InMicrobatches, Loss, Student
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import dispatch, tma_descriptors
@@ -63,7 +64,21 @@ CUT_TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "num_warps":
 """A tile by boxes that cuts convolutions by taps."""
 
 
-def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backend: str, device: str) -> None:
+def contrastive(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return a loss of the caller's own, which compares each sample with the others."""
+    features = F.normalize(logits)
+    return F.mse_loss(features @ features.T, (labels[:, None] == labels).to(logits.dtype))
+
+
+def compare(
+    net: ConvNet,
+    batch: int,
+    dtype: torch.dtype,
+    precision: Any,
+    backend: str,
+    device: str,
+    loss: Loss | None = None,
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -72,9 +87,9 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
     height, width = net.image_size if isinstance(net.image_size, tuple) else (net.image_size, net.image_size)
     theta, v = draw(net.num_parameters) / 2, draw(net.num_parameters)
     images, labels = draw(batch, net.in_channels, height, width), torch.arange(batch) % net.num_classes
-    expected = results(GenericStudent(net), theta, images, labels, v)
+    expected = results(GenericStudent(net, loss or cross_entropy), theta, images, labels, v)
     with taken(backend):
-        student = FusedConvNetStudent(net, "indices", precision)
+        student = FusedConvNetStudent(net, "indices", precision, loss)
         at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
         actual = results(student, *at)
     tolerances = LARGE_TOLERANCES if any(net == large for large, _ in LARGE) else TOLERANCES
@@ -86,7 +101,7 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
         floor = products if name.startswith("v_dot_g") else 1e-4
         error = relative_error(value.cpu().double(), expected[name], floor=floor)
         assert error <= tolerance, f"{name} of {net}, {dtype}, {precision}, {backend}: error {error}"
-    print("passed:", net, dtype, precision, backend)
+    print("passed:", net, dtype, precision, backend, "" if loss is None else "own loss")
 
 
 @contextmanager
@@ -175,6 +190,8 @@ def cases_of(device: str) -> list[Case]:
     iterations = [(net, double, "fp32", cut) for net, cut in ((NETS[0][0], None), (NETS[2][0], 2), (NETS[3][0], None))]
     iterations.append((NETS[2][0], single, "fp16", None))
     cases: list[Case] = [partial(compare, *step, device) for step in steps]
+    for net, dtype, precision in ((NETS[2], double, "fp32"), (NETS[2], single, "fp16"), (NETS[0], single, "bf16")):
+        cases.append(partial(compare, *net, dtype, precision, "triton", device, contrastive))
     return cases + [partial(compare_iterations, *iteration, device) for iteration in iterations]
 
 

@@ -56,6 +56,11 @@ def graphed_result(loss_of: GraphedMatchingLoss, net: Trainable, device: str) ->
     return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
 
+def contrastive(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return a loss that compares each sample of a batch with the others."""
+    return F.mse_loss(logits @ logits.T, labels @ labels.T)
+
+
 def mix() -> None:
     """Do what a GPU refuses, and what the host waits for."""
     with contextlib.suppress(RuntimeError):
@@ -73,16 +78,17 @@ def compare() -> None:
     """Compare results on the device with those on the CPU."""
     for net in (NET, module_with_buffers()):
         for options in (
-            {}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}, {"optimizer": ADAM}, {"per_parameter": True}
+            {}, {"momentum": 0.5, "microbatch": 2, "loss": F.cross_entropy}, {"optimizer": ADAM}, {"per_parameter": True},
+            {"loss": contrastive}, {"microbatch": 2, "loss": contrastive},
         ):  # fmt: skip
             for actual, expected in zip(result(net, "cuda", **options), result(net, "cpu", **options), strict=True):
                 assert_close("unroll", actual.cpu(), expected, 1e-4)
-        for optimizer in (None, ADAM):
-            graphed = GraphedMatchingLoss(net, augment=SiameseAugment(), optimizer=optimizer)
+        for options in ({}, {"optimizer": ADAM}, {"microbatch": 2, "loss": contrastive}):
+            graphed = GraphedMatchingLoss(net, augment=SiameseAugment(), **options)
             for _ in range(2):
                 actuals = graphed_result(graphed, net, "cuda")
             assert graphed.problem is None, graphed.problem
-            for actual, expected in zip(actuals, result(net, "cpu", optimizer=optimizer), strict=True):
+            for actual, expected in zip(actuals, result(net, "cpu", **options), strict=True):
                 assert_close("graphed", actual.cpu(), expected, 1e-4)
 
 

@@ -1,0 +1,197 @@
+"""Test cut batches of losses that look like a mean over samples where they are tried, against whole-graph autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtt_fast import ConvNet, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
+from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.networks.protocol import Network
+from mtt_fast.testing import assert_close
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+CLASSES = torch.arange(12) % 4
+BATCHES = [torch.arange(6), torch.arange(6, 12), torch.tensor([1, 3, 5, 7, 11])]
+ONE, SAME = torch.tensor([2]), torch.tensor([2, 2, 2])
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mlp() -> FlatModule:
+    torch.manual_seed(0)
+    return FlatModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double())
+
+
+def of_pixels() -> FlatModule:
+    torch.manual_seed(0)
+    return FlatModule(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 1)).double())
+
+
+def by_autograd(
+    net: Network, start: Tensor, images: Tensor, labels: Tensor, lr: float, batches: list[Tensor], loss: Loss
+) -> Tensor:
+    """Return the gradient of the images with the graphs of all steps."""
+    images, theta = images.clone().requires_grad_(), start.clone().requires_grad_()
+    for index in batches:
+        (gradient,) = torch.autograd.grad(loss(net(theta, images[index]), labels[index]), theta, create_graph=True)
+        theta = theta - lr * gradient
+    (found,) = torch.autograd.grad(matching_loss(theta[None][-1], start, 1.1 * start), images)
+    return found
+
+
+def spread(logits: Tensor, labels: Tensor) -> Tensor:
+    """Add the variance of the outputs, which is zero for one sample and for equal ones."""
+    return F.cross_entropy(logits, labels) + (logits - logits.mean(0)).square().mean()
+
+
+def little_spread(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels) + 1e-4 * (logits - logits.mean(0)).square().mean()
+
+
+def hard_examples(logits: Tensor, labels: Tensor) -> Tensor:
+    """Leave out the samples that are learned, of which there is none at first."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    hard = losses > 0.9
+    return losses[hard].mean() if hard.any() else 0 * losses.sum()
+
+
+def of_known(outputs: Tensor, targets: Tensor) -> Tensor:
+    known = ~targets.isnan()
+    return (outputs - targets.nan_to_num())[known].square().mean()
+
+
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Weigh the samples by the last number of their targets."""
+    distances, weights = (outputs - targets[:, :4]).square().sum(1), targets[:, 4]
+    return (distances * weights).sum() / weights.sum()
+
+
+def of_waves(outputs: Tensor, waves: Tensor) -> Tensor:
+    """Weigh the samples by the imaginary part of their targets."""
+    return ((outputs - waves.real).square().sum(1) * waves.imag[:, 0]).sum() / waves.imag[:, 0].sum()
+
+
+def of_two_views(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Take two views of each picture, next to each other."""
+    one, other = F.normalize(outputs).view(-1, 2, 4).unbind(1)
+    return F.cross_entropy(one @ other.T / 0.1, torch.arange(len(one)))
+
+
+def of_all_pairs(outputs: Tensor, labels: Tensor) -> Tensor:
+    pairs = 1 / (len(outputs) * (len(outputs) - 1))
+    return F.cross_entropy(outputs, labels) + pairs * (outputs[:, None] - outputs).square().sum()
+
+
+MISSING = draw(12, 4, seed=1)
+MISSING[8:, :2] = torch.nan
+WEIGHTS = torch.cat([draw(12, 4, seed=1), torch.ones(12, 1).double()], 1)
+WEIGHTS[8:, 4] = 3
+MAPS = 3 * torch.randint(2, (12, 5, 5), generator=torch.Generator().manual_seed(0))
+MAPS[9] = 2
+ROWS, PIXELS = draw(12, 6), draw(12, 1, 5, 5)
+CASES: dict[str, tuple[Callable[[], FlatModule], Tensor, Tensor, Loss, list[Tensor]]] = {
+    "a first batch of one": (mlp, ROWS, CLASSES, spread, [ONE, *BATCHES]),
+    "a first batch of equal samples": (mlp, ROWS, CLASSES, spread, [SAME, *BATCHES]),
+    "a small term": (mlp, ROWS, CLASSES, little_spread, BATCHES),
+    "learned samples are left out": (mlp, ROWS, CLASSES, hard_examples, 4 * BATCHES),
+    "missing numbers in a later batch": (mlp, ROWS, MISSING, of_known, BATCHES),
+    "other weights in a later batch": (mlp, ROWS, WEIGHTS, weighted, BATCHES),
+    "complex targets": (mlp, ROWS, torch.complex(draw(12, 4), WEIGHTS[:, 4:].expand(12, 4)), of_waves, BATCHES),
+    "a class of maps": (of_pixels, PIXELS, MAPS, nn.CrossEntropyLoss(weight=torch.tensor([1, 1, 5, 1.0]).double()), BATCHES),
+    "views of more classes than a batch": (mlp, ROWS, torch.arange(12) % 9, of_two_views, BATCHES[:2]),
+    "a division by zero": (mlp, ROWS, CLASSES, of_all_pairs, BATCHES),
+    "no labels": (mlp, ROWS, torch.zeros(12, 0, dtype=torch.long), lambda outputs, _: outputs.square().sum(), BATCHES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cut_batches_are_exact(name: str) -> None:
+    make, images, labels, loss, batches = CASES[name]
+    net = make()
+    start, leaf = net.init(), images.clone().requires_grad_()
+    path = unroll(net, start, leaf, labels, 0.7, batches, loss=loss, microbatch=2)
+    (found,) = torch.autograd.grad(matching_loss(path[-1], start, 1.1 * start), leaf)
+    assert_close("images", found, by_autograd(net, start, images, labels, 0.7, batches, loss), 1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(label_smoothing=0.1), lambda outputs, labels: F.cross_entropy(outputs / 0.01, labels)]
+)
+def test_a_mean_is_taken_for_one(loss: Loss, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that rounding in float32 does not cost the fused step."""
+    monkeypatch.setattr(
+        "mtt_fast.engine.unroll._plan_of_batch_loss", lambda *_: pytest.fail("a mean was not taken for one")
+    )
+    net, images = ConvNet(1, 4, 16, 32, 2), draw(12, 1, 16, 16).float()
+    unroll(net, net.init(), images, CLASSES, 0.1, 4 * BATCHES, loss=loss, microbatch=size)
+
+
+@pytest.mark.parametrize("name", ["other weights in a later batch", "a class of maps"])
+def test_a_trial_sees_all_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the trial alone, since a captured iteration gets other batches later."""
+    monkeypatch.setattr("mtt_fast.engine.unroll.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
+    test_cut_batches_are_exact(name)
+
+
+def test_a_graphed_loss_is_exact() -> None:
+    net, batches = mlp(), 4 * BATCHES
+    start, leaf = net.init(), ROWS.clone().requires_grad_()
+    graphed = GraphedMatchingLoss(net, loss=hard_examples, microbatch=2)
+    (found,) = torch.autograd.grad(graphed(start, 1.1 * start, leaf, CLASSES, 0.7, batches), leaf)
+    assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.7, batches, hard_examples), 1e-9)
+
+
+@pytest.mark.parametrize("images", [ROWS, torch.full_like(ROWS, 0.3)], ids=["images", "equal images"])
+@pytest.mark.parametrize("first", [ONE, SAME, BATCHES[0]], ids=["one", "same", "several"])
+def test_a_network_that_mixes_samples_is_found(first: Tensor, images: Tensor) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            outputs = torch.tanh(self.layer(rows))
+            return outputs - outputs.mean(0)
+
+    net = FlatModule(Centred().double())
+    with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+        unroll(net, net.init(), images, CLASSES, 0.1, [first, *BATCHES], microbatch=2)
+
+
+@pytest.mark.native
+def test_the_budget_of_a_plan_holds_for_a_loss_that_is_not_a_mean() -> None:
+    """Check a plan for the fused step, in whose place the generic one is taken, which needs more memory for the same pieces."""
+    net, images, batches = ConvNet(3, 4, 16, 32, 2), draw(60, 3, 16, 16).float(), torch.arange(60).expand(2, 60)
+    steps, start = plan(net, images=images, steps=2, memory_budget="14MiB", loss=spread), net.init()
+
+    def peak(**options: Any) -> int:
+        with CountLiveBytes() as counted:
+            path = unroll(net, start, images, torch.arange(60) % 4, 0.1, batches, loss=spread, **options)
+            path[-1].sum().backward()
+        return int(counted.peak)
+
+    images.requires_grad_()
+    first = peak(memory_budget="14MiB")  # the memory of steps is counted once, on tensors without data
+    assert peak(plan=steps) == peak(memory_budget="14MiB") < first
+
+
+def test_a_budget_allows_for_the_loss_of_a_whole_batch() -> None:
+    """Check a loss whose arguments, a class for each pixel, take more memory than the network."""
+    net, images = FlatModule(nn.Conv2d(3, 21, 1)), draw(32, 3, 32, 32).float().requires_grad_()
+    labels, loss = torch.arange(32 * 32 * 32).view(32, 32, 32) % 21, nn.CrossEntropyLoss(weight=torch.arange(1.0, 22))
+    arguments = (net, net.init(), images, labels, 0.1, torch.arange(32)[None])
+    unroll(*arguments, loss=F.cross_entropy, memory_budget="24MiB")  # a mean, whose pieces do not need each other
+    with pytest.raises(InputError, match=r"`memory_budget` 24MiB: expected at least 5\d MiB"):
+        unroll(*arguments, loss=loss, memory_budget="24MiB")
+    with CountLiveBytes() as counted:
+        unroll(*arguments, loss=loss, memory_budget="64MiB")[-1].sum().backward()
+    assert counted.peak < 64 << 20
