@@ -18,7 +18,7 @@ from mtt_fast.commands.options import Count, EvaluationOptions, Positive, Positi
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes, check_share
-from mtt_fast.data.synthetic import SyntheticDataset, real_ones
+from mtt_fast.data.synthetic import SyntheticDataset, real_mask
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
 from mtt_fast.interop import SET_KINDS, set_kind_of, set_kinds_of, source_info
@@ -26,7 +26,7 @@ from mtt_fast.interop.ncfm import FACTOR, read_ncfm
 from mtt_fast.interop.pairs import read_pair, whitening_warnings
 from mtt_fast.interop.sets import warn_of_unread
 from mtt_fast.interop.tensor_set import class_major
-from mtt_fast.storage.identity import check_same_data, other_data_in_words
+from mtt_fast.storage.identity import check_same_data, describe_other_data
 from mtt_fast.storage.run_files import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, parts_of, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
@@ -148,7 +148,7 @@ class EvaluatedSet:
         data = options.load_data()
         loaded = data.identity(zca=options.zca)
         check_same_data(made_from, loaded, file, other_data=options.other_data)
-        if difference := other_data_in_words(made_from, loaded):
+        if difference := describe_other_data(made_from, loaded):
             log.info("%s: %s", file, difference)
         elif options.other_data:
             log.info("--other_data: has no effect, as %s was made from these images", file)
@@ -215,7 +215,7 @@ class EvaluatedSet:
             pair = class_major(pair)
             classes = len(pair.labels) // pair.ipc(self.source)
             check_share(options.distilled_share, pair.labels, pair.label_kind, classes, self.source)
-            marks = real_ones(len(pair.labels), classes, options.distilled_share)
+            marks = real_mask(len(pair.labels), classes, options.distilled_share)
         elif options.evaluation_protocol().combined:
             log.warning(
                 "%s: all images count as distilled; if some are real, say so with --distilled_share", self.source

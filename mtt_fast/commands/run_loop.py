@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_in_words, accuracy_record
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, format_accuracy
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
-from mtt_fast.commands.seconds import Part, Seconds, save_seconds, seconds_in_words
+from mtt_fast.commands.seconds import Part, Seconds, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.student_choice import precision_on
@@ -241,7 +241,7 @@ def draw_set(
     """
     drawn = []
     for title, pictures, record in panels:
-        accuracy = f": networks trained on them reach {accuracy_in_words(record)}" if record else ""
+        accuracy = f": networks trained on them reach {format_accuracy(record)}" if record else ""
         drawn.append((f"{run.real.data.name}, {run.options.ipc} per class, {title}{accuracy}", pictures))
     snapshot = run.folder / HISTORY / f"iteration_{iteration:06d}.png"
     with run.seconds.of("saving"):
@@ -249,7 +249,7 @@ def draw_set(
         save_snapshot(snapshot, synthetic.pictures(), synthetic.classes)
 
 
-def iterations_in_words(count: int) -> str:
+def format_iterations(count: int) -> str:
     """Return `count` with its noun, as "1 iteration"."""
     return f"{count} iteration{'' if count == 1 else 's'}"
 
@@ -304,4 +304,4 @@ def write_summary(
         },
     )
     log.info("%s: %s", run.folder, text)
-    log.info("%s: %s", run.folder, seconds_in_words(seconds))
+    log.info("%s: %s", run.folder, describe_seconds(seconds))

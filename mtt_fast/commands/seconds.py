@@ -72,7 +72,7 @@ def timed_real_images(data: ImageData, device: torch.device, seconds: Seconds, *
 
 
 @contextlib.contextmanager
-def counted_in(folder: Path, seconds: Seconds) -> Iterator[None]:
+def accumulate_seconds(folder: Path, seconds: Seconds) -> Iterator[None]:
     """Add what earlier processes counted for the run in `folder`, and save the sum there, whatever ends the block."""
     seconds.add(_read(folder))
     try:
@@ -89,7 +89,7 @@ def save_seconds(folder: Path, seconds: Seconds) -> None:
     write_record(folder / SECONDS, seconds.totals())
 
 
-def seconds_in_words(totals: Mapping[str, float]) -> str:
+def describe_seconds(totals: Mapping[str, float]) -> str:
     """Return totals on one line, as "12.5 s: data 2.0, iterations 10.5"."""
     parts = [f"{part.replace('_', ' ')} {taken:.1f}" for part, taken in totals.items() if taken >= _LEFT_OUT]
     return f"{sum(totals.values()):.1f} s: {', '.join(parts)}"

@@ -90,12 +90,12 @@ class SyntheticDataset:
     @property
     def classes(self) -> Tensor:
         """Return the class of each image, (n,) int64. With soft labels it follows from the image's position, not from its label."""
-        return self.labels if self.label_kind == "indices" else classes_by_place(self.labels, len(self.class_names))
+        return self.labels if self.label_kind == "indices" else classes_by_position(self.labels, len(self.class_names))
 
     @property
     def real(self) -> Tensor | None:
         """Return which images are real ones that were not distilled, (n,) bool on the CPU, or None if there are none (SelMatch)."""
-        return real_ones(len(self.labels), len(self.class_names), self.recipe.get("distilled_share", 1.0))
+        return real_mask(len(self.labels), len(self.class_names), self.recipe.get("distilled_share", 1.0))
 
     def pictures(self) -> Tensor:
         """Return the images (n, C, H, W) in [0, 1] for display: normalisation or whitening is undone, and the result clipped."""
@@ -170,7 +170,7 @@ _RECORD = {
 """The fields of a set's record, and their types."""
 
 
-def real_ones(
+def real_mask(
     count: int, num_classes: int, distilled_share: float, device: torch.device | str = "cpu"
 ) -> Tensor | None:
     """Return which of `count` images in class-major order are real ones, (count,) bool on `device`, or None if there are none."""
@@ -179,7 +179,7 @@ def real_ones(
     return torch.arange(count, device=device) % ipc >= distilled if distilled < ipc else None
 
 
-def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:
+def classes_by_position(labels: Tensor, num_classes: int) -> Tensor:
     """Return the class of each image (n,) int64 of a set that is sorted by class, whatever its labels."""
     return torch.arange(len(labels), device=labels.device) * num_classes // len(labels)
 

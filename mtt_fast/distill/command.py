@@ -26,7 +26,7 @@ from mtt_fast.commands.earlier_run import (
 )
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
-from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
+from mtt_fast.commands.seconds import Seconds, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import prepare_cam_network
@@ -41,10 +41,10 @@ from mtt_fast.distill.experts import (
     experts_of_run,
     inventory_of,
     prepare_experts,
-    remark_on_number,
+    remark_on_expert_count,
     requested_hyperparameters,
 )
-from mtt_fast.distill.frequencies import frequencies_in_words
+from mtt_fast.distill.frequencies import describe_frequencies
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
     PendingGradients,
@@ -60,7 +60,7 @@ from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
     check_same_parametrisation,
-    parametrisation_in_words,
+    describe_parametrisation,
 )
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -76,7 +76,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import prefetched, run_now, run_now_on_gpu, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, save_checkpoint
-from mtt_fast.storage.expert_checks import FLAGS, as_trained
+from mtt_fast.storage.expert_checks import FLAGS, with_training_of
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import lock_folder, write_config
@@ -132,13 +132,13 @@ def _run(
         options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision,
         image_parameters=image_parameters,
     )  # fmt: skip
-    with lock_folder(folder), counted_in(folder, seconds):
+    with lock_folder(folder), accumulate_seconds(folder, seconds):
         state = load_state(options, data, device)
         if state is not None:
             check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
             experts, num_matched = _experts_to_match(options, requested, real, network, state)
-            options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
+            options = with_training_of(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real, state)
         initial = cache(partial(initial_images, options, real, network, experts, num_matched, difficulty))
         parametrisation = initial().parametrisation if options.parametrisation else None
@@ -154,7 +154,7 @@ def _run(
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
-        if frequencies := frequencies_in_words(options, data):
+        if frequencies := describe_frequencies(options, data):
             log.info("images: %s", frequencies)
         if state is None:
             state = initial_state(options, initial(), real, network, experts, num_matched, difficulty)
@@ -164,7 +164,7 @@ def _run(
             if len(experts) > num_matched:
                 log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
         if parametrisation is not None:
-            log.info("images: %s", parametrisation_in_words(options, data, parametrisation))
+            log.info("images: %s", describe_parametrisation(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
@@ -202,7 +202,7 @@ def _experts_to_match(
 
     `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or those of `state` are not there.
     """
-    if state is None and (remark := remark_on_number(options, inventory_of(options, real.data))):
+    if state is None and (remark := remark_on_expert_count(options, inventory_of(options, real.data))):
         log.info("experts: %s", remark)
     experts = prepare_experts(options, real, network, requested)
     check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder

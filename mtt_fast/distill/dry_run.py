@@ -17,14 +17,14 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits, load_state
-from mtt_fast.distill.experts import ExpertInventory, inventory_of, remark_on_number, whitening_remark
-from mtt_fast.distill.frequencies import frequencies_in_words
+from mtt_fast.distill.experts import ExpertInventory, inventory_of, remark_on_expert_count, whitening_remark
+from mtt_fast.distill.frequencies import describe_frequencies
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
-    parametrisation_in_words,
-    parametrisation_without_numbers,
+    describe_parametrisation,
+    parametrisation_on_meta,
 )
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
@@ -94,7 +94,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     seconds = estimated_seconds(
         options,
         info,
-        inventory.missing,
+        inventory.num_missing,
         student_cost,
         share=plan.passes / plan.work.student.passes[0],
         expert=expert_cost.gradient,
@@ -103,7 +103,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         train_cam=to_train,
     )
     size = estimated_bytes(
-        options, info, network.num_parameters, inventory.missing, inventory.uncompressed,
+        options, info, network.num_parameters, inventory.num_missing, inventory.num_to_compress,
         cam_parameters=cam.num_parameters if cam is not None and to_train else 0,
         image_parameters=image_parameters,
     )  # fmt: skip
@@ -112,9 +112,9 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.num_train:,} + {info.num_test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": _experts(options, info, inventory, "" if state else remark_on_number(options, inventory)),
+        "experts": _experts(options, info, inventory, "" if state else remark_on_expert_count(options, inventory)),
         "scores": _scores(options),
-        "images": frequencies_in_words(options, info) or _parametrised(options, info),
+        "images": describe_frequencies(options, info) or _parametrised(options, info),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
@@ -165,9 +165,9 @@ def _scores(options: DistillOptions) -> str:
 def _parametrised(options: DistillOptions, info: DatasetInfo) -> str:
     if options.parametrisation is None:
         return ""
-    if (parametrisation := parametrisation_without_numbers(options, info)) is not None:
+    if (parametrisation := parametrisation_on_meta(options, info)) is not None:
         with contextlib.suppress(RuntimeError):  # a class may count values, such as those that are not zero
-            return parametrisation_in_words(options, info, parametrisation)
+            return describe_parametrisation(options, info, parametrisation)
     return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
 
 
@@ -180,11 +180,11 @@ def _maps(options: DistillOptions, *, to_train: bool) -> str:
 
 def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory, on_number: str) -> str:
     kind = "imported experts, used as they are" if inventory.imported else ""
-    to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
-    to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remarks = [whitening_remark(options, info) if inventory.missing else "", on_number]
+    to_train = kind or f"{inventory.num_missing} to train for {options.train_epochs} epochs"
+    to_compress = f", {inventory.num_to_compress} to compress to {options.num_interpolation} waypoints"
+    remarks = [whitening_remark(options, info) if inventory.num_missing else "", on_number]
     return (
-        f"{to_train}, {inventory.available} in {inventory.whole}{to_compress if inventory.uncompressed else ''}"
+        f"{to_train}, {inventory.num_available} in {inventory.uncompressed_folder}{to_compress if inventory.num_to_compress else ''}"
         + "".join(f" ({remark})" for remark in remarks if remark)
     )
 

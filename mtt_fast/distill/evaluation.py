@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
-from mtt_fast.commands.accuracies import accuracy_fields, accuracy_in_words, accuracy_record
+from mtt_fast.commands.accuracies import accuracy_fields, accuracy_record, format_accuracy
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
     SET_NAMES,
@@ -20,7 +20,7 @@ from mtt_fast.commands.run_loop import (
     draw_set,
     evaluate_and_save,
     evaluate_network,
-    iterations_in_words,
+    format_iterations,
     set_to_save,
     write_summary,
 )
@@ -32,7 +32,7 @@ from mtt_fast.errors import Diverged
 from mtt_fast.kernels import LabelKind
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.identity import describe_other_data
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import random_subset
@@ -131,7 +131,7 @@ def _draw(run: DistillRun, state: State, images: Tensor) -> None:
     first = dataclasses.replace(synthetic, images=run.initial().pictures)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
-        title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
+        title = f"distilled, {format_iterations(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
         if not iteration and run.options.parametrisation:
             title = "initial images"
         if not iteration and run.options.msz_per_channel:
@@ -152,7 +152,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     name_of_experts, experts_in_words = _EXPERTS
-    if other_data_in_words(run.experts.metadata(0).identity, run.real.identity):
+    if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
         name_of_experts, experts_in_words = _EXPERTS_OF_OTHER_DATA  # which were tested on its test images
     results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
     text = (
@@ -220,4 +220,4 @@ def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *,
 
 
 def _labelled(record: Record) -> str:
-    return accuracy_in_words(record) + (" (best epoch)" if record.get("best_epoch") else "")
+    return format_accuracy(record) + (" (best epoch)" if record.get("best_epoch") else "")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.data.synthetic import classes_by_place
+from mtt_fast.data.synthetic import classes_by_position
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.storage.checkpoint import State
 
@@ -56,7 +56,7 @@ def filter_frequencies(state: State, gradients: list[Tensor]) -> list[Tensor]:
     return [_filtered(images_gradient, state.frequencies * _squared_lengths(images_gradient)), *others]
 
 
-def frequencies_in_words(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
+def describe_frequencies(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
     """Return how many numbers the synthetic images have, and how far `lr_img` moves them; "" if they are of all pixels.
 
     Both are in terms of images of all pixels. A step on a frequency F moves the pixels by its squared length, 1 / 4HW for most.
@@ -78,7 +78,7 @@ def _filtered(images: Tensor, factors: Tensor) -> Tensor:
     copies of all images.
     """
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
-    classes, filtered = classes_by_place(images, len(factors)), torch.empty_like(images)
+    classes, filtered = classes_by_position(images, len(factors)), torch.empty_like(images)
     block = max(1, _BLOCK // images[0].numel())
     for part, part_classes, result in zip(
         images.split(block), classes.split(block), filtered.split(block), strict=True

@@ -11,7 +11,7 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import is_own, make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.by_name import is_users_class, make_parametrisation, try_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, images_at, learned_parameters
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.seeding import generator_for
@@ -37,7 +37,7 @@ def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo
     """
     if (name := options.parametrisation) is None:
         return 0
-    count = (options.ipc if is_own(name) else min(options.ipc, 2)) * data.num_classes
+    count = (options.ipc if is_users_class(name) else min(options.ipc, 2)) * data.num_classes
     images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
 
     def make() -> Parametrisation:
@@ -46,13 +46,13 @@ def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo
     with numerics(device, "fp32"):
         tried = try_parametrisation(name, make, count, data.image_shape)
     whole = (
-        tried if is_own(name) else parametrisation_without_numbers(options, data)
+        tried if is_users_class(name) else parametrisation_on_meta(options, data)
     )  # an own one may be slow to make again
     assert whole is not None
     return sum(each.numel() for each in learned_parameters(whole).values())
 
 
-def parametrisation_without_numbers(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
+def parametrisation_on_meta(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
     """Return the parametrisation of `options` on the device meta, which takes no memory.
 
     Return None without one, and for one that can only be made of images with numbers.
@@ -85,7 +85,7 @@ def check_same_parametrisation(options: DistillOptions, state: State, parametris
         )
 
 
-def parametrisation_in_words(
+def describe_parametrisation(
     options: DistillOptions, data: ImageData | DatasetInfo, parametrisation: Parametrisation
 ) -> str:
     """Return how many numbers have to be stored for the images, in terms of images of all pixels."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtt_fast.data.synthetic import real_ones
+from mtt_fast.data.synthetic import real_mask
 from mtt_fast.distill.options import HALVED_AFTER, DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, log_fields
@@ -52,7 +52,7 @@ def apply_gradients(
 def mask_real_images(options: DistillOptions, gradients: list[Tensor]) -> list[Tensor]:
     """Return the `gradients` of an iteration with zeros for the real images that are not distilled, and for their labels (SelMatch)."""
     images_gradient, lr_gradient, *labels_gradients = gradients
-    real = real_ones(
+    real = real_mask(
         len(images_gradient), len(images_gradient) // options.ipc, options.distilled_share, images_gradient.device
     )
     if real is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
-from mtt_fast.engine.generic_student import GenericStudent, does_not_depend_on
+from mtt_fast.engine.generic_student import GenericStudent, no_gradient_error
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
@@ -133,7 +133,7 @@ def _try_gradient(
     gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
         if gradient is None:
-            raise does_not_depend_on(name)
+            raise no_gradient_error(name)
     return logits.detach()
 
 

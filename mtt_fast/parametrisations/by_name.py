@@ -164,7 +164,7 @@ def _try_other_values(
         )
 
 
-def is_own(name: str) -> bool:
+def is_users_class(name: str) -> bool:
     """Return whether the parametrisation `name` is a class of the user's own."""
     return name not in _KNOWN
 

@@ -72,19 +72,19 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
         )
 
 
-def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any], *, to_the_end: bool) -> None:
-    """Raise `InputError` unless an expert was trained with the hyperparameters that the user `asked` for, by their names.
+def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[str, Any], *, to_the_end: bool) -> None:
+    """Raise `InputError` unless an expert was trained with the hyperparameters that the user `requested`, by name.
 
     The number of epochs counts only if the learning rate decays, or if the job looks at the last epoch (`to_the_end`): otherwise
     a longer training begins with the same epochs. The training of an imported expert is not known, so it is
     used unchecked. The message names the options with which the expert can be used.
     """
     found = hyperparameters_of(store.metadata(expert))
-    differing = _differing(asked, found, to_the_end) if found else []
+    differing = _differing(requested, found, to_the_end) if found else []
     if differing:
         first, arguments = differing[0], " ".join(_argument(name, found[name]) for name in differing)
         raise InputError(
-            f"{store.path(expert)}: trained with {first} {found[first]}, not {asked[first]}; choose another `buffer_path`, or "
+            f"{store.path(expert)}: trained with {first} {found[first]}, not {requested[first]}; choose another `buffer_path`, or "
             f"give {arguments} to use the experts that are there"
         )
 
@@ -92,7 +92,7 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
 def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
     """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    The message names one that differs from the first. `to_the_end` is that of `check_as_asked`.
+    The message names one that differs from the first. `to_the_end` is that of `check_as_requested`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
@@ -180,16 +180,16 @@ def training_digest(
     return checksum_of(json.dumps(common, sort_keys=True).encode())
 
 
-def training_unknown(requested: Iterable[str]) -> str:
+def remark_on_unknown_training(requested: Iterable[str]) -> str:
     """Return the remark on imported experts that the `requested` hyperparameters have no effect."""
     flags = ", ".join(f"--{FLAGS[name]}" for name in requested)
     return f"how they were trained is not known, so there is no effect of {flags}"
 
 
-def trained_otherwise(expert: ExpertMetadata, hyperparameters: Mapping[str, Any], *, to_the_end: bool) -> str:
+def describe_other_training(expert: ExpertMetadata, hyperparameters: Mapping[str, Any], *, to_the_end: bool) -> str:
     """Return a remark on an expert that was trained with other `hyperparameters` than a job would train with; else "".
 
-    Such an expert is used as it is, unless the user asked for others (`check_as_asked`); `to_the_end` as there.
+    Such an expert is used as it is, unless the user asked for others (`check_as_requested`); `to_the_end` as there.
     """
     found = hyperparameters_of(expert)
     differing = _differing({name: hyperparameters[name] for name in FLAGS}, found, to_the_end) if found else []
@@ -197,7 +197,7 @@ def trained_otherwise(expert: ExpertMetadata, hyperparameters: Mapping[str, Any]
     return f"used as they are, trained with {values}" if values else ""
 
 
-def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
+def with_training_of(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
     """Return `options` with the hyperparameters with which the `expert` was actually trained.
 
     `hyperparameters` are those in `options`, which may differ where existing experts are used.

@@ -250,7 +250,7 @@ class Accuracy:
         return f"{100 * self.mean:.2f} % ± {100 * self.std:.2f} (n = {len(self.values)}{label})"
 
 
-def network_job(
+def training_job(
     network: Network,
     theta: Tensor,
     images: Images,
@@ -395,7 +395,7 @@ def evaluate(
             num_correct.append(count_correct(trained, theta, test).masked_fill(has_diverged, 0))
             diverged.append(has_diverged)
 
-        yield from network_job(
+        yield from training_job(
             network, theta, images, lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield

@@ -86,7 +86,7 @@ Chunks = Callable[..., Iterator[Chunk]]
 def epochs_on(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
     visited: Tensor | None = None,
@@ -100,7 +100,7 @@ def epochs_on(
     soft labels. Order and augmentation of all epochs are drawn from the generator before the first step. Nothing waits for the
     device, and on CUDA steps are replayed from a CUDA graph.
     """
-    chunks = chunks_on(student, images, sgd, augment, track, visited, cutmix=cutmix)
+    chunks = chunks_on(student, images, optimizer, augment, track, visited, cutmix=cutmix)
     count = images.num_crops * (len(images) if visited is None else len(visited))
 
     def run(
@@ -123,7 +123,7 @@ def epochs_on(
 def chunks_on(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
     visited: Tensor | None = None,
@@ -136,8 +136,8 @@ def chunks_on(
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
     indices = torch.arange(len(images)) if visited is None else visited
-    length = images.num_crops * min(sgd.batch_size, len(indices))
-    run = partial(training_steps, student, images, sgd, augmentation, track, length, cutmix=cutmix)
+    length = images.num_crops * min(optimizer.batch_size, len(indices))
+    run = partial(training_steps, student, images, optimizer, augmentation, track, length, cutmix=cutmix)
     steps = graphed(run, device, kernels.compile_ahead)
 
     def chunks(
@@ -148,8 +148,8 @@ def chunks_on(
         epochs: int = 1,
         factor: float = 1.0,
     ) -> Iterator[Chunk]:
-        lr = theta.new_full((), sgd.lr * factor)
-        batches: Iterator[Tensor] = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
+        lr = theta.new_full((), optimizer.lr * factor)
+        batches: Iterator[Tensor] = map(images.expand_crops, _batches(indices, optimizer.batch_size, generator, epochs))
         boxes: list[Tensor] = []
         if cutmix:
             batches = _with_boxes(batches, images.input_shape, generator, boxes)
@@ -211,7 +211,7 @@ def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
 def training_steps(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     augment: Apply | None,
     track: Track | None,
     length: int,
@@ -223,7 +223,7 @@ def training_steps(
 ) -> tuple[Tensor, ...]:
     """Return parameters and velocity (P,) after steps on `length` images each, and the sum of the losses in each step (steps,).
 
-    `lr` () replaces `sgd.lr`, so that one CUDA graph serves all learning rates. `rest` are the running statistics (S,) if
+    `lr` () replaces `optimizer.lr`, so that one CUDA graph serves all learning rates. `rest` are the running statistics (S,) if
     `track` is given (they are also the last result), the indices (Σb,) of the images of all steps, the parameters (Σb, K) of
     `augment`, and with `cutmix` the draws (Σb, 5) of the boxes. The function is pure, and reads no tensor on the host.
     """
@@ -236,14 +236,14 @@ def training_steps(
         if track is not None:
             inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
-        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets, lr)
+        theta, velocity, loss = training_step(student, optimizer, theta, velocity, inputs, targets, lr)
         losses.append(loss * len(targets))
     return theta, velocity, torch.stack(losses), *statistics
 
 
 def training_step(
     student: Student | SharpnessAware,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     theta: Tensor,
     velocity: Tensor,
     inputs: Inputs,
@@ -252,7 +252,7 @@ def training_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameters and velocity (P,) after a step with the learning rate `lr` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
-    return *sgd.step(theta, velocity, sums, lr), loss
+    return *optimizer.step(theta, velocity, sums, lr), loss
 
 
 def _inputs(
