@@ -1,8 +1,4 @@
-"""Distil a data set by matching training trajectories: `python -m mtt_fast.distill`.
-
-This is the paper's algorithm 1. Missing experts are trained first. The run folder holds all that is needed to resume the run after
-any interruption.
-"""
+"""Distil a data set by matching training trajectories, the paper's algorithm 1: `python -m mtt_fast.distill`."""
 
 from __future__ import annotations
 
@@ -97,7 +93,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     device = choose_device(options.device)
     earlier = earlier_options(folder, None)
     options = in_precision_of_run(options, earlier, given)
-    # options of the experts need not be repeated: those not given keep the values of the run's experts
+    # options of the experts that are not given keep the values of the run's experts
     check_same_run(folder, earlier, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not is_finished(folder, options, options.Iteration):
         check_same_evaluation(folder, earlier, options)
@@ -120,13 +116,9 @@ def _run(
     precision: Precision | None,
 ) -> None:
     """Distil with `options`. `command` is the command line; for `requested` see `check_experts`, for `precision` see `main`."""
-    folder, (data, network, image_parameters) = options.folder(), _fitting_images(options, requested, device, seconds)
+    folder, (data, network, image_parameters) = options.folder(), _checked_data(options, requested, device, seconds)
     difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
-    if precision is None:
-        precision = precision_on(device, network, options.precision, iterations=True)
-        numerics_text = describe_numerics(device, network, options.precision, iterations=True)
-    else:
-        numerics_text = f"iterations in {precision}"
+    precision, numerics_text = _numerics_of(options, network, device, precision)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     plan = plan_steps(
         options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision,
@@ -174,12 +166,24 @@ def _run(
         distill(run, state, plan)
 
 
-def _fitting_images(
+def _numerics_of(
+    options: DistillOptions, network: Trainable, device: torch.device, precision: Precision | None
+) -> tuple[Precision, str]:
+    """Return the precision of the iterations, and the numerics in words; for `precision` see `main`."""
+    if precision is not None:
+        return precision, f"iterations in {precision}"
+    return (
+        precision_on(device, network, options.precision, iterations=True),
+        describe_numerics(device, network, options.precision, iterations=True),
+    )
+
+
+def _checked_data(
     options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Seconds
 ) -> tuple[ImageData, Trainable, int]:
-    """Return the real images and the network of `options`, and the number of parameters of the images, after all checks that need no work.
+    """Return the real images, the network, and the number of parameters of a parametrisation, after all checks that need no work.
 
-    What needs no images is checked before they are downloaded and packed. Raises as `check_fits`.
+    Checks that need no images come before these are downloaded and packed. Raises `InputError` as `check_fits`.
     """
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
@@ -198,9 +202,9 @@ def _fitting_images(
 def _experts_to_match(
     options: DistillOptions, requested: Mapping[str, Any], real: RealImages, network: Trainable, state: State | None
 ) -> tuple[TrajectoryStore, int]:
-    """Train the missing experts; return the experts, and the number of those that are matched, the first ones.
+    """Train the missing experts; return the experts, and how many of them, the first ones, are matched.
 
-    `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or those of `state` are not there.
+    With `state` the run continues. Raises `InputError` if the experts do not fit, or experts of `state` are missing.
     """
     if state is None and (remark := remark_on_expert_count(options, inventory_of(options, real.data))):
         log.info("experts: %s", remark)
@@ -212,10 +216,10 @@ def _experts_to_match(
 
 
 def distill(run: DistillRun, state: State, plan: Plan) -> None:
-    """Run iterations of the paper's algorithm 1 from `state` to the last, and write the results to the run's folder.
+    """Run the iterations of the paper's algorithm 1 after `state`, and write the results to the run's folder.
 
-    Each iteration matches one or several segments. Student steps follow `plan`; if memory runs out, smaller pieces are used from
-    then on. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration is finished and saved, and `Diverged` if many
+    Each iteration matches one or several segments. Student steps follow `plan`; if memory runs out, later iterations use smaller
+    pieces. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration is finished and saved, and `Diverged` if many
     iterations in a row are not finite.
     """
     options, device = run.options, state.lr.device
@@ -266,7 +270,7 @@ def _progress_fields(run: DistillRun, state: State, seconds: float) -> dict[str,
     """Return the fields of the progress bar after an iteration that took `seconds`."""
     options, record = run.options, run.metrics.records[-1]
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
-    # the rate is read from the record: to read `state.lr` would wait for the next iteration on a GPU
+    # from the record, since reading `state.lr` would wait for the next iteration on a GPU
     fields = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
     fields |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
     fields |= {"images/s": f"{images / seconds:.0f}"}

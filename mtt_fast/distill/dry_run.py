@@ -27,9 +27,10 @@ from mtt_fast.distill.parametrised import (
     parametrisation_on_meta,
 )
 from mtt_fast.distill.planning import plan_steps
+from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
-from mtt_fast.networks.protocol import Network
+from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
@@ -83,24 +84,8 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     )
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None
-    trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
-    steps = [(network, precision)] + [(each, precision_on(device, each, options.precision)) for each in trained]
-    costs = {  # equal steps are timed once; only the student's needs the derivative
-        step: _measured_seconds(*step, info.image_shape, device, tangent=step == steps[0])
-        for step in dict.fromkeys(steps)
-    }
-    student_cost, expert_cost, *evaluated_costs = (costs[step] for step in steps)
-    cam_seconds = None if cam is None else evaluated_costs.pop().gradient
-    seconds = estimated_seconds(
-        options,
-        info,
-        inventory.num_missing,
-        student_cost,
-        share=plan.passes / plan.work.student.passes[0],
-        expert=expert_cost.gradient,
-        evaluated=[each.gradient for each in evaluated_costs],
-        cam=cam_seconds,
-        train_cam=to_train,
+    seconds = _seconds_from_timed_steps(
+        options, info, network, plan, device, missing=inventory.num_missing, train_cam=to_train
     )
     size = estimated_bytes(
         options, info, network.num_parameters, inventory.num_missing, inventory.num_to_compress,
@@ -193,6 +178,33 @@ def _state(folder: Path) -> str:
     if (folder / SUMMARY).exists():
         return f"{folder} is finished, or continues with more iterations"
     return f"{folder} continues" if read_config(folder) else f"into {folder}"
+
+
+def _seconds_from_timed_steps(
+    options: DistillOptions,
+    info: DatasetInfo,
+    network: Trainable,
+    plan: Plan,
+    device: torch.device,
+    *,
+    missing: int,
+    train_cam: bool,
+) -> EstimatedSeconds:
+    """Return `estimated_seconds`, with costs from timed steps of all networks of the run."""
+    cam = options.cam_network(info)
+    trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
+    steps = [(network, precision_on(device, network, options.precision, iterations=True))]
+    steps += [(each, precision_on(device, each, options.precision)) for each in trained]
+    costs = {  # equal steps are timed once; only the student's needs the derivative
+        step: _measured_seconds(*step, info.image_shape, device, tangent=step == steps[0])
+        for step in dict.fromkeys(steps)
+    }
+    student_cost, expert_cost, *evaluated_costs = (costs[step] for step in steps)
+    cam_seconds = None if cam is None else evaluated_costs.pop().gradient
+    return estimated_seconds(
+        options, info, missing, student_cost, share=plan.passes / plan.work.student.passes[0], expert=expert_cost.gradient,
+        evaluated=[each.gradient for each in evaluated_costs], cam=cam_seconds, train_cam=train_cam,
+    )  # fmt: skip
 
 
 def estimated_seconds(
