@@ -93,7 +93,7 @@ _FLAGS = {"strategy": "dsa_strategy", "batch": "batch_syn", "steps": "syn_steps"
 
 
 def _describe_os_error(error: OSError) -> str:
-    """Return which files could not be used, why, and how to fix it."""
+    """Return the message for an `error`: the files, the reason, and how to fix it."""
     files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return f"{' -> '.join(files) or 'a file'}: {reason_of(error)}; {remedy_for(error)}"
 

@@ -125,7 +125,8 @@ def _with_labels(
 
 
 def _draw(run: DistillRun, state: State, images: Tensor) -> None:
-    """Draw the initial images above the current `images`. For a picture the class of an image is enough, and the experts are not asked."""
+    """Draw the initial images above the current `images`."""
+    # class indices are enough for a picture, so the experts need not label the images
     kind: LabelKind = "indices" if run.options.teacher_label else run.options.label_kind
     synthetic = _with_labels(run, state, images, state.labels, kind)
     first = dataclasses.replace(synthetic, images=run.initial().pictures)
@@ -197,10 +198,10 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
 
 
 def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *, soft: bool = False) -> Record:
-    """Evaluate as many random real images as there are distilled ones, new ones for each network; return the record.
+    """Evaluate as many random real images as there are distilled ones, drawn anew for each network; return the record.
 
-    With `soft` their labels are the mean predictions of the matched experts after their last epoch. A set that an earlier process evaluated
-    is not evaluated again.
+    With `soft` their labels are the mean predictions of the matched experts after their last epoch. An evaluation by an earlier process
+    is not repeated.
     """
     kind, title = ("soft_baseline", "labelled by experts") if soft else ("baseline", "random real images")
     if record := run.metrics.find(kind):

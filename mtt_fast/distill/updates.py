@@ -32,9 +32,8 @@ def apply_gradients(
 ) -> tuple[str, dict[str, float]]:
     """Update images, labels and learning rate by the `gradients` of an iteration that matched `segments`.
 
-    With a `parametrisation`, from which the images are computed, its parameters are updated. Nothing is updated if `gradients` is None
-    (not finite), or if `loss` is above the threshold. Return the kind ("step", "skip" or "above_threshold") and the values of the
-    iteration's record in metrics.jsonl.
+    With a `parametrisation` its parameters are updated. Nothing is updated if `gradients` is None (not finite), or if `loss` is above
+    the threshold. Return the kind ("step", "skip" or "above_threshold") and the values of the iteration's record in metrics.jsonl.
     """
     state.iteration += 1
     if gradients is None:
@@ -50,7 +49,7 @@ def apply_gradients(
 
 
 def mask_real_images(options: DistillOptions, gradients: list[Tensor]) -> list[Tensor]:
-    """Return the `gradients` of an iteration with zeros for the real images that are not distilled, and for their labels (SelMatch)."""
+    """Return `gradients` with zeros for real images that are not distilled, and for their labels (SelMatch)."""
     images_gradient, lr_gradient, *labels_gradients = gradients
     real = real_mask(
         len(images_gradient), len(images_gradient) // options.ipc, options.distilled_share, images_gradient.device
@@ -72,10 +71,10 @@ def update(
     *,
     parametrisation: Parametrisation | None = None,
 ) -> bool:
-    """Update images, learned labels and learning rate by one step of SGD with momentum, in iteration `state.iteration`.
+    """Update images, learned labels and learning rate by the gradients of iteration `state.iteration`.
 
-    The images are updated by their pixels, or by the parameters of the `parametrisation` that computes them. Return False, and update
-    nothing, if a gradient of these is not finite. An update that would make a learning rate of the student negative is left out.
+    With a `parametrisation` its parameters are updated in place of the pixels. Return False, and update nothing, if a gradient of these
+    is not finite. A learning rate that would become negative keeps its value.
     """
     if parametrisation is None:
         _update_images(options, state, images_gradient)
@@ -120,7 +119,7 @@ def _lr_img(options: DistillOptions, state: State) -> float:
 
 
 def _update_lr(options: DistillOptions, state: State, gradient: Tensor) -> None:
-    """Update the student's learning rate, but for a rate that would become negative."""
+    """Update the student's learning rate; a rate that would become negative keeps its value."""
     state.lr_velocity.mul_(options.mom_img).add_(gradient)
     proposed = state.lr - options.lr_lr * state.lr_velocity
     positive = proposed > 0

@@ -153,10 +153,8 @@ def gradient_of(loss: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Te
 
 
 def derivatives_of(graph: LossGraph, v: Tensor) -> list[Tensor]:
-    """Return the gradient of v·g with respect to each leaf of `graph`, of which it is the only use; `v` has the shape of g.
-
-    It is taken by `backward`: torch.autograd.grad passes over a function that torch differentiates only once, as if it were a constant.
-    """
+    """Return the gradient of v·g with respect to each leaf of `graph`, which can be used only once; `v` has the shape of g."""
+    # by `backward`, since torch.autograd.grad takes a function that torch differentiates only once for a constant
     # a constant gradient, as of a loss that is linear in the parameters and does not read the images, has no graph
     if graph.gradient.requires_grad:
         with explaining_missing_derivatives():

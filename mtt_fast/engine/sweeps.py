@@ -49,7 +49,7 @@ class StudentSteps:
     optimizer: Optimizer = PLAIN_SGD
     gradient: Gradient = "exact"
     checks_repeat: bool = False
-    """check that the backward sweep reads and repeats what the forward one did, and so wait for the device"""
+    """check that the backward sweep finds the tensors and losses of the forward sweep; this waits for the device"""
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
@@ -84,10 +84,10 @@ class StudentSteps:
 def path_of(
     steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the path (N + 1, P) and the optimizer's last state, `velocity`, or None without one. The arguments are not checked.
+    """Return the path (N + 1, P), and the state of the optimizer after the last step, or None for an optimizer without a state.
 
-    Unless `steps.checks_repeat`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be captured in a CUDA
-    graph (mtt_fast/runtime/cuda_graphs.py).
+    `velocity` is the state before the first step. The arguments are not checked. Unless `steps.checks_repeat`, no tensor is read on
+    the host, so both sweeps can be captured in a CUDA graph (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
@@ -163,7 +163,7 @@ class _Unroll(torch.autograd.Function):
     def backward(
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to the arguments of `forward`, from those with respect to its results.
+        """Return the gradients with respect to the arguments of `forward`.
 
         The saved activations are consumed. Another backward pass computes them again.
         """
@@ -298,9 +298,9 @@ def _check_repeated(
     *,
     tracked: bool,
 ) -> None:
-    """Raise `InputError` unless the fingerprints of the backward sweep, `again`, are those of the `first`, the forward sweep.
+    """Raise `InputError` unless the fingerprints of the forward sweep, `first`, equal those of the backward sweep, `again`.
 
-    `tracked` is that of the backward sweep, since an augmentation may do something else where its images are learned.
+    `tracked` is the value in the backward sweep, since an augmentation may compute something else where its images are learned.
     """
     count = len(again[0]) if again else 0  # a fused student computes no loss in the backward sweep
     if not count:

@@ -122,7 +122,7 @@ class _Stage(NamedTuple):
 
 
 def _stages(epochs: Iterable[int], training: ExpertTraining, student: Student) -> Iterator[_Stage]:
-    """Yield the stages of the `epochs` of a training. Those of a stage have to be taken before the next stage."""
+    """Yield the stages of the `epochs` of a training. Take the epochs of a stage before you take the next stage."""
     curriculum, last_lr = training.curriculum, None
     for (lr, rho, shares), epochs_of_stage in itertools.groupby(epochs, partial(_settings, training)):
         yield _Stage(
@@ -136,7 +136,7 @@ def _stages(epochs: Iterable[int], training: ExpertTraining, student: Student) -
 
 
 def _settings(training: ExpertTraining, epoch: int) -> tuple[float, float, tuple[float, float]]:
-    """Return learning rate, radius of SAM and `Curriculum.shares` of the images in an `epoch`, from 0."""
+    """Return learning rate, radius of SAM and `Curriculum.shares` of the images in `epoch`, counted from 0."""
     shares = EVERY if training.curriculum is None else training.curriculum.shares(epoch)
     if training.decay and epoch >= training.train_epochs // 2 + 2:  # as in the public code
         return training.lr * 0.1, training.rho_min, shares

@@ -65,8 +65,8 @@ class Sgd:
 Epochs = Callable[..., tuple[Tensor, ...]]
 """A function (theta, velocity, generator, epochs=1, factor=1.0) -> (theta, velocity, losses) that trains for some epochs.
 
-The learning rate is `factor` times that of its `Sgd` or `AdamW`, whose state takes the place of the velocity, and `losses` (epochs,)
-are the means of each epoch. For a network with running statistics (S,), they are the last positional argument and the last result.
+The learning rate is `factor` times that of the optimizer; for `AdamW` the velocity is its state. `losses` (epochs,) are the mean losses
+of the epochs. For a network with running statistics (S,), they are the last positional argument and the last result.
 """
 
 
@@ -93,12 +93,12 @@ def epochs_on(
     *,
     cutmix: bool = False,
 ) -> Epochs:
-    """Return a function that trains by SGD or AdamW for some epochs on `images`, each in random order; the last batch may be smaller.
+    """Return a function that trains for some epochs on `images`, each in random order; the last batch may be smaller.
 
     `visited`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
     the running statistics of a network that has some. `cutmix` mixes the images of half the batches (mtt_fast/training/cutmix.py) and needs
-    soft labels. Order and augmentation of all epochs are drawn from the generator before the first step. Nothing waits for the
-    device, and on CUDA steps are replayed from a CUDA graph.
+    soft labels. Order and augmentation of all epochs are drawn before the first step. Nothing waits for the device, and on CUDA
+    steps are replayed from a CUDA graph.
     """
     chunks = chunks_on(student, images, optimizer, augment, track, visited, cutmix=cutmix)
     count = images.num_crops * (len(images) if visited is None else len(visited))
@@ -258,7 +258,7 @@ def training_step(
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
 ) -> tuple[Inputs, Tensor]:
-    """Return inputs and targets of the batch at `index` (b,); inputs are a `Batch`, for the student to gather, if possible."""
+    """Return inputs and targets of the batch at `index` (b,). If possible, inputs are a `Batch`, which the student gathers."""
     if images.transform is None and images.pixels.is_contiguous():
         shape = torch.Size((len(index), *images.pixels.shape[1:]))
         warp = None if parameters is None else warp_of(augment, parameters, shape)
@@ -274,7 +274,7 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
 
 
 def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` that `classified_correctly` finds, () int64 on the device, without waiting for it."""
+    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it."""
     return classified_correctly(network, theta, images).sum()
 
 
