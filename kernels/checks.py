@@ -112,9 +112,10 @@ def check_convolution(
         or weight.dim() != 4
         or weight.shape[2:] != (3, 3)
         or weight.shape[channel_axis] != first.shape[1]
+        or min(len(first), *weight.shape[:2]) < 1
     ):
         raise ValueError(
-            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, "
+            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, at least one sample, channel and filter, "
             f"found {tuple(first.shape)}, {tuple(weight.shape)}"
         )
     growth = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
@@ -127,8 +128,11 @@ def check_convolution(
 def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
     """Raise `ValueError` unless the `inputs` of a weight gradient, one of them named "x", fit its `outputs`, shaped as convolutions of x."""
     x, y = inputs["x"], next(iter(outputs.values()))
-    if x.dim() != 4 or y.dim() != 4:
-        raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
+    if x.dim() != 4 or y.dim() != 4 or min(*x.shape[:2], y.shape[1]) < 1:
+        raise ValueError(
+            f"{op}: expected (B, C, H, W) tensors of at least one sample and channel, "
+            f"found {tuple(x.shape)}, {tuple(y.shape)}"
+        )
     check_tensors(op, x, inputs, x.shape, like_format=x)
     out_shape = (len(x), y.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
     check_tensors(op, x, outputs, out_shape, like_format=y)
@@ -212,6 +216,8 @@ def check_batch_images(op: str, batch: BatchImages) -> None:
     check_tensors(op, x, {"x": x}, x.shape, like_format=x if warp is None else None)
     if indices is not None:
         check_index(op, indices, indices.numel(), x)
+        if not len(indices):
+            raise ValueError(f"{op}: expected at least one index, found none")
     if warp is not None:
         check_warp_parameters(op, warp, len(x) if indices is None else len(indices), x)
 

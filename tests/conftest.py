@@ -43,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
+    # Hundreds of short jobs come last, so that at the end no process waits long for another one's test.
+    items.sort(key=lambda item: item.path.name == "test_options_have_effect.py")
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ void forward(const BiasForward<T>& a, std::size_t sample, std::size_t group) {
     const Pack<T> beta = load(a.beta + at.first, n), beta_dot = dual ? load(a.beta_dot + at.first, n) : Pack<T>{};
     pool<dual>(a.shape, at, a.p, a.p_dot, [&](std::size_t pixel, Pack<T>& z, Pack<T>& z_dot) INLINE_LAMBDA {
         const Pack<T> u = load(y + pixel * channels, n) + beta;
-        z += where_positive(u, u);
-        if constexpr (dual) z_dot += where_positive(u, load(y_dot + pixel * channels, n) + beta_dot);
+        z += rectified(u, u);
+        if constexpr (dual) z_dot += rectified(u, load(y_dot + pixel * channels, n) + beta_dot);
     });
 }
 

@@ -80,8 +80,8 @@ void forward(const NormForward<T>& a, std::size_t sample, std::size_t group) {
 
     pool<dual>(a.shape, at, a.p, a.p_dot, [&](std::size_t pixel, Pack<T>& z, Pack<T>& z_dot) INLINE_LAMBDA {
         const Pack<T> h = norm.h(load(y + pixel * channels, n)), u = norm.u(h);
-        z += where_positive(u, u);
-        if constexpr (dual) z_dot += where_positive(u, norm.u_dot(h, norm.h_dot(h, load(y_dot + pixel * channels, n))));
+        z += rectified(u, u);
+        if constexpr (dual) z_dot += rectified(u, norm.u_dot(h, norm.h_dot(h, load(y_dot + pixel * channels, n))));
     });
 }
 

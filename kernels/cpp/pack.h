@@ -102,6 +102,13 @@ INLINE Pack<T> where_positive(const Pack<T>& condition, const Pack<T>& value) {
     return {condition.low > zero ? value.low : zero, condition.high > zero ? value.high : zero};
 }
 
+// 0 where `condition` ≤ 0, else `value`, as a ReLU does: NaN stays NaN.
+template <typename T>
+INLINE Pack<T> rectified(const Pack<T>& condition, const Pack<T>& value) {
+    const Vector<T> zero{};
+    return {condition.low <= zero ? zero : value.low, condition.high <= zero ? zero : value.high};
+}
+
 // The larger of the two; `b` where one is NaN.
 template <typename T>
 INLINE Pack<T> larger(const Pack<T>& a, const Pack<T>& b) {

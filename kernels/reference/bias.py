@@ -13,7 +13,7 @@ from .planes import per_channel, planes_like, pool, unpool
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     """Return p (B, C, H//2, W//2). `y`: (B, C, H, W); `beta`: (C,)."""
     u = y + per_channel(beta)
-    return pool(u * (u > 0), y)
+    return pool(u.relu(), y)
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:

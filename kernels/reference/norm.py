@@ -16,7 +16,7 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
     gamma, beta = affine
     mean, rstd = _statistics(y, eps)
     u = _normalised(y, mean, rstd) * per_channel(gamma) + per_channel(beta)
-    return pool(u * (u > 0), y), mean, rstd
+    return pool(u.relu(), y), mean, rstd
 
 
 def norm_relu_pool_backward(
@@ -42,7 +42,7 @@ def norm_relu_pool_dual(
     h_dot = _normalised_dot(h, y_dot, stats)
     u = h * per_channel(gamma) + per_channel(beta)
     u_dot = h * per_channel(gamma_dot) + h_dot * per_channel(gamma) + per_channel(beta_dot)
-    return pool(u * (u > 0), y), pool(u_dot * (u > 0), y), stats
+    return pool(u.relu(), y), pool(u_dot * (u > 0), y), stats
 
 
 def norm_relu_pool_dual_backward(

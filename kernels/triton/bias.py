@@ -57,13 +57,13 @@ def _forward(
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = ys[row] + b
-            pooled += tl.where(u > 0, u, 0)
+            pooled += tl.where(u <= 0, 0, u)
         tl.store(p + begin_pooled + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         if y_dot is not None:
             yds = load_windows(y_dot + begin, ACC, c, start, C, H, W, WINDOWS)
             pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
             for row in tl.static_range(2):
-                pooled_dot += tl.where(ys[row] + b > 0, yds[row] + b_dot, 0)
+                pooled_dot += tl.where(ys[row] + b <= 0, 0, yds[row] + b_dot)
             tl.store(p_dot + begin_pooled + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
 
 
@@ -144,10 +144,10 @@ def _forward_lines(
         for quarter in tl.static_range(4):
             pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             u = tl.load(y + pixel * C + c, mask & channel_mask, 0).to(ACC) + b
-            pooled += tl.where(u > 0, u, 0)
+            pooled += tl.where(u <= 0, 0, u)
             if y_dot is not None:
                 u_dot = tl.load(y_dot + pixel * C + c, mask & channel_mask, 0).to(ACC) + b_dot
-                pooled_dot += tl.where(u > 0, u_dot, 0)
+                pooled_dot += tl.where(u <= 0, 0, u_dot)
         pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + pooled_pixel * C + c, pooled * 0.25, mask & channel_mask)
         if y_dot is not None:

@@ -77,7 +77,7 @@ def _forward(
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = g * ((ys[row] - mu) * r) + b
-            pooled += tl.where(u > 0, u, 0)
+            pooled += tl.where(u <= 0, 0, u)
         offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
     tl.store(mean + sample * C + c, mu, channel_mask)
@@ -177,8 +177,8 @@ def pool_dual(
             h = (ys[row] - mu) * r
             h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
             u = g * h + b
-            pooled += tl.where(u > 0, u, 0)
-            pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
+            pooled += tl.where(u <= 0, 0, u)
+            pooled_dot += tl.where(u <= 0, 0, g_dot * h + g * h_dot + b_dot)
         offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)

@@ -153,10 +153,10 @@ def _forward(
     for quarter in tl.static_range(4):
         h = (ys[quarter].to(ACC) - mu) * r
         u = g * h + b
-        pooled += tl.where(u > 0, u, 0)
+        pooled += tl.where(u <= 0, 0, u)
         if y_dot is not None:
             deviation_dot = yds[quarter].to(ACC) - mu_dot
-            pooled_dot += tl.where(u > 0, h_factor * h + (y_dot_factor * deviation_dot + b_dot), 0)
+            pooled_dot += tl.where(u <= 0, 0, h_factor * h + (y_dot_factor * deviation_dot + b_dot))
     pixel, mask = pooled_pixels(window, H, W, WHOLE)
     offsets = sample * ((H // 2) * (W // 2) * C) + pixel * C + c
     tl.store(p + offsets, pooled * 0.25, mask & channel_mask)

@@ -203,10 +203,10 @@ def _pool(
             pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             h = (tl.load(y + pixel * C + c, mask & channel_mask, 0).to(ACC) - mu) * r
             u = g * h + b
-            pooled += tl.where(u > 0, u, 0)
+            pooled += tl.where(u <= 0, 0, u)
             if y_dot is not None:
                 deviation_dot = tl.load(y_dot + pixel * C + c, mask & channel_mask, 0).to(ACC) - mu_dot
-                pooled_dot += tl.where(u > 0, h_factor * h + (y_dot_factor * deviation_dot + b_dot), 0)
+                pooled_dot += tl.where(u <= 0, 0, h_factor * h + (y_dot_factor * deviation_dot + b_dot))
         pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + pooled_pixel * C + c, pooled * 0.25, mask & channel_mask)
         if y_dot is not None:

@@ -165,7 +165,7 @@ def _copy_block(
         column = position % PITCH + (copy - COPIED.padding)
         inside = mask & (row >= 0) & (row < COPIED.H) & (column >= 0) & (column < COPIED.W)
         values = tl.load(planes + ((sample * COPIED.H + row) * COPIED.W + column) * C + c, inside, 0)
-        offsets = (copy * C + c) * length + position
+        offsets = (copy * C + c).to(tl.int64) * length + position
         tl.store(lines + tl.trans(offsets), tl.trans(values), tl.trans(mask))
 
 

@@ -24,7 +24,7 @@ PAPER_RES = 128
 """Resolution of the paper's ImageNet subsets."""
 PAPER_PROTOCOL = "mtt"
 """Protocol of the paper's evaluations."""
-_LOCATION_AND_MACHINE_OPTIONS = names_of(DistillOptions, Role.LOCATION, Role.MACHINE)
+_LOCATION_AND_MACHINE_OPTIONS = names_of(DistillOptions, Role.LOCATION, Role.MACHINE) - {"score_path"}
 _RANDOM_IMAGE_OPTIONS = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
 """Options on which the accuracy of random real images depends, besides the seed."""
 
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The accuracy in one setting, from runs that differ in nothing but the seed."""
+    """The accuracy in one setting, from runs that differ in nothing but the seed, their own or that of their experts."""
 
     runs: tuple[str, ...]
     mean: float
@@ -80,7 +80,7 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
 
     Raises `InputError` for a summary that does not name its data set, network and images per class.
     """
-    groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]] = {}
+    groups: dict[tuple[Setting, str], dict[tuple[int, str | None], tuple[str, Mapping[str, Any]]]] = {}
     for folder, summary in summaries.items():
         options = _with_known_names(summary.get("options", {}))
         try:
@@ -92,18 +92,22 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         all_options = {
             name: value for name, value in options.items() if name not in (*_LOCATION_AND_MACHINE_OPTIONS, "seed")
         }
-        # the experts of a curriculum (PAD), or of other software, are others at the same options
-        all_options |= {"experts": summary.get("experts", {}).get("hyperparameters")}
+        experts = summary.get("experts", {})
+        hyperparameters, digest = experts.get("hyperparameters"), experts.get("digest")
+        # experts of a curriculum (PAD) are others at the same options, those of other software may be of any training, and of those
+        # that a baseline used only the folder is known
+        known = [hyperparameters, digest] if "imported_from" in (hyperparameters or ()) else hyperparameters
+        all_options |= {"experts": known or options.get("buffer_path")}
         all_options |= {"scores": summary.get("scores_digest")}  # two files may have had the same name (SelMatch)
         random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
-        for trained_on, method, others in (
-            ("distilled", setting.method, all_options),
-            ("random_real_images", RANDOM + _protocol(options), random_options),
+        for trained_on, method, others, repetition in (
+            ("distilled", setting.method, all_options, (seed, digest)),
+            ("random_real_images", RANDOM + _protocol(options), random_options, (seed, None)),
         ):
             for network, accuracy in _by_network(summary, trained_on).items():
                 key = setting._replace(model=network, method=method), json.dumps(images | others, sort_keys=True)
-                # the same options and the same seed are the same measurement
-                groups.setdefault(key, {}).setdefault(seed, (str(folder), accuracy))
+                # the same options, seed and experts are the same measurement
+                groups.setdefault(key, {}).setdefault(repetition, (str(folder), accuracy))
     by_setting: dict[Setting, list[Measured]] = {}
     for (setting, _), by_seed in groups.items():
         by_setting.setdefault(setting, []).append(_combined(list(by_seed.values())))

@@ -110,8 +110,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
         f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.evaluations)}; scaled from steps of {_SAMPLES} images "
         f"on {device}, one network after another",
-        "disk": f"about {_bytes(sum(size))}: experts {_bytes(size.experts)}, run folder {_bytes(size.run_folder)}, "
-        f"packed data set {_bytes(size.packed_data)}; free {_bytes(_free(folder))}",
+        "disk": disk_in_words(options, size),
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
 
@@ -314,10 +313,29 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-def _free(folder: Path) -> float:
-    """Return the free bytes on the disk of `folder`, which need not exist yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+def disk_in_words(options: DistillOptions, size: EstimatedBytes) -> str:
+    """Return the bytes that the run needs and those that are free, on each disk where it writes."""
+    parts: dict[str, tuple[float, str | Path]] = {
+        "experts": (size.experts, options.buffer_path),
+        "run folder": (size.run_folder, options.folder()),
+        "packed data set": (size.packed_data, options.packed_path or options.data_path),
+    }
+    disks: dict[int, list[str]] = {}
+    for name, (_, folder) in parts.items():
+        disks.setdefault(_existing(folder).stat().st_dev, []).append(name)
+    free = []
+    for names in disks.values():
+        left = shutil.disk_usage(_existing(parts[names[0]][1])).free
+        lacking = " (not enough)" if left < sum(parts[name][0] for name in names) else ""
+        free.append(f"{_bytes(left)}{lacking}" + (f" for {' and '.join(names)}" if len(disks) > 1 else ""))
+    needed = ", ".join(f"{name} {_bytes(count)}" for name, (count, _) in parts.items())
+    return f"about {_bytes(sum(size))}: {needed}; free {', '.join(free)}"
+
+
+def _existing(folder: str | Path) -> Path:
+    """Return `folder`, or where it does not exist yet the first folder above it that does."""
+    path = Path(folder).expanduser().absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _duration(seconds: float) -> str:

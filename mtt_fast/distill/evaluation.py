@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from typing import Any
 
@@ -192,6 +193,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
             "folder": str(run.experts.folder),
             "number": run.num_matched_experts,
             "hyperparameters": first.hyperparameters,
+            "digest": hashlib.sha256(" ".join(state.digests).encode()).hexdigest(),
             "data": first.identity.record(),
         },
     }

@@ -99,11 +99,13 @@ def saveable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def check_types(**tensors: Tensor) -> None:
+def check_types(**tensors: Any) -> None:
     """Raise `InputError` unless `tensors` are ordinary tensors, and not fake ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}")
+            parts = isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
+            fix = "; join the parts into one tensor by torch.cat, and split it again in the module or the loss" * parts
+            raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}{fix}")
         if isinstance(value, FakeTensor):
             raise InputError(
                 f"`{name}`: expected an ordinary tensor, found a FakeTensor; call outside of FakeTensorMode"
@@ -319,6 +321,8 @@ def checked_lr(lr: Any, theta: Tensor, steps: int) -> Tensor:
         raise InputError(
             f"`lr`: expected a scalar, a rate for each step ({steps},), or one for each step and parameter "
             f"({steps}, {len(theta)}), found shape {tuple(lrs.shape)}"
+            + f"; `lr.expand({steps}, -1)` makes rates for each parameter those of each step"
+            * (lrs.shape == theta.shape)
         )
     return lrs
 

@@ -97,7 +97,7 @@ class Plan:
             2 * (1 + work.moments) if self.path_on_host else (work.steps + 1) * (1 + work.path_gradient + work.moments)
         )
         vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + self.cut
-        lr_gradients = 2 * work.steps * work.lr_per_parameter  # of each step, and all as one tensor
+        lr_gradients = work.steps * work.lr_per_parameter
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved

@@ -182,7 +182,10 @@ class _Unroll(torch.autograd.Function):
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if needs_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if needs_labels else None
-        grad_negated_lrs: list[Tensor] = []  # dL/d(−α_n), the last step first; each () or (P,)
+        grad_lrs = torch.zeros_like(lrs) if needs_lr else None
+        grad_negated_lrs: list[
+            Tensor
+        ] = []  # dL/d(−α_n), the last step first, each (); of rates for each parameter none
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
@@ -212,8 +215,11 @@ class _Unroll(torch.autograd.Function):
                 grad_negated_lr = tangent.v_dot_g
                 if weight_decay:
                     grad_negated_lr = grad_negated_lr + weight_decay * torch.dot(direction, theta)
-            if needs_lr and grad_negated_lr is not None:
-                grad_negated_lrs.append(grad_negated_lr)
+            if grad_lrs is not None and grad_negated_lr is not None:
+                if grad_negated_lr.dim():
+                    torch.neg(grad_negated_lr, out=grad_lrs[n])
+                else:  # all together after the last one: each operation is a launch on a GPU
+                    grad_negated_lrs.append(grad_negated_lr)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
                 grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype).contiguous()
@@ -231,16 +237,12 @@ class _Unroll(torch.autograd.Function):
             del batch, tangent, to_add, grad_negated_lr
 
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=needs_images)
-        grad_lr = _gradient_of_lrs(grad_negated_lrs[::-1], lrs, lr) if needs_lr else None
-        return None, adjoint, state_adjoint if needs_velocity else None, grad_images, grad_labels, grad_lr
-
-
-def _gradient_of_lrs(grad_negated_lrs: list[Tensor], lrs: Tensor, lr: Tensor) -> Tensor:
-    """Return the gradient of `lr` from dL/d(−α_n) of the first steps; for the other steps it is zero. `lrs` is `lr` of all steps."""
-    grad_lrs = torch.zeros_like(lrs)
-    if grad_negated_lrs:
-        torch.stack(grad_negated_lrs, out=grad_lrs[: len(grad_negated_lrs)]).neg_()
-    return grad_lrs if lr.numel() > 1 else grad_lrs.sum().view(lr.shape)  # autograd casts it
+        if grad_lrs is not None:
+            if grad_negated_lrs:
+                torch.stack(grad_negated_lrs[::-1], out=grad_lrs[: len(grad_negated_lrs)]).neg_()
+            if lr.numel() == 1:
+                grad_lrs = grad_lrs.sum().view(lr.shape)  # autograd casts it
+        return None, adjoint, state_adjoint if needs_velocity else None, grad_images, grad_labels, grad_lrs
 
 
 def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:

@@ -99,7 +99,7 @@ def unroll(
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes); for a `loss` of the caller's own, any shape (n, …).
         lr: learning rate, a scalar (tensor), one for each step (N,), or one for each step and parameter (N, P), as by
-            `lrs.expand(N, -1)`. A learning rate (N, P) keeps N + 1 more vectors (P,), and 2 N if it is learned. A number must be at
+            `lrs.expand(N, -1)`. A learning rate (N, P) keeps N + 1 more vectors (P,), and N more if it is learned. A number must be at
             least 0; the values of a tensor are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their methods `draw` and `__call__`. Its

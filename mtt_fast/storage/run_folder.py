@@ -112,7 +112,7 @@ _SUMMARY = {
     "options?": {
         "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
     },
-    "experts?": {"hyperparameters?": dict},
+    "experts?": {"hyperparameters?": dict, "digest?": str},
     "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [NUMBER]},
     "iterations?": int, "skipped_iterations?": int, "iterations_repeated_in_tf32?": int,
     "iterations_above_threshold?": int, "learning_rate_kept?": int,

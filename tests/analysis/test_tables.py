@@ -153,6 +153,38 @@ def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None
     assert (other.runs, other.n, other.mean, other.diverged) == (("other",), 5, 0.1, 2)  # of five networks
 
 
+def test_runs_with_other_experts_or_scores_are_not_left_out() -> None:
+    """Check that imported experts, and those of baselines, part runs; that other own experts are another repetition, and a copied run is none."""
+
+    def of_run(mean: float, experts: dict[str, Any], digest: str, **options: Any) -> dict[str, Any]:
+        return summary(mean, random=mean, **options) | {"experts": {"hyperparameters": experts, "digest": digest}}
+
+    own, imported = {"lr": 0.01}, {"imported_from": "replay_buffer_0.pt, expert 0"}
+    runs = {
+        "imported": of_run(0.1, imported, "a"),
+        "imported, others": of_run(0.2, imported, "b", seed=1),
+        "own": of_run(0.3, own, "c"),
+        "own, trained with another seed": of_run(0.4, own, "d"),
+        "own, copied": of_run(0.5, own, "c"),
+        "scores": of_run(0.6, own, "c", ipc=50, score_path="cscores.npz"),
+        "other scores": of_run(0.7, own, "c", ipc=50, score_path="mine.npz"),
+        "herding": summary(0.8, method="Herding", buffer_path="mine"),
+        "herding by others": summary(0.9, method="Herding", buffer_path="theirs"),
+    }
+    measured = measurements({Path(name): run for name, run in runs.items()})
+    assert {setting: [value.runs for value in values] for setting, values in measured.items()} == {
+        Setting("CIFAR10", "ConvNet", "MTT", "1"): [
+            ("imported",),
+            ("imported, others",),
+            ("own", "own, trained with another seed"),
+        ],
+        Setting("CIFAR10", "ConvNet", "MTT", "50"): [("scores",), ("other scores",)],
+        Setting("CIFAR10", "ConvNet", "Random", "1"): [("imported", "imported, others")],
+        Setting("CIFAR10", "ConvNet", "Random", "50"): [("scores",)],
+        Setting("CIFAR10", "ConvNet", "Herding", "1"): [("herding",), ("herding by others",)],
+    }
+
+
 def test_spelling_parts_no_runs_and_other_experts_and_scores_do() -> None:
     """Check that a data set's name counts in any case alike, and that no run is left out for another one's experts or scores."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from mtt_fast.data.class_names import CIFAR10, SUBSETS
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
-from mtt_fast.distill.dry_run import SecondsPerImage, estimated_bytes, estimated_seconds
+from mtt_fast.distill.dry_run import EstimatedBytes, SecondsPerImage, disk_in_words, estimated_bytes, estimated_seconds
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.networks.by_name import network_by_name
@@ -310,3 +312,26 @@ def test_a_data_set_has_its_published_numbers(
     dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]
 ) -> None:
     assert dataclasses.astuple(dataset_info(dataset, subset, res)) == expected
+
+
+def test_free_space_is_that_of_each_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_of, stat = (lambda path: 1 + ("scratch" in str(path))), Path.stat
+
+    def stat_on_disks(path: Path, **others: Any) -> os.stat_result:
+        fields = list(stat(path, **others))
+        return os.stat_result([*fields[:2], disk_of(path), *fields[3:]])
+
+    monkeypatch.setattr(Path, "stat", stat_on_disks)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free={1: 5e9, 2: 1e6}[disk_of(path)]))
+    monkeypatch.chdir(tmp_path)
+    size, options = (
+        EstimatedBytes(2e6, 1e6, 3e6),
+        DistillOptions(out="run", buffer_path=str(tmp_path / "scratch" / "b")),
+    )
+    (tmp_path / "scratch").mkdir()
+    needed = "about 6.0 MB: experts 2.0 MB, run folder 1.0 MB, packed data set 3.0 MB; free "
+    assert (
+        disk_in_words(options, size)
+        == f"{needed}1.0 MB (not enough) for experts, 5.0 GB for run folder and packed data set"
+    )
+    assert disk_in_words(DistillOptions(out="run"), size) == f"{needed}5.0 GB"

@@ -355,6 +355,32 @@ def test_a_batch_of_many_pairs_takes_the_memory_of_a_piece() -> None:
     assert pair < 0.25 * whole
 
 
+def test_dropout_whose_masks_an_augmentation_draws() -> None:
+    class Masked(nn.Module):
+        """Multiply the features by the masks, the last part of a row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.last(rows[:, 4:] * self.first(rows[:, :4]).tanh())  # type: ignore[no-any-return]
+
+    def draw(rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (torch.rand(len(rows), 6, generator=generator) < 0.9) / 0.9
+
+    augment = Augmentation(draw, lambda rows, masks: torch.cat([rows, masks.to(rows)], 1))
+    net, rows, random = FlatModule(Masked().double()), rows_of(4).requires_grad_(), torch.Generator().manual_seed(1)
+    draws = [draw(rows[batch], random) for batch in BATCHES]
+    path = unroll(net, net.init(), rows, CLASSES, 0.2, BATCHES, augment, generator=random.manual_seed(1))
+    theta = net.init().requires_grad_()
+    for batch, masks in zip(BATCHES, draws, strict=True):
+        loss = F.cross_entropy(net(theta, torch.cat([rows[batch], masks.double()], 1)), CLASSES[batch])
+        theta = theta - 0.2 * torch.autograd.grad(loss, theta, create_graph=True)[0]
+    expected, found = (torch.autograd.grad(end.square().sum(), rows)[0] for end in (theta, path[-1]))
+    assert_close("rows", found, expected, 1e-10)
+
+
 def test_the_gradient_of_labels_may_have_any_strides() -> None:
     def transposed(logits: Tensor, labels: Tensor) -> Tensor:
         return -(labels * logits.log_softmax(1)).mean() - (labels.T * logits.T.log_softmax(1)).mean()

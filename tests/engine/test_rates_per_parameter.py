@@ -126,3 +126,11 @@ def test_rates_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     expected = rf"`lr`: expected a scalar, .* \({STEPS},\), or one .* \({STEPS}, {NET.num_parameters}\), found shape"
     with pytest.raises(InputError, match=expected):
         unroll(NET, start, images, labels, torch.ones(shape).double(), BATCHES)
+
+
+def test_rates_of_the_parameters_alone_are_refused_with_the_way_to_give_them() -> None:
+    start, _, images, labels, _ = make()
+    with pytest.raises(
+        InputError, match=rf"`lr.expand\({STEPS}, -1\)` makes rates for each parameter those of each step"
+    ):
+        unroll(NET, start, images, labels, torch.ones_like(start), BATCHES)

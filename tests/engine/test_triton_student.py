@@ -33,7 +33,7 @@ from tests.kernels.compiling import recording
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, ROOT, each_part, run_part
 
 PARTS_INTERPRETED = 3
-"""All of it takes more than two minutes of one core."""
+"""All of it takes a minute of one core."""
 
 
 @pytest.mark.slow

@@ -353,6 +353,10 @@ def test_a_custom_loss() -> None:
         ({"start": [0.0, 1.0]}, "`theta`: expected a tensor, found list"),
         ({"images": np.zeros((6, 3, 8, 8))}, "`images`: expected a tensor, found ndarray"),
         ({"labels": [0] * 6}, "`labels`: expected a tensor, found list"),
+        (
+            {"images": (torch.zeros(6, 3), torch.zeros(6, 4))},
+            "found tuple; join the parts into one tensor by torch.cat",
+        ),
         ({"augment": torch.relu}, "expected an augmentation, such as SiameseAugment, found builtin_function_or_method"),
         ({"net": ConvNet}, "`net`: expected a network, found the class ConvNet; call it to make one"),
         ({"images": torch.tensor(1.0)}, r"`images`: expected at least one, \(n, …\), found shape \(\)"),

@@ -70,15 +70,15 @@ def reserve(
 
 
 @contextmanager
-def last_sample_alone() -> Iterator[None]:
-    """Launch only the last sample's programs, and reserve the memory of results."""
+def last_sample_alone(samples: int = SAMPLES) -> Iterator[None]:
+    """Launch only the programs of the last of `samples`, and reserve the memory of results."""
     from triton.runtime import interpreter
 
     number_program = interpreter.InterpreterBuilder.set_grid_idx
 
     def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         # those that pack a weight are few, and all needed
-        own = programs if programs < SAMPLES else programs // SAMPLES
+        own = programs if programs < samples else programs // samples
 
         def renumbered(builder: Any, number: int, *rest: int) -> None:
             number_program(builder, number, *rest)
@@ -150,6 +150,22 @@ def convolutions(form: torch.memory_format) -> None:
     )
 
 
+def copied_planes() -> None:
+    """Check copies of planes for tf32's weight gradient: fewer than 2³¹ pixels, but more numbers."""
+    from mtt_fast.kernels.triton import tma_correlate
+
+    samples, channels, side = 2**18, 352, 4
+    x, y_bar = (reserve((samples, each, side, side), torch.float32, torch.channels_last) for each in (8, channels))
+    y_bar[-1] = torch.randn(channels, side, side)
+    tile = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16}
+    with last_sample_alone(samples):
+        _, (_, lines), _ = tma_correlate._copy_factors(x, None, y_bar, y_bar, 1, tile)
+    assert lines.base.numel() > 2**31
+    last = lines.base[-1, -(side + 2) * side :].view(side + 2, side)  # of the last channel, with two rows of zeros
+    assert torch.equal(last[:side], y_bar[-1, -1])
+    print("passed: copied planes")
+
+
 def image_blocks() -> None:
     """Check the first block, and warps of its images."""
     from mtt_fast.kernels.triton import block
@@ -180,6 +196,7 @@ def main() -> None:
     with patch.object(channels_last_planes, "configuration", return_value=PARTS[0][1]):
         norm_and_bias(torch.channels_last, "in parts")
     with_sizes("block", image_blocks, PROGRAMS=1)
+    copied_planes()
 
 
 if __name__ == "__main__":

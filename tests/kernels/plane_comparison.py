@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -179,6 +180,29 @@ def copied(argument: Any) -> Any:
     return argument.clone(memory_format=torch.preserve_format) if isinstance(argument, Tensor) else argument
 
 
+def lost_planes(family: str, device: str) -> None:
+    """Check that a plane of NaN stays NaN when it is pooled, and that no other one does: ReLU must not make it zero."""
+    from mtt_fast.kernels import triton
+    from mtt_fast.kernels.triton import channels_last_planes
+
+    affine = Affine(torch.ones(5, device=device), torch.zeros(5, device=device))
+    last = torch.channels_last
+    for form, tile in ((torch.contiguous_format, None), (last, None), (last, PARTS[1][1])):
+        y, y_dot = (torch.randn(2, 5, 7, 5).to(device, memory_format=form) for _ in range(2))
+        y[1, 3] = y_dot[1, 3] = float("nan")
+        with nullcontext() if tile is None else patch.object(channels_last_planes, "configuration", return_value=tile):
+            if family == "norm":
+                planes = triton.norm_relu_pool(y, affine, 1e-5)[:1]
+                planes += triton.norm_relu_pool_dual(y, y_dot, affine, affine, 1e-5)[:2]
+            else:
+                planes = triton.bias_relu_pool(y, affine.beta), *triton.bias_relu_pool_dual(y, y_dot, *affine)
+        for p in planes:
+            lost = p.isnan().all((2, 3))
+            assert lost.nonzero().tolist() == [[1, 3]], (family, form, tile)
+            assert p[~lost].isfinite().all()
+    print("passed: planes that are not numbers", family)
+
+
 def refused_planes(family: str, device: str) -> None:
     """Check that planes neither contiguous nor channels_last are refused."""
     from mtt_fast.kernels import triton
@@ -201,10 +225,12 @@ def norm_cases(device: str) -> list[Case]:
 
 
 def norm_checks(device: str) -> list[Case]:
-    """Return the checks of a norm's statistics far from zero, and of its refusals."""
-    return [partial(far_planes, device), partial(refused_planes, "norm", device)]
+    """Return the checks of a norm's statistics far from zero, of NaN, and of its refusals."""
+    checks = [partial(check, "norm", device) for check in (lost_planes, refused_planes)]
+    return [partial(far_planes, device), *checks]
 
 
 def bias_cases(device: str) -> list[Case]:
-    """Return the comparisons of the end with a bias, and the check of its refusals."""
-    return [*plane_cases(check_bias, device), partial(refused_planes, "bias", device)]
+    """Return the comparisons of the end with a bias, and the checks of NaN and of its refusals."""
+    checks = [partial(check, "bias", device) for check in (lost_planes, refused_planes)]
+    return [*plane_cases(check_bias, device), *checks]

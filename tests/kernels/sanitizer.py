@@ -14,6 +14,8 @@ from unittest.mock import patch
 import numpy as np
 from torch import Tensor
 
+from tests.kernels.interpreter import quick
+
 Array = np.ndarray[Any, Any]
 
 
@@ -149,6 +151,7 @@ def watched() -> Iterator[None]:
             launches.pop()
 
     with (
+        quick(),
         patch.object(interpreter, "_interpreter", WatchedMemory()),
         patch.object(interpreter.GridExecutor, "__call__", run_watched),
         patch.object(interpreter.InterpreterBuilder, "create_barrier", lambda _: launches[-1].programs[-1].barrier()),

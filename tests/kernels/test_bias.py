@@ -94,6 +94,24 @@ def test_the_relu_passes_nothing_at_zero(layout: torch.memory_format) -> None:
         assert torch.count_nonzero(value) == 0, name
 
 
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_the_relu_keeps_what_is_not_a_number(layout: torch.memory_format) -> None:
+    """Zeros in its place would let a network that diverged compute on as if nothing had happened."""
+    given = plane_arguments((2, 20, 4, 4), torch.float32, layout)
+    given["y"][1, 17] = given["y_dot"][1, 17] = float("nan")
+    results = bias_results(kernels, given)
+    for name in ("p", "dual p", "p_dot"):
+        lost = results[name].isnan().all((2, 3))
+        assert lost.nonzero().tolist() == [[1, 17]], name
+        assert results[name][~lost].isfinite().all(), name
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_the_relu_of_minus_infinity_is_zero() -> None:
+    assert torch.count_nonzero(kernels.bias_relu_pool(torch.full((1, 2, 4, 4), -torch.inf), torch.zeros(2))) == 0
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("dual", [False, True])
 def test_the_gradient_takes_the_memory_of_what_it_may_reuse(dual: bool) -> None:

@@ -181,6 +181,7 @@ INDEX, ZEROS, LAST = torch.tensor([1, 0, 1]), torch.zeros(3, 13), IMAGES.contigu
         refused("image_patches", "float32 or float64", IMAGES.bfloat16(), 1),
         refused("image_patches", "strides", IMAGES[:, :, :, ::2], 3),
         refused("image_patches", "indices 0 … 1, found 1 … 2", IMAGES, 1, "fp32", INDEX + 1),
+        refused("image_patches", "at least one index", IMAGES, 1, "fp32", INDEX[:0]),
         refused("image_patches", "int64 indices", IMAGES, 1, "fp32", INDEX.int()),
         refused("image_patches", "int64 indices", IMAGES, 1, "fp32", INDEX[None]),
         refused("image_patches", "parameters of shape", IMAGES, 1, "fp32", None, ZEROS),

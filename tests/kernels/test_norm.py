@@ -98,6 +98,19 @@ def test_native_is_the_reference(
         assert_close(name, actual, expected[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_the_relu_keeps_what_is_not_a_number(layout: torch.memory_format) -> None:
+    """Zeros in its place would let a network that diverged compute on as if nothing had happened."""
+    given = plane_arguments((2, 20, 4, 4), torch.float32, layout)
+    given["y"][1, 17] = given["y_dot"][1, 17] = float("nan")
+    results = plane_results(kernels, given)
+    for name in ("p", "dual p", "p_dot"):
+        lost = results[name].isnan().all((2, 3))
+        assert lost.nonzero().tolist() == [[1, 17]], name
+        assert results[name][~lost].isfinite().all(), name
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("dual", [False, True])
 def test_gradients_take_the_memory_of_what_they_may_reuse(dual: bool) -> None:

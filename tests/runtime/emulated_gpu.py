@@ -1,15 +1,18 @@
-"""Run a module on a CUDA device that is not there: `python -m tests.runtime.emulated_gpu REPORT MODULE ARGUMENTS…`.
+"""Run modules on a CUDA device that is not there: `python -m tests.runtime.emulated_gpu`, then a line for each on the input.
 
 Tensors on "cuda" hold tensors of the CPU, with which torch computes; ConvNet's fused step takes the reference in place of Triton's kernels.
 What a GPU would refuse is an error: operands on two devices, an operation without a deterministic implementation, and a wait in a
-capture. REPORT (JSON) lists the waits of the host, each with the lines of this project that led to it. The process needs
-the library of emulated_gpu.cpp, see tests/runtime/test_emulated_gpu.py.
+capture. A line is a JSON list of two files, OUTPUT and REPORT, a module, and its arguments. REPORT (JSON) lists the waits of
+the host, each with the lines of this project that led to it. The process needs the library of emulated_gpu.cpp, see
+tests/runtime/test_emulated_gpu.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
 import runpy
 import sys
 import threading
@@ -346,5 +349,25 @@ def main(report: str, module: str, *arguments: str) -> None:
             Path(report).write_text(json.dumps({"status": status, "waits": log.waits, "refused": log.refused}))
 
 
+def serve() -> None:
+    """Run the module of each line in a copy of this process, and print its exit status: imports take longer than most runs."""
+    for name in (
+        "mtt_fast.distill.command",
+        "matplotlib.figure",
+        "tensorboard.summary.writer.record_writer",
+        "torch._inductor",
+    ):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        output, *words = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            with open(output, "w") as file:
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(file.fileno(), stream.fileno())
+            return main(*words)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,8 @@ Run = Callable[..., Report]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a function that runs a module with arguments on the device, and checks that it ends well."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Yield a function that runs a module with arguments on the device, and checks that it ends well."""
     compiler = shutil.which("g++")
     if compiler is None or not sys.platform.startswith("linux") or torch.version.cuda is not None:
         pytest.skip("needs g++, Linux and torch without CUDA")
@@ -69,19 +70,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"
     }  # fmt: skip
 
-    def run_module(*words: str) -> Report:
-        report = folder / "report.json"
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.runtime.emulated_gpu", str(report), *words], cwd=ROOT, env=environment, text=True,
-            capture_output=True, check=False,
-        )  # fmt: skip
-        found = json.loads(report.read_text())
-        output = process.stdout + process.stderr
-        assert process.returncode == 0, output
-        assert found["status"] in (0, None), output
-        return Report(found["waits"], found["refused"], output)
+    report, output = folder / "report.json", folder / "output.txt"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.runtime.emulated_gpu"], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
 
-    return run_module
+    def run_module(*words: str) -> Report:
+        print(json.dumps([str(output), str(report), *words]), file=server.stdin, flush=True)
+        status = server.stdout.readline() if server.stdout else ""
+        assert status == "0\n", output.read_text()
+        found = json.loads(report.read_text())
+        assert found["status"] in (0, None), output.read_text()
+        return Report(found["waits"], found["refused"], output.read_text())
+
+    with server:
+        yield run_module
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
