@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, format_accuracy
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
-from mtt_fast.commands.seconds import Part, Seconds, describe_seconds, save_seconds
+from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.student_choice import precision_on
@@ -58,7 +58,7 @@ class Run:
     """memory for the networks that an evaluation trains at the same time"""
     numerics: str
     """description of the student and its precision"""
-    seconds: Seconds = field(default_factory=Seconds)
+    seconds: Stopwatch = field(default_factory=Stopwatch)
     """the run's time by purpose"""
 
 

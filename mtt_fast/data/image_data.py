@@ -164,7 +164,7 @@ def _split(part: str, pair: tuple[Tensor, Tensor]) -> Split:
 
 def check_split_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
     """Raise `InputError` unless all labels are class indices, both splits have images, and every class has training images."""
-    check_several(name, class_names)
+    check_at_least_two_classes(name, class_names)
     for part, labels in (("training", train), ("test", test)):
         if not len(labels):
             raise InputError(f"{name}: expected {part} images, found none; get the data set again")
@@ -182,7 +182,7 @@ def check_split_labels(name: str, train: Tensor, test: Tensor, class_names: Sequ
         )
 
 
-def check_several(name: str, class_names: Sequence[str]) -> None:
+def check_at_least_two_classes(name: str, class_names: Sequence[str]) -> None:
     """Raise `InputError` that begins with `name` for fewer than two classes."""
     if len(class_names) < 2:
         raise InputError(

@@ -22,7 +22,7 @@ from mtt_fast.commands.earlier_run import (
 )
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
-from mtt_fast.commands.seconds import Seconds, accumulate_seconds, timed_real_images
+from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import prepare_cam_network
@@ -87,7 +87,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
 
     `precision` overrides `--precision` for the iterations; on a CPU the reference kernels emulate it.
     """
-    seconds = Seconds()
+    seconds = Stopwatch()
     options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
@@ -112,7 +112,7 @@ def _run(
     requested: Mapping[str, Any],
     device: torch.device,
     command: str,
-    seconds: Seconds,
+    seconds: Stopwatch,
     precision: Precision | None,
 ) -> None:
     """Distil with `options`. `command` is the command line; for `requested` see `check_experts`, for `precision` see `main`."""
@@ -179,7 +179,7 @@ def _numerics_of(
 
 
 def _checked_data(
-    options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Seconds
+    options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Stopwatch
 ) -> tuple[ImageData, Trainable, int]:
     """Return the real images, the network, and the number of parameters of a parametrisation, after all checks that need no work.
 

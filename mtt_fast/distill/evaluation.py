@@ -65,7 +65,7 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     for kind, images in {"evaluation": evaluated, "ema_evaluation": state.ema}.items():
         if images is None or run.metrics.find(kind, state.iteration):
             continue
-        synthetic, words = _distilled(run, state, images, stop), SET_NAMES[kind].words
+        synthetic, words = _distilled_set(run, state, images, stop), SET_NAMES[kind].words
         results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
         for name, accuracy in results.items():
             log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
@@ -101,19 +101,19 @@ def _check_finite(run: DistillRun, state: State) -> None:
             )
 
 
-def _distilled(run: DistillRun, state: State, images: Tensor, stop: StopRequest) -> SyntheticDataset:
+def _distilled_set(run: DistillRun, state: State, images: Tensor, stop: StopRequest) -> SyntheticDataset:
     """Return the distilled set: `images` (n, C, H, W) with labels, and the learning rate to train networks with.
 
     With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
     """
     options = run.options
     if not options.teacher_label:
-        return _with_labels(run, state, images, state.labels, options.label_kind)
+        return _set_with_labels(run, state, images, state.labels, options.label_kind)
     experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
-    return _with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
+    return _set_with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
 
 
-def _with_labels(
+def _set_with_labels(
     run: DistillRun, state: State, images: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> SyntheticDataset:
     order = run.experts.metadata(0).hyperparameters.get("sort_method")  # the digest of that of a curriculum (PAD)
@@ -129,7 +129,7 @@ def _draw(run: DistillRun, state: State, images: Tensor) -> None:
     """Draw the initial images above the current `images`."""
     # class indices are enough for a picture, so the experts need not label the images
     kind: LabelKind = "indices" if run.options.teacher_label else run.options.label_kind
-    synthetic = _with_labels(run, state, images, state.labels, kind)
+    synthetic = _set_with_labels(run, state, images, state.labels, kind)
     first = dataclasses.replace(synthetic, images=run.initial().pictures)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
@@ -147,7 +147,7 @@ def _draw(run: DistillRun, state: State, images: Tensor) -> None:
 def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Write summary.json, with the accuracies of the set, of random real images and of the experts. The run is then finished."""
     baseline = _evaluate_random_images(run, state, stop)
-    labelled = (
+    soft_baseline = (
         _evaluate_random_images(run, state, stop, soft=True) if has_soft_baseline(run.options, run.network) else None
     )
     draw_curves(run, float(baseline["accuracy_mean"]))
@@ -156,16 +156,16 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     name_of_experts, experts_in_words = _EXPERTS
     if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
         name_of_experts, experts_in_words = _EXPERTS_OF_OTHER_DATA  # which were tested on its test images
-    results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
+    results = ", ".join(f"{names.words} {_format_result(lines[-1])}" for names, lines in records.items())
     text = (
-        f"{results}, random real images {_labelled(baseline)}, "
-        + (f"with labels of the experts {_labelled(labelled)}, " if labelled else "")
+        f"{results}, random real images {_format_result(baseline)}, "
+        + (f"with labels of the experts {_format_result(soft_baseline)}, " if soft_baseline else "")
         + f"{experts_in_words} {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     lr = {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)}
     accuracies = {
         "random_real_images": accuracy_record(baseline) | lr,
-        **({"random_real_images_labelled_by_experts": accuracy_record(labelled) | lr} if labelled else {}),
+        **({"random_real_images_labelled_by_experts": accuracy_record(soft_baseline) | lr} if soft_baseline else {}),
         name_of_experts: {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
@@ -222,5 +222,5 @@ def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *,
     return run.metrics.records[-1]
 
 
-def _labelled(record: Record) -> str:
+def _format_result(record: Record) -> str:
     return format_accuracy(record) + (" (best epoch)" if record.get("best_epoch") else "")

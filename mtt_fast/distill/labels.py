@@ -16,7 +16,7 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 
 log = logging.getLogger(__name__)
 
-OWN_CLASS = 0.9
+OWN_CLASS_PROBABILITY = 0.9
 """Probability of an image's own class in `class_logits`; with 1 the gradient of the softmax would be zero."""
 
 _BATCH = 64  # images in a forward pass
@@ -34,11 +34,11 @@ def has_soft_baseline(options: DistillOptions, network: Network) -> bool:
 def class_logits(classes: Tensor, num_classes: int) -> Tensor:
     """Return log-probabilities (n, num_classes) float32 for images of `classes` (n,).
 
-    The image's class has probability `OWN_CLASS`, and the other classes share the rest evenly.
+    The image's class has probability `OWN_CLASS_PROBABILITY`, and the other classes share the rest evenly.
     """
-    shared = (1 - OWN_CLASS) / max(1, num_classes - 1)
+    shared = (1 - OWN_CLASS_PROBABILITY) / max(1, num_classes - 1)
     probabilities = torch.full((len(classes), num_classes), shared, device=classes.device)
-    return probabilities.scatter_(1, classes[:, None], OWN_CLASS).log()
+    return probabilities.scatter_(1, classes[:, None], OWN_CLASS_PROBABILITY).log()
 
 
 def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, initial: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def update(
     elif not _update_parameters(options, state, images_gradient, parametrisation):
         return False
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
-        _descend(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
+        _sgd_step(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
     _update_lr(options, state, lr_gradient)
     return True
 
@@ -89,7 +89,7 @@ def update(
 def _update_images(options: DistillOptions, state: State, gradient: Tensor) -> None:
     """Update the pixels, and the moving average of the images if there is one (FTD)."""
     assert state.images_velocity is not None
-    _descend(state.images, state.images_velocity, gradient, _lr_img(options, state), options.mom_img)
+    _sgd_step(state.images, state.images_velocity, gradient, _lr_img(options, state), options.mom_img)
     if options.ema_decay is not None and state.ema is not None:
         state.ema.lerp_(state.images, 1 - options.ema_decay)
 
@@ -106,9 +106,9 @@ def _update_parameters(
     for name, values in state.parameters.items():
         lr, velocity = parametrisation.relative_rate(name) * _lr_img(options, state), state.parameters_velocity[name]
         if state.parameters_square is None:
-            _descend(values, velocity, gradients[name], lr, options.mom_img)
+            _sgd_step(values, velocity, gradients[name], lr, options.mom_img)
         else:
-            _adam(values, velocity, state.parameters_square[name], gradients[name], lr, state.updates)
+            _adam_step(values, velocity, state.parameters_square[name], gradients[name], lr, state.updates)
     images_at(parametrisation, state.parameters, state.images)
     return True
 
@@ -136,13 +136,13 @@ def _update_lr(options: DistillOptions, state: State, gradient: Tensor) -> None:
     state.lr_velocity.masked_fill_(~positive, 0)
 
 
-def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
+def _sgd_step(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
     """Do one step of torch.optim.SGD in place."""
     velocity.mul_(momentum).add_(gradient)
     values.sub_(velocity, alpha=lr)
 
 
-def _adam(values: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, lr: float, step: int) -> None:
+def _adam_step(values: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, lr: float, step: int) -> None:
     """Do step number `step`, from 1 on, of torch.optim.Adam with its defaults in place."""
     mean.lerp_(gradient, 1 - _BETAS[0])
     square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])

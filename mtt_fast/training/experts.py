@@ -95,7 +95,7 @@ def expert_job(
     for stage in _stages(range(training.train_epochs), training, student):
         if stage.new_optimizer:
             velocity = torch.zeros_like(theta)
-        run_epoch = epochs_on(stage.student, images.train, stage.optimizer, augment, track_of(network), stage.visited)
+        run_epoch = epochs_on(stage.student, images.train, stage.optimizer, augment, track_of(network), stage.subset)
         for epoch in stage.epochs:
             raise_if_stopped(
                 stop, f"stopped in expert {index}; those that were finished are saved; the same command continues"
@@ -118,7 +118,7 @@ class _Stage(NamedTuple):
     student: Student | SharpnessAware
     optimizer: Sgd
     new_optimizer: bool
-    visited: Tensor | None  # indices of the images of an epoch; None for all
+    subset: Tensor | None  # indices of the images of an epoch; None for all
 
 
 def _stages(epochs: Iterable[int], training: ExpertTraining, student: Student) -> Iterator[_Stage]:
@@ -164,7 +164,7 @@ def expert_steps(
     for stage in _stages(itertools.count(), training, student):
         if stage.new_optimizer:
             velocity = torch.zeros_like(theta)
-        steps = chunks_on(stage.student, images.train, stage.optimizer, augment, visited=stage.visited, at_once=1)
+        steps = chunks_on(stage.student, images.train, stage.optimizer, augment, subset=stage.subset, at_once=1)
         for _ in stage.epochs:
             for step in steps(theta, velocity, generator):
                 theta, velocity = step.theta, step.velocity

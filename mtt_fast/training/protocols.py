@@ -39,9 +39,9 @@ from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
-_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
+_TEST_INTERVAL, _TEST_INTERVAL_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
 # The same in NCFM's code for 2000 epochs, and for as many with 50 and more images per class
-_TESTED_EVERY_IN_NCFM, _TESTED_EVERY_OF_MANY, _MANY_IMAGES = 100, 2, 50
+_TEST_INTERVAL_IN_NCFM, _TEST_INTERVAL_OF_MANY, _MANY_IMAGES = 100, 2, 50
 _FEWEST_TESTS = 8  # of fewer epochs; in NCFM's configurations they are 6 in 300 epochs, and 8 in 40
 # The last learning rate of the loop "cosine", as a share of the first, as in SelMatch's code
 _MIN_LR_FACTOR = 0.01
@@ -77,7 +77,7 @@ class EvaluationProtocol:
     """mix the images of half the batches by CutMix, and augment each image by a flip, colors and another operation
     (mtt_fast/augmentation/flip_and_color.py)"""
     best_epoch: bool = False
-    """report the highest accuracy of all tests (`tested_every`), not the accuracy after the last epoch"""
+    """report the highest accuracy of all tests (`test_interval`), not the accuracy after the last epoch"""
 
     @property
     def total_epochs(self) -> int:
@@ -101,17 +101,17 @@ class EvaluationProtocol:
             return 0.5 ** sum(epoch >= fifth * self.epochs // 5 for fifth in range(1, 5))
         return 1.0 if epoch < self.epochs_before_drop else 0.1
 
-    def tested_every(self, *, soft: bool, ipc: int) -> int:
+    def test_interval(self, *, soft: bool, ipc: int) -> int:
         """Return the number of epochs between tests for the best epoch, with `soft` labels or class indices and `ipc` images per class."""
         if self.loop != "fifths":
-            return _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
-        if self.epochs < _FEWEST_TESTS * _TESTED_EVERY_IN_NCFM:
+            return _TEST_INTERVAL_OF_SOFT if soft else _TEST_INTERVAL
+        if self.epochs < _FEWEST_TESTS * _TEST_INTERVAL_IN_NCFM:
             return max(1, self.epochs // _FEWEST_TESTS)
-        return _TESTED_EVERY_IN_NCFM if ipc < _MANY_IMAGES else _TESTED_EVERY_OF_MANY
+        return _TEST_INTERVAL_IN_NCFM if ipc < _MANY_IMAGES else _TEST_INTERVAL_OF_MANY
 
     def is_tested(self, epoch: int, *, soft: bool, ipc: int) -> bool:
-        """Return whether the network is tested after `epoch` (counted from 1); see `tested_every`."""
-        return epoch == self.total_epochs or (self.best_epoch and epoch % self.tested_every(soft=soft, ipc=ipc) == 0)
+        """Return whether the network is tested after `epoch` (counted from 1); see `test_interval`."""
+        return epoch == self.total_epochs or (self.best_epoch and epoch % self.test_interval(soft=soft, ipc=ipc) == 0)
 
     def describe(self) -> str:
         """Return the protocol in words, on one line."""
@@ -132,8 +132,8 @@ class EvaluationProtocol:
                 how = " (flip and colors of all images, one of the others in each step, no cutout)"
         if self.cutmix:
             how += ", CutMix in half the steps"
-        every, of_many = (self.tested_every(soft=False, ipc=ipc) for ipc in (1, _MANY_IMAGES))
-        best = f"of every {every}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels)"
+        every, of_many = (self.test_interval(soft=False, ipc=ipc) for ipc in (1, _MANY_IMAGES))
+        best = f"of every {every}th epoch ({_TEST_INTERVAL_OF_SOFT}th with soft labels)"
         if self.loop == "fifths":
             best = f"after every {every} epochs" + (
                 f" ({of_many} with {_MANY_IMAGES} and more images per class)" if of_many < every else ""

@@ -89,19 +89,19 @@ def epochs_on(
     optimizer: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
-    visited: Tensor | None = None,
+    subset: Tensor | None = None,
     *,
     cutmix: bool = False,
 ) -> Epochs:
     """Return a function that trains for some epochs on `images`, each in random order; the last batch may be smaller.
 
-    `visited`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
+    `subset`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
     the running statistics of a network that has some. `cutmix` mixes the images of half the batches (mtt_fast/training/cutmix.py) and needs
     soft labels. Order and augmentation of all epochs are drawn before the first step. Nothing waits for the device, and on CUDA
     steps are replayed from a CUDA graph.
     """
-    chunks = chunks_on(student, images, optimizer, augment, track, visited, cutmix=cutmix)
-    count = images.num_crops * (len(images) if visited is None else len(visited))
+    chunks = chunks_on(student, images, optimizer, augment, track, subset, cutmix=cutmix)
+    count = images.num_crops * (len(images) if subset is None else len(subset))
 
     def run(
         theta: Tensor,
@@ -126,7 +126,7 @@ def chunks_on(
     optimizer: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
-    visited: Tensor | None = None,
+    subset: Tensor | None = None,
     at_once: int = STEPS_AT_ONCE,
     *,
     cutmix: bool = False,
@@ -135,7 +135,7 @@ def chunks_on(
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    indices = torch.arange(len(images)) if visited is None else visited
+    indices = torch.arange(len(images)) if subset is None else subset
     length = images.num_crops * min(optimizer.batch_size, len(indices))
     run = partial(training_steps, student, images, optimizer, augmentation, track, length, cutmix=cutmix)
     steps = graphed(run, device, kernels.compile_ahead)
