@@ -254,7 +254,7 @@ def _student_rates(synthetic: SyntheticDataset) -> Tensor:
 
 
 def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
-    """Return the augmentation of a set's distillation; that of the options where the recipe does not say."""
+    """Return the augmentation of a set's distillation, or of the options if the set does not record it."""
     if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
         return "none"
     return str(recipe.get("dsa_strategy", options.dsa_strategy))

@@ -62,14 +62,14 @@ class SetOptions(EvaluationOptions):
     """share of each class's images in a .pt file that was distilled, for --protocol selmatch: the first ones, as SelMatch writes them (its
     alpha); the others are real images"""
     factor: Count | None = None
-    """take each image of the set for FACTOR × FACTOR smaller ones, which networks see scaled up (the multi-formation of IDC and NCFM); if
+    """cut each image of the set into FACTOR × FACTOR smaller ones, which networks see scaled up (the multi-formation of IDC and NCFM); if
     not given, 2 for files of NCFM and sets made of them, else 1"""
     other_data: bool = False
     """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
     set's own"""
 
     def evaluation_protocol(self) -> EvaluationProtocol:
-        """Return the evaluation protocol, with the rate of --lr_teacher if that is given. Raises as that of `EvaluationOptions` does."""
+        """Return the evaluation protocol, with the rate of --lr_teacher if given. Raises `InputError` as in `EvaluationOptions`."""
         protocol = super().evaluation_protocol()
         return protocol if self.lr_teacher is None else dataclasses.replace(protocol, lr=self.lr_teacher)
 
@@ -119,7 +119,7 @@ def _file(source: str) -> Path:
 
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
-    """Return the options of the set's distillation that an evaluation has too, except those of the machine."""
+    """Return the recorded options of the set's distillation that an evaluation also has, without options of the machine."""
     names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.LOCATION) | {"factor"}
     zca = synthetic.whitening is not None
     return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
@@ -197,7 +197,7 @@ class EvaluatedSet:
         return self.options.factor or (FACTOR if self._is_of_ncfm else 1)
 
     def _images_and_lr(self, real: RealImages) -> tuple[Images, float]:
-        """Return the images of the set, and its learning rate; of files without a rate, that of real images."""
+        """Return the images of the set and its learning rate; for files without a rate, the rate for real images."""
         device = real.test.labels.device
         if self.synthetic is not None:
             return as_training_images(self.synthetic, device), float(self.synthetic.lr)
@@ -227,7 +227,7 @@ class EvaluatedSet:
 
 
 def check_shape(images: Images, data: ImageData, source: str) -> None:
-    """Raise `InputError` if the images from `source`, or the crops of their canvases, have another shape than those of `data`."""
+    """Raise `InputError` unless the images from `source`, or the crops of their canvases, have the shape of the images of `data`."""
     images_a_side = images.canvas.size if images.canvas else 1
     channels, height, width = data.image_shape
     expected = (channels, images_a_side * height, images_a_side * width)

@@ -70,7 +70,7 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
 
 
 def _differing_in_file(in_file: Mapping[str, Any], path: str) -> set[str]:
-    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for those that a file cannot have."""
+    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for options not allowed in a file."""
     default = DistillOptions()
     file_options = parsing.apply(default, in_file, path)
     if file_options.resume:

@@ -1,4 +1,4 @@
-"""Define the options of a distillation: the public code's flags, those of its successors, and what fits together."""
+"""Define the options of a distillation: the flags of the public code and of its successors, and which of them fit together."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learning rate of the pixels, of the frequencies of --msz_per_channel (FreD's lr_freq), or of the parameters of --parametrisation;
     0 keeps them fixed"""
     mom_img: Share = 0.5
-    """momentum of what --lr_img is for, except where Adam updates it (DDiF), and of the student's learning rate (SPEED: 0.95)"""
+    """momentum of the images, or of the numbers learned in their place, unless Adam updates them (DDiF), and of the student's learning
+    rate (SPEED: 0.95)"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: NonNegative = 1e-5
@@ -198,8 +199,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
-    """number of experts to have: missing ones are trained first, also those that --max_experts leaves out, except in a folder of converted
-    experts"""
+    """number of experts: missing ones are trained first, even if --max_experts matches fewer; none is trained in a folder of converted experts"""
     max_experts: Annotated[
         Networks | None,
         Role.EXTENT,

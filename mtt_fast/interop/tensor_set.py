@@ -70,7 +70,7 @@ class TensorSet:
 
     @property
     def classes(self) -> Tensor:
-        """Return the class of each image (n,); with soft labels by its place, as learned ones may favour another."""
+        """Return the class of each image (n,); with soft labels by its position, since learned labels may favour another class."""
         return self.labels if self.label_kind == "indices" else self.places
 
     @property
