@@ -124,29 +124,30 @@ class EvaluationProtocol:
             "fifths": "half of it after each fifth of the epochs",
         }[self.loop]
         lr = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
+        return (
+            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {lr}, "
+            f"{drop}, augmentation {self.augment}{self._describe_augmentation()}; {self._describe_reported_epoch()}"
+        )
+
+    def _describe_augmentation(self) -> str:
+        """Return how the operations of `augment` are used, as the end of a phrase."""
         how = ""
         if augment_by_strategy(self.augment) is not None:
             if self.combined:
                 how = ", an operation of its own for each image, for real images in a distilled set a crop and a flip"
             elif self.cutmix:
                 how = " (flip and colors of all images, one of the others in each step, no cutout)"
-        if self.cutmix:
-            how += ", CutMix in half the steps"
+        return f"{how}, CutMix in half the steps" if self.cutmix else how
+
+    def _describe_reported_epoch(self) -> str:
+        if not self.best_epoch:
+            return "the last epoch is reported"
         every, of_many = (self.test_interval(soft=False, ipc=ipc) for ipc in (1, _MANY_IMAGES))
-        best = f"of every {every}th epoch ({_TEST_INTERVAL_OF_SOFT}th with soft labels)"
+        tests = f"of every {every}th epoch ({_TEST_INTERVAL_OF_SOFT}th with soft labels)"
         if self.loop == "fifths":
-            best = f"after every {every} epochs" + (
-                f" ({of_many} with {_MANY_IMAGES} and more images per class)" if of_many < every else ""
-            )
-        reported = (
-            f"the BEST {best} and the last is reported, chosen on the test images"
-            if self.best_epoch
-            else "the last epoch is reported"
-        )
-        return (
-            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {lr}, "
-            f"{drop}, augmentation {self.augment}{how}; {reported}"
-        )
+            many = f" ({of_many} with {_MANY_IMAGES} and more images per class)" if of_many < every else ""
+            tests = f"after every {every} epochs{many}"
+        return f"the BEST {tests} and the last is reported, chosen on the test images"
 
     def record(self) -> dict[str, Any]:
         """Return the settings, and their description, as a record."""
@@ -159,17 +160,10 @@ PROTOCOLS = {
     "ddranking": EvaluationProtocol(name="ddranking", loop="scheduler", best_epoch=True),
     "selmatch": EvaluationProtocol(name="selmatch", batch_size=128, loop="cosine", lr=0.1, combined=True),
     "ncfm": EvaluationProtocol(
-        name="ncfm",
-        epochs=2000,
-        batch_size=128,
-        loop="fifths",
-        optimizer="adamw",
-        lr=1e-3,
-        weight_decay=0.01,
-        cutmix=True,
-        best_epoch=True,
+        name="ncfm", epochs=2000, batch_size=128, loop="fifths", optimizer="adamw", lr=1e-3, weight_decay=0.01,
+        cutmix=True, best_epoch=True,
     ),
-}
+}  # fmt: skip
 """Protocols by name.
 
 mtt: the public MTT code, and FTD, TESLA and ATT, which share it.

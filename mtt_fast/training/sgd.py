@@ -50,15 +50,9 @@ class Sgd:
         """Return parameters and velocity (P,) after a step with the learning rate `lr` (). A pure function."""
         theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if self.momentum else None
         kernels.sgd_step(
-            theta,
-            sums,
-            lr,
-            out=theta_out,
-            velocity=velocity if self.momentum else None,
-            velocity_out=velocity_out,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
+            theta, sums, lr, out=theta_out, velocity=velocity if self.momentum else None, velocity_out=velocity_out,
+            momentum=self.momentum, weight_decay=self.weight_decay,
+        )  # fmt: skip
         return theta_out, velocity if velocity_out is None else velocity_out
 
 
