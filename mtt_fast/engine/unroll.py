@@ -118,10 +118,10 @@ def unroll(
         plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: a function of the network's output and the labels of a step, in place of cross-entropy. It gets the labels
-            unchanged, whatever `label_kind` says, but floating labels in the dtype of `theta`. The gradient flows to all numbers in
-            floating labels, such as a teacher's logits and a temperature. The loss may compare the samples of a batch, as a
-            contrastive loss does. If batches are cut and the loss is not a mean over the samples, the network gets the pieces and the
-            loss the outputs of the whole batch, at 17 forward passes a step in place of 12. The memory of such a loss is not counted.
+            unchanged, whatever `label_kind` says, but floating ones in the dtype of `theta`. The gradient flows to all numbers in
+            these, such as a teacher's logits and a temperature. It may compare the samples of a batch, as a contrastive loss does. If
+            batches are cut and it is not a mean over the samples, the network gets the pieces and the loss the outputs of the whole
+            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is not counted.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves: for each step a value that `augment.draw` returned. Tensors in them are copied.
