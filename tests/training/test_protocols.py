@@ -101,7 +101,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> No
 @pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
 def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use one batch, whose order does not matter. The best of every second epoch stands for every tenth."""
-    monkeypatch.setattr("mtt_fast.training.protocols._TESTED_EVERY", 2)
+    monkeypatch.setattr("mtt_fast.training.protocols._TEST_INTERVAL", 2)
     net = network_by_name(model, (1, 6, 6), 3)
     train = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     test = Images(torch.randn(60, 1, 6, 6), torch.arange(60) % 3)
