@@ -274,7 +274,9 @@ def test_pairs_of_images_and_texts(loss: Loss, labels: Tensor, options: dict[str
     check(Pairs(), rows_of(36 + 7), labels.clone(), loss, **options)
 
 
-@pytest.mark.parametrize("options", [{"momentum": 0.8}, {"augment": Augmentation(lambda *_: 2, torch.mul)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.8}, {"augment": Augmentation(lambda *_: 2, torch.mul)}], ids=["momentum", "augmented"]
+)
 def test_pairs_may_be_cut_with_other_options(options: dict[str, Any]) -> None:
     whole, cut = (gradient_of_pairs(**options, **size) for size in ({}, {"microbatch": 2}))
     assert_close("rows", cut, whole, 1e-12)
