@@ -67,7 +67,7 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
         raise InputError(f"--runs {folder}: expected the folder of a distillation, found none")
     options, distilled = DistillOptions(**config), SyntheticDataset.load(folder / SYNTHETIC)
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
-    net, store = options.network(info), TrajectoryStore(inventory_of(options, info).used)
+    net, store = options.network(info), TrajectoryStore(inventory_of(options, info).matched_folder)
     if not isinstance(net, ConvNet) or options.texture:
         raise InputError(
             f"--runs {folder}: expected a run of a ConvNet without --texture, found --model {options.model}"

@@ -1,7 +1,7 @@
 """Dataset distillation by matching training trajectories: the exact meta-gradient in the memory of one step.
 
-The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`, and `plan` predicts the memory of a run; the commands are
-`python -m mtt_fast.experts`, `mtt_fast.distill` and `mtt_fast.evaluate`. What not every program needs is imported on first use.
+The library is `unroll`, a loss such as `matching_loss`, a `ConvNet` or a `FlatModule`, and `plan`, which predicts the memory of a run. The
+commands are `python -m mtt_fast.experts`, `mtt_fast.distill` and `mtt_fast.evaluate`. Names in `_LAZY` are imported on first use.
 """
 
 from __future__ import annotations

@@ -132,10 +132,10 @@ def _check_same(
         raise InputError(
             f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; {fix}"
         )
-    check_made_of(done, [compressed], whole)
+    check_compressed_from(done, [compressed], whole)
 
 
-def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
+def check_compressed_from(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
     """Raise `InputError` if one of `experts` in the `compressed` store was made from another expert than that in `whole`.
 
     Experts of the same number are compared. The message names both files.

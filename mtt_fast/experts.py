@@ -200,7 +200,7 @@ def train_missing_experts(
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> TrajectoryStore:
-    """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all experts in `folder`.
+    """Train the experts of 0 … `count` − 1 that are missing in `folder`; return the store of all experts in `folder`.
 
     They are stored as `dtype`; with None as the experts already in `folder`, else as float32. Several are trained at the
     same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py). Other processes may train
@@ -259,7 +259,7 @@ def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
 
 
 def _numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
-    """Return those of the numbers 0 … `count` − 1 of which there is no expert `present`."""
+    """Return the numbers 0 … `count` − 1 without those in `present`."""
     numbers = set(present.indices if present else ())
     return [index for index in range(count) if index not in numbers]
 
@@ -293,7 +293,7 @@ def check_trained_alike(
 
 
 def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
-    """Train those of the `missing` experts that no other process trains, write each as soon as it is trained, and wait for the others."""
+    """Train the `missing` experts that no other process trains, write each when it is trained, and wait for the other processes."""
     images, network, training, precision = request.images, request.network, request.training, request.precision
     dtype, device = _stored_dtype(folder, request), images.train.labels.device
     digest = training_digest(network, images.identity, training.record(), request.seed, dtype, precision)
@@ -348,7 +348,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
 
 
 def _stored_dtype(folder: Path, request: _Request) -> torch.dtype:
-    """Return the dtype in which experts are stored: that of the request, or of the experts in `folder`, or else float32."""
+    """Return the dtype in which experts are stored: the requested one, or that of the experts in `folder`, or float32."""
     present = experts_in(folder)
     return request.dtype or (torch.float32 if present is None else present.dtype(0))
 

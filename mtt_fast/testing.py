@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SUMMANDS = {"weight_gradient": 1, "conv_norm_relu_pool": 3, "norm_relu_pool": 2, "bias_relu_pool": 1}
-"""The number of results, the last ones, that are summands in a gradient's operation whose name contains the key."""
+"""How many of the last results are summands, by a part of the name of a gradient's operation."""
 
 
 class MetaGradient(NamedTuple):

@@ -19,7 +19,7 @@ from mtt_fast.data import load
 from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import Images, RealImages, real_images
-from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, network_job
+from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, training_job
 from mtt_fast.training.subsets import random_subset
 from tests.training.jobs import finished
 
@@ -31,7 +31,7 @@ def test_the_protocol_is_the_public_one_written_out() -> None:
     pixels, labels = torch.randn(12, 1, 6, 6), torch.arange(12) % 3
     start = NET.init(torch.Generator().manual_seed(0))
     protocol = EvaluationProtocol(epochs=6, augment="none")
-    end = finished(network_job(NET, start, Images(pixels, labels), 0.1, protocol, torch.Generator().manual_seed(1)))
+    end = finished(training_job(NET, start, Images(pixels, labels), 0.1, protocol, torch.Generator().manual_seed(1)))
 
     module = reference_convnet(1, 3, 6, 4, 1)
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())

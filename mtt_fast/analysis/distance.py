@@ -254,7 +254,7 @@ def _student_rates(synthetic: SyntheticDataset) -> Tensor:
 
 
 def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
-    """Return the augmentation of a set's distillation; that of the options where the recipe does not say."""
+    """Return the augmentation of a set's distillation, or of the options if the set does not record it."""
     if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
         return "none"
     return str(recipe.get("dsa_strategy", options.dsa_strategy))
@@ -360,11 +360,11 @@ def _write_record(
 
 def _as_markdown(curves: Mapping[str, Sequence[Mapping[str, Any]]], options: DistanceOptions) -> str:
     header = [str(point["real_steps"]) for point in next(iter(curves.values()))]
-    rows = [[label, *map(_in_words, points)] for label, points in curves.items()]
+    rows = [[label, *map(_format_point, points)] for label, points in curves.items()]
     return f"{markdown_table(['Δt, steps on real images', *header], rows)}\n{_about(options)}\n"
 
 
-def _in_words(point: Mapping[str, Any]) -> str:
+def _format_point(point: Mapping[str, Any]) -> str:
     return f"{point['mean']:.3f}" + (f" ± {point['std']:.3f}" if point["n"] > 1 else "")
 
 

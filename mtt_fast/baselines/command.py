@@ -29,7 +29,7 @@ from mtt_fast.commands.earlier_run import (
 )
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import Run
-from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
+from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.distill.experts import requested_hyperparameters
 from mtt_fast.engine.student_choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
             f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
-    seconds = Seconds()
+    seconds = Stopwatch()
     options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
@@ -116,7 +116,7 @@ def _run(
     given: Set[str],
     device: torch.device,
     command: str,
-    seconds: Seconds,
+    seconds: Stopwatch,
 ) -> None:
     """Make the set of the method called `name`. `given` are the options on the command line, which is `command`."""
     folder = options.folder(name)
@@ -136,7 +136,7 @@ def _run(
         requested = requested_hyperparameters(trained_options.expert(), given)
         options = trained_options = with_first_expert_training(trained_options, real, network, requested)
     method = METHODS[name]
-    with lock_folder(folder), counted_in(folder, seconds):
+    with lock_folder(folder), accumulate_seconds(folder, seconds):
         check_continues(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         numerics_in_words = describe_numerics(device, network, options.precision)

@@ -18,7 +18,7 @@ from mtt_fast.commands.run_loop import (
     best_accuracy,
     draw_set,
     evaluate_and_save,
-    iterations_in_words,
+    format_iterations,
     run_to_the_end,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -72,7 +72,7 @@ def _evaluate(
     log_accuracies(
         f"{run.method}, iteration {iteration}", evaluate_and_save(run, progress, "evaluation", current, stop)
     )
-    sets = {"at the start": (first, 0), f"{run.method}, {iterations_in_words(iteration)}": (current, iteration)}
+    sets = {"at the start": (first, 0), f"{run.method}, {format_iterations(iteration)}": (current, iteration)}
     panels = [
         (title, made.pictures(), run.metrics.find("evaluation", number)) for title, (made, number) in sets.items()
     ]

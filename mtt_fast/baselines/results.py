@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mtt_fast.baselines.checkpoint import Progress
-from mtt_fast.commands.accuracies import accuracy_in_words
+from mtt_fast.commands.accuracies import format_accuracy
 from mtt_fast.commands.run_loop import Record, Run, set_to_save, write_summary
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.training.protocols import Accuracy
@@ -35,5 +35,5 @@ def summarise(
     run: Run, progress: Progress, lr: float, evaluation: dict[str, Any], accuracies: Mapping[str, Record]
 ) -> None:
     """Write summary.json with the set's last `evaluation` and other `accuracies` by name, and log the result."""
-    text = f"{run.method} {accuracy_in_words(evaluation)}"
+    text = f"{run.method} {format_accuracy(evaluation)}"
     write_summary(run, progress, lr, text=text, evaluations={"distilled": evaluation}, accuracies=accuracies)

@@ -19,11 +19,11 @@ from mtt_fast.distill.labels import experts_at, mean_teacher_labels
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
-    as_trained,
-    check_as_asked,
+    check_as_requested,
     check_belongs,
-    trained_otherwise,
-    training_unknown,
+    describe_other_training,
+    remark_on_unknown_training,
+    with_training_of,
 )
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
@@ -62,13 +62,13 @@ def with_first_expert_training(
         _check_label_epoch(options, options.train_epochs, "the epochs of the expert to train")
         return options
     check_belongs(store, 0, network, real.identity)
-    check_as_asked(store, 0, requested, to_the_end=True)
+    check_as_requested(store, 0, requested, to_the_end=True)
     expert, training = store.metadata(0), options.expert().record()
     if requested and expert.imported:
-        log.info("%s: %s", store.path(0), training_unknown(requested))
-    if remark := trained_otherwise(expert, training, to_the_end=True):
+        log.info("%s: %s", store.path(0), remark_on_unknown_training(requested))
+    if remark := describe_other_training(expert, training, to_the_end=True):
         log.info("%s: %s", store.folder, remark)
-    return as_trained(options, training, expert)
+    return with_training_of(options, training, expert)
 
 
 def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Tensor:

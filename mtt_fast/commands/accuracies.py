@@ -53,7 +53,7 @@ def accuracy_by_network(line: dict[str, Any], first: str) -> dict[str, dict[str,
     } or {first: accuracy_record(line)}
 
 
-def accuracy_in_words(line: Mapping[str, Any]) -> str:
+def format_accuracy(line: Mapping[str, Any]) -> str:
     """Return the accuracy of the first network in a line as text."""
     diverged = f" ({line['diverged']} of {line['networks']} diverged)" if line.get("diverged") else ""
     return f"{100 * line['accuracy_mean']:.2f} % ± {100 * line['accuracy_std']:.2f}{diverged}"

@@ -49,7 +49,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return 128 + signal.SIGPIPE
     except OSError as error:
-        return _print_error(_in_words(error))
+        return _print_error(_describe_os_error(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -92,8 +92,8 @@ _FLAGS = {"strategy": "dsa_strategy", "batch": "batch_syn", "steps": "syn_steps"
 """Flags of those arguments that have another name."""
 
 
-def _in_words(error: OSError) -> str:
-    """Return which files could not be used, why, and how to fix it."""
+def _describe_os_error(error: OSError) -> str:
+    """Return the message for an `error`: the files, the reason, and how to fix it."""
     files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return f"{' -> '.join(files) or 'a file'}: {reason_of(error)}; {remedy_for(error)}"
 

@@ -18,7 +18,7 @@ from mtt_fast.commands.options import Count, EvaluationOptions, Positive, Positi
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes, check_share
-from mtt_fast.data.synthetic import SyntheticDataset, real_ones
+from mtt_fast.data.synthetic import SyntheticDataset, real_mask
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
 from mtt_fast.interop import SET_KINDS, set_kind_of, set_kinds_of, source_info
@@ -26,7 +26,7 @@ from mtt_fast.interop.ncfm import FACTOR, read_ncfm
 from mtt_fast.interop.pairs import read_pair, whitening_warnings
 from mtt_fast.interop.sets import warn_of_unread
 from mtt_fast.interop.tensor_set import class_major
-from mtt_fast.storage.identity import check_same_data, other_data_in_words
+from mtt_fast.storage.identity import check_same_data, describe_other_data
 from mtt_fast.storage.run_files import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, parts_of, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
@@ -62,14 +62,14 @@ class SetOptions(EvaluationOptions):
     """share of each class's images in a .pt file that was distilled, for --protocol selmatch: the first ones, as SelMatch writes them (its
     alpha); the others are real images"""
     factor: Count | None = None
-    """take each image of the set for FACTOR × FACTOR smaller ones, which networks see scaled up (the multi-formation of IDC and NCFM); if
+    """cut each image of the set into FACTOR × FACTOR smaller ones, which networks see scaled up (the multi-formation of IDC and NCFM); if
     not given, 2 for files of NCFM and sets made of them, else 1"""
     other_data: bool = False
     """test on other images than the set was made from, of the same classes and size; they are normalised or whitened like the
     set's own"""
 
     def evaluation_protocol(self) -> EvaluationProtocol:
-        """Return the evaluation protocol, with the rate of --lr_teacher if that is given. Raises as that of `EvaluationOptions` does."""
+        """Return the evaluation protocol, with the rate of --lr_teacher if given. Raises `InputError` as in `EvaluationOptions`."""
         protocol = super().evaluation_protocol()
         return protocol if self.lr_teacher is None else dataclasses.replace(protocol, lr=self.lr_teacher)
 
@@ -119,7 +119,7 @@ def _file(source: str) -> Path:
 
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
-    """Return the options of the set's distillation that an evaluation has too, except those of the machine."""
+    """Return the recorded options of the set's distillation that an evaluation also has, without options of the machine."""
     names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.LOCATION) | {"factor"}
     zca = synthetic.whitening is not None
     return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
@@ -148,7 +148,7 @@ class EvaluatedSet:
         data = options.load_data()
         loaded = data.identity(zca=options.zca)
         check_same_data(made_from, loaded, file, other_data=options.other_data)
-        if difference := other_data_in_words(made_from, loaded):
+        if difference := describe_other_data(made_from, loaded):
             log.info("%s: %s", file, difference)
         elif options.other_data:
             log.info("--other_data: has no effect, as %s was made from these images", file)
@@ -197,7 +197,7 @@ class EvaluatedSet:
         return self.options.factor or (FACTOR if self._is_of_ncfm else 1)
 
     def _images_and_lr(self, real: RealImages) -> tuple[Images, float]:
-        """Return the images of the set, and its learning rate; of files without a rate, that of real images."""
+        """Return the images of the set and its learning rate; for files without a rate, the rate for real images."""
         device = real.test.labels.device
         if self.synthetic is not None:
             return as_training_images(self.synthetic, device), float(self.synthetic.lr)
@@ -215,7 +215,7 @@ class EvaluatedSet:
             pair = class_major(pair)
             classes = len(pair.labels) // pair.ipc(self.source)
             check_share(options.distilled_share, pair.labels, pair.label_kind, classes, self.source)
-            marks = real_ones(len(pair.labels), classes, options.distilled_share)
+            marks = real_mask(len(pair.labels), classes, options.distilled_share)
         elif options.evaluation_protocol().combined:
             log.warning(
                 "%s: all images count as distilled; if some are real, say so with --distilled_share", self.source
@@ -227,7 +227,7 @@ class EvaluatedSet:
 
 
 def check_shape(images: Images, data: ImageData, source: str) -> None:
-    """Raise `InputError` if the images from `source`, or the crops of their canvases, have another shape than those of `data`."""
+    """Raise `InputError` unless the images from `source`, or the crops of their canvases, have the shape of the images of `data`."""
     images_a_side = images.canvas.size if images.canvas else 1
     channels, height, width = data.image_shape
     expected = (channels, images_a_side * height, images_a_side * width)

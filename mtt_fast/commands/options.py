@@ -12,7 +12,8 @@ import tyro
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Needs, Range, Role
-from mtt_fast.data import NAMES, ImageData, load
+from mtt_fast.data import ImageData, load
+from mtt_fast.data.catalogue import name_of
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.engine.student_choice import PrecisionRequest
 from mtt_fast.networks.by_name import network_by_name
@@ -86,7 +87,7 @@ class CommonOptions:
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""
-        reasons, name = {}, _known_name(self.dataset)
+        reasons, name = {}, name_of(self.dataset)
         if name != "ImageNet":
             reasons["subset"] = "without --dataset ImageNet"
         if name in OF_ONE_SIZE and self.res != (side := dataset_info(name).image_shape[-1]):
@@ -98,8 +99,8 @@ class CommonOptions:
         return reasons
 
     def remarks(self, given: Container[str]) -> list[str]:
-        """Return remarks for the log on those options in `given` by which the public code means something else."""
-        if "dataset" in given and self.subset is None and _known_name(self.dataset) == "ImageNet":
+        """Return remarks for the log on options in `given` that have another meaning in the public code."""
+        if "dataset" in given and self.subset is None and name_of(self.dataset) == "ImageNet":
             return ["--dataset ImageNet without --subset is all of its classes; the public code takes imagenette"]
         return []
 
@@ -196,13 +197,8 @@ class EvaluationOptions(TrainingOptions):
         )
 
 
-def _known_name(dataset: str) -> str:
-    """Return the name of a data set as `NAMES` spells it; that of an image folder unchanged."""
-    return {name.casefold(): name for name in NAMES}.get(dataset.casefold(), dataset)
-
-
 def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo | DatasetIdentity, model: str, *, zca: bool) -> Path:
-    """Return the folder of the experts, such as PATH/CIFAR10_NO_ZCA/ConvNet; that of an ImageNet subset is PATH/imagenette-128/ConvNetD5."""
+    """Return the folder of the experts, such as PATH/CIFAR10_NO_ZCA/ConvNet, or PATH/imagenette-128/ConvNetD5 for an ImageNet subset."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"
     else:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_in_words, accuracy_record
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, format_accuracy
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
-from mtt_fast.commands.seconds import Part, Seconds, save_seconds, seconds_in_words
+from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.student_choice import precision_on
@@ -58,7 +58,7 @@ class Run:
     """memory for the networks that an evaluation trains at the same time"""
     numerics: str
     """description of the student and its precision"""
-    seconds: Seconds = field(default_factory=Seconds)
+    seconds: Stopwatch = field(default_factory=Stopwatch)
     """the run's time by purpose"""
 
 
@@ -111,10 +111,10 @@ def run_to_the_end(
 ) -> None:
     """Run iterations from `progress` to the last; evaluate every `eval_it` iterations, save at intervals, and summarise.
 
-    `iterate` does the next iteration and counts it; `progress_fields` returns the fields of the progress bar after an iteration of so
-    many seconds. `evaluate` evaluates the set unless an earlier process did, and draws it: that process may have died in between.
-    `save` writes the checkpoint with the evaluations' records.
-    Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and what these functions raise.
+    `iterate` does the next iteration and counts it. `progress_fields` returns the fields of the progress bar from the seconds of the last
+    iteration. `evaluate` evaluates the set unless an earlier process did, and draws it. `save` writes the checkpoint with the
+    evaluations' records. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and any
+    exception of these functions.
     """
     options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
     saved = time.monotonic()
@@ -132,7 +132,7 @@ def run_to_the_end(
     ):
         try:
             if progress.iteration == 0:
-                save_progress()  # so that the checkpoint names the experts even if the first evaluation is interrupted
+                save_progress()  # the checkpoint names the experts, even if the first evaluation is interrupted
             while True:
                 if progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration:
                     with seconds_of("evaluations"):
@@ -166,7 +166,7 @@ def run_to_the_end(
 def set_to_save(
     run: Run, images: Tensor, labels: Tensor, lr: Tensor, *, label_kind: str, recipe: dict[str, Any], **others: Any
 ) -> SyntheticDataset:
-    """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on with the learning rate `lr` ().
+    """Return copies of `images` (n, C, H, W) and `labels`, with the learning rate `lr` (), as the set to save.
 
     `recipe` is recorded besides the options; `others` are further fields of `SyntheticDataset`.
     """
@@ -182,9 +182,9 @@ def set_to_save(
 def evaluate_and_save(
     run: LoopRun, progress: Progress, kind: str, synthetic: SyntheticDataset, stop: StopRequest, *, words: str = ""
 ) -> dict[str, Accuracy]:
-    """Evaluate the set, write it (as the best one too, if it is) and a record of `kind`; return the accuracies by network.
+    """Evaluate the set, write it (also as the best one, if it is) and a record of `kind`; return the accuracies by network.
 
-    If there is such a record of this iteration already, do nothing and return none.
+    Do nothing, and return {}, if an earlier process wrote this record.
     """
     if run.metrics.find(kind, progress.iteration):
         return {}
@@ -241,7 +241,7 @@ def draw_set(
     """
     drawn = []
     for title, pictures, record in panels:
-        accuracy = f": networks trained on them reach {accuracy_in_words(record)}" if record else ""
+        accuracy = f": networks trained on them reach {format_accuracy(record)}" if record else ""
         drawn.append((f"{run.real.data.name}, {run.options.ipc} per class, {title}{accuracy}", pictures))
     snapshot = run.folder / HISTORY / f"iteration_{iteration:06d}.png"
     with run.seconds.of("saving"):
@@ -249,7 +249,7 @@ def draw_set(
         save_snapshot(snapshot, synthetic.pictures(), synthetic.classes)
 
 
-def iterations_in_words(count: int) -> str:
+def format_iterations(count: int) -> str:
     """Return `count` with its noun, as "1 iteration"."""
     return f"{count} iteration{'' if count == 1 else 's'}"
 
@@ -304,4 +304,4 @@ def write_summary(
         },
     )
     log.info("%s: %s", run.folder, text)
-    log.info("%s: %s", run.folder, seconds_in_words(seconds))
+    log.info("%s: %s", run.folder, describe_seconds(seconds))

@@ -25,7 +25,7 @@ _FORM = {f"{part}?": int | float for part in PARTS}
 _LEFT_OUT = 0.05  # seconds: a shorter part is left out of the line at the end
 
 
-class Seconds:
+class Stopwatch:
     """The wall clock of a run: every moment counts towards one part of the work.
 
     Where parts nest, the inner one counts. The sum of `totals` is the time since the clock was made, plus what was added.
@@ -63,7 +63,7 @@ class Seconds:
         self._part, self._since = part, now
 
 
-def timed_real_images(data: ImageData, device: torch.device, seconds: Seconds, *, zca: bool) -> RealImages:
+def timed_real_images(data: ImageData, device: torch.device, seconds: Stopwatch, *, zca: bool) -> RealImages:
     """Return `data` on `device` as networks see it, whitened with `zca`; `seconds` counts the fit separately."""
     with seconds.of("whitening"):
         transform = transform_for(data, zca=zca, device=device)
@@ -72,7 +72,7 @@ def timed_real_images(data: ImageData, device: torch.device, seconds: Seconds, *
 
 
 @contextlib.contextmanager
-def counted_in(folder: Path, seconds: Seconds) -> Iterator[None]:
+def accumulate_seconds(folder: Path, seconds: Stopwatch) -> Iterator[None]:
     """Add what earlier processes counted for the run in `folder`, and save the sum there, whatever ends the block."""
     seconds.add(_read(folder))
     try:
@@ -84,12 +84,12 @@ def counted_in(folder: Path, seconds: Seconds) -> Iterator[None]:
     save_seconds(folder, seconds)
 
 
-def save_seconds(folder: Path, seconds: Seconds) -> None:
+def save_seconds(folder: Path, seconds: Stopwatch) -> None:
     """Write the totals to seconds.json, from which a continued run counts on."""
     write_record(folder / SECONDS, seconds.totals())
 
 
-def seconds_in_words(totals: Mapping[str, float]) -> str:
+def describe_seconds(totals: Mapping[str, float]) -> str:
     """Return totals on one line, as "12.5 s: data 2.0, iterations 10.5"."""
     parts = [f"{part.replace('_', ' ')} {taken:.1f}" for part, taken in totals.items() if taken >= _LEFT_OUT]
     return f"{sum(totals.values()):.1f} s: {', '.join(parts)}"

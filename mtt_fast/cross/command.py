@@ -112,7 +112,7 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[EvaluatedSet]:
 
 
 def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.device, stop: StopRequest) -> None:
-    folder, protocols = Path(options.out), protocols_in_words(sets)
+    folder, protocols = Path(options.out), describe_protocols(sets)
     measured = read_entries(
         folder / TABLE, "cells", _cell, "a table of this command", "delete it or choose another --out"
     )
@@ -150,7 +150,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
     )
 
 
-def protocols_in_words(sets: Sequence[EvaluatedSet]) -> str:
+def describe_protocols(sets: Sequence[EvaluatedSet]) -> str:
     """Return the protocol in words; where a set brings settings of its own, each protocol after the names of its sets."""
     sources: dict[str, list[str]] = {}
     for row in sets:

@@ -49,7 +49,7 @@ def find(
     download: bool = False,
     progress: bool = False,
 ) -> Source:
-    """Return the `Source` of a data set, whose images are not read yet; the arguments are those of `load`.
+    """Return the `Source` of a data set, without reading its images. For the arguments see `load`.
 
     Raises `NotFound` if its files are in none of the usual places, and `InputError` as `load` does.
     """

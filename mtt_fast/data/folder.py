@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtt_fast.data.class_names import abbreviated, class_indices
-from mtt_fast.data.image_data import DatasetInfo, check_several
+from mtt_fast.data.image_data import DatasetInfo, check_at_least_two_classes
 from mtt_fast.data.images import Fit, decode, read_headers
 from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, log_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
@@ -123,7 +123,7 @@ def image_source(
                     f"{root}: expected {split} images ({', '.join(SUFFIXES)}) of every class, found none of {label!r}; "
                     "add some, or remove its folders"
                 )
-    check_several(str(root), tuple(train))
+    check_at_least_two_classes(str(root), tuple(train))
     train_files = [file for label in train for file in train[label]]
     test_files = [file for label in train for file in test[label]]
 

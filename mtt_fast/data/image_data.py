@@ -1,4 +1,4 @@
-"""A data set ready to use: two splits of uint8 images with labels, class names, and channel statistics."""
+"""A data set: two splits of uint8 images with labels, class names, and channel statistics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The sizes of a data set that need not be read yet. `name` is that of its `ImageData`."""
+    """The sizes of a data set, known before its images are read. `name` is as in `ImageData`."""
 
     name: str
     image_shape: tuple[int, int, int]  # (C, H, W)
@@ -81,7 +81,7 @@ class DatasetInfo:
         return (self.num_train + self.num_test) * (channels * height * width + 8)
 
     def identity(self, *, zca: bool) -> DatasetIdentity:
-        """Return the part of `ImageData.identity` that is known without reading images; the name of an image folder is left out."""
+        """Return the part of `ImageData.identity` that is known before images are read; an image folder has no name yet."""
         name = "" if self.name.startswith("folder-") else self.name
         return DatasetIdentity(name, image_shape=self.image_shape, whitening=WHITENED if zca else NORMALISED)
 
@@ -164,7 +164,7 @@ def _split(part: str, pair: tuple[Tensor, Tensor]) -> Split:
 
 def check_split_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
     """Raise `InputError` unless all labels are class indices, both splits have images, and every class has training images."""
-    check_several(name, class_names)
+    check_at_least_two_classes(name, class_names)
     for part, labels in (("training", train), ("test", test)):
         if not len(labels):
             raise InputError(f"{name}: expected {part} images, found none; get the data set again")
@@ -182,7 +182,7 @@ def check_split_labels(name: str, train: Tensor, test: Tensor, class_names: Sequ
         )
 
 
-def check_several(name: str, class_names: Sequence[str]) -> None:
+def check_at_least_two_classes(name: str, class_names: Sequence[str]) -> None:
     """Raise `InputError` that begins with `name` for fewer than two classes."""
     if len(class_names) < 2:
         raise InputError(
@@ -194,7 +194,7 @@ def check_several(name: str, class_names: Sequence[str]) -> None:
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, standard deviation) of each channel of uint8 `images` (n, C, H, W), scaled to [0, 1].
 
-    They are computed from histograms in integers, with one division at the end, so that they are the same on every machine.
+    They are computed from integer histograms, with one division at the end, so that they are the same on every machine.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64, device=images.device)
     for block in torch.split(images, _BLOCK):

@@ -15,7 +15,7 @@ __all__ = ["DatasetInfo", "dataset_info", "published"]
 def dataset_info(
     dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data"
 ) -> DatasetInfo:
-    """Return the sizes of a data set, without decoding its images; the arguments are those of `load`.
+    """Return the sizes of a data set, without decoding its images. For the arguments see `load`.
 
     The images of an image folder are counted. For other data sets, also if they are not downloaded yet, the published numbers are
     returned. Raises `InputError` as `load` does for an unknown name, and for an image folder that is incomplete, or whose images

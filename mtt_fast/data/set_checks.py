@@ -57,7 +57,7 @@ def check_set(synthetic: SyntheticDataset, where: Where) -> None:
 
 
 def distilled_in_class(ipc: int, distilled_share: float) -> int:
-    """Return how many of the `ipc` images of a class are distilled, the first ones; the others are real ones that stay (SelMatch)."""
+    """Return how many of the `ipc` images of a class, the first ones, are distilled; the others stay real images (SelMatch)."""
     return int(ipc * distilled_share)
 
 

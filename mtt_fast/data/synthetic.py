@@ -36,7 +36,7 @@ class SyntheticDataset:
     `lr` () is the learned learning rate, with which networks are trained. If one was learned for each of the N student steps, these
     are `lr_per_step` (N,), and `lr` is their mean. With a `canvas` the images are textures, and networks are trained on random crops
     of them (mtt_fast/augmentation/texture.py).
-    `parameters` are those from which the images are computed, by name, if their pixels were not learned (`--parametrisation`).
+    `parameters` are the learned parameters of a parametrisation by name, if pixels were not learned (`--parametrisation`).
     `recipe` holds the options that the set was made with, `versions` the versions of the software. `dataset` and `fingerprint` are
     the name and the fingerprint of the real images that the set was made from (`ImageData`), or "" if not known.
     `python -m mtt_fast.evaluate` takes the options in `recipe` as its defaults. With `dataset` and `model` there, it needs no others.
@@ -90,19 +90,19 @@ class SyntheticDataset:
     @property
     def classes(self) -> Tensor:
         """Return the class of each image, (n,) int64. With soft labels it follows from the image's position, not from its label."""
-        return self.labels if self.label_kind == "indices" else classes_by_place(self.labels, len(self.class_names))
+        return self.labels if self.label_kind == "indices" else classes_by_position(self.labels, len(self.class_names))
 
     @property
     def real(self) -> Tensor | None:
-        """Return which images are real ones that were not distilled, (n,) bool on the CPU, or None if there are none (SelMatch)."""
-        return real_ones(len(self.labels), len(self.class_names), self.recipe.get("distilled_share", 1.0))
+        """Return a mask (n,) bool on the CPU of the images that are real and were not distilled (SelMatch), or None if there are none."""
+        return real_mask(len(self.labels), len(self.class_names), self.recipe.get("distilled_share", 1.0))
 
     def pictures(self) -> Tensor:
         """Return the images (n, C, H, W) in [0, 1] for display: normalisation or whitening is undone, and the result clipped."""
         return self.transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file, atomically.
+        """Write the set to one safetensors file, atomically.
 
         Raises `InputError`, before anything is written, for a set that fails `mtt_fast.data.set_checks.check_set`, and for a
         `recipe` that JSON cannot hold.
@@ -128,7 +128,7 @@ class SyntheticDataset:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
-        """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
+        """Return the set that `save` wrote. Raises `InputError` if the file is missing, broken, or holds something else."""
         tensors, metadata = load_tensors(path)
         form = metadata.get("format")
         if form not in (_FORMAT, _BEFORE_CHECKSUMS):
@@ -170,22 +170,22 @@ _RECORD = {
 """The fields of a set's record, and their types."""
 
 
-def real_ones(
+def real_mask(
     count: int, num_classes: int, distilled_share: float, device: torch.device | str = "cpu"
 ) -> Tensor | None:
-    """Return which of `count` images in class-major order are real ones, (count,) bool on `device`, or None if there are none."""
+    """Return a mask (count,) bool on `device` of the real images in a set sorted by class, or None if there are none (SelMatch)."""
     ipc = count // num_classes
     distilled = distilled_in_class(ipc, distilled_share)
     return torch.arange(count, device=device) % ipc >= distilled if distilled < ipc else None
 
 
-def classes_by_place(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the class of each image (n,) int64 of a set that is sorted by class, whatever its labels."""
+def classes_by_position(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the class of each image, (n,) int64, of a set that is sorted by class and has as many images of each."""
     return torch.arange(len(labels), device=labels.device) * num_classes // len(labels)
 
 
 def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:
-    """Return the set that a file holds. Raises one of `MALFORMED` for a part that is missing, unknown or of another kind."""
+    """Return the set from a file's tensors and record. Raises one of `MALFORMED` if a part is missing, unknown or of another type."""
     canvas = record.pop("canvas", None)
     check_fields(record, _RECORD)
     for name in ("class_names", "mean", "std"):

@@ -21,7 +21,7 @@ _MEND = "unpack the data set again"
 
 
 def info(res: int | None) -> DatasetInfo:
-    """Return Tiny ImageNet in numbers: those that are published."""
+    """Return the published sizes of Tiny ImageNet."""
     side = res or _SIDE
     name = "Tiny" if side == _SIDE else f"Tiny-{side}"
     return DatasetInfo(name, (3, side, side), num_classes=200, num_train=100_000, num_test=10_000)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.data.synthetic import classes_by_place
+from mtt_fast.data.synthetic import classes_by_position
 from mtt_fast.distill.experts import check_nothing_to_convert, inventory_of
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.options import DistillOptions
@@ -21,8 +21,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import first_expert
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.expert_checks import check_belongs, trained_otherwise
-from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.expert_checks import check_belongs, describe_other_training
+from mtt_fast.storage.identity import describe_other_data
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.training.images import RealImages
@@ -39,7 +39,7 @@ class CamNetwork(NamedTuple):
 
 
 def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> TrajectoryStore | None:
-    """Return the store whose first expert is that of `cam_model`, which is given, or None if it must be trained."""
+    """Return the folder of `cam_model`, which is given, as a store; its first expert makes the maps. None if it must be trained."""
     return experts_in(_folder(options, data))
 
 
@@ -59,7 +59,7 @@ def check_cam_network(options: DistillOptions, data: ImageData | DatasetInfo, de
 
 
 def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
-    """Raise `InputError` if the expert of `cam_model` is of other images, or is missing and cannot be written."""
+    """Raise `InputError` if the expert of `cam_model` was trained on other images, or is missing and cannot be written."""
     network = options.cam_network(data)
     if network is None:
         return
@@ -70,44 +70,42 @@ def check_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> 
         check_nothing_to_convert(_folder(options, data))
 
 
-def check_same_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo, began_with: State) -> None:
-    """Raise `InputError` unless the expert of `cam_model` with which the run of the state `began_with` began is there."""
+def check_same_cam_expert(options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
+    """Raise `InputError` unless the expert of `cam_model` that a run with `state` uses is there."""
     if options.cam_model is not None:
-        _starting_with_same(options, data, cam_expert(options, data), began_with)
+        _starting_with_same(options, data, cam_expert(options, data), state)
 
 
 def _starting_with_same(
-    options: DistillOptions, data: ImageData | DatasetInfo, store: TrajectoryStore | None, began_with: State
+    options: DistillOptions, data: ImageData | DatasetInfo, store: TrajectoryStore | None, state: State
 ) -> TrajectoryStore:
-    """Return `store` with the expert first that `check_same_cam_expert` looks for. Raises as that does."""
-    own = store and store.starting_with([began_with.cam_digest])
-    if own is None:
+    """Return `store` with the expert of the run with `state` in first place. Raises `InputError` as `check_same_cam_expert`."""
+    reordered = store and store.starting_with([state.cam_digest])
+    if reordered is None:
         raise InputError(
             f"{_folder(options, data)}: expected the expert of `cam_model` with which the run began, found "
             f"{'another' if store else 'none'}; restore it, or choose another `out`"
         )
-    return own
+    return reordered
 
 
-def prepare_cam_network(
-    options: DistillOptions, real: RealImages, began_with: State | None = None
-) -> CamNetwork | None:
+def prepare_cam_network(options: DistillOptions, real: RealImages, state: State | None = None) -> CamNetwork | None:
     """Return the network of `cam_model`, after training its expert if that is missing; None without the option.
 
-    A run that continues takes the expert that it `began_with`. Raises `Stopped` on Ctrl-C or SIGTERM.
+    With `state` the run continues, and takes the expert that it began with. Raises `Stopped` on Ctrl-C or SIGTERM.
     """
     network = options.cam_network(real.data)
     if network is None:
         return None
     check_cam_expert(options, real.data)  # again, since other processes may have written it
     store = first_expert(_folder(options, real.data), real, network, options.experts(), options)
-    if began_with is not None:
-        store = _starting_with_same(options, real.data, store, began_with)
+    if state is not None:
+        store = _starting_with_same(options, real.data, store, state)
     log.info("Grad-CAM maps by %s after %d epochs", store.path(0), store.epochs(0))
     expert = store.metadata(0)
     for remark in (
-        other_data_in_words(expert.identity, real.identity),
-        trained_otherwise(expert, options.experts().record(), to_the_end=True),
+        describe_other_data(expert.identity, real.identity),
+        describe_other_training(expert, options.experts().record(), to_the_end=True),
     ):
         if remark:
             log.info("%s: %s", store.folder, remark)
@@ -117,15 +115,15 @@ def prepare_cam_network(
 def weigh_gradients(
     options: DistillOptions, cam: CamNetwork | None, state: State, gradients: list[Tensor] | None
 ) -> list[Tensor] | None:
-    """Return `gradients`, with that of the images multiplied by `state.pixel_weights`.
+    """Return `gradients`, with the images' gradient multiplied by `state.pixel_weights`.
 
-    Every `cam_interval` iterations the weights are first computed again from the state's images. Gradients that are not finite
-    (None) are returned as they are, and so are all gradients without a `cam` network.
+    Every `cam_interval` iterations the weights are first computed from the state's images. Without a `cam` network, and for None
+    (gradients that are not finite), `gradients` are returned unchanged.
     """
     if cam is None:
         return gradients
     if state.pixel_weights is None or state.iteration % options.cam_interval == 0:
-        classes = classes_by_place(state.labels, len(state.labels) // options.ipc)
+        classes = classes_by_position(state.labels, len(state.labels) // options.ipc)
         state.pixel_weights = pixel_weights(cam.network, cam.theta, state.images, classes, options.cam_beta)
     if gradients is None:
         return None
@@ -134,7 +132,9 @@ def weigh_gradients(
 
 
 def _folder(options: DistillOptions, data: ImageData | DatasetInfo) -> Path:
-    """Return the folder of the expert of `cam_model`. With the same network it is the folder of the matched experts."""
+    """Return the folder of the expert of `cam_model`. If `cam_model` is `model`, it is the folder of the matched experts."""
     if options.cam_model == options.model:
-        return inventory_of(options, data).used  # perhaps waypoints, whose uncompressed experts may have been deleted
+        return inventory_of(
+            options, data
+        ).matched_folder  # perhaps waypoints, whose uncompressed experts may have been deleted
     return buffer_folder(options.buffer_path, data, str(options.cam_model), zca=options.zca)

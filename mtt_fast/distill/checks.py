@@ -1,4 +1,4 @@
-"""Check, before any work is done, that the options fit the images, the networks and the experts."""
+"""Check, before a run starts, that the options fit the images, the networks and the experts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mtt_fast.training.subsets import check_enough
 def check_options_fit(
     options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, device: torch.device
 ) -> None:
-    """Raise `InputError` for options that do not fit each other, or the shape and the number of classes of the images.
+    """Raise `InputError` for options that do not fit each other, `network`, or the shape and the number of classes of the images.
 
-    No image or expert is read. `network` is the network of `options` for `data`.
+    No image or expert is read.
     """
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
@@ -35,10 +35,10 @@ def check_options_fit(
             f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images ({options.ipc} for "
             f"each of {data.num_classes} classes); leave it out to use all"
         )
-    places = math.prod(data.image_shape[1:])
-    if options.msz_per_channel and options.msz_per_channel > places:
+    frequencies = math.prod(data.image_shape[1:])
+    if options.msz_per_channel and options.msz_per_channel > frequencies:
         raise InputError(
-            f"--msz_per_channel {options.msz_per_channel}: expected at most the {places} frequencies that a channel of "
+            f"--msz_per_channel {options.msz_per_channel}: expected at most the {frequencies} frequencies that a channel of "
             f"{'×'.join(map(str, data.image_shape[1:]))} pixels has; leave it out to distil all"
         )
     if network.mixes_samples and (option := options.option_using_experts()):
@@ -52,7 +52,7 @@ def check_options_fit(
 
 
 def check_scores_are_there(options: DistillOptions) -> None:
-    """Raise `InputError` for a `score_path` without a file."""
+    """Raise `InputError` if `score_path` names no file."""
     if options.score_path is not None and not Path(options.score_path).is_file():
         raise InputError(
             f"--score_path {options.score_path}: expected a file such as scores/forgetting_CIFAR10.npy of SelMatch's code, found "
@@ -69,8 +69,8 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then the
-    number of images in each class is not checked, and of the images of the experts only the size.
+    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then the number of images in
+    each class is not checked, nor the experts' images except for their size.
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
@@ -81,9 +81,9 @@ def check_fits(
 
 
 def load_state(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> State | None:
-    """Return, on `device`, the state from which the run in the folder of `options` continues, or None if it has not begun.
+    """Return the state on `device` from which the run of `options` continues, or None if it has not begun.
 
-    Raises `InputError` if its checkpoint is broken, or of other images, options or experts.
+    Raises `InputError` if the checkpoint is broken, or belongs to other images, options or experts.
     """
     folder = options.folder()
     state = load_checkpoint(folder, device)

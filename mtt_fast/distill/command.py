@@ -1,8 +1,4 @@
-"""Distil a data set by matching training trajectories: `python -m mtt_fast.distill`.
-
-This is the paper's algorithm 1. Missing experts are trained first. The run folder holds all that is needed to resume the run after
-any interruption.
-"""
+"""Distil a data set by matching training trajectories, the paper's algorithm 1: `python -m mtt_fast.distill`."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from mtt_fast.commands.earlier_run import (
 )
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
-from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
+from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import prepare_cam_network
@@ -41,10 +37,10 @@ from mtt_fast.distill.experts import (
     experts_of_run,
     inventory_of,
     prepare_experts,
-    remark_on_number,
+    remark_on_expert_count,
     requested_hyperparameters,
 )
-from mtt_fast.distill.frequencies import frequencies_in_words
+from mtt_fast.distill.frequencies import describe_frequencies
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
     PendingGradients,
@@ -60,7 +56,7 @@ from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
     check_same_parametrisation,
-    parametrisation_in_words,
+    describe_parametrisation,
 )
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.distill.run import DistillRun
@@ -76,7 +72,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import prefetched, run_now, run_now_on_gpu, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, save_checkpoint
-from mtt_fast.storage.expert_checks import FLAGS, as_trained
+from mtt_fast.storage.expert_checks import FLAGS, with_training_of
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import lock_folder, write_config
@@ -91,13 +87,13 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
 
     `precision` overrides `--precision` for the iterations; on a CPU the reference kernels emulate it.
     """
-    seconds = Seconds()
+    seconds = Stopwatch()
     options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
     earlier = earlier_options(folder, None)
     options = in_precision_of_run(options, earlier, given)
-    # options of the experts need not be repeated: those not given keep the values of the run's experts
+    # options of the experts that are not given keep the values of the run's experts
     check_same_run(folder, earlier, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not is_finished(folder, options, options.Iteration):
         check_same_evaluation(folder, earlier, options)
@@ -116,29 +112,25 @@ def _run(
     requested: Mapping[str, Any],
     device: torch.device,
     command: str,
-    seconds: Seconds,
+    seconds: Stopwatch,
     precision: Precision | None,
 ) -> None:
     """Distil with `options`. `command` is the command line; for `requested` see `check_experts`, for `precision` see `main`."""
-    folder, (data, network, image_parameters) = options.folder(), _fitting_images(options, requested, device, seconds)
+    folder, (data, network, image_parameters) = options.folder(), _checked_data(options, requested, device, seconds)
     difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
-    if precision is None:
-        precision = precision_on(device, network, options.precision, iterations=True)
-        numerics_text = describe_numerics(device, network, options.precision, iterations=True)
-    else:
-        numerics_text = f"iterations in {precision}"
+    precision, numerics_text = _numerics_of(options, network, device, precision)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     plan = plan_steps(
         options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision,
         image_parameters=image_parameters,
     )  # fmt: skip
-    with lock_folder(folder), counted_in(folder, seconds):
+    with lock_folder(folder), accumulate_seconds(folder, seconds):
         state = load_state(options, data, device)
         if state is not None:
             check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
             experts, num_matched = _experts_to_match(options, requested, real, network, state)
-            options = as_trained(options, options.experts().record(), experts.metadata(0))  # for the record too
+            options = with_training_of(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real, state)
         initial = cache(partial(initial_images, options, real, network, experts, num_matched, difficulty))
         parametrisation = initial().parametrisation if options.parametrisation else None
@@ -154,7 +146,7 @@ def _run(
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
-        if frequencies := frequencies_in_words(options, data):
+        if frequencies := describe_frequencies(options, data):
             log.info("images: %s", frequencies)
         if state is None:
             state = initial_state(options, initial(), real, network, experts, num_matched, difficulty)
@@ -164,7 +156,7 @@ def _run(
             if len(experts) > num_matched:
                 log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
         if parametrisation is not None:
-            log.info("images: %s", parametrisation_in_words(options, data, parametrisation))
+            log.info("images: %s", describe_parametrisation(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
@@ -174,12 +166,24 @@ def _run(
         distill(run, state, plan)
 
 
-def _fitting_images(
-    options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Seconds
-) -> tuple[ImageData, Trainable, int]:
-    """Return the real images and the network of `options`, and the number of parameters of the images, after all checks that need no work.
+def _numerics_of(
+    options: DistillOptions, network: Trainable, device: torch.device, precision: Precision | None
+) -> tuple[Precision, str]:
+    """Return the precision of the iterations, and the numerics in words; for `precision` see `main`."""
+    if precision is not None:
+        return precision, f"iterations in {precision}"
+    return (
+        precision_on(device, network, options.precision, iterations=True),
+        describe_numerics(device, network, options.precision, iterations=True),
+    )
 
-    What needs no images is checked before they are downloaded and packed. Raises as `check_fits`.
+
+def _checked_data(
+    options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Stopwatch
+) -> tuple[ImageData, Trainable, int]:
+    """Return the real images, the network, and the number of parameters of a parametrisation, after all checks that need no work.
+
+    Checks that need no images come before these are downloaded and packed. Raises `InputError` as `check_fits`.
     """
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
@@ -198,11 +202,11 @@ def _fitting_images(
 def _experts_to_match(
     options: DistillOptions, requested: Mapping[str, Any], real: RealImages, network: Trainable, state: State | None
 ) -> tuple[TrajectoryStore, int]:
-    """Train the missing experts; return the experts, and the number of those that are matched, the first ones.
+    """Train the missing experts; return the experts, and how many of them, the first ones, are matched.
 
-    `state` is that from which the run continues. Raises `InputError` if the experts do not fit, or those of `state` are not there.
+    With `state` the run continues. Raises `InputError` if the experts do not fit, or experts of `state` are missing.
     """
-    if state is None and (remark := remark_on_number(options, inventory_of(options, real.data))):
+    if state is None and (remark := remark_on_expert_count(options, inventory_of(options, real.data))):
         log.info("experts: %s", remark)
     experts = prepare_experts(options, real, network, requested)
     check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder
@@ -212,10 +216,10 @@ def _experts_to_match(
 
 
 def distill(run: DistillRun, state: State, plan: Plan) -> None:
-    """Run iterations of the paper's algorithm 1 from `state` to the last, and write the results to the run's folder.
+    """Run the iterations of the paper's algorithm 1 after `state`, and write the results to the run's folder.
 
-    Each iteration matches one or several segments. Student steps follow `plan`; if memory runs out, smaller pieces are used from
-    then on. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration is finished and saved, and `Diverged` if many
+    Each iteration matches one or several segments. Student steps follow `plan`; if memory runs out, later iterations use smaller
+    pieces. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration is finished and saved, and `Diverged` if many
     iterations in a row are not finite.
     """
     options, device = run.options, state.lr.device
@@ -266,7 +270,7 @@ def _progress_fields(run: DistillRun, state: State, seconds: float) -> dict[str,
     """Return the fields of the progress bar after an iteration that took `seconds`."""
     options, record = run.options, run.metrics.records[-1]
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
-    # the rate is read from the record: to read `state.lr` would wait for the next iteration on a GPU
+    # from the record, since reading `state.lr` would wait for the next iteration on a GPU
     fields = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
     fields |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
     fields |= {"images/s": f"{images / seconds:.0f}"}

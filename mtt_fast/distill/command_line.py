@@ -1,4 +1,4 @@
-"""Read the options of a distillation from where they may be written: flags, a file, a recipe, and the run to resume."""
+"""Read the options of a distillation from flags, a file, a recipe, and the run to resume."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
 def parse_with_given(argv: Sequence[str]) -> tuple[DistillOptions, set[str]]:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
 
-    Also return the names of the options that the command line, its recipe or its --config gives. Those that only the run to resume
-    has are not among them.
+    Also return the names of the options that the flags, the recipe or --config give, but not those of the run to resume.
 
-    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume the recipe is
-    digits, whatever else is given. Raises `InputError` for options that are unknown, or do not fit each other.
+    The file of --config may name the recipe too. Without a recipe, a data set or a run to resume, the recipe is digits. Raises
+    `InputError` for options that are unknown, or do not fit each other.
     """
     chosen, in_file = _selection(argv)
     differing = _differing_in_file(in_file, str(chosen.config))
@@ -71,7 +70,7 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
 
 
 def _differing_in_file(in_file: Mapping[str, Any], path: str) -> set[str]:
-    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for those that a file cannot have."""
+    """Return the options in the file of --config that differ from the defaults. Raises `InputError` for options not allowed in a file."""
     default = DistillOptions()
     file_options = parsing.apply(default, in_file, path)
     if file_options.resume:

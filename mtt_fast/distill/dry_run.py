@@ -17,19 +17,20 @@ import torch
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits, load_state
-from mtt_fast.distill.experts import ExpertInventory, inventory_of, remark_on_number, whitening_remark
-from mtt_fast.distill.frequencies import frequencies_in_words
+from mtt_fast.distill.experts import ExpertInventory, inventory_of, remark_on_expert_count, whitening_remark
+from mtt_fast.distill.frequencies import describe_frequencies
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
-    parametrisation_in_words,
-    parametrisation_without_numbers,
+    describe_parametrisation,
+    parametrisation_on_meta,
 )
 from mtt_fast.distill.planning import plan_steps
+from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
-from mtt_fast.networks.protocol import Network
+from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
@@ -83,27 +84,11 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     )
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None
-    trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
-    steps = [(network, precision)] + [(each, precision_on(device, each, options.precision)) for each in trained]
-    costs = {  # equal steps are timed once; only the student's needs the derivative
-        step: _measured_seconds(*step, info.image_shape, device, tangent=step == steps[0])
-        for step in dict.fromkeys(steps)
-    }
-    student_cost, expert_cost, *evaluated_costs = (costs[step] for step in steps)
-    cam_seconds = None if cam is None else evaluated_costs.pop().gradient
-    seconds = estimated_seconds(
-        options,
-        info,
-        inventory.missing,
-        student_cost,
-        share=plan.passes / plan.work.student.passes[0],
-        expert=expert_cost.gradient,
-        evaluated=[each.gradient for each in evaluated_costs],
-        cam=cam_seconds,
-        train_cam=to_train,
+    seconds = _seconds_from_timed_steps(
+        options, info, network, plan, device, missing=inventory.num_missing, train_cam=to_train
     )
     size = estimated_bytes(
-        options, info, network.num_parameters, inventory.missing, inventory.uncompressed,
+        options, info, network.num_parameters, inventory.num_missing, inventory.num_to_compress,
         cam_parameters=cam.num_parameters if cam is not None and to_train else 0,
         image_parameters=image_parameters,
     )  # fmt: skip
@@ -112,9 +97,9 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.num_train:,} + {info.num_test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": _experts(options, info, inventory, "" if state else remark_on_number(options, inventory)),
+        "experts": _experts(options, info, inventory, "" if state else remark_on_expert_count(options, inventory)),
         "scores": _scores(options),
-        "images": frequencies_in_words(options, info) or _parametrised(options, info),
+        "images": describe_frequencies(options, info) or _parametrised(options, info),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
@@ -164,9 +149,9 @@ def _scores(options: DistillOptions) -> str:
 def _parametrised(options: DistillOptions, info: DatasetInfo) -> str:
     if options.parametrisation is None:
         return ""
-    if (parametrisation := parametrisation_without_numbers(options, info)) is not None:
+    if (parametrisation := parametrisation_on_meta(options, info)) is not None:
         with contextlib.suppress(RuntimeError):  # a class may count values, such as those that are not zero
-            return parametrisation_in_words(options, info, parametrisation)
+            return describe_parametrisation(options, info, parametrisation)
     return f"computed by {options.parametrisation}; the log of the run will tell the numbers that have to be stored"
 
 
@@ -179,11 +164,11 @@ def _maps(options: DistillOptions, *, to_train: bool) -> str:
 
 def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory, on_number: str) -> str:
     kind = "imported experts, used as they are" if inventory.imported else ""
-    to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
-    to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remarks = [whitening_remark(options, info) if inventory.missing else "", on_number]
+    to_train = kind or f"{inventory.num_missing} to train for {options.train_epochs} epochs"
+    to_compress = f", {inventory.num_to_compress} to compress to {options.num_interpolation} waypoints"
+    remarks = [whitening_remark(options, info) if inventory.num_missing else "", on_number]
     return (
-        f"{to_train}, {inventory.available} in {inventory.whole}{to_compress if inventory.uncompressed else ''}"
+        f"{to_train}, {inventory.num_available} in {inventory.uncompressed_folder}{to_compress if inventory.num_to_compress else ''}"
         + "".join(f" ({remark})" for remark in remarks if remark)
     )
 
@@ -192,6 +177,33 @@ def _state(folder: Path) -> str:
     if (folder / SUMMARY).exists():
         return f"{folder} is finished, or continues with more iterations"
     return f"{folder} continues" if read_config(folder) else f"into {folder}"
+
+
+def _seconds_from_timed_steps(
+    options: DistillOptions,
+    info: DatasetInfo,
+    network: Trainable,
+    plan: Plan,
+    device: torch.device,
+    *,
+    missing: int,
+    train_cam: bool,
+) -> EstimatedSeconds:
+    """Return `estimated_seconds`, with costs from timed steps of all networks of the run."""
+    cam = options.cam_network(info)
+    trained = (network, *options.evaluated_networks(info).values(), *([] if cam is None else [cam]))
+    steps = [(network, precision_on(device, network, options.precision, iterations=True))]
+    steps += [(each, precision_on(device, each, options.precision)) for each in trained]
+    costs = {  # equal steps are timed once; only the student's needs the derivative
+        step: _measured_seconds(*step, info.image_shape, device, tangent=step == steps[0])
+        for step in dict.fromkeys(steps)
+    }
+    student_cost, expert_cost, *evaluated_costs = (costs[step] for step in steps)
+    cam_seconds = None if cam is None else evaluated_costs.pop().gradient
+    return estimated_seconds(
+        options, info, missing, student_cost, share=plan.passes / plan.work.student.passes[0], expert=expert_cost.gradient,
+        evaluated=[each.gradient for each in evaluated_costs], cam=cam_seconds, train_cam=train_cam,
+    )  # fmt: skip
 
 
 def estimated_seconds(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
-from mtt_fast.commands.accuracies import accuracy_fields, accuracy_in_words, accuracy_record
+from mtt_fast.commands.accuracies import accuracy_fields, accuracy_record, format_accuracy
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
     SET_NAMES,
@@ -21,7 +21,7 @@ from mtt_fast.commands.run_loop import (
     draw_set,
     evaluate_and_save,
     evaluate_network,
-    iterations_in_words,
+    format_iterations,
     set_to_save,
     write_summary,
 )
@@ -33,7 +33,7 @@ from mtt_fast.errors import Diverged
 from mtt_fast.kernels import LabelKind
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.identity import describe_other_data
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import random_subset
@@ -65,7 +65,7 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     for kind, images in {"evaluation": evaluated, "ema_evaluation": state.ema}.items():
         if images is None or run.metrics.find(kind, state.iteration):
             continue
-        synthetic, words = _distilled(run, state, images, stop), SET_NAMES[kind].words
+        synthetic, words = _distilled_set(run, state, images, stop), SET_NAMES[kind].words
         results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
         for name, accuracy in results.items():
             log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
@@ -101,19 +101,19 @@ def _check_finite(run: DistillRun, state: State) -> None:
             )
 
 
-def _distilled(run: DistillRun, state: State, images: Tensor, stop: StopRequest) -> SyntheticDataset:
+def _distilled_set(run: DistillRun, state: State, images: Tensor, stop: StopRequest) -> SyntheticDataset:
     """Return the distilled set: `images` (n, C, H, W) with labels, and the learning rate to train networks with.
 
     With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
     """
     options = run.options
     if not options.teacher_label:
-        return _with_labels(run, state, images, state.labels, options.label_kind)
+        return _set_with_labels(run, state, images, state.labels, options.label_kind)
     experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
-    return _with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
+    return _set_with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
 
 
-def _with_labels(
+def _set_with_labels(
     run: DistillRun, state: State, images: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> SyntheticDataset:
     order = run.experts.metadata(0).hyperparameters.get("sort_method")  # the digest of that of a curriculum (PAD)
@@ -126,13 +126,14 @@ def _with_labels(
 
 
 def _draw(run: DistillRun, state: State, images: Tensor) -> None:
-    """Draw the initial images above the current `images`. For a picture the class of an image is enough, and the experts are not asked."""
+    """Draw the initial images above the current `images`."""
+    # class indices are enough for a picture, so the experts need not label the images
     kind: LabelKind = "indices" if run.options.teacher_label else run.options.label_kind
-    synthetic = _with_labels(run, state, images, state.labels, kind)
+    synthetic = _set_with_labels(run, state, images, state.labels, kind)
     first = dataclasses.replace(synthetic, images=run.initial().pictures)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
-        title = f"distilled, {iterations_in_words(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
+        title = f"distilled, {format_iterations(iteration)}" if iteration else _INITIAL_IMAGES[run.options.pix_init]
         if not iteration and run.options.parametrisation:
             title = "initial images"
         if not iteration and run.options.msz_per_channel:
@@ -146,25 +147,25 @@ def _draw(run: DistillRun, state: State, images: Tensor) -> None:
 def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Write summary.json, with the accuracies of the set, of random real images and of the experts. The run is then finished."""
     baseline = _evaluate_random_images(run, state, stop)
-    labelled = (
+    soft_baseline = (
         _evaluate_random_images(run, state, stop, soft=True) if has_soft_baseline(run.options, run.network) else None
     )
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     name_of_experts, experts_in_words = _EXPERTS
-    if other_data_in_words(run.experts.metadata(0).identity, run.real.identity):
+    if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
         name_of_experts, experts_in_words = _EXPERTS_OF_OTHER_DATA  # which were tested on its test images
-    results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
+    results = ", ".join(f"{names.words} {_format_result(lines[-1])}" for names, lines in records.items())
     text = (
-        f"{results}, random real images {_labelled(baseline)}, "
-        + (f"with labels of the experts {_labelled(labelled)}, " if labelled else "")
+        f"{results}, random real images {_format_result(baseline)}, "
+        + (f"with labels of the experts {_format_result(soft_baseline)}, " if soft_baseline else "")
         + f"{experts_in_words} {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     lr = {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)}
     accuracies = {
         "random_real_images": accuracy_record(baseline) | lr,
-        **({"random_real_images_labelled_by_experts": accuracy_record(labelled) | lr} if labelled else {}),
+        **({"random_real_images_labelled_by_experts": accuracy_record(soft_baseline) | lr} if soft_baseline else {}),
         name_of_experts: {"mean": final.mean, "std": final.std, "n": len(final.values)},
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
@@ -199,10 +200,10 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
 
 
 def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *, soft: bool = False) -> Record:
-    """Evaluate as many random real images as there are distilled ones, new ones for each network; return the record.
+    """Evaluate as many random real images as there are distilled ones, drawn anew for each network; return the record.
 
-    With `soft` their labels are the mean predictions of the matched experts after their last epoch. A set that an earlier process evaluated
-    is not evaluated again.
+    With `soft` their labels are the mean predictions of the matched experts after their last epoch. An evaluation by an earlier process
+    is not repeated.
     """
     kind, title = ("soft_baseline", "labelled by experts") if soft else ("baseline", "random real images")
     if record := run.metrics.find(kind):
@@ -221,5 +222,5 @@ def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *,
     return run.metrics.records[-1]
 
 
-def _labelled(record: Record) -> str:
-    return accuracy_in_words(record) + (" (best epoch)" if record.get("best_epoch") else "")
+def _format_result(record: Record) -> str:
+    return format_accuracy(record) + (" (best epoch)" if record.get("best_epoch") else "")

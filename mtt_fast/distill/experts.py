@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtt_fast.commands.options import buffer_folder
-from mtt_fast.compress import check_made_of, compress, waypoint_folder
+from mtt_fast.compress import check_compressed_from, compress, waypoint_folder
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
@@ -23,15 +23,15 @@ from mtt_fast.storage.checkpoint import State, initial_num_experts
 from mtt_fast.storage.expert_checks import (
     FLAGS,
     check_alike,
-    check_as_asked,
+    check_as_requested,
     check_belongs,
     check_long_enough,
+    describe_other_training,
     hyperparameters_of,
-    trained_otherwise,
-    training_unknown,
+    remark_on_unknown_training,
 )
 from mtt_fast.storage.foreign import names_in
-from mtt_fast.storage.identity import DatasetIdentity, other_data_in_words
+from mtt_fast.storage.identity import DatasetIdentity, describe_other_data
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.storage.waypoints import evenly_spaced
@@ -42,17 +42,16 @@ log = logging.getLogger(__name__)
 
 
 class ExpertInventory(NamedTuple):
-    """The folders of a run's experts, and how many experts exist, and how many are to be trained and compressed."""
+    """The folders of a run's experts, and the numbers of experts that exist, and that are to be trained and compressed."""
 
-    whole: Path
-    """folder of the uncompressed experts"""
-    used: Path
-    """folder of the experts that are matched: `whole`, or the folder of waypoints made from them"""
-    available: int
+    uncompressed_folder: Path
+    matched_folder: Path
+    """folder of the experts to match: `uncompressed_folder`, or the folder of waypoints made from its experts"""
+    num_available: int
     """number of uncompressed experts, or of compressed ones if there are no others"""
-    missing: int
+    num_missing: int
     """number of experts to train"""
-    uncompressed: int
+    num_to_compress: int
     """number of experts to compress to waypoints"""
     imported: bool
     """whether there are experts of other software; none is trained in addition to these"""
@@ -60,18 +59,18 @@ class ExpertInventory(NamedTuple):
 
 def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> ExpertInventory:
     """Count the experts that exist and those that are missing. Raises `InputError` for a damaged one."""
-    whole = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
-    count = options.num_interpolation
-    used = whole if count is None else waypoint_folder(whole, count)
-    stores = {folder: experts_in(folder) for folder in (whole, used)}
-    experts, ready = _indices(stores[whole]), _indices(stores[used])
+    folder = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
+    num_waypoints = options.num_interpolation
+    matched_folder = folder if num_waypoints is None else waypoint_folder(folder, num_waypoints)
+    stores = experts_in(folder), experts_in(matched_folder)
+    experts, ready = map(_indices, stores)
     needed = options.max_experts or options.num_experts
-    imported = any(map(_imported, stores.values()))
+    imported = any(map(_imported, stores))
     enough = len(ready) >= needed
     untrained = set(range(options.num_experts)) - experts
     missing = set() if enough or imported or len(experts) >= needed else untrained
-    uncompressed = set() if enough or count is None else (experts | missing) - ready
-    return ExpertInventory(whole, used, len(experts or ready), len(missing), len(uncompressed), imported)
+    to_compress = set() if enough or num_waypoints is None else (experts | missing) - ready
+    return ExpertInventory(folder, matched_folder, len(experts or ready), len(missing), len(to_compress), imported)
 
 
 def check_experts(
@@ -85,64 +84,72 @@ def check_experts(
     """
     check_missing_experts(options, data)
     inventory = inventory_of(options, data)
-    whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
-    _check_others_can_be_made(options, inventory, whole, network, identity)
-    store = whole if inventory.uncompressed else experts_in(inventory.used)
+    uncompressed, identity = experts_in(inventory.uncompressed_folder), data.identity(zca=options.zca)
+    _check_others_can_be_made(options, inventory, uncompressed, network, identity)
+    store = uncompressed if inventory.num_to_compress else experts_in(inventory.matched_folder)
     if store is None:
         return
     matched = range(count_matched_experts(options, store))
     for expert in matched:
         check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, options.last_matched_epoch)
-        check_as_asked(store, expert, requested, to_the_end=options.uses_last_epochs)
+        check_as_requested(store, expert, requested, to_the_end=options.uses_last_epochs)
     check_alike(store, matched, to_the_end=options.uses_last_epochs)
-    if whole is not None and store.folder != whole.folder:
-        check_made_of(store, matched, whole)
+    if uncompressed is not None and store.folder != uncompressed.folder:
+        check_compressed_from(store, matched, uncompressed)
 
 
 def _check_others_can_be_made(
     options: DistillOptions,
     inventory: ExpertInventory,
-    whole: TrajectoryStore | None,
+    uncompressed: TrajectoryStore | None,
     network: Trainable,
     identity: DatasetIdentity,
 ) -> None:
-    """Raise `InputError` unless the missing experts can be trained, and waypoints compressed, beside the existing `whole` ones."""
-    if inventory.uncompressed and options.num_interpolation is not None:
-        evenly_spaced(whole.epochs(0) if whole else options.train_epochs, options.num_interpolation)
-    for folder, written in ((inventory.whole, inventory.missing), (inventory.used, inventory.uncompressed)):
+    """Raise `InputError` unless missing experts can be trained, and compressed, beside the existing `uncompressed` ones."""
+    if inventory.num_to_compress and options.num_interpolation is not None:
+        evenly_spaced(uncompressed.epochs(0) if uncompressed else options.train_epochs, options.num_interpolation)
+    for folder, written in (
+        (inventory.uncompressed_folder, inventory.num_missing),
+        (inventory.matched_folder, inventory.num_to_compress),
+    ):
         if written:
             check_output_folder(folder, "choose another `buffer_path`")
-    if inventory.missing and whole is not None:
-        precision = whole.metadata(0).precision or options.precision
-        check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
-    if inventory.missing and whole is None:
-        check_nothing_to_convert(inventory.whole)
-    ready = _indices(experts_in(inventory.used))
-    if inventory.missing and not ready <= _indices(whole):  # they would be trained again, perhaps with other results
+    if inventory.num_missing and uncompressed is not None:
+        precision = uncompressed.metadata(0).precision or options.precision
+        check_trained_alike(
+            uncompressed, network, identity, options.experts(), options.seed, uncompressed.dtype(0), precision
+        )
+    if inventory.num_missing and uncompressed is None:
+        check_nothing_to_convert(inventory.uncompressed_folder)
+    ready, available = _indices(experts_in(inventory.matched_folder)), _indices(uncompressed)
+    if inventory.num_missing and not ready <= available:  # they would be trained again, perhaps with other results
         raise InputError(
-            f"{inventory.whole}: expected the uncompressed experts of those in {inventory.used.name}, to train further ones, found "
-            f"{len(ready & _indices(whole)) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or give "
+            f"{inventory.uncompressed_folder}: expected the uncompressed experts of those in {inventory.matched_folder.name}, to train further ones, found "
+            f"{len(ready & available) or 'none'} of {len(ready)}; restore them, choose another `buffer_path`, or give "
             f"`max_experts` {len(ready)} to use those that are compressed"
         )
 
 
 def count_matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
-    """Return the number n such that the run matches the first n experts of `store`."""
+    """Return how many experts of `store` the run matches: the first ones."""
     return min(options.max_experts or len(store), len(store))
 
 
-def remark_on_number(options: DistillOptions, inventory: ExpertInventory) -> str:
-    """Return how many experts a new run matches, if they are fewer than it trains, or more than it asks for; else ""."""
-    store = experts_in(inventory.used)
-    made = inventory.missing if options.num_interpolation is None else inventory.uncompressed
-    count, asked, most = made + (len(store) if store else 0), options.num_experts, options.max_experts
-    if most is None and count > asked and not inventory.imported:
-        return f"all {count} experts in the folder are matched, more than --num_experts {asked}; --max_experts {asked} takes the first ones"
-    if most is not None and inventory.missing and most < count:
+def remark_on_expert_count(options: DistillOptions, inventory: ExpertInventory) -> str:
+    """Return a remark if a new run matches fewer experts than it trains, or more than it asks for; else ""."""
+    store = experts_in(inventory.matched_folder)
+    to_make = inventory.num_missing if options.num_interpolation is None else inventory.num_to_compress
+    count, requested, most = to_make + (len(store) if store else 0), options.num_experts, options.max_experts
+    if most is None and count > requested and not inventory.imported:
         return (
-            f"--num_experts {asked} trains {inventory.missing} more, and --max_experts {most} matches {most} of the {count}; --num_experts "
-            f"{most} trains no others"
+            f"all {count} experts in the folder are matched, more than --num_experts {requested}; --max_experts {requested} takes the "
+            "first ones"
+        )
+    if most is not None and inventory.num_missing and most < count:
+        return (
+            f"--num_experts {requested} trains {inventory.num_missing} more, and --max_experts {most} matches {most} of the {count}; "
+            f"--num_experts {most} trains no others"
         )
     return ""
 
@@ -150,7 +157,7 @@ def remark_on_number(options: DistillOptions, inventory: ExpertInventory) -> str
 def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` if missing experts must not be trained, or would be trained for too few epochs."""
     inventory = inventory_of(options, data)
-    if not inventory.missing:
+    if not inventory.num_missing:
         return
     _check_experts_of_run_remain(options.folder(), inventory)
     needed = options.last_matched_epoch
@@ -166,17 +173,17 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
 
     To train them again would take hours, and give other experts unless machine, number of threads and all versions are the same.
     """
-    began_with, imported = initial_num_experts(folder)
+    expected, imported = initial_num_experts(folder)
     if imported:
-        found = f"{inventory.available} trained here" if inventory.available else "none"
+        found = f"{inventory.num_available} trained here" if inventory.num_available else "none"
         raise InputError(
-            f"{inventory.whole}: expected the {began_with} imported experts with which the run in {folder} began, found "
+            f"{inventory.uncompressed_folder}: expected the {expected} imported experts with which the run in {folder} began, found "
             f"{found}; restore them, convert them again with `python -m mtt_fast.convert`, or give the `buffer_path` that they are in"
         )
-    if inventory.available < began_with:
+    if inventory.num_available < expected:
         raise InputError(
-            f"{inventory.whole}: expected the {began_with} experts with which the run in {folder} began, found "
-            f"{inventory.available or 'none'}; start in the folder where the run was started, give the `buffer_path` that they are in, "
+            f"{inventory.uncompressed_folder}: expected the {expected} experts with which the run in {folder} began, found "
+            f"{inventory.num_available or 'none'}; start in the folder where the run was started, give the `buffer_path` that they are in, "
             "or restore them"
         )
 
@@ -201,20 +208,20 @@ def prepare_experts(
     `check_experts`.
     """
     inventory = inventory_of(options, real.data)
-    if inventory.missing:
+    if inventory.num_missing:
         if remark := whitening_remark(options, real.data):
             log.info("%s", remark)
         train_missing_experts(
-            inventory.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
+            inventory.uncompressed_folder, options.num_experts, real, network, options.experts(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=options.memory_budget,
         )  # fmt: skip
-    if inventory.uncompressed and options.num_interpolation is not None:
+    if inventory.num_to_compress and options.num_interpolation is not None:
         # another distillation may have waited for the same experts, and compress them now
-        compress(inventory.whole, inventory.used, options.num_interpolation, wait=-1)
-    store = TrajectoryStore(inventory.used)
+        compress(inventory.uncompressed_folder, inventory.matched_folder, options.num_interpolation, wait=-1)
+    store = TrajectoryStore(inventory.matched_folder)
     for line in _remarks(options, real, store, requested):
-        log.info("%s: %s", inventory.used, line)
+        log.info("%s: %s", inventory.matched_folder, line)
     return store
 
 
@@ -234,7 +241,7 @@ def _remarks(
 ) -> Iterator[str]:
     """Yield remarks on properties of the experts that a user may not expect."""
     first = store.metadata(0)
-    if other := other_data_in_words(first.identity, real.identity):
+    if other := describe_other_data(first.identity, real.identity):
         yield other
     elif options.other_data and options.cam_model is None:  # whose network may be of other images
         yield "--other_data: has no effect, as the experts were trained on these images"
@@ -244,9 +251,9 @@ def _remarks(
             "trains none beside them"
         )
     if first.imported and requested:
-        yield training_unknown(requested)
+        yield remark_on_unknown_training(requested)
     trained = hyperparameters_of(first)
-    if remark := trained_otherwise(first, options.experts().record(), to_the_end=options.uses_last_epochs):
+    if remark := describe_other_training(first, options.experts().record(), to_the_end=options.uses_last_epochs):
         yield remark
     if (augment := trained.get("augment", options.strategy)) != options.strategy:
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
@@ -257,8 +264,10 @@ def _remarks(
 def check_same_experts_so_far(options: DistillOptions, state: State, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` as `experts_of_run` does, before missing experts are trained or compressed."""
     inventory = inventory_of(options, data)
-    store = experts_in(inventory.used)
-    if store is not None and (len(store) >= state.num_experts or not (inventory.missing or inventory.uncompressed)):
+    store = experts_in(inventory.matched_folder)
+    if store is not None and (
+        len(store) >= state.num_experts or not (inventory.num_missing or inventory.num_to_compress)
+    ):
         experts_of_run(options, state, store)
 
 

@@ -1,7 +1,7 @@
 """Distil a few frequencies of each image in place of all its pixels (FreD).
 
-D. Shin, S. Shin, I.-C. Moon, "Frequency Domain-based Dataset Distillation", NeurIPS 2023. The images of a class are sums of the
-cosines of the frequencies that its real images differ in most, so that more images take the same number of learned numbers.
+D. Shin, S. Shin, I.-C. Moon, "Frequency Domain-based Dataset Distillation", NeurIPS 2023. The images of a class keep only the
+frequencies in which its real images differ most, so that the same number of learned numbers holds more images.
 
 Images are a linear function of their frequencies. So a step of SGD with momentum on the frequencies is one on the pixels, with a
 gradient that passes a filter. The state of a run therefore holds images, and a mask of the frequencies that each class keeps.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.data.synthetic import classes_by_place
+from mtt_fast.data.synthetic import classes_by_position
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.storage.checkpoint import State
 
@@ -28,8 +28,8 @@ _BLOCK = 1 << 20  # values of images that are filtered at once
 def most_varying_frequencies(images: Tensor, ipc: int, count: int) -> Tensor:
     """Return a mask (classes, H, W) bool of the `count` frequencies that vary most among the images of each class.
 
-    `images` (n, C, H, W) are sorted by class, with `ipc` of each. As in FreD's code frequencies are means over the channels, and
-    their variance is that of F, in which the mean of an image counts more than in an orthonormal transform.
+    `images` (n, C, H, W) are sorted by class, with `ipc` of each. As in FreD's code, frequencies are means over the channels, and
+    variances are those of F, in which the mean of an image counts more than in an orthonormal transform.
     """
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
     spectra = rows @ images.mean(1, dtype=torch.float64) @ columns.T
@@ -45,9 +45,9 @@ def with_frequencies(images: Tensor, kept: Tensor) -> Tensor:
 
 
 def filter_frequencies(state: State, gradients: list[Tensor]) -> list[Tensor]:
-    """Return `gradients` with that of the images filtered, so that SGD with it is SGD on the kept frequencies F.
+    """Return `gradients` with the images' gradient filtered, so that SGD with it is SGD on the kept frequencies F.
 
-    Where no frequencies are chosen, all gradients are returned as they are.
+    Without `state.frequencies`, `gradients` are returned unchanged.
     """
     if state.frequencies is None:
         return gradients
@@ -56,18 +56,18 @@ def filter_frequencies(state: State, gradients: list[Tensor]) -> list[Tensor]:
     return [_filtered(images_gradient, state.frequencies * _squared_lengths(images_gradient)), *others]
 
 
-def frequencies_in_words(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
-    """Return how many numbers the synthetic images have, and how far `lr_img` moves them; "" if they are of all pixels.
+def describe_frequencies(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
+    """Return a description of the synthetic images' frequencies in terms of pixels; "" if pixels are learned.
 
-    Both are in terms of images of all pixels. A step on a frequency F moves the pixels by its squared length, 1 / 4HW for most.
+    A step on a frequency F moves the pixels by its squared length, 1 / 4HW for most.
     """
     if options.msz_per_channel is None:
         return ""
-    places, kept = math.prod(data.image_shape[1:]), options.msz_per_channel
+    pixels, kept = math.prod(data.image_shape[1:]), options.msz_per_channel
     return (
-        f"{kept} of {places} frequencies in each channel, so {options.ipc} per class have as many numbers as "
-        f"{options.ipc * kept / places:g} of all pixels; --lr_img {options.lr_img:g} moves them about as far as "
-        f"{options.lr_img / (4 * places):.3g} moves pixels"
+        f"{kept} of {pixels} frequencies in each channel, so {options.ipc} per class have as many numbers as "
+        f"{options.ipc * kept / pixels:g} of all pixels; --lr_img {options.lr_img:g} moves them about as far as "
+        f"{options.lr_img / (4 * pixels):.3g} moves pixels"
     )
 
 
@@ -78,7 +78,7 @@ def _filtered(images: Tensor, factors: Tensor) -> Tensor:
     copies of all images.
     """
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])
-    classes, filtered = classes_by_place(images, len(factors)), torch.empty_like(images)
+    classes, filtered = classes_by_position(images, len(factors)), torch.empty_like(images)
     block = max(1, _BLOCK // images[0].numel())
     for part, part_classes, result in zip(
         images.split(block), classes.split(block), filtered.split(block), strict=True

@@ -76,7 +76,7 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
 
 
 def _dampened(iteration: Iteration, factor: float) -> Iteration:
-    """Return the iteration of a student whose velocity is μ m + `factor` g, which is `factor` times that of μ m + g."""
+    """Return the iteration of a student with the velocity μ m + `factor` g: the same steps at `factor` times the learning rate."""
 
     def dampened(
         start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, *draws: Tensor
@@ -88,7 +88,7 @@ def _dampened(iteration: Iteration, factor: float) -> Iteration:
 
 
 def cached_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
-    """Return `make(plan, graph=…)` with a cache of its iterations. `make` is a partial of `iteration_of`.
+    """Return a function that calls `make(plan, graph=…)`, a partial of `iteration_of`, and caches its results.
 
     On a GPU a cached iteration holds the memory of its plan. So several are cached only if the budget has room for all of them,
     and a new plan for the same work replaces the others.
@@ -191,9 +191,10 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
 
 
 def gradients_to_apply(run: DistillRun, state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
-    """Return the gradients by which `state` is updated, from those of the loss; None, for not finite, stays None.
+    """Return the gradients that update `state`, from the `gradients` of the loss; None (not finite) stays None.
 
-    The gradient of the images is weighed by Grad-CAM maps (EDF), zero for real images (SelMatch), and that of the kept frequencies (FreD).
+    The images' gradient is weighed by Grad-CAM maps (EDF), set to zero for real images (SelMatch), and restricted to the kept
+    frequencies (FreD).
     """
     weighed = weigh_gradients(run.options, run.cam, state, gradients)
     return None if weighed is None else filter_frequencies(state, mask_real_images(run.options, weighed))

@@ -37,25 +37,25 @@ _BATCH = 64  # images of a class in a forward pass; more would be a waste, since
 
 def initial_state(
     options: DistillOptions,
-    start: InitialImages,
+    initial: InitialImages,
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
     num_matched: int,
     difficulty: Tensor | None,
 ) -> State:
-    """Return the state before the first iteration, with the images `start`, for a run that matches the first `num_matched` of `experts`.
+    """Return the state before the first iteration of a run that starts from the `initial` images.
 
-    For `difficulty` see `initial_images`.
+    For `num_matched` and `difficulty` see `initial_images`.
     """
-    if start.wrong:
+    if initial.num_misclassified:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
             "others of their class",
-            start.wrong, len(start.images) * options.num_tiles,
+            initial.num_misclassified, len(initial.images) * options.num_tiles,
         )  # fmt: skip
-    images, labels = start.images.pixels.clone(), start.images.labels
-    parameters, velocity, square = _initial_parameters(start.parametrisation)
+    images, labels = initial.images.pixels.clone(), initial.images.labels
+    parameters, velocity, square = _initial_parameters(initial.parametrisation)
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
@@ -64,19 +64,19 @@ def initial_state(
     return State(
         0, num_matched, images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
-        ema=None if options.ema_decay is None else images.clone(), frequencies=start.frequencies,
+        ema=None if options.ema_decay is None else images.clone(), frequencies=initial.frequencies,
         parameters=parameters, parameters_velocity=velocity, parameters_square=square,
         data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
     )  # fmt: skip
 
 
-Named = dict[str, Tensor] | None
+NamedTensors = dict[str, Tensor] | None
 """Tensors by name, if there are some."""
 
 
-def _initial_parameters(parametrisation: Parametrisation | None) -> tuple[Named, Named, Named]:
-    """Return the parameters from which images are computed, and the state of their optimizer."""
+def _initial_parameters(parametrisation: Parametrisation | None) -> tuple[NamedTensors, NamedTensors, NamedTensors]:
+    """Return the parameters of a parametrisation, and the velocity and the mean square of its optimizer."""
     if parametrisation is None:
         return None, None, None
     values = learned_values(parametrisation)
@@ -117,12 +117,12 @@ class InitialImages(NamedTuple):
 
     images: Images
     """sorted by class"""
-    wrong: int = 0
-    """number of them that no expert gets right, if `pix_init` is "samples_predicted_correctly" """
+    num_misclassified: int = 0
+    """number of images that no expert classifies correctly, if `pix_init` is "samples_predicted_correctly" """
     frequencies: Tensor | None = None
-    """(classes, H, W) bool: those that are kept with `msz_per_channel`"""
+    """(classes, H, W) bool: the frequencies that are kept with `msz_per_channel`"""
     parametrisation: Parametrisation | None = None
-    """computes the images, on their device; at first with its initial parameters"""
+    """computes the images, on their device, from its initial parameters"""
     evaluated: Tensor | None = None
     """(n, C, H, W): the images that a parametrisation gives to evaluations, if there is one"""
 
@@ -142,16 +142,16 @@ def initial_images(
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
-    The first `num_matched` of `experts` choose those of `pix_init` "samples_predicted_correctly"; where they classify too few of a class
-    correctly, others fill it up. A window needs the `difficulty` of the training images, which `read_difficulty` returns. A canvas is
-    tiled from several images.
+    With `pix_init` "samples_predicted_correctly" the first `num_matched` of `experts` choose the images; if they classify too few of a
+    class correctly, others fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas
+    is tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
-    ipc, device, wrong = options.ipc * options.num_tiles, real.train.labels.device, 0
+    ipc, device, num_misclassified = options.ipc * options.num_tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
         trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(num_matched))
-        chosen, wrong = predicted_correctly(network, trained, real.train, members, ipc)
+        chosen, num_misclassified = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
         assert difficulty is not None
@@ -163,15 +163,16 @@ def initial_images(
     if options.canvas is not None:
         images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.num_tiles])
     if options.parametrisation is not None:
-        return _parametrised(options, images, real.data.num_classes, wrong)
+        return _parametrised(options, images, real.data.num_classes, num_misclassified)
     if options.msz_per_channel is None:
-        return InitialImages(images, wrong)
+        return InitialImages(images, num_misclassified)
     frequencies = most_varying_frequencies(images.pixels, ipc, options.msz_per_channel)
-    return InitialImages(Images(with_frequencies(images.pixels, frequencies), images.labels), wrong, frequencies)
+    kept = Images(with_frequencies(images.pixels, frequencies), images.labels)
+    return InitialImages(kept, num_misclassified, frequencies)
 
 
-def _parametrised(options: DistillOptions, images: Images, num_classes: int, wrong: int) -> InitialImages:
-    """Return the images that the parametrisation of `options` computes, made from the initial `images`."""
+def _parametrised(options: DistillOptions, images: Images, num_classes: int, num_misclassified: int) -> InitialImages:
+    """Return the images that the parametrisation of `options` computes, fitted to `images`."""
     module = parametrisation_of(options, images.pixels.cpu(), num_classes).to(images.pixels.device)
     with torch.enable_grad(), numerics(images.pixels.device, "fp32"):
         module.fit(images.pixels)
@@ -179,13 +180,14 @@ def _parametrised(options: DistillOptions, images: Images, num_classes: int, wro
     matched, evaluated = (
         images_at(module, values, torch.empty_like(images.pixels), evaluated=kind) for kind in (False, True)
     )
-    return InitialImages(Images(matched, images.labels), wrong, parametrisation=module, evaluated=evaluated)
+    initial = Images(matched, images.labels)
+    return InitialImages(initial, num_misclassified, parametrisation=module, evaluated=evaluated)
 
 
 def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
-    """Return the difficulty of each training image by the file of `score_path`, (n,) on the CPU, higher for harder ones.
+    """Return the difficulty of each training image from the file of `score_path`, (n,) on the CPU, higher for harder images.
 
-    Raises `InputError` for a file that is missing, broken, of other images, or of another kind of scores than `score` says: they
+    Raises `InputError` for a file that is missing, broken, or of other images, and for scores of another kind than `score`, which
     would put the easiest images first.
     """
     scores = read_scores(str(options.score_path), data.train.labels)
@@ -203,10 +205,10 @@ def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
     return -scores if options.score == "cscore" else scores
 
 
-def check_same_scores(options: DistillOptions, difficulty: Tensor | None, began_with: State) -> None:
-    """Raise `InputError` if the `difficulty` of the training images is another than that with which the run began."""
+def check_same_scores(options: DistillOptions, difficulty: Tensor | None, state: State) -> None:
+    """Raise `InputError` unless the run with `state` began with this `difficulty` of the training images."""
     # only a checkpoint of a former version has no digest
-    if difficulty is not None and began_with.scores_digest not in ("", digest(difficulty)):
+    if difficulty is not None and state.scores_digest not in ("", digest(difficulty)):
         raise InputError(
             f"--score_path {options.score_path}: expected the scores with which the run began, found others; restore the file, or "
             "choose another --out"
@@ -216,11 +218,11 @@ def check_same_scores(options: DistillOptions, difficulty: Tensor | None, began_
 def predicted_correctly(
     network: Network, experts: Iterable[Tensor], real: Images, members: Sequence[Tensor], ipc: int
 ) -> tuple[list[Tensor], int]:
-    """Return, for each class, the first `ipc` of its `members` that an expert classifies correctly (DATM), and a number.
+    """Return, for each class, the first `ipc` of its `members` that an expert classifies correctly (DATM).
 
-    `members` are indices into `real` for each class, `experts` are parameters (P,). The first expert classifies the members, the
-    next one those that are wrong so far of classes with too few images, and so on. Images that no expert gets right fill up the rest;
-    the number counts them.
+    Images that no expert classifies correctly fill up the rest; also return their number. `members` are indices into `real` for each
+    class, `experts` are parameters (P,). The first expert classifies all members. Each later expert classifies what all before it got
+    wrong, in classes with too few images.
     """
     right, remaining = [rows[:0] for rows in members], list(members)
     for theta in experts:

@@ -16,17 +16,17 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 
 log = logging.getLogger(__name__)
 
-OWN_CLASS = 0.9
+OWN_CLASS_PROBABILITY = 0.9
 """Probability of an image's own class in `class_logits`; with 1 the gradient of the softmax would be zero."""
 
 _BATCH = 64  # images in a forward pass
 
 
 def has_soft_baseline(options: DistillOptions, network: Network) -> bool:
-    """Return whether a run is also compared with random real images that have the predictions of the experts as labels.
+    """Return whether a run is also compared with random real images that are labelled by the experts.
 
-    It is if its own labels are soft, since soft labels alone raise the accuracy of random images. A network of batch statistics
-    predicts no labels for few images.
+    It is if its own labels are soft, since soft labels alone raise the accuracy of random images. A network with batch statistics
+    cannot label a few images.
     """
     return options.label_kind != "indices" and not network.mixes_samples
 
@@ -34,11 +34,11 @@ def has_soft_baseline(options: DistillOptions, network: Network) -> bool:
 def class_logits(classes: Tensor, num_classes: int) -> Tensor:
     """Return log-probabilities (n, num_classes) float32 for images of `classes` (n,).
 
-    The image's class has probability `OWN_CLASS`, and the other classes share the rest evenly.
+    The image's class has probability `OWN_CLASS_PROBABILITY`, and the other classes share the rest evenly.
     """
-    shared = (1 - OWN_CLASS) / max(1, num_classes - 1)
+    shared = (1 - OWN_CLASS_PROBABILITY) / max(1, num_classes - 1)
     probabilities = torch.full((len(classes), num_classes), shared, device=classes.device)
-    return probabilities.scatter_(1, classes[:, None], OWN_CLASS).log()
+    return probabilities.scatter_(1, classes[:, None], OWN_CLASS_PROBABILITY).log()
 
 
 def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, initial: Tensor) -> Tensor:
@@ -64,9 +64,9 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, i
 
 
 def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, batch: int) -> Tensor:
-    """Return the predictions (n, num_classes), probabilities, under `theta` (P,): TESLA's labels in an iteration.
+    """Return the probabilities (n, num_classes) that the network predicts under `theta` (P,): TESLA's labels in an iteration.
 
-    If `index` (k,) is shorter than the images (n, C, H, W), only those at it are classified, and the rows of the others are zero. A
+    If `index` (k,) is shorter than `images` (n, C, H, W), only the images at `index` are labelled, and all other rows are zero. A
     forward pass takes at most `batch` images.
     """
     # a permutation of the images is used up before an image repeats, so `unique`, for which the host waits, would leave out none
@@ -76,7 +76,7 @@ def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tenso
 
 
 def mean_teacher_labels(network: Network, experts: Iterable[Tensor], images: Tensor) -> Tensor:
-    """Return the mean predictions (n, num_classes), probabilities, of `experts` (parameters (P,)) for `images`."""
+    """Return the mean of the probabilities (n, num_classes) that `experts`, parameters (P,), predict for `images`."""
     mean = torch.zeros((), device=images.device)
     for number, theta in enumerate(experts, start=1):
         mean = mean + (predict(network, theta, images).softmax(dim=1) - mean) / number

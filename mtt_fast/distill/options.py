@@ -1,4 +1,4 @@
-"""Define the options of a distillation: the public code's flags, those of its successors, and what fits together."""
+"""Define the options of a distillation: the flags of the public code and of its successors, and which of them fit together."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learning rate of the pixels, of the frequencies of --msz_per_channel (FreD's lr_freq), or of the parameters of --parametrisation;
     0 keeps them fixed"""
     mom_img: Share = 0.5
-    """momentum of what --lr_img is for, except where Adam updates it (DDiF), and of the student's learning rate (SPEED: 0.95)"""
+    """momentum of the images, or of the numbers learned in their place, unless Adam updates them (DDiF), and of the student's learning
+    rate (SPEED: 0.95)"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: NonNegative = 1e-5
@@ -198,8 +199,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
-    """number of experts to have: missing ones are trained first, also those that --max_experts leaves out, except in a folder of converted
-    experts"""
+    """number of experts: missing ones are trained first, even if --max_experts matches fewer; none is trained in a folder of converted experts"""
     max_experts: Annotated[
         Networks | None,
         Role.EXTENT,
@@ -251,23 +251,23 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def last_matched_epoch(self) -> int:
-        """Return the epoch that an expert has to have: the last that segments reach, which start below max_start_epoch."""
+        """Return the last epoch that segments reach, which experts must have."""
         last_start = self.max_start_epoch if self.continuous_start else self.max_start_epoch - 1
         return last_start + self.expert_epochs
 
     @property
     def distilled_per_class(self) -> int:
-        """Return how many images of each class, the first ones, are distilled; the others are real ones that stay."""
+        """Return how many images of each class, the first ones, are distilled; the others stay real images."""
         return distilled_in_class(self.ipc, self.distilled_share)
 
     @property
     def window_start_image(self) -> int:
-        """Return how many images of each class, the hardest, come before the window of `pix_init`."""
+        """Return how many of the hardest images of each class come before the window of `pix_init`."""
         return int(self.ipc * self.window_start)
 
     @property
     def canvas(self) -> Canvas | None:
-        """Return the canvas whose crops are the steps' inputs with --texture, else None."""
+        """Return the canvas of --texture, whose crops are the inputs of steps, or None."""
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
 
     @property
@@ -289,13 +289,13 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 f"--expansion_end_epoch {self.expansion_end_epoch} is beyond --Iteration {self.Iteration}: the bound on the start "
                 f"epoch, {first} at first, does not reach --max_start_epoch {self.max_start_epoch}"
             )
-        return [*remarks, *self._idle()]
+        return [*remarks, *self._remarks_without_effect()]
 
-    def _idle(self) -> list[str]:
+    def _remarks_without_effect(self) -> list[str]:
         """Return remarks on options that have no effect at the values of others."""
         halves = f"--Iteration {self.Iteration} and --lr_img {self.lr_img:g}: it halves the rate after every {HALVED_AFTER:,} iterations"
         fixed, single = "--lr_img 0, which keeps the pixels", "--syn_steps 1, a single step"
-        idle = (
+        without_effect = (
             ("lr_decay", self.lr_decay and (self.Iteration <= HALVED_AFTER or not self.lr_img), halves),
             (f"cam_model {self.cam_model}", self.cam_model is not None and not self.lr_img, fixed),
             (f"ema_decay {self.ema_decay}", self.ema_decay is not None and not self.lr_img, fixed),
@@ -323,7 +323,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 f"--ipc {self.ipc}: together they leave out less than one image of a class",
             ),
         )
-        return [f"--{option} has no effect at {reason}" for option, is_idle, reason in idle if is_idle]
+        return [f"--{option} has no effect at {reason}" for option, applies, reason in without_effect if applies]
 
     def check(self) -> None:
         """Raise `InputError` for the first values that do not fit each other. Single values are checked when they are parsed."""

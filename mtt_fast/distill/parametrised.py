@@ -11,7 +11,7 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import is_own, make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.by_name import is_users_class, make_parametrisation, try_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, images_at, learned_parameters
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.seeding import generator_for
@@ -30,14 +30,14 @@ def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int
 
 
 def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> int:
-    """Return the number of learned parameters from which the images are computed, 0 without a parametrisation, after a trial on `device`.
+    """Return the number of learned parameters of the parametrisation, after a trial on `device`; 0 without a parametrisation.
 
-    It is tried on random images: as many as there will be for a class of the user's own, which may need groups of them; at most two of
-    each class for another, whose parameters may take gigabytes. Raises `InputError` if it cannot be made and learned.
+    The trial uses random images. A class of the user's own gets as many as in the run, since it may need groups of images; another gets
+    at most two of each class, since its parameters may take gigabytes. Raises `InputError` if it cannot be made and learned.
     """
     if (name := options.parametrisation) is None:
         return 0
-    count = (options.ipc if is_own(name) else min(options.ipc, 2)) * data.num_classes
+    count = (options.ipc if is_users_class(name) else min(options.ipc, 2)) * data.num_classes
     images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
 
     def make() -> Parametrisation:
@@ -45,17 +45,16 @@ def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo
 
     with numerics(device, "fp32"):
         tried = try_parametrisation(name, make, count, data.image_shape)
-    whole = (
-        tried if is_own(name) else parametrisation_without_numbers(options, data)
-    )  # an own one may be slow to make again
+    # a class of the user's own may be slow to make again
+    whole = tried if is_users_class(name) else parametrisation_on_meta(options, data)
     assert whole is not None
     return sum(each.numel() for each in learned_parameters(whole).values())
 
 
-def parametrisation_without_numbers(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
-    """Return the parametrisation of `options` on the device meta, which takes no memory.
+def parametrisation_on_meta(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:
+    """Return the parametrisation of `options` on the device meta, where it takes no memory.
 
-    Return None without one, and for one that can only be made of images with numbers.
+    Return None without a parametrisation, and for one that reads the values of images when it is made.
     """
     if options.parametrisation is None:
         return None
@@ -68,9 +67,9 @@ def parametrisation_without_numbers(options: DistillOptions, data: ImageData | D
 
 
 def check_same_parametrisation(options: DistillOptions, state: State, parametrisation: Parametrisation) -> None:
-    """Raise `InputError` unless the parameters of `state` are those of the `parametrisation`, and give the images of `state`.
+    """Raise `InputError` unless the parameters of `state` fit the `parametrisation`, and give the images of `state`.
 
-    They give others if the user's code was changed after the run began.
+    They give other images if the user's code was changed after the run began.
     """
     folder, parameters = options.folder(), state.parameters or {}
     specs = {name: (each.dtype, tuple(each.shape)) for name, each in learned_parameters(parametrisation).items()}
@@ -85,10 +84,10 @@ def check_same_parametrisation(options: DistillOptions, state: State, parametris
         )
 
 
-def parametrisation_in_words(
+def describe_parametrisation(
     options: DistillOptions, data: ImageData | DatasetInfo, parametrisation: Parametrisation
 ) -> str:
-    """Return how many numbers have to be stored for the images, in terms of images of all pixels."""
+    """Return a description of the numbers that have to be stored for the images, in terms of pixels."""
     stored = parametrisation.stored_numbers()
     return (
         f"computed by {options.parametrisation} from {stored:,} stored numbers of 32 bits, as many as "

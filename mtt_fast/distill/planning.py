@@ -30,9 +30,9 @@ def plan_steps(
 ) -> Plan:
     """Return the memory plan of the student steps of an iteration.
 
-    `images` is (n, C, H, W): the number of synthetic images, and the shape of a real one. `image_parameters` is the number of
-    parameters from which the images are computed, if they are: a budget of "auto" leaves room for them. Raises `InputError` for a budget that is too small. In fp16 it must also suffice for tf32, since an iteration that overflows is
-    repeated in tf32.
+    `images` is (n, C, H, W): the number of synthetic images, and the shape of a real one. A budget of "auto" leaves room for
+    `image_parameters`, the parameters of a parametrisation. Raises `InputError` for a budget that is too small. In fp16 it must also
+    suffice for tf32, since an iteration that overflows is repeated in tf32.
     """
     if precision == "fp16":
         plan_steps(options, network, images, device, "tf32", image_parameters=image_parameters)

@@ -1,4 +1,4 @@
-"""Define the run of a distillation."""
+"""Define `DistillRun`, which the functions of a distillation share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class DistillRun(LoopRun):
     options: DistillOptions
     experts: TrajectoryStore
     num_matched_experts: int
-    """number of `experts` that are matched, the first ones"""
+    """the first so many of `experts` are matched"""
     cam: CamNetwork | None
     """the network whose Grad-CAM maps weigh the pixels' gradients"""
     initial: Callable[[], InitialImages]
-    """returns the initial images, which every picture shows; they are made at the first call"""
+    """returns the initial images, which are made at the first call; every picture shows them"""
 
     def evaluated_images(self, state: State) -> Tensor:
         """Return the images (n, C, H, W) of `state` that are evaluated, saved and drawn. A parametrisation may match others."""

@@ -25,7 +25,7 @@ Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
 
 
 def augmentation(options: DistillOptions) -> SiameseAugment | CanvasCrops | None:
-    """Return the augmentation of the student's steps, or None. For canvases of textures it begins with a crop."""
+    """Return the augmentation of the student's steps, or None. For textures it begins with a crop of the canvas."""
     siamese = None if options.no_aug else augment_by_strategy(options.strategy)
     return siamese if options.canvas is None else options.canvas.crops(siamese)
 
@@ -44,7 +44,7 @@ def segment_numbers(options: DistillOptions, iterations: range) -> range:
 
 
 def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Segment:
-    """Return the segment with this number, read and drawn in the calling thread. Of `images` only shape and dtype are used."""
+    """Return segment `number`, read and drawn in the calling thread. Only shape and dtype of `images` are used."""
     options = run.options
     generator = generator_for(options.seed, "iteration", number)
     expert = _expert_of(options.seed, run.num_matched_experts, number)
@@ -75,8 +75,8 @@ def _start_epoch(options: DistillOptions, epochs: range, generator: torch.Genera
 def start_epochs(options: DistillOptions, iteration: int) -> range:
     """Return the expert epochs from T- to T - 1, from which the start of the student is drawn in `iteration` (counted from 0).
 
-    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which it reaches in iteration `expansion_end_epoch` (DATM).
-    Without `current_max_start_epoch` T is always T+, as in the paper.
+    T- is `min_start_epoch` and T+ is `max_start_epoch`. T grows linearly, rounded down, from `current_max_start_epoch` to T+, which it
+    reaches in iteration `expansion_end_epoch` (DATM). Without `current_max_start_epoch`, T is always T+, as in the paper.
     """
     upper = options.max_start_epoch
     if options.current_max_start_epoch is not None and iteration < options.expansion_end_epoch:
@@ -107,10 +107,10 @@ def step_indices(options: DistillOptions, count: int, generator: torch.Generator
 
 
 def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """Return the indices of each student step as the public code draws them.
+    """Return the indices of each student step, drawn as in the public code.
 
     A random permutation of all `count` images is cut into chunks of `batch` (all if None). The chunks are used from the last,
-    which may be shorter, to the first. Then follows a new permutation.
+    which may be shorter, to the first. Then a new permutation is drawn.
     """
     batches: list[Tensor] = []
     while len(batches) < steps:

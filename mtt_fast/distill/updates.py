@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtt_fast.data.synthetic import real_ones
+from mtt_fast.data.synthetic import real_mask
 from mtt_fast.distill.options import HALVED_AFTER, DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, log_fields
@@ -32,9 +32,8 @@ def apply_gradients(
 ) -> tuple[str, dict[str, float]]:
     """Update images, labels and learning rate by the `gradients` of an iteration that matched `segments`.
 
-    With a `parametrisation`, from which the images are computed, its parameters are updated. Nothing is updated if `gradients` is None
-    (not finite), or if `loss` is above the threshold. Return the kind ("step", "skip" or "above_threshold") and the values of the
-    iteration's record in metrics.jsonl.
+    With a `parametrisation` its parameters are updated. Nothing is updated if `gradients` is None (not finite), or if `loss` is above
+    the threshold. Return the kind ("step", "skip" or "above_threshold") and the values of the iteration's record in metrics.jsonl.
     """
     state.iteration += 1
     if gradients is None:
@@ -50,9 +49,9 @@ def apply_gradients(
 
 
 def mask_real_images(options: DistillOptions, gradients: list[Tensor]) -> list[Tensor]:
-    """Return the `gradients` of an iteration with zeros for the real images that are not distilled, and for their labels (SelMatch)."""
+    """Return `gradients` with zeros for real images that are not distilled, and for their labels (SelMatch)."""
     images_gradient, lr_gradient, *labels_gradients = gradients
-    real = real_ones(
+    real = real_mask(
         len(images_gradient), len(images_gradient) // options.ipc, options.distilled_share, images_gradient.device
     )
     if real is None:
@@ -72,17 +71,17 @@ def update(
     *,
     parametrisation: Parametrisation | None = None,
 ) -> bool:
-    """Update images, learned labels and learning rate by one step of SGD with momentum, in iteration `state.iteration`.
+    """Update images, learned labels and learning rate by the gradients of iteration `state.iteration`.
 
-    The images are updated by their pixels, or by the parameters of the `parametrisation` that computes them. Return False, and update
-    nothing, if a gradient of these is not finite. An update that would make a learning rate of the student negative is left out.
+    With a `parametrisation` its parameters are updated in place of the pixels. Return False, and update nothing, if a gradient of these
+    is not finite. A learning rate that would become negative keeps its value.
     """
     if parametrisation is None:
         _update_images(options, state, images_gradient)
     elif not _update_parameters(options, state, images_gradient, parametrisation):
         return False
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
-        _descend(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
+        _sgd_step(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
     _update_lr(options, state, lr_gradient)
     return True
 
@@ -90,7 +89,7 @@ def update(
 def _update_images(options: DistillOptions, state: State, gradient: Tensor) -> None:
     """Update the pixels, and the moving average of the images if there is one (FTD)."""
     assert state.images_velocity is not None
-    _descend(state.images, state.images_velocity, gradient, _lr_img(options, state), options.mom_img)
+    _sgd_step(state.images, state.images_velocity, gradient, _lr_img(options, state), options.mom_img)
     if options.ema_decay is not None and state.ema is not None:
         state.ema.lerp_(state.images, 1 - options.ema_decay)
 
@@ -107,9 +106,9 @@ def _update_parameters(
     for name, values in state.parameters.items():
         lr, velocity = parametrisation.relative_rate(name) * _lr_img(options, state), state.parameters_velocity[name]
         if state.parameters_square is None:
-            _descend(values, velocity, gradients[name], lr, options.mom_img)
+            _sgd_step(values, velocity, gradients[name], lr, options.mom_img)
         else:
-            _adam(values, velocity, state.parameters_square[name], gradients[name], lr, state.updates)
+            _adam_step(values, velocity, state.parameters_square[name], gradients[name], lr, state.updates)
     images_at(parametrisation, state.parameters, state.images)
     return True
 
@@ -120,7 +119,7 @@ def _lr_img(options: DistillOptions, state: State) -> float:
 
 
 def _update_lr(options: DistillOptions, state: State, gradient: Tensor) -> None:
-    """Update the student's learning rate, but for a rate that would become negative."""
+    """Update the student's learning rate; a rate that would become negative keeps its value."""
     state.lr_velocity.mul_(options.mom_img).add_(gradient)
     proposed = state.lr - options.lr_lr * state.lr_velocity
     positive = proposed > 0
@@ -137,13 +136,13 @@ def _update_lr(options: DistillOptions, state: State, gradient: Tensor) -> None:
     state.lr_velocity.masked_fill_(~positive, 0)
 
 
-def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
+def _sgd_step(values: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> None:
     """Do one step of torch.optim.SGD in place."""
     velocity.mul_(momentum).add_(gradient)
     values.sub_(velocity, alpha=lr)
 
 
-def _adam(values: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, lr: float, step: int) -> None:
+def _adam_step(values: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, lr: float, step: int) -> None:
     """Do step number `step`, from 1 on, of torch.optim.Adam with its defaults in place."""
     mean.lerp_(gradient, 1 - _BETAS[0])
     square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])

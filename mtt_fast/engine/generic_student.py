@@ -81,7 +81,7 @@ class GenericStudent:
         differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
-            with naming_what_torch_lacks():
+            with explaining_missing_derivatives():
                 # of copies, since a network may write into its images, and a loss into its labels
                 logits = self.network(leaves[0], leaves[1].clone())
                 loss = self.loss(logits, (leaves[2] if len(leaves) == 3 else labels).clone())
@@ -133,7 +133,7 @@ class LossGraph(NamedTuple):
 def loss_graph(loss: Loss, outputs: Tensor, labels: Tensor) -> LossGraph:
     """Return the graph of `loss` from a network's `outputs` (b, …), and from floating `labels`, to the gradient with respect to the outputs."""
     differentiated = (outputs, labels) if labels.is_floating_point() else (outputs,)
-    with torch.enable_grad(), naming_what_torch_lacks():
+    with torch.enable_grad(), explaining_missing_derivatives():
         leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
         # of copies, since a loss may write into its arguments
         value = loss(leaves[0].clone(), (leaves[1] if len(leaves) == 2 else labels).clone())
@@ -148,24 +148,22 @@ def gradient_of(loss: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Te
     depends = loss.requires_grad
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph, allow_unused=True) if depends else [None]
     if gradient is None:
-        raise does_not_depend_on("parameters")
+        raise no_gradient_error("parameters")
     return gradient
 
 
 def derivatives_of(graph: LossGraph, v: Tensor) -> list[Tensor]:
-    """Return the gradient of v·g with respect to each leaf of `graph`, of which it is the only use; `v` has the shape of g.
-
-    It is taken by `backward`: torch.autograd.grad passes over a function that torch differentiates only once, as if it were a constant.
-    """
+    """Return the gradient of v·g with respect to each leaf of `graph`, which can be used only once; `v` has the shape of g."""
+    # by `backward`, since torch.autograd.grad takes a function that torch differentiates only once for a constant
     # a constant gradient, as of a loss that is linear in the parameters and does not read the images, has no graph
     if graph.gradient.requires_grad:
-        with naming_what_torch_lacks():
+        with explaining_missing_derivatives():
             torch.autograd.backward(graph.gradient, v)
     return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in graph.leaves]
 
 
 @contextmanager
-def naming_what_torch_lacks() -> Iterator[None]:
+def explaining_missing_derivatives() -> Iterator[None]:
     """Raise `InputError` in place of torch's error that an operation has no derivative, or only a first one."""
     try:
         yield
@@ -183,7 +181,7 @@ _NO_DERIVATIVE = re.compile(
 )
 
 
-def does_not_depend_on(name: str) -> InputError:
+def no_gradient_error(name: str) -> InputError:
     """Return the error that the loss of a step has no gradient with respect to its `name`, "parameters" or "images"."""
     return InputError(
         f"expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "

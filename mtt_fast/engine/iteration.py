@@ -37,10 +37,10 @@ def planned_iteration(
     gradient: Gradient = "exact",
     graph: bool = True,
 ) -> Iteration:
-    """Return `iteration` with the cut and the device of `plan`. On CUDA its calls are captured in a CUDA graph and replayed.
+    """Return `iteration` as `plan` says. On CUDA its calls are captured in a CUDA graph and replayed.
 
-    `lengths` are the batch sizes of the steps. Without `graph`, or if the path is in host memory, nothing is captured. Use
-    `graph=False` for iterations that are too rare to hold a graph's memory.
+    `lengths` are the batch sizes of the steps. If the path is in host memory, nothing is captured. Use `graph=False` for iterations
+    that are too rare to hold a graph's memory.
     """
     run = iteration(
         plan.student, augment, lengths, loss=loss, optimizer=optimizer, gradient=gradient, saved_steps=plan.saved_steps,
@@ -62,12 +62,11 @@ def iteration(
 ) -> Iteration:
     """Return a function that computes `loss` () in float64, and its gradients with respect to images, lr and soft labels.
 
-    `lengths` are the batch sizes of the steps, and `gradient` is that of `unroll`; `saved_steps` and `path_on_host` are those of a
-    plan (mtt_fast/engine/memory_plan.py).
+    `lengths` are the batch sizes of the steps. For `gradient` see `unroll`, for `saved_steps` and `path_on_host` see `Plan`.
 
     The returned function is pure. Its arguments are tensors on one device: the expert's parameters start and target (P,), all
-    synthetic images (n, C, H, W), labels and lr as in `unroll`, and the tensors of `StepDraws`, where ΣB = Σ `lengths`. They are
-    not checked. Gradients that are not finite are returned like any other.
+    synthetic images (n, C, H, W), labels and lr as in `unroll`, and the tensors of `StepDraws`, where ΣB = Σ `lengths`. Neither
+    arguments nor results are checked: gradients may be NaN or infinite.
     """
 
     def iterate(

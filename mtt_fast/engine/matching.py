@@ -41,7 +41,7 @@ class _SquaredDistance(torch.autograd.Function):
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """Return `|θ_N − θ*|² / |θ_0 − θ*|²`, the paper's equation 2, as a float64 scalar.
 
-    `end` is the student's `θ_N` (P,), `start` and `target` are the expert's epochs `θ_0` and `θ*` (P,). The gradient flows only to
+    `end` is the student's `θ_N` (P,), `start` and `target` are the expert's parameters `θ_0` and `θ*` (P,). The gradient flows only to
     `end`, as in the public code. Differences are in the dtype and on the device of `end`, sums in float64.
     Raises `InputError` for vectors that do not fit each other, and if the expert did not move.
     """
@@ -106,7 +106,7 @@ def path_loss(
 ) -> Tensor:
     """Return the matching loss of `path` (N + 1, P) without checks of values, so that no tensor is read on the host.
 
-    With the defaults it is `matching_loss`; `match_step="nearest"` is `nearest_step_loss`, `loss_ratio` is that of
+    With the defaults it is `matching_loss`, with `match_step="nearest"` `nearest_step_loss`, and with `loss_ratio`
     `masked_matching_loss`. The first ⌊`depth_ratio` · P⌋ parameters, those of the first layers, are left out of numerator and
     denominator (PAD); `loss_ratio` is a share of the others. All can be combined. With "nearest" the gradient is as large as the path,
     since the row is selected by a tensor. Raises `InputError` for another `match_step`, for shares outside [0, 1), and for tensors that
@@ -142,10 +142,7 @@ def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: floa
 
 
 def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `_relative_distance` after its checks: vectors that do not fit, or an expert that did not move, raise `InputError`.
-
-    So does a transform of `torch.func`, in which the distance cannot be computed.
-    """
+    """Return `_relative_distance`. Raises `InputError` for vectors that do not fit, an expert that did not move, and within `torch.func`."""
     _check_no_transform(name)
     _check_vectors(name, end=end, start=start, target=target)
     loss = _relative_distance(end, start, target, loss_ratio)

@@ -290,8 +290,7 @@ def plan_for(
 ) -> Plan:
     """Return the plan for `work`: the largest pieces that fit, and then as many saved activations as fit.
 
-    `reserved` bytes of the budget are left. Raises as `plan` does. The error for a budget that is too small advises to raise it, or gives
-    the advice `fix`.
+    `reserved` bytes of the budget are left free. Raises as `plan` does; if the budget is too small, the error advises to raise it, or `fix`.
     """
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected `microbatch` or `memory_budget`, found both; give one")

@@ -1,8 +1,8 @@
 """The optimizers of a student: a step, and the adjoint of a step.
 
 A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimizer's state, and gives θ − α u and a new state. The adjoint of a
-step takes the gradients of the loss with respect to its results, and gives those with respect to g, α and the state before it. What
-follows from g, the gradients with respect to θ and the images, is the student's (docs/adjoint.md, Momentum and Adam).
+step takes the gradients of the loss with respect to these results, and gives its gradients with respect to g, α and the old state. The
+student continues from g to θ and the images (docs/adjoint.md, Momentum and Adam).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Optimizer(Protocol):
     ) -> GradientAdjoint:
         """Return the gradients through step `n` of an optimizer with state, from those with respect to its results.
 
-        `adjoint` is λ, that with respect to the parameters. `state_adjoint` is that with respect to the state `after`; it becomes that
-        with respect to the state `before`, in place.
+        `adjoint` is λ, the gradient with respect to the new parameters. `state_adjoint`, the gradient with respect to the state `after`,
+        is overwritten by the gradient with respect to the state `before`.
         """
         ...
 

@@ -49,7 +49,7 @@ class StudentSteps:
     optimizer: Optimizer = PLAIN_SGD
     gradient: Gradient = "exact"
     checks_repeat: bool = False
-    """check that the backward sweep reads and repeats what the forward one did, and so wait for the device"""
+    """check that the backward sweep finds the tensors and losses of the forward sweep; this waits for the device"""
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
@@ -84,10 +84,10 @@ class StudentSteps:
 def path_of(
     steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the path (N + 1, P) and the optimizer's last state, `velocity`, or None without one. The arguments are not checked.
+    """Return the path (N + 1, P), and the state of the optimizer after the last step, or None for an optimizer without a state.
 
-    Unless `steps.checks_repeat`, no tensor is read on the host: a GPU is not waited for, and both sweeps can be captured in a CUDA
-    graph (mtt_fast/runtime/cuda_graphs.py).
+    `velocity` is the state before the first step. The arguments are not checked. Unless `steps.checks_repeat`, no tensor is read on
+    the host, so both sweeps can be captured in a CUDA graph (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
@@ -163,7 +163,7 @@ class _Unroll(torch.autograd.Function):
     def backward(
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to the arguments of `forward`, from those with respect to its results.
+        """Return the gradients with respect to the arguments of `forward`.
 
         The saved activations are consumed. Another backward pass computes them again.
         """
@@ -182,10 +182,7 @@ class _Unroll(torch.autograd.Function):
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if needs_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if needs_labels else None
-        grad_lrs = torch.zeros_like(lrs) if needs_lr else None
-        grad_negated_lrs: list[
-            Tensor
-        ] = []  # dL/d(−α_n), the last step first, each (); of rates for each parameter none
+        grad_lrs = _LrGradients(lrs) if needs_lr else None
         repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
@@ -216,10 +213,7 @@ class _Unroll(torch.autograd.Function):
                 if weight_decay:
                     grad_negated_lr = grad_negated_lr + weight_decay * torch.dot(direction, theta)
             if grad_lrs is not None and grad_negated_lr is not None:
-                if grad_negated_lr.dim():
-                    torch.neg(grad_negated_lr, out=grad_lrs[n])
-                else:  # all together after the last one: each operation is a launch on a GPU
-                    grad_negated_lrs.append(grad_negated_lr)
+                grad_lrs.set(n, grad_negated_lr)
             to_add = None if grad_images is None else _add_image_gradient(grad_images, batch, tangent.images, scales[n])
             if grad_labels is not None and tangent.labels is not None:
                 grad_targets = (negated_scales[n] * tangent.labels).to(labels.dtype).contiguous()
@@ -237,12 +231,29 @@ class _Unroll(torch.autograd.Function):
             del batch, tangent, to_add, grad_negated_lr
 
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=needs_images)
-        if grad_lrs is not None:
-            if grad_negated_lrs:
-                torch.stack(grad_negated_lrs[::-1], out=grad_lrs[: len(grad_negated_lrs)]).neg_()
-            if lr.numel() == 1:
-                grad_lrs = grad_lrs.sum().view(lr.shape)  # autograd casts it
-        return None, adjoint, state_adjoint if needs_velocity else None, grad_images, grad_labels, grad_lrs
+        grad_lr = None if grad_lrs is None else grad_lrs.gradient_of(lr)
+        return None, adjoint, state_adjoint if needs_velocity else None, grad_images, grad_labels, grad_lr
+
+
+class _LrGradients:
+    """The gradients of the learning rates, (N,) or (N, P), which the backward sweep sets from the last step to the first."""
+
+    def __init__(self, lrs: Tensor) -> None:
+        self._gradients = torch.zeros_like(lrs)
+        self._negated: list[Tensor] = []  # each (), the last step first
+
+    def set(self, n: int, negated: Tensor) -> None:
+        """Set the gradient of step `n` from dL/d(−α_n), () or (P,)."""
+        if negated.dim():
+            torch.neg(negated, out=self._gradients[n])
+        else:  # written by `gradient_of`, all at once: each operation is a launch on a GPU
+            self._negated.append(negated)
+
+    def gradient_of(self, lr: Tensor) -> Tensor:
+        """Return the gradient of `lr`, which is one number, or the rates of all steps."""
+        if self._negated:
+            torch.stack(self._negated[::-1], out=self._gradients[: len(self._negated)]).neg_()
+        return self._gradients if lr.numel() > 1 else self._gradients.sum().view(lr.shape)  # autograd casts it
 
 
 def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:
@@ -300,9 +311,9 @@ def _check_repeated(
     *,
     tracked: bool,
 ) -> None:
-    """Raise `InputError` unless the fingerprints of the backward sweep, `again`, are those of the `first`, the forward sweep.
+    """Raise `InputError` unless the fingerprints of the forward sweep, `first`, equal those of the backward sweep, `again`.
 
-    `tracked` is that of the backward sweep, since an augmentation may do something else where its images are learned.
+    `tracked` is the value in the backward sweep, since an augmentation may compute something else where its images are learned.
     """
     count = len(again[0]) if again else 0  # a fused student computes no loss in the backward sweep
     if not count:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.batch_loss_student import outputs_in_pieces
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, does_not_depend_on
+from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, no_gradient_error
 from mtt_fast.engine.student import Loss
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
@@ -166,7 +166,7 @@ def _try_gradient(
     gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
         if gradient is None:
-            raise does_not_depend_on(name)
+            raise no_gradient_error(name)
     return logits.detach()
 
 

@@ -75,14 +75,13 @@ def unroll(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD, or of Adam, on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity`, also return the velocity (P,) after the last step; of Adam these are two moments, (2, P). Another
-    `unroll` that starts from `path[-1]` and this velocity continues the same training.
+    With `return_velocity`, also return the velocity (P,) after the last step, or Adam's two moments (2, P). Another `unroll` that
+    starts from `path[-1]` and this velocity continues the same training.
 
-    Any function of the path and of that velocity can be differentiated with respect to `theta`, `velocity`, `images`, floating
+    Any function of the path and of the velocity can be differentiated with respect to `theta`, `velocity`, `images`, floating
     `labels` and `lr`. The gradients through all N steps are exact (the paper's algorithm 1, lines 8 to 12). The backward pass needs
-    only the path, so peak memory is that of the path and of one step on one micro-batch. The path is differentiable once: a
-    backward pass with create_graph=True is refused. `torch.autocast` does not change the result. Under `torch.no_grad` only path
-    and velocity are kept.
+    only the path, so peak memory is the path and one step on one micro-batch. The path is differentiable once: a backward pass with
+    create_graph=True is refused. `torch.autocast` does not change the result.
 
     The path is on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part of the
     budget). `path[n]` then copies the row to the device.
@@ -101,15 +100,15 @@ def unroll(
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes); for a `loss` of the caller's own, any shape (n, …).
         lr: learning rate, a scalar (tensor), one for each step (N,), or one for each step and parameter (N, P), as by
-            `lrs.expand(N, -1)`. The last keeps N + 1 more vectors (P,), and N more if it is learned. A number must be at least 0;
-            the values of a tensor, which may be learned and on a GPU, are not checked.
+            `lrs.expand(N, -1)`. A learning rate (N, P) keeps N + 1 more vectors (P,), and N more if it is learned. A number must be at
+            least 0; the values of a tensor are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
-        augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
-            are drawn here, once for each step in order, and used again by the backward sweep.
+        augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their methods `draw` and `__call__`. Its
+            random numbers are drawn here, once for each step in order, and used again by the backward sweep.
         microbatch: largest number of samples in memory at once; exact for networks that do not mix samples.
         memory_budget: limit on the peak of the unroll's own memory: bytes, "6GiB", or "auto" for most of the free memory. Batches
-            are cut to fit, and activations are saved where there is room. By default batches are whole, and nothing is saved that
-            can be computed again. For a loss of the path itself or of more than three rows give a `plan` with `path_gradient`.
+            are cut to fit, and activations are saved where there is room. By default batches are whole, and no activations are
+            saved. For a loss of the path itself or of more than three rows give a `plan` with `path_gradient`.
         momentum: SGD momentum (as torch.optim.SGD); keeps N + 1 more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
         velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimizer. With
@@ -126,7 +125,7 @@ def unroll(
             batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is estimated from the size of the outputs.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
-        draws: the random numbers themselves, for each step what `augment.draw` returned. Tensors in them are copied.
+        draws: the random numbers themselves: for each step a value that `augment.draw` returned. Tensors in them are copied.
         precision: "fp32", "tf32", "fp16" or "bf16": the precision to which ConvNet's fused step rounds the factors of float32
             convolutions; sums are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks
             follow torch's own settings, and so does a ConvNet whose batches are cut for a loss that is not a mean.

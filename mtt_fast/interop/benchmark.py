@@ -121,7 +121,7 @@ def _only_set(folder: Path) -> Path:
 
 
 def _read_kip(path: Path) -> TensorSet:
-    """Read KIP's images and the classes of its labels, as dc_benchmark does; they are in a whitening of its own."""
+    """Read KIP's images, whitened in KIP's own way, and the classes of its labels, as dc_benchmark does."""
     images, labels = (torch.from_numpy(array) for array in read_arrays(path, ("images", "labels")))
     if images.dim() != 4 or labels.dim() != 2 or not labels.numel() or not labels.isfinite().all():
         raise InputError(

@@ -1,4 +1,4 @@
-"""Expert trajectories of the public code: replay_buffer_N.pt, to experts' files of their own and back.
+"""Convert expert trajectories of the public code, replay_buffer_N.pt, to one file for each expert, and back.
 
 A buffer is a list of experts (ten, or --save_interval), each a list of epochs (row 0 the initialisation), each a list of
 the tensors of `module.parameters()`. MCT's convexified_replay_buffer_N.pt have the same layout. They hold

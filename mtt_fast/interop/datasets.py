@@ -66,7 +66,7 @@ def image_data_from(
 
 
 def _names(dataset: Any) -> list[str] | None:
-    """Return the names of the classes as torchvision's datasets have them, or those of `datasets`."""
+    """Return the names of the classes from an attribute of torchvision's datasets, or from the features of `datasets`."""
     feature = (getattr(dataset, "features", None) or {}).get("label")
     names = getattr(dataset, "classes", None) or getattr(feature, "names", None)
     return list(map(str, names)) if names else None

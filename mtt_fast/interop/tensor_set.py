@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
 from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_images_and_labels, check_lr, check_set
-from mtt_fast.data.synthetic import SyntheticDataset, classes_by_place
+from mtt_fast.data.synthetic import SyntheticDataset, classes_by_position
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import plain_tensor, shown
@@ -70,13 +70,13 @@ class TensorSet:
 
     @property
     def classes(self) -> Tensor:
-        """Return the class of each image (n,); with soft labels by its place, as learned ones may favour another."""
+        """Return the class of each image (n,); with soft labels by its position, since learned labels may favour another class."""
         return self.labels if self.label_kind == "indices" else self.places
 
     @property
     def places(self) -> Tensor:
         """Return the class of each image (n,) in class-major order, whatever its label."""
-        return classes_by_place(self.labels, self.num_classes)
+        return classes_by_position(self.labels, self.num_classes)
 
     @property
     def num_classes(self) -> int:

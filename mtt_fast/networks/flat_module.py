@@ -163,7 +163,7 @@ class _Absent(Tensor):
 
 
 class _Stateless:
-    """A module as a pure function of its parameters, and of those of its buffers that are given.
+    """A module as a pure function of its parameters, and of the buffers that are given.
 
     `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself.
     """

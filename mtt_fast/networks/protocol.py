@@ -11,7 +11,7 @@ from mtt_fast.networks.layout import ParameterLayout
 
 
 class Network(Protocol):
-    """A pure function of flat parameters: ConvNet, FlatModule, or anything of the same shape."""
+    """A pure function of flat parameters: ConvNet, FlatModule, or any object with these methods."""
 
     @property
     def num_parameters(self) -> int:
@@ -33,7 +33,7 @@ class Network(Protocol):
 
 
 class Trainable(Network, Protocol):
-    """A network that the commands can train from the start: `ConvNet`, `FlatModule`, or anything of the same shape."""
+    """A network that the commands can train from the start: `ConvNet`, `FlatModule`, or any object with these methods."""
 
     @property
     def layout(self) -> ParameterLayout:

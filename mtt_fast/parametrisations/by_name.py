@@ -56,11 +56,11 @@ def make_parametrisation(
 def try_parametrisation(
     name: str, make: Callable[[], Parametrisation], count: int, image_shape: Sequence[int]
 ) -> Parametrisation:
-    """Return what `make` returns, after a trial on the first and the last of its `count` images whether it can be learned.
+    """Return the parametrisation that `make` returns, after a trial on the first and the last of its `count` images.
 
-    Raises `InputError` if not. Their shape must be `image_shape`. A second call must return the same, and a call for one image what it is
-    beside others. Images at other parameters must be others, and those that a new object computes there. Otherwise the gradient would be
-    wrong without any other symptom, or a run could not be resumed.
+    Raises `InputError` unless images have the shape `image_shape`, a second call returns the same images, an image is the same alone and
+    beside others, and images change with the parameters, to those of a new object with the same parameters. Otherwise the gradient would
+    be wrong without any other symptom, or a run could not be resumed.
     """
     parametrisation = make()
     _check_parameters(name, parametrisation)
@@ -164,7 +164,7 @@ def _try_other_values(
         )
 
 
-def is_own(name: str) -> bool:
+def is_users_class(name: str) -> bool:
     """Return whether the parametrisation `name` is a class of the user's own."""
     return name not in _KNOWN
 
@@ -208,7 +208,7 @@ def _module_of_file(path: Path) -> Any:
 
 
 def _arguments(name: str, cls: type[Parametrisation], text: str) -> dict[str, Any]:
-    """Return the arguments in `text` for `cls`. Raises `InputError` for those that it does not take, or that are missing."""
+    """Return the arguments in `text` for `cls`. Raises `InputError` for arguments that it does not take, and for missing ones."""
     given = dict(_split(name, part) for part in _WORD.findall(text))
     parameters = inspect.signature(cls).parameters.values()
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]

@@ -65,7 +65,7 @@ class Parametrisation(nn.Module):
         return None
 
     def stored_numbers(self) -> int:
-        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log: those of all parameters.
+        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log; by default all parameters.
 
         Count buffers too if they cannot be made again.
         """
@@ -101,7 +101,7 @@ def images_at(
 def gradients_at(
     parametrisation: Parametrisation, values: Mapping[str, Tensor], images_gradient: Tensor
 ) -> dict[str, Tensor]:
-    """Return the gradients of the loss with respect to the learned parameters at `values`, by name, that of the penalty included.
+    """Return the gradients of loss and penalty with respect to the learned parameters at `values`, by name.
 
     `images_gradient` (n, C, H, W) is the gradient with respect to the images. The images are computed again, some at a time.
     """

@@ -55,7 +55,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _resolved(name: str) -> dict[str, Any]:
-    """Return the content of the file of `name`, merged over that of its base."""
+    """Return the content of the recipe `name`, merged over its base's."""
     merged: dict[str, Any] = {}
     for each in reversed(_with_bases(name)):
         merged |= _table(each)
@@ -64,7 +64,7 @@ def _resolved(name: str) -> dict[str, Any]:
 
 
 def _with_bases(name: str) -> list[str]:
-    """Return `name`, that of its base, that of the base's base, and so on. Raises `InputError` where that leads back."""
+    """Return `name`, and the names of its base, the base's base, and so on. Raises `InputError` if the chain is a cycle."""
     names = [name]
     while (base := _table(names[-1]).get("base")) is not None:
         if base in names:
@@ -86,7 +86,7 @@ def _text(name: str) -> str:
 
 
 def _file(name: str) -> Any:
-    """Return the file of the recipe `name`, or if there is none that of a base."""
+    """Return the file of the recipe `name`, or of its nearest base that has one."""
     recipe = _folder() / f"{name}.toml"
     return recipe if recipe.is_file() else _folder() / "bases" / f"{name}.toml"
 

@@ -85,7 +85,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def without_saved_tensor_hooks() -> Iterator[None]:
-    """Keep what graphs within the block save as it is, whatever hooks the caller has set for a graph of their own.
+    """Disable the caller's hooks on saved tensors within the block.
 
     Those of `torch.utils.checkpoint` would repeat the caller's whole function for each graph within, and those of `save_on_cpu` fail
     on the device meta.

@@ -25,19 +25,19 @@ class State:
     """The state that a distillation carries from one iteration to the next."""
 
     iteration: int  # number of completed iterations
-    num_experts: int  # that are matched, without those that were trained after the start of the run
+    num_experts: int  # number of matched experts: those that existed when the run began
     images: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) int64, the classes; or learned logits (n, classes) float32
     lr: Tensor  # () float32; (N,) where each step has one
     images_velocity: Tensor | None  # None if the images are computed from learned parameters
     lr_velocity: Tensor
     labels_velocity: Tensor | None = None  # of learned labels
-    ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
-    pixel_weights: Tensor | None = None  # (n, 1, H, W): factors of the images' gradient, where they are asked for (EDF)
-    frequencies: Tensor | None = None  # (classes, H, W) bool: those that are kept, if not all are (FreD)
-    parameters: dict[str, Tensor] | None = None  # learned ones from which the images are computed, if they are, by name
+    ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations (FTD)
+    pixel_weights: Tensor | None = None  # (n, 1, H, W): factors of the images' gradient (EDF)
+    frequencies: Tensor | None = None  # (classes, H, W) bool: the kept frequencies (FreD)
+    parameters: dict[str, Tensor] | None = None  # of the parametrisation that computes the images
     parameters_velocity: dict[str, Tensor] | None = None
-    parameters_square: dict[str, Tensor] | None = None  # average of their squared gradients, if Adam updates them
+    parameters_square: dict[str, Tensor] | None = None  # averages of squared gradients, if Adam updates the parameters
     skipped: int = 0  # iterations whose loss or gradient was not finite
     repeated: int = 0  # iterations that were repeated in tf32, as a number was too large for fp16
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
@@ -163,9 +163,9 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def check_specs(folder: Path, tensors: Mapping[str, Tensor | None], specs: Mapping[str, TensorSpec | None]) -> None:
-    """Raise `InputError` unless each of `tensors` has the dtype and shape in `specs`; None, and a name that is missing, stand for none.
+    """Raise `InputError`, naming the checkpoint in `folder`, unless each of `tensors` has the dtype and shape in `specs`.
 
-    The message names the checkpoint of the run in `folder`.
+    None, and a missing name, stand for no tensor.
     """
     for name in dict.fromkeys((*specs, *tensors)):
         spec, tensor = specs.get(name), tensors.get(name)
@@ -178,9 +178,6 @@ def check_specs(folder: Path, tensors: Mapping[str, Tensor | None], specs: Mappi
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Raise `InputError` unless the run in `folder` continues with the real images that it `began_with`: those of `identity`.
-
-    The message names the run's checkpoint.
-    """
+    """Raise `InputError`, naming the run's checkpoint, unless the run in `folder` `began_with` the real images of `identity`."""
     fix = "give back the images that the run began with, or choose another `out`"
     check_same_data(began_with, identity, folder / CHECKPOINT, fix=fix)

@@ -1,4 +1,4 @@
-"""Check that existing experts can be used: that their network, images and training are those of the options."""
+"""Check that existing experts can be used: that their network, images and training fit the options."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_belongs(
 ) -> None:
     """Raise `InputError` unless an expert is of `network`, and was trained on the images of `identity`.
 
-    The message names the expert's file. `other_data` is that of `check_same_data`.
+    The message names the expert's file. For `other_data` see `check_same_data`.
     """
     metadata, path = store.metadata(expert), store.path(expert)
     fix = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts"
@@ -53,7 +53,7 @@ def check_belongs(
 
 
 def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described: Mapping[str, Any], fix: str) -> None:
-    """Raise `InputError` unless an expert is of the network of this `layout` that says `described` of itself."""
+    """Raise `InputError` unless an expert is of the network with this `layout` and this description."""
     expected, found = full_name(described), full_name(metadata.network)
     difference = _first_difference(layout, metadata.layout) if metadata.layout != layout else ""
     if not difference and expected and found and expected != found:
@@ -72,19 +72,19 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
         )
 
 
-def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any], *, to_the_end: bool) -> None:
-    """Raise `InputError` unless an expert was trained with the hyperparameters that the user `asked` for, by their names.
+def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[str, Any], *, to_the_end: bool) -> None:
+    """Raise `InputError` unless an expert was trained with the hyperparameters that the user `requested`, by name.
 
-    The number of epochs counts only if the learning rate decays, or if the job looks at the last epoch (`to_the_end`): otherwise
-    a longer training begins with the same epochs. The training of an imported expert is not known, so it is
-    used unchecked. The message names the options with which the expert can be used.
+    The number of epochs counts only if the learning rate decays, or if the job uses the last epoch (`to_the_end`): otherwise a longer
+    training begins with the same epochs. An imported expert, whose training is not known, passes. The message names the options with
+    which the expert can be used.
     """
     found = hyperparameters_of(store.metadata(expert))
-    differing = _differing(asked, found, to_the_end) if found else []
+    differing = _differing(requested, found, to_the_end) if found else []
     if differing:
         first, arguments = differing[0], " ".join(_argument(name, found[name]) for name in differing)
         raise InputError(
-            f"{store.path(expert)}: trained with {first} {found[first]}, not {asked[first]}; choose another `buffer_path`, or "
+            f"{store.path(expert)}: trained with {first} {found[first]}, not {requested[first]}; choose another `buffer_path`, or "
             f"give {arguments} to use the experts that are there"
         )
 
@@ -92,7 +92,7 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
 def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
     """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    The message names one that differs from the first. `to_the_end` is that of `check_as_asked`.
+    The message names one that differs from the first. For `to_the_end` see `check_as_requested`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
@@ -105,7 +105,7 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
 
 
 def _differing(expected: Mapping[str, Any], found: Mapping[str, Any], to_the_end: bool) -> list[str]:
-    """Return the hyperparameters in which an expert is another one, as far as it is looked at."""
+    """Return the hyperparameters of an expert that differ from `expected`; for `to_the_end` see `check_as_requested`."""
     return [
         name
         for name, value in expected.items()
@@ -138,10 +138,7 @@ def check_same_training(
     dtype: torch.dtype,
     precision: str,
 ) -> None:
-    """Raise `InputError` unless an expert was trained as further ones in its folder will be.
-
-    The message names its file and the first difference.
-    """
+    """Raise `InputError`, naming the first difference, unless an expert was trained like the experts that are to join its folder."""
     path, metadata = store.path(expert), store.metadata(expert)
     if metadata.imported:
         raise InputError(
@@ -172,7 +169,7 @@ def training_digest(
     dtype: torch.dtype,
     precision: str,
 ) -> str:
-    """Return a digest of all that the experts of a folder have in common (`check_belongs`, `check_same_training`)."""
+    """Return a digest of what all experts of a folder have in common (`check_belongs`, `check_same_training`)."""
     common = (
         network.describe(), network.layout.describe(), identity.record(), dict(hyperparameters), seed, dtype_name(dtype),
         _rounding(precision),
@@ -180,16 +177,16 @@ def training_digest(
     return checksum_of(json.dumps(common, sort_keys=True).encode())
 
 
-def training_unknown(requested: Iterable[str]) -> str:
+def remark_on_unknown_training(requested: Iterable[str]) -> str:
     """Return the remark on imported experts that the `requested` hyperparameters have no effect."""
     flags = ", ".join(f"--{FLAGS[name]}" for name in requested)
     return f"how they were trained is not known, so there is no effect of {flags}"
 
 
-def trained_otherwise(expert: ExpertMetadata, hyperparameters: Mapping[str, Any], *, to_the_end: bool) -> str:
-    """Return a remark on an expert that was trained with other `hyperparameters` than a job would train with; else "".
+def describe_other_training(expert: ExpertMetadata, hyperparameters: Mapping[str, Any], *, to_the_end: bool) -> str:
+    """Return a remark if an expert's training differs from `hyperparameters`, with which a job would train it; else "".
 
-    Such an expert is used as it is, unless the user asked for others (`check_as_asked`); `to_the_end` as there.
+    Such an expert is used as it is, unless the user requested another (`check_as_requested`, also for `to_the_end`).
     """
     found = hyperparameters_of(expert)
     differing = _differing({name: hyperparameters[name] for name in FLAGS}, found, to_the_end) if found else []
@@ -197,11 +194,8 @@ def trained_otherwise(expert: ExpertMetadata, hyperparameters: Mapping[str, Any]
     return f"used as they are, trained with {values}" if values else ""
 
 
-def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
-    """Return `options` with the hyperparameters with which the `expert` was actually trained.
-
-    `hyperparameters` are those in `options`, which may differ where existing experts are used.
-    """
+def with_training_of(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
+    """Return `options` with the hyperparameters of the existing `expert` in place of the `hyperparameters` in `options`."""
     found = hyperparameters_of(expert)
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     changed = {
@@ -218,7 +212,7 @@ def _argument(name: str, value: Any) -> str:
 
 
 def _rounding(precision: str) -> str:
-    """Return the class of a precision within which experts count as the same: factors with 10 bits or more make no difference."""
+    """Return the precisions that count as equal for experts: with factors of 10 bits or more they make no difference."""
     return "bf16" if precision == "bf16" else "fp32, tf32 or fp16"
 
 

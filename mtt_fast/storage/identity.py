@@ -97,7 +97,7 @@ def check_same_data(
         )
 
 
-def other_data_in_words(found: DatasetIdentity, expected: DatasetIdentity) -> str:
+def describe_other_data(found: DatasetIdentity, expected: DatasetIdentity) -> str:
     """Return the difference that `other_data` allowed, for the log; "" if the images are the same."""
     first = next(_differences(expected, found), None)
     return (

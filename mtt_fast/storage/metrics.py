@@ -55,7 +55,7 @@ class MetricsLog:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the records that are not those of single iterations."""
+        """Return all records except those of iterations."""
         return [record for record in self.records if record["kind"] not in _STEPS]
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:

@@ -63,7 +63,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def check_form(value: Any, form: Any, name: str = "record") -> None:
-    """Raise `KeyError` or `TypeError` unless `value` is made like `form`; `name` is what it is called.
+    """Raise `KeyError` or `TypeError`, naming `name`, unless `value` has the structure of `form`.
 
     A form is a type, a list with the form of all items, or a mapping with the forms of fields. A field whose name ends in "?"
     may be missing, "*" stands for all fields there are, and fields without a form are allowed.

@@ -98,5 +98,5 @@ def _decoded(content: bytes, encoding: str, path: StrPath, fix: str) -> str:
 
 
 def _unreadable(path: StrPath, error: OSError | ValueError, fix: str) -> InputError:
-    """Return the error that a file cannot be read; a `ValueError` is that of a path with a NUL."""
+    """Return the error for a file that cannot be read; a path with a NUL gives a `ValueError`."""
     return InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, fix)}")

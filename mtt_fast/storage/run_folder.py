@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 def lock_folder(
     folder: Path, doing: str = "writing to this run", fix: str = "choose another `out`", *, wait: float = 0
 ) -> Iterator[FileLock]:
-    """Lock `folder`, which is made, within the block, and remove partial files of killed processes.
+    """Make and lock `folder` within the block, and remove partial files of killed processes.
 
-    The lock ends with the process that holds it. Raises `InputError` if another process still holds it after `wait` seconds; the
-    message says what that process is `doing`, and what to do other than wait (`fix`). A `wait` below 0 has no end. Also raises it if
-    the folder cannot be made or written.
+    The lock ends with the process that holds it. Raises `InputError` if the folder cannot be made or written, or if another process
+    still holds the lock after `wait` seconds (below 0: wait without end); the message says what that process is `doing`, and what to do
+    other than wait (`fix`).
     """
     check_output_folder(folder, fix)
     lock = FileLock(folder / _LOCK)
@@ -70,7 +70,7 @@ def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the options that the run was started with, or None if there is no run in `folder`.
 
-    Raises `InputError` if the file is not the one that was written.
+    Raises `InputError` if the file was damaged or changed.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -92,10 +92,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of summary.json that have a value, or None if the run is not finished.
-
-    Raises `InputError` if it is broken.
-    """
+    """Return the fields of summary.json that have a value, or None if there is no summary. Raises `InputError` if it is broken."""
     path = folder / SUMMARY
     if not path.exists():
         return None
@@ -128,7 +125,7 @@ _SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
 
 
 def broken_summary(folder: Path, error: Exception) -> InputError:
-    """Return the error that the summary in `folder` does not have the form that it should have."""
+    """Return the error for a summary in `folder` of another form."""
     return InputError(
         f"{folder / SUMMARY}: expected {_A_SUMMARY}, found {type(error).__name__}: {error}; {_SUMMARISE_AGAIN}"
     )

@@ -40,7 +40,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from `folder`, if it exists, what ended writers left there; keep what live ones are writing."""
+    """Remove the temporary files of ended processes from `folder`, if it exists; keep those of live processes."""
     try:
         names = os.listdir(folder)
     except (OSError, ValueError):  # of a name with a NUL; the writer will raise the error

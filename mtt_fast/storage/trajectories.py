@@ -1,9 +1,8 @@
 """Expert trajectories on disk: one safetensors file for each expert, from which single epochs are read.
 
-The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0
-its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file, and
-each row has a checksum of its own, checked whenever it is read.
-A compressed expert has the rows of a few waypoints instead, and its course between them (mtt_fast/storage/waypoints.py).
+The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0 its
+initialisation. An iteration needs two rows of one expert, so single rows are read, and each row has its own checksum. A compressed expert
+has the rows of a few waypoints instead, and its course between them (mtt_fast/storage/waypoints.py).
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ class ExpertMetadata:
     """the order of the flat parameters, `features.0.weight:128x3x3x3;…`, as `ParameterLayout.describe` writes it"""
     dataset: str
     fingerprint: str
-    """of the data set's content"""
+    """digest of the data set's content"""
     whitening: str
     """as `DatasetIdentity.whitening`"""
     hyperparameters: dict[str, Any]
-    """how it was trained; of an imported expert, only its origin"""
+    """hyperparameters of its training; for an imported expert, only its origin"""
     seed: int
     accuracy: list[float]
     """on the test set, after every epoch"""
@@ -70,9 +69,9 @@ class ExpertMetadata:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     """the other fields of the images' `DatasetIdentity`"""
     precision: str = ""
-    """of the products of its training: fp32, tf32, fp16 or bf16; "" where it is not known"""
+    """precision of the products of its training: fp32, tf32, fp16 or bf16; "" if not known"""
     made_of: str = ""
-    """`TrajectoryStore.digest` of the whole expert that a compressed one was made of"""
+    """for a compressed expert, `TrajectoryStore.digest` of the uncompressed one"""
 
     @classmethod
     def from_identity(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
@@ -89,7 +88,7 @@ class ExpertMetadata:
 
     @property
     def imported(self) -> bool:
-        """Return whether the expert comes from other software, which does not say how it was trained."""
+        """Return whether the expert comes from other software, so that its hyperparameters are not known."""
         return "lr" not in self.hyperparameters
 
     def to_text(self) -> dict[str, str]:
@@ -132,12 +131,11 @@ def write_expert(
     dtype: torch.dtype = torch.float32,
     course: Course | None = None,
 ) -> Path:
-    """Write expert number `index`, all of it or nothing, and return its path.
+    """Write expert number `index` atomically, and return its path.
 
-    `parameters`: (epochs + 1, P), any floating type and device; stored as `dtype`, float32 or bfloat16, rounded to
-    nearest. With a `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is that of the whole one.
-    Raises `InputError` for parameters that are not finite, do not change, or do not fit the metadata, and where the
-    disk is full.
+    `parameters` (epochs + 1, P) of any floating type and device are stored as `dtype`, float32 or bfloat16, rounded to nearest. With a
+    `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is the uncompressed expert's. Raises `InputError`
+    for parameters that are not finite, do not change, or do not fit the metadata, and if the disk is full.
     """
     path = expert_path(folder, index)
     if dtype not in _DTYPES.values():
@@ -173,7 +171,7 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
 
 
 def _why_not_finite(metadata: ExpertMetadata) -> str:
-    """Return the origin of NaN or infinite parameters, as far as the metadata tells, and what to do."""
+    """Return why parameters are NaN or infinite, as far as `metadata` tells, and what to do."""
     origin = metadata.hyperparameters.get("imported_from")
     if origin is not None:
         return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
@@ -202,7 +200,7 @@ class _Header:
         return (len(self.course.positions) if self.course else self.entry.shape[0]) - 1
 
     def at(self, epoch: float) -> tuple[int, Tensor | None]:
-        """Return the row at `epoch`; between rows, the row before and how far each parameter has moved towards the next."""
+        """Return the row at `epoch`; between two rows, the first of them and the share of the way to the next, by parameter."""
         if self.course is not None:
             return self.course.at(epoch)
         row = math.floor(epoch)
@@ -210,15 +208,15 @@ class _Header:
 
 
 class TrajectoryStore:
-    """The experts of a folder, read only. Opening it lists names; each file's header is read at the first use of it.
+    """The experts of a folder, read only. The constructor only lists the files; a file's header is read at its first use.
 
-    Methods take an expert's position, 0 … len − 1, in `indices`, which are the experts' numbers in order (but see `starting_with`). They
-    may be called from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`, which
-    is an `InputError` and an `IndexError`, for a position or an epoch out of range.
+    Methods take an expert's position, 0 … len − 1, in `indices`, the sorted numbers of the experts (but see `starting_with`). They
+    may be called from several threads. They raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`,
+    which is an `InputError` and an `IndexError`, for a position or an epoch out of range.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
-        """Open `folder`. One that `mark_unfinished` has marked is refused, unless `unfinished`."""
+        """Open `folder`. A folder that `mark_unfinished` has marked is refused, unless `unfinished`."""
         if not isinstance(folder, str | os.PathLike):
             raise InputError(f"`folder`: expected the path of a folder of experts, found {shown(folder)}")
         self.folder = Path(folder)
@@ -243,7 +241,7 @@ class TrajectoryStore:
         return len(self.indices)
 
     def starting_with(self, digests: Sequence[str]) -> TrajectoryStore | None:
-        """Return the store with the experts of these `digests` first, in this order, and then all others; None if one is not there."""
+        """Return the store with the experts of these `digests` first, in this order, then all others; None if one is missing."""
         positions = {self.digest(expert): expert for expert in reversed(range(len(self)))}
         if not positions.keys() >= set(digests):
             return None
@@ -301,7 +299,7 @@ class TrajectoryStore:
         return self._header(expert).course
 
     def metadata(self, expert: int) -> ExpertMetadata:
-        """Return what the file says of its expert."""
+        """Return the metadata in the expert's file."""
         header, path = self._header(expert), self.path(expert)
         metadata = ExpertMetadata.from_text(header.text, path)
         if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
@@ -313,14 +311,14 @@ class TrajectoryStore:
         return expert_path(self.folder, self.indices[self._position(expert)])
 
     def digest(self, expert: int) -> str:
-        """Return a digest of the expert's parameters, made of the checksums in its header; "" if it has none."""
+        """Return a digest of the checksums of the expert's parameters; "" if the file has none."""
         header = self._header(expert)
         if not header.entry.checksums:
             return ""
         return checksum_of("".join((*header.entry.checksums, header.text.get("course", ""))).encode())
 
     def verify(self, expert: int) -> None:
-        """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""
+        """Read all parameters of the expert. Raises `InputError` if they differ from what was written."""
         header = self._header(expert)
         for number in range(header.entry.shape[0]):
             self._row(expert, header, number)
@@ -347,7 +345,7 @@ class TrajectoryStore:
 
 
 def experts_in(folder: Path) -> TrajectoryStore | None:
-    """Return the experts in `folder`, or None if it holds none or is not there."""
+    """Return the experts in `folder`, or None if it has none or does not exist."""
     return (TrajectoryStore(folder) if folder.is_dir() else None) or None
 
 

@@ -95,7 +95,7 @@ def expert_job(
     for stage in _stages(range(training.train_epochs), training, student):
         if stage.new_optimizer:
             velocity = torch.zeros_like(theta)
-        run_epoch = epochs_on(stage.student, images.train, stage.sgd, augment, track_of(network), stage.visited)
+        run_epoch = epochs_on(stage.student, images.train, stage.optimizer, augment, track_of(network), stage.subset)
         for epoch in stage.epochs:
             raise_if_stopped(
                 stop, f"stopped in expert {index}; those that were finished are saved; the same command continues"
@@ -116,13 +116,13 @@ class _Stage(NamedTuple):
 
     epochs: Iterator[int]
     student: Student | SharpnessAware
-    sgd: Sgd
+    optimizer: Sgd
     new_optimizer: bool
-    visited: Tensor | None  # indices of the images of an epoch; None for all
+    subset: Tensor | None  # indices of the images of an epoch; None for all
 
 
 def _stages(epochs: Iterable[int], training: ExpertTraining, student: Student) -> Iterator[_Stage]:
-    """Yield the stages of the `epochs` of a training. Those of a stage have to be taken before the next stage."""
+    """Yield the stages of the `epochs` of a training. Take the epochs of a stage before you take the next stage."""
     curriculum, last_lr = training.curriculum, None
     for (lr, rho, shares), epochs_of_stage in itertools.groupby(epochs, partial(_settings, training)):
         yield _Stage(
@@ -136,7 +136,7 @@ def _stages(epochs: Iterable[int], training: ExpertTraining, student: Student) -
 
 
 def _settings(training: ExpertTraining, epoch: int) -> tuple[float, float, tuple[float, float]]:
-    """Return learning rate, radius of SAM and `Curriculum.shares` of the images in an `epoch`, from 0."""
+    """Return learning rate, radius of SAM and `Curriculum.shares` of the images in `epoch`, counted from 0."""
     shares = EVERY if training.curriculum is None else training.curriculum.shares(epoch)
     if training.decay and epoch >= training.train_epochs // 2 + 2:  # as in the public code
         return training.lr * 0.1, training.rho_min, shares
@@ -164,7 +164,7 @@ def expert_steps(
     for stage in _stages(itertools.count(), training, student):
         if stage.new_optimizer:
             velocity = torch.zeros_like(theta)
-        steps = chunks_on(stage.student, images.train, stage.sgd, augment, visited=stage.visited, at_once=1)
+        steps = chunks_on(stage.student, images.train, stage.optimizer, augment, subset=stage.subset, at_once=1)
         for _ in stage.epochs:
             for step in steps(theta, velocity, generator):
                 theta, velocity = step.theta, step.velocity

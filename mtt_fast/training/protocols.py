@@ -39,21 +39,20 @@ from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
-_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
+_TEST_INTERVAL, _TEST_INTERVAL_OF_SOFT = 10, 20  # epochs between tests for the best epoch, as in DD-Ranking
 # The same in NCFM's code for 2000 epochs, and for as many with 50 and more images per class
-_TESTED_EVERY_IN_NCFM, _TESTED_EVERY_OF_MANY, _MANY_IMAGES = 100, 2, 50
+_TEST_INTERVAL_IN_NCFM, _TEST_INTERVAL_OF_MANY, _MANY_IMAGES = 100, 2, 50
 _FEWEST_TESTS = 8  # of fewer epochs; in NCFM's configurations they are 6 in 300 epochs, and 8 in 40
-_MIN_LR_FACTOR = (
-    0.01  # the learning rate at the end of the loop "cosine", as a share of the first, as in SelMatch's code
-)
+# The last learning rate of the loop "cosine", as a share of the first, as in SelMatch's code
+_MIN_LR_FACTOR = 0.01
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
     """A protocol to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
 
-    Training is SGD at the set's own learning rate, which is divided by ten once, after half of the epochs. `lr`, `loop` and `optimizer`
-    change that.
+    Unless `lr`, `loop` and `optimizer` say otherwise, training is SGD at the set's learning rate, and at a tenth of it after half of
+    the epochs.
     """
 
     epochs: int = 1000
@@ -78,7 +77,7 @@ class EvaluationProtocol:
     """mix the images of half the batches by CutMix, and augment each image by a flip, colors and another operation
     (mtt_fast/augmentation/flip_and_color.py)"""
     best_epoch: bool = False
-    """report the highest test accuracy of the epochs after which the network is tested (`tested_every`), not that of the last"""
+    """report the highest accuracy of all tests (`test_interval`), not the accuracy after the last epoch"""
 
     @property
     def total_epochs(self) -> int:
@@ -91,28 +90,28 @@ class EvaluationProtocol:
         return self.epochs // 2 + (2 if self.loop == "public" else 0)
 
     def initial_lr(self, set_lr: float) -> float:
-        """Return the learning rate of the first epoch: that of the protocol, or else `set_lr`, that of the set."""
+        """Return the learning rate of the first epoch: the protocol's, or else the set's, `set_lr`."""
         return set_lr if self.lr is None else self.lr
 
     def lr_factor(self, epoch: int) -> float:
-        """Return the learning rate in `epoch`, counted from 0, as a multiple of that in the first epoch."""
+        """Return the learning rate in `epoch`, counted from 0, as a multiple of the first epoch's."""
         if self.loop == "cosine":
             return _MIN_LR_FACTOR + (1 - _MIN_LR_FACTOR) * (1 + math.cos(math.pi * epoch / max(self.epochs, 1))) / 2
         if self.loop == "fifths":
             return 0.5 ** sum(epoch >= fifth * self.epochs // 5 for fifth in range(1, 5))
         return 1.0 if epoch < self.epochs_before_drop else 0.1
 
-    def tested_every(self, *, soft: bool, ipc: int) -> int:
+    def test_interval(self, *, soft: bool, ipc: int) -> int:
         """Return the number of epochs between tests for the best epoch, with `soft` labels or class indices and `ipc` images per class."""
         if self.loop != "fifths":
-            return _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
-        if self.epochs < _FEWEST_TESTS * _TESTED_EVERY_IN_NCFM:
+            return _TEST_INTERVAL_OF_SOFT if soft else _TEST_INTERVAL
+        if self.epochs < _FEWEST_TESTS * _TEST_INTERVAL_IN_NCFM:
             return max(1, self.epochs // _FEWEST_TESTS)
-        return _TESTED_EVERY_IN_NCFM if ipc < _MANY_IMAGES else _TESTED_EVERY_OF_MANY
+        return _TEST_INTERVAL_IN_NCFM if ipc < _MANY_IMAGES else _TEST_INTERVAL_OF_MANY
 
     def is_tested(self, epoch: int, *, soft: bool, ipc: int) -> bool:
-        """Return whether the network is tested after `epoch` (counted from 1); see `tested_every`."""
-        return epoch == self.total_epochs or (self.best_epoch and epoch % self.tested_every(soft=soft, ipc=ipc) == 0)
+        """Return whether the network is tested after `epoch` (counted from 1); see `test_interval`."""
+        return epoch == self.total_epochs or (self.best_epoch and epoch % self.test_interval(soft=soft, ipc=ipc) == 0)
 
     def describe(self) -> str:
         """Return the protocol in words, on one line."""
@@ -125,29 +124,30 @@ class EvaluationProtocol:
             "fifths": "half of it after each fifth of the epochs",
         }[self.loop]
         lr = "the set's learning rate" if self.lr is None else f"learning rate {self.lr:g}"
+        return (
+            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {lr}, "
+            f"{drop}, augmentation {self.augment}{self._describe_augmentation()}; {self._describe_reported_epoch()}"
+        )
+
+    def _describe_augmentation(self) -> str:
+        """Return how the operations of `augment` are used, as the end of a phrase."""
         how = ""
         if augment_by_strategy(self.augment) is not None:
             if self.combined:
                 how = ", an operation of its own for each image, for real images in a distilled set a crop and a flip"
             elif self.cutmix:
                 how = " (flip and colors of all images, one of the others in each step, no cutout)"
-        if self.cutmix:
-            how += ", CutMix in half the steps"
-        every, of_many = (self.tested_every(soft=False, ipc=ipc) for ipc in (1, _MANY_IMAGES))
-        best = f"of every {every}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels)"
+        return f"{how}, CutMix in half the steps" if self.cutmix else how
+
+    def _describe_reported_epoch(self) -> str:
+        if not self.best_epoch:
+            return "the last epoch is reported"
+        every, of_many = (self.test_interval(soft=False, ipc=ipc) for ipc in (1, _MANY_IMAGES))
+        tests = f"of every {every}th epoch ({_TEST_INTERVAL_OF_SOFT}th with soft labels)"
         if self.loop == "fifths":
-            best = f"after every {every} epochs" + (
-                f" ({of_many} with {_MANY_IMAGES} and more images per class)" if of_many < every else ""
-            )
-        reported = (
-            f"the BEST {best} and the last is reported, chosen on the test images"
-            if self.best_epoch
-            else "the last epoch is reported"
-        )
-        return (
-            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimizer}, {lr}, "
-            f"{drop}, augmentation {self.augment}{how}; {reported}"
-        )
+            many = f" ({of_many} with {_MANY_IMAGES} and more images per class)" if of_many < every else ""
+            tests = f"after every {every} epochs{many}"
+        return f"the BEST {tests} and the last is reported, chosen on the test images"
 
     def record(self) -> dict[str, Any]:
         """Return the settings, and their description, as a record."""
@@ -160,24 +160,17 @@ PROTOCOLS = {
     "ddranking": EvaluationProtocol(name="ddranking", loop="scheduler", best_epoch=True),
     "selmatch": EvaluationProtocol(name="selmatch", batch_size=128, loop="cosine", lr=0.1, combined=True),
     "ncfm": EvaluationProtocol(
-        name="ncfm",
-        epochs=2000,
-        batch_size=128,
-        loop="fifths",
-        optimizer="adamw",
-        lr=1e-3,
-        weight_decay=0.01,
-        cutmix=True,
-        best_epoch=True,
+        name="ncfm", epochs=2000, batch_size=128, loop="fifths", optimizer="adamw", lr=1e-3, weight_decay=0.01,
+        cutmix=True, best_epoch=True,
     ),
-}
+}  # fmt: skip
 """Protocols by name.
 
 mtt: the public MTT code, and FTD, TESLA and ATT, which share it.
 datm: the same loop in batches of 128, as DATM's configurations say (soft labels come with the set).
     Its authors' numbers are of the set with the highest accuracy on the test images: `best.safetensors` of a run.
-ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set has no learning rate it tries five
-    and keeps the one best on the test images; here the caller gives the rate.
+ddranking: DD-Ranking 0.2, which reports the best epoch. For a set without a learning rate it tries five and keeps the one
+    that is best on the test images; here the caller gives the rate.
 selmatch: SelMatch's code, for its sets of hundreds of images per class, on ResNet18BN. Its authors' numbers are of the set with
     the highest accuracy on the test images, as DATM's.
 ncfm: NCFM's code with its configurations, whose weight decay does not reach the optimizer: it is torch.optim.AdamW's own.
@@ -218,9 +211,9 @@ class Accuracy:
 
     values: tuple[float, ...]
     best_epoch: bool = False
-    """whether the values are those of the best epochs, chosen on the test images, and not of the last"""
+    """whether each value is the accuracy after the best epoch, chosen on the test images, and not after the last"""
     diverged: int = 0
-    """number of networks that diverged; their accuracies count as 0, not as that of guessing"""
+    """number of networks that diverged; their accuracies count as 0"""
 
     @property
     def mean(self) -> float:
@@ -250,7 +243,7 @@ class Accuracy:
         return f"{100 * self.mean:.2f} % ± {100 * self.std:.2f} (n = {len(self.values)}{label})"
 
 
-def network_job(
+def training_job(
     network: Network,
     theta: Tensor,
     images: Images,
@@ -262,14 +255,14 @@ def network_job(
     stop: StopRequest | None = None,
     test: Callable[[Network, Tensor, Tensor], None] = lambda *_: None,
 ) -> Job[Tensor]:
-    """Return a training from `theta` (P,) on `images` by the protocol, with the initial learning rate `lr`, as a job.
+    """Return a job that trains from `theta` (P,) on `images` by the protocol, with the initial learning rate `lr`.
 
-    The job returns the final parameters (P,), and calls `test` after the epochs to test. The arguments of `test` are the network in
-    evaluation mode, its parameters (P,), and whether it has diverged (), bool, on the device.
+    The job returns the final parameters (P,), and calls `test` after each epoch to test, with the network in evaluation mode, its
+    parameters (P,), and whether it has diverged (), bool, on the device.
     """
     soft, classes = images.labels.is_floating_point(), _num_classes(network, theta, images)
     ipc = len(images) // classes
-    if protocol.cutmix and not soft:  # whose targets are means of two labels
+    if protocol.cutmix and not soft:  # CutMix needs soft labels, as its targets are means of two labels
         images = dataclasses.replace(images, labels=one_hot(images.labels, classes).to(theta.dtype))
     student, optimizer = _student(network, images, precision), _optimizer(protocol, lr)
     velocity = optimizer.start(theta)
@@ -294,7 +287,7 @@ def network_job(
 
 
 def _num_classes(network: Network, theta: Tensor, images: Images) -> int:
-    """Return the number of classes that `network` tells apart: a class may have no image."""
+    """Return the number of outputs of `network`; labels do not tell the number of classes, as a class may have no image."""
     with torch.no_grad():
         return network(theta, theta.new_zeros(2, *images.input_shape)).shape[1]
 
@@ -334,8 +327,8 @@ def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int,
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
     """Return whether a training has diverged, () bool, without waiting for the device.
 
-    It has if `losses` (epochs,) or `state` are not finite, or if the loss was once far above that of guessing and the last loss is
-    above the first one. (A normalised network may stay finite at any learning rate.)
+    It has if `losses` (epochs,) or `state` are not finite, or if a loss was far above that of guessing and the last loss is above the
+    first. (A normalised network may stay finite at any learning rate.)
     """
     finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
     return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))
@@ -395,7 +388,7 @@ def evaluate(
             num_correct.append(count_correct(trained, theta, test).masked_fill(has_diverged, 0))
             diverged.append(has_diverged)
 
-        yield from network_job(
+        yield from training_job(
             network, theta, images, lr, protocol, generator, precision=precision, stop=stop, test=test_network
         )
         yield

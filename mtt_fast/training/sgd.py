@@ -50,23 +50,17 @@ class Sgd:
         """Return parameters and velocity (P,) after a step with the learning rate `lr` (). A pure function."""
         theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if self.momentum else None
         kernels.sgd_step(
-            theta,
-            sums,
-            lr,
-            out=theta_out,
-            velocity=velocity if self.momentum else None,
-            velocity_out=velocity_out,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
+            theta, sums, lr, out=theta_out, velocity=velocity if self.momentum else None, velocity_out=velocity_out,
+            momentum=self.momentum, weight_decay=self.weight_decay,
+        )  # fmt: skip
         return theta_out, velocity if velocity_out is None else velocity_out
 
 
 Epochs = Callable[..., tuple[Tensor, ...]]
 """A function (theta, velocity, generator, epochs=1, factor=1.0) -> (theta, velocity, losses) that trains for some epochs.
 
-The learning rate is `factor` times that of its `Sgd` or `AdamW`, whose state takes the place of the velocity, and `losses` (epochs,)
-are the means of each epoch. For a network with running statistics (S,), they are the last positional argument and the last result.
+The learning rate is `factor` times that of the optimizer; for `AdamW` the velocity is its state. `losses` (epochs,) are the mean losses
+of the epochs. For a network with running statistics (S,), they are the last positional argument and the last result.
 """
 
 
@@ -86,22 +80,22 @@ Chunks = Callable[..., Iterator[Chunk]]
 def epochs_on(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
-    visited: Tensor | None = None,
+    subset: Tensor | None = None,
     *,
     cutmix: bool = False,
 ) -> Epochs:
-    """Return a function that trains by SGD or AdamW for some epochs on `images`, each in random order; the last batch may be smaller.
+    """Return a function that trains for some epochs on `images`, each in random order; the last batch may be smaller.
 
-    `visited`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
+    `subset`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
     the running statistics of a network that has some. `cutmix` mixes the images of half the batches (mtt_fast/training/cutmix.py) and needs
-    soft labels. Order and augmentation of all epochs are drawn from the generator before the first step. Nothing waits for the
-    device, and on CUDA steps are replayed from a CUDA graph.
+    soft labels. Order and augmentation of all epochs are drawn before the first step. Nothing waits for the device, and on CUDA
+    steps are replayed from a CUDA graph.
     """
-    chunks = chunks_on(student, images, sgd, augment, track, visited, cutmix=cutmix)
-    count = images.num_crops * (len(images) if visited is None else len(visited))
+    chunks = chunks_on(student, images, optimizer, augment, track, subset, cutmix=cutmix)
+    count = images.num_crops * (len(images) if subset is None else len(subset))
 
     def run(
         theta: Tensor,
@@ -123,10 +117,10 @@ def epochs_on(
 def chunks_on(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     augment: SiameseAugment | None,
     track: Track | None = None,
-    visited: Tensor | None = None,
+    subset: Tensor | None = None,
     at_once: int = STEPS_AT_ONCE,
     *,
     cutmix: bool = False,
@@ -135,9 +129,9 @@ def chunks_on(
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    indices = torch.arange(len(images)) if visited is None else visited
-    length = images.num_crops * min(sgd.batch_size, len(indices))
-    run = partial(training_steps, student, images, sgd, augmentation, track, length, cutmix=cutmix)
+    indices = torch.arange(len(images)) if subset is None else subset
+    length = images.num_crops * min(optimizer.batch_size, len(indices))
+    run = partial(training_steps, student, images, optimizer, augmentation, track, length, cutmix=cutmix)
     steps = graphed(run, device, kernels.compile_ahead)
 
     def chunks(
@@ -148,8 +142,8 @@ def chunks_on(
         epochs: int = 1,
         factor: float = 1.0,
     ) -> Iterator[Chunk]:
-        lr = theta.new_full((), sgd.lr * factor)
-        batches: Iterator[Tensor] = map(images.expand_crops, _batches(indices, sgd.batch_size, generator, epochs))
+        lr = theta.new_full((), optimizer.lr * factor)
+        batches: Iterator[Tensor] = map(images.expand_crops, _batches(indices, optimizer.batch_size, generator, epochs))
         boxes: list[Tensor] = []
         if cutmix:
             batches = _with_boxes(batches, images.input_shape, generator, boxes)
@@ -211,7 +205,7 @@ def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
 def training_steps(
     student: Student | SharpnessAware,
     images: Images,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     augment: Apply | None,
     track: Track | None,
     length: int,
@@ -223,7 +217,7 @@ def training_steps(
 ) -> tuple[Tensor, ...]:
     """Return parameters and velocity (P,) after steps on `length` images each, and the sum of the losses in each step (steps,).
 
-    `lr` () replaces `sgd.lr`, so that one CUDA graph serves all learning rates. `rest` are the running statistics (S,) if
+    `lr` () replaces `optimizer.lr`, so that one CUDA graph serves all learning rates. `rest` are the running statistics (S,) if
     `track` is given (they are also the last result), the indices (Σb,) of the images of all steps, the parameters (Σb, K) of
     `augment`, and with `cutmix` the draws (Σb, 5) of the boxes. The function is pure, and reads no tensor on the host.
     """
@@ -236,14 +230,14 @@ def training_steps(
         if track is not None:
             inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
-        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets, lr)
+        theta, velocity, loss = training_step(student, optimizer, theta, velocity, inputs, targets, lr)
         losses.append(loss * len(targets))
     return theta, velocity, torch.stack(losses), *statistics
 
 
 def training_step(
     student: Student | SharpnessAware,
-    sgd: Sgd | AdamW,
+    optimizer: Sgd | AdamW,
     theta: Tensor,
     velocity: Tensor,
     inputs: Inputs,
@@ -252,13 +246,13 @@ def training_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameters and velocity (P,) after a step with the learning rate `lr` () on a batch, and the loss () before. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
-    return *sgd.step(theta, velocity, sums, lr), loss
+    return *optimizer.step(theta, velocity, sums, lr), loss
 
 
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
 ) -> tuple[Inputs, Tensor]:
-    """Return inputs and targets of the batch at `index` (b,); inputs are a `Batch`, for the student to gather, if possible."""
+    """Return inputs and targets of the batch at `index` (b,). If possible, inputs are a `Batch`, which the student gathers."""
     if images.transform is None and images.pixels.is_contiguous():
         shape = torch.Size((len(index), *images.pixels.shape[1:]))
         warp = None if parameters is None else warp_of(augment, parameters, shape)
@@ -274,7 +268,7 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
 
 
 def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` that `classified_correctly` finds, () int64 on the device, without waiting for it."""
+    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it."""
     return classified_correctly(network, theta, images).sum()
 
 

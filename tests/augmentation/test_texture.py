@@ -23,7 +23,7 @@ from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.evaluate import main as evaluate_command
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, as_training_images, real_images
-from mtt_fast.training.protocols import EvaluationProtocol, network_job
+from mtt_fast.training.protocols import EvaluationProtocol, training_job
 from mtt_fast.training.sgd import Sgd, epochs_on
 from mtt_fast.training.subsets import random_subset
 from tests.training.jobs import finished
@@ -218,7 +218,7 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
     assert images.input_shape == (1, 8, 8)
     protocol = EvaluationProtocol(epochs=1, batch_size=4, augment="none")
     generator = generator_for(5, "evaluation", 0)
-    trained = finished(network_job(net, net.init(generator), images, 0.1, protocol, generator))
+    trained = finished(training_job(net, net.init(generator), images, 0.1, protocol, generator))
 
     generator = generator_for(5, "evaluation", 0)
     theta = net.init(generator).requires_grad_()
@@ -340,7 +340,7 @@ def test_crops_are_augmented_for_students_and_in_evaluations() -> None:
     start = net.init(torch.Generator().manual_seed(0))
     plain, flipped = (
         finished(
-            network_job(net, start, images, 0.1, EvaluationProtocol(epochs=1, augment=strategy), torch.Generator())
+            training_job(net, start, images, 0.1, EvaluationProtocol(epochs=1, augment=strategy), torch.Generator())
         )
         for strategy in ("none", "flip")
     )

@@ -15,7 +15,7 @@ from mtt_fast.baselines import learning as learning_module
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates, steps_of_own_training
 from mtt_fast.baselines.real_data import random_batch
-from mtt_fast.commands.seconds import Seconds
+from mtt_fast.commands.seconds import Stopwatch
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
@@ -107,7 +107,7 @@ def test_each_network_of_the_own_training_has_random_numbers_of_its_own(
         return torch.rand((), generator=generator)
 
     monkeypatch.setattr(learning_module, "accuracy", lambda network, theta, test: float(theta))
-    run: Any = SimpleNamespace(options=DdOptions(num_eval=3, seed=4), network=NET, real=real, seconds=Seconds())
+    run: Any = SimpleNamespace(options=DdOptions(num_eval=3, seed=4), network=NET, real=real, seconds=Stopwatch())
     learned: Any = SimpleNamespace(own_training=own_training)
     result = learning_module._own_accuracy(run, learned, StopRequest())
     expected = [float(own_training(generator_for(4, "own training", number))) for number in range(3)]

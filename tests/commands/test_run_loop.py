@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from mtt_fast.commands.run_loop import LoopRun, best_accuracy, run_to_the_end
-from mtt_fast.commands.seconds import Seconds
+from mtt_fast.commands.seconds import Stopwatch
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import read_record
@@ -29,7 +29,7 @@ class Counters:
 
 def looped(
     folder: Path, iterations: int = 5, eval_it: int = 2, save_seconds: float = 1e9, start: int = 0, stop_at: int = -1,
-    evaluated: Iterable[int] = (), seconds: Seconds | None = None,
+    evaluated: Iterable[int] = (), seconds: Stopwatch | None = None,
 ) -> list[str]:  # fmt: skip
     """Return what a loop does, in order: e of an evaluation, i of an iteration, s of a checkpoint, ! of the summary."""
     done: list[str] = []
@@ -40,7 +40,7 @@ def looped(
     options = SimpleNamespace(Iteration=iterations, eval_it=eval_it, save_seconds=save_seconds)
     named = dict.fromkeys(("command", "method", "real", "network", "evaluated", "numerics"), cast(Any, None))
     run = LoopRun(
-        program="python -m it", options=options, folder=folder, metrics=metrics, seconds=seconds or Seconds(), **named
+        program="python -m it", options=options, folder=folder, metrics=metrics, seconds=seconds or Stopwatch(), **named
     )
 
     def iterate() -> None:
@@ -96,7 +96,7 @@ def test_a_signal_ends_it_after_the_iteration_with_everything_saved(tmp_path: Pa
 
 def test_each_part_of_a_run_has_its_seconds(tmp_path: Path) -> None:
     clock = itertools.count()  # each look at it takes a second
-    seconds = Seconds(lambda: float(next(clock)))
+    seconds = Stopwatch(lambda: float(next(clock)))
     looped(tmp_path, iterations=3, eval_it=3, seconds=seconds)
     totals = seconds.totals()
     assert totals["first_iteration"] == 1
@@ -119,7 +119,7 @@ def test_of_equal_evaluations_the_first_is_the_best() -> None:
 def test_the_interval_of_checkpoints_begins_anew_after_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()  # each look at it takes a second, and an iteration takes three
     monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
-    done = looped(tmp_path, eval_it=9, save_seconds=5, seconds=Seconds(lambda: 0.0))
+    done = looped(tmp_path, eval_it=9, save_seconds=5, seconds=Stopwatch(lambda: 0.0))
     assert " ".join(done) == "s0 e0 s1 i1 i2 s1 i3 i4 s1 i5 e5 s2 !"
 
 
@@ -128,7 +128,7 @@ def test_the_bar_counts_on_from_where_the_run_goes_on(
 ) -> None:
     clock = itertools.count()  # each look at it takes a second
     monkeypatch.setattr("mtt_fast.commands.run_loop.time.monotonic", lambda: float(next(clock)))
-    looped(tmp_path, start=2, iterations=3, evaluated=[0, 2], seconds=Seconds(lambda: 0.0))
+    looped(tmp_path, start=2, iterations=3, evaluated=[0, 2], seconds=Stopwatch(lambda: 0.0))
     said = capsys.readouterr().err
     assert "it:  67%" in said
     assert "| 2/3 [" in said

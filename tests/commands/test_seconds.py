@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtt_fast.commands import cli
-from mtt_fast.commands.seconds import PARTS, Seconds, counted_in, seconds_in_words
+from mtt_fast.commands.seconds import PARTS, Stopwatch, accumulate_seconds, describe_seconds
 from mtt_fast.distill.command import main as distill
 from mtt_fast.errors import InputError
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
@@ -38,7 +38,7 @@ def counted(**seconds: float) -> dict[str, float]:
 
 
 def test_the_inner_one_of_nested_parts_counts() -> None:
-    seconds = Seconds(clock := Clock())
+    seconds = Stopwatch(clock := Clock())
     clock.now += 1
     with seconds.of("evaluations"):
         clock.now += 10
@@ -53,7 +53,7 @@ def test_the_inner_one_of_nested_parts_counts() -> None:
 
 
 def test_earlier_seconds_are_added_to_those_that_are_counted() -> None:
-    seconds = Seconds(clock := Clock())
+    seconds = Stopwatch(clock := Clock())
     with seconds.of("data"):
         clock.now += 2
     seconds.add({"data": 5.0, "saving": 1.0})
@@ -61,7 +61,7 @@ def test_earlier_seconds_are_added_to_those_that_are_counted() -> None:
 
 
 def test_an_error_ends_the_part_that_it_leaves() -> None:
-    seconds = Seconds(clock := Clock())
+    seconds = Stopwatch(clock := Clock())
     with suppress(KeyError), seconds.of("data"):
         clock.now += 2
         raise KeyError
@@ -71,27 +71,30 @@ def test_an_error_ends_the_part_that_it_leaves() -> None:
 
 def test_processes_of_a_run_add_up_whatever_ended_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        seconds = Seconds(clock := Clock())
+        seconds = Stopwatch(clock := Clock())
         clock.now += 1
-        with suppress(KeyboardInterrupt), counted_in(tmp_path, seconds), seconds.of("experts"):
+        with suppress(KeyboardInterrupt), accumulate_seconds(tmp_path, seconds), seconds.of("experts"):
             clock.now += 2
             raise KeyboardInterrupt
-    with counted_in(tmp_path, seconds := Seconds(Clock())):
+    with accumulate_seconds(tmp_path, seconds := Stopwatch(Clock())):
         assert seconds.totals() == counted(other=3, experts=6)
     assert not caplog.messages
 
 
 def test_parts_that_an_earlier_version_did_not_count_are_zero(tmp_path: Path) -> None:
     write_record(tmp_path / "seconds.json", {"experts": 2, "saving": 0.5})
-    with counted_in(tmp_path, seconds := Seconds(Clock())):
+    with accumulate_seconds(tmp_path, seconds := Stopwatch(Clock())):
         assert seconds.totals() == counted(experts=2, saving=0.5)
 
 
 def test_seconds_that_cannot_be_saved_hide_no_error_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(KeyError), counted_in(tmp_path / "file", Seconds(Clock())):
+    with pytest.raises(KeyError), accumulate_seconds(tmp_path / "file", Stopwatch(Clock())):
         raise KeyError
-    with pytest.raises(InputError, match=r"seconds\.json: cannot be written"), counted_in(tmp_path / "file", Seconds()):
+    with (
+        pytest.raises(InputError, match=r"seconds\.json: cannot be written"),
+        accumulate_seconds(tmp_path / "file", Stopwatch()),
+    ):
         pass
 
 
@@ -100,7 +103,7 @@ def test_a_damaged_file_is_told_and_does_not_stop_a_run(
     content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "seconds.json").write_text(content)
-    with counted_in(tmp_path, Seconds(Clock())):
+    with accumulate_seconds(tmp_path, Stopwatch(Clock())):
         pass
     assert "seconds.json: the seconds before are not counted (" in caplog.text
     assert read_record(tmp_path / "seconds.json", "", "") == counted()
@@ -108,7 +111,7 @@ def test_a_damaged_file_is_told_and_does_not_stop_a_run(
 
 def test_the_line_at_the_end_leaves_out_short_parts() -> None:
     assert (
-        seconds_in_words(counted(first_iteration=8, iterations=55.04, other=0.01))
+        describe_seconds(counted(first_iteration=8, iterations=55.04, other=0.01))
         == "63.0 s: first iteration 8.0, iterations 55.0"
     )
 
@@ -132,7 +135,7 @@ def test_the_summary_of_a_run_tells_the_wall_clock_of_both_its_parts(
     assert first["iterations"] == both["iterations"] == 0  # one iteration each, the first of its process
     assert sum(both.values()) == pytest.approx(taken, abs=0.1 + 0.1 * taken)
     assert sum(both.values()) < taken
-    assert caplog.text.count(f"run: {seconds_in_words(both)}") == 1
+    assert caplog.text.count(f"run: {describe_seconds(both)}") == 1
 
 
 def test_checkpoints_from_before_go_on(tmp_path: Path) -> None:

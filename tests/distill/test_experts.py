@@ -16,7 +16,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
-from mtt_fast.distill.experts import count_matched_experts, inventory_of, remark_on_number
+from mtt_fast.distill.experts import count_matched_experts, inventory_of, remark_on_expert_count
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
@@ -156,7 +156,7 @@ def test_experts_that_are_trained_and_not_matched_or_matched_unasked_are_told(
 ) -> None:
     write_experts(experts(tmp_path), whole)
     given = DistillOptions(model="ConvNetD1W4", buffer_path=str(tmp_path / "buffers"), **options)  # type: ignore[arg-type]
-    told = remark_on_number(given, inventory_of(given, dataset_info("digits")))
+    told = remark_on_expert_count(given, inventory_of(given, dataset_info("digits")))
     assert told.startswith(remark)
     assert bool(told) == bool(remark)
 

@@ -23,7 +23,7 @@ from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
 from mtt_fast.training.images import as_training_images
-from mtt_fast.training.protocols import EvaluationProtocol, network_job
+from mtt_fast.training.protocols import EvaluationProtocol, training_job
 from tests.training.jobs import finished
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -244,7 +244,7 @@ def test_networks_are_trained_on_logits_with_datms_soft_cross_entropy() -> None:
         pixels, logits, torch.tensor(0.1), ("a", "b", "c"), (0.0,), (1.0,), label_kind="logits"
     )
     images, protocol = as_training_images(synthetic, CPU), EvaluationProtocol(epochs=4, augment="none")
-    end = finished(network_job(network, theta, images, 0.1, protocol, torch.Generator()))
+    end = finished(training_job(network, theta, images, 0.1, protocol, torch.Generator()))
     function = module_function(reference_convnet(1, 3, 6, 4, 1))
     flat = theta.clone().requires_grad_()
     for rates in ([0.1] * 4, [0.01]):

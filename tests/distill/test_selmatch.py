@@ -98,9 +98,9 @@ def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits
         kept = torch.arange(50) % 5 >= 3  # ⌊5 · 0.7⌋ of each class are distilled
         assert torch.equal(distilled.images[kept], first[kept])
         assert (distilled.images != first)[~kept].flatten(1).any(1).all()
-        real_ones = as_training_images(distilled, torch.device("cpu")).real
-        assert real_ones is not None
-        assert torch.equal(real_ones, kept)
+        real_mask = as_training_images(distilled, torch.device("cpu")).real
+        assert real_mask is not None
+        assert torch.equal(real_mask, kept)
     state = load_checkpoint(Path("run"), torch.device("cpu"))
     assert state is not None
     assert state.images_velocity is not None

@@ -15,14 +15,14 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import full_name, network_by_name, short_name
 from mtt_fast.storage.expert_checks import (
-    as_trained,
     check_alike,
-    check_as_asked,
+    check_as_requested,
     check_belongs,
     check_long_enough,
     check_one_kind,
     check_same_training,
-    trained_otherwise,
+    describe_other_training,
+    with_training_of,
 )
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
@@ -123,15 +123,15 @@ def test_experts_that_were_trained_otherwise_are_refused(
 ) -> None:
     store = store_of(tmp_path, metadata_for())
     if not problem:
-        return check_as_asked(store, 0, asked, to_the_end=to_the_end)
+        return check_as_requested(store, 0, asked, to_the_end=to_the_end)
     with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {problem}"):
-        check_as_asked(store, 0, asked, to_the_end=to_the_end)
+        check_as_requested(store, 0, asked, to_the_end=to_the_end)
 
 
 def test_the_number_of_epochs_counts_where_the_rate_decays(tmp_path: Path) -> None:
     store = store_of(tmp_path, metadata_for(decay=True))
     with pytest.raises(InputError, match="trained with train_epochs 3, not 2"):
-        check_as_asked(store, 0, {"train_epochs": 2}, to_the_end=False)
+        check_as_requested(store, 0, {"train_epochs": 2}, to_the_end=False)
 
 
 LATER: dict[str, Any] = {"rho_max": 0.1, "rho_min": 0.2, "alpha": 0.3, "adaptive": True, "sort_method": "sha256:f00d"}
@@ -152,7 +152,7 @@ def test_the_first_experts_are_those_of_plain_sgd_on_all_images(tmp_path: Path) 
             with pytest.raises(
                 InputError, match=f"trained with {name} {value}, not {plain}; .* give `{name}` {value} to"
             ):
-                check_as_asked(store, 2, {name: plain}, to_the_end=False)
+                check_as_requested(store, 2, {name: plain}, to_the_end=False)
     without = {name: value for name, value in LATER.items() if name != "sort_method"}
     with pytest.raises(InputError, match=r"trained with sort_method sha256:f00d, not None"):
         check_same_training(store, 2, few | without, 7, torch.float32, "fp32")
@@ -165,31 +165,31 @@ def test_a_run_records_the_hyperparameters_of_its_experts() -> None:
         "rho_min": 0.2, "alpha": 0.3, "adaptive": True, "augment": "flip",
     }  # fmt: skip
     renamed = {"lr": "expert_lr", "batch_size": "batch_real"}
-    options = as_trained(given, given.experts().record(), metadata_for(**trained))
+    options = with_training_of(given, given.experts().record(), metadata_for(**trained))
     del trained["augment"]  # which the student shares
     assert options == replace(given, **{renamed.get(name, name): value for name, value in trained.items()})
-    used = as_trained(ExpertTraining(), ExpertTraining().record(), metadata_for(mom=0.5, lr=0.5))
+    used = with_training_of(ExpertTraining(), ExpertTraining().record(), metadata_for(mom=0.5, lr=0.5))
     assert (used.mom, used.lr) == (0.5, 0.01)  # these options have no `expert_lr`
-    assert as_trained(given, given.experts().record(), replace(metadata_for(), hyperparameters={})) == given
+    assert with_training_of(given, given.experts().record(), replace(metadata_for(), hyperparameters={})) == given
 
 
 def test_what_experts_were_trained_with_otherwise_is_told() -> None:
     expert = metadata_for(lr=0.5, train_epochs=9, augment="none")  # a remark of its own tells the augmentation
     assert (
-        trained_otherwise(expert, TRAINED, to_the_end=False)
+        describe_other_training(expert, TRAINED, to_the_end=False)
         == "used as they are, trained with --expert_lr 0.5 (not 0.01)"
     )
     told = "used as they are, trained with --train_epochs 9 (not 3), --expert_lr 0.5 (not 0.01)"
-    assert trained_otherwise(expert, TRAINED, to_the_end=True) == told
-    assert trained_otherwise(metadata_for(), TRAINED, to_the_end=True) == ""
+    assert describe_other_training(expert, TRAINED, to_the_end=True) == told
+    assert describe_other_training(metadata_for(), TRAINED, to_the_end=True) == ""
     imported = replace(metadata_for(), hyperparameters={"imported_from": "replay_buffer_0.pt, expert 0"})
-    assert trained_otherwise(imported, TRAINED, to_the_end=True) == ""
+    assert describe_other_training(imported, TRAINED, to_the_end=True) == ""
 
 
 def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
     imported = replace(metadata_for(), hyperparameters={"imported_from": "replay_buffer_0.pt, expert 0"})
     store = store_of(tmp_path, imported, metadata_for(lr=0.5), imported)
-    check_as_asked(store, 0, {"lr": 0.9}, to_the_end=True)
+    check_as_requested(store, 0, {"lr": 0.9}, to_the_end=True)
     check_alike(store, range(3), to_the_end=True)
     check_alike(store, (1, 2), to_the_end=True)
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: was imported"):

@@ -13,7 +13,7 @@ from mtt_fast.data import from_tensors, load
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.whitening import check_same_whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data, other_data_in_words
+from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data, describe_other_data
 
 PETS = DatasetIdentity("pets", ("cat", "dog"), (3, 8, 8), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "none", "f00d")
 OTHER = replace(PETS, fingerprint="beef")
@@ -85,7 +85,7 @@ def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: 
         assert f"set.safetensors: {message.partition(': ')[0]}" in problem(other_data=True)
         return
     check_same_data(found, PETS, "set.safetensors", other_data=True)
-    told = other_data_in_words(found, PETS)
+    told = describe_other_data(found, PETS)
     assert told.startswith(message.partition(":")[0])
     assert told.endswith("as other data are allowed")
 
@@ -97,8 +97,8 @@ def test_images_without_fingerprints_are_compared_by_what_is_known() -> None:
 
 def test_an_allowed_difference_is_told_for_the_log() -> None:
     told = "made from another data set: toys, used with pets, as other data are allowed"
-    assert other_data_in_words(replace(OTHER, name="toys"), PETS) == told
-    assert other_data_in_words(PETS, PETS) == ""
+    assert describe_other_data(replace(OTHER, name="toys"), PETS) == told
+    assert describe_other_data(PETS, PETS) == ""
 
 
 def test_whitened_images_are_the_same_whatever_they_would_be_normalised_by() -> None:

@@ -32,7 +32,7 @@ from mtt_fast.training.concurrency import (
     steps_that_fill,
 )
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import EvaluationProtocol, evaluate, network_job
+from mtt_fast.training.protocols import EvaluationProtocol, evaluate, training_job
 from mtt_fast.training.sgd import Sgd, accuracy, epochs_on
 from tests.training.jobs import finished
 
@@ -155,7 +155,7 @@ def test_each_accuracy_is_of_the_network_of_its_number() -> None:
     alone = []
     for number in range(3):
         generator = generator_for(1, "evaluation", 7, number)
-        theta = finished(network_job(NET, NET.init(generator), images(), 0.1, protocol, generator))
+        theta = finished(training_job(NET, NET.init(generator), images(), 0.1, protocol, generator))
         alone.append(accuracy(NET, theta, test))
     assert result.values == tuple(alone)
     assert len(set(alone)) > 1

@@ -19,8 +19,8 @@ from mtt_fast.commands import cli, tables
 from mtt_fast.commands.accuracies import (
     accuracy_by_network,
     accuracy_fields,
-    accuracy_in_words,
     accuracy_record,
+    format_accuracy,
     remarks_on,
 )
 from mtt_fast.cross import command as cross
@@ -142,7 +142,7 @@ def test_records_tell_how_many_networks_diverged() -> None:
     by_network = accuracy_by_network(line, "A")
     assert by_network["A"]["diverged"] == 2
     assert "diverged" not in by_network["B"]
-    assert accuracy_in_words(line) == "16.67 % ± 28.87 (2 of 3 diverged)"
+    assert format_accuracy(line) == "16.67 % ± 28.87 (2 of 3 diverged)"
     assert "diverged" not in accuracy_fields({"B": other})
     record = one.record() | {"epoch": "best"}
     assert remarks_on(record) == " (best epoch, 2 of 3 diverged)"

@@ -16,8 +16,8 @@ from mtt_fast.commands import cli
 from mtt_fast.commands.accuracies import (
     accuracy_by_network,
     accuracy_fields,
-    accuracy_in_words,
     accuracy_record,
+    format_accuracy,
     remarks_on,
 )
 from mtt_fast.commands.options import EvaluationOptions
@@ -33,7 +33,7 @@ from mtt_fast.networks.pools import POOLS
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, network_job, protocol_by_name
+from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, training_job
 from mtt_fast.training.protocols import evaluate as measure
 from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 from tests.training.jobs import finished
@@ -101,14 +101,14 @@ def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> No
 @pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
 def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use one batch, whose order does not matter. The best of every second epoch stands for every tenth."""
-    monkeypatch.setattr("mtt_fast.training.protocols._TESTED_EVERY", 2)
+    monkeypatch.setattr("mtt_fast.training.protocols._TEST_INTERVAL", 2)
     net = network_by_name(model, (1, 6, 6), 3)
     train = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     test = Images(torch.randn(60, 1, 6, 6), torch.arange(60) % 3)
     protocol = protocol_by_name(name, epochs=7, batch_size=None, augment="none", best_epoch=False)
     start = net.init(generator_for(0, "evaluation", 0))
     in_double = Images(train.pixels.double(), train.labels)
-    end = finished(network_job(net, start.double(), in_double, 0.05, protocol, torch.Generator()))
+    end = finished(training_job(net, start.double(), in_double, 0.05, protocol, torch.Generator()))
 
     norm: nn.Module = nn.BatchNorm2d(4) if "BN" in model else nn.GroupNorm(4, 4)
     layers = (nn.Conv2d(1, 4, 3, padding=3), norm, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(100, 3))
@@ -155,7 +155,7 @@ def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
         for _ in range(epochs):
             theta, velocity, _ = epoch(theta, velocity, generator)
     assert torch.equal(
-        finished(network_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1))), theta
+        finished(training_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1))), theta
     )
 
 
@@ -166,7 +166,7 @@ def test_a_network_is_trained_in_the_precision_that_is_asked_for() -> None:
     protocol = EvaluationProtocol(epochs=2, augment="none")
     both: tuple[Precision, Precision] = ("fp32", "bf16")  # which a CPU emulates
     exact, rounded = (
-        finished(network_job(net, start, images, 0.1, protocol, torch.Generator().manual_seed(1), precision=precision))
+        finished(training_job(net, start, images, 0.1, protocol, torch.Generator().manual_seed(1), precision=precision))
         for precision in both
     )
     assert 0 < float((rounded - exact).norm()) < 0.1 * float((exact - start).norm())
@@ -226,7 +226,7 @@ def test_cutmix_mixes_soft_labels_too() -> None:
     protocol = protocol_by_name("ncfm", epochs=2, batch_size=5, augment="none", best_epoch=False)
     pixels = torch.randn(12, 1, 6, 6)
     hard, soft = (
-        finished(network_job(net, start, Images(pixels, each), 0.05, protocol, torch.Generator().manual_seed(1)))
+        finished(training_job(net, start, Images(pixels, each), 0.05, protocol, torch.Generator().manual_seed(1)))
         for each in (labels, nn.functional.one_hot(labels, 5).float())
     )
     assert torch.equal(hard, soft)
@@ -367,8 +367,8 @@ def test_evaluations_come_back_from_their_records() -> None:
         " (1 of 2 diverged)",
         " (best epoch, 1 of 1 diverged)",
     ]
-    assert accuracy_in_words(both) == accuracy_in_words(line) == "60.00 % ± 14.14"
-    assert accuracy_in_words(accuracy_fields({"A": Accuracy((0.0,), diverged=1)})) == "0.00 % ± 0.00 (1 of 1 diverged)"
+    assert format_accuracy(both) == format_accuracy(line) == "60.00 % ± 14.14"
+    assert format_accuracy(accuracy_fields({"A": Accuracy((0.0,), diverged=1)})) == "0.00 % ± 0.00 (1 of 1 diverged)"
 
 
 TOY = (

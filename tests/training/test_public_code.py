@@ -18,7 +18,7 @@ from mtt_fast.data import Normalisation
 from mtt_fast.testing import assert_close
 from mtt_fast.training.experts import ExpertTraining, expert_job
 from mtt_fast.training.images import Images, RealImages, parts_of
-from mtt_fast.training.protocols import PROTOCOLS, network_job
+from mtt_fast.training.protocols import PROTOCOLS, training_job
 from tests.training.jobs import finished
 
 CASES = load_file(Path(__file__).parent / "public_code" / "experts.safetensors")
@@ -89,7 +89,7 @@ def test_an_evaluation_is_that_of_ncfms_code(monkeypatch: pytest.MonkeyPatch) ->
     path = []
     protocol = dataclasses.replace(PROTOCOLS["ncfm"], epochs=10, batch_size=5)
     net, start = ConvNet(num_classes=3, image_size=8, width=4, depth=2), case["path"][0]
-    job = network_job(
+    job = training_job(
         net, start, images, 0.02, protocol, torch.Generator(), test=lambda network, theta, _: path.append(theta)
     )
     finished(job)

@@ -15,7 +15,7 @@ from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
 from mtt_fast.networks.protocol import Network
 from mtt_fast.training import protocols
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import network_job, protocol_by_name
+from mtt_fast.training.protocols import protocol_by_name, training_job
 from mtt_fast.training.sgd import Sgd, chunk_sizes, chunks_on, epochs_on
 from tests.training.jobs import finished
 
@@ -113,10 +113,10 @@ def test_an_evaluation_pauses_where_it_must(
         def test(_: Network, theta: Tensor, __: Tensor) -> None:
             tests[-1].append(theta)
 
-        job = network_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1), test=test)
+        job = training_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1), test=test)
         ends.append(finished(job))
     assert torch.equal(*ends)
     assert len(tests[0]) == len(tests[1]) > (1 if best_epoch else 0)
     assert all(torch.equal(*each) for each in zip(*tests, strict=True))
-    trained = finished(network_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1)))
+    trained = finished(training_job(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1)))
     assert torch.equal(trained, ends[0])
