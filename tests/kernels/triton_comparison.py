@@ -29,7 +29,7 @@ import torch
 from mtt_fast.kernels import Precision
 from tests.kernels.comparison import UNINTERPRETED, Case, poison, run
 
-PARTS_ON_A_GPU = {"conv": 10, "block": 8, "norm": 4, "bias": 2, "classifier": 6, "flat": 2, "student": 12}
+PARTS_ON_A_GPU = {"conv": 10, "block": 8, "norm": 14, "bias": 2, "classifier": 6, "flat": 2, "student": 12}
 """How many tests the cases of a family are, where they are not one."""
 
 ROOT = Path(__file__).resolve().parents[2]
