@@ -12,8 +12,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import SourceFileLoader
 from numbers import Real
 from pathlib import Path
+from types import CodeType
 from typing import Any, get_args
 
 import torch
@@ -198,13 +200,20 @@ def _module_of_file(path: Path) -> Any:
     if (folder := str(path.parent.resolve())) not in sys.path:
         sys.path.append(folder)
     name = f"mtt_fast_parametrisation_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    loader = _SourceLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
+
+
+class _SourceLoader(SourceFileLoader):
+    """Compile a file each time: Python takes cached bytecode for a file that was changed within a second and has the same size."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _arguments(name: str, cls: type[Parametrisation], text: str) -> dict[str, Any]:
