@@ -44,7 +44,8 @@ class GraphedMatchingLoss:
     The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures the
     loss and its gradients. Later calls copy their tensors into the graph and launch it; nothing waits for the GPU. Python values
     that network, loss and augmentation read, such as a module's mode, are fixed by the first call, and so is whether the loss is
-    taken for a mean over the samples. Each graph holds the memory of its plan until the object is freed. On a CPU nothing is captured. Call one object on one stream.
+    taken for a mean over the samples. Each graph holds the memory of its plan until the object is freed. On a CPU nothing is
+    captured. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
