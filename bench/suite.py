@@ -1,23 +1,25 @@
 """A plugin of pytest that records each test as it ends: `pytest -p bench.suite --record FOLDER`.
 
-The comparisons of kernels come first, since they take longest. A row has the outcome, the seconds, the output, and for a
+The tests that took longest in the last record start first. A row has the outcome, the seconds, the output, and for a
 failure the traceback, which pytest itself shows after the last test. A run of the suite that was cut off continues: tests that
 passed at the same commit are not run again. The record is FOLDER/suite.json, and suite.partial.json until the last test has ended.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.records import partial_rows, write_record
+from bench.records import partial_rows, read_record, write_record
 
 NAME = "suite"
-_LONGEST = "test_triton_equals", "test_equals_the_generic_student", "test_the_meta_gradient", "test_a_run_on_a_gpu"
-"""Beginnings of the names of tests that compile many kernels."""
+_BEFORE = Path(__file__).parent / "results" / "h200" / f"{NAME}.json"
 _ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -34,10 +36,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what passed before, and put the longest first."""
+    """Leave out what passed before, and order the rest by the seconds that the last record has."""
     rows = partial_rows(str(config.getoption("--record")), NAME)
     _leave_out({row["test"] for row in rows if row["outcome"] == "passed"}, config, items)
-    items.sort(key=lambda item: not item.name.startswith(_LONGEST))  # stable
+    seconds = {row["test"]: row["seconds"] for row in read_record(_BEFORE)["rows"]}
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    by_name = {item.nodeid: item for item in items}
+    items[:] = [by_name[name] for name in in_order(list(by_name), seconds, processes)]
+
+
+def in_order(tests: Sequence[str], seconds: Mapping[str, float], processes: int) -> list[str]:
+    """Return `tests` from the longest to the shortest, a test without known seconds before all others.
+
+    pytest-xdist gives each process two tests at the start. So the first of each pair is long, and the second short.
+    """
+    longest = sorted(tests, key=lambda test: -seconds.get(test, math.inf))  # stable
+    if processes == 1 or len(tests) < 2 * processes:
+        return longest
+    shortest = longest[-processes:]
+    pairs = zip(longest[:processes], shortest, strict=True)
+    return [*itertools.chain.from_iterable(pairs), *longest[processes:-processes]]
 
 
 def _leave_out(names: set[str], config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ taken in turn. It prints a line for each case that passed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,21 @@ def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tens
     return values
 
 
+@functools.cache
+def case(net: ConvNet, batch: int, loss: Loss) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return the arguments of a step in float64, and the generic student's results."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    height, width = net.image_size if isinstance(net.image_size, tuple) else (net.image_size, net.image_size)
+    theta, v = draw(net.num_parameters) / 2, draw(net.num_parameters)
+    images, labels = draw(batch, net.in_channels, height, width), torch.arange(batch) % net.num_classes
+    at = (theta, images, labels, v)
+    return at, results(GenericStudent(net, loss), *at)
+
+
 CUT_TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "num_warps": 1, "num_stages": 2}
 """A tile by boxes that cuts convolutions by taps."""
 
@@ -79,15 +95,7 @@ def compare(
     device: str,
     loss: Loss | None = None,
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    height, width = net.image_size if isinstance(net.image_size, tuple) else (net.image_size, net.image_size)
-    theta, v = draw(net.num_parameters) / 2, draw(net.num_parameters)
-    images, labels = draw(batch, net.in_channels, height, width), torch.arange(batch) % net.num_classes
-    expected = results(GenericStudent(net, loss or cross_entropy), theta, images, labels, v)
+    (theta, images, labels, v), expected = case(net, batch, loss or cross_entropy)
     with taken(backend):
         student = FusedConvNetStudent(net, "indices", precision, loss)
         at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
