@@ -15,6 +15,7 @@ SIZES = {
     "att": "--iterations 12 --steps 5 --experts 1 --epochs 3 --width 8",
     "truncated": "--iterations 16 --window 3 --longest 8 --ipc 2 --width 8",
     "frequency": "--iterations 12 --steps 5 --experts 1 --epochs 3 --width 8",
+    "gradient_matching": "--iterations 12 --updates 2 --width 8",
     "multimodal": "--iterations 21 --pairs 6",
     "few_shot": "--iterations 16 --tasks 1 --shots 2 --steps 2 --width 4",
 }
@@ -23,6 +24,7 @@ ENDS = {
     "att": ["trained on ten real images", "trained on ten distilled images"],
     "truncated": ["trained on 20 real images", "trained on 20 distilled images"],
     "frequency": ["trained on 20 real images", "trained on 20 frequencies"],
+    "gradient_matching": ["trained on ten real images", "trained on ten distilled images"],
     "multimodal": ["trained on 6 real pairs", "trained on 6 distilled pairs"],
     "few_shot": ["from a random start", "from the learned start"],
 }
