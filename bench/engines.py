@@ -215,6 +215,7 @@ ENGINES = {
     "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True),
     "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_precision=True),
     "fused-graph": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP), takes_precision=True, cuda_only=True),
+    "fused-graph-auto": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_precision=True, cuda_only=True),
     "higher": Engine(rivals.higher, (PLAIN_GRADIENT, DOUBLE_BACKWARD), package="higher"),
     "torchopt": Engine(rivals.torchopt, (PLAIN_GRADIENT, DOUBLE_BACKWARD), package="torchopt"),
     "jax": Engine(rivals.jax, (PLAIN_GRADIENT, COMPILED_MIXED_STEP), compiles=True, package="jax"),

@@ -49,7 +49,7 @@ _BUDGET = "8GiB"
 _SETTINGS = ("cifar10-ipc1", "cifar10-ipc10", "imagenet128-ipc10")
 _TUNED = {"cifar10-ipc1": 3, "cifar10-ipc10": 3, "imagenet128-ipc10": 5}  # blocks of the networks
 _PRECISIONS = ("tf32", "bf16")
-_ENGINES = "whole_graph,fused-graph,fused-graph@fp16,fused-graph@bf16"
+_ENGINES = "whole_graph,fused-graph,fused-graph@fp16,fused-graph-auto,fused-graph-auto@fp16"
 _TOY = "--steps 2 --batch 3 --size 16 --depth 2 --width 4 --repetitions 1".split()
 _TOY_RUN = (
     "--train_epochs 4 --num_experts 1 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --Iteration 2 --num_eval 1 "

@@ -164,8 +164,9 @@ class EngineState:
 
 def build_engine(case: dict[str, Any], engine: str, budget: str) -> EngineState:
     """Return the state of an engine's worker."""
-    budgets = {"fused-budget": budget, "fused-auto": AUTO}
-    limits = {"memory_budget": budgets[engine]} if engine in budgets else {}
+    budgets = {"fused-budget": budget, "fused-auto": AUTO, "fused-graph-auto": AUTO}
+    name, _, _ = engine.partition("@")
+    limits = {"memory_budget": budgets[name]} if name in budgets else {}
     device = torch.device(case["device"])
     named_engine, precision = engine_on(engine, device, case["precision"])
     return EngineState(named_engine, case_on(build_case(**case), torch.float32, device), limits, precision)

@@ -192,7 +192,7 @@ def test_sets_of_several_networks(protocol: str, run: Run, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "words",
     [
-        "meta_step --engines fused-graph,fused-graph@fp16,generic,checkpointed,whole_graph --precision fp32 --one_process True",
+        "meta_step --engines fused-graph,fused-graph@fp16,fused-graph-auto@fp16,generic,checkpointed,whole_graph --precision fp32 --one_process True",
         "experts --images 32 --batch_train 16",
     ],
     ids=["meta_step", "experts"],
