@@ -414,17 +414,18 @@ def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """Compile for the shapes that the prototype was measured at, with the table's tiles, and once for odd sizes."""
+    """Compile for the shapes of the measured settings, with the table's tiles, and once for odd sizes."""
     from mtt_fast.kernels.triton import partial_planes, tma, tma_convolve, tma_correlate, tma_descriptors, weights
 
     weight = meta(WIDTH, WIDTH, 3, 3)
     with recording([tma_descriptors, tma_convolve, tma_correlate, partial_planes, weights], architecture) as launches:
-        for samples, side in ((20, 64), (100, 16), (100, 8), (10, 16), (10, 8)):
+        for samples, side in ((20, 64), (20, 32), (100, 16), (100, 8), (10, 16), (10, 8)):
             x = planes_of(precision, samples, WIDTH, side, side)
             tma.conv3x3(x, weight, 1, precision)
             partial_planes.add_planes(*tma.conv3x3_dual(x, x, weight, weight, 1, precision))
+            tma.conv3x3_tangent(x, x, weight, weight, 1, precision)
+            tma.conv3x3_input_gradient_tangent(x, x, weight, weight, 1, precision)
             tma.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
-        tma.conv3x3_tangent(x, x, weight, weight, 1, precision)
         tma.conv3x3_weight_gradient(x, x, 1, precision)
         odd, few = planes_of(precision, 3, 104, 9, 13), meta(104, 104, 3, 3)
         tma.conv3x3_dual(odd, None, few, few, 1, precision)
