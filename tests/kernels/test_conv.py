@@ -419,7 +419,7 @@ def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> Non
 
     weight = meta(WIDTH, WIDTH, 3, 3)
     with recording([tma_descriptors, tma_convolve, tma_correlate, partial_planes, weights], architecture) as launches:
-        for samples, side in ((20, 64), (20, 32), (100, 16), (100, 8), (10, 16), (10, 8)):
+        for samples, side in ((20, 64), (20, 32), (20, 16), (20, 8), (100, 16), (100, 8), (10, 16), (10, 8)):
             x = planes_of(precision, samples, WIDTH, side, side)
             tma.conv3x3(x, weight, 1, precision)
             partial_planes.add_planes(*tma.conv3x3_dual(x, x, weight, weight, 1, precision))
