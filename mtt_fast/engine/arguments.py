@@ -113,10 +113,12 @@ def check_types(**tensors: Any) -> None:
         check_ordinary(f"`{name}`", value)
 
 
-def check_augment(augment: Augment | None) -> None:
+def check_augment(augment: Any) -> None:
     """Raise `InputError` unless `augment` is None or an augmentation."""
-    if augment is not None and not hasattr(augment, "draw"):
-        raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}")
+    is_class = isinstance(augment, type)
+    if augment is not None and (is_class or not hasattr(augment, "draw")):
+        found = f"the class {augment.__name__}; call it to make one" if is_class else type(augment).__name__
+        raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {found}")
 
 
 def check_target(target: Tensor, start: Tensor) -> None:

@@ -48,9 +48,12 @@ def try_augmentation(
     with without_autocast(images.device):  # of copies, since the augmentation may write into them
         with torch.no_grad():
             first = augment(batch.clone(), draws)
-        second = augment(batch.clone(), draws)[few]
+        second = augment(batch.clone(), draws)
+    if not isinstance(first, Tensor) or first.shape[:1] != index.shape:
+        found = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise InputError(f"`augment`: expected one image for each of the {len(index)} of a step, found {found}")
     _check_nothing_else_is_learned("augment", second)
-    if not _are_close(first[few], second):
+    if not _are_close(first[few], second[few]):
         raise InputError(
             f"`augment`: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
             "take all random numbers in its draw"
@@ -253,29 +256,37 @@ def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
 
     Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared, too:
-    at random parameters all samples may have about the same loss, so that any weights give it.
+    at random parameters all samples may have about the same loss, so that any weights give it, and learned weights among the
+    targets may be equal at first.
     """
 
-    def loss_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = outputs.detach().requires_grad_()
+    def loss_and_gradients(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the loss and its gradients with respect to the outputs, and to floating targets."""
+        soft = targets.is_floating_point()
+        arguments = [outputs.detach().requires_grad_(), targets.detach().requires_grad_(soft)]
         with torch.enable_grad():
-            value = loss(leaf.clone(), targets.clone())
-        depends = value.requires_grad  # not on an output that the loss leaves out
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True) if depends else [None]
-        return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+            value = loss(*(argument.clone() for argument in arguments))
+        leaves = arguments[: 1 + soft]
+        if not value.requires_grad:  # the loss leaves these outputs out
+            return value.detach(), [torch.zeros_like(leaf) for leaf in leaves]
+        return value.detach(), torch.autograd.grad(value, leaves, materialize_grads=True)
 
     outputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
     try:
-        value, gradient = loss_and_gradient(outputs, targets)
-        of_parts = [loss_and_gradient(*part) for part in parts]
+        value, gradients = loss_and_gradients(outputs, targets)
+        of_parts = [loss_and_gradients(*part) for part in parts]
     except InputError:
         raise
     except _FAILURES:
         return torch.tensor(False, device=outputs.device)
     shares = [len(part[0]) / len(outputs) for part in parts]
     values = torch.stack([share * value for share, (value, _) in zip(shares, of_parts, strict=True)])
-    gradients = torch.cat([share * gradient for share, (_, gradient) in zip(shares, of_parts, strict=True)])
-    return _are_same(values.sum(), value, values.abs().sum()) & _are_same(gradients, gradient, gradient)
+    adds_up = _are_same(values.sum(), value, values.abs().sum())
+    for n, gradient in enumerate(gradients):
+        added = torch.cat([share * part[n] for share, (_, part) in zip(shares, of_parts, strict=True)])
+        # that of targets may be rounding errors alone, beside that of the outputs
+        adds_up &= _are_same(added, gradient, torch.cat([each.flatten() for each in gradients[: n + 1]]))
+    return adds_up
 
 
 def _are_same(first: Tensor, second: Tensor, like: Tensor) -> Tensor:

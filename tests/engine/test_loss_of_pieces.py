@@ -122,6 +122,40 @@ def test_cut_batches_are_exact(name: str) -> None:
     assert_close("images", found, by_autograd(net, start, images, labels, 0.7, batches, loss), 1e-9)
 
 
+def of_one_temperature(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Divide by the mean of the last numbers of the targets."""
+    return F.cross_entropy(outputs / targets[:, 4].mean(), targets[:, :4].softmax(1))
+
+
+@pytest.mark.parametrize("loss", [weighted, of_one_temperature])
+def test_learned_numbers_may_be_equal_at_first(loss: Loss) -> None:
+    """Check the gradient of targets of which the loss takes a mean, and whose equal numbers hide that."""
+    net, targets = mlp(), torch.cat([draw(12, 4, seed=1), torch.ones(12, 1).double()], 1).requires_grad_()
+
+    def gradient(size: int | None) -> Tensor:
+        path = unroll(net, net.init(), ROWS, targets, 0.7, BATCHES, loss=loss, microbatch=size)
+        return torch.autograd.grad(path[-1].square().sum(), targets)[0]
+
+    assert_close("targets", gradient(2), gradient(None), 1e-9)
+
+
+def test_complex_outputs_are_cut_only_for_a_mean() -> None:
+    class Waves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 8)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return torch.view_as_complex(self.layer(rows).view(-1, 4, 2))
+
+    net = FlatModule(Waves().double())
+    unroll(net, net.init(), ROWS, CLASSES, 0.1, BATCHES, loss=lambda z, y: F.cross_entropy(z.abs(), y), microbatch=2)
+    with pytest.raises(
+        InputError, match=r"`net`: expected real outputs where batches are cut .* found torch.complex128"
+    ):
+        unroll(net, net.init(), ROWS, CLASSES, 0.1, BATCHES, loss=lambda z, _: (z @ z.mH).abs().sum(), microbatch=2)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize(
     "loss", [nn.CrossEntropyLoss(label_smoothing=0.1), lambda outputs, labels: F.cross_entropy(outputs / 0.01, labels)]

@@ -560,6 +560,39 @@ def test_an_augmentation_that_is_another_where_images_are_learned_is_refused() -
             gradient(net, start, augment=augment)
 
 
+def test_an_augmentation_may_write_into_its_images() -> None:
+    def cut_out(images: Tensor, rows: int) -> Tensor:
+        images[:, :, :rows] = 0
+        return images
+
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    net = ConvNet(2, 3, 6, 4, 1)
+    start = net.init(torch.Generator().manual_seed(0)).double()
+
+    def gradient(apply: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        path = unroll(net, start, images, LABELS, 0.3, BATCHES, augment=Augmentation(lambda *_: 2, apply))
+        return torch.autograd.grad(path[-1].square().sum(), images)[0]
+
+    def masked(images: Tensor, rows: int) -> Tensor:
+        return images * (torch.arange(6) >= rows)[:, None]
+
+    assert_close("images", gradient(cut_out), gradient(masked), 1e-12)
+
+
+@pytest.mark.parametrize("result", [lambda images: images.repeat(2, 1, 1, 1), torch.mean, lambda _: None])
+def test_an_augmentation_of_another_number_of_images_is_refused(result: Callable[[Tensor], Any]) -> None:
+    class Other:
+        def draw(self, images: Tensor, generator: torch.Generator | None, /) -> None:
+            pass
+
+        def __call__(self, images: Tensor, draws: None) -> Tensor:
+            return cast(Tensor, result(images))
+
+    net = ConvNet(2, 3, 6, 4, 1)
+    with pytest.raises(InputError, match="`augment`: expected one image for each of the 4 of a step, found "):
+        unroll(net, net.init(), torch.randn(6, 2, 6, 6), LABELS, 0.3, BATCHES, augment=Other())
+
+
 class Dropping:
     """An augmentation whose second step leaves the images out."""
 
