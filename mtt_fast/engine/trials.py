@@ -8,7 +8,8 @@ symptom.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.batch_loss_student import outputs_in_pieces
 from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, no_gradient_error
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.student import InMicrobatches, Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
@@ -144,8 +145,20 @@ class WatchedLoss:
 
     def adds_up(self) -> bool:
         """Return whether the pieces so far added up, and watch no more. A GPU is waited for."""
+        return bool(self.result())
+
+    def result(self) -> Tensor:
+        """Return whether the pieces so far added up, as a boolean tensor (), and watch no more."""
         found, self._found = self._found, None
-        return not found or bool(torch.stack(found).all())
+        return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool, device="cpu")
+
+
+def watched_student(student: Student, loss: Loss | None) -> tuple[Student, WatchedLoss | None]:
+    """Return `student`, and a `WatchedLoss` within it if it takes a `loss` of the caller's own for a mean over the samples."""
+    if loss is None or not isinstance(student, InMicrobatches):
+        return student, None
+    watched = WatchedLoss(loss)
+    return InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size), watched
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:
@@ -278,7 +291,7 @@ def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     except InputError:
         raise
     except _FAILURES:
-        return torch.tensor(False, device=outputs.device)
+        return torch.zeros((), dtype=torch.bool, device=outputs.device)
     shares = [len(part[0]) / len(outputs) for part in parts]
     values = torch.stack([share * value for share, (value, _) in zip(shares, of_parts, strict=True)])
     adds_up = _are_same(values.sum(), value, values.abs().sum())

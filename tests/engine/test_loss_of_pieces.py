@@ -163,7 +163,7 @@ def test_complex_outputs_are_cut_only_for_a_mean() -> None:
 def test_a_mean_is_taken_for_one(loss: Loss, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that rounding in float32 does not cost the fused step."""
     monkeypatch.setattr(
-        "mtt_fast.engine.unroll._plan_of_batch_loss", lambda *_: pytest.fail("a mean was not taken for one")
+        "mtt_fast.engine.unroll.plan_of_batch_loss", lambda *_: pytest.fail("a mean was not taken for one")
     )
     net, images = ConvNet(1, 4, 16, 32, 2), draw(12, 1, 16, 16).float()
     unroll(net, net.init(), images, CLASSES, 0.1, 4 * BATCHES, loss=loss, microbatch=size)
@@ -172,7 +172,7 @@ def test_a_mean_is_taken_for_one(loss: Loss, size: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["other weights in a later batch", "a class of maps"])
 def test_a_trial_sees_all_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the trial alone, since a captured iteration gets other batches later."""
-    monkeypatch.setattr("mtt_fast.engine.unroll.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
+    monkeypatch.setattr("mtt_fast.engine.trials.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
     test_cut_batches_are_exact(name)
 
 
@@ -182,6 +182,20 @@ def test_a_graphed_loss_is_exact() -> None:
     graphed = GraphedMatchingLoss(net, loss=hard_examples, microbatch=2)
     (found,) = torch.autograd.grad(graphed(start, 1.1 * start, leaf, CLASSES, 0.7, batches), leaf)
     assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.7, batches, hard_examples), 1e-9)
+
+
+def test_a_graphed_loss_is_exact_where_samples_are_learned_only_later() -> None:
+    def hardest(logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses[losses > 0.3].mean()
+
+    net, leaf = mlp(), ROWS.clone().requires_grad_()
+    new = net.init()
+    trained = unroll(net, new, ROWS, CLASSES, 0.7, 8 * BATCHES)[-1]
+    graphed = GraphedMatchingLoss(net, loss=hardest, microbatch=2)
+    for start in (new, trained, new):
+        (found,) = torch.autograd.grad(graphed(start, 1.1 * start, leaf, CLASSES, 0.1, BATCHES[:1]), leaf)
+        assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.1, BATCHES[:1], hardest), 1e-9)
 
 
 @pytest.mark.parametrize("images", [ROWS, torch.full_like(ROWS, 0.3)], ids=["images", "equal images"])
