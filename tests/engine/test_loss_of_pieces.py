@@ -215,6 +215,26 @@ def test_a_network_that_mixes_samples_is_found(first: Tensor, images: Tensor) ->
         unroll(net, net.init(), images, CLASSES, 0.1, [first, *BATCHES], microbatch=2)
 
 
+@pytest.mark.parametrize("hidden_by", ["gate", "head"])
+def test_a_network_that_mixes_samples_is_found_behind_zeros(hidden_by: str) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gate, self.head = nn.Linear(6, 8), nn.Parameter(torch.ones(())), nn.Linear(8, 4)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            features = torch.tanh(self.layer(rows))
+            return self.head(features - self.gate * features.mean(0))  # type: ignore[no-any-return]
+
+    module = Centred()
+    for parameter in module.head.parameters() if hidden_by == "head" else [module.gate]:
+        nn.init.zeros_(parameter)
+    net = FlatModule(module)
+    for batches in (BATCHES, [ONE, *BATCHES]):
+        with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+            unroll(net, net.init(), ROWS.float(), CLASSES, 0.1, batches, loss=spread, microbatch=2)
+
+
 @pytest.mark.native
 def test_the_budget_of_a_plan_holds_for_a_loss_that_is_not_a_mean() -> None:
     """Check a plan for the fused step, in whose place the generic one is taken, which needs more memory for the same pieces."""
