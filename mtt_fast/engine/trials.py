@@ -47,17 +47,20 @@ def try_augmentation(
         _check_nothing_else_is_learned("augment", warp)
         return None
     batch, few = images.detach()[index], _trial_positions(network, len(index))
-    with without_autocast(images.device):  # of copies, since the augmentation may write into them
+    with without_autocast(images.device), _RandomOperations(images.device) as operations:
         with torch.no_grad():
-            first = augment(batch.clone(), draws)
+            first = augment(batch.clone(), draws)  # of copies, since the augmentation may write into them
+        operations.begin_second_call()
         second = augment(batch.clone(), draws)
     if not isinstance(first, Tensor) or first.shape[:1] != index.shape:
         found = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
         raise InputError(f"`augment`: expected one image for each of the {len(index)} of a step, found {found}")
     _check_nothing_else_is_learned("augment", second)
-    if not _are_close(first[few], second[few]):
+    # small noise, as of less than a grey value, is close
+    if operations.drew() or not _are_close(first[few], second[few]):
+        found = "random numbers" if operations.drew() else "others"
         raise InputError(
-            f"`augment`: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
+            f"`augment`: expected the same images for the same draws, found {found} at the second call of {type(augment).__name__}; "
             "take all random numbers in its draw"
         )
     return first
@@ -204,16 +207,14 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
     `function` reads another tensor that requires a gradient. A call that seeds or restores the generators itself may draw, since
     it draws the same numbers each time.
     """
-    device = arguments[0].device
-    with plain_attention, _RandomOperations() as operations:
+    with plain_attention, _RandomOperations(arguments[0].device) as operations:
         with torch.enable_grad():
             result = function(*arguments)
-        state = _generators_state(device)
+        operations.begin_second_call()
         again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
         raise InputError(f"`{name}`: expected a tensor as its result, found {type(result).__name__}")
-    # other threads may draw at the same time, so a change of state alone proves nothing
-    if operations.names and not all(map(torch.equal, state, _generators_state(device))):
+    if operations.drew():
         raise InputError(
             f"`{name}`: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
             f"{', '.join(dict.fromkeys(operations.names))}; take out what draws them, or call .eval() on a module before it is wrapped"
@@ -337,11 +338,21 @@ def _different_labels(labels: Tensor) -> Tensor:
 
 
 class _RandomOperations(TorchDispatchMode):
-    """Collect the names of operations that may draw random numbers."""
+    """Collect the names of operations that may draw random numbers in two calls, on a CPU or on `device`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._device = device
+
+    def begin_second_call(self) -> None:
+        """Remember the states of the generators."""
+        self._state = _generators_state(self._device)
+
+    def drew(self) -> bool:
+        """Return whether the second call drew random numbers that are not those of the first."""
+        # other threads may draw at the same time, so a change of state alone proves nothing
+        return bool(self.names) and not all(map(torch.equal, self._state, _generators_state(self._device)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:

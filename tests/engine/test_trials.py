@@ -504,6 +504,13 @@ def test_an_augmentation_that_draws_as_it_applies_is_refused(network: str) -> No
     with pytest.raises(InputError, match=r"same images for the same draws, .* take all random numbers in its draw"):
         gradient(net, start, augment=Augmentation(lambda images, generator: None, noisy))
 
+    def hardly_noisy(images: Tensor, _: Any) -> Tensor:
+        return images + torch.randn_like(images) / 255
+
+    augment, images = Augmentation(lambda images, generator: None, hardly_noisy), torch.randn(6, 2, 6, 6)
+    with pytest.raises(InputError, match="same images for the same draws, found random numbers"):
+        unroll(net, net.init(), images, LABELS, 0.1, BATCHES, augment=augment)
+
     def seeded(images: Tensor, seed: int) -> Tensor:  # as the public code's DiffAugment
         torch.manual_seed(seed)
         return noisy(images, None)
