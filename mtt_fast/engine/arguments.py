@@ -5,7 +5,7 @@ Errors name the argument and not the callable, since several callables share the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -292,6 +292,8 @@ def draws_of(
     if draws is None:
         copies = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
     else:
+        if isinstance(draws, Mapping) or not isinstance(draws, Iterable):
+            raise InputError(f"`draws`: expected a list of the draws of each step, found {type(draws).__name__}")
         copies = [_copy_of(step_draws) for step_draws in draws]
         if augment is None or len(copies) != len(batches):
             raise InputError(
