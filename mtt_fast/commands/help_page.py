@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from itertools import pairwise
 from typing import Annotated, Any
 
 from mtt_fast.commands.option_fields import Field, Group, Range, fields_of
@@ -18,7 +19,7 @@ def print_help(options: Any, prog: str) -> None:
     tyro.cli(
         _boxes(options),
         prog=prog,
-        description=inspect.getdoc(type(options)),
+        description=ast.get_docstring(_definition(type(options))),  # from the source, since python -OO leaves it out
         args=["--help"],
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
@@ -56,10 +57,15 @@ def help_texts(kind: type) -> dict[str, str]:
     """Return the text below each option in the source of the dataclass `kind` and its bases."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for line, following in zip(definition.body, definition.body[1:], strict=False):
+        for line, following in pairwise(_definition(base).body):
             match line, following:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     texts[name] = " ".join(text.split())
     return texts
+
+
+def _definition(kind: type) -> ast.ClassDef:
+    """Return the syntax tree of the source of the class `kind`."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    return definition

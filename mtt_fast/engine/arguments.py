@@ -5,7 +5,7 @@ Errors name the argument and not the callable, since several callables share the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,10 +113,12 @@ def check_types(**tensors: Any) -> None:
         check_ordinary(f"`{name}`", value)
 
 
-def check_augment(augment: Augment | None) -> None:
+def check_augment(augment: Any) -> None:
     """Raise `InputError` unless `augment` is None or an augmentation."""
-    if augment is not None and not hasattr(augment, "draw"):
-        raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}")
+    is_class = isinstance(augment, type)
+    if augment is not None and (is_class or not hasattr(augment, "draw")):
+        found = f"the class {augment.__name__}; call it to make one" if is_class else type(augment).__name__
+        raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {found}")
 
 
 def check_target(target: Tensor, start: Tensor) -> None:
@@ -290,6 +292,8 @@ def draws_of(
     if draws is None:
         copies = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
     else:
+        if isinstance(draws, Mapping) or not isinstance(draws, Iterable):
+            raise InputError(f"`draws`: expected a list of the draws of each step, found {type(draws).__name__}")
         copies = [_copy_of(step_draws) for step_draws in draws]
         if augment is None or len(copies) != len(batches):
             raise InputError(

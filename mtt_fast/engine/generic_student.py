@@ -132,6 +132,11 @@ class LossGraph(NamedTuple):
 
 def loss_graph(loss: Loss, outputs: Tensor, labels: Tensor) -> LossGraph:
     """Return the graph of `loss` from a network's `outputs` (b, …), and from floating `labels`, to the gradient with respect to the outputs."""
+    if outputs.is_complex():
+        raise InputError(
+            f"`net`: expected real outputs where batches are cut for a `loss` that is no mean over samples, found {outputs.dtype}; "
+            "return torch.view_as_real of them, of which the `loss` takes torch.view_as_complex"
+        )
     differentiated = (outputs, labels) if labels.is_floating_point() else (outputs,)
     with torch.enable_grad(), explaining_missing_derivatives():
         leaves = [tensor.detach().requires_grad_() for tensor in differentiated]

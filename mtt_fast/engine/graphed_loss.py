@@ -7,7 +7,7 @@ network and the options once. Its first call captures the kernels, and later cal
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,16 @@ from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.student import InMicrobatches, Loss
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps, optimizer_of, planned_path
+from mtt_fast.engine.unroll import (
+    CheckedSteps,
+    StepOptions,
+    checked_plan,
+    checked_steps,
+    optimizer_of,
+    plan_of_batch_loss,
+)
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -42,9 +49,9 @@ class GraphedMatchingLoss:
     """Compute `unroll` and a loss of its path, on a GPU by a CUDA graph that is captured once and replayed.
 
     The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures the
-    loss and its gradients. Later calls copy their tensors into the graph and launch it; nothing waits for the GPU. Python values
-    that network, loss and augmentation read, such as a module's mode, are fixed by the first call, and so is whether the loss is
-    taken for a mean over the samples. Each graph holds the memory of its plan until the object is freed. On a CPU nothing is
+    loss and its gradients. Later calls copy their tensors into the graph and launch it. They do not wait for the GPU, unless batches
+    are cut for a `loss` that is a mean over the samples: each call checks that it is. Python values that network, loss and
+    augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of its plan until the object is freed. On a CPU nothing is
     captured. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
@@ -134,7 +141,8 @@ class GraphedMatchingLoss:
         return next((each.problem for each in self._graphed_functions() if each.problem), self._problem)
 
     def _graphed_functions(self) -> list[GraphedFunction]:
-        return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
+        every = [each.iteration if isinstance(each, _OfPieces) else each for each in self._iterations.values()]
+        return [each for each in every if isinstance(each, GraphedFunction)]
 
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
         """Return the iteration for tensors of these shapes, from the cache or new; `parameters` are the augmentation's."""
@@ -150,9 +158,6 @@ class GraphedMatchingLoss:
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 moments=optimizer.moments, path_gradient=self._path_loss is not path_loss,
             )  # fmt: skip
-            if options.loss is not None and plan.cut:
-                draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
-                plan, *_ = planned_path(plan, self._net, options, steps, optimizer, draws)
             _check_reads_constants(self._path_loss, steps, target, on_host=plan.path_on_host)
         is_full = len(self._graphed_functions()) == _MAX_GRAPHS
         if is_full or plan.path_on_host:
@@ -160,11 +165,39 @@ class GraphedMatchingLoss:
                 f"more than {_MAX_GRAPHS} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
             )
             log.warning("not captured, so that it runs slower, with the same result: %s", self._problem)
-        self._iterations[key] = planned_iteration(
-            plan, options.augment, lengths, loss=partial(_checked_loss, self._path_loss), optimizer=optimizer,
-            gradient=options.gradient, graph=not is_full,
+        planned = partial(
+            planned_iteration, augment=options.augment, lengths=lengths, loss=partial(_checked_loss, self._path_loss),
+            optimizer=optimizer, gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
+        if options.loss is not None and isinstance(plan.student, InMicrobatches):
+            self._iterations[key] = _OfPieces(
+                planned(plan, watched_loss=options.loss), lambda: planned(plan_of_batch_loss(plan, self._net, options))
+            )
+        else:
+            self._iterations[key] = planned(plan)
         return self._iterations[key]
+
+
+class _OfPieces:
+    """An iteration whose loss is taken for a mean over the samples, until in some call it is none."""
+
+    def __init__(self, iteration: Iteration, of_batches: Callable[[], Iteration]) -> None:
+        self.iteration = iteration
+        self._of_batches: Callable[[], Iteration] | None = of_batches
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss and its gradients. A GPU is waited for while the loss is taken for a mean."""
+        if self._of_batches is not None:
+            *results, adds_up = self.iteration(*tensors)
+            if _adds_up(adds_up):
+                return tuple(results)
+            self.iteration, self._of_batches = self._of_batches(), None
+        return self.iteration(*tensors)
+
+
+def _adds_up(result: Tensor) -> bool:
+    """Return the `result` of a `WatchedLoss`. A GPU is waited for."""
+    return bool(result)
 
 
 class _LossWithGradients(torch.autograd.Function):

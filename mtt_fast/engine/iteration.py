@@ -16,8 +16,9 @@ from mtt_fast.engine.draws import Apply
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
-from mtt_fast.engine.student import Student
+from mtt_fast.engine.student import Loss, Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
+from mtt_fast.engine.trials import watched_student
 from mtt_fast.runtime.cuda_graphs import graphed
 
 Iteration = Callable[..., tuple[Tensor, ...]]
@@ -36,6 +37,7 @@ def planned_iteration(
     optimizer: Optimizer = PLAIN_SGD,
     gradient: Gradient = "exact",
     graph: bool = True,
+    watched_loss: Loss | None = None,
 ) -> Iteration:
     """Return `iteration` as `plan` says. On CUDA its calls are captured in a CUDA graph and replayed.
 
@@ -44,7 +46,7 @@ def planned_iteration(
     """
     run = iteration(
         plan.student, augment, lengths, loss=loss, optimizer=optimizer, gradient=gradient, saved_steps=plan.saved_steps,
-        path_on_host=plan.path_on_host,
+        path_on_host=plan.path_on_host, watched_loss=watched_loss,
     )  # fmt: skip
     return graphed(run, plan.work.device, kernels.compile_ahead) if graph and not plan.path_on_host else run
 
@@ -59,10 +61,13 @@ def iteration(
     gradient: Gradient = "exact",
     saved_steps: int = 0,
     path_on_host: bool = False,
+    watched_loss: Loss | None = None,
 ) -> Iteration:
     """Return a function that computes `loss` () in float64, and its gradients with respect to images, lr and soft labels.
 
     `lengths` are the batch sizes of the steps. For `gradient` see `unroll`, for `saved_steps` and `path_on_host` see `Plan`.
+    With a `watched_loss`, the student's own, the last result is whether it was a mean over the samples, as a boolean tensor (), if
+    the student takes it for one.
 
     The returned function is pure. Its arguments are tensors on one device: the expert's parameters start and target (P,), all
     synthetic images (n, C, H, W), labels and lr as in `unroll`, and the tensors of `StepDraws`, where ΣB = Σ `lengths`. Neither
@@ -78,8 +83,9 @@ def iteration(
         indices: Tensor,
         parameters: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        watching, watched = watched_student(student, watched_loss)
         steps = StudentSteps(
-            student=student,
+            student=watching,
             batches=indices.split(lengths),
             saved_steps=saved_steps,
             path_on_host=path_on_host,
@@ -92,7 +98,8 @@ def iteration(
         with torch.enable_grad():
             images, lr, *soft = (tensor.detach().requires_grad_() for tensor in learned)
             path, _ = path_of(steps, start, images, soft[0] if soft else labels, lr)
+            adds_up = [] if watched is None else [watched.result()]
             value = loss(path, start, target)
-            return value.detach(), *torch.autograd.grad(value, (images, lr, *soft))
+            return value.detach(), *torch.autograd.grad(value, (images, lr, *soft)), *adds_up
 
     return iterate

@@ -66,7 +66,10 @@ class StudentSteps:
             return Batch(images.detach(), index, warp)
 
         def augmented(rows: Tensor) -> Tensor:
-            return rows if augment is None else augment(rows, draws)
+            if augment is None:
+                return rows
+            # of a copy where a gradient is needed: autograd refuses writes into its leaves, as of a cutout
+            return augment(rows.clone() if rows.requires_grad else rows, draws)
 
         return AugmentedBatch.from_images(images, index, augmented, dtype, tracked=tracked)
 

@@ -8,7 +8,9 @@ symptom.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from itertools import product
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.batch_loss_student import outputs_in_pieces
 from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, no_gradient_error
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.student import InMicrobatches, Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
@@ -45,14 +47,20 @@ def try_augmentation(
         _check_nothing_else_is_learned("augment", warp)
         return None
     batch, few = images.detach()[index], _trial_positions(network, len(index))
-    with without_autocast(images.device):  # of copies, since the augmentation may write into them
+    with without_autocast(images.device), _RandomOperations(images.device) as operations:
         with torch.no_grad():
-            first = augment(batch.clone(), draws)
-        second = augment(batch.clone(), draws)[few]
+            first = augment(batch.clone(), draws)  # of copies, since the augmentation may write into them
+        operations.begin_second_call()
+        second = augment(batch.clone(), draws)
+    if not isinstance(first, Tensor) or first.shape[:1] != index.shape:
+        found = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise InputError(f"`augment`: expected one image for each of the {len(index)} of a step, found {found}")
     _check_nothing_else_is_learned("augment", second)
-    if not _are_close(first[few], second):
+    # small noise, as of less than a grey value, is close
+    if operations.drew() or not _are_close(first[few], second[few]):
+        found = "random numbers" if operations.drew() else "others"
         raise InputError(
-            f"`augment`: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
+            f"`augment`: expected the same images for the same draws, found {found} at the second call of {type(augment).__name__}; "
             "take all random numbers in its draw"
         )
     return first
@@ -141,8 +149,20 @@ class WatchedLoss:
 
     def adds_up(self) -> bool:
         """Return whether the pieces so far added up, and watch no more. A GPU is waited for."""
+        return bool(self.result())
+
+    def result(self) -> Tensor:
+        """Return whether the pieces so far added up, as a boolean tensor (), and watch no more."""
         found, self._found = self._found, None
-        return not found or bool(torch.stack(found).all())
+        return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool, device="cpu")
+
+
+def watched_student(student: Student, loss: Loss | None) -> tuple[Student, WatchedLoss | None]:
+    """Return `student`, and a `WatchedLoss` within it if it takes a `loss` of the caller's own for a mean over the samples."""
+    if loss is None or not isinstance(student, InMicrobatches):
+        return student, None
+    watched = WatchedLoss(loss)
+    return InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size), watched
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:
@@ -187,16 +207,14 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
     `function` reads another tensor that requires a gradient. A call that seeds or restores the generators itself may draw, since
     it draws the same numbers each time.
     """
-    device = arguments[0].device
-    with plain_attention, _RandomOperations() as operations:
+    with plain_attention, _RandomOperations(arguments[0].device) as operations:
         with torch.enable_grad():
             result = function(*arguments)
-        state = _generators_state(device)
+        operations.begin_second_call()
         again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
         raise InputError(f"`{name}`: expected a tensor as its result, found {type(result).__name__}")
-    # other threads may draw at the same time, so a change of state alone proves nothing
-    if operations.names and not all(map(torch.equal, state, _generators_state(device))):
+    if operations.drew():
         raise InputError(
             f"`{name}`: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
             f"{', '.join(dict.fromkeys(operations.names))}; take out what draws them, or call .eval() on a module before it is wrapped"
@@ -222,13 +240,20 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
 def _check_samples_are_independent(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the logits of a sample change when it is beside a copy of itself and not beside other samples.
 
-    If all samples are alike, or there is only one, it is set beside half of itself.
+    If all samples are alike, or there is only one, it is set beside half of itself. Parameters near zero, as gates and last layers
+    may begin, hide a layer that mixes samples. So the same is asked with other numbers in their place.
     """
+    network = student.network
     factor = 0.5 if bool((inputs == inputs[:1]).all()) else 1
-    for position in range(len(inputs)):
+    is_small = theta.abs() <= 0.01 * theta.square().mean().sqrt()
+    signs = torch.arange(1, len(theta) + 1, dtype=theta.dtype, device=theta.device).sin_().sign_()  # in no order
+    moved = torch.where(is_small, 0.3 * signs, theta)
+    for position, (parameters, outputs) in product(
+        range(len(inputs)), ((theta, logits), (moved, network(moved, inputs.clone())))
+    ):
         # of two, since some networks fail with one sample (those that squeeze)
         pair = torch.stack([factor * inputs[position], inputs[position]])
-        if not _are_close(logits[position], student.network(theta, pair)[-1]):
+        if not _are_close(outputs[position], network(parameters, pair)[-1]):
             raise InputError(
                 "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                 "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
@@ -253,29 +278,37 @@ def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
 
     Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared, too:
-    at random parameters all samples may have about the same loss, so that any weights give it.
+    at random parameters all samples may have about the same loss, so that any weights give it, and learned weights among the
+    targets may be equal at first.
     """
 
-    def loss_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = outputs.detach().requires_grad_()
+    def loss_and_gradients(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the loss and its gradients with respect to the outputs, and to floating targets."""
+        soft = targets.is_floating_point()
+        arguments = [outputs.detach().requires_grad_(), targets.detach().requires_grad_(soft)]
         with torch.enable_grad():
-            value = loss(leaf.clone(), targets.clone())
-        depends = value.requires_grad  # not on an output that the loss leaves out
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True) if depends else [None]
-        return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+            value = loss(*(argument.clone() for argument in arguments))
+        leaves = arguments[: 1 + soft]
+        if not value.requires_grad:  # the loss leaves these outputs out
+            return value.detach(), [torch.zeros_like(leaf) for leaf in leaves]
+        return value.detach(), torch.autograd.grad(value, leaves, materialize_grads=True)
 
     outputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
     try:
-        value, gradient = loss_and_gradient(outputs, targets)
-        of_parts = [loss_and_gradient(*part) for part in parts]
+        value, gradients = loss_and_gradients(outputs, targets)
+        of_parts = [loss_and_gradients(*part) for part in parts]
     except InputError:
         raise
     except _FAILURES:
-        return torch.tensor(False, device=outputs.device)
+        return torch.zeros((), dtype=torch.bool, device=outputs.device)
     shares = [len(part[0]) / len(outputs) for part in parts]
     values = torch.stack([share * value for share, (value, _) in zip(shares, of_parts, strict=True)])
-    gradients = torch.cat([share * gradient for share, (_, gradient) in zip(shares, of_parts, strict=True)])
-    return _are_same(values.sum(), value, values.abs().sum()) & _are_same(gradients, gradient, gradient)
+    adds_up = _are_same(values.sum(), value, values.abs().sum())
+    for n, gradient in enumerate(gradients):
+        added = torch.cat([share * part[n] for share, (_, part) in zip(shares, of_parts, strict=True)])
+        # that of targets may be rounding errors alone, beside that of the outputs
+        adds_up &= _are_same(added, gradient, torch.cat([each.flatten() for each in gradients[: n + 1]]))
+    return adds_up
 
 
 def _are_same(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
@@ -305,11 +338,21 @@ def _different_labels(labels: Tensor) -> Tensor:
 
 
 class _RandomOperations(TorchDispatchMode):
-    """Collect the names of operations that may draw random numbers."""
+    """Collect the names of operations that may draw random numbers in two calls, on a CPU or on `device`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._device = device
+
+    def begin_second_call(self) -> None:
+        """Remember the states of the generators."""
+        self._state = _generators_state(self._device)
+
+    def drew(self) -> bool:
+        """Return whether the second call drew random numbers that are not those of the first."""
+        # other threads may draw at the same time, so a change of state alone proves nothing
+        return bool(self.names) and not all(map(torch.equal, self._state, _generators_state(self._device)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from mtt_fast.engine.live_bytes import output_bytes
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
 from mtt_fast.engine.number_checks import check_number
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
-from mtt_fast.engine.student import InMicrobatches, Loss, Student
+from mtt_fast.engine.student import Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
-from mtt_fast.engine.trials import WatchedLoss, try_augmentation, try_step
+from mtt_fast.engine.trials import try_augmentation, try_step, watched_student
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -278,7 +278,7 @@ def checked_plan(
     if theta.is_meta:
         return plan
     loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
-    return plan if loss_is_mean else _plan_of_batch_loss(plan, net, options)
+    return plan if loss_is_mean else plan_of_batch_loss(plan, net, options)
 
 
 def planned_path(
@@ -295,11 +295,8 @@ def planned_path(
     It is `plan`, unless that takes the loss for a mean over the samples, and in some step it is none.
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
-    student, watched = plan.student, None
     checks = not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing())
-    if checks and options.loss is not None and isinstance(student, InMicrobatches):  # which takes it for a mean
-        watched = WatchedLoss(options.loss)
-        student = InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size)
+    student, watched = watched_student(plan.student, options.loss if checks else None)
     student_steps = StudentSteps(
         student=student,
         batches=steps.batches,
@@ -315,10 +312,10 @@ def planned_path(
     if watched is None or watched.adds_up():
         return plan, path, after
     del path, after  # before there is another
-    return planned_path(_plan_of_batch_loss(plan, net, options), net, options, steps, optimizer, draws, velocity)
+    return planned_path(plan_of_batch_loss(plan, net, options), net, options, steps, optimizer, draws, velocity)
 
 
-def _plan_of_batch_loss(plan: Plan, net: Network, options: StepOptions) -> Plan:
+def plan_of_batch_loss(plan: Plan, net: Network, options: StepOptions) -> Plan:
     """Return the plan in place of `plan`, with its budget, for a loss that is not a mean over the samples."""
     assert options.loss is not None
     # only the generic student cuts batches for it, which may take more memory

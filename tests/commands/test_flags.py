@@ -366,6 +366,15 @@ def page(show: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_a_command_without_docstrings(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check what python -OO shows, for which a dataclass makes a text of its fields."""
+    kind = COMMANDS[command]
+    expected = page(lambda: print_help(kind(), "python -m x"))
+    monkeypatch.setattr(kind, "__doc__", f"{kind.__name__}(a: 'str' = '')")
+    assert page(lambda: print_help(kind(), "python -m x")) == expected
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_shows_every_flag_in_the_box_of_its_group(
     command: str, columns: int, monkeypatch: pytest.MonkeyPatch

@@ -122,6 +122,40 @@ def test_cut_batches_are_exact(name: str) -> None:
     assert_close("images", found, by_autograd(net, start, images, labels, 0.7, batches, loss), 1e-9)
 
 
+def of_one_temperature(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Divide by the mean of the last numbers of the targets."""
+    return F.cross_entropy(outputs / targets[:, 4].mean(), targets[:, :4].softmax(1))
+
+
+@pytest.mark.parametrize("loss", [weighted, of_one_temperature])
+def test_learned_numbers_may_be_equal_at_first(loss: Loss) -> None:
+    """Check the gradient of targets of which the loss takes a mean, and whose equal numbers hide that."""
+    net, targets = mlp(), torch.cat([draw(12, 4, seed=1), torch.ones(12, 1).double()], 1).requires_grad_()
+
+    def gradient(size: int | None) -> Tensor:
+        path = unroll(net, net.init(), ROWS, targets, 0.7, BATCHES, loss=loss, microbatch=size)
+        return torch.autograd.grad(path[-1].square().sum(), targets)[0]
+
+    assert_close("targets", gradient(2), gradient(None), 1e-9)
+
+
+def test_complex_outputs_are_cut_only_for_a_mean() -> None:
+    class Waves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 8)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return torch.view_as_complex(self.layer(rows).view(-1, 4, 2))
+
+    net = FlatModule(Waves().double())
+    unroll(net, net.init(), ROWS, CLASSES, 0.1, BATCHES, loss=lambda z, y: F.cross_entropy(z.abs(), y), microbatch=2)
+    with pytest.raises(
+        InputError, match=r"`net`: expected real outputs where batches are cut .* found torch.complex128"
+    ):
+        unroll(net, net.init(), ROWS, CLASSES, 0.1, BATCHES, loss=lambda z, _: (z @ z.mH).abs().sum(), microbatch=2)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize(
     "loss", [nn.CrossEntropyLoss(label_smoothing=0.1), lambda outputs, labels: F.cross_entropy(outputs / 0.01, labels)]
@@ -129,7 +163,7 @@ def test_cut_batches_are_exact(name: str) -> None:
 def test_a_mean_is_taken_for_one(loss: Loss, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that rounding in float32 does not cost the fused step."""
     monkeypatch.setattr(
-        "mtt_fast.engine.unroll._plan_of_batch_loss", lambda *_: pytest.fail("a mean was not taken for one")
+        "mtt_fast.engine.unroll.plan_of_batch_loss", lambda *_: pytest.fail("a mean was not taken for one")
     )
     net, images = ConvNet(1, 4, 16, 32, 2), draw(12, 1, 16, 16).float()
     unroll(net, net.init(), images, CLASSES, 0.1, 4 * BATCHES, loss=loss, microbatch=size)
@@ -138,7 +172,7 @@ def test_a_mean_is_taken_for_one(loss: Loss, size: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["other weights in a later batch", "a class of maps"])
 def test_a_trial_sees_all_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the trial alone, since a captured iteration gets other batches later."""
-    monkeypatch.setattr("mtt_fast.engine.unroll.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
+    monkeypatch.setattr("mtt_fast.engine.trials.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
     test_cut_batches_are_exact(name)
 
 
@@ -148,6 +182,20 @@ def test_a_graphed_loss_is_exact() -> None:
     graphed = GraphedMatchingLoss(net, loss=hard_examples, microbatch=2)
     (found,) = torch.autograd.grad(graphed(start, 1.1 * start, leaf, CLASSES, 0.7, batches), leaf)
     assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.7, batches, hard_examples), 1e-9)
+
+
+def test_a_graphed_loss_is_exact_where_samples_are_learned_only_later() -> None:
+    def hardest(logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses[losses > 0.3].mean()
+
+    net, leaf = mlp(), ROWS.clone().requires_grad_()
+    new = net.init()
+    trained = unroll(net, new, ROWS, CLASSES, 0.7, 8 * BATCHES)[-1]
+    graphed = GraphedMatchingLoss(net, loss=hardest, microbatch=2)
+    for start in (new, trained, new):
+        (found,) = torch.autograd.grad(graphed(start, 1.1 * start, leaf, CLASSES, 0.1, BATCHES[:1]), leaf)
+        assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.1, BATCHES[:1], hardest), 1e-9)
 
 
 @pytest.mark.parametrize("images", [ROWS, torch.full_like(ROWS, 0.3)], ids=["images", "equal images"])
@@ -165,6 +213,26 @@ def test_a_network_that_mixes_samples_is_found(first: Tensor, images: Tensor) ->
     net = FlatModule(Centred().double())
     with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
         unroll(net, net.init(), images, CLASSES, 0.1, [first, *BATCHES], microbatch=2)
+
+
+@pytest.mark.parametrize("hidden_by", ["gate", "head"])
+def test_a_network_that_mixes_samples_is_found_behind_zeros(hidden_by: str) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gate, self.head = nn.Linear(6, 8), nn.Parameter(torch.ones(())), nn.Linear(8, 4)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            features = torch.tanh(self.layer(rows))
+            return self.head(features - self.gate * features.mean(0))  # type: ignore[no-any-return]
+
+    module = Centred()
+    for parameter in module.head.parameters() if hidden_by == "head" else [module.gate]:
+        nn.init.zeros_(parameter)
+    net = FlatModule(module)
+    for batches in (BATCHES, [ONE, *BATCHES]):
+        with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+            unroll(net, net.init(), ROWS.float(), CLASSES, 0.1, batches, loss=spread, microbatch=2)
 
 
 @pytest.mark.native

@@ -174,8 +174,8 @@ def test_a_loss_that_does_not_add_up_is_computed_of_whole_batches(loss: Any, mon
     whole = gradient(net, start, loss=loss)
     for size in (1, 2, 3):
         assert_close("images", gradient(net, start, loss=loss, microbatch=size), whole, 1e-12)
-    for check in ("try_step", "WatchedLoss.adds_up"):
-        monkeypatch.setattr(f"mtt_fast.engine.unroll.{check}", lambda *_, **__: True)  # as a mean over the samples
+    for check in ("unroll.try_step", "trials.WatchedLoss.adds_up"):
+        monkeypatch.setattr(f"mtt_fast.engine.{check}", lambda *_, **__: True)  # as a mean over the samples
     assert not torch.allclose(gradient(net, start, loss=loss, microbatch=2), whole, rtol=1e-3)
 
 
@@ -504,6 +504,13 @@ def test_an_augmentation_that_draws_as_it_applies_is_refused(network: str) -> No
     with pytest.raises(InputError, match=r"same images for the same draws, .* take all random numbers in its draw"):
         gradient(net, start, augment=Augmentation(lambda images, generator: None, noisy))
 
+    def hardly_noisy(images: Tensor, _: Any) -> Tensor:
+        return images + torch.randn_like(images) / 255
+
+    augment, images = Augmentation(lambda images, generator: None, hardly_noisy), torch.randn(6, 2, 6, 6)
+    with pytest.raises(InputError, match="same images for the same draws, found random numbers"):
+        unroll(net, net.init(), images, LABELS, 0.1, BATCHES, augment=augment)
+
     def seeded(images: Tensor, seed: int) -> Tensor:  # as the public code's DiffAugment
         torch.manual_seed(seed)
         return noisy(images, None)
@@ -558,6 +565,39 @@ def test_an_augmentation_that_is_another_where_images_are_learned_is_refused() -
         start = net.init(torch.Generator().manual_seed(0)).double()
         with pytest.raises(InputError, match="in the backward pass"):
             gradient(net, start, augment=augment)
+
+
+def test_an_augmentation_may_write_into_its_images() -> None:
+    def cut_out(images: Tensor, rows: int) -> Tensor:
+        images[:, :, :rows] = 0
+        return images
+
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    net = ConvNet(2, 3, 6, 4, 1)
+    start = net.init(torch.Generator().manual_seed(0)).double()
+
+    def gradient(apply: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        path = unroll(net, start, images, LABELS, 0.3, BATCHES, augment=Augmentation(lambda *_: 2, apply))
+        return torch.autograd.grad(path[-1].square().sum(), images)[0]
+
+    def masked(images: Tensor, rows: int) -> Tensor:
+        return images * (torch.arange(6) >= rows)[:, None]
+
+    assert_close("images", gradient(cut_out), gradient(masked), 1e-12)
+
+
+@pytest.mark.parametrize("result", [lambda images: images.repeat(2, 1, 1, 1), torch.mean, lambda _: None])
+def test_an_augmentation_of_another_number_of_images_is_refused(result: Callable[[Tensor], Any]) -> None:
+    class Other:
+        def draw(self, images: Tensor, generator: torch.Generator | None, /) -> None:
+            pass
+
+        def __call__(self, images: Tensor, draws: None) -> Tensor:
+            return cast(Tensor, result(images))
+
+    net = ConvNet(2, 3, 6, 4, 1)
+    with pytest.raises(InputError, match="`augment`: expected one image for each of the 4 of a step, found "):
+        unroll(net, net.init(), torch.randn(6, 2, 6, 6), LABELS, 0.3, BATCHES, augment=Other())
 
 
 class Dropping:

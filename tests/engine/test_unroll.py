@@ -387,6 +387,9 @@ def test_a_custom_loss() -> None:
         ({"batches": [torch.tensor([2**63], dtype=torch.uint64)]}, "expected indices 0 … 5, found -"),
         ({"generator": 3}, "`generator`: expected a torch.Generator, found int; "),
         ({"augment": "color_crop"}, "expected an augmentation, such as SiameseAugment, found str"),
+        ({"draws": 5}, "`draws`: expected a list of the draws of each step, found int"),
+        ({"draws": {0: 1}}, "`draws`: expected a list of the draws of each step, found dict"),
+        ({"augment": SiameseAugment}, "found the class SiameseAugment; call it to make one"),
     ],
 )
 def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:

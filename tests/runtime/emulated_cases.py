@@ -83,7 +83,9 @@ def compare() -> None:
         ):  # fmt: skip
             for actual, expected in zip(result(net, "cuda", **options), result(net, "cpu", **options), strict=True):
                 assert_close("unroll", actual.cpu(), expected, 1e-4)
-        for options in ({}, {"optimizer": ADAM}, {"microbatch": 2, "loss": contrastive}):
+        for options in (
+            {}, {"optimizer": ADAM}, {"microbatch": 2, "loss": contrastive}, {"microbatch": 2, "loss": F.cross_entropy},
+        ):  # fmt: skip
             graphed = GraphedMatchingLoss(net, augment=SiameseAugment(), **options)
             for _ in range(2):
                 actuals = graphed_result(graphed, net, "cuda")
