@@ -37,8 +37,8 @@ from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import peak_memory_bytes
 from mtt_fast.storage.run_files import SUMMARY
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import real_images
-from mtt_fast.training.protocols import Accuracy
 
 log = logging.getLogger("mtt_fast")
 

@@ -34,7 +34,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import write_record
-from mtt_fast.training.protocols import Accuracy, evaluate
+from mtt_fast.training.evaluation import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 

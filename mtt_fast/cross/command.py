@@ -43,8 +43,8 @@ from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import NUMBER, check_form, read_entries, write_record
 from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
+from mtt_fast.training.evaluation import Accuracy, evaluate
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.protocols import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 

@@ -196,7 +196,7 @@ def toy(
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("mtt_fast.baselines.truncated_bptt._OWN_STEPS", 5)  # a thousand steps would show no more
     _tell(monkeypatch, "mtt_fast.commands.options.load")
-    for job in ("mtt_fast.experts", "mtt_fast.training.protocols"):
+    for job in ("mtt_fast.experts", "mtt_fast.training.evaluation"):
         _tell(monkeypatch, f"{job}.concurrency_for", of_result=True)
     for job in ("mtt_fast.distill.command", "mtt_fast.baselines.learning"):
         _tell(monkeypatch, f"{job}.save_checkpoint", arguments=False)

@@ -39,7 +39,7 @@ from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import assert_close
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.evaluation import Accuracy
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
