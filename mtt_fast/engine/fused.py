@@ -20,7 +20,7 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, batch_images, gathered
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
-from mtt_fast.engine.fused_head import CrossEntropyHead, Head, LossHead
+from mtt_fast.engine.fused_head import Head
 from mtt_fast.engine.fused_step_bytes import fused_step_bytes
 from mtt_fast.engine.step_checks import check_choices, check_saved, check_step
 from mtt_fast.engine.student import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient
@@ -159,7 +159,7 @@ class FusedConvNetStudent:
 
     @property
     def _head(self) -> Head:
-        return CrossEntropyHead(self.label_kind) if self.loss is None else LossHead(self.loss)
+        return Head(self.label_kind, self.loss)
 
     @property
     def _checked_kind(self) -> LabelKind | None:
