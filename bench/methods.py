@@ -30,7 +30,7 @@ from mtt_fast.commands.options import EvaluationOptions, buffer_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request

@@ -27,7 +27,7 @@ from mtt_fast.commands.evaluated_set import (
 )
 from mtt_fast.commands.option_fields import Checked, Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
-from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.engine.students.choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import numerics

@@ -34,7 +34,7 @@ from mtt_fast.commands.options import (
     TrueOrFalse,
     buffer_folder,
 )
-from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
+from mtt_fast.engine.students.choice import describe_numerics, precision_on, student_for
 from mtt_fast.errors import InputError
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.kernels import Precision

@@ -21,7 +21,7 @@ from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
 from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO

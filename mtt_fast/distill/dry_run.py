@@ -28,7 +28,7 @@ from mtt_fast.distill.parametrised import (
 )
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.memory_plan import Plan
-from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
+from mtt_fast.engine.students.choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.recipes import recipe_about

@@ -19,8 +19,8 @@ from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.flip_and_color import FlipAndColorAugment
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy
 from mtt_fast.engine.arguments import kind_of
-from mtt_fast.engine.student import Student
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Network, Trainable

@@ -21,11 +21,11 @@ import mtt_fast
 from mtt_fast import Adam, ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine import memory_plan
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy
-from mtt_fast.engine.live_bytes import CountLiveBytes
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.kernels import native
 from mtt_fast.kernels.native import planes
 from mtt_fast.networks.convnet import Norm

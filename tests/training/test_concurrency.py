@@ -16,10 +16,10 @@ import torch
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine import live_bytes as live_bytes_module
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student import StepBytes
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students import live_bytes as live_bytes_module
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.protocol import StepBytes
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for

@@ -24,8 +24,8 @@ from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.cross import command as cross
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
 from mtt_fast.networks.protocol import Network

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.fused_blocks import Tensors
-from mtt_fast.engine.generic_student import derivatives_of, loss_graph
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.students.fused_blocks import Tensors
+from mtt_fast.engine.students.generic import derivatives_of, loss_graph
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.kernels import LabelKind
 
 

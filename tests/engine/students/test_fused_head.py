@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.fused_head import Head
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.fused_head import Head
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import assert_close
 
