@@ -26,7 +26,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.convert.command import main
 from mtt_fast.convert.experts import options_in_path
 from mtt_fast.data import load
-from mtt_fast.data.class_names import SUBSETS
+from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.experts import main as experts

@@ -16,7 +16,7 @@ import pytest
 from mtt_fast import InputError
 from mtt_fast.commands import cli
 from mtt_fast.data import load
-from mtt_fast.data.class_names import CIFAR10, SUBSETS
+from mtt_fast.data.class_lists import CIFAR10, SUBSETS
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
