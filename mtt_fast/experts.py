@@ -45,9 +45,10 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training, training_digest
 from mtt_fast.storage.expert_locks import ExpertClaim, claim_expert
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, experts_in, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.curriculum import Curriculum
 from mtt_fast.training.experts import ExpertTraining, expert_job

@@ -32,11 +32,12 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import NORMALISED, WHITENED
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, write_expert
 from mtt_fast.training.images import real_images
 from mtt_fast.training.sgd import accuracy
 
