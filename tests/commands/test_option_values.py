@@ -18,14 +18,13 @@ from mtt_fast import InputError, SyntheticDataset, evaluate, experts
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.option_checks import check_effects, check_values
 from mtt_fast.commands.option_fields import (
     HARMLESS,
     MAY_BE_EMPTY,
     Needs,
     Range,
     Role,
-    check_effects,
-    check_values,
     fields_of,
     names_of,
     outside_result,
