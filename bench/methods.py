@@ -32,7 +32,7 @@ from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError, did_you_mean
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts.missing import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import peak_memory_bytes

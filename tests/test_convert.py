@@ -29,7 +29,7 @@ from mtt_fast.data import load
 from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
-from mtt_fast.experts import main as experts
+from mtt_fast.experts.command import main as experts
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import reference_convnet

@@ -14,7 +14,7 @@ import pytest
 import torch
 import tyro
 
-from mtt_fast import InputError, SyntheticDataset, evaluate, experts
+from mtt_fast import InputError, SyntheticDataset, evaluate
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
@@ -34,6 +34,7 @@ from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.experts import command as experts
 from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.text_files import read_toml

@@ -26,7 +26,7 @@ from mtt_fast.distill.gradients import finish_gradients
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.students import choice
 from mtt_fast.errors import InputError
-from mtt_fast.experts import main as experts
+from mtt_fast.experts.command import main as experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.resnets import resnet
