@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.settings import Setting
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.storage.tensor_files import save_tensors
 from mtt_fast.testing import reference_convnet

@@ -25,8 +25,8 @@ from bench.flops import (
 )
 from bench.workers import named_function
 from mtt_fast import GraphedMatchingLoss, matching_loss, testing, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.convnet import ConvNet

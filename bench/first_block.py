@@ -21,7 +21,7 @@ from bench.parsing import CommonOptions
 from bench.render import publish
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
-from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock
+from mtt_fast.engine.students.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock
 from mtt_fast.kernels import ConvLayer, plane_dtype
 
 

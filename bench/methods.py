@@ -30,15 +30,15 @@ from mtt_fast.commands.options import EvaluationOptions, buffer_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError, did_you_mean
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts.missing import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import peak_memory_bytes
 from mtt_fast.storage.run_files import SUMMARY
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import real_images
-from mtt_fast.training.protocols import Accuracy
 
 log = logging.getLogger("mtt_fast")
 

@@ -9,7 +9,7 @@ import torch
 
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.options import Count
-from mtt_fast.engine.student_choice import has_fused_kernels
+from mtt_fast.engine.students.choice import has_fused_kernels
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.runtime.provenance import choose_device

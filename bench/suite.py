@@ -39,9 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what passed before, and order the rest by the seconds that the last record has."""
     rows = partial_rows(str(config.getoption("--record")), NAME)
     _leave_out({row["test"] for row in rows if row["outcome"] == "passed"}, config, items)
-    seconds = {row["test"]: row["seconds"] for row in read_record(_BEFORE)["rows"]}
-    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    # a file may have moved to another folder since
+    before = {Path(row["test"]).name: row["seconds"] for row in read_record(_BEFORE)["rows"]}
     by_name = {item.nodeid: item for item in items}
+    seconds = {name: before[Path(name).name] for name in by_name if Path(name).name in before}
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = [by_name[name] for name in in_order(list(by_name), seconds, processes)]
 
 

@@ -21,7 +21,7 @@ from bench.workers import Process, Subjects
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands.options import Count
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error

@@ -32,8 +32,9 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.tensor_files import read_header
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, write_expert
 
 CHECKED = "TrajectoryStore"
 _EXPERT_EPOCHS = 2

@@ -3,7 +3,7 @@
 import sys
 
 from mtt_fast.commands import cli
-from mtt_fast.experts import main
+from mtt_fast.experts.command import main
 
 if __name__ == "__main__":
     sys.exit(cli.run(main))

@@ -1,6 +1,10 @@
-"""Check tensors and generators that a caller gives, in any layer."""
+"""Check tensors, generators and numbers that a caller gives, in any layer."""
 
 from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +37,19 @@ def device_of(generator: torch.Generator | None) -> torch.device:
     """Return the device on which `generator` draws; for None the CPU. Raises `InputError` if it is no generator."""
     check_generator(generator)
     return torch.device("cpu") if generator is None else generator.device
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise `InputError` unless `value` is a finite number of at least 0, as torch.optim's classes do."""
+    if not isinstance(value, Real):
+        raise InputError(f"`{name}`: expected a number, found {value!r}")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise InputError(f"`{name}`: expected a finite number of at least 0, found {value}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise `InputError` unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, Integral):
+        raise InputError(f"`{name}`: expected a whole number, found {value!r}")
+    if int(value) < least:
+        raise InputError(f"`{name}`: expected at least {least}, found {value}")

@@ -25,8 +25,9 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.expert_locks import lock_expert_folder
+from mtt_fast.storage.expert_metadata import layer_sizes
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, write_expert
 from mtt_fast.storage.waypoints import check_waypoints, convexified, evenly_spaced
 
 _COMPRESS_AGAIN = "delete that folder, or compress into another one"  # --out of a distillation is another folder

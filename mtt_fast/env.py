@@ -9,8 +9,8 @@ import torch
 
 from mtt_fast.commands import cli
 from mtt_fast.commands.options import CommonOptions
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.engine.students.choice import describe_numerics, precision_on
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import native_available
 from mtt_fast.networks.convnet import ConvNet

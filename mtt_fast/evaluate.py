@@ -27,14 +27,14 @@ from mtt_fast.commands.evaluated_set import (
 )
 from mtt_fast.commands.option_fields import Checked, Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
-from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.engine.students.choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import write_record
-from mtt_fast.training.protocols import Accuracy, evaluate
+from mtt_fast.training.evaluation import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 

@@ -75,6 +75,13 @@ def test_kernels_know_nothing_of_the_rest() -> None:
         assert not set(imports(path)) - {"kernels"}, path
 
 
+def test_students_know_nothing_of_the_path() -> None:
+    modules = sorted((PACKAGE / "engine" / "students").glob("*.py"))
+    assert modules
+    for path in modules:
+        assert not re.findall(r"mtt_fast\.engine\.(?!students\.)\w+", path.read_text(encoding="utf-8")), path
+
+
 def is_private(name: str | None) -> bool:
     return name is not None and name.startswith("_") and not name.startswith("__")
 

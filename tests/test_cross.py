@@ -22,7 +22,8 @@ from mtt_fast.commands import cli
 from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import Quoted, markdown, quoted_for, save_plot
-from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
+from mtt_fast.training.evaluation import Accuracy
+from mtt_fast.training.protocols import EvaluationProtocol
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 

@@ -24,8 +24,8 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.experts import ExpertOptions
-from mtt_fast.experts import main as train_experts
+from mtt_fast.experts.command import main as train_experts
+from mtt_fast.experts.options import ExpertOptions
 from mtt_fast.recipes import recipe_about, recipe_names, recipe_options
 from mtt_fast.testing import assert_close, relative_error
 from tests.commands.test_flags import COMMANDS

@@ -18,8 +18,9 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training.evaluation import Accuracy, training_job
 from mtt_fast.training.images import Images, RealImages, real_images
-from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, training_job
+from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.subsets import random_subset
 from tests.training.jobs import finished
 

@@ -25,7 +25,9 @@ from mtt_fast.data import from_tensors
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertOptions, main, train_missing_experts
+from mtt_fast.experts.command import main
+from mtt_fast.experts.missing import train_missing_experts
+from mtt_fast.experts.options import ExpertOptions
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.expert_checks import training_digest
@@ -180,7 +182,7 @@ def test_the_command_and_what_it_records(tmp_path: Path) -> None:
 def test_experts_record_the_seed_and_the_precision_and_the_log_tells_their_last_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mtt_fast.experts.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
+    monkeypatch.setattr("mtt_fast.experts.command.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
     caplog.set_level("INFO")
     assert run(tmp_path, "--seed", "3", "--lr_teacher", "0.1") == 0
     store = TrajectoryStore(buffers(tmp_path))
@@ -294,8 +296,8 @@ def test_experts_that_another_process_trains_are_left_to_it(
         if len(waits) == 2:
             other.release()
 
-    monkeypatch.setattr("mtt_fast.experts.expert_job", job)
-    monkeypatch.setattr("mtt_fast.experts.time.sleep", sleep)
+    monkeypatch.setattr("mtt_fast.experts.missing.expert_job", job)
+    monkeypatch.setattr("mtt_fast.experts.missing.time.sleep", sleep)
     store = train_missing_experts(tmp_path, 3, images, NET, training, seed=0)
     assert (trained, waits) == ([0, 2, 1], [(0, 2), (0, 2)])
     assert [path.name for path in sorted(tmp_path.iterdir())] == [store.path(expert).name for expert in range(3)]
@@ -310,7 +312,7 @@ def test_who_waits_for_other_processes_can_be_stopped(
     training = ExpertTraining(train_epochs=1)
     digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
     other = claim_expert(tmp_path, lambda: [0], digest)
-    monkeypatch.setattr("mtt_fast.experts.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("mtt_fast.experts.missing.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="stopped while other processes train the last experts; the same command"):
         train_missing_experts(tmp_path, 1, images, NET, training, seed=0)
     assert other is not None
@@ -341,7 +343,7 @@ def test_an_expert_that_another_process_writes_meanwhile_is_checked(
             (folder / "expert_0002.safetensors").write_bytes(content)
         return expert_job(*arguments, index=index, **others)
 
-    monkeypatch.setattr("mtt_fast.experts.expert_job", job)
+    monkeypatch.setattr("mtt_fast.experts.missing.expert_job", job)
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
         train_missing_experts(folder, 4, images, NET, training, seed=0, at_once=1)
     assert trained == ([0, 1] if message else [0, 1, 3])

@@ -16,7 +16,8 @@ from mtt_fast.commands import cli
 from mtt_fast.compress import compress
 from mtt_fast.distill.command import main
 from mtt_fast.interop import as_tensor_set, export_waypoints, import_experts, read_set, read_waypoints, write_set
-from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.storage.expert_metadata import ExpertMetadata
+from mtt_fast.storage.trajectories import write_expert
 
 NET = ConvNet(in_channels=3, num_classes=2, image_size=4, width=2, depth=1)
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))

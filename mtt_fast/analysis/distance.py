@@ -39,10 +39,10 @@ from mtt_fast.commands.options import CommonOptions, Count, Networks, Positive
 from mtt_fast.commands.tables import legend_label, markdown_table, save_figure
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.segments import student_batches
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTrainingOptions
+from mtt_fast.experts.options import ExpertTrainingOptions
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.numerics import numerics

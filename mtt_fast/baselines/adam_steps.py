@@ -15,7 +15,7 @@ from torch import Tensor
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.optimizers import Adam, CapturableAdam
-from mtt_fast.engine.student import Student, as_sums
+from mtt_fast.engine.students.protocol import Student, as_sums
 from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.runtime.prefetch import upload
 

@@ -31,7 +31,7 @@ from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.distill.experts import requested_hyperparameters
-from mtt_fast.engine.student_choice import describe_numerics
+from mtt_fast.engine.students.choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name

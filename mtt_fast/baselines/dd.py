@@ -19,7 +19,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.commands.options import Count, Positive
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable

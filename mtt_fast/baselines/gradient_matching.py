@@ -27,8 +27,8 @@ from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.commands.options import Count, CountFromZero, Positive
-from mtt_fast.engine.student import Student
-from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.engine.students.choice import precision_on, student_for
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload

@@ -20,7 +20,7 @@ from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.commands.option_fields import Group
 from mtt_fast.commands.options import Count, Positive
-from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.engine.students.choice import precision_on, student_for
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload

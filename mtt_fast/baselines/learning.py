@@ -26,7 +26,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.metrics import MetricsLog
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.sgd import accuracy
 
 

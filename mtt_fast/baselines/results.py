@@ -12,7 +12,7 @@ from mtt_fast.baselines.checkpoint import Progress
 from mtt_fast.commands.accuracies import format_accuracy
 from mtt_fast.commands.run_loop import Record, Run, set_to_save, write_summary
 from mtt_fast.data.synthetic import SyntheticDataset
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.evaluation import Accuracy
 
 log = logging.getLogger(__name__)
 

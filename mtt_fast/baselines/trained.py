@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast import experts
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.distill.experts import check_nothing_to_convert
 from mtt_fast.distill.labels import experts_at, mean_teacher_labels
 from mtt_fast.errors import InputError
+from mtt_fast.experts import missing
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import (
     check_as_requested,
@@ -41,7 +41,7 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     Raises `InputError` if the first expert is of another network, data set or whitening.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
-    store = experts.first_expert(folder, real, network, options.expert(), options)
+    store = missing.first_expert(folder, real, network, options.expert(), options)
     check_belongs(store, 0, network, real.identity)
     return store
 

@@ -24,8 +24,8 @@ from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import starting_images
 from mtt_fast.commands.option_fields import Group, Needs
 from mtt_fast.commands.options import Count, Positive, Share, Strategy
-from mtt_fast.engine.student import InMicrobatches
-from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.engine.students.choice import precision_on, student_for
+from mtt_fast.engine.students.microbatches import InMicrobatches
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.cuda_graphs import graphed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.evaluation import Accuracy
 
 
 def accuracy_fields(results: Mapping[str, Accuracy]) -> dict[str, float | int]:

@@ -28,8 +28,9 @@ from mtt_fast.interop.sets import warn_of_unread
 from mtt_fast.interop.tensor_set import class_major
 from mtt_fast.storage.identity import check_same_data, describe_other_data
 from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images, RealImages, as_training_images, parts_of, real_images
-from mtt_fast.training.protocols import Accuracy, EvaluationProtocol
+from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.subsets import check_enough, random_subset
 
 log = logging.getLogger(__name__)

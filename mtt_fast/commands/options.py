@@ -15,7 +15,7 @@ from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Needs, Ran
 from mtt_fast.data import ImageData, load
 from mtt_fast.data.catalogue import name_of
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
-from mtt_fast.engine.student_choice import PrecisionRequest
+from mtt_fast.engine.students.choice import PrecisionRequest
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable

@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mtt_fast.commands.help_page import print_help
-from mtt_fast.commands.option_fields import (
-    Field,
-    InvalidValue,
-    check_effects,
-    check_values,
-    converted,
-    fields_of,
-    from_texts,
-    in_words,
-)
+from mtt_fast.commands.option_checks import InvalidValue, check_effects, check_values, converted, from_texts, in_words
+from mtt_fast.commands.option_fields import Field, fields_of
 from mtt_fast.errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)

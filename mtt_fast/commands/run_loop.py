@@ -21,7 +21,7 @@ from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
 from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
@@ -29,8 +29,8 @@ from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import write_record
 from mtt_fast.storage.run_files import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
+from mtt_fast.training.evaluation import Accuracy, evaluate
 from mtt_fast.training.images import Images, RealImages, as_training_images
-from mtt_fast.training.protocols import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def evaluate_network(
     name: str,
     indices: Sequence[int] = (),
 ) -> Accuracy:
-    """Return the accuracy that `mtt_fast.training.protocols.evaluate` measures with the run's options."""
+    """Return the accuracy that `mtt_fast.training.evaluation.evaluate` measures with the run's options."""
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
     with run.seconds.of("evaluations"):
         return evaluate(

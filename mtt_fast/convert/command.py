@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import check_effects
+from mtt_fast.commands.option_checks import check_effects
 from mtt_fast.convert.experts import EXPERT_KINDS, expert_kinds_of, export_to, import_from, options_in_path
 from mtt_fast.convert.options import ConvertOptions, parse_options
 from mtt_fast.convert.sets import convert_set

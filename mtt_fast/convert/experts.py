@@ -22,7 +22,7 @@ from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
-from mtt_fast.experts import STORE_DTYPES
+from mtt_fast.experts.options import STORE_DTYPES
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
@@ -32,11 +32,12 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import NORMALISED, WHITENED
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, write_expert
 from mtt_fast.training.images import real_images
 from mtt_fast.training.sgd import accuracy
 

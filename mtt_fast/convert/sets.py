@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mtt_fast.commands.cli import with_flags
-from mtt_fast.commands.option_fields import check_effects
+from mtt_fast.commands.option_checks import check_effects
 from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.data import NAMES, transform_for
 from mtt_fast.data.published_info import dataset_info

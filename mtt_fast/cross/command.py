@@ -30,7 +30,7 @@ from mtt_fast.commands.evaluated_set import (
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
@@ -43,8 +43,8 @@ from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import NUMBER, check_form, read_entries, write_record
 from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
+from mtt_fast.training.evaluation import Accuracy, evaluate
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.protocols import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 

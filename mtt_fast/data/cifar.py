@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mtt_fast.data import class_names
+from mtt_fast.data import class_lists
 from mtt_fast.data.archives import is_file_or_link, read_tar
+from mtt_fast.data.class_names import abbreviated
 from mtt_fast.data.download import fetch
 from mtt_fast.data.folder import by_class, find_splits, has_splits, image_source
 from mtt_fast.data.image_data import DatasetInfo
@@ -74,7 +75,7 @@ class DatasetSpec:
 
 _CIFAR10 = DatasetSpec(
     name="CIFAR10",
-    class_names=class_names.CIFAR10,
+    class_names=class_lists.CIFAR10,
     images=(10_000, 10_000),
     python=_Distribution(
         archive="cifar-10-python.tar.gz",
@@ -97,7 +98,7 @@ _CIFAR10 = DatasetSpec(
 )
 _CIFAR100 = DatasetSpec(
     name="CIFAR100",
-    class_names=class_names.CIFAR100,
+    class_names=class_lists.CIFAR100,
     images=(50_000, 10_000),
     python=_Distribution(
         archive="cifar-100-python.tar.gz",
@@ -256,7 +257,7 @@ def _from_pickle(raw: bytes, labels_key: Any, place: Path) -> tuple[_Images, lis
         and len(labels) == len(pixels)
         and all(type(label) is int for label in labels)
     ):
-        keys = class_names.abbreviated([repr(key)[:40] for key in batch if isinstance(key, str | bytes)])
+        keys = abbreviated([repr(key)[:40] for key in batch if isinstance(key, str | bytes)])
         raise InputError(
             f"{place}: expected 'data' of bytes (n, {_PIXELS}) and a list of n {labels_key!r}, found {keys or 'neither'}; "
             "get its archive again"

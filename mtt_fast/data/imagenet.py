@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtt_fast.data.class_names import SUBSETS, imagenet_wnids, meant_classes
+from mtt_fast.data.class_lists import SUBSETS
+from mtt_fast.data.class_names import imagenet_wnids, meant_classes
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, listed_by_wnid, log_skipped

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtt_fast.data import class_names
+from mtt_fast.data import class_lists
 from mtt_fast.data.archives import is_file_or_link, read_gzip
 from mtt_fast.data.download import fetch
 from mtt_fast.data.image_data import DatasetInfo
@@ -51,7 +51,7 @@ _MNIST = DatasetSpec(
         "9fb629c4189551a2d022fa330f9573f3",
         "ec29112dd5afa0611ce80d1b7f02629c",
     ),
-    class_names=class_names.MNIST,
+    class_names=class_lists.MNIST,
     mean=0.1307,
     std=0.3081,
 )
@@ -64,7 +64,7 @@ _FASHION_MNIST = DatasetSpec(
         "bef4ecab320f06d8554ea6380940ec79",
         "bb300cfdad3c16e7a12a480ee83cd310",
     ),
-    class_names=class_names.FASHION_MNIST,
+    class_names=class_lists.FASHION_MNIST,
     mean=0.2861,
     std=0.3530,
 )

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast.checks import check_ordinary
-from mtt_fast.engine.number_checks import check_number
+from mtt_fast.checks import check_number, check_ordinary
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.storage.foreign import shown

@@ -16,9 +16,9 @@ from mtt_fast.data.synthetic import classes_by_position
 from mtt_fast.distill.experts import check_nothing_to_convert, inventory_of
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError
-from mtt_fast.experts import first_expert
+from mtt_fast.experts.missing import first_expert
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.expert_checks import check_belongs, describe_other_training

@@ -15,7 +15,7 @@ from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network, ch
 from mtt_fast.distill.experts import check_experts, check_same_experts_so_far
 from mtt_fast.distill.initial import check_state_fits
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint

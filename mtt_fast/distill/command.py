@@ -63,7 +63,7 @@ from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
-from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.engine.students.choice import describe_numerics, precision_on
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.recipes import recipe_about

@@ -34,8 +34,8 @@ from mtt_fast.kernels import LabelKind
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.identity import describe_other_data
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import random_subset
 
 log = logging.getLogger(__name__)

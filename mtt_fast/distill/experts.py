@@ -14,9 +14,9 @@ from mtt_fast.compress import check_compressed_from, compress, waypoint_folder
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError
-from mtt_fast.experts import check_trained_alike, train_missing_experts
+from mtt_fast.experts.missing import check_trained_alike, train_missing_experts
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State, initial_num_experts

@@ -20,12 +20,12 @@ from mtt_fast.distill.planning import plan_in_tf32
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, augmentation, step_indices
 from mtt_fast.distill.updates import mask_real_images
-from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.optimizers import StudentSgd
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
+from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State

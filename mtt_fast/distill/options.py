@@ -29,7 +29,7 @@ from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTrainingOptions
+from mtt_fast.experts.options import ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Trainable

@@ -10,8 +10,8 @@ import torch
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import augmentation
-from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.memory_plan import Plan, plan, plan_for
+from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.memory_info import AUTO

@@ -1,1 +1,1 @@
-"""The exact meta-gradient through N student steps: the two sweeps, the students, and the memory plan."""
+"""The exact meta-gradient through N student steps: the two sweeps and the memory plan; students/ computes one step."""

@@ -23,7 +23,8 @@ from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
-from mtt_fast.engine.student import InMicrobatches, Loss
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.engine.unroll import (
     CheckedSteps,

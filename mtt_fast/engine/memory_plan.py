@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
+from mtt_fast.checks import check_count, check_number
 from mtt_fast.engine.arguments import check_augment, check_optimizer
-from mtt_fast.engine.batch_loss_student import BatchLossStudent
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.number_checks import check_count, check_number
 from mtt_fast.engine.optimizers import Adam, StudentSgd
-from mtt_fast.engine.student import InMicrobatches, Loss, Student
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.batch_loss import BatchLossStudent
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet

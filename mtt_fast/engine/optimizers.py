@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.number_checks import check_count, check_number
+from mtt_fast.checks import check_count, check_number
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import PartialSums
 

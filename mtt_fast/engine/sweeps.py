@@ -22,12 +22,12 @@ from mtt_fast.engine.arguments import (
     check_repeated,
     refuse_forward_mode,
 )
-from mtt_fast.engine.batch import AugmentedBatch, Batch, Inputs
 from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.saved_tensors import check_unchanged, checksums_of
-from mtt_fast.engine.student import Student
+from mtt_fast.engine.students.batch import AugmentedBatch, Batch, Inputs
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import PartialSums
 from mtt_fast.runtime.numerics import without_autocast, without_saved_tensor_hooks
 from mtt_fast.runtime.prefetch import upload

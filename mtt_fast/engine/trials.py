@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
-from mtt_fast.engine.batch_loss_student import outputs_in_pieces
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits, no_gradient_error
-from mtt_fast.engine.student import InMicrobatches, Loss, Student
+from mtt_fast.engine.students.batch_loss import outputs_in_pieces
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits, no_gradient_error
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention, without_autocast

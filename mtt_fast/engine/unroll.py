@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
-from mtt_fast.checks import check_generator
+from mtt_fast.checks import check_generator, check_number
 from mtt_fast.engine import arguments
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.live_bytes import output_bytes
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
-from mtt_fast.engine.number_checks import check_number
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
-from mtt_fast.engine.student import Loss, Student
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.live_bytes import output_bytes
+from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.engine.trials import try_augmentation, try_step, watched_student
 from mtt_fast.errors import InputError

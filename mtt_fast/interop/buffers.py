@@ -28,10 +28,11 @@ from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.expert_locks import lock_expert_folder
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.temporaries import is_free
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, mark_unfinished, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, mark_unfinished, write_expert
 from mtt_fast.storage.waypoints import Course
 
 log = logging.getLogger(__name__)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layout import ParameterLayout
+from mtt_fast.networks.module_checks import check_kind, check_no_dropout, copy_of
 from mtt_fast.networks.protocol import Network
+from mtt_fast.networks.stateless import Stateless, with_the_same_tensors
 
 Track = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From parameters (P,), a batch of inputs, and running statistics (S,) to the statistics after the batch."""
@@ -39,14 +38,9 @@ class FlatModule:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        _check_kind(module)
-        tracked = _copy_of(module)
-        for name, part in tracked.named_modules():
-            if part.training and _dropout_probability(part) > 0:
-                raise InputError(
-                    f"FlatModule: layer {name or type(part).__name__} draws random numbers in training mode, so the backward "
-                    "sweep would not repeat the forward one; set its probability to 0, or call .eval()"
-                )
+        check_kind(module)
+        tracked = copy_of(module)
+        check_no_dropout(tracked)
         everything = dict(tracked.named_parameters())
         trained = {name: value for name, value in everything.items() if value.requires_grad}
         parameters = trained or {name: value for name, value in everything.items() if value.is_floating_point()}
@@ -62,10 +56,10 @@ class FlatModule:
         self._initial = _one_vector(parameters.values())
         self._kind = type(module).__name__
         self._module = tracked
-        self._trained = _Stateless(_without_running_statistics(tracked))
+        self._trained = Stateless(_without_running_statistics(tracked))
         features = _without_last_linear(self._trained.module)
-        self._features = None if features is None else _Stateless(features)
-        self._tracked, self._tested = _Stateless(tracked), _Stateless(_with_the_same_tensors(tracked).eval())
+        self._features = None if features is None else Stateless(features)
+        self._tracked, self._tested = Stateless(tracked), Stateless(with_the_same_tensors(tracked).eval())
 
     @property
     def num_parameters(self) -> int:
@@ -150,180 +144,9 @@ class _Evaluated:
         return network._tested(network._parameters(theta) | network._statistics(self.statistics.to(theta)), images)
 
 
-class _Absent(Tensor):
-    """The place of a layer's tensor between calls. A backward pass that reads the layer again would find other values there."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise InputError(
-            "FlatModule: expected a module that reads its parameters and buffers only in its forward pass, found one that reads them "
-            "again in the backward pass, as torch.utils.checkpoint does; take the checkpoint out, and save memory by "
-            "`microbatch` or `memory_budget`"
-        )
-
-
-class _Stateless:
-    """A module as a pure function of its parameters, and of the buffers that are given.
-
-    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        # each tensor once: a buffer may be a parameter, too
-        names: dict[Tensor, str] = {}
-        for name, value in (*module.named_parameters(), *module.named_buffers()):
-            names.setdefault(value, name)
-        self._own = {name: value for value, name in names.items()}
-        self._idle: list[nn.Module] = []
-        self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_idle": [], "_on_devices": {}}
-
-    def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-        like = next(iter(tensors.values()))
-        # copies, since a layer may write into its buffers, and the next call has to find what this one found
-        constants = {
-            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
-            for name, value in self._own.items()
-            if name not in tensors
-        }
-        if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
-            output = functional_call(self.module, tensors | constants, (images,))
-        else:
-            output = self._called(tensors | constants, images)
-        if not isinstance(output, Tensor):
-            raise InputError(
-                f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
-                "torch.cat of several, which a `loss` splits again"
-            )
-        return output
-
-    def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
-        """Return `value` on the device of `like`. It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph."""
-        if value.device == like.device or like.is_meta:
-            return value.detach().to(like.device)
-        place = name, like.device
-        if place not in self._on_devices:
-            with torch._C._DisableFuncTorch():  # the tensors of a transform end with it
-                self._on_devices[place] = value.detach().to(like.device)
-        return self._on_devices[place]
-
-    def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
-        try:
-            module = self._idle.pop()  # atomic, as is append
-        except IndexError:
-            module = _without_tensors(self.module)
-        try:
-            return functional_call(module, tensors, (images,))
-        finally:
-            self._idle.append(module)
-
-
-def _check_kind(module: nn.Module) -> None:
-    """Raise `InputError` for what a pure function with two derivatives cannot be made of."""
-    if not isinstance(module, nn.Module):
-        raise InputError(f"FlatModule: expected a torch.nn.Module, found {type(module).__name__}")
-    for name, part in module.named_modules():
-        where = f"layer {name}" if name else "the module"
-        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
-            raise InputError(
-                f"FlatModule: {where} is compiled, so it has no second derivative; wrap it before torch.compile"
-            )
-        if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise InputError(f"FlatModule: {where} is {type(part).__name__}, one copy a device; wrap its .module")
-        if isinstance(part, torch.jit.ScriptModule):
-            raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (problem := _problem_of_embedding(part)):
-            raise InputError(f"FlatModule: {where} is nn.{type(part).__name__}{problem}")
-    if not any(value.is_floating_point() or value.is_complex() for value in module.parameters()):
-        raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
-    if complex_ones := [name for name, value in module.named_parameters() if value.is_complex()]:
-        raise InputError(
-            f"FlatModule: expected real parameters, found {complex_ones[0]} complex; keep it as real numbers, and take "
-            "torch.view_as_complex of them in the forward pass"
-        )
-    if hooked := [name for name, value in module.named_parameters() if value._backward_hooks]:
-        raise InputError(
-            f"FlatModule: parameter {hooked[0]} has a hook on its gradient, which would not be called; remove it, and do in the forward "
-            "pass what it does"
-        )
-    if any(nn.parameter.is_lazy(value) for value in module.parameters()):
-        raise InputError(
-            "FlatModule: expected a module that knows its sizes, found a lazy layer before its first call; call the module once"
-        )
-
-
-def _problem_of_embedding(part: nn.Embedding | nn.EmbeddingBag) -> str | None:
-    """Return why the second derivative of an embedding fails or is wrong in torch, and how to fix it; None if it is right."""
-    if not part.weight.requires_grad:
-        return None
-    if isinstance(part, nn.EmbeddingBag):
-        return ", which has no second derivative in torch; use nn.Embedding, and .mean(1), .sum(1) or .amax(1) of its result"
-    if part.sparse:
-        return "(sparse=True), whose gradient does not fit into a vector of all parameters; use sparse=False"
-    if part.max_norm is not None:
-        return (
-            "(max_norm=…), which overwrites its weights in the forward pass; leave max_norm out, and scale the looked-up vectors, as "
-            "torch.renorm does"
-        )
-    if part.scale_grad_by_freq:
-        return "(scale_grad_by_freq=True), whose second derivative in torch leaves the scale out; use scale_grad_by_freq=False"
-    return None
-
-
-def _copy_of(module: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(module)
-    except (RuntimeError, TypeError) as error:
-        if computed := _computed_tensor(module):
-            raise InputError(
-                f"FlatModule: expected a module that computes {computed} in its forward pass, found one that keeps it, with its graph; "
-                "after torch.nn.utils.prune call its remove, for weight_norm and spectral_norm take those of "
-                "torch.nn.utils.parametrizations"
-            ) from error
-        reason = str(error).split(chr(10))[0]
-        raise InputError(
-            f"FlatModule: expected a module that copy.deepcopy copies, found {type(module).__name__}: {reason}; take out what cannot be "
-            "copied"
-        ) from error
-
-
-def _computed_tensor(module: nn.Module) -> str | None:
-    """Return the name of a tensor in `module` that was computed from others, and so cannot be copied; None if there is none."""
-    for name, part in module.named_modules():
-        for attribute, value in (vars(part) | part._buffers).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                return f"{name}.{attribute}".removeprefix(".")
-    return None
-
-
-def _dropout_probability(part: nn.Module) -> float:
-    """Return the probability with which a layer drops values in training mode."""
-    share = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0)
-    return share if isinstance(share, (int, float)) else 0
-
-
-def _with_the_same_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of the layers, which shares the parameters and buffers."""
-    own = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
-
-
-def _without_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of the layers without their tensors, for `functional_call`. Tied parameters stay tied."""
-    module = _with_the_same_tensors(module)
-    absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
-    for part in module.modules():
-        for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
-            tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
-    return module
-
-
 def _without_running_statistics(module: nn.Module) -> nn.Module:
     """Return a copy whose batch norms in training mode write no running statistics, which `torch.func` forbids."""
-    module = _with_the_same_tensors(module)
+    module = with_the_same_tensors(module)
     for part in module.modules():
         if isinstance(part, _BatchNorm) and part.training:
             part.running_mean = part.running_var = part.num_batches_tracked = None
@@ -336,7 +159,7 @@ def _without_last_linear(module: nn.Module) -> nn.Module | None:
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name]
     if not names:
         return None
-    module = _with_the_same_tensors(module)
+    module = with_the_same_tensors(module)
     module.set_submodule(names[-1], nn.Identity())
     return module
 

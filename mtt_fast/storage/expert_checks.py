@@ -14,8 +14,9 @@ from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checksums import checksum_of
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.identity import DatasetIdentity, check_same_data
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore
+from mtt_fast.storage.trajectories import TrajectoryStore
 
 Options = TypeVar("Options")
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
 import math
 import operator
 import os
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -28,94 +25,25 @@ from torch import Tensor
 from mtt_fast.errors import InputError, OutOfRange, reason_of, remedy_for
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
+from mtt_fast.storage.expert_metadata import (
+    BEFORE_CHECKSUMS,
+    FORMAT,
+    TRAIN_AGAIN,
+    WAYPOINTS,
+    ExpertMetadata,
+    layer_sizes,
+)
 from mtt_fast.storage.foreign import shown
-from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.tensor_files import TensorEntry, check_part, read_header, save_tensors, warn_unchecked
-from mtt_fast.storage.text_files import MALFORMED, check_fields, parse_json, write_text
+from mtt_fast.storage.text_files import MALFORMED, write_text
 from mtt_fast.storage.waypoints import Course
 
-_FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
-_WAYPOINTS = "mtt_fast waypoints 2"
-_BEFORE_CHECKSUMS = {"mtt_fast expert 1": _FORMAT, "mtt_fast waypoints 1": _WAYPOINTS}
 _TENSOR = "parameters"
 _UNFINISHED = ".unfinished"
 """A file that marks a folder to which experts are being imported, until all are there."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
 _COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress`"
-
-
-@dataclass(frozen=True)
-class ExpertMetadata:
-    """The record of an expert besides its parameters; its fields survive a round trip through JSON."""
-
-    network: dict[str, Any]
-    """kind, width, depth, in_channels, num_classes, image_size, …"""
-    layout: str
-    """the order of the flat parameters, `features.0.weight:128x3x3x3;…`, as `ParameterLayout.describe` writes it"""
-    dataset: str
-    fingerprint: str
-    """digest of the data set's content"""
-    whitening: str
-    """as `DatasetIdentity.whitening`"""
-    hyperparameters: dict[str, Any]
-    """hyperparameters of its training; for an imported expert, only its origin"""
-    seed: int
-    accuracy: list[float]
-    """on the test set, after every epoch"""
-    versions: dict[str, Any]
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """the other fields of the images' `DatasetIdentity`"""
-    precision: str = ""
-    """precision of the products of its training: fp32, tf32, fp16 or bf16; "" if not known"""
-    made_of: str = ""
-    """for a compressed expert, `TrajectoryStore.digest` of the uncompressed one"""
-
-    @classmethod
-    def from_identity(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
-        """Return the metadata of an expert that was trained on the images of `identity`, with the `others` as given."""
-        record = identity.record()
-        own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
-        return cls(**own, data=record, **others)
-
-    @property
-    def identity(self) -> DatasetIdentity:
-        """Return the identity of the images that the expert was trained on, as far as it is recorded."""
-        own = {"name": self.dataset, "fingerprint": self.fingerprint, "whitening": self.whitening}
-        return DatasetIdentity.from_record(own | self.data)
-
-    @property
-    def imported(self) -> bool:
-        """Return whether the expert comes from other software, so that its hyperparameters are not known."""
-        return "lr" not in self.hyperparameters
-
-    def to_text(self) -> dict[str, str]:
-        """Return the fields as the text that safetensors metadata can hold: JSON, each under its name."""
-        return {field.name: json.dumps(getattr(self, field.name)) for field in dataclasses.fields(self)}
-
-    @classmethod
-    def from_text(cls, text: Mapping[str, str], where: str | os.PathLike[str]) -> ExpertMetadata:
-        """Return the metadata in what `to_text` wrote. Raises `InputError`, which names the file `where`, for a broken one."""
-        try:
-            unknown = dict.fromkeys(("precision", "made_of"), '""') | {"data": "{}"}
-            known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
-            record = {field.name: parse_json(known[field.name]) for field in dataclasses.fields(cls)}
-            check_fields(record, _TYPES)
-            check_form(record["accuracy"], [int | float], "accuracy")
-            layer_sizes(record["layout"])
-            metadata = cls(**record)
-            metadata.identity  # noqa: B018 - a broken record shows here, with the file's name
-            return metadata
-        except MALFORMED as error:
-            raise InputError(
-                f"{where}: expected an expert's metadata, found none or broken ({error}); {_TRAIN_AGAIN}"
-            ) from error
-
-
-_TYPES = {name: typing.get_origin(hint) or hint for name, hint in typing.get_type_hints(ExpertMetadata).items()}
-"""The types of the metadata's fields."""
 
 
 def expert_path(folder: str | os.PathLike[str], index: int) -> Path:
@@ -144,7 +72,7 @@ def write_expert(
     problem = _problem_with(stored, course, metadata)
     if problem:
         raise InputError(f"{path}: not written: {problem}")
-    text = {"format": _WAYPOINTS, "course": course.to_text()} if course else {"format": _FORMAT}
+    text = {"format": WAYPOINTS, "course": course.to_text()} if course else {"format": FORMAT}
     save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text, by_row=(_TENSOR,))
     return path
 
@@ -178,12 +106,6 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
     lr = metadata.hyperparameters.get("lr")
     than = "" if lr is None else f" than {lr:g}"
     return f"its training diverged; train with a smaller `lr_teacher`{than}"
-
-
-def layer_sizes(layout: str) -> list[int]:
-    """Return the number of scalars of each parameter tensor in a layout, as `ParameterLayout.describe` writes it."""
-    shapes = (entry.rpartition(":")[2] for entry in layout.split(";"))
-    return [math.prod(int(side) for side in shape.split("x") if side) for shape in shapes]
 
 
 @dataclass(frozen=True)
@@ -272,7 +194,7 @@ class TrajectoryStore:
             file.seek(header.entry.begin + number * len(content))
             count = file.readinto(content)  # type: ignore[attr-defined] # of unbuffered files
         if count != len(content):
-            raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
+            raise InputError(f"{path}: truncated since it was opened; {TRAIN_AGAIN}")
         if header.entry.checksums:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
         elif not self._warned:
@@ -282,7 +204,7 @@ class TrajectoryStore:
             epoch = header.course.epochs[number] if header.course else number
             raise InputError(
                 f"{path}: the expert's parameters after epoch {epoch} are not finite (NaN or infinite): it diverged, or the file "
-                f"was not written here; {_TRAIN_AGAIN}"
+                f"was not written here; {TRAIN_AGAIN}"
             )
         return row.float()
 
@@ -303,7 +225,7 @@ class TrajectoryStore:
         header, path = self._header(expert), self.path(expert)
         metadata = ExpertMetadata.from_text(header.text, path)
         if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
-            raise InputError(f"{path}: its parameters do not match its metadata; {_TRAIN_AGAIN}")
+            raise InputError(f"{path}: its parameters do not match its metadata; {TRAIN_AGAIN}")
         return metadata
 
     def path(self, expert: int) -> Path:
@@ -357,21 +279,21 @@ def _check_number(epoch: Any) -> None:
 def _read_header(path: Path) -> _Header:
     entries, text = read_header(path)
     entry, form = entries.get(_TENSOR), text.get("format", "another")
-    form = _BEFORE_CHECKSUMS.get(form, form)
-    if form not in (_FORMAT, _WAYPOINTS):
+    form = BEFORE_CHECKSUMS.get(form, form)
+    if form not in (FORMAT, WAYPOINTS):
         raise InputError(
-            f"{path}: expected a file in the format {_FORMAT!r}, found {form!r}; "
+            f"{path}: expected a file in the format {FORMAT!r}, found {form!r}; "
             "choose a folder that `python -m mtt_fast.experts` wrote"
         )
     if entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
         raise InputError(
             f"{path}: {_TENSOR}: expected {' or '.join(_DTYPES)} of two dimensions, found "
-            f"{f'{entry.dtype} {entry.shape}' if entry else 'none'}; {_TRAIN_AGAIN}"
+            f"{f'{entry.dtype} {entry.shape}' if entry else 'none'}; {TRAIN_AGAIN}"
         )
     if len(entry.checksums) not in (0, entry.shape[0]):
-        raise InputError(f"{path}: expected a checksum for each of {entry.shape[0]} rows; {_TRAIN_AGAIN}")
+        raise InputError(f"{path}: expected a checksum for each of {entry.shape[0]} rows; {TRAIN_AGAIN}")
     dtype = _DTYPES[entry.dtype]
-    course = _read_course(path, text, entry.shape) if form == _WAYPOINTS else None
+    course = _read_course(path, text, entry.shape) if form == WAYPOINTS else None
     return _Header(entry, dtype, text, course)
 
 

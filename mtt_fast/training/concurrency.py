@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student import Student
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
-from mtt_fast.engine.student import Student
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Trainable

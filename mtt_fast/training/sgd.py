@@ -15,9 +15,9 @@ from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import CanvasCrops
-from mtt_fast.engine.batch import Batch, Inputs, gathered
 from mtt_fast.engine.draws import Apply, StepDraws, draw_steps
-from mtt_fast.engine.student import Student
+from mtt_fast.engine.students.batch import Batch, Inputs, gathered
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import PartialSums
 from mtt_fast.networks.flat_module import Track
 from mtt_fast.networks.protocol import Network

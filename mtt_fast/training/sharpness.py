@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast.engine.batch import Inputs
-from mtt_fast.engine.student import StepGradient, Student, as_sums
+from mtt_fast.engine.students.batch import Inputs
+from mtt_fast.engine.students.protocol import StepGradient, Student, as_sums
 
 _SMALLEST_NORM = 1e-12
 

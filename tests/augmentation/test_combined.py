@@ -12,8 +12,8 @@ from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.combined import CombinedAugment
 from mtt_fast.augmentation.siamese import augment_with
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student import StepGradient
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.protocol import StepGradient
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, epochs_on

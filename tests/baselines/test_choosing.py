@@ -17,7 +17,7 @@ from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.random_images import RandomOptions, random_images
 from mtt_fast.baselines.trained import trained_parameters, with_labels
 from mtt_fast.errors import InputError
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts.missing import train_missing_experts
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import RealImages

@@ -27,8 +27,8 @@ from mtt_fast.evaluate import main as evaluate
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.protocols import Accuracy
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --ipc 2".split()
 SHORT = "--Iteration 2 --eval_it 2 --batch_real 32 --save_seconds 0".split()

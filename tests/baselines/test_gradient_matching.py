@@ -17,8 +17,8 @@ from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, dsa,
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.siamese import siamese_augmentation
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import RealImages

@@ -13,7 +13,7 @@ from mtt_fast import InputError
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import random_batch, starting_images
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts.missing import train_missing_experts
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import class_members

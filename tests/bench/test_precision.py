@@ -17,9 +17,10 @@ from mtt_fast import ConvNet
 from mtt_fast.commands import cli
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_folder import write_config
-from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import relative_error
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtt_fast import compress, evaluate, experts
+from mtt_fast import compress, evaluate
 from mtt_fast.analysis import __main__ as analysis
 from mtt_fast.analysis.distance import DistanceOptions
 from mtt_fast.analysis.evolution import EvolutionOptions
@@ -24,7 +24,8 @@ from mtt_fast.cross.command import CrossOptions
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.evaluate import EvaluateOptions
-from mtt_fast.experts import ExpertOptions
+from mtt_fast.experts import command as experts
+from mtt_fast.experts.options import ExpertOptions
 from mtt_fast.recipes import __main__ as recipes
 from mtt_fast.report import __main__ as report
 

@@ -29,7 +29,7 @@ from mtt_fast.cross.command import CrossOptions
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.evaluate import EvaluateOptions
-from mtt_fast.experts import ExpertOptions
+from mtt_fast.experts.options import ExpertOptions
 from mtt_fast.recipes.__main__ import ListOptions
 from mtt_fast.report.__main__ import ReportOptions
 

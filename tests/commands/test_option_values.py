@@ -14,18 +14,17 @@ import pytest
 import torch
 import tyro
 
-from mtt_fast import InputError, SyntheticDataset, evaluate, experts
+from mtt_fast import InputError, SyntheticDataset, evaluate
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.option_checks import check_effects, check_values
 from mtt_fast.commands.option_fields import (
     HARMLESS,
     MAY_BE_EMPTY,
     Needs,
     Range,
     Role,
-    check_effects,
-    check_values,
     fields_of,
     names_of,
     outside_result,
@@ -35,6 +34,7 @@ from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.experts import command as experts
 from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.text_files import read_toml

@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mtt_fast import TrajectoryStore, experts
+from mtt_fast import TrajectoryStore
 from mtt_fast.baselines import command as baselines
 from mtt_fast.commands import cli
 from mtt_fast.commands.option_fields import fields_of
 from mtt_fast.data import load
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.experts import command as experts
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import reference_convnet
 from tests.commands.option_rows import COMMANDS, EVALUATION, NETWORK, NO_EFFECT, OWN, ROWS, RUN, option_cases
@@ -196,7 +197,7 @@ def toy(
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("mtt_fast.baselines.truncated_bptt._OWN_STEPS", 5)  # a thousand steps would show no more
     _tell(monkeypatch, "mtt_fast.commands.options.load")
-    for job in ("mtt_fast.experts", "mtt_fast.training.protocols"):
+    for job in ("mtt_fast.experts.missing", "mtt_fast.training.evaluation"):
         _tell(monkeypatch, f"{job}.concurrency_for", of_result=True)
     for job in ("mtt_fast.distill.command", "mtt_fast.baselines.learning"):
         _tell(monkeypatch, f"{job}.save_checkpoint", arguments=False)

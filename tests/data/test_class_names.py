@@ -9,18 +9,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from mtt_fast.data.class_names import (
-    CIFAR10,
-    CIFAR100,
-    FASHION_MNIST,
-    MNIST,
-    SUBSETS,
-    class_indices,
-    imagenet_wnids,
-    in_order,
-    relabelled,
-    tiny_wnids,
-)
+from mtt_fast.data.class_lists import CIFAR10, CIFAR100, FASHION_MNIST, MNIST, SUBSETS
+from mtt_fast.data.class_names import class_indices, imagenet_wnids, in_order, relabelled, tiny_wnids
 from mtt_fast.errors import InputError
 
 KNOWN: dict[str, Sequence[str]] = {

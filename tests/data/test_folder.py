@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 import mtt_fast.distill.command as distill
-from mtt_fast import evaluate, experts
+from mtt_fast import evaluate
 from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors, images, load
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.images import decode
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
+from mtt_fast.experts import command as experts
 from tests.data.folders import Array, check_refused, folder, noise, write
 from tests.data.test_folder_links import folder_of_six_images, load_folder
 

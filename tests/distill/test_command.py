@@ -25,12 +25,12 @@ from mtt_fast.distill.command import main
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.distill.updates import apply_gradients
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.kernels import Precision, native
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import write_expert
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.evaluation import Accuracy
 from tests.distill.command_runs import TOY, images_of, metrics_of, run
 
 

@@ -16,11 +16,12 @@ import pytest
 from mtt_fast import InputError
 from mtt_fast.commands import cli
 from mtt_fast.data import load
-from mtt_fast.data.class_names import CIFAR10, SUBSETS
+from mtt_fast.data.class_lists import CIFAR10, SUBSETS
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
-from mtt_fast.distill import dry_run
+from mtt_fast.distill import dry_run, estimates
 from mtt_fast.distill.command import main
-from mtt_fast.distill.dry_run import EstimatedBytes, SecondsPerImage, disk_in_words, estimated_bytes, estimated_seconds
+from mtt_fast.distill.dry_run import disk_in_words
+from mtt_fast.distill.estimates import EstimatedBytes, SecondsPerImage, estimated_bytes, estimated_seconds
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.networks.by_name import network_by_name
@@ -45,8 +46,8 @@ def test_every_recipe_has_a_dry_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dry_run, "_SAMPLES", 1)  # the time is not looked at
-    monkeypatch.setattr(dry_run, "_ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(estimates, "SAMPLES", 1)  # the time is not looked at
+    monkeypatch.setattr(estimates, "_ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(
         "mtt_fast.engine.memory_plan.free_bytes", lambda _: 64 << 30
     )  # what other processes leave differs
@@ -236,7 +237,7 @@ def test_the_time_is_scaled_from_the_fastest_of_some_steps(
 ) -> None:
     """Let the fastest step of 16 images take a second, whatever is computed; saved activations leave 9 of 11 passes."""
     clock = itertools.accumulate(itertools.cycle((0.0, 50.0, 0.0, 3.0, 0.0, 1.0)))  # looks before and after each step
-    monkeypatch.setattr("mtt_fast.distill.dry_run.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mtt_fast.distill.estimates.time.perf_counter", lambda: next(clock))
     flags = ["--Iteration", "4000", "--eval_it", "4000", "--memory_budget", "1GiB", "--out", f"{tmp_path}/run"]
     lines = told(capsys, *TOY, *flags, "--buffer_path", f"{tmp_path}/buffers")
     assert "9.0 convolution passes a step, 9 at least" in lines["memory"]
@@ -265,12 +266,12 @@ def test_each_network_is_timed_in_its_own_precision(
         asked.append({"missing": missing, "cost": cost} | others)
         return estimated_seconds(options, info, missing, cost, **others)
 
-    monkeypatch.setattr(dry_run, "precision_on", lambda *_, iterations=False: "fp16" if iterations else "tf32")
+    monkeypatch.setattr(estimates, "precision_on", lambda *_, iterations=False: "fp16" if iterations else "tf32")
     monkeypatch.setattr(
         dry_run, "plan_steps", lambda *given, **_: plan_steps(given[0], given[1], given[2], given[3], "fp32")
     )
-    monkeypatch.setattr(dry_run, "_measured_seconds", seconds)
-    monkeypatch.setattr(dry_run, "estimated_seconds", estimated)
+    monkeypatch.setattr(estimates, "_measured_seconds", seconds)
+    monkeypatch.setattr(estimates, "estimated_seconds", estimated)
     lines = told(capsys, *TOY, "--eval_mode", "C", "--cam_model", "ConvNetD2W4", "--batch_syn", "7")
     small, wide, maps = (
         network_by_name(name, (1, 8, 8), 10).num_parameters for name in ("ConvNetD1W4", "ConvNet", "ConvNetD2W4")

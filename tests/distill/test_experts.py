@@ -19,7 +19,8 @@ from mtt_fast.distill.command import main
 from mtt_fast.distill.experts import count_matched_experts, inventory_of, remark_on_expert_count
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.storage.expert_metadata import ExpertMetadata
+from mtt_fast.storage.trajectories import write_expert
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -20,7 +20,7 @@ from mtt_fast.distill.command import main
 from mtt_fast.distill.frequencies import filter_frequencies, most_varying_frequencies, with_frequencies
 from mtt_fast.distill.gradients import finish_gradients, gradients_to_apply
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, load_checkpoint

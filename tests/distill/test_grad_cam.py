@@ -24,9 +24,9 @@ from mtt_fast.distill.command import main
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights
 from mtt_fast.distill.gradients import finish_gradients
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.engine import student_choice
+from mtt_fast.engine.students import choice
 from mtt_fast.errors import InputError
-from mtt_fast.experts import main as experts
+from mtt_fast.experts.command import main as experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.resnets import resnet
@@ -263,7 +263,7 @@ def test_the_network_may_be_that_of_the_experts(
 def test_what_the_network_cannot_be_is_known_before_the_experts_are_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(student_choice, "has_fused_kernels", lambda device: True)
+    monkeypatch.setattr(choice, "has_fused_kernels", lambda device: True)
     info, gpu = dataset_info("ImageNet", "imagenette", 32), torch.device("cuda")
     options = DistillOptions(dataset="ImageNet", ipc=1, precision="fp16", cam_model="ConvNetD2W4")
     check_options_fit(options, info, options.network(info), gpu)

@@ -32,14 +32,14 @@ from mtt_fast.distill.segments import Segment, log_fields, segment_numbers
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.engine.memory_plan import Plan, Work, plan
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import assert_close
-from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.evaluation import Accuracy
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -22,8 +22,9 @@ from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
+from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.images import as_training_images
-from mtt_fast.training.protocols import EvaluationProtocol, training_job
+from mtt_fast.training.protocols import EvaluationProtocol
 from tests.training.jobs import finished
 
 pytestmark = pytest.mark.usefixtures("no_curves")

@@ -24,7 +24,8 @@ from mtt_fast.distill.segments import Segment
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.storage.expert_metadata import ExpertMetadata
+from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close
 
 CASES = Path(__file__).parent / "public_code"

@@ -30,8 +30,8 @@ from mtt_fast.storage.checkpoint import load_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import assert_close, module_function, reference_convnet
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import as_training_images, real_images
-from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.subsets import window_of_difficulty
 
 pytestmark = pytest.mark.usefixtures("no_curves")

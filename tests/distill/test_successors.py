@@ -30,9 +30,9 @@ from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import module_function, reference_convnet
+from mtt_fast.training.evaluation import Accuracy
+from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import Accuracy
-from mtt_fast.training.protocols import evaluate as measure
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

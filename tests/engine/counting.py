@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mtt_fast import ConvNet
-from mtt_fast.engine.live_bytes import CountLiveBytes
-from mtt_fast.engine.student import StepBytes, Student
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.protocol import StepBytes, Student
 
 
 def image_shape(net: ConvNet) -> torch.Size:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast import ConvNet, FlatModule, plan
-from mtt_fast.engine.generic_student import cross_entropy
+from mtt_fast.engine.students.generic import cross_entropy
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 
 SHAPE = (3, 4, 8, 5, 2)

@@ -15,13 +15,14 @@ from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.data import Normalisation
 from mtt_fast.distill.segments import student_batches
-from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.draws import Apply, draw_steps
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.iteration import Iteration, iteration, planned_iteration
-from mtt_fast.engine.student import InMicrobatches, StepGradient, Student
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.batch import Batch
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import StepGradient, Student
 from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.runtime.cuda_graphs import CapturedCall, GraphedFunction, graphed

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from mtt_fast import Adam, ConvNet, SiameseAugment
 from mtt_fast.engine.draws import draw_steps
-from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.optimizers import StudentSgd
-from mtt_fast.engine.student import InMicrobatches, Student
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.kernels.types import memory_format
 from tests.engine.no_values import NoValues

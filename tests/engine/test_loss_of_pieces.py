@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtt_fast import ConvNet, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
-from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close
 

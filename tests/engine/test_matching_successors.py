@@ -20,11 +20,11 @@ from mtt_fast import (
     plan,
     unroll,
 )
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
 from mtt_fast.engine.iteration import iteration, planned_iteration
 from mtt_fast.engine.matching import MatchStep, path_loss
 from mtt_fast.engine.optimizers import StudentSgd
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.engine.no_values import NoValues

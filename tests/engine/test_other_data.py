@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtt_fast import Augmentation, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
-from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.testing import assert_close, module_function
 
 Loss = Callable[[Tensor, Tensor], Tensor]

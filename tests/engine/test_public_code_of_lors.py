@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mtt_fast
 from mtt_fast import FlatModule, InputError, matching_loss, unroll
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.testing import assert_close
 
 RECORD = load_file(Path(__file__).parents[1] / "distill" / "public_code" / "lors.safetensors")

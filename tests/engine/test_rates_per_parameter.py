@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast import Adam, ConvNet, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
-from mtt_fast.engine.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.testing import assert_close
 from tests.engine import test_adam, test_velocity
 from tests.engine.optimizer_cases import BATCHES, ENGINES, NET, STEPS, Case, assert_same_gradients, engines, make

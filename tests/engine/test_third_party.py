@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtt_fast import ConvNet, FlatModule, matching_loss, plan, unroll
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
 

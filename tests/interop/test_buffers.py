@@ -24,7 +24,7 @@ from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, check_trajectory, 
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.trajectories import ExpertMetadata
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.testing import reference_convnet
 
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)

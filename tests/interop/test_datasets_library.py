@@ -14,7 +14,7 @@ from torch import Tensor
 from mtt_fast import InputError, SyntheticDataset, Whitening
 from mtt_fast.commands import cli
 from mtt_fast.convert.command import main
-from mtt_fast.data.class_names import CIFAR10, CIFAR100, MNIST
+from mtt_fast.data.class_lists import CIFAR10, CIFAR100, MNIST
 from mtt_fast.interop import image_data_from, read_set
 from mtt_fast.interop.tensor_set import SourceInfo
 from tests.interop.helpers import distilled

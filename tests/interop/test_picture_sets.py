@@ -17,7 +17,8 @@ from PIL import Image
 
 from mtt_fast import InputError, SyntheticDataset, Whitening
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.data.class_names import CIFAR10, CIFAR100, MNIST, SUBSETS, imagenet_wnids
+from mtt_fast.data.class_lists import CIFAR10, CIFAR100, MNIST, SUBSETS
+from mtt_fast.data.class_names import imagenet_wnids
 from mtt_fast.interop import (
     read_set,
     set_kind_of,

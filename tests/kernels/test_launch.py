@@ -14,8 +14,8 @@ import torch
 
 from mtt_fast import ConvNet, SiameseAugment, plan
 from mtt_fast.engine.draws import draw_steps
-from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import planned_iteration
+from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.kernels import dispatch
 from mtt_fast.runtime.cuda_graphs import capturer
 

@@ -273,8 +273,8 @@ def capturer(device: torch.device, first_call: Callable[..., object] | None = No
 @contextlib.contextmanager
 def emulated() -> Iterator[Log]:
     """Make this process believe in the device within the block; the log of it is yielded."""
-    from mtt_fast.engine import student_choice
     from mtt_fast.engine.path import StudentPath
+    from mtt_fast.engine.students import choice
     from mtt_fast.kernels import checks, dispatch
     from mtt_fast.runtime import cuda_graphs
 
@@ -322,7 +322,7 @@ def emulated() -> Iterator[Log]:
             (StudentPath, {"from_rows": staticmethod(path_of)}),
             (checks, {"_has_memory": lambda tensor: True}),  # the reference computes with what a tensor holds
             (dispatch, {"_runs_triton": lambda device: False}),
-            (student_choice, {"has_kernels": lambda device: True}),
+            (choice, {"has_kernels": lambda device: True}),
             (cuda_graphs, {"capturer": capturer}),
         ):
             for name, value in replaced.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtt_fast import ConvNet, FlatModule, InputError
-from mtt_fast.engine.student_choice import PrecisionRequest, describe_numerics, precision_on
+from mtt_fast.engine.students.choice import PrecisionRequest, describe_numerics, precision_on
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.numerics import numerics

@@ -26,8 +26,9 @@ from mtt_fast.data.packing import Contents, Part, Source, packed
 from mtt_fast.interop import export_experts, export_waypoints, import_experts, read_buffer, read_set, write_set
 from mtt_fast.interop.buffers import Trajectory, buffer_files
 from mtt_fast.interop.tensor_set import as_tensor_set
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.run_folder import read_config, write_config
-from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.storage.trajectories import write_expert
 
 CALLS = ("replace", "mkdir", "rmdir", "unlink")
 """What is counted: each is preceded, in one of the points, by the end of the process."""

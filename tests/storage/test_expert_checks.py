@@ -24,8 +24,9 @@ from mtt_fast.storage.expert_checks import (
     describe_other_training,
     with_training_of,
 )
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.training.experts import ExpertTraining
 
 SHAPE = (3, 16, 16)

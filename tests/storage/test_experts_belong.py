@@ -20,7 +20,7 @@ from mtt_fast.commands import cli
 from mtt_fast.compress import main as compress
 from mtt_fast.convert.command import main as convert
 from mtt_fast.distill.command import main as distill
-from mtt_fast.experts import main as experts
+from mtt_fast.experts.command import main as experts
 from mtt_fast.interop import export_experts
 from mtt_fast.storage.text_files import read_toml
 from mtt_fast.storage.trajectories import write_expert

@@ -12,10 +12,11 @@ import bench.__main__ as bench
 import mtt_fast.convert.command as convert
 import mtt_fast.cross.command as cross
 import mtt_fast.distill.command as distill
-from mtt_fast import InputError, compress, evaluate, experts
+from mtt_fast import InputError, compress, evaluate
 from mtt_fast.analysis import grid, score, tables
 from mtt_fast.baselines import command as baselines
 from mtt_fast.commands import cli
+from mtt_fast.experts import command as experts
 from mtt_fast.report import __main__ as report
 from mtt_fast.storage.outputs import check_output_file, check_output_folder
 from mtt_fast.storage.run_files import CONFIG, METRICS, SECONDS, SUMMARY, SYNTHETIC

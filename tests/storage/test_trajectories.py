@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.expert_metadata import ExpertMetadata, layer_sizes
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, layer_sizes, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, write_expert
 
 EPOCHS = 3
 LAYOUT = "features.0.weight:4x3x3x3;features.0.bias:4;classifier.weight:10x64"
@@ -371,7 +372,7 @@ def test_metadata_that_cannot_be_is_named(store: TrajectoryStore, changes: dict[
 
 WRITE_UNTIL_KILLED = """
 import sys, torch
-from mtt_fast.storage.trajectories import ExpertMetadata
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.trajectories import write_expert
 rows, size = 51, 1 << 18
 parameters = torch.randn(rows, size)

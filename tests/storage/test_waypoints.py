@@ -15,8 +15,9 @@ from torch import Tensor
 from mtt_fast import InputError, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.compress import compress, main
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
-from mtt_fast.storage.trajectories import ExpertMetadata, expert_path, write_expert
+from mtt_fast.storage.trajectories import expert_path, write_expert
 from mtt_fast.storage.waypoints import Course, convexified, evenly_spaced
 
 SIZES = (6, 3, 20)

@@ -16,10 +16,10 @@ import torch
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine import live_bytes as live_bytes_module
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student import StepBytes
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students import live_bytes as live_bytes_module
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.generic import GenericStudent
+from mtt_fast.engine.students.protocol import StepBytes
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
@@ -31,8 +31,9 @@ from mtt_fast.training.concurrency import (
     run_concurrently,
     steps_that_fill,
 )
+from mtt_fast.training.evaluation import evaluate, training_job
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import EvaluationProtocol, evaluate, training_job
+from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.sgd import Sgd, accuracy, epochs_on
 from tests.training.jobs import finished
 
@@ -169,7 +170,7 @@ def test_the_crops_of_canvases_count_as_images_of_a_step(monkeypatch: pytest.Mon
         batches.append(batch)
         return Concurrency(1, 1)
 
-    monkeypatch.setattr("mtt_fast.training.protocols.concurrency_for", record_batch)
+    monkeypatch.setattr("mtt_fast.training.evaluation.concurrency_for", record_batch)
     canvases = Images(torch.randn(4, 1, 12, 12), torch.arange(4) % 3, canvas=Canvas(2, samples=5))
     for batch_size in (3, 100):
         protocol = EvaluationProtocol(epochs=0, batch_size=batch_size)

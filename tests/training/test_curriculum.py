@@ -14,7 +14,7 @@ from mtt_fast import ConvNet, InputError, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors, load
 from mtt_fast.distill.command import main as distill
-from mtt_fast.experts import main
+from mtt_fast.experts.command import main
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.curriculum import Curriculum

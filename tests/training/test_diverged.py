@@ -33,9 +33,10 @@ from mtt_fast.interop import export_experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified
+from mtt_fast.training.evaluation import Accuracy, has_diverged
+from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, has_diverged
-from mtt_fast.training.protocols import evaluate as measure
+from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.sgd import count_correct
 from tests.interop.test_buffers import NET, flat, imported, metadata, save_buffers, trained
 
@@ -92,7 +93,7 @@ def test_a_rate_that_is_too_large_is_told(model: str, best_epoch: bool, caplog: 
 
 
 def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", lambda *_: torch.tensor(True))
+    monkeypatch.setattr("mtt_fast.training.evaluation.has_diverged", lambda *_: torch.tensor(True))
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), num_networks=2, seed=0)
@@ -107,7 +108,7 @@ def test_a_training_is_judged_by_the_losses_of_all_its_epochs(monkeypatch: pytes
         seen.append(losses)
         return has_diverged(losses, *state)
 
-    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", noted)
+    monkeypatch.setattr("mtt_fast.training.evaluation.has_diverged", noted)
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=21, augment="none", best_epoch=True)
@@ -123,7 +124,7 @@ def test_a_network_that_diverges_after_its_best_epoch_keeps_that_accuracy(monkey
         tests.append(len(tests) > 0)
         return torch.tensor(tests[-1])
 
-    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", after_the_first_test)
+    monkeypatch.setattr("mtt_fast.training.evaluation.has_diverged", after_the_first_test)
     net = network_by_name("MLP", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=20, augment="none", best_epoch=True)

@@ -24,17 +24,18 @@ from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.cross import command as cross
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.pools import POOLS
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
+from mtt_fast.training.evaluation import Accuracy, training_job
+from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, training_job
-from mtt_fast.training.protocols import evaluate as measure
+from mtt_fast.training.protocols import PROTOCOLS, EvaluationProtocol, protocol_by_name
 from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 from tests.training.jobs import finished
 

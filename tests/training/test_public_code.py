@@ -16,9 +16,10 @@ from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.siamese import Draws
 from mtt_fast.data import Normalisation
 from mtt_fast.testing import assert_close
+from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.experts import ExpertTraining, expert_job
 from mtt_fast.training.images import Images, RealImages, parts_of
-from mtt_fast.training.protocols import PROTOCOLS, training_job
+from mtt_fast.training.protocols import PROTOCOLS
 from tests.training.jobs import finished
 
 CASES = load_file(Path(__file__).parent / "public_code" / "experts.safetensors")

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
 from mtt_fast.networks.protocol import Network
-from mtt_fast.training import protocols
+from mtt_fast.training import evaluation
+from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import protocol_by_name, training_job
+from mtt_fast.training.protocols import protocol_by_name
 from mtt_fast.training.sgd import Sgd, chunk_sizes, chunks_on, epochs_on
 from tests.training.jobs import finished
 
@@ -107,7 +108,7 @@ def test_an_evaluation_pauses_where_it_must(
     start, ends = net.init(), []
     tests: list[list[Tensor]] = []
     for most in (1, together):
-        monkeypatch.setattr(protocols, "_epochs_at_once", lambda *_, most=most: most)
+        monkeypatch.setattr(evaluation, "_epochs_at_once", lambda *_, most=most: most)
         tests.append([])
 
         def test(_: Network, theta: Tensor, __: Tensor) -> None:

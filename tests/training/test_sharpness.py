@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import Images

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import ConvNet, InputError
-from mtt_fast.engine.batch import Batch
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.students.batch import Batch
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
 from mtt_fast.kernels import native
 from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import assert_close

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtt_fast.engine.student import StepBytes, Student
+from mtt_fast.engine.students.protocol import StepBytes, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import without_saved_tensor_hooks

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, FlatModule
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
-from mtt_fast.engine.student import InMicrobatches
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.students.microbatches import InMicrobatches
 from mtt_fast.testing import assert_close, reference_convnet
 
 NET = ConvNet(in_channels=2, num_classes=3, image_size=6, width=3, depth=1)

@@ -12,17 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast.engine.batch import Inputs, gathered
-from mtt_fast.engine.generic_student import GenericStudent, derivatives_of, loss_graph
-from mtt_fast.engine.student import (
-    GradientTangent,
-    InMicrobatches,
-    SavedActivations,
-    StepBytes,
-    StepGradient,
-    as_sums,
-    pieces_of,
-)
+from mtt_fast.engine.students.batch import Inputs, gathered
+from mtt_fast.engine.students.generic import GenericStudent, derivatives_of, loss_graph
+from mtt_fast.engine.students.microbatches import InMicrobatches, pieces_of
+from mtt_fast.engine.students.protocol import GradientTangent, SavedActivations, StepBytes, StepGradient, as_sums
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention
 

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
-from mtt_fast.engine.step_checks import check_choices
-from mtt_fast.engine.student import Loss, Student
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.students.protocol import Loss, Student
+from mtt_fast.engine.students.step_checks import check_choices
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import HALF_PRECISIONS, LabelKind, Precision, has_kernels
 from mtt_fast.networks.convnet import is_plain_convnet

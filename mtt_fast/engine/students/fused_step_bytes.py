@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.student import StepBytes
+from mtt_fast.engine.students.protocol import StepBytes
 from mtt_fast.kernels import ConvLayer, Precision, WeightBytes, plane_dtype
 from mtt_fast.networks.convnet import ConvNet
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.batch import Inputs, batch_images, gathered
-from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
-from mtt_fast.engine.fused_head import CrossEntropyHead, Head, LossHead
-from mtt_fast.engine.fused_step_bytes import fused_step_bytes
-from mtt_fast.engine.step_checks import check_choices, check_saved, check_step
-from mtt_fast.engine.student import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient
+from mtt_fast.engine.students.batch import Inputs, batch_images, gathered
+from mtt_fast.engine.students.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
+from mtt_fast.engine.students.fused_head import Head
+from mtt_fast.engine.students.fused_step_bytes import fused_step_bytes
+from mtt_fast.engine.students.protocol import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient
+from mtt_fast.engine.students.step_checks import check_choices, check_saved, check_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import (
     ConvLayer,
@@ -159,7 +159,7 @@ class FusedConvNetStudent:
 
     @property
     def _head(self) -> Head:
-        return CrossEntropyHead(self.label_kind) if self.loss is None else LossHead(self.loss)
+        return Head(self.label_kind, self.loss)
 
     @property
     def _checked_kind(self) -> LabelKind | None:

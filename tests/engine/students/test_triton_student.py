@@ -20,12 +20,12 @@ from safetensors import safe_open
 
 from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.fused_step_bytes import image_block_bytes
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.live_bytes import CountLiveBytes
-from mtt_fast.engine.student import StepBytes
-from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.fused_step_bytes import image_block_bytes
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.protocol import StepBytes
 from mtt_fast.kernels import Affine, Precision, dispatch
 from mtt_fast.testing import relative_error
 from tests.engine.counting import image_shape, live_bytes_of_a_step
@@ -39,12 +39,12 @@ PARTS_INTERPRETED = 3
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS_INTERPRETED))
 def test_equals_the_generic_student_interpreted(part: int) -> None:
-    run_part("tests.engine.triton_student", "cpu", part=part, parts=PARTS_INTERPRETED)
+    run_part("tests.engine.students.triton_student", "cpu", part=part, parts=PARTS_INTERPRETED)
 
 
 def test_every_back_end_is_interpreted() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
-    from tests.engine import triton_student
+    from tests.engine.students import triton_student
 
     cases: Any = triton_student.cases_of("cpu")
     steps = {case.args[2:5] for case in cases if case.func is triton_student.compare}
@@ -255,12 +255,12 @@ def test_the_first_block_keeps_no_planes() -> None:
 @pytest.mark.gpu
 @each_part("student")
 def test_equals_the_generic_student_on_a_gpu(part: int) -> None:
-    run_part("tests.engine.triton_student", "cuda", part=part, parts=PARTS_ON_A_GPU["student"])
+    run_part("tests.engine.students.triton_student", "cuda", part=part, parts=PARTS_ON_A_GPU["student"])
 
 
 def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
-    from tests.engine import triton_student
+    from tests.engine.students import triton_student
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     cases: Any = triton_student.cases_of("cuda")
@@ -355,7 +355,7 @@ def test_a_gpu_without_triton_is_an_error_in_one_line() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from mtt_fast import ConvNet, InputError\n"
-        "from mtt_fast.engine.student_choice import student_for\n"
+        "from mtt_fast.engine.students.choice import student_for\n"
         "try:\n    student_for(ConvNet(3, 2, 8, 4, 1), torch.device('cuda:1'))\n"
         "except InputError as error:\n    print(error)\n"
     )

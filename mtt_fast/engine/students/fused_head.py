@@ -7,15 +7,15 @@ longer than with cross-entropy. A name with `_dot` is the derivative in the dire
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.fused_blocks import Tensors
-from mtt_fast.engine.generic_student import derivatives_of, loss_graph
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.students.fused_blocks import Tensors
+from mtt_fast.engine.students.generic import derivatives_of, loss_graph
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.kernels import LabelKind
 
 
@@ -42,60 +42,18 @@ class HeadTangent(NamedTuple):
     loss: Tensor | None = None  # (); None with cross-entropy
 
 
-class Head(Protocol):
+@dataclass(frozen=True)
+class Head:
     """Compute a classifier (weight, bias) with its loss. `mtt_fast.kernels.linear_cross_entropy` describes the shapes."""
+
+    label_kind: LabelKind
+    loss: Loss | None
+    """in place of the cross-entropy with labels of `label_kind`"""
 
     def gradient(self, p: Tensor, classifier: Tensors, labels: Tensor) -> HeadGradient:
         """Return the loss and its gradients."""
-        ...
-
-    def gradient_jvp(
-        self,
-        p: Tensor,
-        p_dot: Tensor,
-        classifier: Tensors,
-        classifier_dot: Tensors,
-        labels: Tensor,
-        scale: Tensor | None,
-        direction_scale: Tensor | None,
-    ) -> HeadTangent:
-        """Return the derivatives; `scale` is kept if it is given, and the dots have the factor `direction_scale`."""
-        ...
-
-
-@dataclass(frozen=True)
-class CrossEntropyHead:
-    """Compute the cross-entropy with labels of `label_kind`."""
-
-    label_kind: LabelKind
-
-    def gradient(self, p: Tensor, classifier: Tensors, labels: Tensor) -> HeadGradient:
-        """See `Head.gradient`."""
-        return HeadGradient(*kernels.linear_cross_entropy(p, *classifier, labels, self.label_kind))
-
-    def gradient_jvp(
-        self,
-        p: Tensor,
-        p_dot: Tensor,
-        classifier: Tensors,
-        classifier_dot: Tensors,
-        labels: Tensor,
-        scale: Tensor | None,
-        direction_scale: Tensor | None,
-    ) -> HeadTangent:
-        """See `Head.gradient_jvp`."""
-        given = (labels, self.label_kind, scale, direction_scale)
-        return HeadTangent(*kernels.linear_cross_entropy_dual(p, p_dot, *classifier, *classifier_dot, *given))
-
-
-@dataclass(frozen=True)
-class LossHead:
-    """Compute a `loss` of the caller's own."""
-
-    loss: Loss
-
-    def gradient(self, p: Tensor, classifier: Tensors, labels: Tensor) -> HeadGradient:
-        """See `Head.gradient`."""
+        if self.loss is None:
+            return HeadGradient(*kernels.linear_cross_entropy(p, *classifier, labels, self.label_kind))
         graph = loss_graph(self.loss, kernels.linear(p, *classifier), labels)
         bars = kernels.linear_backward(p, classifier[0], graph.gradient.detach())
         return HeadGradient(graph.loss.detach(), *bars)
@@ -110,7 +68,10 @@ class LossHead:
         scale: Tensor | None,
         direction_scale: Tensor | None,
     ) -> HeadTangent:
-        """See `Head.gradient_jvp`."""
+        """Return the derivatives; `scale` is kept if it is given, and the dots have the factor `direction_scale`."""
+        if self.loss is None:
+            given = (labels, self.label_kind, scale, direction_scale)
+            return HeadTangent(*kernels.linear_cross_entropy_dual(p, p_dot, *classifier, *classifier_dot, *given))
         o, o_dot = kernels.linear_dual(p, p_dot, *classifier, *classifier_dot)
         graph = loss_graph(self.loss, o, labels)
         o_bar = graph.gradient.detach()

@@ -12,8 +12,8 @@ from mtt_fast import Augmentation, ConvNet, FlatModule, SiameseAugment, kernels,
 from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import Draws, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
-from mtt_fast.engine.batch import AugmentedBatch, Batch, gathered
-from mtt_fast.engine.generic_student import GenericStudent
+from mtt_fast.engine.students.batch import AugmentedBatch, Batch, gathered
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.sweeps import StudentSteps
 from mtt_fast.testing import assert_close
 

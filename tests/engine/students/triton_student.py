@@ -1,4 +1,4 @@
-"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE PART PARTS`.
+"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.students.triton_student DEVICE PART PARTS`.
 
 A program of its own where it is interpreted, as kernels/triton_comparison.py is. Every back end that the table may name is
 taken in turn. It prints a line for each case that passed.
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from mtt_fast import ConvNet
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy
 from mtt_fast.engine.iteration import iteration
-from mtt_fast.engine.student import InMicrobatches, Loss, Student
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import dispatch, tma_descriptors

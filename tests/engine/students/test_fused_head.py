@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, matching_loss, plan, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.fused_head import CrossEntropyHead, LossHead
-from mtt_fast.engine.generic_student import GenericStudent, cross_entropy, cross_entropy_from_logits
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.students.fused import FusedConvNetStudent
+from mtt_fast.engine.students.fused_head import Head
+from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import assert_close
 
@@ -36,18 +36,19 @@ def test_cross_entropy_by_autograd_is_that_of_the_kernels(dtype: torch.dtype, to
     )
     logits = draw(5, 4, dtype=wide, seed=5)
     labels = {"indices": logits.argmax(1), "probabilities": logits.softmax(1), "logits": logits}[kind]
-    loss = LossHead(cross_entropy_from_logits if kind == "logits" else cross_entropy)
+    own = Head("indices", cross_entropy_from_logits if kind == "logits" else cross_entropy)
+    heads = (own, Head(kind, loss=None))
     scale = torch.tensor(0.25) if dtype == torch.float16 else None
     for given in (None, scale):
         for direction_scale in (None, torch.tensor(8.0, dtype=wide)):
             arguments = (p, p_dot, classifier, classifier_dot, labels, given, direction_scale)
-            actual, expected = (head.gradient_jvp(*arguments) for head in (loss, CrossEntropyHead(kind)))
+            actual, expected = (head.gradient_jvp(*arguments) for head in heads)
             for name, one, other in zip(expected._fields[:-1], actual, expected, strict=False):
                 assert (one is None) == (other is None), name
                 if one is not None and other is not None:
                     assert one.dtype == other.dtype
                     assert_close(name, one, other, tolerance)
-    primal, kernels_primal = (head.gradient(p, classifier, labels) for head in (loss, CrossEntropyHead(kind)))
+    primal, kernels_primal = (head.gradient(p, classifier, labels) for head in heads)
     for name, one, other in zip(primal._fields, primal, kernels_primal, strict=True):
         if one is not None and other is not None:
             assert_close(name, one, other, tolerance)

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mtt_fast import ConvNet, unroll
-from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.matching import matching_loss
+from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.kernels.reference import linear
 from mtt_fast.testing import relative_error

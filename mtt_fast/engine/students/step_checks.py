@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mtt_fast.engine.batch import Batch, Inputs
+from mtt_fast.engine.students.batch import Batch, Inputs
 from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet

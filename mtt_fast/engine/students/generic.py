@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.engine.batch import Inputs, gathered
-from mtt_fast.engine.live_bytes import live_bytes
-from mtt_fast.engine.step_checks import check_labels
-from mtt_fast.engine.student import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient, as_sums
+from mtt_fast.engine.students.batch import Inputs, gathered
+from mtt_fast.engine.students.live_bytes import live_bytes
+from mtt_fast.engine.students.protocol import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient, as_sums
+from mtt_fast.engine.students.step_checks import check_labels
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network

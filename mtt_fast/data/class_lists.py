@@ -1,0 +1,197 @@
+"""Classes of the known data sets in their official orders, and the spellings that people use."""
+
+from __future__ import annotations
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+CIFAR100 = (
+    "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
+    "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
+    "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish", "forest",
+    "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard",
+    "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid",
+    "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine", "possum",
+    "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper",
+    "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone",
+    "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf",
+    "woman", "worm",
+)  # fmt: skip
+
+MNIST = tuple("0123456789")
+
+FASHION_MNIST = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+# WordNet id -> name, in the public code's class order. That code numbers them by rank among the sorted 1000 ids
+# (imagenette: 0 217 482 491 497 566 569 571 574 701); by id they are found in trees that hold only some classes, too.
+SUBSETS = {
+    "imagenette": {
+        "n01440764": "tench",
+        "n02102040": "English_springer",
+        "n02979186": "cassette_player",
+        "n03000684": "chain_saw",
+        "n03028079": "church",
+        "n03394916": "French_horn",
+        "n03417042": "garbage_truck",
+        "n03425413": "gas_pump",
+        "n03445777": "golf_ball",
+        "n03888257": "parachute",
+    },
+    "imagewoof": {
+        "n02096294": "Australian_terrier",
+        "n02093754": "Border_terrier",
+        "n02111889": "Samoyed",
+        "n02088364": "beagle",
+        "n02086240": "Shih-Tzu",
+        "n02089973": "English_foxhound",
+        "n02087394": "Rhodesian_ridgeback",
+        "n02115641": "dingo",
+        "n02099601": "golden_retriever",
+        "n02105641": "Old_English_sheepdog",
+    },
+    "imagemeow": {
+        "n02123045": "tabby",
+        "n02123159": "tiger_cat",
+        "n02123394": "Persian_cat",
+        "n02123597": "Siamese_cat",
+        "n02124075": "Egyptian_cat",
+        "n02129165": "lion",
+        "n02129604": "tiger",
+        "n02128925": "jaguar",
+        "n02128757": "snow_leopard",
+        "n02127052": "lynx",
+    },
+    "imagesquawk": {
+        "n01806143": "peacock",
+        "n02007558": "flamingo",
+        "n01818515": "macaw",
+        "n02051845": "pelican",
+        "n02056570": "king_penguin",
+        "n01614925": "bald_eagle",
+        "n01843383": "toucan",
+        "n01518878": "ostrich",
+        "n01860187": "black_swan",
+        "n01819313": "sulphur-crested_cockatoo",
+    },
+    "imagefruit": {
+        "n07753275": "pineapple",
+        "n07753592": "banana",
+        "n07745940": "strawberry",
+        "n07747607": "orange",
+        "n07749582": "lemon",
+        "n07768694": "pomegranate",
+        "n07753113": "fig",
+        "n07720875": "bell_pepper",
+        "n07718472": "cucumber",
+        "n07742313": "Granny_Smith",
+    },
+    "imageyellow": {
+        "n02206856": "bee",
+        "n12057211": "yellow_lady's_slipper",
+        "n07753592": "banana",
+        "n07749582": "lemon",
+        "n12144580": "corn",
+        "n04146614": "school_bus",
+        "n03530642": "honeycomb",
+        "n02129165": "lion",
+        "n01773157": "garden_spider",
+        "n01531178": "goldfinch",
+    },
+    # GLaD's five
+    "imagenet-a": {
+        "n02111129": "Leonberg",
+        "n02489166": "proboscis_monkey",
+        "n11879895": "rapeseed",
+        "n02457408": "three-toed_sloth",
+        "n03042490": "cliff_dwelling",
+        "n12057211": "yellow_lady's_slipper",
+        "n02342885": "hamster",
+        "n03447447": "gondola",
+        "n02071294": "killer_whale",
+        "n02013706": "limpkin",
+    },
+    "imagenet-b": {
+        "n02006656": "spoonbill",
+        "n06359193": "web_site",
+        "n01820546": "lorikeet",
+        "n02116738": "African_hunting_dog",
+        "n13044778": "earthstar",
+        "n04487081": "trolleybus",
+        "n01872401": "echidna",
+        "n02112018": "Pomeranian",
+        "n03841143": "odometer",
+        "n02025239": "ruddy_turnstone",
+    },
+    "imagenet-c": {
+        "n03393912": "freight_car",
+        "n01833805": "hummingbird",
+        "n03344393": "fireboat",
+        "n03208938": "disk_brake",
+        "n01828970": "bee_eater",
+        "n02606052": "rock_beauty",
+        "n02129165": "lion",
+        "n02017213": "European_gallinule",
+        "n02280649": "cabbage_butterfly",
+        "n01531178": "goldfinch",
+    },
+    "imagenet-d": {
+        "n01518878": "ostrich",
+        "n02111889": "Samoyed",
+        "n01534433": "junco",
+        "n02112706": "Brabancon_griffon",
+        "n01592084": "chickadee",
+        "n02389026": "sorrel",
+        "n02276258": "admiral",
+        "n01622779": "great_grey_owl",
+        "n01829413": "hornbill",
+        "n02277742": "ringlet",
+    },
+    "imagenet-e": {
+        "n04277352": "spindle",
+        "n01843383": "toucan",
+        "n01860187": "black_swan",
+        "n02056570": "king_penguin",
+        "n03992509": "potter's_wheel",
+        "n03924679": "photocopier",
+        "n04153751": "screw",
+        "n01774750": "tarantula",
+        "n03857828": "oscilloscope",
+        "n02281787": "lycaenid",
+    },
+}
+
+# Other spellings, by data set and class; those of ImageNet and its subsets are WordNet's, in imagenet_classes.tsv.
+SPELLINGS = {
+    CIFAR10: {
+        "airplane": "plane aeroplane aircraft",
+        "automobile": "auto car",
+        "truck": "lorry",
+        "ship": "boat",
+    },
+    CIFAR100: {
+        "crab": "cra",  # the hub's list has it so
+        "maple_tree": "maple",
+        "oak_tree": "oak",
+        "palm_tree": "palm",
+        "pine_tree": "pine",
+        "willow_tree": "willow",
+        "pickup_truck": "pickup",
+        "lawn_mower": "mower",
+        "streetcar": "tram",
+        "motorcycle": "motorbike",
+        "sweet_pepper": "pepper",
+        "television": "tv",
+        "raccoon": "racoon",
+        "couch": "sofa",
+    },
+    MNIST: dict(zip(MNIST, "zero one two three four five six seven eight nine".split(), strict=True)),
+    FASHION_MNIST: {
+        "T-shirt/top": "T-shirt tee-shirt",
+        "Trouser": "trousers",
+        "Ankle boot": "boot",
+        "Pullover": "pull-over",
+        "Sandal": "sandals",
+        "Sneaker": "sneakers",
+    },
+}

@@ -1,0 +1,101 @@
+"""Call a module as a pure function of its tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mtt_fast.errors import InputError
+
+
+class _Absent(Tensor):
+    """The place of a layer's tensor between calls. A backward pass that reads the layer again would find other values there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InputError(
+            "FlatModule: expected a module that reads its parameters and buffers only in its forward pass, found one that reads them "
+            "again in the backward pass, as torch.utils.checkpoint does; take the checkpoint out, and save memory by "
+            "`microbatch` or `memory_budget`"
+        )
+
+
+class Stateless:
+    """A module as a pure function of its parameters, and of the buffers that are given.
+
+    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # each tensor once: a buffer may be a parameter, too
+        names: dict[Tensor, str] = {}
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            names.setdefault(value, name)
+        self._own = {name: value for value, name in names.items()}
+        self._idle: list[nn.Module] = []
+        self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_idle": [], "_on_devices": {}}
+
+    def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
+        """Return the module's output for `images`, with `tensors` in place of its own of the same names."""
+        like = next(iter(tensors.values()))
+        # copies, since a layer may write into its buffers, and the next call has to find what this one found
+        constants = {
+            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in self._own.items()
+            if name not in tensors
+        }
+        if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
+            output = functional_call(self.module, tensors | constants, (images,))
+        else:
+            output = self._called(tensors | constants, images)
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
+                "torch.cat of several, which a `loss` splits again"
+            )
+        return output
+
+    def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """Return `value` on the device of `like`. It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph."""
+        if value.device == like.device or like.is_meta:
+            return value.detach().to(like.device)
+        place = name, like.device
+        if place not in self._on_devices:
+            with torch._C._DisableFuncTorch():  # the tensors of a transform end with it
+                self._on_devices[place] = value.detach().to(like.device)
+        return self._on_devices[place]
+
+    def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
+        try:
+            module = self._idle.pop()  # atomic, as is append
+        except IndexError:
+            module = _without_tensors(self.module)
+        try:
+            return functional_call(module, tensors, (images,))
+        finally:
+            self._idle.append(module)
+
+
+def with_the_same_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of the layers, which shares the parameters and buffers."""
+    own = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
+
+
+def _without_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of the layers without their tensors, for `functional_call`. Tied parameters stay tied."""
+    module = with_the_same_tensors(module)
+    absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
+    for part in module.modules():
+        for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
+            tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
+    return module
