@@ -24,6 +24,7 @@ from mtt_fast.engine.trials import WatchedLoss, try_augmentation, try_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.numerics import without_saved_tensor_hooks
 
 
@@ -277,6 +278,11 @@ def checked_plan(
         return plan
     if theta.is_meta:
         return plan
+    if is_capturing(theta):
+        raise InputError(
+            "found the capture of a CUDA graph, in which a network or a loss of your own cannot be tried; call outside of it "
+            "`GraphedMatchingLoss`, which captures the steps itself"
+        )
     loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
     return plan if loss_is_mean else _plan_of_batch_loss(plan, net, options)
 
@@ -296,7 +302,7 @@ def planned_path(
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
     student, watched = plan.student, None
-    checks = not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing())
+    checks = not (theta.is_meta or is_capturing(theta))
     if checks and options.loss is not None and isinstance(student, InMicrobatches):  # which takes it for a mean
         watched = WatchedLoss(options.loss)
         student = InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size)

@@ -71,7 +71,7 @@ def test_cuda_is_set_and_set_back(precision: Any, monkeypatch: pytest.MonkeyPatc
     ],
 )  # fmt: skip
 def test_a_callers_precision_does_not_matter_and_stays(setting: str) -> None:
-    """In a process of its own, since torch cannot set back all of these. Its `allow_tf32` raises after some of them."""
+    """Set it in a process of its own, since torch cannot set back all of these. `allow_tf32` raises an error after some of them."""
     code = f"""
 import torch
 torch.backends.{setting}
