@@ -102,7 +102,7 @@ class GraphedFunction:
             self._captured[kind] = static_inputs, self._capture(lambda: self._function(*static_inputs))
             return
         except RuntimeError as error:
-            out_of_memory, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
+            out_of_memory, cause = _out_of_memory(error), _cause(error)
         # after the except clause, where the error and the tensors of its frames are gone
         if out_of_memory:
             raise torch.OutOfMemoryError(out_of_memory)
@@ -141,6 +141,13 @@ def capturer(device: torch.device, first_call: FirstCall = _call_function) -> Ca
         return CapturedCall(graph.replay, outputs)
 
     return capture
+
+
+def _cause(error: RuntimeError) -> str:
+    """Return the first line of the error that led to `error`: an interrupted capture raises one that hides the cause."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
