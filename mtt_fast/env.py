@@ -14,7 +14,7 @@ from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import native_available
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.runtime.provenance import choose_device, device_name, versions
+from mtt_fast.runtime.provenance import choose_device, device_name, usable_gpus, versions, why_no_gpu
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{argv[0]}: python -m mtt_fast.env takes no options")
     lines = versions()
     lines["processor"] = device_name(torch.device("cpu"))
-    devices = [device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-    lines["CUDA devices"] = ", ".join(devices) or "none"
+    devices = [device_name(torch.device("cuda", index)) for index in range(usable_gpus())]
+    lines["CUDA devices"] = ", ".join(devices) or f"none: {why_no_gpu()}"
     lines["device auto"] = str(choose_device("auto"))
     lines["native CPU kernels"] = (
         "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"

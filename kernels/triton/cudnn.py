@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,22 @@ def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tenso
 
 @contextmanager
 def _precision(precision: Precision) -> Iterator[None]:
-    """Allow cuDNN only deterministic algorithms, and tf32 only if `precision` is tf32."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"):
+    """Allow cuDNN only deterministic algorithms, and tf32 only if `precision` is tf32.
+
+    `torch.backends.cudnn.flags` would also read `allow_tf32`, which raises an error where the caller has set `fp32_precision`.
+    """
+    cudnn: Any = torch.backends.cudnn
+    settings = (
+        (cudnn, "enabled", True),
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        (cudnn.conv, "fp32_precision", "tf32" if precision == "tf32" else "ieee"),
+    )
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
         yield
+    finally:
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)

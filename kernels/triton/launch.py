@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
@@ -43,6 +44,17 @@ def architecture(device: torch.device) -> str:
     major, _ = torch.cuda.get_device_capability(device)
     # Consumer cards (8.6, 8.9, 12.x) have 99 KB of shared memory, and the configurations of sm_80 use no more.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def load_driver() -> None:
+    """Load Triton's driver, so that a run does not fail late. Raises `ImportError` if it cannot be compiled, as Triton does at its first use."""
+    try:
+        triton.runtime.driver.active  # noqa: B018 - a property
+    except (AssertionError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise ImportError(
+            f"Triton could not compile its driver ({error}); it needs a C compiler and Python's header files, such as Debian's "
+            "packages gcc and python3-dev"
+        ) from error
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

@@ -12,6 +12,7 @@ from mtt_fast.checks import check_ordinary
 from mtt_fast.engine.arguments import refuse_forward_mode, saveable
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
+from mtt_fast.runtime.cuda_graphs import is_capturing
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of a distance
 
@@ -43,7 +44,7 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
 
     `end` is the student's `θ_N` (P,), `start` and `target` are the expert's parameters `θ_0` and `θ*` (P,). The gradient flows only to
     `end`, as in the public code. Differences are in the dtype and on the device of `end`, sums in float64.
-    Raises `InputError` for vectors that do not fit each other, and if the expert did not move.
+    Raises `InputError` for vectors that do not fit each other, and, except while a CUDA graph is captured, if the expert did not move.
     """
     return _checked_loss("matching_loss", end, start, target, 0.0)
 
@@ -146,7 +147,7 @@ def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ra
     _check_no_transform(name)
     _check_vectors(name, end=end, start=start, target=target)
     loss = _relative_distance(end, start, target, loss_ratio)
-    if not loss.isfinite() and start.to(end).equal(target.to(end)):
+    if not is_capturing(loss) and not loss.isfinite() and start.to(end).equal(target.to(end)):
         raise InputError(f"{name}: start and target are equal, so the expert did not move between the two epochs")
     return loss
 

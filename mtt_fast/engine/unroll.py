@@ -23,6 +23,7 @@ from mtt_fast.engine.trials import try_augmentation, try_step, watched_student
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.numerics import without_saved_tensor_hooks
 
 
@@ -276,6 +277,11 @@ def checked_plan(
         return plan
     if theta.is_meta:
         return plan
+    if is_capturing(theta):
+        raise InputError(
+            "found the capture of a CUDA graph, in which a network or a loss of your own cannot be tried; call outside of it "
+            "`GraphedMatchingLoss`, which captures the steps itself"
+        )
     loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
     return plan if loss_is_mean else plan_of_batch_loss(plan, net, options)
 
@@ -294,7 +300,7 @@ def planned_path(
     It is `plan`, unless that takes the loss for a mean over the samples, and in some step it is none.
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
-    checks = not theta.is_meta and not (theta.is_cuda and torch.cuda.is_current_stream_capturing())
+    checks = not (theta.is_meta or is_capturing(theta))
     student, watched = watched_student(plan.student, options.loss if checks else None)
     student_steps = StudentSteps(
         student=student,

@@ -1,6 +1,6 @@
 """Capture a function of tensors once in a CUDA graph and replay it, so that the host launches one graph and not thousands of kernels.
 
-On a CPU nothing is captured, and `graphed` returns the function itself. Only `capturer` calls CUDA.
+On a CPU nothing is captured, and `graphed` returns the function itself. Only `capturer` and `is_capturing` call CUDA.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class GraphedFunction:
         """the reason why calls are not captured; None while they are"""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the function's results for `inputs`."""
+        """Return the function's results for `inputs`. A capture by the caller captures the function itself."""
+        if any(map(is_capturing, inputs)):
+            return self._function(*inputs)
         with self._one_call:
             return self._called(*inputs)
 
@@ -100,7 +102,7 @@ class GraphedFunction:
             self._captured[kind] = static_inputs, self._capture(lambda: self._function(*static_inputs))
             return
         except RuntimeError as error:
-            out_of_memory, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
+            out_of_memory, cause = _out_of_memory(error), _cause(error)
         # after the except clause, where the error and the tensors of its frames are gone
         if out_of_memory:
             raise torch.OutOfMemoryError(out_of_memory)
@@ -109,6 +111,11 @@ class GraphedFunction:
     def _give_up(self, problem: str) -> None:
         self.problem = problem
         log.warning("not captured in a CUDA graph, so that it runs slower, with the same result: %s", problem)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Return whether work on `tensor` is at present captured in a CUDA graph. Then the host must not wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def capturer(device: torch.device, first_call: FirstCall = _call_function) -> Capture:
@@ -134,6 +141,13 @@ def capturer(device: torch.device, first_call: FirstCall = _call_function) -> Ca
         return CapturedCall(graph.replay, outputs)
 
     return capture
+
+
+def _cause(error: RuntimeError) -> str:
+    """Return the first line of the error that led to `error`: an interrupted capture raises one that hides the cause."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:

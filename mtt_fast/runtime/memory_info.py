@@ -18,8 +18,17 @@ MARGIN = 0.8
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that memory ran out: Python's, torch's on either device, or a library's."""
-    phrases = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+    """Return whether `error` says that memory ran out: Python's, torch's on either device, or a library's.
+
+    CUDA and Triton need memory beside torch's, for graphs and for code, and call the error by a phrase of their own.
+    """
+    phrases = (
+        "can't allocate memory",
+        "bad_alloc",
+        "_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "[CUDA]: out of memory",
+    )
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in phrases)
 
 

@@ -29,10 +29,14 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn, matmul, memory = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
-    settings: tuple[tuple[Any, str, bool], ...] = (
-        (cudnn, "allow_tf32", precision != "fp32"),
-        (matmul, "allow_tf32", precision != "fp32"),
+    cudnn: Any = torch.backends.cudnn
+    matmul, memory = torch.backends.cuda.matmul, torch.utils.deterministic
+    products = "ieee" if precision == "fp32" else "tf32"
+    settings: tuple[tuple[Any, str, bool | str], ...] = (
+        # not `allow_tf32`: to read it raises an error where the caller has set `fp32_precision`
+        (cudnn.conv, "fp32_precision", products),
+        (cudnn.rnn, "fp32_precision", products),
+        (matmul, "fp32_precision", products),
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
         (memory, "fill_uninitialized_memory", False),  # an aid to debugging, at the price of a kernel for each tensor

@@ -71,6 +71,21 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"`device` {name}: this machine has {torch.cuda.device_count()} usable GPUs; use `device` cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := usable_gpus()):
+        reason = "" if count else f" ({why_no_gpu()})"
+        raise InputError(f"`device` {name}: this machine has {count} usable GPUs{reason}; use `device` cpu")
     return device
+
+
+def usable_gpus() -> int:
+    """Return the number of GPUs on which torch can compute. `torch.cuda.device_count` also counts those whose driver is too old."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def why_no_gpu() -> str:
+    """Return the reason that torch gives for not using a GPU, such as a driver that is too old."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).splitlines()[0].strip().rstrip(".")
+    return "torch finds none"

@@ -156,7 +156,13 @@ def test_out_of_memory_repeats_in_less_exactly(
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("std::bad_alloc"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),  # of a graph
+        RuntimeError("Triton Error [CUDA]: out of memory"),  # of a kernel's code
+    ],
 )
 def test_every_out_of_memory_is_one(error: Exception) -> None:
     def attempt(plan: Plan) -> int:

@@ -157,7 +157,7 @@ def _lost_constants(binary: Path) -> int:
     return len(re.findall(r"VIADD\.16x2\S* R\d+\S*, R\d+\S*, 0x0\b", code))
 
 
-SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KB; that of sm_86 and sm_89, which take the rows of sm_80
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KB; that of sm_86, sm_89 and sm_120, which take the rows of sm_80
 WIDTH = 128
 
 

@@ -28,9 +28,11 @@ from mtt_fast.kernels.triton.planes import Planes, stacked
 from mtt_fast.kernels.types import memory_format
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import (
+    SHARED,
     WIDTH,
     check,
     check_products,
+    compile_launch,
     each_architecture,
     each_precision,
     meta,
@@ -392,6 +394,25 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
         conv.conv3x3_dual(x, x, weight, weight, 1, precision)
         conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
     check(launches, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0)])
+def test_the_most_shared_memory_is_that_of_consumer_cards(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Compile for RTX cards the products that take the most of all kernels that were compiled for these."""
+    from mtt_fast.kernels.triton import implicit_gemm, launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = launch.architecture(torch.device("cuda"))
+    x, weight = planes_of("tf32", 4, WIDTH, 16, 16), meta(WIDTH, 3, 3, WIDTH)
+    with recording([implicit_gemm], rows) as launches:
+        implicit_gemm.convolve("conv3x3_dual", x, x, weight, weight, x, x, 1, "tf32")
+        implicit_gemm.correlate("conv3x3_dual_weight_gradient", x, x, x, x, 1, "tf32")
+    card = "sm_{}{}".format(*capability)
+    assert 48 < max(compile_launch(each, card, tmp_path).shared / 1024 for each in launches) <= SHARED[rows]
 
 
 @each_architecture

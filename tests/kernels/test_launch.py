@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import ConvNet, SiameseAugment, plan
+from mtt_fast import ConvNet, InputError, SiameseAugment, plan
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.iteration import planned_iteration
+from mtt_fast.engine.students.choice import has_fused_kernels
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.kernels import dispatch
 from mtt_fast.runtime.cuda_graphs import capturer
@@ -130,6 +131,22 @@ def test_a_kernel_that_does_not_compile_fails_when_it_is_launched(compiled: list
     launch.compile_ahead(lambda: launch.launch(_wrong, 1, torch.ones(2), BLOCK=1))
     with pytest.raises((triton.CompilationError, AttributeError)):  # triton 3.6 finds that there is no compiled kernel
         launch.launch(_wrong, 1, torch.ones(2), BLOCK=1)
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("false", "non-zero exit status"), ("no-compiler", "no-compiler")])
+def test_a_missing_compiler_is_told_before_the_first_launch(
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Take Triton's own driver for a GPU, which it compiles at its first use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.runtime, "driver", triton.runtime.driver.__class__())
+    monkeypatch.setattr(triton.backends.backends["nvidia"].driver.__module__ + ".library_dirs", list)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(
+        InputError, match=f"^cuda:0: Triton could not compile its driver .*{reason}.*; it needs a C compiler"
+    ):
+        has_fused_kernels(torch.device("cuda:0"))
 
 
 @pytest.mark.gpu

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import runpy
 import sys
+from functools import partial
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtt_fast import Adam, ConvNet, FlatModule, GraphedMatchingLoss, SiameseAugment, matching_loss, unroll
+from mtt_fast import Adam, ConvNet, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.testing import assert_close
 
@@ -94,6 +95,31 @@ def compare() -> None:
                 assert_close("graphed", actual.cpu(), expected, 1e-4)
 
 
+def capture() -> None:
+    """Call the library while the caller captures a CUDA graph, and compare with calls outside."""
+    steps, module = [step.to("cuda") for step in STEPS], module_with_buffers()
+
+    def unrolled(net: Trainable, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        return matching_loss(unroll(net, start, images, labels, lr, steps)[-1], start, target)
+
+    tried = partial(GraphedMatchingLoss(module), batches=steps)
+    tried(*tensors(module, "cuda"))
+    for net, loss_of in (
+        (NET, partial(unrolled, NET)),
+        (NET, partial(GraphedMatchingLoss(NET), batches=steps)),
+        (module, tried),
+    ):
+        given = tensors(net, "cuda")
+        given[2].requires_grad_()
+        (expected,) = torch.autograd.grad(unrolled(net, *given), given[2])
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            (actual,) = torch.autograd.grad(loss_of(*given), given[2])
+        assert_close("captured", actual.cpu(), expected.cpu(), 1e-6)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), contextlib.suppress(InputError):
+        unrolled(module, *given)
+        raise AssertionError("a module was captured without a trial")
+
+
 def bench(*words: str) -> None:
     """Run `python -m bench` in one process, without NVML and large products."""
     from bench import measuring, workers
@@ -116,4 +142,6 @@ def baseline(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    {"mix": mix, "compare": compare, "bench": bench, "baseline": baseline}[sys.argv[1]](*sys.argv[2:])
+    {"mix": mix, "compare": compare, "capture": capture, "bench": bench, "baseline": baseline}[sys.argv[1]](
+        *sys.argv[2:]
+    )

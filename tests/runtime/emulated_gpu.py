@@ -254,6 +254,8 @@ def capturer(device: torch.device, first_call: Callable[..., object] | None = No
     from mtt_fast.runtime.cuda_graphs import CapturedCall
 
     def capture(run: Callable[[], tuple[Tensor, ...]]) -> CapturedCall:
+        if LOG.is_capturing:
+            LOG.refuse("a capture within a capture")
         run()
         run()
         with LOG.capturing():
@@ -312,6 +314,7 @@ def emulated() -> Iterator[Log]:
         "reset_peak_memory_stats": nothing, "empty_cache": nothing, "synchronize": lambda *_: LOG.wait("synchronize"),
         "Stream": Stream, "Event": Stream, "current_stream": lambda *_: stream, "stream": context, "device": context,
         "is_current_stream_capturing": lambda: LOG.is_capturing, "default_generators": (torch.Generator(),),
+        "CUDAGraph": Stream, "graph": lambda *_: LOG.capturing(),
     }  # fmt: skip
     with contextlib.ExitStack() as patches:
         for owner, replaced in (

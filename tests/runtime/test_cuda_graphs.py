@@ -56,7 +56,10 @@ def test_too_many_shapes_are_told_once_and_still_computed(most: int, caplog: pyt
 
 def test_what_cannot_be_captured_is_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(run: Run) -> CapturedCall:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand much more")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand much more")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # at its end
 
     run = GraphedFunction(double, refuse)
     for value in (1.0, 2.0):

@@ -103,6 +103,10 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
     assert all("_near" in wait for wait in networks)
 
 
+def test_a_caller_may_capture_the_library(run: Run) -> None:
+    assert run("tests.runtime.emulated_cases", "capture").refused == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import pytest
@@ -14,14 +17,23 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.numerics import numerics
 
+ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def fp32_precisions() -> dict[str, str]:
+    backends: Any = torch.backends
+    return {
+        "conv": backends.cudnn.conv.fp32_precision,
+        "rnn": backends.cudnn.rnn.fp32_precision,
+        "matmul": backends.cuda.matmul.fp32_precision,
+    }
 
 
 def settings() -> dict[str, Any]:
     deterministic: Any = torch.utils.deterministic
     return {
-        "cudnn tf32": torch.backends.cudnn.allow_tf32,
-        "cublas tf32": torch.backends.cuda.matmul.allow_tf32,
+        **fp32_precisions(),
         "cudnn deterministic": torch.backends.cudnn.deterministic,
         "cudnn benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -43,12 +55,37 @@ def test_cuda_is_set_and_set_back(precision: Any, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    tf32 = precision != "fp32"
+    products = "ieee" if precision == "fp32" else "tf32"
     assert within == {
-        "cudnn tf32": tf32, "cublas tf32": tf32, "cudnn deterministic": True, "cudnn benchmark": False,
+        "conv": products, "rnn": products, "matmul": products, "cudnn deterministic": True, "cudnn benchmark": False,
         "deterministic": True, "fill": False, "workspace": ":4096:8",
     }  # fmt: skip
     assert settings() == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "fp32_precision = 'tf32'", "fp32_precision = 'ieee'", "cudnn.conv.fp32_precision = 'ieee'",
+        "cuda.matmul.fp32_precision = 'tf32'", "cudnn.allow_tf32 = False", "cuda.matmul.allow_tf32 = True",
+    ],
+)  # fmt: skip
+def test_a_callers_precision_does_not_matter_and_stays(setting: str) -> None:
+    """Set it in a process of its own, since torch cannot set back all of these. `allow_tf32` raises an error after some of them."""
+    code = f"""
+import torch
+torch.backends.{setting}
+from mtt_fast.kernels.triton.cudnn import _precision
+from tests.runtime.test_numerics import CUDA, fp32_precisions, numerics
+before = fp32_precisions()
+for precision, expected in (("fp32", "ieee"), ("tf32", "tf32")):
+    with numerics(CUDA, precision):
+        assert set(fp32_precisions().values()) == {{expected}}
+    with _precision(precision):
+        assert fp32_precisions()["conv"] == expected
+assert fp32_precisions() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_workspace_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
