@@ -37,7 +37,7 @@ from mtt_fast.engine.unroll import (
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
-from mtt_fast.runtime.cuda_graphs import GraphedFunction
+from mtt_fast.runtime.cuda_graphs import GraphedFunction, is_capturing
 from mtt_fast.runtime.numerics import without_autocast, without_saved_tensor_hooks
 from mtt_fast.runtime.prefetch import upload
 
@@ -187,8 +187,16 @@ class _OfPieces:
         self._of_batches: Callable[[], Iteration] | None = of_batches
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the loss and its gradients. A GPU is waited for while the loss is taken for a mean."""
+        """Return the loss and its gradients. A GPU is waited for while the loss is taken for a mean.
+
+        Raises `InputError` in a capture by the caller, in which the host cannot wait.
+        """
         if self._of_batches is not None:
+            if is_capturing(tensors[0]):
+                raise InputError(
+                    "`loss`: expected no capture of a CUDA graph, in which it cannot be checked that a loss of your own is a mean over "
+                    "the samples of cut batches; call outside of it, or leave `microbatch` and `memory_budget` out"
+                )
             *results, adds_up = self.iteration(*tensors)
             if _adds_up(adds_up):
                 return tuple(results)

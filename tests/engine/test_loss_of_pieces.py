@@ -198,6 +198,16 @@ def test_a_graphed_loss_is_exact_where_samples_are_learned_only_later() -> None:
         assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.1, BATCHES[:1], hardest), 1e-9)
 
 
+def test_a_callers_capture_of_a_graphed_loss_that_has_to_wait_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp()
+    graphed = GraphedMatchingLoss(net, loss=F.cross_entropy, microbatch=2)
+    arguments = (net.init(), net.init(torch.Generator().manual_seed(1)), ROWS, CLASSES, 0.1, BATCHES[:1])
+    graphed(*arguments)
+    monkeypatch.setattr("mtt_fast.engine.graphed_loss.is_capturing", lambda _: True)
+    with pytest.raises(InputError, match="`loss`: expected no capture of a CUDA graph"):
+        graphed(*arguments)
+
+
 @pytest.mark.parametrize("images", [ROWS, torch.full_like(ROWS, 0.3)], ids=["images", "equal images"])
 @pytest.mark.parametrize("first", [ONE, SAME, BATCHES[0]], ids=["one", "same", "several"])
 def test_a_network_that_mixes_samples_is_found(first: Tensor, images: Tensor) -> None:
