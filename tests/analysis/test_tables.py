@@ -203,9 +203,10 @@ def test_spelling_parts_no_runs_and_other_experts_and_scores_do() -> None:
         Setting("CIFAR10", "ConvNet", "MTT", "1"): [("a", "b"), ("curriculum",)],
         Setting("imagenette", "ConvNetD5", "MTT", "1"): [("nette",)],
     }
-    scores = [summary(0.5, score_path="scores.npy") | {"scores_digest": digest} for digest in ("f00d", "beef", "f00d")]
-    ((first, other),) = measurements({Path(str(number)): run for number, run in enumerate(scores)}).values()
-    assert (first.runs, other.runs) == (("0",), ("1",))  # the same seed twice is one measurement
+    for name in ("scores_digest", "code_digest"):
+        same_name = [summary(0.5) | {name: digest} for digest in ("f00d", "beef", "f00d")]
+        ((first, other),) = measurements({Path(str(number)): run for number, run in enumerate(same_name)}).values()
+        assert (first.runs, other.runs) == (("0",), ("1",))  # the same seed twice is one measurement
     paper = published_numbers()
     rows = rows_by_table(measured, paper.rows, list(paper.titles))["1"]
     shown = [value.runs for row in rows if row.method == "MTT" for value in row.measured.values()]
