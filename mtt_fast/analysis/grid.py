@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import check_same_evaluation, earlier_options
+from mtt_fast.commands.earlier_run import check_comparable
 from mtt_fast.commands.option_fields import Checked, Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.command_line import parse_options
-from mtt_fast.distill.options import DistillOptions
-from mtt_fast.errors import Diverged, InputError
+from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     }
     parsed = {cell: parse_options(command) for cell, command in commands.items()}  # all, before the first cell is run
     for cell, run in cells.items():
-        _check_comparable(run, parsed[cell])
+        check_comparable(run, parsed[cell])
     if next(iter(parsed.values())).dry_run:
         for command in commands.values():
             distill.main(command)
@@ -74,20 +73,9 @@ def main(argv: Sequence[str]) -> None:
     for number, (cell, command) in enumerate(commands.items(), 1):
         log.info("cell %d of %d: M = %d, N = %d, in %s", number, len(cells), *cell, cells[cell])
         accuracies[cell] = _accuracy_of(cells[cell], command)
-        _check_comparable(cells[cell], parsed[cell])
+        check_comparable(cells[cell], parsed[cell])
         write(folder, epochs, steps, accuracies, others)
     log.info("%s\n%s", folder / "grid.png", as_markdown(epochs, steps, accuracies))
-
-
-def _check_comparable(folder: Path, options: DistillOptions) -> None:
-    """Raise `InputError` if the run in `folder` was evaluated in another way than `options` say, or is longer: cells are compared."""
-    check_same_evaluation(folder, earlier_options(folder, None), options)
-    summary = read_summary(folder)
-    if summary is not None and (iterations := int(summary.get("iterations", 0))) > options.Iteration:
-        raise InputError(
-            f"{folder}: holds a run of {iterations} iterations, not {options.Iteration}, and the cells of a grid are compared; give "
-            f"--Iteration {iterations}, or choose another --out"
-        )
 
 
 def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | None:

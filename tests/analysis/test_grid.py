@@ -116,7 +116,7 @@ def test_cells_that_do_not_compare_are_refused(toy: Path, tmp_path: Path, capsys
     assert run(*flags, "--syn_steps", "1", "--Iteration", "2") == 0
     more = [*flags, "--syn_steps", "1,2"]
     assert run(*more, "--Iteration", "2", "--protocol", "datm") == 2
-    assert "M1-N1: holds a run with --protocol" in capsys.readouterr().err
+    assert "M1-N1: holds a run with --protocol mtt, not datm" in capsys.readouterr().err
     assert run(*more, "--Iteration", "1") == 2
     assert "M1-N1: holds a run of 2 iterations, not 1" in capsys.readouterr().err
     assert not (tmp_path / "grid/M1-N2").exists()
