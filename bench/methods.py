@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from bench.parsing import RecipeOptions
 from bench.render import percent, publish
+from mtt_fast.commands.earlier_run import check_comparable
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command_line import parse_options
@@ -237,6 +238,7 @@ def _row(method: Method, setting: DistillOptions, folder: Path) -> dict[str, Any
         "problem": _run(words, folder.with_suffix(".log")),
     }
     if row["problem"] is None:
+        check_comparable(folder, setting)
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         row |= {
             "accuracy": summary["accuracy"][method.accuracy],

@@ -54,6 +54,8 @@ def test_only_the_set_of_smaller_images_is_cut() -> None:
     flags = "--num_eval 1 --epoch_eval_train 1 --models ConvNetD1W4 --out table".split()
     assert cli.run(cross.main, ["parts.safetensors", "pair/images_best.pt", "random", *flags]) == 0
     assert [cell["question"]["ipc"] for cell in table()] == [8, 2, 2]
+    rows = Path("table/cross.md").read_text().splitlines()[2:5]
+    assert [row.split(" | ")[2] for row in rows] == ["2", "2", "2"]  # as papers count
 
 
 def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

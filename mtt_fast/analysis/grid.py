@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mtt_fast.commands import parsing
+from mtt_fast.commands.earlier_run import check_comparable
 from mtt_fast.commands.option_fields import Checked, Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
 from mtt_fast.distill import command as distill
@@ -61,8 +62,10 @@ def main(argv: Sequence[str]) -> None:
         (m, n): [*others, "--expert_epochs", str(m), "--syn_steps", str(n), "--out", str(run)]
         for (m, n), run in cells.items()
     }
-    parsed = [parse_options(command) for command in commands.values()]  # all are checked before the first cell is run
-    if parsed[0].dry_run:
+    parsed = {cell: parse_options(command) for cell, command in commands.items()}  # all, before the first cell is run
+    for cell, run in cells.items():
+        check_comparable(run, parsed[cell])
+    if next(iter(parsed.values())).dry_run:
         for command in commands.values():
             distill.main(command)
         return
@@ -70,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     for number, (cell, command) in enumerate(commands.items(), 1):
         log.info("cell %d of %d: M = %d, N = %d, in %s", number, len(cells), *cell, cells[cell])
         accuracies[cell] = _accuracy_of(cells[cell], command)
+        check_comparable(cells[cell], parsed[cell])
         write(folder, epochs, steps, accuracies, others)
     log.info("%s\n%s", folder / "grid.png", as_markdown(epochs, steps, accuracies))
 

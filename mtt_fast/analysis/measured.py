@@ -98,7 +98,8 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         # that a baseline used only the folder is known
         known = [hyperparameters, digest] if "imported_from" in (hyperparameters or ()) else hyperparameters
         all_options |= {"experts": known or options.get("buffer_path")}
-        all_options |= {"scores": summary.get("scores_digest")}  # two files may have had the same name (SelMatch)
+        # two files of scores (SelMatch), or with a class that computes the images, may have had the same name
+        all_options |= {name: summary.get(name) for name in ("scores_digest", "code_digest")}
         random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
         for trained_on, method, others, repetition in (
             ("distilled", setting.method, all_options, (seed, digest)),

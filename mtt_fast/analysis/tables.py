@@ -4,7 +4,8 @@ Reads the summary.json of finished runs, distillations and baselines alike. Tabl
 CIFAR-100 and Tiny ImageNet, Table 2 with kernel inducing points by the width of the network, Table 3 networks that the
 sets were not made with (runs evaluated with --eval_mode M; `mtt_fast.cross` measures such networks afterwards), Table 4 is
 of the ImageNet subsets. Settings that the paper does not have are listed too. Runs that differ only in the seed are
-averaged; runs that differ in more have a line each. A note says where the paper's text or a later paper has other numbers.
+averaged; runs that differ in more have a line each, and MTT with options of its successors is another method. A note says
+where the paper's text or a later paper has other numbers.
 """
 
 from __future__ import annotations

@@ -82,6 +82,26 @@ def check_same_evaluation(folder: Path, earlier: Mapping[str, Any] | None, optio
             )
 
 
+def check_comparable(folder: Path, options: Any) -> None:
+    """Raise `InputError` if the run in `folder` has finished with another evaluation, or more iterations, than `options` ask for.
+
+    For commands that put the accuracies of several runs beside each other.
+    """
+    summary = read_summary(folder)
+    if summary is None:
+        return
+    fix = (
+        "which does not compare with other runs of this command; choose another folder, or give the options that it has"
+    )
+    before = summary.get("options", {})
+    for name, field in fields_of(type(options)).items():
+        now = getattr(options, name)
+        if field.role is Role.EVALUATION and before.get(name, now) != now:
+            raise InputError(f"{folder}: holds a run {_differing(name, before[name], now)}, {fix}")
+    if (iterations := int(summary.get("iterations", 0))) > options.Iteration:
+        raise InputError(f"{folder}: holds a run of {iterations} iterations, not {options.Iteration}, {fix}")
+
+
 def _other_values(earlier: Mapping[str, Any] | None, options: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Yield the names of options with another value in an `earlier` run than in `options`, with both values."""
     if earlier is None:

@@ -180,7 +180,7 @@ class EvaluatedSet:
             return lambda generator: random_subset(real, options.ipc, generator), initial_lr(REAL_IMAGES_LR)
         images, learned = self._images_and_lr(real)
         check_shape(images, real.data, source)
-        if (factor := self._factor) > 1:
+        if (factor := self.factor) > 1:
             log.info("%s: each image is taken for %d × %d smaller ones (--factor)", source, factor, factor)
         images = parts_of(images, factor)
         classes = real.data.num_classes
@@ -194,7 +194,8 @@ class EvaluatedSet:
         return self.synthetic is None and set_kind_of(self.source) == "ncfm"
 
     @property
-    def _factor(self) -> int:
+    def factor(self) -> int:
+        """Return the number of smaller images along a side of each image of the set."""
         return self.options.factor or (FACTOR if self._is_of_ncfm else 1)
 
     def _images_and_lr(self, real: RealImages) -> tuple[Images, float]:

@@ -22,6 +22,7 @@ from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_se
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.students.choice import precision_on
+from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
@@ -29,6 +30,7 @@ from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import write_record
 from mtt_fast.storage.run_files import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
+from mtt_fast.storage.run_folder import lock_inode
 from mtt_fast.training.evaluation import Accuracy, evaluate
 from mtt_fast.training.images import Images, RealImages, as_training_images
 
@@ -113,17 +115,37 @@ def run_to_the_end(
 
     `iterate` does the next iteration and counts it. `progress_fields` returns the fields of the progress bar from the seconds of the last
     iteration. `evaluate` evaluates the set unless an earlier process did, and draws it. `save` writes the checkpoint with the
-    evaluations' records. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and any
-    exception of these functions.
+    evaluations' records. Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, `InputError` if
+    the run's folder was moved or deleted, and any exception of these functions.
     """
     options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
     saved = time.monotonic()
     part: Part = "first_iteration"  # compiles kernels, and on CUDA captures the graph
+    place = lock_inode(run.folder)
 
-    def save_progress() -> None:
+    def save_state() -> None:
         with seconds_of("saving"):
             save(metrics.evaluations)
             save_seconds(run.folder, run.seconds)
+
+    def check_in_place() -> None:
+        """Raise `InputError` if the folder is no longer the one that this process has locked; a new run's is left alone."""
+        if (now := lock_inode(run.folder)) == place:
+            return
+        if now is not None:
+            raise InputError(
+                f"{run.folder}: another run has taken this folder, at iteration {progress.iteration} of this run; continue it where its own "
+                "folder was moved to"
+            )
+        save_state()
+        raise InputError(
+            f"{run.folder}: was moved or deleted during the run; its state at iteration {progress.iteration} is saved in a new folder of this "
+            "name, where the command that began the run, with all its options, continues it"
+        )
+
+    def save_progress() -> None:
+        check_in_place()
+        save_state()
 
     with (
         contextlib.closing(metrics),
@@ -135,6 +157,7 @@ def run_to_the_end(
                 save_progress()  # the checkpoint names the experts, even if the first evaluation is interrupted
             while True:
                 if progress.iteration % options.eval_it == 0 or progress.iteration >= options.Iteration:
+                    check_in_place()
                     with seconds_of("evaluations"):
                         evaluate(stop)
                     with seconds_of("saving"):
@@ -152,6 +175,7 @@ def run_to_the_end(
                 if time.monotonic() - saved > options.save_seconds:
                     save_progress()
                     saved = time.monotonic()
+            check_in_place()
             with seconds_of("saving"):
                 summarise(stop)
         except Stopped as stopped:
@@ -281,6 +305,8 @@ def write_summary(
     own fields.
     """
     device, (first, *_) = run.real.test.labels.device, run.evaluated
+    if run.evaluated[first] != run.network:  # --eval_mode
+        text = f"{text}; the images were tested on {first}"
     seconds = run.seconds.totals()
     write_record(
         run.folder / SUMMARY,

@@ -62,6 +62,8 @@ class ConvertOptions:
     """learning rate of the set, if its files have none"""
     distilled_share: Annotated[PositiveShare, Group.SET] = 1.0
     """share of each class's images that was distilled, the first ones, if the others are real (SelMatch's alpha)"""
+    factor: Annotated[Count | None, Group.SET] = None
+    """record that each image consists of FACTOR × FACTOR smaller ones, which networks see scaled up; if not given, 2 for files of NCFM, else 1"""
     label_kind: Annotated[Literal["probabilities", "weights", "logits"] | None, Group.LABELS] = None
     """kind of the source's soft labels; if not given, guessed from their sums"""
     reorder: Annotated[bool, Group.LABELS] = False
@@ -91,7 +93,7 @@ class ConvertOptions:
 
     def without_effect_on_experts(self, *, exported: bool) -> dict[str, str]:
         """Return the options that have no effect where experts are `exported`, or else imported, with the reasons."""
-        set_options = ("lr_teacher", "distilled_share", "label_kind", "reorder", "hard_labels", "method")
+        set_options = ("lr_teacher", "distilled_share", "factor", "label_kind", "reorder", "hard_labels", "method")
         reasons = dict.fromkeys(set_options, "on experts, only on distilled sets")
         if exported:
             known = "on experts of this software, whose files contain it"
@@ -108,17 +110,19 @@ class ConvertOptions:
         with_data_info = ("synthetic", "png", "parquet", "ncfm")
         if kind == "synthetic":
             known = "on a set of this software, whose file contains it"
-            reasons |= dict.fromkeys((*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "label_kind"), known)
+            reasons |= dict.fromkeys(
+                (*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "factor", "label_kind"), known
+            )
         elif to not in with_data_info:
             unread = f"without --to {' or '.join(with_data_info)}"
             data_options = () if kind == "ncfm" else _DATA_OPTIONS  # whose pictures are normalised for every kind
-            reasons |= dict.fromkeys((*data_options, "model", "lr_teacher", "distilled_share"), unread)
+            reasons |= dict.fromkeys((*data_options, "model", "lr_teacher", "distilled_share", "factor"), unread)
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc_benchmark", "png"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
         if kind in ("png", "parquet"):
-            reasons["distilled_share"] = "on pictures, whose record contains it"
+            reasons |= dict.fromkeys(("distilled_share", "factor"), "on pictures, whose record contains it")
         if to not in ("dc", "dc_benchmark"):
             reasons["method"] = "without --to dc or dc_benchmark, whose file names contain it"
         return reasons

@@ -73,21 +73,23 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     if isinstance(distilled, TensorSet):
         for line in whitening_warnings(options.source, distilled, zca=options.zca):
             log.warning("%s", line)
+    factor = _factor(options, distilled, kind)
     if isinstance(distilled, TensorSet) and to in _WITH_DATA:
         if distilled.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        recipe = _recipe(options, distilled) | ({"factor": FACTOR} if kind == "ncfm" else {})
+        recipe = _recipe(options, distilled) | ({"factor": factor} if factor > 1 else {})
         distilled = as_synthetic(
             distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source
         )
         if distilled.real is not None:
             log.info("%d of the %d images are kept as real ones", int(distilled.real.sum()), len(distilled.real))
+        if factor > 1:
+            log.info("each image is kept as %d × %d smaller ones (--factor)", factor, factor)
     written = write_set(
         destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
     )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
-    log.info("%s", _usage(options, to, written, distilled))
-    factor = _factor(distilled, kind)
+    log.info("%s", _usage(options, to, written, distilled, factor))
     whitened = bool(_is_whitened(options, distilled))
     for line in _left_out(to, distilled, written, whitened=whitened, factor=factor):
         log.warning("%s", line)
@@ -98,10 +100,10 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         )  # fmt: skip
 
 
-def _factor(distilled: SyntheticDataset | TensorSet, kind: str) -> int:
+def _factor(options: ConvertOptions, distilled: SyntheticDataset | TensorSet, kind: str) -> int:
     """Return the number of smaller images along a side of each image of a set that was read from files of `kind`."""
     if isinstance(distilled, TensorSet):
-        return FACTOR if kind == "ncfm" else 1
+        return options.factor or (FACTOR if kind == "ncfm" else 1)
     factor = distilled.recipe.get("factor", 1)
     return factor if isinstance(factor, int) else 1
 
@@ -134,14 +136,21 @@ def _left_out(
         )
     if factor > 1 and to not in _WITH_DATA:
         yield (
-            f"files of this kind do not say that each image consists of {factor} × {factor} smaller ones (evaluate: --factor {factor})"
+            f"files of this kind do not say that each image consists of {factor} × {factor} smaller ones (evaluate, convert: --factor {factor})"
         )
+    if factor != FACTOR and to == "ncfm":
+        yield (
+            f"files of this kind do not say their --factor: it is {factor} here, and taken for {FACTOR} if not given (evaluate, convert: "
+            f"--factor {factor})"
+        )
+    if to == "ncfm" and whitened:
+        yield "files of this kind do not say that the images were whitened (evaluate, convert: --zca)"
     lrs = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
     images, *others = written
-    if to in ("dc", "dc_benchmark") and distilled.lr is not None and sibling(images, "lr") not in others:
+    if to in ("dc", "dc_benchmark", "ncfm") and distilled.lr is not None and sibling(images, "lr") not in others:
         yield (
             f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
-            "(evaluate: --lr_teacher)"
+            "(evaluate, convert: --lr_teacher)"
         )
     elif to not in _WITH_DATA and lrs is not None:
         yield (
@@ -257,7 +266,9 @@ def _for_ddranking(
     return f"DD-Ranking {VERSION} takes it with\n{call}"
 
 
-def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet) -> str:
+def _usage(
+    options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet, factor: int
+) -> str:
     """Return in words how other software reads the files."""
     first = written[0]
     zca = _is_whitened(options, distilled)
@@ -283,7 +294,7 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
         case "ncfm":
             return (
                 f"NCFM's evaluation_script.py takes it as --load_path {shlex.quote(str(first))}, with factor: "
-                f"{_factor(distilled, kind)} in its configuration"
+                f"{factor} in its configuration"
             )
         case "png":
             # of the folder alone, `datasets` would take a class called "train" for the split, and drop all others

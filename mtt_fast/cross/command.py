@@ -139,7 +139,9 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
                 measured.append(cell)
                 write_record(folder / TABLE, {"cells": measured, "versions": versions()})
             log.info("%s on %s: %s", row.source, name, cell["text"])
-            cells.append({"set": row.source, **cell})
+            # papers count the images that are stored, not the smaller ones in them
+            stored = cell["question"]["ipc"] / (1 if row.source == RANDOM else row.factor**2)
+            cells.append({"set": row.source, **cell, "question": key | {"ipc": stored}})
     quoted = quoted_for(cells)
     table = markdown(cells, quoted, protocols)
     write_text(folder / MARKDOWN, table)

@@ -33,7 +33,7 @@ class Quoted(NamedTuple):
 
 def quoted_for(cells: Sequence[dict[str, Any]]) -> list[Quoted]:
     """Return the accuracies that Table 3, and later tables like it, report for the data sets and numbers of images in `cells`."""
-    settings = {(cell["question"]["dataset"], str(cell["question"]["ipc"])) for cell in cells}
+    settings = {(cell["question"]["dataset"], f"{cell['question']['ipc']:g}") for cell in cells}
     accuracies_by_set: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
     for row in published_numbers().rows:
         for ipc, accuracy in row.accuracy.items():
@@ -55,7 +55,9 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
 
     def add_row(title: str, dataset: str, ipc: float, accuracies: Mapping[str, Mapping[str, Any]]) -> None:
         known = (accuracies.get(network) for network in networks)
-        rows.append([title, dataset, str(ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
+        rows.append(
+            [title, dataset, f"{ipc:g}", *("" if accuracy is None else percent(accuracy) for accuracy in known)]
+        )
 
     for name in dict.fromkeys(cell["set"] for cell in cells):
         own = [cell for cell in cells if cell["set"] == name]

@@ -184,6 +184,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
         "iterations_above_threshold": state.above_threshold,
         "learning_rate_kept": state.lr_kept,
         "scores_digest": state.scores_digest or None,
+        "code_digest": state.code_digest or None,
         "learning_rate_per_step": state.lr.tolist() if options.lr_per_step else None,
         "gradient": {
             "kind": DESCRIPTIONS[options.gradient],

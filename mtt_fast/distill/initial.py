@@ -20,6 +20,7 @@ from mtt_fast.distill.parametrised import parametrisation_of
 from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
+from mtt_fast.parametrisations.by_name import code_digest
 from mtt_fast.parametrisations.parametrisation import Parametrisation, images_at, learned_values
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import digest
@@ -68,6 +69,7 @@ def initial_state(
         parameters=parameters, parameters_velocity=velocity, parameters_square=square,
         data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
+        code_digest="" if initial.parametrisation is None else code_digest(initial.parametrisation),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import is_users_class, make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.by_name import code_digest, is_users_class, make_parametrisation, try_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, images_at, learned_parameters
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.seeding import generator_for
@@ -69,7 +69,8 @@ def parametrisation_on_meta(options: DistillOptions, data: ImageData | DatasetIn
 def check_same_parametrisation(options: DistillOptions, state: State, parametrisation: Parametrisation) -> None:
     """Raise `InputError` unless the parameters of `state` fit the `parametrisation`, and give the images of `state`.
 
-    They give other images if the user's code was changed after the run began.
+    They give other images if the user's code was changed after the run began. Its rates, its penalty and the images in evaluations may
+    have changed too, so the file has to be the same.
     """
     folder, parameters = options.folder(), state.parameters or {}
     specs = {name: (each.dtype, tuple(each.shape)) for name, each in learned_parameters(parametrisation).items()}
@@ -81,6 +82,12 @@ def check_same_parametrisation(options: DistillOptions, state: State, parametris
         raise InputError(
             f"--parametrisation {options.parametrisation}: expected the images with which the run in {folder} stopped, found others at the "
             "same parameters; give it the code with which the run began, or choose another --out"
+        )
+    # a checkpoint of a former version has no digest
+    if state.code_digest not in ("", code_digest(parametrisation)):
+        raise InputError(
+            f"--parametrisation {options.parametrisation}: expected the file with which the run in {folder} began, found another; restore it "
+            "(further classes can be in files of their own), or choose another --out"
         )
 
 

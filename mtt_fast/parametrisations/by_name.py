@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -169,6 +170,17 @@ def _try_other_values(
 def is_users_class(name: str) -> bool:
     """Return whether the parametrisation `name` is a class of the user's own."""
     return name not in _KNOWN
+
+
+def code_digest(parametrisation: Parametrisation) -> str:
+    """Return the SHA-256 of the file with the class of `parametrisation`; "" for one of this package, and without such a file."""
+    cls = type(parametrisation)
+    if cls in _KNOWN.values():
+        return ""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return ""
 
 
 def _class_of(name: str) -> type[Parametrisation]:

@@ -68,7 +68,7 @@ class Ddif(Parametrisation):
                 optimizer = torch.optim.Adam(fields, lr=self._lr_nf_init)
                 weights, biases = fields[: len(self.weights)], fields[len(self.weights) :]
                 for _ in range(self._epochs_init):
-                    raise_if_stopped(stop, "stopped before the first iteration; the same command starts again")
+                    raise_if_stopped(stop, "stopped while the fields were fitted; the same command continues")
                     optimizer.zero_grad()
                     # of each field the mean over its pixels, as if it were fitted alone
                     (self._images(weights, biases) - images[some]).square().mean((1, 2, 3)).sum().backward()

@@ -47,6 +47,7 @@ class State:
     imported: bool = False  # whether these experts come from other software, so that none can be trained in their place
     cam_digest: str = ""  # of the expert of --cam_model
     scores_digest: str = ""  # of the difficulty by which a window chose the first images (SelMatch)
+    code_digest: str = ""  # of the file with the user's class that computes the images
 
     @property
     def updates(self) -> int:
@@ -70,7 +71,7 @@ _REPEATED = "repeated"
 """A further number, which old checkpoints lack."""
 _IMPORTED = "imported"
 """The field of the metadata for `State.imported`; old checkpoints lack it."""
-_DIGESTS = ("cam_digest", "scores_digest")
+_DIGESTS = ("cam_digest", "scores_digest", "code_digest")
 """Texts in the metadata, which old checkpoints lack."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Fields of old checkpoints, which seconds.json has replaced."""

@@ -57,6 +57,15 @@ def lock_folder(
         lock.release()
 
 
+def lock_inode(folder: Path) -> tuple[int, int] | None:
+    """Return numbers that tell the lock in `folder` from those in other folders that have or had its name, or None if there is none."""
+    try:
+        status = (folder / _LOCK).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
     """Write options (text, numbers, booleans, lists; None is left out) as TOML, below a `note` of one line.
 

@@ -110,6 +110,18 @@ def test_wrong_options_are_refused_before_the_first_cell(
     assert not list(tmp_path.rglob("summary.json"))
 
 
+def test_cells_that_do_not_compare_are_refused(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that a finished cell does not stand beside cells of another protocol, or of fewer iterations."""
+    flags = ["grid", *TOY, *log_fields(toy), "--expert_epochs", "1", "--out", str(tmp_path / "grid")]
+    assert run(*flags, "--syn_steps", "1", "--Iteration", "2") == 0
+    more = [*flags, "--syn_steps", "1,2"]
+    assert run(*more, "--Iteration", "2", "--protocol", "datm") == 2
+    assert "M1-N1: holds a run with --protocol mtt, not datm" in capsys.readouterr().err
+    assert run(*more, "--Iteration", "1") == 2
+    assert "M1-N1: holds a run of 2 iterations, not 1" in capsys.readouterr().err
+    assert not (tmp_path / "grid/M1-N2").exists()
+
+
 def test_a_dry_run_of_a_grid_writes_nothing(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*TOY, *log_fields(toy), "--out", str(tmp_path / "grid"), "--expert_epochs", "1", "--syn_steps", "1,2"]
     assert run("grid", *flags, "--dry_run") == 0

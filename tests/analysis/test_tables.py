@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from mtt_fast.analysis.measured import Measured, Setting, measurements
 from mtt_fast.analysis.tables import rows_by_table
 from mtt_fast.commands.published import published_numbers
+from mtt_fast.commands.tables import WITHOUT_SUCCESSORS, marked_method
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.storage.text_files import write_json
 from tests.analysis.helpers import read, run
 
@@ -25,6 +28,12 @@ def summary(mean: float, *, method: str | None = None, random: float | None = No
 
 def by_network(*networks: str, accuracy: float = 0.7) -> dict[str, Any]:
     return {"accuracy_by_network": {"distilled": {name: {"mean": accuracy, "std": 0.0, "n": 5} for name in networks}}}
+
+
+def test_the_defaults_are_mtt_itself() -> None:
+    assert marked_method("MTT", dataclasses.asdict(DistillOptions())) == "MTT"
+    defaults = vars(DistillOptions())
+    assert {name: defaults[name] for name in WITHOUT_SUCCESSORS} == WITHOUT_SUCCESSORS
 
 
 def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
@@ -203,9 +212,13 @@ def test_spelling_parts_no_runs_and_other_experts_and_scores_do() -> None:
         Setting("CIFAR10", "ConvNet", "MTT", "1"): [("a", "b"), ("curriculum",)],
         Setting("imagenette", "ConvNetD5", "MTT", "1"): [("nette",)],
     }
-    scores = [summary(0.5, score_path="scores.npy") | {"scores_digest": digest} for digest in ("f00d", "beef", "f00d")]
-    ((first, other),) = measurements({Path(str(number)): run for number, run in enumerate(scores)}).values()
-    assert (first.runs, other.runs) == (("0",), ("1",))  # the same seed twice is one measurement
+    changed = {"changed": summary(0.5, match_step="nearest", teacher_label=True)}
+    (setting,) = measurements({Path(name): run for name, run in changed.items()})
+    assert setting.method == "MTT, with --match_step nearest --teacher_label"  # not in MTT's row
+    for name in ("scores_digest", "code_digest"):
+        same_name = [summary(0.5) | {name: digest} for digest in ("f00d", "beef", "f00d")]
+        ((first, other),) = measurements({Path(str(number)): run for number, run in enumerate(same_name)}).values()
+        assert (first.runs, other.runs) == (("0",), ("1",))  # the same seed twice is one measurement
     paper = published_numbers()
     rows = rows_by_table(measured, paper.rows, list(paper.titles))["1"]
     shown = [value.runs for row in rows if row.method == "MTT" for value in row.measured.values()]

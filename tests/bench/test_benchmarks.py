@@ -160,6 +160,9 @@ def test_the_benchmark_of_methods_runs(tmp_path: Path, capsys: pytest.CaptureFix
     bench("render", "--results", str(tmp_path), "--documents", "")
     line = next(line for line in (tmp_path / "toy.md").read_text().splitlines() if line.startswith("| MTT"))
     assert f"{100 * ftd['accuracy']['mean']:.1f} % ± {100 * ftd['accuracy']['std']:.1f} (n = 2)" in line
+    other = [*short, "--protocol", "datm"]  # which the finished runs do not have
+    assert cli.run(main, ["methods", *setting, *other, *folders]) == 2
+    assert "herding: holds a run with --protocol mtt, not datm" in capsys.readouterr().err
     assert cli.run(main, ["methods", "--methods", "mttt"]) == 2
     assert "--methods mttt: expected some of random" in capsys.readouterr().err
 

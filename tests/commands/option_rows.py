@@ -301,6 +301,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "device": says("--device cuda:99", "--device cuda:99 has no effect on a distilled set, only on experts"),
         "lr_teacher": changes("--lr_teacher 0.5"),
         "distilled_share": changes("--distilled_share 0.5", job="two new --dataset digits"),
+        "factor": changes("--factor 2"),
         "label_kind": changes("--label_kind logits", job="soft new --dataset digits"),
         "reorder": changes("--reorder", job="soft new --dataset digits"),
         "hard_labels": changes("--hard_labels", job="soft new --dataset digits"),

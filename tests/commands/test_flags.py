@@ -261,6 +261,7 @@ FLAGS: dict[str, Flags] = {
         "device": "auto",
         "lr_teacher": 0.01,
         "distilled_share": 1.0,
+        "factor": None,
         "label_kind": None,
         "reorder": False,
         "hard_labels": False,

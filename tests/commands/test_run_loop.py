@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,11 @@ import pytest
 
 from mtt_fast.commands.run_loop import LoopRun, best_accuracy, run_to_the_end
 from mtt_fast.commands.seconds import Stopwatch
+from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import read_record
+from mtt_fast.storage.run_folder import lock_folder
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -29,10 +31,10 @@ class Counters:
 
 def looped(
     folder: Path, iterations: int = 5, eval_it: int = 2, save_seconds: float = 1e9, start: int = 0, stop_at: int = -1,
-    evaluated: Iterable[int] = (), seconds: Stopwatch | None = None,
+    evaluated: Iterable[int] = (), seconds: Stopwatch | None = None, done: list[str] | None = None, at_2: Callable[[], object] = list,
 ) -> list[str]:  # fmt: skip
     """Return what a loop does, in order: e of an evaluation, i of an iteration, s of a checkpoint, ! of the summary."""
-    done: list[str] = []
+    done = [] if done is None else done
     progress = Counters(start)
     metrics = MetricsLog(folder, start)
     for iteration in evaluated:
@@ -46,6 +48,8 @@ def looped(
     def iterate() -> None:
         progress.iteration += 1
         done.append(f"i{progress.iteration}")
+        if progress.iteration == 2:
+            at_2()
         if progress.iteration == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -68,6 +72,25 @@ def looped(
 
 def test_evaluations_are_at_the_start_when_due_and_at_the_end(tmp_path: Path) -> None:
     assert " ".join(looped(tmp_path)) == "s0 e0 s1 i1 i2 e2 s2 i3 i4 e4 s3 i5 e5 s4 !"
+
+
+@pytest.mark.parametrize(
+    ("new_run", "saves", "message"), [(True, 1, "another run has taken"), (False, 2, "was moved or deleted")]
+)
+def test_a_run_whose_folder_was_moved_leaves_a_new_run_in_its_place_alone(
+    new_run: bool, saves: int, message: str, tmp_path: Path
+) -> None:
+    done: list[str] = []
+
+    def move() -> None:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        if new_run:
+            (tmp_path / "run/.lock").touch()
+
+    with lock_folder(tmp_path / "run"), pytest.raises(InputError, match=f"run: {message}"):
+        looped(tmp_path / "run", eval_it=9, save_seconds=0, done=done, at_2=move)
+    assert [each[0] for each in done].count("s") == 2 + saves
 
 
 def test_what_was_evaluated_before_is_drawn_again_as_its_process_may_have_died_in_between(tmp_path: Path) -> None:

@@ -62,6 +62,18 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(both.images, images[order])
 
 
+def test_whole_images_stay_whole_in_files_of_ncfm(caplog: pytest.LogCaptureFixture) -> None:
+    """Check that a set that goes there and back is not taken for one of smaller images."""
+    distilled().save("run.safetensors")
+    assert convert("run.safetensors", "data_ipc1.pt", "--to", "ncfm") == 0
+    assert "files of this kind do not say their --factor: it is 1 here, and taken for 2 if not given" in caplog.text
+    assert "files of this kind hold no learning rate" in caplog.text
+    assert convert("data_ipc1.pt", "back", "--factor", "1", *DIGITS) == 0
+    assert "factor" not in SyntheticDataset.load("back/synthetic.safetensors").recipe
+    assert convert("data_ipc1.pt", "parts", *DIGITS) == 0
+    assert SyntheticDataset.load("parts/synthetic.safetensors").recipe["factor"] == 2
+
+
 def test_a_set_of_ncfm_is_evaluated_as_its_file(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,10 +95,12 @@ def test_a_set_of_ncfm_is_evaluated_as_its_file(
     assert evaluated("ours") == expected
     assert "ours: each image is taken for 2 × 2 smaller ones (--factor)" in caplog.text
     assert convert("data_100.pt", "theirs", "--to", "mtt", "--dataset", "digits") == 0
-    assert "do not say that each image consists of 2 × 2 smaller ones (evaluate: --factor 2)" in caplog.text
+    assert "do not say that each image consists of 2 × 2 smaller ones (evaluate, convert: --factor 2)" in caplog.text
     assert evaluated("theirs/images_best.pt", "--factor", "2") == expected
     assert convert("ours", "data_ipc1.pt", "--to", "ncfm") == 0
     assert "NCFM's evaluation_script.py takes it as --load_path data_ipc1.pt, with factor: 2 in" in caplog.text
+    assert convert("theirs/images_best.pt", "again", "--factor", "2", *DIGITS) == 0
+    assert evaluated("again") == expected
     assert convert("data_100.pt", "unnamed") == 2
     assert (
         "expected the properties of the real images, with which its pictures are normalised; name them with --dataset"

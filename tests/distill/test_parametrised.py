@@ -235,6 +235,17 @@ def test_code_that_was_changed_is_refused(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_code_with_other_rates_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    distilled("run", "--parametrisation", "own.py:Pixels")
+    rates = "    def relative_rate(self, name):\n        return 100.0\n\n"
+    Path("own.py").write_text(OWN.replace("    def forward", rates + "    def forward", 1))
+    assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--resume"]) == 2
+    assert "own.py:Pixels: expected the file with which the run in run began" in capsys.readouterr().err
+    Path("own.py").write_text(OWN)
+    assert cli.run(main, [*TOY, "--out", "run", "--Iteration", "6", "--resume"]) == 0
+    assert json.loads(Path("run/summary.json").read_text())["code_digest"]
+
+
 def test_a_checkpoint_of_pixels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     distilled("plain")
     distilled("run", "--parametrisation", "own.py:Pixels")

@@ -493,3 +493,13 @@ def test_the_first_of_equal_evaluations_is_the_best(
     assert run(*TOY, *experts, "--out", str(tmp_path)) == 0
     assert SyntheticDataset.load(tmp_path / "best.safetensors").recipe["iterations"] == 0
     assert summary_of(tmp_path)["accuracy"]["best_evaluation_chosen_on_the_test_images"]["iteration"] == 0
+
+
+def test_a_summary_names_the_network_that_was_tested_in_place_of_the_model(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", lambda *_, **__: Accuracy((0.5, 0.5)))
+    for mode, words in (("A", "; the images were tested on ConvNetAS"), ("C", "")):
+        assert run(*TOY, *experts, "--eval_mode", mode, "--out", str(tmp_path / mode)) == 0
+        _, tested, network = summary_of(tmp_path / mode)["text"].partition("; the images were tested on ")
+        assert tested + network == words

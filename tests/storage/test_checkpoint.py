@@ -23,7 +23,7 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
         iteration=7, num_experts=2, images=images, labels=logits, lr=rates, images_velocity=-images, lr_velocity=-rates,
         labels_velocity=-logits, ema=2 * images, pixel_weights=images[:, :1], frequencies=images[:, 0] > 0, skipped=3, repeated=6,
         above_threshold=4, lr_kept=5, parameters={"a.b": images}, parameters_velocity={"a.b": rates}, parameters_square={"c": rates}, data=DatasetIdentity(name="digits", image_shape=(1, 8, 8)), digests=("a", "b"), imported=True,
-        cam_digest="c", scores_digest="d",
+        cam_digest="c", scores_digest="d", code_digest="e",
     )  # fmt: skip
     plain = State(0, 0, images, logits, rates, images, rates)
     save_checkpoint(tmp_path, state)
