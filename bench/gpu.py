@@ -230,8 +230,11 @@ def _steps(options: Options, out: Path) -> Iterator[Group]:
     settings, engines, vary = list(_SETTINGS), _ENGINES, ""
     if options.rehearse:
         settings, engines, vary = settings[:1], "whole_graph,fused", "--vary-steps 2,3 --vary-batch 3 --vary-size 16"
+    # in one process, since each worker of its own takes seconds of the limit to start
+    more = () if options.rehearse else ("--floor", "False", "--repetitions", "3", "--one_process", "True")
     for setting in settings:
-        yield [_bench(options, out, f"meta_step-{setting}", "meta_step", "--setting", setting, "--engines", engines)]
+        words = ("meta_step", "--setting", setting, "--engines", engines, *more)
+        yield [_bench(options, out, f"meta_step-{setting}", *words)]
     for setting in settings[-2:]:
         yield [_bench(options, out, f"kernels-{setting}", "kernels", "--setting", setting)]
     yield [_bench(options, out, "memory_scaling", "memory_scaling", "--setting", "cifar10-ipc10", *vary.split())]
