@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -95,7 +94,11 @@ def try_step(
         return inputs.to(theta.dtype), targets.to(theta.dtype) if labels.is_floating_point() else targets
 
     whole = torch.arange(len(index), device="cpu")
-    inputs, targets = samples(_trial_positions(network, len(index)))
+    positions = _trial_positions(network, len(index))
+    if is_cut:  # of the highest and the lowest sum first: beside each other they show a decision that a network takes for its whole batch
+        sums = samples(positions)[0].reshape(len(positions), -1).sum(1)
+        positions = positions[sums.argsort().roll(1).cpu()]
+    inputs, targets = samples(positions)
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
     is_known_mean = student.loss in (cross_entropy, cross_entropy_from_logits)
     with without_autocast(theta.device):
@@ -112,13 +115,13 @@ def try_step(
             inputs, targets = samples(whole)
             with torch.no_grad():
                 logits = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
-                _check_samples_are_independent(student, theta, inputs[first], logits)
+                _check_samples_are_independent(student, theta, inputs[first], logits[first])
             _try_loss(student, logits.requires_grad_(), targets)
             return is_known_mean
         if not is_cut:
             return True
         with torch.no_grad():
-            _check_samples_are_independent(student, theta, inputs[first], logits)
+            _check_samples_are_independent(student, theta, inputs, logits)
             if is_known_mean:
                 return True
             outputs = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
@@ -239,26 +242,28 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
 
 
 def _check_samples_are_independent(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
-    """Raise `InputError` if the logits of a sample change when it is beside a copy of itself and not beside other samples.
+    """Raise `InputError` if the outputs of a sample change when it is beside a copy of itself and not beside other samples.
 
-    If all samples are alike, or there is only one, it is set beside half of itself. Parameters near zero, as gates and last layers
-    may begin, hide a layer that mixes samples. So the same is asked with other numbers in their place.
+    The samples are the first of `inputs`, with the outputs `logits`. If they are alike, or there is only one, it is set beside half of
+    itself. Parameters near zero, as gates and last layers may begin, hide a layer that mixes samples. So the same is asked with other
+    numbers in their place, of the last two samples.
     """
-    network = student.network
-    factor = 0.5 if bool((inputs == inputs[:1]).all()) else 1
+    network, last = student.network, inputs[-_SAMPLES_AT_ONCE:]
     is_small = theta.abs() <= 0.01 * theta.square().mean().sqrt()
     signs = torch.arange(1, len(theta) + 1, dtype=theta.dtype, device=theta.device).sin_().sign_()  # in no order
     moved = torch.where(is_small, 0.3 * signs, theta)
-    for position, (parameters, outputs) in product(
-        range(len(inputs)), ((theta, logits), (moved, network(moved, inputs.clone())))
+    for parameters, samples, outputs in (
+        (theta, inputs[: len(logits)], logits),
+        (moved, last, network(moved, last.clone())),
     ):
-        # of two, since some networks fail with one sample (those that squeeze)
-        pair = torch.stack([factor * inputs[position], inputs[position]])
-        if not _are_close(outputs[position], network(parameters, pair)[-1]):
-            raise InputError(
-                "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
-                "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
-            )
+        factor = 0.5 if bool((samples == samples[:1]).all()) else 1
+        for sample, output in zip(samples, outputs, strict=True):
+            # of two, since some networks fail with one sample (those that squeeze)
+            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample]))[-1]):
+                raise InputError(
+                    "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
+                    "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
+                )
 
 
 def _is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
