@@ -280,17 +280,17 @@ def _is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
     return all(bool(_adds_up(loss, part)) for part in few)
 
 
-def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]], *, to_targets: bool = True) -> Tensor:
     """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
 
     Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared, too:
     at random parameters all samples may have about the same loss, so that any weights give it, and learned weights among the
-    targets may be equal at first.
+    targets may be equal at first. Those of targets (`to_targets`) are left out where the loss has none: it may train under no_grad.
     """
+    soft = to_targets and parts[0][1].is_floating_point()
 
     def loss_and_gradients(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the loss and its gradients with respect to the outputs, and to floating targets."""
-        soft = targets.is_floating_point()
         arguments = [outputs.detach().requires_grad_(), targets.detach().requires_grad_(soft)]
         with torch.enable_grad():
             value = loss(*(argument.clone() for argument in arguments))
@@ -306,6 +306,8 @@ def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     except InputError:
         raise
     except _FAILURES:
+        if soft:
+            return _adds_up(loss, parts, to_targets=False)
         return torch.zeros((), dtype=torch.bool, device=outputs.device)
     shares = [len(part[0]) / len(outputs) for part in parts]
     values = torch.stack([share * value for share, (value, _) in zip(shares, of_parts, strict=True)])
