@@ -96,7 +96,8 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
             log.info("%s on %s: %s", options.source, name, accuracies[name])
     if options.out:
         first, *_ = networks
-        is_random = options.source == RANDOM  # then each network has as many images of its own
+        # of random images each network has as many of its own; of a set those count that are stored, as in papers
+        is_random = options.source == RANDOM
         write_record(
             options.out,
             {
@@ -105,7 +106,9 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "model": first,
                 "accuracy_by_network": {name: accuracy.record() for name, accuracy in accuracies.items()},
                 "lr": lr,
-                "images": options.ipc * data.num_classes if is_random else len(train(torch.Generator())),
+                "images": options.ipc * data.num_classes
+                if is_random
+                else len(train(torch.Generator())) // evaluated.factor**2,
                 "protocol": protocol.record(),
                 "dataset": data.name,
                 "zca": options.zca,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
+from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli, evaluated_set
 from mtt_fast.commands.evaluated_set import EvaluatedSet
@@ -100,6 +101,17 @@ def test_a_file_brings_its_own_settings() -> None:
     assert result["lr"] == pytest.approx(0.02)
     assert result["images"] == 10
     assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
+
+
+def test_images_of_smaller_ones_count_as_those_that_are_stored() -> None:
+    """Check it in the score of such a set beside random real images, which are to be as many."""
+    distilled(recipe={"dataset": "digits", "factor": 2}).save("set.safetensors")
+    for source in ("set.safetensors", "random"):
+        result_of(source, "--dataset", "digits", *TOY)
+        Path("result.json").rename(f"{source}.json")
+    assert json.loads(Path("set.safetensors.json").read_text())["images"] == 10
+    words = "score --full 90 --distilled set.safetensors.json --random random.json".split()
+    assert cli.run(analysis, words) == 0
 
 
 def test_networks_are_trained_as_the_command_says(monkeypatch: pytest.MonkeyPatch) -> None:

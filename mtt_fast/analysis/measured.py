@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ from mtt_fast.commands.tables import marked_method
 from mtt_fast.data.catalogue import name_of
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
+from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_summary
 
@@ -25,6 +27,7 @@ PAPER_RES = 128
 PAPER_PROTOCOL = "mtt"
 """Protocol of the paper's evaluations."""
 _LOCATION_AND_MACHINE_OPTIONS = names_of(DistillOptions, Role.LOCATION, Role.MACHINE) - {"score_path"}
+_DEFAULTS = dataclasses.asdict(DistillOptions())
 _RANDOM_IMAGE_OPTIONS = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
 """Options on which the accuracy of random real images depends, besides the seed."""
 
@@ -51,10 +54,14 @@ class Measured(NamedTuple):
     """networks of the one run; runs, if there are several"""
     diverged: int = 0
     """number of these networks that diverged; number of these runs in which networks diverged"""
+    choice: str = ""
+    """the choice of options, the same for each number of images per class; see `_choice`"""
 
     def record(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
-        return self._asdict() | {"runs": list(self.runs)}
+        record = self._asdict() | {"runs": list(self.runs)}
+        del record["choice"]
+        return record
 
 
 def finished_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[str, Any]]:
@@ -81,6 +88,7 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
     Raises `InputError` for a summary that does not name its data set, network and images per class.
     """
     groups: dict[tuple[Setting, str], dict[tuple[int, str | None], tuple[str, Mapping[str, Any]]]] = {}
+    choices: dict[tuple[Setting, str], str] = {}
     for folder, summary in summaries.items():
         options = _with_known_names(summary.get("options", {}))
         try:
@@ -107,12 +115,28 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         ):
             for network, accuracy in _by_network(summary, trained_on).items():
                 key = setting._replace(model=network, method=method), json.dumps(images | others, sort_keys=True)
+                choices.setdefault(key, _choice(options, images | others))
                 # the same options, seed and experts are the same measurement
                 groups.setdefault(key, {}).setdefault(repetition, (str(folder), accuracy))
     by_setting: dict[Setting, list[Measured]] = {}
-    for (setting, _), by_seed in groups.items():
-        by_setting.setdefault(setting, []).append(_combined(list(by_seed.values())))
+    for key, by_seed in groups.items():
+        combined = _combined(list(by_seed.values()))._replace(choice=choices[key])
+        by_setting.setdefault(key[0], []).append(combined)
     return by_setting
+
+
+def _choice(options: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """Return the `others` without the images per class; of a run by a recipe, only what differs from the recipe.
+
+    The recipes of one name, such as cifar10-ipc1 and cifar10-ipc50, are one choice: a row of the paper has its own settings for each
+    number of images, too.
+    """
+    recipe = options.get("recipe")
+    plain, family = {"ipc": options["ipc"]}, None
+    if recipe in recipe_names():
+        plain, family = _DEFAULTS | recipe_options(recipe), recipe.partition("-ipc")[0]
+    own = {name: value for name, value in others.items() if name not in plain or plain[name] != value}
+    return json.dumps({"recipe": family} | own, sort_keys=True)
 
 
 def _with_known_names(options: Mapping[str, Any]) -> dict[str, Any]:

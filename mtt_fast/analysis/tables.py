@@ -4,8 +4,9 @@ Reads the summary.json of finished runs, distillations and baselines alike. Tabl
 CIFAR-100 and Tiny ImageNet, Table 2 with kernel inducing points by the width of the network, Table 3 networks that the
 sets were not made with (runs evaluated with --eval_mode M; `mtt_fast.cross` measures such networks afterwards), Table 4 is
 of the ImageNet subsets. Settings that the paper does not have are listed too. Runs that differ only in the seed are
-averaged; runs that differ in more have a line each, and MTT with options of its successors is another method. A note says
-where the paper's text or a later paper has other numbers.
+averaged; runs that differ in more than that and the images per class have a line each, except those of the recipes of one name
+(cifar10-ipc1, cifar10-ipc50). MTT with options of its successors is another method. A note says where the paper's text or a
+later paper has other numbers.
 """
 
 from __future__ import annotations
@@ -135,14 +136,14 @@ def _fits(setting: Setting, line: Published) -> bool:
 def _rows(
     dataset: str, method: str, model: str, lines: Sequence[Published], measured: Mapping[Setting, Sequence[Measured]]
 ) -> list[Row]:
-    """Return a row for each choice of options that was measured in a setting, at least one."""
-    count = max((len(values) for values in measured.values()), default=1)
+    """Return a row for each choice of options that was measured, at least one; the first has the published `lines`."""
+    choices = dict.fromkeys(value.choice for values in measured.values() for value in values) or {"": None}
     return [
         Row(
-            dataset, method, model, tuple(lines) if number == 0 else (),
-            {setting.ipc: values[number] for setting, values in measured.items() if number < len(values)},
+            dataset, method, model, () if number else tuple(lines),
+            {setting.ipc: value for setting, values in measured.items() for value in values if value.choice == choice},
         )
-        for number in range(count)
+        for number, choice in enumerate(choices)
     ]  # fmt: skip
 
 

@@ -130,13 +130,9 @@ def run_to_the_end(
 
     def check_in_place() -> None:
         """Raise `InputError` if the folder is no longer the one that this process has locked; a new run's is left alone."""
-        if (now := lock_inode(run.folder)) == place:
+        _check_not_taken(run.folder, place)
+        if lock_inode(run.folder) == place:
             return
-        if now is not None:
-            raise InputError(
-                f"{run.folder}: another run has taken this folder, at iteration {progress.iteration} of this run; continue it where its own "
-                "folder was moved to"
-            )
         save_state()
         raise InputError(
             f"{run.folder}: was moved or deleted during the run; its state at iteration {progress.iteration} is saved in a new folder of this "
@@ -185,6 +181,14 @@ def run_to_the_end(
                 f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
                 stopped.signum,
             ) from None
+
+
+def _check_not_taken(folder: Path, place: tuple[int, int] | None) -> None:
+    """Raise `InputError` if `folder` has another lock than the one that `lock_inode` found before, at `place`."""
+    if lock_inode(folder) not in (None, place):
+        raise InputError(
+            f"{folder}: another run has taken this folder; continue this one where its own folder was moved to"
+        )
 
 
 def set_to_save(
@@ -245,15 +249,21 @@ def evaluate_network(
     name: str,
     indices: Sequence[int] = (),
 ) -> Accuracy:
-    """Return the accuracy that `mtt_fast.training.evaluation.evaluate` measures with the run's options."""
+    """Return the accuracy that `mtt_fast.training.evaluation.evaluate` measures with the run's options.
+
+    Raises `InputError` if another run took the folder in the meantime.
+    """
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
+    place = lock_inode(run.folder)
     with run.seconds.of("evaluations"):
-        return evaluate(
+        accuracy = evaluate(
             network, train, test, protocol.initial_lr(lr), protocol, num_networks=options.num_eval, seed=options.seed,
             indices=indices, name=name, stop=stop,
             precision=precision_on(test.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=run.memory_budget,
         )  # fmt: skip
+    _check_not_taken(run.folder, place)
+    return accuracy
 
 
 def draw_set(

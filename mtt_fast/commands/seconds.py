@@ -15,6 +15,7 @@ from mtt_fast.data import ImageData, transform_for
 from mtt_fast.errors import InputError
 from mtt_fast.storage.records import check_form, read_record, write_record
 from mtt_fast.storage.run_files import SECONDS
+from mtt_fast.storage.run_folder import lock_inode
 from mtt_fast.training.images import RealImages, real_images
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,18 @@ def timed_real_images(data: ImageData, device: torch.device, seconds: Stopwatch,
 
 @contextlib.contextmanager
 def accumulate_seconds(folder: Path, seconds: Stopwatch) -> Iterator[None]:
-    """Add what earlier processes counted for the run in `folder`, and save the sum there, whatever ends the block."""
+    """Add what earlier processes counted for the run in `folder`, and save the sum there, whatever ends the block.
+
+    Save nothing after an error if another run has taken the folder.
+    """
     seconds.add(_read(folder))
+    place = lock_inode(folder)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(InputError):  # the error that ended the run is shown, not that of its seconds
-            save_seconds(folder, seconds)
+        if lock_inode(folder) == place:
+            with contextlib.suppress(InputError):  # the error that ended the run is shown, not that of its seconds
+                save_seconds(folder, seconds)
         raise
     save_seconds(folder, seconds)
 

@@ -257,6 +257,8 @@ def _remarks(
         yield remark
     if (augment := trained.get("augment", options.strategy)) != options.strategy:
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
+    if trained and first.seed != options.seed:
+        yield f"trained with --seed {first.seed}; {options.seed} is that of the student and of evaluations"
     if trained.get("sort_method"):
         yield "trained on a curriculum of images, easy ones first (PAD)"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -95,7 +94,11 @@ def try_step(
         return inputs.to(theta.dtype), targets.to(theta.dtype) if labels.is_floating_point() else targets
 
     whole = torch.arange(len(index), device="cpu")
-    inputs, targets = samples(_trial_positions(network, len(index)))
+    positions = _trial_positions(network, len(index))
+    if is_cut:  # of the highest and the lowest sum first: beside each other they show a decision that a network takes for its whole batch
+        sums = samples(positions)[0].reshape(len(positions), -1).sum(1)
+        positions = positions[sums.argsort().roll(1).cpu()]
+    inputs, targets = samples(positions)
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
     is_known_mean = student.loss in (cross_entropy, cross_entropy_from_logits)
     with without_autocast(theta.device):
@@ -112,13 +115,13 @@ def try_step(
             inputs, targets = samples(whole)
             with torch.no_grad():
                 logits = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
-                _check_samples_are_independent(student, theta, inputs[first], logits)
+                _check_samples_are_independent(student, theta, inputs[first], logits[first])
             _try_loss(student, logits.requires_grad_(), targets)
             return is_known_mean
         if not is_cut:
             return True
         with torch.no_grad():
-            _check_samples_are_independent(student, theta, inputs[first], logits)
+            _check_samples_are_independent(student, theta, inputs, logits)
             if is_known_mean:
                 return True
             outputs = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
@@ -239,26 +242,28 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
 
 
 def _check_samples_are_independent(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
-    """Raise `InputError` if the logits of a sample change when it is beside a copy of itself and not beside other samples.
+    """Raise `InputError` if the outputs of a sample change when it is beside a copy of itself and not beside other samples.
 
-    If all samples are alike, or there is only one, it is set beside half of itself. Parameters near zero, as gates and last layers
-    may begin, hide a layer that mixes samples. So the same is asked with other numbers in their place.
+    The samples are the first of `inputs`, with the outputs `logits`. If they are alike, or there is only one, it is set beside half of
+    itself. Parameters near zero, as gates and last layers may begin, hide a layer that mixes samples. So the same is asked with other
+    numbers in their place, of the last two samples.
     """
-    network = student.network
-    factor = 0.5 if bool((inputs == inputs[:1]).all()) else 1
+    network, last = student.network, inputs[-_SAMPLES_AT_ONCE:]
     is_small = theta.abs() <= 0.01 * theta.square().mean().sqrt()
     signs = torch.arange(1, len(theta) + 1, dtype=theta.dtype, device=theta.device).sin_().sign_()  # in no order
     moved = torch.where(is_small, 0.3 * signs, theta)
-    for position, (parameters, outputs) in product(
-        range(len(inputs)), ((theta, logits), (moved, network(moved, inputs.clone())))
+    for parameters, samples, outputs in (
+        (theta, inputs[: len(logits)], logits),
+        (moved, last, network(moved, last.clone())),
     ):
-        # of two, since some networks fail with one sample (those that squeeze)
-        pair = torch.stack([factor * inputs[position], inputs[position]])
-        if not _are_close(outputs[position], network(parameters, pair)[-1]):
-            raise InputError(
-                "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
-                "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
-            )
+        factor = 0.5 if bool((samples == samples[:1]).all()) else 1
+        for sample, output in zip(samples, outputs, strict=True):
+            # of two, since some networks fail with one sample (those that squeeze)
+            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample]))[-1]):
+                raise InputError(
+                    "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
+                    "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
+                )
 
 
 def _is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
@@ -275,17 +280,17 @@ def _is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
     return all(bool(_adds_up(loss, part)) for part in few)
 
 
-def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]], *, to_targets: bool = True) -> Tensor:
     """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
 
     Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared, too:
     at random parameters all samples may have about the same loss, so that any weights give it, and learned weights among the
-    targets may be equal at first.
+    targets may be equal at first. Those of targets (`to_targets`) are left out where the loss has none: it may train under no_grad.
     """
+    soft = to_targets and parts[0][1].is_floating_point()
 
     def loss_and_gradients(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the loss and its gradients with respect to the outputs, and to floating targets."""
-        soft = targets.is_floating_point()
         arguments = [outputs.detach().requires_grad_(), targets.detach().requires_grad_(soft)]
         with torch.enable_grad():
             value = loss(*(argument.clone() for argument in arguments))
@@ -301,6 +306,8 @@ def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     except InputError:
         raise
     except _FAILURES:
+        if soft:
+            return _adds_up(loss, parts, to_targets=False)
         return torch.zeros((), dtype=torch.bool, device=outputs.device)
     shares = [len(part[0]) / len(outputs) for part in parts]
     values = torch.stack([share * value for share, (value, _) in zip(shares, of_parts, strict=True)])

@@ -305,7 +305,7 @@ def planned_path(
     student_steps = StudentSteps(
         student=student,
         batches=steps.batches,
-        saved_steps=plan.saved_steps,
+        saved_steps=plan.saved_steps if torch.is_grad_enabled() else 0,  # without a gradient there is no backward sweep
         path_on_host=plan.path_on_host,
         augment=options.augment,
         draws=tuple(draws),

@@ -96,6 +96,9 @@ def _without_tensors(module: nn.Module) -> nn.Module:
     module = with_the_same_tensors(module)
     absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
     for part in module.modules():
+        if isinstance(part, nn.TransformerEncoder):
+            # without a gradient nested tensors would give other shapes, and other values at masked places
+            part.use_nested_tensor = False
         for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
             tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
     return module

@@ -61,7 +61,7 @@ def lock_inode(folder: Path) -> tuple[int, int] | None:
     """Return numbers that tell the lock in `folder` from those in other folders that have or had its name, or None if there is none."""
     try:
         status = (folder / _LOCK).stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
 

@@ -14,6 +14,7 @@ from mtt_fast.analysis.tables import rows_by_table
 from mtt_fast.commands.published import published_numbers
 from mtt_fast.commands.tables import WITHOUT_SUCCESSORS, marked_method
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.recipes import recipe_options
 from mtt_fast.storage.text_files import write_json
 from tests.analysis.helpers import read, run
 
@@ -223,3 +224,29 @@ def test_spelling_parts_no_runs_and_other_experts_and_scores_do() -> None:
     rows = rows_by_table(measured, paper.rows, list(paper.titles))["1"]
     shown = [value.runs for row in rows if row.method == "MTT" for value in row.measured.values()]
     assert shown == [("a", "b"), ("curriculum",)]
+
+
+def test_a_row_has_one_choice_of_options_for_all_numbers_of_images() -> None:
+    """Check that rows do not depend on the order of the folders, and that the recipes of one name are one choice."""
+
+    def of_recipe(recipe: str, **others: Any) -> dict[str, Any]:
+        defaults = dataclasses.asdict(DistillOptions()) | recipe_options(recipe)
+        return summary(0.5, **(defaults | {"recipe": recipe} | others))
+
+    runs = {
+        "a": summary(0.5, lr_img=1.0, ipc=1),
+        "b": summary(0.5, lr_img=2.0, ipc=1),
+        "c": summary(0.5, lr_img=2.0, ipc=10),
+        "d": summary(0.5, lr_img=1.0, ipc=10),
+        "e": of_recipe("cifar10-ipc1", Iteration=7),
+        "f": of_recipe("cifar10-ipc50"),  # with another batch size, and without whitening
+        "g": of_recipe("cifar10-ipc1"),
+        "h": of_recipe("cifar10-ipc50", ipc=10),  # the paper's settings for another number of images
+        "i": of_recipe("cifar10-ipc10", Iteration=7),
+    }
+    measured = measurements({Path(name): run for name, run in runs.items()})
+    paper = published_numbers()
+    rows = [row for row in rows_by_table(measured, paper.rows, list(paper.titles))["1"] if row.measured]
+    found = [sorted(run for value in row.measured.values() for run in value.runs) for row in rows]
+    assert sorted(found) == [["a", "d"], ["b", "c"], ["e", "i"], ["f", "g"], ["h"]]
+    assert [bool(row.published) for row in rows] == [True, False, False, False, False]

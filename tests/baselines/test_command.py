@@ -402,6 +402,24 @@ def test_the_best_set_is_that_of_the_first_of_the_best_evaluations(
     assert (best["mean"], best["iteration"]) == (accuracies[first], first)
 
 
+@pytest.mark.parametrize("method", ["random", "dm"])
+def test_an_evaluation_leaves_a_new_run_in_the_place_of_its_moved_folder_alone(
+    method: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def replaced(*_: Any, **__: Any) -> Accuracy:
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+        (out / ".lock").touch()
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", replaced)
+    assert run(*flags(method, shared), "--out", str(out)) == 2
+    assert f"{out}: another run has taken this folder" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
 MISTAKES = [
     pytest.param(["herdin"], r"herdin: expected a method, .* \(did you mean herding\?\)", id="method"),
     pytest.param(["dm", "--lr_imgs", "3"], r"unknown option \(did you mean --lr_img\?\)", id="flag"),

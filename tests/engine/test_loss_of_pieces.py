@@ -139,6 +139,17 @@ def test_learned_numbers_may_be_equal_at_first(loss: Loss) -> None:
     assert_close("targets", gradient(2), gradient(None), 1e-9)
 
 
+@pytest.mark.parametrize("options", [{"microbatch": 2}, {"memory_budget": "1GiB"}], ids=str)
+def test_a_loss_without_a_gradient_of_its_labels_may_train(options: dict[str, Any]) -> None:
+    def of_constants(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, torch.from_numpy(labels.numpy()))  # fails on labels that require a gradient
+
+    net, labels = mlp(), draw(12, 4, seed=1).softmax(1)
+    with torch.no_grad():
+        path = unroll(net, net.init(), ROWS, labels, 0.7, BATCHES, loss=of_constants, **options)
+    assert_close("path", path, unroll(net, net.init(), ROWS, labels, 0.7, BATCHES).detach(), 1e-12)
+
+
 def test_complex_outputs_are_cut_only_for_a_mean() -> None:
     class Waves(nn.Module):
         def __init__(self) -> None:

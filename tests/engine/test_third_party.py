@@ -45,6 +45,23 @@ class Attention(nn.Module):
         return self.head(self.layer(images.mean(1)).mean(1))  # type: ignore[no-any-return]
 
 
+class MaskedEncoder(nn.Module):
+    """A transformer in evaluation mode that leaves out the last rows of an image."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 12, batch_first=True), 1)
+        self.head = nn.Linear(16, 3)
+        self.register_buffer("mask", torch.arange(16) > 10)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        mask = self.mask.expand(len(images), -1)
+        return self.head(self.encoder(images.mean(1), src_key_padding_mask=mask).mean(1))  # type: ignore[no-any-return]
+
+
 def residual(norm: Callable[[int], nn.Module]) -> nn.Module:
     head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
     return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), Residual(norm), Residual(norm), nn.MaxPool2d(2), *head)
@@ -75,6 +92,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "batch norm in evaluation mode": batch_norm_that_has_seen_data,
     "tied weights": shared,
     "attention": Attention,
+    "a masked encoder": MaskedEncoder,
     "kornia's TinyViT": tiny_vit,
     "kornia's TFeat": lambda: nn.Sequential(KF.TFeat(pretrained=False), nn.Linear(128, 3)),
 }
@@ -100,7 +118,15 @@ def test_module(name: str, microbatch: int | None) -> None:
     assert_close("lr", to_lr, expected.lr, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["attention", "kornia's TinyViT"])
+def test_a_masked_encoder_has_the_same_outputs_without_a_gradient() -> None:
+    module = MaskedEncoder()
+    net, images = FlatModule(module), torch.randn(2, 1, 16, 16)
+    expected = module(images)
+    with torch.no_grad():
+        torch.testing.assert_close(net(net.init(), images), expected)
+
+
+@pytest.mark.parametrize("name", ["attention", "a masked encoder", "kornia's TinyViT"])
 def test_memory_is_planned_for_it(name: str) -> None:
     side = SIDES.get(name, 16)
     made = plan(FlatModule(MODULES[name]()), images=(8, 1, side, side), steps=2, memory_budget="8MiB")

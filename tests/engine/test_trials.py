@@ -288,6 +288,16 @@ def test_samples_that_depend_on_others_are_refused_where_batches_are_cut(functio
         gradient_of_module(Layer(function), microbatch=2)
 
 
+def test_a_decision_for_a_whole_batch_is_found_though_most_samples_agree() -> None:
+    layer = Layer(lambda images, layer: images if images.sum() > 0 else -images)
+    net, images = FlatModule(with_layer(layer)), torch.rand(8, 2, 6, 6, dtype=torch.float64)
+    images[5] -= 2
+    options: dict[str, Any] = {"labels": torch.arange(8) % 3, "lr": 0.3, "batches": [torch.arange(8)]}
+    assert unroll(net, net.init(), images, **options).isfinite().all()
+    with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+        unroll(net, net.init(), images, microbatch=2, **options)
+
+
 class Following:
     """A loss that is divided by a running mean of itself."""
 

@@ -65,6 +65,41 @@ def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
     assert_same_gradients(case, mine, lambda leaves: loss(*written_out(leaves, 0.9, weight_decay)))
 
 
+def test_dampening_of_torch_is_a_smaller_rate_after_the_first_step() -> None:
+    """Check the two calls in docs/migrating.md: the path of torch.optim.SGD, and its gradients by autograd."""
+    case, share = make(per_step=False), 0.3
+    options: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.05}
+
+    def mine(leaves: Case) -> Tensor:
+        theta, _, images, labels, lr = leaves
+        path, velocity = unroll(NET, theta, images, labels, lr, BATCHES[:1], return_velocity=True, **options)
+        velocity = velocity / share
+        path = unroll(NET, path[-1], images, labels, share * lr, BATCHES[1:], velocity=velocity, **options)
+        end: Tensor = path[-1]
+        return end
+
+    def written(leaves: Case) -> Tensor:
+        theta, velocity, images, labels, lr = leaves
+        for n, index in enumerate(BATCHES):
+            loss = F.cross_entropy(ORACLE(theta, images[index]), labels[index])
+            gradient = torch.autograd.grad(loss, theta, create_graph=True)[0] + 0.05 * theta
+            velocity = 0.9 * velocity + share * gradient if n else gradient + 0 * velocity
+            theta = theta - lr * velocity
+        return theta.square().sum()
+
+    parameter = torch.nn.Parameter(case.start.clone())
+    optimizer = torch.optim.SGD([parameter], float(case.lr), dampening=1 - share, **options)
+    for index in BATCHES:
+        (parameter.grad,) = torch.autograd.grad(
+            F.cross_entropy(ORACLE(parameter, case.images[index]), case.labels[index]), parameter
+        )
+        optimizer.step()
+    assert_close("path", mine(case), parameter.detach(), 1e-12)
+
+    # where a training starts there is no velocity
+    assert_same_gradients(case, lambda leaves: mine(leaves).square().sum() + 0 * leaves.velocity.sum(), written)
+
+
 @pytest.mark.parametrize("gradient", ["exact", "truncated"])
 @pytest.mark.parametrize("looks_at", ["velocity", "a row"])
 def test_a_loss_of_the_velocity_or_of_a_row_alone(gradient: Any, looks_at: str) -> None:

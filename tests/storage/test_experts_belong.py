@@ -258,10 +258,13 @@ def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsy
         assert error.endswith("delete that folder, or compress into another one")
 
 
-def test_the_students_augmentation_is_not_the_experts(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Use experts with another augmentation: one option names both where experts are trained, and the log names the difference."""
+def test_the_students_augmentation_and_seed_are_not_the_experts(
+    working_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Use experts with another augmentation and seed: one option names both where experts are trained, and the log names the difference."""
     caplog.set_level("INFO")
-    assert cli.run(distill, distil("--dsa", "False")) == 0
+    assert cli.run(distill, distil("--dsa", "False", "--seed", "7")) == 0
+    assert "trained with --seed 0; 7 is that of the student and of evaluations" in caplog.text
     told = (
         "trained with augmentation color_crop_cutout_flip_scale_rotate; none is that of the student and of evaluations"
     )
