@@ -24,6 +24,7 @@ from mtt_fast.engine.students.microbatches import InMicrobatches
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MAX_SAMPLES = 8  # of a trial
@@ -47,6 +48,7 @@ def try_augmentation(
     if warp is not None:
         _check_nothing_else_is_learned("augment", warp)
         return None
+    _check_may_wait(images)
     batch, few = images.detach()[index], _trial_positions(network, len(index))
     with without_autocast(images.device), _RandomOperations(images.device) as operations:
         with torch.no_grad():
@@ -85,6 +87,7 @@ def try_step(
     outputs of a sample must be independent of the other samples. If network or loss fail on a few samples, as those of a graph with
     fixed edges do, the whole batch is taken; where it is cut, only for the loss.
     """
+    _check_may_wait(theta)
     network, needs_images = student.network, images.requires_grad and torch.is_grad_enabled()
     index = batches[0]
 
@@ -164,6 +167,15 @@ def watched_student(student: Student, loss: Loss | None) -> tuple[Student, Watch
         return student, None
     watched = WatchedLoss(loss)
     return InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size), watched
+
+
+def _check_may_wait(tensor: Tensor) -> None:
+    """Raise `InputError` while work on `tensor` is captured in a CUDA graph: the host could not compare results."""
+    if is_capturing(tensor):
+        raise InputError(
+            "found the capture of a CUDA graph, in which a network, a loss or an augmentation of your own cannot be tried; call "
+            "`GraphedMatchingLoss` outside of it, which captures the steps itself, and whose later calls can be captured too"
+        )
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:
