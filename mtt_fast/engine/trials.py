@@ -144,11 +144,12 @@ class WatchedLoss:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a piece."""
-        # of copies, since the loss may write into its arguments
-        for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
-            if self._before is not None and self._found is not None:
-                self._found.append(_adds_up(self._loss, [self._before, half]))
-            self._before = half
+        if self._found is not None:
+            # of copies, since the loss may write into its arguments
+            for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
+                if self._before is not None:
+                    self._found.append(_adds_up(self._loss, [self._before, half]))
+                self._before = half
         return self._loss(outputs, targets)
 
     def adds_up(self) -> bool:
