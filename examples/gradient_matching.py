@@ -44,9 +44,9 @@ def main(iterations: int = 40, updates: int = 10, width: int = 32, lr: float = 0
         members = training[targets[training] == label]
         chosen = members[torch.randperm(len(members), generator=random)[:64]]
         with torch.no_grad():
-            wanted = gradient(theta, pixels[chosen], targets[chosen])
-        found = gradient(theta, images[label : label + 1], labels[label : label + 1])
-        pairs = [(a.flatten(1), b.flatten(1)) for a, b in zip(found, wanted, strict=True) if a.dim() > 1]
+            real_gradient = gradient(theta, pixels[chosen], targets[chosen])
+        own_gradient = gradient(theta, images[label : label + 1], labels[label : label + 1])
+        pairs = [(a.flatten(1), b.flatten(1)) for a, b in zip(own_gradient, real_gradient, strict=True) if a.dim() > 1]
         return torch.stack([(1 - F.cosine_similarity(a, b)).sum() for a, b in pairs]).sum()
 
     for iteration in range(iterations):

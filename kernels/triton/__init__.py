@@ -114,7 +114,10 @@ def has_image_block(channels: int, filters: int | None) -> bool:
 
 
 def load() -> None:
-    """Import Triton, and load its driver if there is a GPU. Raises `ImportError` where Triton is missing or its driver cannot be built."""
+    """Import Triton, and load its driver if there is a GPU.
+
+    Raises `ImportError` where Triton is missing or its driver cannot be compiled.
+    """
     launch = importlib.import_module(".launch", __package__)
     if torch.cuda.is_available():
         launch.load_driver()

@@ -47,7 +47,10 @@ def architecture(device: torch.device) -> str:
 
 
 def load_driver() -> None:
-    """Load Triton's driver, so that a run does not fail late. Raises `ImportError` if it cannot be compiled, as Triton does at its first use."""
+    """Load Triton's driver, which Triton compiles at its first use, so that a run does not fail late.
+
+    Raises `ImportError` if it cannot be compiled.
+    """
     try:
         triton.runtime.driver.active  # noqa: B018 - a property
     except (AssertionError, OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -315,7 +315,7 @@ def write_summary(
     own fields.
     """
     device, (first, *_) = run.real.test.labels.device, run.evaluated
-    if run.evaluated[first] != run.network:  # --eval_mode
+    if first != run.options.model and run.evaluated[first] != run.network:  # --eval_mode
         text = f"{text}; the images were tested on {first}"
     seconds = run.seconds.totals()
     write_record(

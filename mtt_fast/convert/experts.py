@@ -20,7 +20,7 @@ from mtt_fast.commands.options import CommonOptions, buffer_folder
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.data import NAMES, ImageData
-from mtt_fast.data.imagenet import SUBSETS
+from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.experts.options import STORE_DTYPES
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints

@@ -129,9 +129,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         row_key = _row_key(row, real, train, lr)
         for name, network in networks.items():
             key = row_key | {"network": name}
-            if (
-                precision_on(device, network, row.options.precision) == "bf16"
-            ):  # the other precisions make no difference
+            if precision_on(device, network, row.options.precision) == "bf16":  # the others make no difference
                 key["precision"] = "bf16"
             cell = next((cell for cell in measured if cell["question"] == key), None)
             if cell is None:
@@ -140,7 +138,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
                 write_record(folder / TABLE, {"cells": measured, "versions": versions()})
             log.info("%s on %s: %s", row.source, name, cell["text"])
             # papers count the images that are stored, not the smaller ones in them
-            stored = cell["question"]["ipc"] / (1 if row.source == RANDOM else row.factor**2)
+            stored = key["ipc"] / (1 if row.source == RANDOM else row.factor**2)
             cells.append({"set": row.source, **cell, "question": key | {"ipc": stored}})
     quoted = quoted_for(cells)
     table = markdown(cells, quoted, protocols)

@@ -286,8 +286,8 @@ def draws_of(
 ) -> Sequence[Any]:
     """Return a copy of `draws`, or draw the random numbers of `augment` for each of the `batches` (None without `augment`).
 
-    Tensors and arrays are copied, so that a caller may overwrite them before the backward pass. Raises `InputError` for `draws` of
-    another number of steps, for `draws` without `augment`, and for draws that require a gradient.
+    Tensors and arrays are copied, so that a caller may overwrite them before the backward pass. Raises `InputError` for `draws` that
+    are no list or of another number of steps, for `draws` without `augment`, and for draws that require a gradient.
     """
     if draws is None:
         copies = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]

@@ -52,8 +52,8 @@ class GraphedMatchingLoss:
     The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures the
     loss and its gradients. Later calls copy their tensors into the graph and launch it. They do not wait for the GPU, unless batches
     are cut for a `loss` that is a mean over the samples: each call checks that it is. Python values that network, loss and
-    augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of its plan until the object is freed. On a CPU nothing is
-    captured. Call one object on one stream.
+    augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of its plan until the object
+    is freed. On a CPU nothing is captured. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
@@ -142,7 +142,7 @@ class GraphedMatchingLoss:
         return next((each.problem for each in self._graphed_functions() if each.problem), self._problem)
 
     def _graphed_functions(self) -> list[GraphedFunction]:
-        every = [each.iteration if isinstance(each, _OfPieces) else each for each in self._iterations.values()]
+        every = [each.iteration if isinstance(each, _WatchedIteration) else each for each in self._iterations.values()]
         return [each for each in every if isinstance(each, GraphedFunction)]
 
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
@@ -171,15 +171,16 @@ class GraphedMatchingLoss:
             optimizer=optimizer, gradient=options.gradient, graph=not is_full,
         )  # fmt: skip
         if options.loss is not None and isinstance(plan.student, InMicrobatches):
-            self._iterations[key] = _OfPieces(
-                planned(plan, watched_loss=options.loss), lambda: planned(plan_of_batch_loss(plan, self._net, options))
+            net = self._net  # not `self`, whose graphs would be freed late, with the cycle
+            self._iterations[key] = _WatchedIteration(
+                planned(plan, watched_loss=options.loss), lambda: planned(plan_of_batch_loss(plan, net, options))
             )
         else:
             self._iterations[key] = planned(plan)
         return self._iterations[key]
 
 
-class _OfPieces:
+class _WatchedIteration:
     """An iteration whose loss is taken for a mean over the samples, until in some call it is none."""
 
     def __init__(self, iteration: Iteration, of_batches: Callable[[], Iteration]) -> None:

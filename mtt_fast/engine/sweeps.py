@@ -68,7 +68,7 @@ class StudentSteps:
         def augmented(rows: Tensor) -> Tensor:
             if augment is None:
                 return rows
-            # of a copy where a gradient is needed: autograd refuses writes into its leaves, as of a cutout
+            # a copy where a gradient is needed, since the augmentation may write into it, which autograd refuses for a leaf
             return augment(rows.clone() if rows.requires_grad else rows, draws)
 
         return AugmentedBatch.from_images(images, index, augmented, dtype, tracked=tracked)

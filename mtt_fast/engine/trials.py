@@ -23,6 +23,7 @@ from mtt_fast.engine.students.microbatches import InMicrobatches
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MAX_SAMPLES = 8  # of a trial
@@ -46,6 +47,7 @@ def try_augmentation(
     if warp is not None:
         _check_nothing_else_is_learned("augment", warp)
         return None
+    _check_may_wait(images)
     batch, few = images.detach()[index], _trial_positions(network, len(index))
     with without_autocast(images.device), _RandomOperations(images.device) as operations:
         with torch.no_grad():
@@ -84,6 +86,7 @@ def try_step(
     outputs of a sample must be independent of the other samples. If network or loss fail on a few samples, as those of a graph with
     fixed edges do, the whole batch is taken; where it is cut, only for the loss.
     """
+    _check_may_wait(theta)
     network, needs_images = student.network, images.requires_grad and torch.is_grad_enabled()
     index = batches[0]
 
@@ -144,11 +147,12 @@ class WatchedLoss:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a piece."""
-        # of copies, since the loss may write into its arguments
-        for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
-            if self._before is not None and self._found is not None:
-                self._found.append(_adds_up(self._loss, [self._before, half]))
-            self._before = half
+        if self._found is not None:
+            # of copies, since the loss may write into its arguments
+            for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
+                if self._before is not None:
+                    self._found.append(_adds_up(self._loss, [self._before, half]))
+                self._before = half
         return self._loss(outputs, targets)
 
     def adds_up(self) -> bool:
@@ -167,6 +171,15 @@ def watched_student(student: Student, loss: Loss | None) -> tuple[Student, Watch
         return student, None
     watched = WatchedLoss(loss)
     return InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size), watched
+
+
+def _check_may_wait(tensor: Tensor) -> None:
+    """Raise `InputError` while work on `tensor` is captured in a CUDA graph: the host could not compare results."""
+    if is_capturing(tensor):
+        raise InputError(
+            "found the capture of a CUDA graph, in which a network, a loss or an augmentation of your own cannot be tried; call "
+            "`GraphedMatchingLoss` outside of it, which captures the steps itself, and whose later calls can be captured too"
+        )
 
 
 def _trial_positions(network: Network, batch: int) -> Tensor:

@@ -277,11 +277,6 @@ def checked_plan(
         return plan
     if theta.is_meta:
         return plan
-    if is_capturing(theta):
-        raise InputError(
-            "found the capture of a CUDA graph, in which a network or a loss of your own cannot be tried; call outside of it "
-            "`GraphedMatchingLoss`, which captures the steps itself"
-        )
     loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
     return plan if loss_is_mean else plan_of_batch_loss(plan, net, options)
 

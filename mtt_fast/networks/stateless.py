@@ -65,7 +65,10 @@ class Stateless:
         return output
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
-        """Return `value` on the device of `like`. It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph."""
+        """Return `value` on the device of `like`.
+
+        It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph.
+        """
         if value.device == like.device or like.is_meta:
             return value.detach().to(like.device)
         place = name, like.device

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,12 +31,9 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
         return
     cudnn: Any = torch.backends.cudnn
     matmul, memory = torch.backends.cuda.matmul, torch.utils.deterministic
-    products = "ieee" if precision == "fp32" else "tf32"
     settings: tuple[tuple[Any, str, bool | str], ...] = (
-        # not `allow_tf32`: to read it raises an error where the caller has set `fp32_precision`
-        (cudnn.conv, "fp32_precision", products),
-        (cudnn.rnn, "fp32_precision", products),
-        (matmul, "fp32_precision", products),
+        *_tf32_settings(cudnn, (cudnn.conv, cudnn.rnn), allowed=precision != "fp32"),
+        *_tf32_settings(matmul, (matmul,), allowed=precision != "fp32"),
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
         (memory, "fill_uninitialized_memory", False),  # an aid to debugging, at the price of a kernel for each tensor
@@ -59,6 +56,22 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
             setattr(owner, name, value)
         if workspace is None:
             del os.environ[_WORKSPACE]
+
+
+def _tf32_settings(library: Any, parts: Sequence[Any], *, allowed: bool) -> list[tuple[Any, str, bool | str]]:
+    """Return the settings by which all products of a `library` round their factors to tf32, or none do.
+
+    `allow_tf32` is one of them, so that it can be read within the block, as `torch.backends.cudnn.flags` does. It is left out where the
+    caller has set `fp32_precision`, since reading it raises an error then.
+    """
+    settings: list[tuple[Any, str, bool | str]] = [
+        (part, "fp32_precision", "tf32" if allowed else "ieee") for part in parts
+    ]
+    try:
+        library.allow_tf32  # noqa: B018 - a property
+    except RuntimeError:
+        return settings
+    return [(library, "allow_tf32", allowed), *settings]  # first, since it sets the others too
 
 
 @contextlib.contextmanager

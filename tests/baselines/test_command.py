@@ -124,6 +124,16 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         assert picture.height > 500
 
 
+@pytest.mark.parametrize(("model", "tested"), [("MLP", ""), ("ConvNetD1W4BN", "ConvNetD1W4")])
+def test_a_summary_names_a_tested_network_only_if_it_is_another(
+    model: str, tested: str, shared: Path, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "run"), "--num_eval", "1", "--epoch_eval_train", "1"]
+    assert run(*flags("random", shared), "--model", model, *out) == 0
+    text = json.loads((tmp_path / "run/summary.json").read_text())["text"]
+    assert text.partition("; the images were tested on ")[2] == tested
+
+
 @pytest.mark.parametrize("method", ["random", "kmeans --pick centres"])
 def test_chosen_images_get_labels_of_experts(method: str, shared: Path, tmp_path: Path) -> None:
     """Compare the set with that of the classes; the tables name the labels."""

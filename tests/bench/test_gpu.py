@@ -10,6 +10,8 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -170,6 +172,17 @@ def test_long_tests_start_first_and_have_short_ones_behind_them() -> None:
     assert suite.in_order("abcdef", seconds, 1) == list("fbcead")
     assert suite.in_order("abcdef", seconds, 2) == list("fabdce")
     assert suite.in_order("abcdef", seconds, 16) == list("fbcead")
+
+
+def test_the_last_record_tells_the_seconds(tmp_path: Path) -> None:
+    rows = sorted(
+        json.loads((ROOT / "bench/results/h200/suite.json").read_text())["rows"], key=lambda row: row["seconds"]
+    )
+    names = [f"moved/{Path(row['test']).name}" for row in (rows[0], rows[-1])]
+    items: Any = [SimpleNamespace(nodeid=name) for name in names]
+    config: Any = SimpleNamespace(getoption=lambda _: str(tmp_path))
+    suite.pytest_collection_modifyitems(config, items)
+    assert [item.nodeid for item in items] == names[::-1]
 
 
 def test_tasks_of_a_group_run_at_the_same_time_and_the_limit_ends_all(tmp_path: Path) -> None:

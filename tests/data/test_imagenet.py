@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from mtt_fast.data import load
+from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.data.class_names import imagenet_wnids
-from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
 
 # The public code's class numbers: the rank of each id among ImageNet's sorted 1000.

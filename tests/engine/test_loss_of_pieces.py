@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -207,6 +209,17 @@ def test_a_graphed_loss_is_exact_where_samples_are_learned_only_later() -> None:
     for start in (new, trained, new):
         (found,) = torch.autograd.grad(graphed(start, 1.1 * start, leaf, CLASSES, 0.1, BATCHES[:1]), leaf)
         assert_close("rows", found, by_autograd(net, start, ROWS, CLASSES, 0.1, BATCHES[:1], hardest), 1e-9)
+
+
+def test_a_graphed_loss_is_freed_at_once() -> None:
+    """Check that its graphs, which hold much memory, do not wait for the garbage collector."""
+    net = mlp()
+    graphed = GraphedMatchingLoss(net, loss=F.cross_entropy, microbatch=2)
+    graphed(net.init(), 1.1 * net.init(), ROWS, CLASSES, 0.1, BATCHES[:1])
+    gc.collect()  # torch leaves the frames of the trial
+    freed = weakref.ref(graphed)
+    del graphed
+    assert freed() is None
 
 
 def test_a_callers_capture_of_a_graphed_loss_that_has_to_wait_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

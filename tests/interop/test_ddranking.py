@@ -16,7 +16,7 @@ from mtt_fast import SyntheticDataset
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.cli import run
 from mtt_fast.convert import command as convert
-from mtt_fast.data.imagenet import SUBSETS
+from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.interop import TensorSet, ddranking_call, label_robust_score, write_set
 

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtt_fast import Adam, ConvNet, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast import (
+    Adam,
+    Augmentation,
+    ConvNet,
+    FlatModule,
+    GraphedMatchingLoss,
+    InputError,
+    SiameseAugment,
+    matching_loss,
+    unroll,
+)
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.testing import assert_close
 
@@ -115,9 +125,12 @@ def capture() -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             (actual,) = torch.autograd.grad(loss_of(*given), given[2])
         assert_close("captured", actual.cpu(), expected.cpu(), 1e-6)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()), contextlib.suppress(InputError):
-        unrolled(module, *given)
-        raise AssertionError("a module was captured without a trial")
+    fixed = Augmentation(lambda *_: None, lambda images, _: images.roll(1, -1))
+    for net, augment in ((module, None), (NET, fixed)):
+        start, _, images, labels, lr = tensors(net, "cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), contextlib.suppress(InputError):
+            unroll(net, start, images, labels, lr, steps, augment)
+            raise AssertionError("captured without a trial")
 
 
 def bench(*words: str) -> None:

@@ -88,6 +88,16 @@ assert fp32_precisions() == before
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_network_may_turn_cudnn_off(precision: Any) -> None:
+    """Check that `flags`, without which cuDNN's recurrent layers have no second derivative, can read `allow_tf32`."""
+    with numerics(CUDA, precision):
+        with torch.backends.cudnn.flags(enabled=False):
+            assert not torch.backends.cudnn.enabled
+        allowed = precision != "fp32"
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (allowed, allowed)
+
+
 def test_a_workspace_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with numerics(CUDA, "tf32"):

@@ -1,1 +1,1 @@
-"""Students, which compute one step: what every student does, ConvNet's and those of any network, and their memory."""
+"""Compute one step: what every student does, ConvNet's student, those of any network, and their memory."""
