@@ -338,10 +338,12 @@ def test_the_log_and_the_record_describe_the_rate_that_is_used(
         assert f", {described}, " in said
 
 
-def test_a_set_is_evaluated_by_ncfms_protocol(a_set: Path) -> None:
+def test_a_set_is_evaluated_by_ncfms_protocol(a_set: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = result_of(str(a_set), "--protocol", "ncfm", "--epoch_eval_train", "2")
     assert (result["lr"], result["images"], result["accuracy"]["epoch"]) == (1e-3, 10, "best")
-    assert result_of(str(a_set), "--protocol", "ncfm", *ONE_EPOCH, "--factor", "2")["images"] == 40
+    caplog.set_level("INFO")
+    assert result_of(str(a_set), "--protocol", "ncfm", *ONE_EPOCH, "--factor", "2")["images"] == 10  # the stored ones
+    assert "each image is taken for 2 × 2 smaller ones" in caplog.text
 
 
 def test_random_images_are_said_to_be_trained_on_at_their_rate(a_set: Path) -> None:
