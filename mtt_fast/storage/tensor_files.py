@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.checksums import checksum_of
-from mtt_fast.storage.regular import open_regular
+from mtt_fast.storage.regular import open_regular, unreadable
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 _MAX_HEADER_BYTES = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
@@ -122,7 +122,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
                 )
             raw = file.read(length)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
+            raise unreadable(path, error) from error
     try:
         entries, metadata = _parsed(raw)
     except MALFORMED as error:
