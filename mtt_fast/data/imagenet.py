@@ -12,8 +12,6 @@ from mtt_fast.data.listing import Listing, class_folders, folder_names, list_cla
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 
-__all__ = ["MEAN", "STD", "SUBSETS", "info", "source"]
-
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 

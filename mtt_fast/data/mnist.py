@@ -79,7 +79,10 @@ def source(name: str, data_path: Path, *, download: bool, progress: bool, url: s
     spec = SPECS[name]
     files = _find(name, data_path)
     if files is None and download:
-        fetch_all(name, data_path / name / "raw", url or spec.url, progress=progress)
+        for file, md5 in zip(FILES, spec.md5, strict=True):
+            path = data_path / name / "raw" / f"{file}.gz"
+            if not path.is_file():
+                fetch(f"{url or spec.url}{file}.gz", path, md5=md5, most=_MAX_ARCHIVE_BYTES, progress=progress)
         files = _find(name, data_path)
     if files is None:
         raise NotFound(
@@ -106,14 +109,6 @@ def _find(name: str, data_path: Path) -> list[Path] | None:
         if len(present) == len(FILES):
             return present
     return None
-
-
-def fetch_all(name: str, folder: Path, url: str, *, progress: bool) -> None:
-    """Download the four files of `name`, except those that `folder` has already."""
-    for file, md5 in zip(FILES, SPECS[name].md5, strict=True):
-        path = folder / f"{file}.gz"
-        if not path.is_file():
-            fetch(f"{url}{file}.gz", path, md5=md5, most=_MAX_ARCHIVE_BYTES, progress=progress)
 
 
 def read_split(
