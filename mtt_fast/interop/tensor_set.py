@@ -49,9 +49,7 @@ class SourceInfo:
 def source_info(data: ImageData, transform: Normalisation | Whitening) -> SourceInfo:
     """Return the properties of real images and of how networks see them."""
     whitening = transform if isinstance(transform, Whitening) else None
-    return SourceInfo(
-        data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape
-    )  # fmt: skip
+    return SourceInfo(data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape)
 
 
 @dataclass(frozen=True)

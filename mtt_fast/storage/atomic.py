@@ -36,7 +36,7 @@ def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pa
     others, and the first of them at the very end. A reader who finds that file finds all of them.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
-    _check_name(folder)  # which is resolved
+    _check_name(folder)  # before `resolve`, which raises its own error for such a name
     folder = Path(folder).resolve()
     with naming_errors(folder):
         # a folder that is in use or not empty cannot be replaced, so files are moved into it
