@@ -22,7 +22,7 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 _SIDE = 28
 _MAX_IMAGES = (60_000, 10_000)  # of the training split, of the test split
 _MAX_ARCHIVE_BYTES = 64 << 20  # bytes of a file that is downloaded
-_MEND = "get it again"
+_FIX = "get it again"
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,16 @@ def _read_idx(path: Path, most: int, shape: tuple[int, ...]) -> np.ndarray[tuple
     dimensions = 1 + len(shape)
     begin = 4 + 4 * dimensions
     most_bytes = begin + most * int(np.prod(shape))
-    raw = read_gzip(path, most_bytes, _MEND) if path.suffix == ".gz" else read_bytes(path, most_bytes, _MEND)
+    raw = read_gzip(path, most_bytes, _FIX) if path.suffix == ".gz" else read_bytes(path, most_bytes, _FIX)
     magic = bytes((0, 0, 8, dimensions))
     if raw[:4] != magic or len(raw) < begin:
-        raise InputError(f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; {_MEND}")
+        raise InputError(f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; {_FIX}")
     count, *sides = struct.unpack_from(f">{dimensions}I", raw, 4)
     if tuple(sides) != shape:
-        raise InputError(f"{path}: expected images of {shape} pixels, found {tuple(sides)}; {_MEND}")
+        raise InputError(f"{path}: expected images of {shape} pixels, found {tuple(sides)}; {_FIX}")
     expected = begin + count * int(np.prod(shape))
     if len(raw) != expected:
         raise InputError(
-            f"{path}: expected {expected} bytes for its {(count, *sides)} values, found {len(raw)}; {_MEND}"
+            f"{path}: expected {expected} bytes for its {(count, *sides)} values, found {len(raw)}; {_FIX}"
         )
     return np.frombuffer(raw, np.uint8, offset=begin).reshape(count, *shape)

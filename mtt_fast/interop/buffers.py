@@ -260,8 +260,10 @@ def export_experts(
 
 def check_absent(folder: Path, first: str, further: str) -> None:
     """Raise `InputError` if `folder` holds the `first` file of a series, or one that would be taken for a `further` one."""
+    if is_free(folder):
+        return
     for path in (folder / first, folder / further):
-        if not is_free(folder) and path.exists():
+        if path.exists():
             raise InputError(f"{path}: exists already; choose another destination, or delete it")
 
 

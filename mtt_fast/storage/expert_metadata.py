@@ -13,8 +13,8 @@ from typing import Any
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.records import check_form
-from mtt_fast.storage.text_files import MALFORMED, check_fields, parse_json
+from mtt_fast.storage.records import check_fields, check_form
+from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
 WAYPOINTS = "mtt_fast waypoints 2"
