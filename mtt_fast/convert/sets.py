@@ -73,16 +73,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
             log.warning("%s", line)
     factor = _factor(options, distilled, kind)
     if isinstance(distilled, TensorSet) and to in WITH_DATA:
-        if distilled.lr is None:
-            log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        recipe = _recipe(options, distilled) | ({"factor": factor} if factor > 1 else {})
-        distilled = as_synthetic(
-            distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source
-        )
-        if distilled.real is not None:
-            log.info("%d of the %d images are kept as real ones", int(distilled.real.sum()), len(distilled.real))
-        if factor > 1:
-            log.info("each image is kept as %d × %d smaller ones (--factor)", factor, factor)
+        distilled = _with_source_info(options, distilled, factor)
     written = write_set(
         destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
     )
@@ -193,15 +184,31 @@ def _source_info(options: ConvertOptions) -> SourceInfo:
     return source_info(data, transform_for(data, zca=options.zca))
 
 
-def _recipe(options: ConvertOptions, distilled: TensorSet) -> dict[str, Any]:
+def _with_source_info(options: ConvertOptions, distilled: TensorSet, factor: int) -> SyntheticDataset:
+    """Return a set of other software with what the options say about it and its real images; log what is kept."""
+    if distilled.lr is None:
+        log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
+    recipe = _recipe(options, distilled, factor)
+    own = as_synthetic(distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source)
+    if own.real is not None:
+        log.info("%d of the %d images are kept as real ones", int(own.real.sum()), len(own.real))
+    if factor > 1:
+        log.info("each image is kept as %d × %d smaller ones (--factor)", factor, factor)
+    return own
+
+
+def _recipe(options: ConvertOptions, distilled: TensorSet, factor: int) -> dict[str, Any]:
     """Return the recipe, with the fields that `evaluate` needs, of a set of other software."""
     names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
-    share = {"distilled_share": options.distilled_share} if options.distilled_share < 1 else {}
-    return {name: getattr(options, name) for name in names} | {
+    recipe = {name: getattr(options, name) for name in names} | {
         "ipc": len(distilled.labels) // distilled.num_classes,
         "imported_from": options.source,
-        **share,
     }
+    if options.distilled_share < 1:
+        recipe["distilled_share"] = options.distilled_share
+    if factor > 1:
+        recipe["factor"] = factor
+    return recipe
 
 
 def _method(distilled: SyntheticDataset | TensorSet) -> str:
