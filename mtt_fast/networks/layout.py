@@ -42,3 +42,10 @@ class ParameterLayout:
         return ";".join(
             f"{name}:{'x'.join(map(str, shape))}" for name, shape in zip(self.names, self.shapes, strict=True)
         )
+
+    @classmethod
+    def from_text(cls, text: str) -> ParameterLayout:
+        """Return the layout in what `describe` returned. Raises `ValueError` for anything else."""
+        entries = [entry.rpartition(":") for entry in text.split(";")]
+        shapes = (tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
+        return cls(tuple(name for name, _, _ in entries), tuple(shapes))
