@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.settings import Setting
 from mtt_fast import kernels
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.kernels import Affine, Precision, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.networks.convnet import NORM_EPS
@@ -90,7 +90,7 @@ def block_arguments(
     }
     if is_first:
         images = x.to(weight.dtype).contiguous()
-        warps = augment_parameters(SiameseAugment("rotate").draw(images, generator), images.shape).to(images)
+        warps = SiameseAugment("rotate").draw_parameters([images], generator)
         patches = kernels.image_patches(images, *options)
         primal, dual = (patches, weight, affine), (patches, weight, weight_dot, affine, affine_dot)
         norm = (NORM_EPS, precision)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.combined import CombinedAugment
-from mtt_fast.augmentation.siamese import augment_with
 from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.protocol import StepGradient
 from mtt_fast.kernels import WARP_PARAMETERS

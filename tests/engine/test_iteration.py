@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast import ConvNet, matching_loss, plan, unroll
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.data import Normalisation
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.draws import Apply, draw_steps

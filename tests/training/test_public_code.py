@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtt_fast import ConvNet, SiameseAugment
-from mtt_fast.augmentation.siamese import Draws
+from mtt_fast.augmentation.operations import Draws
 from mtt_fast.data import Normalisation
 from mtt_fast.testing import assert_close
 from mtt_fast.training.evaluation import training_job
