@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.arguments import Block, block_arguments, blocks_of
 from bench.measuring import copy_peak, interleaved, matrix_product_peak, repeated, seconds, set_precision
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment
@@ -289,8 +289,7 @@ def in_float64(argument: Any) -> Any:
 
 def results_of(operation: str, result: Any) -> list[Tensor]:
     """Return the tensors of an operation's result, in their order; those that are summands added up."""
-    tensors = tensors_of(result)
-    return list(added_up(operation, tuple(tensors)))
+    return list(added_up(operation, tuple(tensors_of(result))))
 
 
 def tensors_of(result: Any) -> list[Tensor]:

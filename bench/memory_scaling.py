@@ -15,7 +15,7 @@ from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, engine_named, generic_convnet
 from bench.measuring import peak_above_baseline
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers

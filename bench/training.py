@@ -15,7 +15,7 @@ from bench.cases import module_of
 from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, Subjects
 from mtt_fast import testing
