@@ -25,9 +25,10 @@ from mtt_fast.engine.students.choice import student_for
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
+from mtt_fast.training.epochs import Epochs, epochs_on
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Epochs, Sgd, epochs_on
+from mtt_fast.training.optimizers import Sgd
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]
