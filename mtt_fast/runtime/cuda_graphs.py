@@ -44,10 +44,7 @@ def _call_function(run: Callable[[], tuple[Tensor, ...]]) -> object:
 
 
 def graphed(
-    function: Function,
-    device: torch.device,
-    first_call: FirstCall = _call_function,
-    max_captured: int = _MAX_CAPTURED,
+    function: Function, device: torch.device, first_call: FirstCall = _call_function, max_captured: int = _MAX_CAPTURED
 ) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
