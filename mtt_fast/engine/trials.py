@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.mean_loss import FAILURES, is_mean
 from mtt_fast.engine.students.batch_loss import outputs_in_pieces
-from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits, no_gradient_error
+from mtt_fast.engine.students.generic import cross_entropy, cross_entropy_from_logits, no_gradient_error
+from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import is_capturing
@@ -63,7 +64,8 @@ def try_augmentation(
 
 
 def try_step(
-    student: GenericStudent,
+    network: Network,
+    loss: Loss,
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
@@ -81,8 +83,7 @@ def try_step(
     fixed edges do, the whole batch is taken; where it is cut, only for the loss.
     """
     _check_may_wait(theta)
-    network, needs_images = student.network, images.requires_grad and torch.is_grad_enabled()
-    index = batches[0]
+    index, needs_images = batches[0], images.requires_grad and torch.is_grad_enabled()
 
     def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and targets at `positions` of the batch, in the dtypes that the sweeps use."""
@@ -97,32 +98,32 @@ def try_step(
         positions = positions[sums.argsort().roll(1).cpu()]
     inputs, targets = samples(positions)
     first = slice(None) if network.mixes_samples else slice(_SAMPLES_AT_ONCE)
-    is_known_mean = student.loss in (cross_entropy, cross_entropy_from_logits)
+    is_known_mean = loss in (cross_entropy, cross_entropy_from_logits)
     with without_autocast(theta.device):
         try:
-            logits = _try_gradient(student, theta, inputs[first], targets[first], needs_images=needs_images)
+            logits = _try_gradient(network, loss, theta, inputs[first], targets[first], needs_images=needs_images)
         except InputError:
             raise
         except FAILURES:
             if len(inputs[first]) == len(index):
                 raise
             if not is_cut:
-                _try_gradient(student, theta, *samples(whole), needs_images=needs_images)
+                _try_gradient(network, loss, theta, *samples(whole), needs_images=needs_images)
                 return True
             inputs, targets = samples(whole)
             with torch.no_grad():
                 logits = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
-                _check_samples_are_independent(student, theta, inputs[first], logits[first])
-            _try_loss(student, logits.requires_grad_(), targets)
+                _check_samples_are_independent(network, theta, inputs[first], logits[first])
+            _try_loss(loss, logits.requires_grad_(), targets)
             return is_known_mean
         if not is_cut:
             return True
         with torch.no_grad():
-            _check_samples_are_independent(student, theta, inputs, logits)
+            _check_samples_are_independent(network, theta, inputs, logits)
             if is_known_mean:
                 return True
             outputs = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
-            return is_mean(student.loss, outputs, targets, labels.detach())
+            return is_mean(loss, outputs, targets, labels.detach())
 
 
 def _check_may_wait(tensor: Tensor) -> None:
@@ -144,29 +145,29 @@ def _trial_positions(network: Network, batch: int) -> Tensor:
 
 
 def _try_gradient(
-    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, needs_images: bool
+    network: Network, loss: Loss, theta: Tensor, inputs: Tensor, labels: Tensor, *, needs_images: bool
 ) -> Tensor:
     """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(needs_images)]
     # of copies, since a network may write into its images; a loss may, into the logits (one with a margin) and into the labels
-    logits = _call_twice("net", lambda theta, images: student.network(theta, images.clone()), *leaves)
-    loss = _try_loss(student, logits, labels)
+    logits = _call_twice("net", lambda theta, images: network(theta, images.clone()), *leaves)
+    value = _try_loss(loss, logits, labels)
     names = ["parameters", "images"] if needs_images else ["parameters"]
-    gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
+    gradients = torch.autograd.grad(value, leaves[: len(names)], allow_unused=True) if value.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
         if gradient is None:
             raise no_gradient_error(name)
     return logits.detach()
 
 
-def _try_loss(student: GenericStudent, logits: Tensor, labels: Tensor) -> Tensor:
+def _try_loss(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of a batch, with its graph. Raises `InputError` as `_call_twice` does, and unless it is a floating-point scalar."""
-    loss = _call_twice("loss", lambda logits, labels: student.loss(logits.clone(), labels.clone()), logits, labels)
-    if loss.dim() or not loss.is_floating_point():
+    value = _call_twice("loss", lambda logits, labels: loss(logits.clone(), labels.clone()), logits, labels)
+    if value.dim() or not value.is_floating_point():
         raise InputError(
-            f"`loss`: expected one number for a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
+            f"`loss`: expected one number for a batch, a floating-point tensor (), found {value.dtype} of shape {tuple(value.shape)}"
         )
-    return loss
+    return value
 
 
 def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments: Tensor) -> Tensor:
@@ -206,14 +207,14 @@ def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
         )
 
 
-def _check_samples_are_independent(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
+def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the outputs of a sample change when it is beside a copy of itself and not beside other samples.
 
     The samples are the first of `inputs`, with the outputs `logits`. If they are alike, or there is only one, it is set beside half of
     itself. Parameters near zero, as gates and last layers may begin, hide a layer that mixes samples. So the same is asked with other
     numbers in their place, of the last two samples.
     """
-    network, last = student.network, inputs[-_SAMPLES_AT_ONCE:]
+    last = inputs[-_SAMPLES_AT_ONCE:]
     small = (theta.abs() <= 0.01 * theta.square().mean().sqrt()).nonzero()[:, 0]
     signs = (small + 1).to(theta.dtype).sin().sign()  # in no order
     moved = theta.index_copy(0, small, 0.3 * signs)

@@ -270,15 +270,10 @@ def checked_plan(
         lr_per_parameter=lr.dim() == 2,
     )
     plan = _plan_of(work, options)
-    if isinstance(student, GenericStudent):
-        generic = student
-    elif options.loss is not None:
-        generic = GenericStudent(net, options.loss)
-    else:
+    loss = student.loss if isinstance(student, GenericStudent) else options.loss
+    if loss is None or theta.is_meta:  # the fused step with cross-entropy needs no trial
         return plan
-    if theta.is_meta:
-        return plan
-    loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
+    loss_is_mean = try_step(net, loss, theta, images, labels, batches, augmented, is_cut=plan.cut)
     return plan if loss_is_mean else plan_of_batch_loss(plan, net, options)
 
 
