@@ -64,14 +64,8 @@ class Accuracy:
         """Return mean, std, n and the values, with "epoch": "best" for best epochs, and "diverged" if networks diverged."""
         label = {"epoch": "best"} if self.best_epoch else {}
         diverged = {"diverged": self.diverged} if self.diverged else {}
-        return {
-            "mean": self.mean,
-            "std": self.std,
-            "n": len(self.values),
-            "values": list(self.values),
-            **label,
-            **diverged,
-        }
+        numbers = {"mean": self.mean, "std": self.std, "n": len(self.values), "values": list(self.values)}
+        return numbers | label | diverged
 
     def __str__(self) -> str:
         label = (", best epoch" if self.best_epoch else "") + (f", {self.diverged} diverged" if self.diverged else "")
