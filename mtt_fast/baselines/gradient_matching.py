@@ -33,8 +33,9 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.sgd import Sgd, epochs_on
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.subsets import class_members
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}

@@ -38,8 +38,8 @@ from mtt_fast.storage.identity import NORMALISED, WHITENED
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import TrajectoryStore, write_expert
+from mtt_fast.training.accuracy import accuracy
 from mtt_fast.training.images import real_images
-from mtt_fast.training.sgd import accuracy
 
 log = logging.getLogger(__name__)
 

@@ -37,6 +37,10 @@ class ParameterLayout:
         pieces = theta.split(self.sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
+    def named(self, theta: Tensor) -> dict[str, Tensor]:
+        """Return the parameters as `split` does, by name."""
+        return dict(zip(self.names, self.split(theta), strict=True))
+
     def describe(self) -> str:
         """Return the layout as text, `name:2x3x3x3;name:2;…`: two networks agree where these strings do."""
         return ";".join(

@@ -28,7 +28,7 @@ from mtt_fast import (
     plan,
     unroll,
 )
-from mtt_fast.augmentation.siamese import Draws
+from mtt_fast.augmentation.operations import Draws
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.unroll import checked_plan
