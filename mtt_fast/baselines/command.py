@@ -38,7 +38,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG
-from mtt_fast.storage.run_folder import lock_folder, write_config
+from mtt_fast.storage.run_folder import lock_folder, lock_inode, write_config
 from mtt_fast.training.subsets import check_enough
 
 log = logging.getLogger(__name__)
@@ -146,8 +146,9 @@ def _run(
             numerics_in_words, device_name(device),
         )  # fmt: skip
         run = Run(
-            program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder, real=real,
-            network=network, evaluated=evaluated, numerics=numerics_in_words, seconds=seconds,
+            program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder,
+            lock=lock_inode(folder), real=real, network=network, evaluated=evaluated, numerics=numerics_in_words,
+            seconds=seconds,
         )  # fmt: skip
         if trained_options:
             with seconds.of("experts"):

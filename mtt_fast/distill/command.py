@@ -75,7 +75,7 @@ from mtt_fast.storage.checkpoint import State, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS, with_training_of
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import lock_folder, write_config
+from mtt_fast.storage.run_folder import lock_folder, lock_inode, write_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
 
@@ -159,9 +159,10 @@ def _run(
             log.info("images: %s", describe_parametrisation(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
-            program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
-            evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            num_matched_experts=num_matched, cam=cam, initial=initial, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
+            program=PROGRAM, command=command, method=method, options=options, folder=folder, lock=lock_inode(folder),
+            real=real, network=network, evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget,
+            experts=experts, num_matched_experts=num_matched, cam=cam, initial=initial,
+            metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 
