@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from mtt_fast.commands.option_fields import Role, names_of
 from mtt_fast.commands.options import EvaluationOptions
-from mtt_fast.commands.tables import marked_method
 from mtt_fast.data.catalogue import name_of
+from mtt_fast.distill.method_names import marked_method
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_names, recipe_options

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands.accuracies import accuracy_record
-from mtt_fast.commands.tables import marked_method
+from mtt_fast.distill.method_names import marked_method
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
