@@ -20,14 +20,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.trained import first_expert, with_first_expert_training, with_labels
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import (
-    check_same_evaluation,
-    check_same_run,
-    earlier_options,
-    in_precision_of_run,
-    is_finished,
-)
-from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.commands.earlier_run import continued, earlier_options
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.distill.experts import requested_hyperparameters
@@ -61,16 +54,12 @@ def main(argv: Sequence[str]) -> None:
     options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
-    earlier = earlier_options(folder, name)
     given = parsing.given(type(options), argv)
-    options = in_precision_of_run(options, earlier, given)
-    may_differ = outside_result(type(options))
-    if isinstance(options, TrainedNetworkOptions):
-        may_differ |= set(FLAGS.values()) - given  # options that are not given say nothing about the expert of the run
-    check_same_run(folder, earlier, options, may_differ)
-    if is_finished(folder, options, getattr(options, "Iteration", 0)):
+    # options that are not given say nothing about the expert of the run
+    may_differ = set(FLAGS.values()) - given if isinstance(options, TrainedNetworkOptions) else set()
+    options, finished = continued(folder, name, options, given, may_differ)
+    if finished:
         return
-    check_same_evaluation(folder, earlier, options)
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         _run(name, options, given, device, shlex.join([*PROGRAM.split(), *argv]), seconds)

@@ -13,14 +13,7 @@ from typing import Any
 
 import torch
 
-from mtt_fast.commands.earlier_run import (
-    check_same_evaluation,
-    check_same_run,
-    earlier_options,
-    in_precision_of_run,
-    is_finished,
-)
-from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.commands.earlier_run import continued
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
@@ -91,13 +84,9 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
-    earlier = earlier_options(folder, None)
-    options = in_precision_of_run(options, earlier, given)
     # options of the experts that are not given keep the values of the run's experts
-    check_same_run(folder, earlier, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
-    if not is_finished(folder, options, options.Iteration):
-        check_same_evaluation(folder, earlier, options)
-    elif not options.dry_run:
+    options, finished = continued(folder, None, options, given, may_differ=set(FLAGS.values()) - given)
+    if finished and not options.dry_run:
         return
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
