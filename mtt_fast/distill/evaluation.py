@@ -41,11 +41,6 @@ from mtt_fast.training.subsets import random_subset
 log = logging.getLogger(__name__)
 
 _TILES = 2  # a texture is shown side by side with itself, so that its borders can be judged
-_EXPERTS, _EXPERTS_OF_OTHER_DATA = (
-    ("experts", "experts on all the data"),
-    ("experts_on_their_own_data", "experts on their own data"),
-)
-"""The name of the experts' accuracy in the summary, and its words; of other data their accuracy is that on the other test images."""
 _INITIAL_IMAGES = {
     "real": "real images",
     "noise": "noise",
@@ -153,9 +148,9 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
-    name_of_experts, experts_in_words = _EXPERTS
-    if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
-        name_of_experts, experts_in_words = _EXPERTS_OF_OTHER_DATA  # which were tested on its test images
+    name_of_experts, experts_in_words = "experts", "experts on all the data"
+    if describe_other_data(run.experts.metadata(0).identity, run.real.identity):  # on whose test images they were tested
+        name_of_experts, experts_in_words = "experts_on_their_own_data", "experts on their own data"
     results = ", ".join(f"{names.words} {_format_result(lines[-1])}" for names, lines in records.items())
     text = (
         f"{results}, random real images {_format_result(baseline)}, "
