@@ -20,7 +20,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.trained import first_expert, with_first_expert_training, with_labels
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import continued, earlier_options
+from mtt_fast.commands.earlier_run import earlier_options, options_to_continue
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.distill.experts import requested_hyperparameters
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     given = parsing.given(type(options), argv)
     # options that are not given say nothing about the expert of the run
     may_differ = set(FLAGS.values()) - given if isinstance(options, TrainedNetworkOptions) else set()
-    options, finished = continued(folder, name, options, given, may_differ)
+    options, finished = options_to_continue(folder, name, options, given, may_differ)
     if finished:
         return
     check_output_folder(folder, "choose another `out`")

@@ -25,7 +25,7 @@ _DISTILLATION = "mtt_fast.distill"
 _EARLIER_PRECISION = "tf32"  # the default of former versions, which did not save the precision
 
 
-def continued(
+def options_to_continue(
     folder: Path, method: str | None, options: Options, given: Container[str], may_differ: Set[str]
 ) -> tuple[Options, bool]:
     """Return `options` with the precision of the run of `method` in `folder`, and whether that run has finished.

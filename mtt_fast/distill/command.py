@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mtt_fast.commands.earlier_run import continued
+from mtt_fast.commands.earlier_run import options_to_continue
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
@@ -85,7 +85,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
     # options of the experts that are not given keep the values of the run's experts
-    options, finished = continued(folder, None, options, given, may_differ=set(FLAGS.values()) - given)
+    options, finished = options_to_continue(folder, None, options, given, may_differ=set(FLAGS.values()) - given)
     if finished and not options.dry_run:
         return
     check_output_folder(folder, "choose another `out`")

@@ -149,7 +149,8 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     name_of_experts, experts_in_words = "experts", "experts on all the data"
-    if describe_other_data(run.experts.metadata(0).identity, run.real.identity):  # on whose test images they were tested
+    if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
+        # their accuracy is that on the test images of their own data
         name_of_experts, experts_in_words = "experts_on_their_own_data", "experts on their own data"
     results = ", ".join(f"{names.words} {_format_result(lines[-1])}" for names, lines in records.items())
     text = (
