@@ -101,11 +101,11 @@ def _distilled_set(run: DistillRun, state: State, images: Tensor, stop: StopRequ
 
     With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
     """
-    options = run.options
-    if not options.teacher_label:
-        return _set_with_labels(run, state, images, state.labels, options.label_kind)
-    experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
-    return _set_with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
+    options, labels = run.options, state.labels
+    if options.teacher_label:
+        experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
+        labels = mean_teacher_labels(run.network, experts, images)
+    return _set_with_labels(run, state, images, labels, options.label_kind)
 
 
 def _set_with_labels(
