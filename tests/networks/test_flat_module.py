@@ -266,14 +266,22 @@ def test_a_module_compiled_in_place_is_refused() -> None:
         FlatModule(module)
 
 
+def keep_a_view_of_a_vector(linear: nn.Module) -> None:
+    """Do what the public code's ReparamModule does."""
+    vector = nn.Parameter(torch.zeros(4))
+    del linear.weight
+    linear.vector, linear.weight = vector, vector.view(2, 2)
+
+
 @pytest.mark.parametrize(
     "keep",
     [
+        keep_a_view_of_a_vector,
         nn.utils.weight_norm,
         lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
         lambda linear: nn.utils.spectral_norm(linear)(torch.randn(1, 2)),
     ],
-    ids=["weight norm", "pruned", "spectral norm, called"],
+    ids=["ReparamModule", "weight norm", "pruned", "spectral norm, called"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_module_that_keeps_what_it_computed_is_refused(keep: Callable[[nn.Module], Any]) -> None:
@@ -281,7 +289,7 @@ def test_a_module_that_keeps_what_it_computed_is_refused(keep: Callable[[nn.Modu
     keep(module[1])
     with pytest.raises(
         InputError,
-        match=r"FlatModule: expected .* computes 1\.weight in its forward pass, found .*prune call its remove, .*parametrizations",
+        match=r"FlatModule: expected .* computes 1\.weight in its forward pass, found .*before ReparamModule does, .*prune call its remove, .*parametrizations",
     ):
         FlatModule(module)
 
