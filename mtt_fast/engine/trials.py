@@ -250,7 +250,8 @@ def _check_nothing_else_is_learned(name: str, *results: Tensor) -> None:
 
     A network that differentiates by its images, as one of forces does, marks other ones in each call.
     """
-    if torch.is_grad_enabled() and set.intersection(*map(_leaves_of, results)):
+    has_graphs = torch.is_grad_enabled() and all(result.requires_grad for result in results)
+    if has_graphs and set.intersection(*map(_leaves_of, results)):
         raise InputError(
             f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
             "detach it, or make it a part of the parameters, `images` or floating `labels`"
@@ -258,8 +259,8 @@ def _check_nothing_else_is_learned(name: str, *results: Tensor) -> None:
 
 
 def _leaves_of(result: Tensor) -> set[Tensor]:
-    """Return the tensors at the ends of the autograd graph of `result`."""
-    nodes = {torch.autograd.graph.get_gradient_edge(result).node} if result.requires_grad else set()
+    """Return the tensors at the ends of the autograd graph of `result`, which requires a gradient."""
+    nodes = {torch.autograd.graph.get_gradient_edge(result).node}
     reached = set(nodes)
     while nodes:
         nodes = {node for each in nodes for node, _ in each.next_functions if node is not None} - reached
