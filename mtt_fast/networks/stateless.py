@@ -38,6 +38,8 @@ class Stateless:
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             names.setdefault(value, name)
         self._own = {name: value for value, name in names.items()}
+        self._read_only: frozenset[str] = frozenset()
+        """Frozen parameters that a call has only read, so that others need no copies of them. They may be most of a module, as with LoRA."""
         self._idle: list[nn.Module] = []
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -49,7 +51,9 @@ class Stateless:
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
-            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            name: self._near(name, value, like).to(
+                like.dtype if value.is_floating_point() else value.dtype, copy=name not in self._read_only
+            )
             for name, value in self._own.items()
             if name not in tensors
         }
@@ -57,6 +61,9 @@ class Stateless:
             output = functional_call(self.module, tensors | constants, (images,))
         else:
             output = self._called(tensors | constants, images)
+            if not (self._read_only or torch.is_inference_mode_enabled()):  # in which writes are not counted
+                frozen = {name for name in constants if isinstance(self._own[name], nn.Parameter)}
+                self._read_only = frozenset(name for name in frozen if constants[name]._version == 0)
         if not isinstance(output, Tensor):
             raise InputError(
                 f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
