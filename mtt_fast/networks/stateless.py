@@ -61,15 +61,24 @@ class Stateless:
             output = functional_call(self.module, tensors | constants, (images,))
         else:
             output = self._called(tensors | constants, images)
-            if not (self._read_only or torch.is_inference_mode_enabled()):  # in which writes are not counted
-                frozen = {name for name in constants if isinstance(self._own[name], nn.Parameter)}
-                self._read_only = frozenset(name for name in frozen if constants[name]._version == 0)
+            has_values = not (like.is_meta or (like.is_cuda and torch.cuda.is_current_stream_capturing()))
+            if has_values and not self._read_only:
+                self._read_only = self._only_read(constants)
         if not isinstance(output, Tensor):
             raise InputError(
                 f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
                 "torch.cat of several, which a `loss` splits again"
             )
         return output
+
+    def _only_read(self, constants: dict[str, Tensor]) -> frozenset[str]:
+        """Return the names of frozen parameters whose copies a call has not changed. Their values tell: torch counts no writes to `.data`."""
+        return frozenset(
+            name
+            for name, used in constants.items()
+            if isinstance(self._own[name], nn.Parameter)
+            and torch.equal(used, self._near(name, self._own[name], used).to(used.dtype))
+        )
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         """Return `value` on the device of `like`.
