@@ -55,6 +55,8 @@ def check_types(**tensors: Any) -> None:
         if not isinstance(value, Tensor):
             parts = isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
             fix = "; join the parts into one tensor by torch.cat, and split it again in the module or the loss" * parts
+            if name in ("theta", "start", "target"):
+                fix = "; torch.nn.utils.parameters_to_vector makes one of a list of parameters"
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}{fix}")
         if isinstance(value, FakeTensor):
             raise InputError(
@@ -216,7 +218,7 @@ def check_student_tensors(
     if not has_loss and (labels.is_complex() or labels.dim() != (2 if labels.is_floating_point() else 1)):
         raise InputError(
             f"`labels`: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
-            f"{tuple(labels.shape)}; give a `loss` that takes these"
+            f"{tuple(labels.shape)}; use .long() for indices, .float() for one-hot rows, or give a `loss` that takes these"
         )
     devices = {tensor.device for tensor in (theta, images, labels)}  # `lr` is moved to the device of theta
     if len(devices) > 1:

@@ -8,7 +8,7 @@ symptom.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -194,17 +194,31 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
             f"`{name}`: expected the same outputs for the same arguments, found others at the second call; take out what "
             "changes from call to call, or call .eval() on a module before it is wrapped"
         )
-    _check_nothing_else_is_learned(name, again)
+    _check_nothing_else_is_learned(name, result, again)
     return result
 
 
-def _check_nothing_else_is_learned(name: str, result: Tensor) -> None:
-    """Raise `InputError` if `result`, computed from detached arguments, requires a gradient."""
-    if result.requires_grad and torch.is_grad_enabled():
+def _check_nothing_else_is_learned(name: str, *results: Tensor) -> None:
+    """Raise `InputError` if all `results`, each of other arguments, depend on the same tensor that requires a gradient.
+
+    A network that differentiates by its images, as one of forces does, marks other ones in each call.
+    """
+    has_graphs = torch.is_grad_enabled() and all(result.requires_grad for result in results)
+    if has_graphs and set.intersection(*map(_leaves_of, results)):
         raise InputError(
             f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
             "detach it, or make it a part of the parameters, `images` or floating `labels`"
         )
+
+
+def _leaves_of(result: Tensor) -> set[Tensor]:
+    """Return the tensors at the ends of the autograd graph of `result`, which requires a gradient."""
+    nodes = {torch.autograd.graph.get_gradient_edge(result).node}
+    reached = set(nodes)
+    while nodes:
+        nodes = {node for each in nodes for node, _ in each.next_functions if node is not None} - reached
+        reached |= nodes
+    return {cast(Any, node).variable for node in reached if node.name().endswith("AccumulateGrad")}
 
 
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:

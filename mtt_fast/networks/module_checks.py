@@ -86,8 +86,8 @@ def copy_of(module: nn.Module) -> nn.Module:
         if computed := _computed_tensor(module):
             raise InputError(
                 f"FlatModule: expected a module that computes {computed} in its forward pass, found one that keeps it, with its graph; "
-                "after torch.nn.utils.prune call its remove, for weight_norm and spectral_norm take those of "
-                "torch.nn.utils.parametrizations"
+                "wrap a module before ReparamModule does, after torch.nn.utils.prune call its remove, for weight_norm and spectral_norm "
+                "take those of torch.nn.utils.parametrizations"
             ) from error
         reason = str(error).split(chr(10))[0]
         raise InputError(

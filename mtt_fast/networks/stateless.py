@@ -38,6 +38,8 @@ class Stateless:
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             names.setdefault(value, name)
         self._own = {name: value for value, name in names.items()}
+        self._read_only: frozenset[str] = frozenset()
+        """Frozen parameters that a call has only read, so that others need no copies of them. They may be most of a module, as with LoRA."""
         self._idle: list[nn.Module] = []
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -49,7 +51,9 @@ class Stateless:
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
-            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            name: self._near(name, value, like).to(
+                like.dtype if value.is_floating_point() else value.dtype, copy=name not in self._read_only
+            )
             for name, value in self._own.items()
             if name not in tensors
         }
@@ -57,12 +61,24 @@ class Stateless:
             output = functional_call(self.module, tensors | constants, (images,))
         else:
             output = self._called(tensors | constants, images)
+            has_values = not (like.is_meta or (like.is_cuda and torch.cuda.is_current_stream_capturing()))
+            if has_values and not self._read_only:
+                self._read_only = self._only_read(constants)
         if not isinstance(output, Tensor):
             raise InputError(
                 f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
                 "torch.cat of several, which a `loss` splits again"
             )
         return output
+
+    def _only_read(self, constants: dict[str, Tensor]) -> frozenset[str]:
+        """Return the names of frozen parameters whose copies a call has not changed. Their values tell: torch counts no writes to `.data`."""
+        return frozenset(
+            name
+            for name, used in constants.items()
+            if isinstance(self._own[name], nn.Parameter)
+            and torch.equal(used, self._near(name, self._own[name], used).to(used.dtype))
+        )
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         """Return `value` on the device of `like`.

@@ -256,7 +256,10 @@ class TrajectoryStore:
                 f"`expert`: expected the position of an expert, a whole number, found {shown(expert)}"
             ) from error
         if not self.indices:
-            raise OutOfRange(f"{self.folder}: expected experts (expert_0000.safetensors, …), found none")
+            raise OutOfRange(
+                f"{self.folder}: expected experts (expert_0000.safetensors, …), found none; make them by `python -m mtt_fast.experts`, "
+                "or of a replay_buffer_0.pt by `mtt_fast convert`"
+            )
         if not 0 <= position < len(self):
             raise OutOfRange(f"{self.folder}: expected an expert from 0 to {len(self) - 1}, found {position}")
         return position

@@ -437,6 +437,93 @@ def test_a_whole_batch_is_tried_as_strictly() -> None:
         check(mlp(3), rows_of(4), CLASSES, lambda z, y: F.cross_entropy(scale * z, y), [torch.arange(5)])
 
 
+class Forces(nn.Module):
+    """An energy, and the forces, its gradient with respect to the positions."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.energy = inner
+
+    def forward(self, positions: Tensor) -> Tensor:
+        with torch.enable_grad():
+            energy = self.energy(positions.requires_grad_())
+            (forces,) = torch.autograd.grad(-energy.sum(), positions, create_graph=True)
+        return torch.cat([energy, forces], 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_a_network_may_differentiate_by_its_images(options: dict[str, Any]) -> None:
+    check(Forces(mlp(1)), rows_of(4), torch.randn(5, 5).double(), F.mse_loss, **options)
+
+
+def test_a_learned_number_is_found_in_a_network_that_differentiates_by_its_images() -> None:
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    class Scaled(Forces):
+        def forward(self, positions: Tensor) -> Tensor:
+            return scale * super().forward(positions)
+
+    with pytest.raises(InputError, match="`net`: expected no tensor that requires a gradient besides its arguments"):
+        check(Scaled(mlp(1)), rows_of(4), torch.randn(5, 5).double(), F.mse_loss)
+
+
+class Penalised(nn.Module):
+    """Logits, and in one more column a penalty on the parameters, as those of FedProx and EWC."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp(3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        penalty = torch.stack([value.sin().square().sum() for value in self.parameters()]).sum()
+        return torch.cat([self.inner(rows), penalty.expand(len(rows), 1)], 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_a_penalty_on_the_parameters(options: dict[str, Any]) -> None:
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[:, :3], labels) + 0.1 * outputs[:, 3].mean()
+
+    check(Penalised(), rows_of(4), CLASSES, loss, **options)
+
+
+class Through(nn.Module):
+    """Logits of the first four columns, and the other columns as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp(3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.cat([self.inner(rows[:, :4]), rows[:, 4:]], 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_an_augmentation_may_change_labels_too(options: dict[str, Any]) -> None:
+    """Mix pairs of samples with their labels, which are columns of the rows."""
+
+    def mixed(rows: Tensor, shares: Tensor) -> Tensor:
+        return shares * rows + (1 - shares) * rows.roll(1, 0)
+
+    def loss(outputs: Tensor, _: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[:, :3], outputs[:, 3:])
+
+    net, rows = FlatModule(Through().double()), rows_of(4).requires_grad_()
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    shares, pairs = torch.rand(3, 3, 1, dtype=torch.float64), torch.cat([rows, logits.softmax(1)], 1)
+    mixing = Augmentation(lambda *_: None, mixed)
+    end = unroll(net, net.init(), pairs, CLASSES, 0.2, BATCHES, mixing, loss=loss, draws=list(shares), **options)[-1]
+    theta = net.init().requires_grad_()
+    for batch, share in zip(BATCHES, shares, strict=True):
+        value = loss(net(theta, mixed(pairs[batch], share)), CLASSES)
+        theta = theta - 0.2 * torch.autograd.grad(value, theta, create_graph=True)[0]
+    found, expected = (
+        torch.autograd.grad(last.square().sum(), (rows, logits), retain_graph=True) for last in (end, theta)
+    )
+    for name, one, other in zip(("rows", "labels"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+
 def test_an_error_of_the_module_is_raised_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         check(mlp(3), rows_of(5), CLASSES, None)

@@ -335,18 +335,26 @@ def test_a_network_of_several_outputs_is_refused() -> None:
         unroll(cast(Any, Both()), torch.ones(3), torch.randn(6, 2, 6, 6), LABELS, 0.3, BATCHES)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1, 1)])
+def test_outputs_that_are_no_logits_need_a_loss(shape: tuple[int, ...]) -> None:
+    net = FlatModule(nn.Sequential(with_layer(nn.Identity()), nn.Unflatten(1, shape)))
+    with pytest.raises(InputError, match=r"`net`: expected logits \(b, classes\), found shape .* give a `loss`"):
+        gradient(net, net.init())
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
         (nn.CrossEntropyLoss(reduction="none"), r"`loss`: .* found torch\.float64 of shape \(2,\)"),
         (lambda logits, labels: F.cross_entropy(logits, labels).item(), "`loss`: .* found float"),
         ("cross_entropy", "`loss`: expected a function of logits and labels, found 'cross_entropy'"),
+        (nn.CrossEntropyLoss, "`loss`: expected a function, found the class CrossEntropyLoss; call it to make one"),
         (
             lambda logits, labels: F.cross_entropy(logits, labels).detach(),
             "depends on the parameters, found none of their gradients",
         ),
     ],
-    ids=["a loss a sample", "a number", "a name", "without a graph"],
+    ids=["a loss a sample", "a number", "a name", "a class", "without a graph"],
 )
 def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
     net = FlatModule(with_layer(nn.Identity()))

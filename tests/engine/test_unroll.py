@@ -322,6 +322,10 @@ def test_a_custom_loss() -> None:
         ({"start": torch.zeros(5, dtype=torch.complex64), "lr": 0.1}, "float32 or float64, found torch.complex64"),
         ({"labels": torch.zeros(5, dtype=torch.long)}, "as many labels"),
         ({"labels": torch.zeros(6)}, "expected indices .n,. or soft labels"),
+        (
+            {"labels": torch.zeros(6, 4, dtype=torch.long)},
+            r"\(6, 4\); use .long\(\) for indices, .float\(\) for one-hot",
+        ),
         ({"images": torch.zeros(6, 3, 8, 8, dtype=torch.uint8)}, "floating-point images"),
         ({"labels": torch.zeros(6, device="meta")[:, None]}, "expected all tensors on one device, found cpu, meta"),
         ({"lr": torch.zeros(2)}, "expected a scalar, a rate for each step"),
@@ -351,6 +355,7 @@ def test_a_custom_loss() -> None:
         ({"precision": "auto"}, "`precision` auto: expected fp32, tf32, fp16, bf16"),
         ({"net": torch.nn.Linear(2, 2)}, "one vector of parameters, found Linear; use ConvNet, or FlatModule"),
         ({"start": [0.0, 1.0]}, "`theta`: expected a tensor, found list"),
+        ({"start": [torch.zeros(3, 2)]}, "`theta`: .* found list; torch.nn.utils.parameters_to_vector makes one"),
         ({"images": np.zeros((6, 3, 8, 8))}, "`images`: expected a tensor, found ndarray"),
         ({"labels": [0] * 6}, "`labels`: expected a tensor, found list"),
         (

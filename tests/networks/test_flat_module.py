@@ -266,14 +266,48 @@ def test_a_module_compiled_in_place_is_refused() -> None:
         FlatModule(module)
 
 
+class Adapted(nn.Module):
+    """A frozen layer, a trained one beside it, and two frozen averages that each call updates, one of them as MoCo does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.trained = nn.Linear(4, 3).requires_grad_(False), nn.Linear(4, 3)
+        self.average, self.momentum = (nn.Parameter(torch.zeros(3), requires_grad=False) for _ in range(2))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.average.add_(1)
+        self.momentum.data.add_(1)  # which torch does not count as a write
+        self.addresses = [value.data_ptr() for value in (self.frozen.weight, self.average, self.momentum)]
+        return self.frozen(rows) + self.trained(rows) + self.average + self.momentum  # type: ignore[no-any-return]
+
+
+def test_frozen_parameters_are_copied_only_for_layers_that_write_into_them() -> None:
+    net, rows = FlatModule(Adapted()), torch.randn(2, 4)
+    first, *others = [net(net.init(), rows) for _ in range(4)]
+    assert all(torch.equal(other, first) for other in others)
+    module, own = net._trained._idle[0], net._trained._own
+    assert isinstance(module, Adapted)
+    names = ["frozen.weight", "average", "momentum"]
+    shared = [address == own[name].data_ptr() for name, address in zip(names, module.addresses, strict=True)]
+    assert shared == [True, False, False]
+
+
+def keep_a_view_of_a_vector(linear: nn.Module) -> None:
+    """Do what the public code's ReparamModule does."""
+    vector = nn.Parameter(torch.zeros(4))
+    del linear.weight
+    linear.vector, linear.weight = vector, vector.view(2, 2)
+
+
 @pytest.mark.parametrize(
     "keep",
     [
+        keep_a_view_of_a_vector,
         nn.utils.weight_norm,
         lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
         lambda linear: nn.utils.spectral_norm(linear)(torch.randn(1, 2)),
     ],
-    ids=["weight norm", "pruned", "spectral norm, called"],
+    ids=["ReparamModule", "weight norm", "pruned", "spectral norm, called"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_module_that_keeps_what_it_computed_is_refused(keep: Callable[[nn.Module], Any]) -> None:
@@ -281,7 +315,7 @@ def test_a_module_that_keeps_what_it_computed_is_refused(keep: Callable[[nn.Modu
     keep(module[1])
     with pytest.raises(
         InputError,
-        match=r"FlatModule: expected .* computes 1\.weight in its forward pass, found .*prune call its remove, .*parametrizations",
+        match=r"FlatModule: expected .* computes 1\.weight in its forward pass, found .*before ReparamModule does, .*prune call its remove, .*parametrizations",
     ):
         FlatModule(module)
 

@@ -51,6 +51,8 @@ def student_for(
             f"`net`: expected a network of one vector of parameters, found {type(network).__name__}; use ConvNet, or "
             "FlatModule of a torch.nn.Module"
         )
+    if isinstance(loss, type):
+        raise InputError(f"`loss`: expected a function, found the class {loss.__name__}; call it to make one")
     if loss is not None and not callable(loss):
         raise InputError(
             f"`loss`: expected a function of logits and labels, found {loss!r}; leave it out for cross-entropy"

@@ -31,12 +31,15 @@ _MANY = 128  # samples
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes).
 
-    Raises `InputError` for labels that do not fit, and for those that torch leaves out of the mean (as its `ignore_index`): with
-    them the pieces of a batch would not add up to the batch.
+    Raises `InputError` for other outputs than logits (b, classes), for labels that do not fit, and for those that torch leaves out of
+    the mean (as its `ignore_index`): with them the pieces of a batch would not add up to the batch.
     """
-    if logits.dim() == 2:
-        kind: LabelKind = "probabilities" if labels.is_floating_point() else "indices"
-        check_labels(labels, kind, len(logits), logits.shape[1], labels.dtype)
+    if logits.dim() != 2:
+        raise InputError(
+            f"`net`: expected logits (b, classes), found shape {tuple(logits.shape)}; return these, or give a `loss` that takes others"
+        )
+    kind: LabelKind = "probabilities" if labels.is_floating_point() else "indices"
+    check_labels(labels, kind, len(logits), logits.shape[1], labels.dtype)
     return F.cross_entropy(logits, labels)
 
 
