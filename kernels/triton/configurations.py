@@ -15,7 +15,7 @@ NOT_KERNEL_ARGUMENTS = ("backend", "microseconds", "prototype_microseconds", "tm
 
 
 def configuration(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Configuration:
-    """Return the configuration of one operation, class of shapes and architecture; see `row_of`."""
+    """Return a new copy of the configuration of one operation, class of shapes and architecture; see `row_of`."""
     row = row_of(operation, shape_class, architecture, *looser_classes)
     return {name: value for name, value in row.items() if name not in NOT_KERNEL_ARGUMENTS}
 
