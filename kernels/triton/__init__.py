@@ -9,12 +9,9 @@ and on the table of configurations. No function waits for the device, so a CUDA 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from ..types import ConvLayer, Precision, WeightBytes
 
 _MODULES = {
     "add_planes": "partial_planes",
@@ -53,6 +50,9 @@ _MODULES = {
 }
 """Module of each operation."""
 
+_OTHERS = {"compile_ahead": "launch", "weight_bytes": "dispatch", "workspace_bytes": "dispatch"}
+"""Module of each other function of `mtt_fast.kernels` that this back end has."""
+
 OPERATIONS = frozenset(_MODULES)
 NOT_IMPLEMENTED: frozenset[str] = frozenset()
 
@@ -72,30 +72,10 @@ def load() -> None:
         launch.load_driver()
 
 
-def weight_bytes(
-    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
-) -> list[WeightBytes]:
-    """See `mtt_fast.kernels.weight_bytes`. Raises `ImportError` where Triton is missing."""
-    dispatch = importlib.import_module(".dispatch", __package__)
-    return dispatch.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
-
-
-def workspace_bytes(
-    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
-) -> int:
-    """See `mtt_fast.kernels.workspace_bytes`. Raises `ImportError` where Triton is missing."""
-    dispatch = importlib.import_module(".dispatch", __package__)
-    return dispatch.workspace_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
-
-
-def compile_ahead(call: Callable[[], object]) -> None:
-    """Run `call` so that its launches only compile their kernels, in parallel. Raises `ImportError` where Triton is missing."""
-    importlib.import_module(".launch", __package__).compile_ahead(call)
-
-
 def __getattr__(name: str) -> Any:
-    """Return the operation `name`, imported on first use. Raises `ImportError` where Triton is missing."""
-    if name not in _MODULES:
+    """Return an operation or another function, imported on first use. Raises `ImportError` where Triton is missing."""
+    module_name = (_MODULES | _OTHERS).get(name)
+    if module_name is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_MODULES[name]}", __package__)
+    module = importlib.import_module(f".{module_name}", __package__)
     return module.dispatched(name) if name.startswith("conv3x3") else getattr(module, name)

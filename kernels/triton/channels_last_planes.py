@@ -98,8 +98,7 @@ def shape_classes(planes: Planes, dtype: torch.dtype, partial: bool) -> tuple[st
 
 def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:
     """Return the configuration of `operation`, with BLOCK_C limited to the channels, and half as large for float64."""
-    closest, *looser = shape_classes(planes, y.dtype, partial)
-    row = configuration(operation, closest, architecture(y.device), *looser)
+    row = configuration(operation, architecture(y.device), *shape_classes(planes, y.dtype, partial))
     widest = row["BLOCK_C"] if y.dtype != torch.float64 else max(1, row["BLOCK_C"] // 2)
     return row | {"BLOCK_C": min(widest, triton.next_power_of_2(planes.channels))}
 

@@ -94,7 +94,7 @@ def launch_windows(
     kernel: Any, operation: str, planes: Planes, y: Tensor, *rest: Tensor | None, **constants: Any
 ) -> None:
     """Run `kernel` for each block of channels of each sample, with the configuration of `operation`."""
-    row = configuration(operation, planes.shape_class, architecture(y.device))
+    row = configuration(operation, architecture(y.device), planes.shape_class)
     launch(
         kernel,
         planes.samples * triton.cdiv(planes.channels, row["BLOCK_C"]),

@@ -94,8 +94,8 @@ def _planes_of_layer(batch: int, layer: ConvLayer) -> tuple[Planes, Planes]:
 
 def _backend(operation: str, inputs: Planes, outputs: Planes, precision: Precision, planes: list[Tensor]) -> str:
     """Return the table's back end for the dtype and device of `planes`, but `triton` in place of `tma` if TMA cannot load these."""
-    closest, *looser = shape_classes(inputs, outputs, effective_precision(planes[0].dtype, precision))
-    backend = backend_of(operation, closest, architecture(planes[0].device), *looser)
+    classes = shape_classes(inputs, outputs, effective_precision(planes[0].dtype, precision))
+    backend = backend_of(operation, architecture(planes[0].device), *classes)
     return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 

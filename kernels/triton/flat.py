@@ -267,7 +267,7 @@ def adjoint_step(
 
 def _row(operation: str, like: Tensor) -> Configuration:
     """Return a new copy of the configuration of `operation` on the device of a tensor."""
-    return configuration(operation, "", architecture(like.device))
+    return configuration(operation, architecture(like.device), "")
 
 
 def _launch_step(

@@ -326,7 +326,7 @@ def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str,
 def tile_of(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> Configuration:
     """Return the configuration of `operation`, with BLOCK_M limited to the pixels of a plane, and BLOCK_N to the channels."""
     classes = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
-    tile = configuration(operation, classes[0], architecture(x.device), *classes[1:])
+    tile = configuration(operation, architecture(x.device), *classes)
     tile["BLOCK_M"] = min(tile["BLOCK_M"], max(16, triton.next_power_of_2(outputs.height * outputs.width)))
     tile["BLOCK_N"] = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(outputs.channels)))
     return tile
