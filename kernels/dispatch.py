@@ -96,7 +96,7 @@ def workspace_bytes(
     allowance for convolutions by cuDNN. For the reference it is unknown, and 0 is returned.
     """
     if _runs_triton(device):
-        return triton.workspace_bytes(batch, layers, dtype, device, precision)
+        return triton.workspace_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
     if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype, device=device)):
         return 0
     return native.workspace_bytes(batch, layers, dtype)
@@ -107,7 +107,7 @@ def weight_bytes(
 ) -> list[WeightBytes]:
     """Return the `WeightBytes` of each of `layers`, with planes of `dtype`."""
     if _runs_triton(device):
-        return triton.weight_bytes(batch, layers, dtype, device, precision)
+        return triton.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
     return [WeightBytes(0, 9 * layer.channels * layer.filters * accumulator(dtype).itemsize) for layer in layers]
 
 

@@ -9,103 +9,52 @@ and on the table of configurations. No function waits for the device, so a CUDA 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-from ..types import ConvLayer, Precision, WeightBytes
-
-if TYPE_CHECKING:
-    from .bias import (
-        bias_relu_pool,
-        bias_relu_pool_backward,
-        bias_relu_pool_dual,
-        bias_relu_pool_dual_backward,
-    )
-    from .block import (
-        conv_norm_relu_pool,
-        conv_norm_relu_pool_backward,
-        conv_norm_relu_pool_dual,
-        conv_norm_relu_pool_dual_backward,
-        image_patches,
-    )
-    from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .flat import add_up, adjoint_step, index_add, sgd_step, squared_distance
-    from .norm import (
-        norm_relu_pool,
-        norm_relu_pool_backward,
-        norm_relu_pool_dual,
-        norm_relu_pool_dual_backward,
-    )
-    from .partial_planes import add_planes
-    from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
-    from .weights import pack_parameters
-
-    conv3x3: Callable[..., Any]
-    conv3x3_dual: Callable[..., Any]
-    conv3x3_dual_input_gradient: Callable[..., Any]
-    conv3x3_dual_weight_gradient: Callable[..., Any]
-    conv3x3_input_gradient: Callable[..., Any]
-    conv3x3_input_gradient_tangent: Callable[..., Any]
-    conv3x3_tangent: Callable[..., Any]
-    conv3x3_weight_gradient: Callable[..., Any]
-
-__all__ = [
-    "add_planes",
-    "add_up",
-    "adjoint_step",
-    "bias_relu_pool",
-    "bias_relu_pool_backward",
-    "bias_relu_pool_dual",
-    "bias_relu_pool_dual_backward",
-    "colour_warp_mask",
-    "colour_warp_mask_transpose",
-    "colour_warp_mask_transpose_add",
-    "conv3x3",
-    "conv3x3_dual",
-    "conv3x3_dual_input_gradient",
-    "conv3x3_dual_weight_gradient",
-    "conv3x3_input_gradient",
-    "conv3x3_input_gradient_tangent",
-    "conv3x3_tangent",
-    "conv3x3_weight_gradient",
-    "conv_norm_relu_pool",
-    "conv_norm_relu_pool_backward",
-    "conv_norm_relu_pool_dual",
-    "conv_norm_relu_pool_dual_backward",
-    "image_patches",
-    "index_add",
-    "linear_cross_entropy",
-    "linear_cross_entropy_dual",
-    "norm_relu_pool",
-    "norm_relu_pool_backward",
-    "norm_relu_pool_dual",
-    "norm_relu_pool_dual_backward",
-    "pack_parameters",
-    "sgd_step",
-    "squared_distance",
-]
-
-OPERATIONS = frozenset(__all__)
-NOT_IMPLEMENTED: frozenset[str] = frozenset()
 
 _MODULES = {
     "add_planes": "partial_planes",
     "add_up": "flat",
-    "adjoint": "flat",
-    "bias": "bias",
-    "colour": "warp",
-    "conv_norm": "block",
+    "adjoint_step": "flat",
+    "bias_relu_pool": "bias",
+    "bias_relu_pool_backward": "bias",
+    "bias_relu_pool_dual": "bias",
+    "bias_relu_pool_dual_backward": "bias",
+    "colour_warp_mask": "warp",
+    "colour_warp_mask_transpose": "warp",
+    "colour_warp_mask_transpose_add": "warp",
+    "conv3x3": "dispatch",
+    "conv3x3_dual": "dispatch",
+    "conv3x3_dual_input_gradient": "dispatch",
+    "conv3x3_dual_weight_gradient": "dispatch",
+    "conv3x3_input_gradient": "dispatch",
+    "conv3x3_input_gradient_tangent": "dispatch",
+    "conv3x3_tangent": "dispatch",
+    "conv3x3_weight_gradient": "dispatch",
+    "conv_norm_relu_pool": "block",
+    "conv_norm_relu_pool_backward": "block",
+    "conv_norm_relu_pool_dual": "block",
+    "conv_norm_relu_pool_dual_backward": "block",
     "image_patches": "block",
-    "index": "flat",
-    "linear": "classifier",
-    "norm": "norm",
+    "index_add": "flat",
+    "linear_cross_entropy": "classifier",
+    "linear_cross_entropy_dual": "classifier",
+    "norm_relu_pool": "norm",
+    "norm_relu_pool_backward": "norm",
+    "norm_relu_pool_dual": "norm",
+    "norm_relu_pool_dual_backward": "norm",
     "pack_parameters": "weights",
-    "sgd": "flat",
-    "squared": "flat",
+    "sgd_step": "flat",
+    "squared_distance": "flat",
 }
-"""Module of each operation, by the beginning of the operation's name."""
+"""Module of each operation."""
+
+_OTHERS = {"compile_ahead": "launch", "weight_bytes": "dispatch", "workspace_bytes": "dispatch"}
+"""Module of each other function of `mtt_fast.kernels` that this back end has."""
+
+OPERATIONS = frozenset(_MODULES)
+NOT_IMPLEMENTED: frozenset[str] = frozenset()
 
 
 def has_image_block(channels: int, filters: int | None) -> bool:
@@ -123,32 +72,10 @@ def load() -> None:
         launch.load_driver()
 
 
-def weight_bytes(
-    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
-) -> list[WeightBytes]:
-    """See `mtt_fast.kernels.weight_bytes`. Raises `ImportError` where Triton is missing."""
-    dispatch = importlib.import_module(".dispatch", __package__)
-    return dispatch.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
-
-
-def workspace_bytes(
-    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
-) -> int:
-    """See `mtt_fast.kernels.workspace_bytes`. Raises `ImportError` where Triton is missing."""
-    dispatch = importlib.import_module(".dispatch", __package__)
-    return dispatch.workspace_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
-
-
-def compile_ahead(call: Callable[[], object]) -> None:
-    """Run `call` so that its launches only compile their kernels, in parallel. Raises `ImportError` where Triton is missing."""
-    importlib.import_module(".launch", __package__).compile_ahead(call)
-
-
 def __getattr__(name: str) -> Any:
-    """Return the operation `name`, imported on first use. Raises `ImportError` where Triton is missing."""
-    if name.startswith("conv3x3") and name in OPERATIONS:
-        return importlib.import_module(".dispatch", __package__).dispatched(name)
-    if name in OPERATIONS:
-        module = next(module for prefix, module in _MODULES.items() if name.startswith(prefix))
-        return getattr(importlib.import_module(f".{module}", __package__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Return an operation or another function, imported on first use. Raises `ImportError` where Triton is missing."""
+    module_name = (_MODULES | _OTHERS).get(name)
+    if module_name is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{module_name}", __package__)
+    return module.dispatched(name) if name.startswith("conv3x3") else getattr(module, name)

@@ -13,18 +13,15 @@ from torch import Tensor
 from ..types import accumulator
 from .channels_last_planes import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
 from .contiguous_planes import (
-    empty_pool,
-    empty_stat,
     launch_windows,
     load_windows,
-    output_buffer,
     plane_sum,
     pooled_offsets,
     program_block,
     row_offsets,
 )
 from .launch import tl, triton
-from .planes import Planes
+from .planes import Planes, empty_pool, empty_stat, output_buffer
 
 
 @triton.jit

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .configurations import Configuration, configuration
-from .contiguous_planes import shape_class
 from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
@@ -93,38 +92,36 @@ def shape_classes(planes: Planes, dtype: torch.dtype, partial: bool) -> tuple[st
 
     Planes read as partial sums may have a row of their own, and so may planes of 16 bits.
     """
-    loosely = shape_class(planes)
     own = ["partial"] * partial + ["half"] * (dtype.itemsize == 2)
-    return (*(f"{loosely}-{kind}" for kind in own), loosely)
+    return (*(f"{planes.shape_class}-{kind}" for kind in own), planes.shape_class)
 
 
 def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:
     """Return the configuration of `operation`, with BLOCK_C limited to the channels, and half as large for float64."""
-    closest, *looser = shape_classes(planes, y.dtype, partial)
-    row = configuration(operation, closest, architecture(y.device), *looser)
+    row = configuration(operation, architecture(y.device), *shape_classes(planes, y.dtype, partial))
     widest = row["BLOCK_C"] if y.dtype != torch.float64 else max(1, row["BLOCK_C"] // 2)
     return row | {"BLOCK_C": min(widest, triton.next_power_of_2(planes.channels))}
 
 
 def fits(planes: Planes, tile: Configuration) -> bool:
     """Return whether one tile holds a whole plane."""
-    return _windows(planes) <= tile["WINDOWS"]
+    return planes.windows <= tile["WINDOWS"]
 
 
 def launch_whole_planes(
     kernel: Any, planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | int | None, **more: Any
 ) -> None:
     """Run `kernel` for each block of channels of each sample. A program holds whole planes in registers."""
-    windows = _windows(planes)
-    tile = {"WINDOWS": triton.next_power_of_2(windows), "BLOCK_C": tile["BLOCK_C"], "num_warps": tile["num_warps"]}
-    _launch(kernel, planes, tile, 1, windows % tile["WINDOWS"] == 0, y, *rest, **more)
+    width = triton.next_power_of_2(planes.windows)
+    tile = {"WINDOWS": width, "BLOCK_C": tile["BLOCK_C"], "num_warps": tile["num_warps"]}
+    _launch(kernel, planes, tile, 1, planes.windows % tile["WINDOWS"] == 0, y, *rest, **more)
 
 
 def launch_parts(
     kernel: Any, planes: Planes, tile: Configuration, parts: int, y: Tensor, *rest: Tensor | None, **more: Any
 ) -> None:
     """Run `kernel` for each block of channels of each part of each sample's planes."""
-    filled = _windows(planes) % (tile["WINDOWS"] * tile["TILES"]) == 0
+    filled = planes.windows % (tile["WINDOWS"] * tile["TILES"]) == 0
     _launch(kernel, planes, tile, parts, filled, y, *rest, PARTS=parts, **more)
 
 
@@ -140,7 +137,7 @@ def combine_parts(
 
 def parts_of_windows(planes: Planes, tile: Configuration) -> int:
     """Return the number of parts of a plane if a part is TILES tiles of windows."""
-    parts: int = triton.cdiv(_windows(planes), tile["WINDOWS"] * tile["TILES"])
+    parts: int = triton.cdiv(planes.windows, tile["WINDOWS"] * tile["TILES"])
     return parts
 
 
@@ -151,11 +148,6 @@ def parts_of_pixels(planes: Planes, tile: Configuration) -> int:
     """
     parts: int = triton.cdiv(planes.height * planes.width, 4 * tile["WINDOWS"] * tile["TILES"])
     return parts
-
-
-def _windows(planes: Planes) -> int:
-    """Return the number of 2×2 windows of a plane, incomplete ones included."""
-    return ((planes.height + 1) // 2) * ((planes.width + 1) // 2)
 
 
 def _launch(

@@ -82,7 +82,6 @@ def _launch(
     channels, pixels = (planes.channels, planes.height * planes.width) if planes.channels_last else (1, width)
     shape = {"KIND": label_kind, "CLASSES": classes}
     plane_sizes = {"CHANNELS": channels, "PIXELS": pixels}
-    partial_sizes = {"BLOCKS": blocks, "PADDED_BLOCKS": triton.next_power_of_2(blocks)}
 
     launch(
         score, score_programs, p, p_dot, weight, weight_dot, bias, bias_dot, labels, z, z_dot, partials,
@@ -92,7 +91,7 @@ def _launch(
     if magnitudes is not None and blocks > 1:
         launch(
             measure, feature_programs, weight, weight_dot, *given, batch,
-            **shape, WIDTH=width, **partial_sizes, **gradient_row,
+            **shape, WIDTH=width, BLOCKS=blocks, **gradient_row,
         )  # fmt: skip
     p_bar = torch.empty_like(p)
     p_bar_dot = None if p_dot is None else torch.empty_like(p)
@@ -101,7 +100,7 @@ def _launch(
     results = (p_bar, p_bar_dot, weight_bar, bias_bar, loss, labels_bar_dot)
     launch(
         differentiate, weight_programs + feature_programs, p, p_dot, weight, weight_dot, *given, scale, direction_scale, *results,
-        batch, count, **shape, **plane_sizes, **partial_sizes, LARGEST=LARGEST_COTANGENT, **gradient_row,
+        batch, count, **shape, **plane_sizes, BLOCKS=blocks, LARGEST=LARGEST_COTANGENT, **gradient_row,
     )  # fmt: skip
     return loss, p_bar, p_bar_dot, weight_bar, bias_bar, labels_bar_dot, scale
 
@@ -115,4 +114,4 @@ def _row(kernel: str, weight: Tensor) -> Configuration:
     classes, features = weight.shape
     shape_class = next((str(size) for size in (16, 64, 128, 256) if classes <= size), "1024")
     closest = f"{shape_class}-wide" if features > WIDE else shape_class
-    return configuration(f"linear_cross_entropy_{kernel}", closest, architecture(weight.device), shape_class)
+    return configuration(f"linear_cross_entropy_{kernel}", architecture(weight.device), closest, shape_class)

@@ -108,7 +108,6 @@ def differentiate(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr,  # BLOCKS rounded up to a power of two
     LARGEST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -139,7 +138,7 @@ def differentiate(
         column = tl.program_id(0) // ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         to_weight, to_bias, total = _sum_over_samples(
             p, p_dot, labels, z, z_dot, partials, column, offsets, feature_mask, batch,
-            KIND, CLASSES, WIDTH, BLOCKS, PADDED_BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
+            KIND, CLASSES, WIDTH, BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
         weight_offset = tl.trans(column) * WIDTH + feature
         tl.store(weight_bar + weight_offset, to_weight * factor, (tl.trans(column) < CLASSES) & feature_mask)
@@ -152,7 +151,7 @@ def differentiate(
         row = ((tl.program_id(0) - WEIGHT_PROGRAMS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
         to_p, to_p_dot = _sum_over_classes(
             weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, feature_mask, batch,
-            KIND, CLASSES, WIDTH, BLOCKS, PADDED_BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
+            KIND, CLASSES, WIDTH, BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
         p_offset, mask = row * WIDTH + offsets, (row < batch) & feature_mask
         tl.store(p_bar + p_offset, (to_p * factor).to(p_bar.dtype.element_ty), mask)
@@ -174,7 +173,6 @@ def measure(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -186,7 +184,7 @@ def measure(
     row = (tl.program_id(0) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     to_p, to_p_dot = _sum_over_classes(
         weight, weight_dot, labels, z, z_dot, partials, None, 1.0, False, row, feature, feature < WIDTH, batch,
-        KIND, CLASSES, WIDTH, BLOCKS, PADDED_BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
+        KIND, CLASSES, WIDTH, BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
     )  # fmt: skip
     largest = magnitude_bits(to_p)
     if weight_dot is not None:
@@ -339,7 +337,6 @@ def _sum_over_samples(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -356,7 +353,7 @@ def _sum_over_samples(
     )
     for start in range(0, batch, BLOCK_B):
         row = (start + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-        softmax = load_softmax(partials, row, batch, p_dot is not None, KIND, BLOCKS, PADDED_BLOCKS, ACC)
+        softmax = load_softmax(partials, row, batch, p_dot is not None, KIND, BLOCKS, ACC)
         o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
         p_offset, mask = row * WIDTH + offsets, (row < batch) & feature_mask
         cotangent = o_bar
@@ -390,7 +387,6 @@ def _sum_over_classes(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -400,7 +396,7 @@ def _sum_over_classes(
 
     Where `first` is set, also store the derivatives of the labels' gradients, divided by `divisor`.
     """
-    softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, PADDED_BLOCKS, ACC)
+    softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, ACC)
     to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)
     for start in range(0, CLASSES, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]

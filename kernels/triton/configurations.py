@@ -14,9 +14,9 @@ Table = dict[str, dict[str, dict[str, Row]]]  # rows by operation, class of shap
 NOT_KERNEL_ARGUMENTS = ("backend", "microseconds", "prototype_microseconds", "tma")
 
 
-def configuration(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Configuration:
-    """Return the configuration of one operation, class of shapes and architecture; see `row_of`."""
-    row = row_of(operation, shape_class, architecture, *looser_classes)
+def configuration(operation: str, architecture: str, *classes: str) -> Configuration:
+    """Return a new copy of the configuration of one operation for an architecture; see `row_of`."""
+    row = row_of(operation, architecture, *classes)
     return {name: value for name, value in row.items() if name not in NOT_KERNEL_ARGUMENTS}
 
 
@@ -40,23 +40,24 @@ def box_configuration(operation: str, architecture: str, *classes: str) -> Confi
     raise KeyError(f"{operation}: no boxes for {classes[0]} on {architecture} in configurations.toml")
 
 
-def backend_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> str:
+def backend_of(operation: str, architecture: str, *classes: str) -> str:
     """Return the back end that the table names for `operation`: `triton`, `tma` or `cudnn`."""
-    return cast(str, row_of(operation, shape_class, architecture, *looser_classes)["backend"])
+    return cast(str, row_of(operation, architecture, *classes)["backend"])
 
 
 @cache
-def row_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Row:
-    """Return the row for `architecture` from the closest class that has one, else the closest `default` row.
+def row_of(operation: str, architecture: str, *classes: str) -> Row:
+    """Return the row for `architecture` from the first of the classes of shapes that has one, else the first `default` row.
 
-    Raises `KeyError` if no class has either.
+    Classes go from the closest to the loosest. An operation without classes has the class "". Raises `KeyError` if no class has
+    either row.
     """
-    classes = [table()[operation].get(name, {}) for name in (shape_class, *looser_classes)]
+    tables = [table()[operation].get(name, {}) for name in classes]
     for name in (architecture, "default"):
-        for rows in classes:
+        for rows in tables:
             if name in rows:
                 return rows[name]
-    raise KeyError(f"{operation}: no row for {shape_class} in configurations.toml")
+    raise KeyError(f"{operation}: no row for {classes[0]} in configurations.toml")
 
 
 @cache

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..types import accumulator
 from .configurations import configuration
 from .launch import architecture, launch, tl, triton
 from .planes import Planes
@@ -92,32 +90,11 @@ def plane_sum(tile: tl.tensor) -> tl.tensor:
     return tl.sum(tl.sum(tile, 2, keep_dims=True), 1, keep_dims=True)
 
 
-def empty_pool(y: Tensor, planes: Planes) -> Tensor:
-    """Allocate the pooled planes p (B, C, H//2, W//2) of `y`."""
-    return planes.empty(y, planes.channels, planes.height // 2, planes.width // 2)
-
-
-def empty_stat(y: Tensor) -> Tensor:
-    """Allocate a statistic (B, C) of the planes of `y`: float64 for float64 planes, else float32."""
-    return torch.empty(y.shape[:2], dtype=accumulator(y.dtype), device=y.device)
-
-
-def output_buffer(y: Tensor, reuse: bool) -> Tensor:
-    """Return memory for the gradient of `y`: with `reuse` that of `y`, else new memory.
-
-    Reuse is safe, since a program reads a window for the last time before it writes there.
-    """
-    if not reuse:
-        return torch.empty_like(y)
-    torch.autograd.graph.increment_version(y)
-    return y
-
-
 def launch_windows(
     kernel: Any, operation: str, planes: Planes, y: Tensor, *rest: Tensor | None, **constants: Any
 ) -> None:
     """Run `kernel` for each block of channels of each sample, with the configuration of `operation`."""
-    row = configuration(operation, shape_class(planes), architecture(y.device))
+    row = configuration(operation, architecture(y.device), planes.shape_class)
     launch(
         kernel,
         planes.samples * triton.cdiv(planes.channels, row["BLOCK_C"]),
@@ -129,13 +106,3 @@ def launch_windows(
         W=planes.width,
         **row,
     )
-
-
-def shape_class(planes: Planes) -> str:
-    """Return the shape's class in the table: the memory format and the number of windows, rounded up to a power of four.
-
-    The largest class, 4096, has all larger planes too.
-    """
-    windows = triton.cdiv(planes.height, 2) * triton.cdiv(planes.width, 2)
-    size = next(size for size in (16, 64, 256, 1024, 4096) if windows <= size or size == 4096)
-    return f"{str(planes.memory_format)[6:]}-{size}"

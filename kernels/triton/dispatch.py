@@ -36,7 +36,7 @@ def dispatched(operation: str) -> Callable[..., Any]:
         given: list[Any] = [*arguments, *named.values()]
         operands, precision = given[:-1], given[-1]  # the precision is last, whether it is passed by name or not
         result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
-        backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes[0], planes)
+        backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
     return run
@@ -53,7 +53,7 @@ def weight_bytes(
         counts, copies = [1], []
         for operation in ("conv3x3_weight_gradient", "conv3x3_dual_weight_gradient"):
             planes = (operation, inputs, outputs, precision)
-            backend = _backend(*planes, x, [x])
+            backend = _backend(*planes, [x])
             if backend != "cudnn":
                 correlation = tma_correlate if backend == "tma" else implicit_gemm
                 counts.append(correlation.count_summands(*planes, x))
@@ -61,7 +61,7 @@ def weight_bytes(
         parts = []
         for operation, count in (("conv3x3_input_gradient", 1), ("conv3x3_dual_input_gradient", 3)):
             planes = (operation, outputs, inputs, precision)
-            uses_tma = _backend(*planes, x, [x]) == "tma"
+            uses_tma = _backend(*planes, [x]) == "tma"
             parts.append(tma_convolve.part_bytes(*planes, x, count) if uses_tma else 0)
         size = 9 * layer.channels * layer.filters
         summands = max(counts) * size * accumulator(dtype).itemsize
@@ -81,7 +81,7 @@ def workspace_bytes(
             "conv3x3_input_gradient": (outputs, inputs),
             "conv3x3_weight_gradient": (inputs, outputs),
         }
-        if any(_backend(each, *planes, precision, x, [x]) == "cudnn" for each, planes in convolutions.items()):
+        if any(_backend(each, *planes, precision, [x]) == "cudnn" for each, planes in convolutions.items()):
             most = max(most, inputs.sample_size, outputs.sample_size)
     return _CUDNN_PLANES * batch * most * dtype.itemsize
 
@@ -92,12 +92,10 @@ def _planes_of_layer(batch: int, layer: ConvLayer) -> tuple[Planes, Planes]:
     return inputs, Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)
 
 
-def _backend(
-    operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, planes: list[Tensor]
-) -> str:
-    """Return the table's back end for the dtype and device of `x`, but `triton` in place of `tma` if TMA cannot load `planes`."""
-    closest, *looser = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
-    backend = backend_of(operation, closest, architecture(x.device), *looser)
+def _backend(operation: str, inputs: Planes, outputs: Planes, precision: Precision, planes: list[Tensor]) -> str:
+    """Return the table's back end for the dtype and device of `planes`, but `triton` in place of `tma` if TMA cannot load these."""
+    classes = shape_classes(inputs, outputs, effective_precision(planes[0].dtype, precision))
+    backend = backend_of(operation, architecture(planes[0].device), *classes)
     return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 

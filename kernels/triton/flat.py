@@ -267,7 +267,7 @@ def adjoint_step(
 
 def _row(operation: str, like: Tensor) -> Configuration:
     """Return a new copy of the configuration of `operation` on the device of a tensor."""
-    return configuration(operation, "", architecture(like.device))
+    return configuration(operation, architecture(like.device), "")
 
 
 def _launch_step(
@@ -341,7 +341,7 @@ def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """See `mtt_fast.kernels.squared_distance`. The order of the sum depends only on the size of the vectors."""
-    row = configuration("squared_distance", "", architecture(a.device))
+    row = _row("squared_distance", a)
     partials = torch.empty(row["PARTIALS"], dtype=torch.float64, device=a.device)
     result = torch.empty((), dtype=torch.float64, device=a.device)
     launch(_squared_distance, row["PARTIALS"], a, b, partials, a.numel(), **row)
@@ -351,7 +351,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     """See `mtt_fast.kernels.index_add`. torch's deterministic one sorts the indices, in ten kernels."""
-    row, batch, width = configuration("index_add", "", architecture(out.device)), len(rows), math.prod(out.shape[1:])
+    row, batch, width = _row("index_add", out), len(rows), math.prod(out.shape[1:])
     programs = batch * triton.cdiv(width, row["SIZE"])
     constants = {"WIDTH": width, "ALPHA": alpha, "PADDED_BATCH": triton.next_power_of_2(max(batch, 1))}
     launch(_index_add, programs, out, index, rows, batch, **constants, **row)
@@ -361,7 +361,7 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
 
 def largest_parts(vector: Tensor) -> Tensor:
     """Return the largest magnitude of each part of a vector, as bits of float32 in int32, (PARTIALS,)."""
-    row = configuration("largest_parts", "", architecture(vector.device))
+    row = _row("largest_parts", vector)
     count = row.pop("PARTIALS")
     partials = torch.empty(count, dtype=torch.int32, device=vector.device)
     launch(_largest, count, vector, partials, vector.numel(), **row)

@@ -24,6 +24,13 @@ SIZES = (64, 256, 1024, 4096, 16384)  # pixels that separate the classes of shap
 _NUMPY = tl.constexpr(INTERPRETED)  # NumPy would multiply the bits of bfloat16 numbers as integers
 
 
+@triton.constexpr_function
+def count_steps(channels: int, block_k: int) -> int:
+    """Return the number of steps that take all terms of `channels`, as `_step_terms` lays them out."""
+    steps: int = triton.cdiv(9 * channels, block_k) if channels < block_k else 9 * triton.cdiv(channels, block_k)
+    return steps
+
+
 @triton.jit
 def _step_terms(
     step: tl.tensor, CI: tl.constexpr, BLOCK_K: tl.constexpr
@@ -82,7 +89,7 @@ def _convolve(
     # Neighbouring programs read the same pixels, then neighbouring pixels, so that these stay in the cache.
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
-    STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
+    STEPS: tl.constexpr = count_steps(CI, BLOCK_K)
     PRIMAL: tl.constexpr = y is not None
     program = tl.program_id(0)
     output = program % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -158,7 +165,7 @@ def _correlate(
     ACC: tl.constexpr = parts.dtype.element_ty
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
-    STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
+    STEPS: tl.constexpr = count_steps(CI, BLOCK_K)
     program = tl.program_id(0)
     output = (program % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     term, channel, down, right, term_mask = _step_terms(program // BLOCKS % STEPS, CI, BLOCK_K)
@@ -285,9 +292,7 @@ def _split(
     target = tile.pop("PROGRAMS")
     tile["BLOCK_K"] = min(tile["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
     tiles = outputs.samples * triton.cdiv(outputs.height * outputs.width, tile["BLOCK_M"])
-    channels, terms = inputs.channels, tile["BLOCK_K"]
-    steps = triton.cdiv(9 * channels, terms) if channels < terms else 9 * triton.cdiv(channels, terms)
-    programs = steps * triton.cdiv(outputs.channels, tile["BLOCK_N"])
+    programs = count_steps(inputs.channels, tile["BLOCK_K"]) * triton.cdiv(outputs.channels, tile["BLOCK_N"])
     return tile, programs, tiles, triton.cdiv(tiles, max(1, min(tiles, target // programs)))
 
 
@@ -321,7 +326,7 @@ def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str,
 def tile_of(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> Configuration:
     """Return the configuration of `operation`, with BLOCK_M limited to the pixels of a plane, and BLOCK_N to the channels."""
     classes = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
-    tile = dict(configuration(operation, classes[0], architecture(x.device), *classes[1:]))
+    tile = configuration(operation, architecture(x.device), *classes)
     tile["BLOCK_M"] = min(tile["BLOCK_M"], max(16, triton.next_power_of_2(outputs.height * outputs.width)))
     tile["BLOCK_N"] = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(outputs.channels)))
     return tile

@@ -18,11 +18,8 @@ from . import norm_single_pass, norm_three_passes
 from .channels_last_planes import fits, tile_of
 from .configurations import Configuration
 from .contiguous_planes import (
-    empty_pool,
-    empty_stat,
     launch_windows,
     load_windows,
-    output_buffer,
     plane_sum,
     pooled_offsets,
     program_block,
@@ -30,7 +27,7 @@ from .contiguous_planes import (
 )
 from .launch import tl, triton
 from .partial_planes import add_planes
-from .planes import Planes
+from .planes import Planes, empty_pool, empty_stat, output_buffer
 
 
 @triton.jit
@@ -145,92 +142,6 @@ def _backward(
 
 
 @triton.jit
-def pool_dual(
-    y: tl.tensor,  # of the sample: (C, H, W)
-    y_dot: tl.tensor,
-    p: tl.tensor,  # (C, H//2, W//2)
-    p_dot: tl.tensor,
-    c: tl.tensor,  # (BLOCK_C, 1, 1), as are all statistics and parameters below
-    mu: tl.tensor,
-    r: tl.tensor,
-    mu_dot: tl.tensor,
-    h_y_dot: tl.tensor,
-    g: tl.tensor,
-    b: tl.tensor,
-    g_dot: tl.tensor,
-    b_dot: tl.tensor,
-    ACC: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WINDOWS: tl.constexpr,
-) -> None:
-    """Store p and ṗ (C, H//2, W//2) of a sample's planes, given their statistics."""
-    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
-        pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-        pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-        for row in tl.static_range(2):
-            h = (ys[row] - mu) * r
-            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
-            u = g * h + b
-            pooled += tl.where(u <= 0, 0, u)
-            pooled_dot += tl.where(u <= 0, 0, g_dot * h + g * h_dot + b_dot)
-        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
-        tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
-        tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
-
-
-@triton.jit
-def four_sums(
-    y: tl.tensor,  # of the sample: (C, H, W)
-    y_dot: tl.tensor,
-    p_bar: tl.tensor,  # (C, H//2, W//2)
-    p_bar_dot: tl.tensor,
-    c: tl.tensor,  # (BLOCK_C, 1, 1), as are all statistics and parameters below
-    mu: tl.tensor,
-    r: tl.tensor,
-    mu_dot: tl.tensor,
-    h_y_dot: tl.tensor,
-    g: tl.tensor,
-    b: tl.tensor,
-    ACC: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WINDOWS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sums of ū, ūh, ū̇ and ū̇h + ūḣ over each plane, (BLOCK_C, 1, 1) each."""
-    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-    gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-    beta_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-    gamma_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-    for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
-        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
-        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
-        share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
-        share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
-        for row in tl.static_range(2):
-            h = (ys[row] - mu) * r
-            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
-            active = g * h + b > 0
-            u_bar = tl.where(active, share, 0)
-            u_bar_dot = tl.where(active, share_dot, 0)
-            beta_sum += u_bar
-            gamma_sum += u_bar * h
-            beta_sum_dot += u_bar_dot
-            gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
-    return plane_sum(beta_sum), plane_sum(gamma_sum), plane_sum(beta_sum_dot), plane_sum(gamma_sum_dot)
-
-
-@triton.jit
 def _dual(
     y: tl.tensor,  # (B, C, H, W)
     y_dot: tl.tensor,
@@ -288,10 +199,20 @@ def _dual(
     b = tl.load(beta + c, channel_mask, 0).to(ACC)
     g_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC)
     b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
-    pool_dual(
-        y, y_dot, p, p_dot, c, mu, r, mu_dot, h_y_dot, g, b, g_dot, b_dot,
-        ACC, C, H, W, BLOCK_C, WINDOWS,
-    )  # fmt: skip
+    for start in range(0, TOTAL, WINDOWS):
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
+        pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+        pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
+            u = g * h + b
+            pooled += tl.where(u <= 0, 0, u)
+            pooled_dot += tl.where(u <= 0, 0, g_dot * h + g * h_dot + b_dot)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
+        tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
+        tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
     plane = sample * C + c
     tl.store(mean + plane, mu, channel_mask)
     tl.store(rstd + plane, r, channel_mask)
@@ -341,11 +262,30 @@ def _dual_backward(
     b = tl.load(beta + c, channel_mask, 0).to(ACC)
     g_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC)
 
-    # All that the gradients and their derivatives need of a plane follows from these sums.
-    beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
-        y, y_dot, p_bar, p_bar_dot, c, mu, r, mu_dot, h_y_dot, g, b,
-        ACC, C, H, W, BLOCK_C, WINDOWS,
-    )  # fmt: skip
+    # All that the gradients and their derivatives need of a plane follows from four sums: of ū, ūh, ū̇ and ū̇h + ūḣ.
+    beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    beta_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    gamma_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    for start in range(0, TOTAL, WINDOWS):
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
+        share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
+        share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
+            active = g * h + b > 0
+            u_bar = tl.where(active, share, 0)
+            u_bar_dot = tl.where(active, share_dot, 0)
+            beta_sum += u_bar
+            gamma_sum += u_bar * h
+            beta_sum_dot += u_bar_dot
+            gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
+    beta_total, gamma_total = plane_sum(beta_sum), plane_sum(gamma_sum)
+    beta_total_dot, gamma_total_dot = plane_sum(beta_sum_dot), plane_sum(gamma_sum_dot)
     h_bar_mean = g * beta_total / (H * W)
     hh_bar_mean = g * gamma_total / (H * W)
     h_bar_mean_dot = (g_dot * beta_total + g * beta_total_dot) / (H * W)

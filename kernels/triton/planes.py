@@ -1,4 +1,4 @@
-"""Describe a batch of planes (B, C, H, W): its shape and its memory format."""
+"""Describe a batch of planes (B, C, H, W), its shape and its memory format, and allocate results of that format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..types import memory_format
+from ..types import accumulator, memory_format
+from .configurations import rounded_up
 
 OFFSETS = 2**31  # a sample has fewer elements: kernels count in int32 within a sample, in int64 across samples
 
@@ -49,6 +50,19 @@ class Planes:
         """Return the number of elements of one sample."""
         return self.channels * self.height * self.width
 
+    @property
+    def windows(self) -> int:
+        """Return the number of 2×2 windows of a plane, incomplete ones included."""
+        return ((self.height + 1) // 2) * ((self.width + 1) // 2)
+
+    @property
+    def shape_class(self) -> str:
+        """Return the shape's class in the table: the memory format and the number of windows, rounded up to a power of four.
+
+        The largest class, 4096, has all larger planes too.
+        """
+        return f"{str(self.memory_format)[6:]}-{rounded_up(self.windows, (16, 64, 256, 1024, 4096))}"
+
     def empty(self, like: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Allocate planes (B, channels, height, width) in this format, with the batch size, dtype and device of `like`."""
         shape = (len(like), channels, height, width)
@@ -62,6 +76,27 @@ class Planes:
         shape = (2 * len(like), channels, height, width)
         both = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
         return both[: len(like)], both[len(like) :]
+
+
+def empty_pool(y: Tensor, planes: Planes) -> Tensor:
+    """Allocate the pooled planes p (B, C, H//2, W//2) of `y`."""
+    return planes.empty(y, planes.channels, planes.height // 2, planes.width // 2)
+
+
+def empty_stat(y: Tensor) -> Tensor:
+    """Allocate a statistic (B, C) of the planes of `y`: float64 for float64 planes, else float32."""
+    return torch.empty(y.shape[:2], dtype=accumulator(y.dtype), device=y.device)
+
+
+def output_buffer(y: Tensor, reuse: bool) -> Tensor:
+    """Return memory for the gradient of `y`: with `reuse` that of `y`, else new memory.
+
+    Reuse is safe, since a program reads a window for the last time before it writes there.
+    """
+    if not reuse:
+        return torch.empty_like(y)
+    torch.autograd.graph.increment_version(y)
+    return y
 
 
 def stacked(first: Tensor, second: Tensor) -> Tensor | None:

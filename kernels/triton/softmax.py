@@ -99,11 +99,10 @@ def load_softmax(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr,  # BLOCKS rounded up to a power of two
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
     """Load the parts of all blocks of the rows, and return what `combine` returns for them."""
-    block = tl.arange(0, PADDED_BLOCKS)[None, :]
+    block = tl.arange(0, triton.next_power_of_2(BLOCKS))[None, :]
     offsets, mask, size = row * BLOCKS + block, (row < batch) & (block < BLOCKS), batch * BLOCKS
     top = tl.load(partials + offsets, mask, float("-inf")).to(ACC)
     total = tl.load(partials + size + offsets, mask, 0).to(ACC)

@@ -68,25 +68,18 @@ def _correlate(
     left = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     right = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for step in range(boxes_per_part):  # boxes past the last one load as zeros
-        box = part * boxes_per_part + step
-        n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
-        down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
-        gs = tl.trans(y_bar_dot.load([box * BLOCK_M, o]))
-        left = product(gs, x.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
-        if TAPS == 3:
-            middle = product(gs, x.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
-            right = product(gs, x.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
-    if x_dot is not None:  # y_bar is then a descriptor too
-        for step in range(boxes_per_part):
-            box = part * boxes_per_part + step
-            n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
-            down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
-            gs = tl.trans(y_bar.load([box * BLOCK_M, o]))
-            left = product(gs, x_dot.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
-            if TAPS == 3:
-                middle = product(gs, x_dot.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
-                right = product(gs, x_dot.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
+    for pair in tl.static_range(2):
+        xs, ys = (x, y_bar_dot) if pair == 0 else (x_dot, y_bar)
+        if xs is not None:
+            for step in range(boxes_per_part):  # boxes past the last one load as zeros
+                box = part * boxes_per_part + step
+                n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
+                down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
+                gs = tl.trans(ys.load([box * BLOCK_M, o]))
+                left = product(gs, xs.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
+                if TAPS == 3:
+                    middle = product(gs, xs.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
+                    right = product(gs, xs.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
     parts += part.to(tl.int64) * (CO * 9 * CI)
     _store_tap(parts, left, tap, o, c, CI, CO)
     if TAPS == 3:

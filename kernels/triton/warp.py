@@ -332,7 +332,7 @@ def padded_batch(batch: int) -> int:
 
 def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:
     """Launch `kernel` for each block of pixels of each sample, with the configuration of `operation`."""
-    row = dict(configuration(operation, "", architecture(arguments[0].device)))
+    row = configuration(operation, architecture(arguments[0].device), "")
     programs, sizes = pixel_blocks(planes, row.pop("ELEMENTS"))
     launch(kernel, programs, *arguments, **sizes, **constants, **row)
 

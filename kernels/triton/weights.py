@@ -139,7 +139,7 @@ def pack_parameters(
     batch: BatchImages | None = None,
 ) -> PackedParameters:
     """See `mtt_fast.kernels.pack_parameters`."""
-    row = configuration("pack_parameters", "", architecture(theta.device))
+    row = configuration("pack_parameters", architecture(theta.device), "")
     dtype = plane_dtype(theta.dtype, precision)
     shapes = _lay_out(places)
     total = sum(2 * apart for *_, apart in shapes)

@@ -510,7 +510,7 @@ def test_memory_of_the_library_is_planned_where_the_table_takes_it(
     """The class of shapes is that of the result, which of an input gradient are the planes that the layer convolves."""
     from mtt_fast.kernels.triton import dispatch
 
-    def backend_of(asked: str, closely: str, *_: str) -> str:
+    def backend_of(asked: str, architecture: str, closely: str, *_: str) -> str:
         of_result = "1024" if operation == "conv3x3_input_gradient" else "256"
         return "cudnn" if asked == operation and of_result in closely.split("-") else "triton"
 
