@@ -52,7 +52,7 @@ def with_first_expert_training(
     """Return the options with the hyperparameters of the first expert, if there is one; else unchanged.
 
     Raises `InputError` if the expert is of another network or other images, or was trained with other hyperparameters than
-    the `requested` ones; or if there is none, and it cannot be written, or buffers of the public code should be converted.
+    the `requested` ones; if an expert cannot label images as the options ask; or if there is none, and it cannot be written, or buffers of the public code should be converted.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = experts_in(folder)
@@ -62,6 +62,7 @@ def with_first_expert_training(
         _check_label_epoch(options, options.train_epochs, "the epochs of the expert to train")
         return options
     check_belongs(store, 0, network, real.identity)
+    _check_labelling(options, store, real, network)
     check_as_requested(store, 0, requested, to_the_end=True)
     expert, training = store.metadata(0), options.expert().record()
     if requested and expert.imported:
@@ -85,11 +86,18 @@ def with_labels(options: TrainedNetworkOptions, real: RealImages, network: Train
     if options.labels == "classes":
         return images
     store = first_expert(options, real, network)
-    for expert in range(len(store)):
-        check_belongs(store, expert, network, real.identity)
-        _check_label_epoch(options, store.epochs(expert), f"the epochs of {store.path(expert)}")
+    _check_labelling(options, store, real, network)
     thetas = experts_at(store, len(store), options.label_epoch, images.labels.device)
     return dataclasses.replace(images, labels=mean_teacher_labels(network, thetas, images.pixels))
+
+
+def _check_labelling(
+    options: TrainedNetworkOptions, store: TrajectoryStore, real: RealImages, network: Trainable
+) -> None:
+    """Raise `InputError` if the options ask for labels, and an expert in `store` cannot give them (`with_labels`)."""
+    for expert in range(len(store)) if options.labels == "experts" else ():
+        check_belongs(store, expert, network, real.identity)
+        _check_label_epoch(options, store.epochs(expert), f"the epochs of {store.path(expert)}")
 
 
 def _check_label_epoch(options: TrainedNetworkOptions, epochs: int, words: str) -> None:

@@ -307,6 +307,18 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             (f"match_step {self.match_step}", self.match_step == "nearest" and self.syn_steps == 1, single),
             (f"student_mom {self.student_mom}", self.student_mom > 0 and self.syn_steps == 1, single),
             ("lr_per_step", self.lr_per_step and self.syn_steps == 1, single),
+            ("lr_per_step", self.lr_per_step and self.lr_lr == 0, "--lr_lr 0, which keeps all rates"),
+            (f"gradient {self.gradient}", self.gradient == "truncated" and self.syn_steps == 1, single),
+            (
+                "no_aug",
+                self.no_aug and self.strategy.lower() == "none",
+                "--dsa_strategy none, which augments no images",
+            ),
+            (
+                f"mom_img {self.mom_img}",
+                self.mom_img != DistillOptions.mom_img and self.lr_img == self.lr_lr == 0,
+                "--lr_img 0 and --lr_lr 0, which keep pixels and rate",
+            ),
             (
                 f"pix_init {self.pix_init}",
                 self.parametrisation == "speed" and self.pix_init != DistillOptions.pix_init,

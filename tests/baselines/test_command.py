@@ -163,6 +163,17 @@ def test_an_epoch_that_no_expert_will_have_is_refused_before_the_training(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_an_epoch_that_an_expert_does_not_have_is_refused_before_the_run_begins(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*"random --labels experts --train_epochs 1".split(), *TOY, "--data_path", str(shared / "data")]
+    words += ["--buffer_path", str(tmp_path / "buffers"), "--out"]
+    assert run(*words, str(tmp_path / "first")) == 0
+    assert run(*words, str(tmp_path / "run"), "--label_epoch", "2") == 2
+    assert "error: --label_epoch 2: expected at most 1, the epochs of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_labels_of_a_network_of_batch_statistics_are_refused(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
