@@ -1,4 +1,4 @@
-"""Offer the digits as real images, and a folder that the runs of a file share."""
+"""Offer the digits as real images, and a folder that the runs of a file share; leave the curves out of the runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 
 from mtt_fast.data import load
 from mtt_fast.training.images import RealImages, real_images
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_curves(no_curves: None) -> None:
+    pass
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ def test_a_rate_in_place_of_which_the_protocol_has_one_is_told(
     assert "--lr_net" not in caplog.text
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("method", [*CHOSEN, *LEARNED])
 def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -37,6 +37,7 @@ def test_resumed_is_bit_identical_to_uninterrupted(method: str, shared: Path, tm
         assert summary_of(whole)["accuracy"].get(kind) == summary_of(parts)["accuracy"].get(kind)
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("writer", ["save_grid", "save_snapshot", "save_curves"])
 def test_a_run_that_dies_between_an_evaluation_and_its_pictures_draws_them_when_it_goes_on(
     writer: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ from mtt_fast.training.evaluation import Accuracy
 from tests.distill.command_runs import TOY, images_of, metrics_of, run
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(*TOY, *experts, "--out", str(out)) == 0

@@ -23,8 +23,6 @@ from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images
 from tests.distill.successor_runs import TOY, run, summary_of
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 class Lookup:
     """A network whose parameters are a table: the class that it gives to the image of value v is theta[v]."""

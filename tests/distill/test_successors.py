@@ -24,8 +24,6 @@ from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.evaluation import evaluate as measure
 from tests.distill.successor_runs import TOY, records_of, run, summary_of
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def test_the_range_of_start_epochs_grows_linearly() -> None:
     options = DistillOptions(
