@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.interop.buffers import layout_from
+from tests.interop.buffers import NET, Epochs, trained
 from tests.interop.hostile import refused, rows_of
-from tests.interop.test_buffers import NET, Epochs, trained
 
 pytestmark = pytest.mark.usefixtures("bounded")
 
