@@ -1,4 +1,4 @@
-"""What changed before the backward pass, which computes each step again, is refused; rounding is not."""
+"""Check that what changed before the backward pass, which computes each step again, is refused, and that rounding is not."""
 
 from __future__ import annotations
 
