@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.settings import Setting
 from mtt_fast import kernels
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.kernels import Affine, Precision, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.networks.convnet import NORM_EPS
@@ -43,29 +43,25 @@ def blocks_of(setting: Setting) -> list[Block]:
 
 
 def block_arguments(
-    block: Block,
-    batch: int,
-    precision: Precision,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
+    block: Block, batch: int, precision: Precision, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> dict[str, tuple[Any, ...]]:
     """Return the arguments of each operation of `block`, by its name, with random values and planes of `dtype`.
 
     Of the first block these are also the operations that compute it without planes.
     """
 
-    def planes(channels: int, size: int, batches: int) -> tuple[Tensor, ...]:
-        values = torch.randn(batches * batch, channels, size, size, generator=generator, device=generator.device)
-        return values.to(dtype, memory_format=torch.channels_last).chunk(batches)  # in pairs, as a step has them
+    def pair_of_planes(channels: int, size: int) -> tuple[Tensor, ...]:
+        values = torch.randn(2 * batch, channels, size, size, generator=generator, device=generator.device)
+        return values.to(dtype, memory_format=torch.channels_last).chunk(2)
 
     def parameters(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device, dtype=accumulator(dtype))
 
     is_first, options = block.number == 1, (block.padding, precision)
-    x, tangent = planes(block.channels, block.size, 2)
+    x, tangent = pair_of_planes(block.channels, block.size)
     x_dot = None if is_first else tangent  # images have none
-    y_dot, y = planes(block.width, block.out_size, 2)  # ȳ̇ and ȳ too
-    p_bar, p_bar_dot = planes(block.width, block.out_size // 2, 2)
+    y_dot, y = pair_of_planes(block.width, block.out_size)  # ȳ̇ and ȳ too
+    p_bar, p_bar_dot = pair_of_planes(block.width, block.out_size // 2)
     weight, weight_dot = (parameters(block.width, block.channels, 3, 3) / 10 for _ in range(2))
     affine, affine_dot = (Affine(parameters(block.width), parameters(block.width)) for _ in range(2))
     beta, beta_dot = affine.beta, affine_dot.beta
@@ -90,7 +86,7 @@ def block_arguments(
     }
     if is_first:
         images = x.to(weight.dtype).contiguous()
-        warps = augment_parameters(SiameseAugment("rotate").draw(images, generator), images.shape).to(images)
+        warps = SiameseAugment("rotate").draw_parameters([images], generator)
         patches = kernels.image_patches(images, *options)
         primal, dual = (patches, weight, affine), (patches, weight, weight_dot, affine, affine_dot)
         norm = (NORM_EPS, precision)

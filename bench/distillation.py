@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench.parsing import RecipeOptions, precisions_in
-from bench.render import publish
+from bench.records import publish
 from mtt_fast.commands.options import Count
 from mtt_fast.distill import command as distil
 from mtt_fast.distill.command_line import parse_options

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from bench.training import TrainingOptions, compare
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.options import Count
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.protocols import EvaluationProtocol
-from mtt_fast.training.sgd import Sgd
 
 
 @dataclass(frozen=True)

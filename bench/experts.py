@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bench.training import TrainingOptions, compare
 from mtt_fast.training.experts import ExpertTraining
-from mtt_fast.training.sgd import Sgd
+from mtt_fast.training.optimizers import Sgd
 
 
 @dataclass(frozen=True)

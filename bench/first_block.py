@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.measuring import interleaved, seconds, set_precision
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.engine.students.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock

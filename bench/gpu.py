@@ -207,23 +207,18 @@ def _table(options: Options, out: Path) -> Iterator[Group]:
         for name, more in (("compile", ("--compile-only",)), ("tune", ())):
             yield [_bench(options, out, name, *toy, *more, TRITON_INTERPRET="1")]
         return
-    settings = [("tune", "--setting", name, "--precision", each) for name in _TUNED for each in _PRECISIONS]
+
+    def words(name: str, precision: str) -> tuple[str, ...]:
+        return "tune", "--setting", name, "--precision", precision, *configurations
+
+    settings = [(name, precision) for name in _TUNED for precision in _PRECISIONS]
     yield [
-        _bench(
-            options,
-            out,
-            f"compile-{words[2]}-{words[4]}-{block}",
-            *words,
-            "--blocks",
-            f"{block}",
-            "--compile-only",
-            *configurations,
-        )
-        for words in settings
-        for block in range(1, _TUNED[words[2]] + 1)
-    ]
-    for words in settings:  # one after the other, so that each has the GPU to itself, and all add to the same table
-        yield [_bench(options, out, f"tune-{words[2]}-{words[4]}", *words, *configurations)]
+        _bench(options, out, f"compile-{name}-{precision}-{block}", *words(name, precision), "--blocks", f"{block}", "--compile-only")
+        for name, precision in settings
+        for block in range(1, _TUNED[name] + 1)
+    ]  # fmt: skip
+    for name, precision in settings:  # in turn, so that each has the GPU to itself, and all add to the same table
+        yield [_bench(options, out, f"tune-{name}-{precision}", *words(name, precision))]
 
 
 def _steps(options: Options, out: Path) -> Iterator[Group]:

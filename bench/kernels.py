@@ -14,10 +14,10 @@ from torch import Tensor
 from bench.arguments import Block, block_arguments, blocks_of
 from bench.measuring import copy_peak, interleaved, matrix_product_peak, repeated, seconds, set_precision
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.kernels import (
     Affine,
     Folded,
@@ -174,8 +174,7 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
         return values.contiguous(memory_format=torch.channels_last) if planes else values
 
     images = random(batch, net.in_channels, setting.side, setting.side).contiguous()
-    draws = SiameseAugment("rotate").draw(images, generator)
-    rotated = (images, augment_parameters(draws, images.shape).float())
+    rotated = (images, SiameseAugment("rotate").draw_parameters([images], generator))
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{setting.side}²", rotated, 2 * images.nbytes, 0)
     yield Operation(
@@ -290,8 +289,7 @@ def in_float64(argument: Any) -> Any:
 
 def results_of(operation: str, result: Any) -> list[Tensor]:
     """Return the tensors of an operation's result, in their order; those that are summands added up."""
-    tensors = tensors_of(result)
-    return list(added_up(operation, tuple(tensors)))
+    return list(added_up(operation, tuple(tensors_of(result))))
 
 
 def tensors_of(result: Any) -> list[Tensor]:

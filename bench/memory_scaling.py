@@ -15,11 +15,12 @@ from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, engine_named, generic_convnet
 from bench.measuring import peak_above_baseline
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
 from mtt_fast.engine.memory_plan import plan
+from mtt_fast.networks.convnet import ConvNet
 
 log = logging.getLogger("mtt_fast")
 
@@ -81,10 +82,8 @@ class State:
 
 def build(engine: str, device: str, setting: dict[str, Any]) -> State:
     """Return the state of a worker after a small iteration, which loads the libraries."""
-    net = Shape().resolve().net
-    state = State(
-        engine_named(engine), Setting(**setting | {"net": replace(net, **setting["net"])}), torch.device(device)
-    )
+    case = Setting(**setting | {"net": ConvNet(**setting["net"])})
+    state = State(engine_named(engine), case, torch.device(device))
     state.engine.run(case_on(make_case(small_setting(state.setting)), torch.float32, state.device))
     return state
 

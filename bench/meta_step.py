@@ -26,9 +26,9 @@ from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
 from bench.measuring import Peak, interleaved, matrix_product_peak, peak_above_baseline, seconds_in_turn, set_precision
 from bench.parsing import CommonOptions
 from bench.records import write_record
-from bench.render import table
 from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
+from bench.tables import table
 from bench.workers import Here, Process, Subjects, Worker
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
@@ -69,16 +69,7 @@ def main(options: Options, command: str) -> None:
             "--one_process True: expected a GPU, since peak memory on a CPU belongs to a process; leave it out"
         )
     worker_of: Callable[..., Worker] = Here if options.one_process else Process
-    runnable = [
-        name
-        for name, engine in ENGINES.items()
-        if engine.package is None and (device.type == "cuda" or not engine.cuda_only)
-    ]
-    names = options.engines.split(",") if options.engines else runnable
-    engines, precisions = {}, {}
-    for name in names:
-        engines[name], taken = engine_on(name, device, options.precision)
-        precisions[name] = taken.get("precision", "tf32")
+    engines, precisions = _chosen(options, device)
     common: dict[str, Any] = {"device": str(device), "precision": options.precision}
     set_precision(device, options.precision)
     log.info("%s, on %s", setting, device)
@@ -129,6 +120,20 @@ def main(options: Options, command: str) -> None:
         row["flops"] = _flops(name, engines, setting)
     _compare(rows, peak)
     print(table("meta_step", record(rows, peak, complete=True), list(rows.values())))
+
+
+def _chosen(options: Options, device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Return the engines to time, and the precision of each, by name."""
+    runnable = [
+        name
+        for name, engine in ENGINES.items()
+        if engine.package is None and (device.type == "cuda" or not engine.cuda_only)
+    ]
+    engines, precisions = {}, {}
+    for name in options.engines.split(",") if options.engines else runnable:
+        engines[name], taken = engine_on(name, device, options.precision)
+        precisions[name] = taken.get("precision", "tf32")
+    return engines, precisions
 
 
 def build_case(net: dict[str, Any], path: str, device: str, precision: str) -> Case:

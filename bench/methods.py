@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from bench.parsing import RecipeOptions
-from bench.render import percent, publish
+from bench.records import publish
+from bench.tables import percent
 from mtt_fast.commands.earlier_run import check_comparable
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
 from mtt_fast.data.published_info import dataset_info

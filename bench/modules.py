@@ -24,7 +24,7 @@ from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
 from bench.products import Product, forward_over_reverse, gradients_by, reverse_over_forward, reverse_over_reverse
-from bench.render import publish
+from bench.records import publish
 from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.commands.options import Count

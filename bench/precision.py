@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.cases import case_on, make_case
 from bench.iterations import NamedCase, golden_cases, run_cases
 from bench.parsing import CommonOptions, precisions_in
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Shape
 from mtt_fast import matching_loss, unroll
 from mtt_fast.commands.options import Count

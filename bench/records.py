@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from bench.measuring import driver_version
+from bench.parsing import RecordOptions
+from bench.tables import table
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import device_name, versions
 from mtt_fast.storage.text_files import write_json
@@ -65,6 +68,21 @@ def write_record(
         partial.unlink(missing_ok=True)
         log.info("%s", path)
     return path
+
+
+def publish(
+    options: RecordOptions,
+    benchmark: str,
+    name: str,
+    device: torch.device,
+    conditions: dict[str, Any],
+    rows: Iterable[dict[str, Any]],
+    command: str,
+) -> None:
+    """Print the rows as a table, and write their record; it is called `name` if the options do not name it."""
+    listed = list(rows)
+    print(table(benchmark, conditions, listed))
+    write_record(options.out, options.name or name, benchmark, device, conditions, listed, command)
 
 
 def partial_rows(folder: str, name: str) -> list[dict[str, Any]]:

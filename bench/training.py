@@ -15,7 +15,7 @@ from bench.cases import module_of
 from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, Subjects
 from mtt_fast import testing
@@ -25,9 +25,10 @@ from mtt_fast.engine.students.choice import student_for
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
+from mtt_fast.training.epochs import Epochs, epochs_on
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Epochs, Sgd, epochs_on
+from mtt_fast.training.optimizers import Sgd
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]

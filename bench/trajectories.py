@@ -23,7 +23,7 @@ from bench.cases import case_on, make_case
 from bench.engines import ENGINES
 from bench.measuring import Spread, resident_bytes, seconds, spread
 from bench.parsing import CommonOptions
-from bench.render import publish
+from bench.records import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
 from mtt_fast.commands.option_fields import Range

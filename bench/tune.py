@@ -22,21 +22,13 @@ import torch
 from torch import Tensor
 
 from bench.arguments import Block, block_arguments, blocks_of
-from bench.candidates import (
-    BLOCKS,
-    BOX_CORRELATIONS,
-    BOX_TILES,
-    CORRELATIONS,
-    TILES,
-    lines,
-    text_of,
-)
+from bench.candidates import BLOCKS, BOX_CORRELATIONS, BOX_TILES, CORRELATIONS, TILES, lines, text_of
 from bench.kernels import FEW_SAMPLES, exact_results, in_parts, results_of
 from bench.measuring import interleaved, repeated, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
-from bench.render import table as rendered
 from bench.settings import Shape
+from bench.tables import table as rendered
 from mtt_fast import kernels
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.parsing import integers

@@ -22,10 +22,10 @@ from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
+from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.expert_locks import lock_expert_folder
-from mtt_fast.storage.expert_metadata import layer_sizes
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, write_expert
 from mtt_fast.storage.waypoints import check_waypoints, convexified, evenly_spaced
@@ -115,7 +115,8 @@ def compress(
 def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[int, ...], *, smooth: bool) -> None:
     metadata = dataclasses.replace(whole.metadata(expert), made_of=whole.digest(expert))
     trajectory = torch.stack([whole.read(expert, epoch) for epoch in range(whole.epochs(expert) + 1)])
-    parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth=smooth)
+    sizes = ParameterLayout.from_text(metadata.layout).sizes
+    parameters, course = convexified(trajectory, sizes, epochs, smooth=smooth)
     write_expert(out, whole.indices[expert], parameters, metadata, whole.dtype(expert), course)
 
 

@@ -26,15 +26,14 @@ def main(argv: Sequence[str]) -> None:
         return
     if argv:
         raise InputError(f"{argv[0]}: python -m mtt_fast.env takes no options")
-    lines = versions()
+    lines, device = versions(), choose_device("auto")
     lines["processor"] = device_name(torch.device("cpu"))
     devices = [device_name(torch.device("cuda", index)) for index in range(usable_gpus())]
     lines["CUDA devices"] = ", ".join(devices) or f"none: {why_no_gpu()}"
-    lines["device auto"] = str(choose_device("auto"))
+    lines["device auto"] = str(device)
     lines["native CPU kernels"] = (
         "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"
     )
-    device = choose_device("auto")
     lines["student of ConvNet"] = describe_numerics(device, ConvNet(), CommonOptions.precision, iterations=True)
     lines["student of other networks"] = (
         f"{GenericStudent.__name__}, {precision_on(device, ConvNet(), CommonOptions.precision)}"

@@ -68,11 +68,7 @@ _REMEDIES = {
 
 def one_line(text: str) -> str:
     """Return `text` with every character escaped that would break a line or control a terminal, since file names may contain any."""
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode("ascii")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def dtype_name(dtype: object) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo
-from mtt_fast.commands.plots import read_snapshot, save_stacked
+from mtt_fast.commands.plots import evenly, read_snapshot, save_stacked, snapshots_in
 from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder
@@ -66,32 +65,21 @@ def read_history(run: Path) -> dict[int, Image.Image]:
 
     Raises `InputError` if there are none, or one is broken or of another size than the first.
     """
-    files = {
-        int(match[1]): path
-        for path in (run / HISTORY).glob("iteration_*.png")
-        if (match := re.fullmatch(r"iteration_(\d+)\.png", path.name))
-    }
+    files = snapshots_in(run)
     if not files:
         raise InputError(
             f"{run / HISTORY}: expected snapshots iteration_NNNNNN.png of a run, found none; check the path"
         )
     snapshots: dict[int, Image.Image] = {}
-    for iteration in sorted(files):
-        _, snapshots[iteration] = read_snapshot(files[iteration])
+    for iteration, path in files.items():
+        _, snapshots[iteration] = read_snapshot(path)
         first = next(iter(snapshots.values()))
         if snapshots[iteration].size != first.size:
             raise InputError(
-                f"{files[iteration]}: expected {first.size} pixels as in the first snapshot, found "
+                f"{path}: expected {first.size} pixels as in the first snapshot, found "
                 f"{snapshots[iteration].size}; are there two runs in one folder?"
             )
     return snapshots
-
-
-def evenly(items: Sequence[Image.Image], count: int) -> list[Image.Image]:
-    """Return `count` of the items, evenly spaced, with the first and the last; all if there are no more than that."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from mtt_fast.commands.option_fields import Role, names_of
 from mtt_fast.commands.options import EvaluationOptions
-from mtt_fast.commands.tables import marked_method
 from mtt_fast.data.catalogue import name_of
+from mtt_fast.distill.method_names import marked_method
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_names, recipe_options
@@ -97,20 +97,10 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
         images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may have the same name
-        all_options = {
-            name: value for name, value in options.items() if name not in (*_LOCATION_AND_MACHINE_OPTIONS, "seed")
-        }
-        experts = summary.get("experts", {})
-        hyperparameters, digest = experts.get("hyperparameters"), experts.get("digest")
-        # experts of a curriculum (PAD) are others at the same options, those of other software may be of any training, and of those
-        # that a baseline used only the folder is known
-        known = [hyperparameters, digest] if "imported_from" in (hyperparameters or ()) else hyperparameters
-        all_options |= {"experts": known or options.get("buffer_path")}
-        # two files of scores (SelMatch), or with a class that computes the images, may have had the same name
-        all_options |= {name: summary.get(name) for name in ("scores_digest", "code_digest")}
-        random_options = {name: options.get(name) for name in sorted(_RANDOM_IMAGE_OPTIONS)}
+        digest = summary.get("experts", {}).get("digest")
+        random_options = {name: options.get(name) for name in _RANDOM_IMAGE_OPTIONS}
         for trained_on, method, others, repetition in (
-            ("distilled", setting.method, all_options, (seed, digest)),
+            ("distilled", setting.method, _conditions(options, summary), (seed, digest)),
             ("random_real_images", RANDOM + _protocol(options), random_options, (seed, None)),
         ):
             for network, accuracy in _by_network(summary, trained_on).items():
@@ -123,6 +113,22 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         combined = _combined(list(by_seed.values()))._replace(choice=choices[key])
         by_setting.setdefault(key[0], []).append(combined)
     return by_setting
+
+
+def _conditions(options: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the accuracy of a distilled set depends on, besides the real images and the seed."""
+    conditions = {
+        name: value for name, value in options.items() if name not in (*_LOCATION_AND_MACHINE_OPTIONS, "seed")
+    }
+    experts = summary.get("experts", {})
+    known = experts.get("hyperparameters")
+    # experts of a curriculum (PAD) are others at the same options, those of other software may be of any training, and of those
+    # that a baseline used only the folder is known
+    if "imported_from" in (known or ()):
+        known = [known, experts.get("digest")]
+    conditions["experts"] = known or options.get("buffer_path")
+    # two files of scores (SelMatch), or with a class that computes the images, may have had the same name
+    return conditions | {name: summary.get(name) for name in ("scores_digest", "code_digest")}
 
 
 def _choice(options: Mapping[str, Any], others: Mapping[str, Any]) -> str:

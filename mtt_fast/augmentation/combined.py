@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.siamese import Draws, SiameseAugment, parameters_of_steps
+from mtt_fast.augmentation.operations import Draws, parameters_of_steps
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.checks import device_of
 
 _MAX_SHIFT = 4  # pixels that a real image is shifted by at most, along each axis

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.siamese import Draws, SiameseAugment, parameters_of_steps
+from mtt_fast.augmentation.operations import Draws, parameters_of_steps
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.checks import device_of
 from mtt_fast.kernels import WARP_PARAMETERS
 

@@ -23,8 +23,8 @@ from mtt_fast.commands.options import Count, CountFromZero
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.accuracy import count_correct
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import count_correct
 
 _ENDS_OF_STAGES = {1: (0.015, 0.15), 2: (0.01, 0.125)}
 """a stage ends after epochs that each gain less than this accuracy, as many in a row as this share of --totwindow"""

@@ -20,14 +20,7 @@ from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.trained import first_expert, with_first_expert_training, with_labels
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import (
-    check_same_evaluation,
-    check_same_run,
-    earlier_options,
-    in_precision_of_run,
-    is_finished,
-)
-from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.commands.earlier_run import earlier_options, options_to_continue
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.distill.experts import requested_hyperparameters
@@ -38,7 +31,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG
-from mtt_fast.storage.run_folder import lock_folder, write_config
+from mtt_fast.storage.run_folder import lock_folder, lock_inode, write_config
 from mtt_fast.training.subsets import check_enough
 
 log = logging.getLogger(__name__)
@@ -61,16 +54,12 @@ def main(argv: Sequence[str]) -> None:
     options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
-    earlier = earlier_options(folder, name)
     given = parsing.given(type(options), argv)
-    options = in_precision_of_run(options, earlier, given)
-    may_differ = outside_result(type(options))
-    if isinstance(options, TrainedNetworkOptions):
-        may_differ |= set(FLAGS.values()) - given  # options that are not given say nothing about the expert of the run
-    check_same_run(folder, earlier, options, may_differ)
-    if is_finished(folder, options, getattr(options, "Iteration", 0)):
+    # options that are not given say nothing about the expert of the run
+    may_differ = set(FLAGS.values()) - given if isinstance(options, TrainedNetworkOptions) else set()
+    options, finished = options_to_continue(folder, name, options, given, may_differ)
+    if finished:
         return
-    check_same_evaluation(folder, earlier, options)
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         _run(name, options, given, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
@@ -146,8 +135,9 @@ def _run(
             numerics_in_words, device_name(device),
         )  # fmt: skip
         run = Run(
-            program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder, real=real,
-            network=network, evaluated=evaluated, numerics=numerics_in_words, seconds=seconds,
+            program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder,
+            lock=lock_inode(folder), real=real, network=network, evaluated=evaluated, numerics=numerics_in_words,
+            seconds=seconds,
         )  # fmt: skip
         if trained_options:
             with seconds.of("experts"):

@@ -18,8 +18,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.training.accuracy import classified_correctly
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.sgd import classified_correctly
 from mtt_fast.training.subsets import class_members
 
 

@@ -33,8 +33,9 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.sgd import Sgd, epochs_on
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.subsets import class_members
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -62,9 +63,7 @@ class DcOptions(LearnedImagesOptions):
 
     def loops(self) -> tuple[int, int]:
         """Return updates in an iteration and epochs between two updates. Raises `InputError` where the papers have no numbers."""
-        outer, inner = _LOOPS.get(self.ipc, (None, None))
-        outer = outer if self.outer_loop is None else self.outer_loop
-        inner = inner if self.inner_loop is None else self.inner_loop
+        outer, inner = self._known_loops()
         if outer is None or inner is None:
             raise InputError(
                 f"--ipc {self.ipc}: the papers name loops for {', '.join(map(str, _LOOPS))} images per class; "
@@ -72,10 +71,15 @@ class DcOptions(LearnedImagesOptions):
             )
         return outer, inner
 
+    def _known_loops(self) -> tuple[int | None, int | None]:
+        """Return the numbers of `loops`, None for one that is neither given nor the papers'."""
+        outer, inner = _LOOPS.get(self.ipc, (None, None))
+        return self.outer_loop or outer, self.inner_loop or inner
+
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        reasons, outer = super().without_effect(), self.outer_loop
-        if (_LOOPS.get(self.ipc, (None, None))[0] if outer is None else outer) == 1:
+        reasons, (outer, _) = super().without_effect(), self._known_loops()
+        if outer == 1:
             reasons["inner_loop"] = "with one update of the images an iteration: give --outer_loop above 1"
         return reasons
 

@@ -26,8 +26,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.training.accuracy import accuracy
 from mtt_fast.training.evaluation import Accuracy
-from mtt_fast.training.sgd import accuracy
 
 
 def learn(run: Run, learned: LearnedSet) -> None:

@@ -17,9 +17,7 @@ from mtt_fast.training.evaluation import Accuracy
 log = logging.getLogger(__name__)
 
 
-def as_set(
-    run: Run, images: Tensor, labels: Tensor, lr: Tensor, iterations: int, label_kind: str = "indices"
-) -> SyntheticDataset:
+def as_set(run: Run, images: Tensor, labels: Tensor, lr: Tensor, iterations: int, label_kind: str) -> SyntheticDataset:
     """Return the set that is saved, with labels of `label_kind` (`SyntheticDataset`)."""
     recipe = {"method": run.method, "iterations": iterations}
     return set_to_save(run, images, labels, lr, label_kind=label_kind, recipe=recipe)

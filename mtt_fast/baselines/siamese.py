@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.siamese import augment_by_strategy, augment_with
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.runtime.prefetch import upload
 
 

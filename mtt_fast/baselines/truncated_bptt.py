@@ -31,8 +31,8 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.epochs import STEPS_AT_ONCE
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.sgd import STEPS_AT_ONCE
 
 _REAL_PIECE = 500  # real images in memory at once
 _OWN_STEPS = 1000  # of the method's own training; the public codes test after 300, 600, 1000 and 3000

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mtt_fast.commands.option_fields import Role, fields_of
+from mtt_fast.commands.option_fields import Role, fields_of, outside_result
 from mtt_fast.data.catalogue import name_of
 from mtt_fast.errors import InputError
 from mtt_fast.storage.run_files import CHECKPOINT
@@ -23,6 +23,23 @@ Options = TypeVar("Options")
 
 _DISTILLATION = "mtt_fast.distill"
 _EARLIER_PRECISION = "tf32"  # the default of former versions, which did not save the precision
+
+
+def options_to_continue(
+    folder: Path, method: str | None, options: Options, given: Container[str], may_differ: Set[str]
+) -> tuple[Options, bool]:
+    """Return `options` with the precision of the run of `method` in `folder`, and whether that run has finished.
+
+    `given` are the options that the user gave. Raises `InputError` if the run, where there is one, cannot continue with the options:
+    it has other values of options that decide the result, except those in `may_differ`, or it goes on, and was evaluated in another way.
+    """
+    earlier = earlier_options(folder, method)
+    options = in_precision_of_run(options, earlier, given)
+    check_same_run(folder, earlier, options, outside_result(type(options)) | may_differ)
+    finished = is_finished(folder, options, getattr(options, "Iteration", 0))
+    if not finished:
+        check_same_evaluation(folder, earlier, options)
+    return options, finished
 
 
 def earlier_options(folder: Path, method: str | None) -> dict[str, Any] | None:

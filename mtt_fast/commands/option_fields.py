@@ -42,7 +42,8 @@ class Range:
     def problem(self, value: float) -> str | None:
         """Return what is expected in place of `value` if that is out of range, else None."""
         if isinstance(value, float) and not math.isfinite(value):
-            return None if self.allow_infinity and value == math.inf else f"expected a finite number{self._of()}"
+            expected = ", ".join(filter(None, ("expected a finite number", str(self))))
+            return None if self.allow_infinity and value == math.inf else expected
         too_low = value <= self.low if self.exclude_low else value < self.low
         too_high = value >= self.high if self.exclude_high else value > self.high
         if too_low or too_high:
@@ -60,9 +61,6 @@ class Range:
         low = f"{'more than' if self.exclude_low else 'at least'} {_number(self.low)}" if self.low > -math.inf else ""
         high = f"{'less than' if self.exclude_high else 'at most'} {_number(self.high)}" if self.high < math.inf else ""
         return " and ".join(filter(None, (low, high)))
-
-    def _of(self) -> str:
-        return f", {self}" if self.low > -math.inf or self.high < math.inf else ""
 
 
 def _number(value: float) -> str:

@@ -218,14 +218,14 @@ def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Opt
     return options, line.others
 
 
-def integers(text: str, option: str, minimum: int = 1) -> list[int]:
-    """Return the numbers in "1,10,100". Raises `InputError` naming `option` for anything else, or one below `minimum`."""
+def integers(text: str, option: str) -> list[int]:
+    """Return the numbers in "1,10,100". Raises `InputError` naming `option` for anything else, or one below 1."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} {text}: expected numbers as in 1,10,100") from error
-    if min(numbers) < minimum:
-        raise InputError(f"{option} {text}: expected numbers of at least {minimum}")
+    if min(numbers) < 1:
+        raise InputError(f"{option} {text}: expected numbers of at least 1")
     return numbers
 
 

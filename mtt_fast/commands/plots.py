@@ -1,12 +1,14 @@
-"""Draw pictures of a run: a labelled grid of images, a snapshot of them, and curves."""
+"""Draw pictures of a run, a labelled grid of images, a snapshot of them, and curves; find and read its snapshots."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -16,6 +18,7 @@ from mtt_fast.data.images import as_image
 from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.regular import read_bytes
+from mtt_fast.storage.run_files import HISTORY
 
 _MAX_COLUMNS = 10
 _MAX_CLASSES = 100  # in a snapshot
@@ -23,6 +26,8 @@ _MAX_SNAPSHOT_BYTES = 64 << 20
 _SMALLEST_TILE = 96  # pixels on the screen
 _GAP, _CAPTION, _HEADER = 6, 20, 34
 _BACKGROUND, _TEXT_COLOUR = (255, 255, 255), (40, 40, 40)
+
+Item = TypeVar("Item")
 
 
 def save_grid(
@@ -89,7 +94,7 @@ def _shortened(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
     return name
 
 
-def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]], baseline: float | None = None) -> None:
+def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]], baseline: float | None) -> None:
     """Write loss, learning rate and accuracy over the iterations as one figure, atomically.
 
     `records` are the lines of metrics.jsonl; `baseline` is the accuracy of as many random real images, or None.
@@ -138,6 +143,19 @@ def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor
         canvas.paste(as_image(pictures[index]).convert("RGB"), (column * width, row * height))
     with atomic_path(path) as temporary:
         canvas.save(temporary, format="PNG")
+
+
+def snapshots_in(run: Path) -> dict[int, Path]:
+    """Return the files of the snapshots in the run folder `run` by iteration, in order."""
+    names = {path: re.fullmatch(r"iteration_(\d+)\.png", path.name) for path in (run / HISTORY).glob("*.png")}
+    return dict(sorted((int(name[1]), path) for path, name in names.items() if name))
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Return `count` of the items, evenly spaced, with the first and the last; all if there are no more than that."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
 def read_snapshot(path: str | os.PathLike[str]) -> tuple[bytes, Image.Image]:

@@ -52,6 +52,8 @@ class Run:
     options: Any
     """the options, of a class of the method"""
     folder: Path
+    lock: tuple[int, int] | None
+    """the lock that this process holds in `folder`, as `lock_inode` tells it from that of a later run in its place"""
     real: RealImages
     network: Trainable
     evaluated: Mapping[str, Trainable]
@@ -121,7 +123,6 @@ def run_to_the_end(
     options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
     saved = time.monotonic()
     part: Part = "first_iteration"  # compiles kernels, and on CUDA captures the graph
-    place = lock_inode(run.folder)
 
     def save_state() -> None:
         with seconds_of("saving"):
@@ -130,8 +131,8 @@ def run_to_the_end(
 
     def check_in_place() -> None:
         """Raise `InputError` if the folder is no longer the one that this process has locked; a new run's is left alone."""
-        _check_not_taken(run.folder, place)
-        if lock_inode(run.folder) == place:
+        _check_not_taken(run)
+        if lock_inode(run.folder) == run.lock:
             return
         save_state()
         raise InputError(
@@ -183,11 +184,11 @@ def run_to_the_end(
             ) from None
 
 
-def _check_not_taken(folder: Path, place: tuple[int, int] | None) -> None:
-    """Raise `InputError` if `folder` has another lock than the one that `lock_inode` found before, at `place`."""
-    if lock_inode(folder) not in (None, place):
+def _check_not_taken(run: Run) -> None:
+    """Raise `InputError` if another run has taken the folder of `run`."""
+    if lock_inode(run.folder) not in (None, run.lock):
         raise InputError(
-            f"{folder}: another run has taken this folder; continue this one where its own folder was moved to"
+            f"{run.folder}: another run has taken this folder; continue this one where its own folder was moved to"
         )
 
 
@@ -254,7 +255,6 @@ def evaluate_network(
     Raises `InputError` if another run took the folder in the meantime.
     """
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
-    place = lock_inode(run.folder)
     with run.seconds.of("evaluations"):
         accuracy = evaluate(
             network, train, test, protocol.initial_lr(lr), protocol, num_networks=options.num_eval, seed=options.seed,
@@ -262,7 +262,7 @@ def evaluate_network(
             precision=precision_on(test.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=run.memory_budget,
         )  # fmt: skip
-    _check_not_taken(run.folder, place)
+    _check_not_taken(run)
     return accuracy
 
 
@@ -312,8 +312,9 @@ def write_summary(
     """Write summary.json, which marks the run as finished, and log its `text` and where the time went.
 
     `evaluations` are the last records of the sets by name, `accuracies` further accuracies by name, and `others` the method's
-    own fields.
+    own fields. Raises `InputError` if another run took the folder in the meantime.
     """
+    _check_not_taken(run)
     device, (first, *_) = run.real.test.labels.device, run.evaluated
     if first != run.options.model and run.evaluated[first] != run.network:  # --eval_mode
         text = f"{text}; the images were tested on {first}"

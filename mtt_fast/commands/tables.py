@@ -35,43 +35,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
-def marked_method(name: str, options: Mapping[str, Any]) -> str:
-    """Return the `name` of a method, marked where its sets do not compare with those of papers.
-
-    These are textures, frequencies (FreD) and parametrised images (SPEED, DDiF), of which --ipc does not count images of all pixels, and chosen
-    images with the experts' labels; and those of MTT with changes of its successors.
-    """
-    if name.partition(",")[0] == "MTT" and (changes := _changes_of_successors(options)):
-        name = f"{name}, with {' '.join(changes)}"
-    if options.get("texture"):
-        return f"{name}, textures"
-    if options.get("labels") == "experts":
-        return f"{name}, labels of experts"
-    if parametrisation := options.get("parametrisation"):
-        return f"{name}, images by {parametrisation}"
-    frequencies = options.get("msz_per_channel")
-    return name if frequencies is None else f"{name}, {frequencies} frequencies"
-
-
-WITHOUT_SUCCESSORS: dict[str, Any] = {
-    "rho_max": 0.0, "gradient": "exact", "match_step": "last", "loss_ratio": 0.0, "depth_ratio": 0.0, "cam_model": None, "lr_y": None,
-    "teacher_label": False, "threshold": None, "min_start_epoch": 0, "current_max_start_epoch": None, "continuous_start": False,
-    "noise_start": 0.0, "num_interpolation": None, "num_trajectories": 1, "lr_per_step": False, "student_mom": 0.0, "student_l2": 0.0,
-    "distilled_share": 1.0,
-}  # fmt: skip
-"""The options of MTT's successors that make another method of it, with the values that leave it as it is."""
-
-
-def _changes_of_successors(options: Mapping[str, Any]) -> list[str]:
-    """Return the flags of a distillation that MTT itself does not have."""
-    values = {name: options.get(name, plain) for name, plain in WITHOUT_SUCCESSORS.items()}
-    return [
-        f"--{name}" if value is True else f"--{name} {value}"
-        for name, value in values.items()
-        if value != WITHOUT_SUCCESSORS[name]
-    ]
-
-
 def percent(accuracy: Mapping[str, Any] | None, digits: int = 1) -> str:
     """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
 

@@ -38,8 +38,8 @@ from mtt_fast.storage.identity import NORMALISED, WHITENED
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import TrajectoryStore, write_expert
+from mtt_fast.training.accuracy import accuracy
 from mtt_fast.training.images import real_images
-from mtt_fast.training.sgd import accuracy
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +191,8 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
 
 def _is_measured(store: TrajectoryStore, expert: int) -> bool:
     """Return whether there is an accuracy at each saved row of the expert."""
-    accuracy, course = store.metadata(expert).accuracy, store.course(expert)
-    return not any(math.isnan(accuracy[epoch]) for epoch in (course.epochs if course else range(len(accuracy))))
+    accuracy = store.metadata(expert).accuracy
+    return not any(math.isnan(accuracy[epoch]) for epoch in store.saved_epochs(expert))
 
 
 def export_to(options: ConvertOptions) -> None:
@@ -239,9 +239,8 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
     check_output_folder(folder, _ELSEWHERE)
     with stop_request() as stop, atomic_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):
-            course, epochs = store.course(expert), range(store.epochs(expert) + 1)
-            rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
-            write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), course)
+            rows = torch.stack([store.read(expert, epoch) for epoch in store.saved_epochs(expert)])
+            write_expert(content, index, rows, store.metadata(expert), store.dtype(expert), store.course(expert))
             raise_if_stopped(stop, _STOPPED)
     log.info("wrote %d experts to %s", len(store), folder)
 

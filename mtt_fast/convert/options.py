@@ -17,6 +17,10 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import check_device_name
 
 PROGRAM = "python -m mtt_fast convert"
+PICTURES = ("png", "parquet")
+"""Kinds of sets whose images are pictures with a record."""
+WITH_DATA = ("synthetic", *PICTURES, "ncfm")
+"""Kinds of sets that need the properties of the real images."""
 
 
 def _check_method(name: str) -> None:
@@ -107,21 +111,20 @@ class ConvertOptions:
     def without_effect_on_set(self, kind: str, to: str) -> dict[str, str]:
         """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, with the reasons."""
         reasons = dict.fromkeys((*_IMPORT_OPTIONS, "experts_per_file"), "on a distilled set, only on experts")
-        with_data_info = ("synthetic", "png", "parquet", "ncfm")
         if kind == "synthetic":
             known = "on a set of this software, whose file contains it"
             reasons |= dict.fromkeys(
                 (*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "factor", "label_kind"), known
             )
-        elif to not in with_data_info:
-            unread = f"without --to {' or '.join(with_data_info)}"
+        elif to not in WITH_DATA:
+            unread = f"without --to {' or '.join(WITH_DATA)}"
             data_options = () if kind == "ncfm" else _DATA_OPTIONS  # whose pictures are normalised for every kind
             reasons |= dict.fromkeys((*data_options, "model", "lr_teacher", "distilled_share", "factor"), unread)
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc_benchmark", "png"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
-        if kind in ("png", "parquet"):
+        if kind in PICTURES:
             reasons |= dict.fromkeys(("distilled_share", "factor"), "on pictures, whose record contains it")
         if to not in ("dc", "dc_benchmark"):
             reasons["method"] = "without --to dc or dc_benchmark, whose file names contain it"

@@ -15,7 +15,7 @@ import torch
 
 from mtt_fast.commands.cli import with_flags
 from mtt_fast.commands.option_checks import check_effects
-from mtt_fast.convert.options import ConvertOptions
+from mtt_fast.convert.options import PICTURES, WITH_DATA, ConvertOptions
 from mtt_fast.data import NAMES, transform_for
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -43,8 +43,6 @@ from mtt_fast.storage.temporaries import is_free
 
 log = logging.getLogger(__name__)
 
-_PICTURES = ("png", "parquet")
-_WITH_DATA = ("synthetic", *_PICTURES, "ncfm")  # kinds that need the properties of the real images
 _LOSSY = "Pictures are cut to [0, 1] and rounded to 8 bits: train on tensors where you can"
 
 
@@ -64,7 +62,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: exists already; choose another destination, or delete it")
     check_output_folder(destination if destination.is_dir() else destination.parent, "choose another destination")
-    info = _source_info(options) if kind in (*_PICTURES, "ncfm") and options.dataset else None
+    info = _source_info(options) if kind in (*PICTURES, "ncfm") and options.dataset else None
     distilled = read_set(options.source, kind, label_kind=options.label_kind, info=info, lr=options.lr_teacher)
     if isinstance(distilled, SyntheticDataset):
         _check_belongs(options, distilled)
@@ -74,17 +72,8 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         for line in whitening_warnings(options.source, distilled, zca=options.zca):
             log.warning("%s", line)
     factor = _factor(options, distilled, kind)
-    if isinstance(distilled, TensorSet) and to in _WITH_DATA:
-        if distilled.lr is None:
-            log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        recipe = _recipe(options, distilled) | ({"factor": factor} if factor > 1 else {})
-        distilled = as_synthetic(
-            distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source
-        )
-        if distilled.real is not None:
-            log.info("%d of the %d images are kept as real ones", int(distilled.real.sum()), len(distilled.real))
-        if factor > 1:
-            log.info("each image is kept as %d × %d smaller ones (--factor)", factor, factor)
+    if isinstance(distilled, TensorSet) and to in WITH_DATA:
+        distilled = _with_source_info(options, distilled, factor)
     written = write_set(
         destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
     )
@@ -119,22 +108,23 @@ def _left_out(
     to: str, distilled: SyntheticDataset | TensorSet, written: list[Path], *, whitened: bool, factor: int
 ) -> Iterator[str]:
     """Yield what the `written` files of the kind `to` do not hold, such as learning rates, whitening and `factor`."""
-    if isinstance(distilled, SyntheticDataset) and distilled.parameters and to != "synthetic":
+    own = distilled if isinstance(distilled, SyntheticDataset) else None
+    if own and own.parameters and to != "synthetic":
         yield (
-            f"files of this kind hold the images alone, not the {sum(each.numel() for each in distilled.parameters.values()):,} learned "
+            f"files of this kind hold the images alone, not the {sum(each.numel() for each in own.parameters.values()):,} learned "
             "parameters that they were computed from"
         )
-    if isinstance(distilled, SyntheticDataset) and distilled.real is not None and to not in ("synthetic", *_PICTURES):
+    if own and own.real is not None and to not in ("synthetic", *PICTURES):
         yield (
-            f"files of this kind do not say that {int(distilled.real.sum())} of the {len(distilled.real)} images are real, the last "
-            f"ones of each class (evaluate, convert: --distilled_share {distilled.recipe['distilled_share']:g})"
+            f"files of this kind do not say that {int(own.real.sum())} of the {len(own.real)} images are real, the last "
+            f"ones of each class (evaluate, convert: --distilled_share {own.recipe['distilled_share']:g})"
         )
     if to == "dc_benchmark" and whitened:
         yield (
             "files of this kind do not hold the whitening of the images, and dc_benchmark does not whiten its test images: the "
             "accuracy that it gives is not that of the set"
         )
-    if factor > 1 and to not in _WITH_DATA:
+    if factor > 1 and to not in WITH_DATA:
         yield (
             f"files of this kind do not say that each image consists of {factor} × {factor} smaller ones (evaluate, convert: --factor {factor})"
         )
@@ -145,14 +135,14 @@ def _left_out(
         )
     if to == "ncfm" and whitened:
         yield "files of this kind do not say that the images were whitened (evaluate, convert: --zca)"
-    lrs = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
+    lrs = own.lr_per_step if own else None
     images, *others = written
     if to in ("dc", "dc_benchmark", "ncfm") and distilled.lr is not None and sibling(images, "lr") not in others:
         yield (
             f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
             "(evaluate, convert: --lr_teacher)"
         )
-    elif to not in _WITH_DATA and lrs is not None:
+    elif to not in WITH_DATA and lrs is not None:
         yield (
             f"files of this kind hold one learning rate: of the {len(lrs)} learned for each step, {float(lrs.min()):.4g} to "
             f"{float(lrs.max()):.4g}, the mean was written"
@@ -194,15 +184,31 @@ def _source_info(options: ConvertOptions) -> SourceInfo:
     return source_info(data, transform_for(data, zca=options.zca))
 
 
-def _recipe(options: ConvertOptions, distilled: TensorSet) -> dict[str, Any]:
+def _with_source_info(options: ConvertOptions, distilled: TensorSet, factor: int) -> SyntheticDataset:
+    """Return a set of other software with what the options say about it and its real images; log what is kept."""
+    if distilled.lr is None:
+        log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
+    recipe = _recipe(options, distilled, factor)
+    own = as_synthetic(distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source)
+    if own.real is not None:
+        log.info("%d of the %d images are kept as real ones", int(own.real.sum()), len(own.real))
+    if factor > 1:
+        log.info("each image is kept as %d × %d smaller ones (--factor)", factor, factor)
+    return own
+
+
+def _recipe(options: ConvertOptions, distilled: TensorSet, factor: int) -> dict[str, Any]:
     """Return the recipe, with the fields that `evaluate` needs, of a set of other software."""
     names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
-    share = {"distilled_share": options.distilled_share} if options.distilled_share < 1 else {}
-    return {name: getattr(options, name) for name in names} | {
+    recipe = {name: getattr(options, name) for name in names} | {
         "ipc": len(distilled.labels) // distilled.num_classes,
         "imported_from": options.source,
-        **share,
     }
+    if options.distilled_share < 1:
+        recipe["distilled_share"] = options.distilled_share
+    if factor > 1:
+        recipe["factor"] = factor
+    return recipe
 
 
 def _method(distilled: SyntheticDataset | TensorSet) -> str:
@@ -212,10 +218,10 @@ def _method(distilled: SyntheticDataset | TensorSet) -> str:
 
 
 def _kind_for(destination: Path, *, native: bool) -> str:
-    by_suffix = {".safetensors": "synthetic", ".parquet": "parquet"}.get(destination.suffix)
     if destination.suffix == ".pt":
-        by_suffix = "dc" if destination.name.startswith("res_") else "mtt"
-    return by_suffix or ("mtt" if native else "synthetic")
+        return "dc" if destination.name.startswith("res_") else "mtt"
+    by_suffix = {".safetensors": "synthetic", ".parquet": "parquet"}
+    return by_suffix.get(destination.suffix, "mtt" if native else "synthetic")
 
 
 def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:

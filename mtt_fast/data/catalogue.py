@@ -8,12 +8,13 @@ from numbers import Integral
 from pathlib import Path
 
 from mtt_fast.data import cifar, digits, folder, imagenet, mnist, tiny_imagenet
+from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.data.image_data import ImageData
 from mtt_fast.data.packing import Source, packed
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import shown
 
-NAMES = (*cifar.SPECS, *mnist.SPECS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
+NAMES = (*cifar.SPECS, *mnist.SPECS, "Tiny", "ImageNet", *SUBSETS, "digits", "folder")
 
 
 def load(
@@ -80,7 +81,7 @@ def find(
         case "folder":
             return folder.source(data_path, res)
         case str():
-            assert name in imagenet.SUBSETS, f"{name} is one of NAMES, but has no case here"
+            assert name in SUBSETS, f"{name} is one of NAMES, but has no case here"
             return imagenet.source(data_path, name, res)
     path = Path(dataset).expanduser()
     if isinstance(dataset, Path) or path.is_dir() or os.sep in dataset:
@@ -94,9 +95,9 @@ def name_of(dataset: str) -> str | None:
 
 
 def _subset(subset: str) -> str:
-    if subset.casefold() in imagenet.SUBSETS:
+    if subset.casefold() in SUBSETS:
         return subset.casefold()
-    raise _unknown("`subset`", subset, tuple(imagenet.SUBSETS), "")
+    raise _unknown("`subset`", subset, tuple(SUBSETS), "")
 
 
 def _check_size(name: str, size: int, res: int | None) -> None:

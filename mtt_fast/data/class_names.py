@@ -165,14 +165,15 @@ def _recognised(class_names: Sequence[str]) -> _Classes:
             _normalised(name) in spelling for name, spelling in zip(class_names, known.spellings, strict=True)
         ):
             return known
-    return _Classes(_wordnet(class_names), (_own_numbers(class_names),))
+    numbers = _class_numbers(class_names)
+    return _Classes(_wordnet(class_names), (tuple(range(len(class_names)) if numbers is None else numbers),))
 
 
-def _own_numbers(class_names: Sequence[str]) -> tuple[int, ...]:
-    """Return the numbers in the class names where these are numbers ("class_1" …), else the indices."""
-    matches = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in class_names]
+def _class_numbers(names: Sequence[str]) -> list[int] | None:
+    """Return the numbers in the names, such as "7" and "class_7", or None unless all are such names."""
+    matches = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in names]
     numbers = [int(match[1]) for match in matches if match]
-    return tuple(numbers if len(numbers) == len(class_names) else range(len(class_names)))
+    return numbers if len(numbers) == len(names) else None
 
 
 def _by_spelling(spellings: Sequence[frozenset[str]]) -> dict[str, int]:
@@ -211,9 +212,8 @@ def _number_and_rest(name: str) -> tuple[int | None, str]:
 
 def _numbered(names: Sequence[str], known: _Classes, where: object) -> list[int] | None:
     """Return the classes that all names mean by their numbers, or None where they are no class numbers."""
-    matches = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in names]
-    numbers = [int(match[1]) for match in matches if match]
-    if len(numbers) < len(names):
+    numbers = _class_numbers(names)
+    if numbers is None:
         return None
     readings = [
         [numbering.index(number) for number in numbers]

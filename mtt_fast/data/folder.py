@@ -35,7 +35,8 @@ def source(root: Path, res: int | None) -> Source:
     root = root.resolve()
     train, test = (list_classes(root, folder) for folder in find_splits(root))
     suffix = f"-{res}" if res else ""
-    log_skipped(name := f"folder-{root.name}{suffix}", train, test)
+    name = f"folder-{root.name}{suffix}"
+    log_skipped(name, train, test)
     place = hashlib.blake2b(str(root).encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return image_source(
         name,

@@ -12,8 +12,6 @@ from mtt_fast.data.listing import Listing, class_folders, folder_names, list_cla
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 
-__all__ = ["MEAN", "STD", "SUBSETS", "info", "source"]
-
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -29,9 +27,8 @@ def info(subset: str | None, res: int | None) -> DatasetInfo:
     name = f"{subset or 'ImageNet'}-{size}"
     if subset is None:
         return DatasetInfo(name, (3, size, size), num_classes=_CLASSES, num_train=1_281_167, num_test=50_000)
-    return DatasetInfo(
-        name, (3, size, size), num_classes=10, num_train=13_000, num_test=500
-    )  # 12,000 to 13,000, by subset
+    # a subset has 12,000 to 13,000 training images
+    return DatasetInfo(name, (3, size, size), num_classes=10, num_train=13_000, num_test=500)
 
 
 def source(data_path: Path, subset: str | None, res: int | None) -> Source:
@@ -101,16 +98,13 @@ def _by_wnid(names: list[str], class_names: list[str], wnids: list[str], where: 
 
 def _find(data_path: Path, subset: str | None) -> Path:
     """Return the first likely folder that has train/ and val/, and in train/ all classes of `subset`."""
-    places = [
-        "",
-        "ImageNet",
-        "imagenet",
-        *([subset, f"{subset}2", f"{subset}2-320", f"{subset}2-160"] if subset else []),
-    ]
+    places = ["", "ImageNet", "imagenet"]
+    if subset:
+        places += [subset, f"{subset}2", f"{subset}2-320", f"{subset}2-160"]
     roots = [root for place in places if all(((root := data_path / place) / split).is_dir() for split in _SPLITS)]
-    if subset is None and roots:
-        return roots[0]
     if subset is None:
+        if roots:
+            return roots[0]
         raise NotFound(
             f"ImageNet: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, "
             "found none; correct `data_path` (sort the validation images into class folders first)"

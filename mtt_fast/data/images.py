@@ -7,10 +7,10 @@ import logging
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from contextlib import closing, contextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -36,6 +36,7 @@ Fit = Literal["exact", "crop", "squeeze"]
 """How an image gets its size, see `decode`."""
 
 _Picture = np.ndarray[Any, np.dtype[np.uint8]]
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,8 @@ def read_headers(paths: Sequence[str], size: tuple[int, int] | None, *, resize: 
     Raises `InputError`, which names the first file that is bad or differs.
     """
     grey, first = True, size
-    with _threads(_MAX_THREADS) as (pool, workers):
-        chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
-        for chunk, headers in _in_order(pool, workers, _read_chunk, chunks):
+    with closing(_by_chunk(_read_chunk, paths, _MAX_THREADS)) as chunks:
+        for chunk, headers in chunks:
             for path, header in zip(chunk, headers, strict=True):
                 grey = grey and header.grey
                 first = first or header.size
@@ -81,9 +81,9 @@ def decode(paths: Sequence[str], shape: tuple[int, int, int], *, fit: Fit) -> It
     250 to 310 in 16. Two forked processes take half of one thread's time, but to fork under threads and CUDA is not safe.
     """
     transparent: list[str] = []
-    with _threads(1 if fit == "exact" and shape[1] * shape[2] <= _SMALL else _MAX_THREADS) as (pool, workers):
-        chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
-        for _, (block, names) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, fit), chunks):
+    most = 1 if fit == "exact" and shape[1] * shape[2] <= _SMALL else _MAX_THREADS
+    with closing(_by_chunk(lambda chunk: _decode_chunk(chunk, shape, fit), paths, most)) as chunks:
+        for _, (block, names) in chunks:
             transparent += names
             yield block
     if transparent:
@@ -114,15 +114,25 @@ def decode_bytes(contents: Sequence[bytes], names: Sequence[str]) -> _Picture:
         ])  # fmt: skip
 
 
-@contextmanager
-def _threads(most: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    workers = min(os.cpu_count() or 1, most)
+def _by_chunk(
+    work: Callable[[Sequence[str]], Result], paths: Sequence[str], most_threads: int
+) -> Generator[tuple[Sequence[str], Result], None, None]:
+    """Yield chunks of `paths`, in order, each with `work` of it, which is done in threads, never far ahead of the reader."""
+    workers = min(os.cpu_count() or 1, most_threads)
+    pending: deque[tuple[Sequence[str], Future[Result]]] = deque()
     with _quiet(), ThreadPoolExecutor(workers) as pool:
         try:
-            yield pool, workers
-        except BaseException:
+            for start in range(0, len(paths), _CHUNK):
+                chunk = paths[start : start + _CHUNK]
+                pending.append((chunk, pool.submit(work, chunk)))
+                if len(pending) > 2 * workers:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
             pool.shutdown(cancel_futures=True)  # a reader that stops early does not wait for the other images
-            raise
 
 
 @contextmanager
@@ -133,23 +143,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _in_order(pool: ThreadPoolExecutor, workers: int, work: Any, items: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, its result) in the order of `items`; never far ahead of their reader."""
-    pending: deque[tuple[Any, Future[Any]]] = deque()
-    for item in items:
-        pending.append((item, pool.submit(work, item)))
-        if len(pending) > 2 * workers:
-            done, future = pending.popleft()
-            yield done, future.result()
-    while pending:
-        done, future = pending.popleft()
-        yield done, future.result()
-
-
 def _read_chunk(paths: Sequence[str]) -> list[Header]:
     headers = []
     for path in paths:
-        with _opened_file(path) as image:
+        check_regular(path, _MAX_BYTES, _REPLACE)
+        with _opened(path, path) as image:
             headers.append(_header_of(image))
     return headers
 
@@ -211,11 +209,6 @@ def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]
     return max(width, size[0] * height // size[1]), height
 
 
-def _opened_file(path: str) -> Image.Image:
-    check_regular(path, _MAX_BYTES, _REPLACE)
-    return _opened(path, path)
-
-
 def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
     """Open an image and read only its header. Raises `InputError` for a kind or a size that cannot be used."""
     try:
@@ -262,7 +255,7 @@ def _too_large(path: str, size: str) -> InputError:
 
 
 def _broken(path: str, error: Exception) -> InputError:
-    return InputError(f"{path}: expected an image, found a broken one ({complaint_of(error)}); replace or delete it")
+    return InputError(f"{path}: expected an image, found a broken one ({complaint_of(error)}); {_REPLACE}")
 
 
 def as_image(picture: Tensor) -> Image.Image:

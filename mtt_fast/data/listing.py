@@ -13,8 +13,11 @@ from pathlib import Path
 
 from mtt_fast.data.class_names import class_indices, in_order, is_wnid
 from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.storage.regular import unreadable
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+RESTORE = "restore it, or remove its link"
 
 _LOOP = "link(s) to a parent folder"
 _MAX_KINDS = 8  # of skipped files, in a line of the log
@@ -188,7 +191,7 @@ class _Walk:
         try:
             status = child.stat()
         except OSError as error:
-            raise _unreadable(child.path, error) from error
+            raise unreadable(child.path, error, RESTORE) from error
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
         # by inode only for files with several hard links, since not every file system has reliable inode numbers
@@ -206,13 +209,7 @@ def _check_target(link: str) -> None:
     try:
         os.stat(link)
     except OSError as error:
-        raise _unreadable(link, error) from error
-
-
-def _unreadable(path: str, error: OSError) -> InputError:
-    return InputError(
-        f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, 'restore it, or remove its link')}"
-    )
+        raise unreadable(link, error, RESTORE) from error
 
 
 def _kind(child: os.DirEntry[str]) -> str:

@@ -22,7 +22,7 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 _SIDE = 28
 _MAX_IMAGES = (60_000, 10_000)  # of the training split, of the test split
 _MAX_ARCHIVE_BYTES = 64 << 20  # bytes of a file that is downloaded
-_MEND = "get it again"
+_FIX = "get it again"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ def source(name: str, data_path: Path, *, download: bool, progress: bool, url: s
     spec = SPECS[name]
     files = _find(name, data_path)
     if files is None and download:
-        fetch_all(name, data_path / name / "raw", url or spec.url, progress=progress)
+        for file, md5 in zip(FILES, spec.md5, strict=True):
+            path = data_path / name / "raw" / f"{file}.gz"
+            if not path.is_file():
+                fetch(f"{url or spec.url}{file}.gz", path, md5=md5, most=_MAX_ARCHIVE_BYTES, progress=progress)
         files = _find(name, data_path)
     if files is None:
         raise NotFound(
@@ -106,14 +109,6 @@ def _find(name: str, data_path: Path) -> list[Path] | None:
         if len(present) == len(FILES):
             return present
     return None
-
-
-def fetch_all(name: str, folder: Path, url: str, *, progress: bool) -> None:
-    """Download the four files of `name`, except those that `folder` has already."""
-    for file, md5 in zip(FILES, SPECS[name].md5, strict=True):
-        path = folder / f"{file}.gz"
-        if not path.is_file():
-            fetch(f"{url}{file}.gz", path, md5=md5, most=_MAX_ARCHIVE_BYTES, progress=progress)
 
 
 def read_split(
@@ -143,16 +138,16 @@ def _read_idx(path: Path, most: int, shape: tuple[int, ...]) -> np.ndarray[tuple
     dimensions = 1 + len(shape)
     begin = 4 + 4 * dimensions
     most_bytes = begin + most * int(np.prod(shape))
-    raw = read_gzip(path, most_bytes, _MEND) if path.suffix == ".gz" else read_bytes(path, most_bytes, _MEND)
+    raw = read_gzip(path, most_bytes, _FIX) if path.suffix == ".gz" else read_bytes(path, most_bytes, _FIX)
     magic = bytes((0, 0, 8, dimensions))
     if raw[:4] != magic or len(raw) < begin:
-        raise InputError(f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; {_MEND}")
+        raise InputError(f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; {_FIX}")
     count, *sides = struct.unpack_from(f">{dimensions}I", raw, 4)
     if tuple(sides) != shape:
-        raise InputError(f"{path}: expected images of {shape} pixels, found {tuple(sides)}; {_MEND}")
+        raise InputError(f"{path}: expected images of {shape} pixels, found {tuple(sides)}; {_FIX}")
     expected = begin + count * int(np.prod(shape))
     if len(raw) != expected:
         raise InputError(
-            f"{path}: expected {expected} bytes for its {(count, *sides)} values, found {len(raw)}; {_MEND}"
+            f"{path}: expected {expected} bytes for its {(count, *sides)} values, found {len(raw)}; {_FIX}"
         )
     return np.frombuffer(raw, np.uint8, offset=begin).reshape(count, *shape)

@@ -32,11 +32,13 @@ from mtt_fast.data.image_data import (
     checked_splits,
     fingerprint,
 )
+from mtt_fast.data.listing import RESTORE
 from mtt_fast.data.set_checks import check_names, check_normalisation
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path, naming_errors
 from mtt_fast.storage.file_locks import acquire, remove
 from mtt_fast.storage.outputs import check_output_folder
+from mtt_fast.storage.regular import unreadable
 from mtt_fast.storage.temporaries import made_folder, remove_leftovers
 from mtt_fast.storage.tensor_files import header_of, load_tensors
 from mtt_fast.storage.text_files import MALFORMED, parse_json
@@ -93,8 +95,7 @@ def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
         try:
             status = os.stat(file)
         except OSError as error:
-            remedy = remedy_for(error, "restore it, or remove its link")
-            raise InputError(f"{file}: cannot be read ({reason_of(error)}); {remedy}") from error
+            raise unreadable(file, error, RESTORE) from error
         digest.update(
             f"{str(file)[prefix:]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
         )

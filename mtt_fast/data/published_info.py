@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mtt_fast.data import catalogue, cifar, digits, imagenet, mnist, tiny_imagenet
+from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError, NotFound
 
@@ -56,5 +57,5 @@ def published(dataset: str, subset: str | None = None, res: int | None = None) -
             return imagenet.info(subset.casefold() if subset else None, res)
         case "folder" | None:
             return None
-    assert name in imagenet.SUBSETS, f"{name} is one of catalogue.NAMES, but has no case here"
+    assert name in SUBSETS, f"{name} is one of catalogue.NAMES, but has no case here"
     return imagenet.info(name, res)

@@ -19,8 +19,9 @@ from mtt_fast.data.set_checks import check_set, distilled_in_class
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
+from mtt_fast.storage.records import check_fields
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
-from mtt_fast.storage.text_files import MALFORMED, check_fields, parse_json
+from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 _FORMAT = "mtt_fast.data.synthetic.2"
 _BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"

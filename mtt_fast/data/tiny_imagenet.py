@@ -17,7 +17,7 @@ from mtt_fast.storage.regular import read_lines
 
 _SIDE = 64
 _MAX_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
-_MEND = "unpack the data set again"
+_FIX = "unpack the data set again"
 
 
 def info(res: int | None) -> DatasetInfo:
@@ -49,7 +49,7 @@ def source(data_path: Path, res: int | None) -> Source:
     if listed.exists() and (odd := sorted(set(_lines(listed)) ^ set(wnids))):
         raise InputError(
             f"{root / 'train'}: expected the classes of wnids.txt, found {len(odd)} in only one of them "
-            f"({', '.join(odd[:3])}); {_MEND}"
+            f"({', '.join(odd[:3])}); {_FIX}"
         )
     annotations = root / "val" / "val_annotations.txt"
     pictures = _pictures(root) if annotations.exists() else {}
@@ -77,20 +77,18 @@ def _annotated(annotations: Path, pictures: Mapping[str, str], wnids: list[str])
     """
     classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     named: set[str] = set()
-    for number, line in enumerate(read_lines(annotations, _MAX_BYTES, _MEND), 1):
+    for number, line in enumerate(read_lines(annotations, _MAX_BYTES, _FIX), 1):
         name, wnid = [*line.split("\t"), ""][:2]
         if wnid not in classes or not is_image_name(name) or "/" in name:
             raise InputError(
-                f"{annotations}: line {number}: expected an image and its class in train/, found {line[:60]!r}; {_MEND}"
+                f"{annotations}: line {number}: expected an image and its class in train/, found {line[:60]!r}; {_FIX}"
             )
         if name in named:
-            raise InputError(
-                f"{annotations}: line {number}: expected each image once, found {name[:60]} again; {_MEND}"
-            )
+            raise InputError(f"{annotations}: line {number}: expected each image once, found {name[:60]} again; {_FIX}")
         if name not in pictures:
             raise InputError(
                 f"{annotations.parent / 'images' / name}: cannot be read (line {number} of {annotations.name} names it, and "
-                f"it is not there); {_MEND}"
+                f"it is not there); {_FIX}"
             )
         named.add(name)
         classes[wnid].append(pictures[name])
@@ -122,4 +120,4 @@ def _words(path: Path, wnids: list[str]) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_lines(path, _MAX_BYTES, _MEND) if line.strip()]
+    return [line.strip() for line in read_lines(path, _MAX_BYTES, _FIX) if line.strip()]

@@ -13,14 +13,7 @@ from typing import Any
 
 import torch
 
-from mtt_fast.commands.earlier_run import (
-    check_same_evaluation,
-    check_same_run,
-    earlier_options,
-    in_precision_of_run,
-    is_finished,
-)
-from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.commands.earlier_run import options_to_continue
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
@@ -75,7 +68,7 @@ from mtt_fast.storage.checkpoint import State, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS, with_training_of
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import lock_folder, write_config
+from mtt_fast.storage.run_folder import lock_folder, lock_inode, write_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
 
@@ -91,13 +84,9 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     options, given = parse_with_given(argv)
     requested, folder = requested_hyperparameters(options.experts(), given), options.folder()
     device = choose_device(options.device)
-    earlier = earlier_options(folder, None)
-    options = in_precision_of_run(options, earlier, given)
     # options of the experts that are not given keep the values of the run's experts
-    check_same_run(folder, earlier, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
-    if not is_finished(folder, options, options.Iteration):
-        check_same_evaluation(folder, earlier, options)
-    elif not options.dry_run:
+    options, finished = options_to_continue(folder, None, options, given, may_differ=set(FLAGS.values()) - given)
+    if finished and not options.dry_run:
         return
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
@@ -159,9 +148,10 @@ def _run(
             log.info("images: %s", describe_parametrisation(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
-            program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
-            evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            num_matched_experts=num_matched, cam=cam, initial=initial, metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
+            program=PROGRAM, command=command, method=method, options=options, folder=folder, lock=lock_inode(folder),
+            real=real, network=network, evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget,
+            experts=experts, num_matched_experts=num_matched, cam=cam, initial=initial,
+            metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 

@@ -41,11 +41,6 @@ from mtt_fast.training.subsets import random_subset
 log = logging.getLogger(__name__)
 
 _TILES = 2  # a texture is shown side by side with itself, so that its borders can be judged
-_EXPERTS, _EXPERTS_OF_OTHER_DATA = (
-    ("experts", "experts on all the data"),
-    ("experts_on_their_own_data", "experts on their own data"),
-)
-"""The name of the experts' accuracy in the summary, and its words; of other data their accuracy is that on the other test images."""
 _INITIAL_IMAGES = {
     "real": "real images",
     "noise": "noise",
@@ -106,11 +101,11 @@ def _distilled_set(run: DistillRun, state: State, images: Tensor, stop: StopRequ
 
     With --teacher_label the labels are the mean predictions of all matched experts after max_start_epoch epochs.
     """
-    options = run.options
-    if not options.teacher_label:
-        return _set_with_labels(run, state, images, state.labels, options.label_kind)
-    experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
-    return _set_with_labels(run, state, images, mean_teacher_labels(run.network, experts, images), options.label_kind)
+    options, labels = run.options, state.labels
+    if options.teacher_label:
+        experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
+        labels = mean_teacher_labels(run.network, experts, images)
+    return _set_with_labels(run, state, images, labels, options.label_kind)
 
 
 def _set_with_labels(
@@ -153,9 +148,10 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
-    name_of_experts, experts_in_words = _EXPERTS
+    name_of_experts, experts_in_words = "experts", "experts on all the data"
     if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
-        name_of_experts, experts_in_words = _EXPERTS_OF_OTHER_DATA  # which were tested on its test images
+        # their accuracy is that on the test images of their own data
+        name_of_experts, experts_in_words = "experts_on_their_own_data", "experts on their own data"
     results = ", ".join(f"{names.words} {_format_result(lines[-1])}" for names, lines in records.items())
     text = (
         f"{results}, random real images {_format_result(baseline)}, "

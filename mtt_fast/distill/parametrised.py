@@ -11,8 +11,9 @@ from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import code_digest, is_users_class, make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.by_name import code_digest, is_users_class, make_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, are_close, images_at, learned_parameters
+from mtt_fast.parametrisations.trial import try_parametrisation
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, check_specs

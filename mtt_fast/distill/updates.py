@@ -36,13 +36,10 @@ def apply_gradients(
     the threshold. Return the kind ("step", "skip" or "above_threshold") and the values of the iteration's record in metrics.jsonl.
     """
     state.iteration += 1
-    if gradients is None:
-        _skip(state, loss)
-        return "skip", {"skipped": state.skipped}
-    if options.threshold is not None and loss > options.threshold:
+    if gradients is not None and options.threshold is not None and loss > options.threshold:
         _reject_above_threshold(state, loss, options.threshold)
         return "above_threshold", {"loss": loss, **log_fields(segments)}
-    if not update(options, state, *gradients, parametrisation=parametrisation):
+    if gradients is None or not update(options, state, *gradients, parametrisation=parametrisation):
         _skip(state, loss)
         return "skip", {"skipped": state.skipped}
     return "step", {"loss": loss, "lr": state.mean_lr, **log_fields(segments)}

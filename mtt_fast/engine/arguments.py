@@ -5,7 +5,7 @@ Errors name the argument and not the callable, since several callables share the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,56 +42,6 @@ def check_context() -> None:
 
 def _refuse_compilation() -> None:
     raise InputError("found torch.compile, which cannot trace the sweeps; call outside of what is compiled")
-
-
-def check_differentiated_once() -> None:
-    """Raise `InputError` in a backward pass with create_graph=True, since second derivatives would silently be zero."""
-    if torch.is_grad_enabled():
-        raise InputError(
-            "a student's steps are differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
-            "take the steps yourself by torch.autograd.grad(…, create_graph=True)"
-        )
-
-
-def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
-    """Raise `InputError`, as the `jvp` of an autograd function that has only a backward pass."""
-    raise InputError(
-        "expected a backward pass, found forward-mode differentiation (dual numbers); take the gradient by backward() or "
-        "torch.autograd.grad"
-    )
-
-
-def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
-    """Raise `InputError` in a batched backward pass (vmap over gradients), which the backward sweep does not support."""
-    kinds = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
-    if any(is_batched(each) for each in gradients if each is not None for is_batched in kinds):
-        raise InputError(
-            "expected a backward pass of one vector, found several at once, as of vectorize=True, is_grads_batched=True or "
-            "torch.func.vmap; take one after the other"
-        )
-
-
-def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]) -> None:
-    """Raise `InputError` if the fingerprints `again` (N, k) of the backward sweep differ from `first`, those of the forward sweep.
-
-    The two sweeps may use different kernels (for attention in half precision), whose rounding can differ by more than the tolerance. So
-    for a step that differs `repeat` computes the fingerprint (k,) as the forward sweep did, and this one decides.
-    """
-    for n in _differ(first, again).any(1).nonzero().flatten().tolist():
-        now = repeat(n)
-        if bool((differs := _differ(first[n], now)).any()):
-            raise InputError(
-                f"expected in the backward pass the network, loss, augmentation and path of the call, found "
-                f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; before the backward pass leave "
-                "alone what they read: attributes, `.data` of images and of rows of the path, and the variable of a loop in a lambda "
-                "(`lambda logits, labels, t=t: …`)"
-            )
-
-
-def _differ(first: Tensor, again: Tensor) -> Tensor:
-    """Return where two tensors differ by more than rounding, as booleans. Numbers that are not finite do not differ."""
-    rounding = 1e-2 if first.is_cuda else 1e-3  # a GPU may use different kernels, with factors in half precision
-    return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()
 
 
 def saveable(tensor: Tensor) -> Tensor:
@@ -245,20 +195,16 @@ def check_student_tensors(
 
     A caller's own loss (`has_loss`) takes labels of any shape (n, …). Errors call the parameters `theta_name`.
     """
-    if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
-        remedy = (
-            "" if theta.dtype in (torch.float32, torch.float64) else "; use .float(), of a module before it is wrapped"
-        )
+    has_dtype = theta.dtype in (torch.float32, torch.float64)
+    if theta.shape != (net.num_parameters,) or not has_dtype:
+        remedy = "" if has_dtype else "; use .float(), of a module before it is wrapped"
         raise InputError(
             f"`{theta_name}`: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
             f"found {theta.dtype} of shape {tuple(theta.shape)}{remedy}"
         )
     if not images.is_floating_point() or labels.shape[:1] != images.shape[:1]:
-        remedy = (
-            ""
-            if images.is_floating_point()
-            else f"; use .to({theta_name}.dtype), and .long() again in a module of tokens"
-        )
+        remedy = f"; use .to({theta_name}.dtype), and .long() again in a module of tokens"
+        remedy = "" if images.is_floating_point() else remedy
         raise InputError(
             f"`images`, `labels`: expected floating-point images and as many labels, found {images.dtype} of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}{remedy}"

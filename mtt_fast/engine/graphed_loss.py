@@ -17,6 +17,7 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Augment, is_equivalent, warp_of
 from mtt_fast.checks import check_generator
 from mtt_fast.engine import arguments
+from mtt_fast.engine.backward_checks import check_differentiated_once, refuse_forward_mode
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -213,7 +214,7 @@ def _adds_up(result: Tensor) -> bool:
 class _LossWithGradients(torch.autograd.Function):
     """A loss whose gradients are computed in the forward pass."""
 
-    jvp = staticmethod(arguments.refuse_forward_mode)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     @without_saved_tensor_hooks()
@@ -228,7 +229,7 @@ class _LossWithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        arguments.check_differentiated_once()
+        check_differentiated_once()
         images, lr, *labels = (grad.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
         return None, None, images, next(iter(labels), None), lr
 

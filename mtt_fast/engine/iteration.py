@@ -14,11 +14,11 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.draws import Apply
 from mtt_fast.engine.matching import path_loss
+from mtt_fast.engine.mean_loss import watched_student
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
-from mtt_fast.engine.trials import watched_student
 from mtt_fast.runtime.cuda_graphs import graphed
 
 Iteration = Callable[..., tuple[Tensor, ...]]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.checks import check_ordinary
-from mtt_fast.engine.arguments import refuse_forward_mode, saveable
+from mtt_fast.engine.arguments import saveable
+from mtt_fast.engine.backward_checks import refuse_forward_mode
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 from mtt_fast.runtime.cuda_graphs import is_capturing

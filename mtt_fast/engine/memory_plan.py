@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 from mtt_fast.runtime.provenance import choose_device
-
-log = logging.getLogger(__name__)
 
 _VECTORS = 5  # λ_{n+1}, the loss's gradient with respect to θ_N, and room for those of a few more rows, or for temporaries of a loss
 _VECTORS_OF_STATE = (0, 2, 9)  # by moments: the adjoint of the state, the direction, and temporaries of Adam

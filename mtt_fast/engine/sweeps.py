@@ -16,16 +16,17 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
-from mtt_fast.engine.arguments import (
+from mtt_fast.engine.backward_checks import (
     check_differentiated_once,
     check_one_gradient,
     check_repeated,
+    check_unchanged,
+    checksums_of,
     refuse_forward_mode,
 )
 from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
-from mtt_fast.engine.saved_tensors import check_unchanged, checksums_of
 from mtt_fast.engine.students.batch import AugmentedBatch, Batch, Inputs
 from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import PartialSums

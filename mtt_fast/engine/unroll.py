@@ -12,6 +12,7 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.checks import check_generator, check_number
 from mtt_fast.engine import arguments
+from mtt_fast.engine.mean_loss import watched_student
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
 from mtt_fast.engine.students.choice import student_for
@@ -19,7 +20,7 @@ from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.live_bytes import output_bytes
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
-from mtt_fast.engine.trials import try_augmentation, try_step, watched_student
+from mtt_fast.engine.trials import try_augmentation, try_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -269,15 +270,10 @@ def checked_plan(
         lr_per_parameter=lr.dim() == 2,
     )
     plan = _plan_of(work, options)
-    if isinstance(student, GenericStudent):
-        generic = student
-    elif options.loss is not None:
-        generic = GenericStudent(net, options.loss)
-    else:
+    loss = student.loss if isinstance(student, GenericStudent) else options.loss
+    if loss is None or theta.is_meta:  # the fused step with cross-entropy needs no trial
         return plan
-    if theta.is_meta:
-        return plan
-    loss_is_mean = try_step(generic, theta, images, labels, batches, augmented, is_cut=plan.cut)
+    loss_is_mean = try_step(net, loss, theta, images, labels, batches, augmented, is_cut=plan.cut)
     return plan if loss_is_mean else plan_of_batch_loss(plan, net, options)
 
 

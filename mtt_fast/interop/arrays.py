@@ -13,12 +13,11 @@ from typing import IO, Any
 import numpy as np
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import LARGEST_FILE, complaint_of
+from mtt_fast.storage.foreign import LARGEST_FILE, complaint_of, largest_unpacked
 from mtt_fast.storage.regular import check_regular
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_MAX_EXPANSION, _EXTRA_BYTES = 20, 64 << 20  # how many times its size, besides so many bytes, an archive may unpack to
 _NUMBERS = "fiu"  # kinds of numpy's types: floating point, integers with and without sign
 _MAX_HEADER_BYTES = 1 << 10  # bytes
 
@@ -56,7 +55,7 @@ def read_arrays(path: str | os.PathLike[str], names: Sequence[str], optional: Se
 
 def _unpacked(archive: zipfile.ZipFile, name: str, archive_size: int) -> Array:
     size = archive.getinfo(name).file_size
-    if size > archive_size * _MAX_EXPANSION + _EXTRA_BYTES:
+    if size > largest_unpacked(archive_size):
         raise ValueError(f"{name} would unpack to {size:,} bytes")
     return _read(partial(archive.open, name), name, size)
 

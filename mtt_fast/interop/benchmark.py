@@ -85,8 +85,9 @@ def write_benchmark(root: str | os.PathLike[str], distilled: TensorSet, dataset:
             f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {distilled.label_kind}; "
             "give `hard_labels` to write only each image's class"
         )
-    if method not in ("TM", *_RESULTS, *_CHOSEN):
-        raise InputError(f"`method` {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
+    known = ("TM", *_RESULTS, *_CHOSEN)
+    if method not in known:
+        raise InputError(f"`method` {method}: expected {', '.join(known)}")
     name, ipc = _NAMES.get(dataset, dataset), distilled.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
     if not is_free(folder):

@@ -61,9 +61,9 @@ class Trajectory:
         return f"{self.file.name}, expert {self.place}"
 
     @property
-    def num_epochs(self) -> int:
-        """Return the number of epochs of training in the trajectory."""
-        return (len(self.course.positions) if self.course else len(self.points)) - 1
+    def epochs(self) -> Sequence[int]:
+        """Return the epoch of each point."""
+        return self.course.epochs if self.course else range(len(self.points))
 
     def rows(self) -> Tensor:
         """Return the parameters (epochs + 1, P), or those of the waypoints (K, P), float32, a copy."""
@@ -167,12 +167,11 @@ def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
             "CPU, where p.detach().cpu() is a view of the live parameters, so its epochs are lost; make it again with "
             "p.detach().clone(), or train experts with `python -m mtt_fast.experts`"
         )
-    epochs = expert.course.epochs if expert.course else range(len(expert.points))
-    for point, tensors in enumerate(expert.points):
+    for epoch, tensors in zip(expert.epochs, expert.points, strict=True):
         for name, tensor in zip(layout.names, tensors, strict=True):
             if not bool(tensor.detach().float().isfinite().all()):
                 raise InputError(
-                    f"{expert.file}: expert {expert.place}: the parameters after epoch {epochs[point]} are not finite (in "
+                    f"{expert.file}: expert {expert.place}: the parameters after epoch {epoch} are not finite (in "
                     f"{name}): the training diverged, or the file is damaged; train it again with the software that wrote it, or "
                     "leave it out"
                 )
@@ -218,8 +217,9 @@ def _check_is(
     fix = "choose another destination, or delete it"
     check_same_data(written.identity, metadata.identity, path, fix=fix)
     known = (written.layout, full_name(written.network)) == (metadata.layout, full_name(metadata.network))
-    ends = (0, expert.points[0]), (expert.num_epochs, expert.points[-1])
-    same = present.epochs(place) == expert.num_epochs and all(
+    last = expert.epochs[-1]
+    ends = (0, expert.points[0]), (last, expert.points[-1])
+    same = present.epochs(place) == last and all(
         torch.equal(present.read(place, epoch), _flat(tensors).to(present.dtype(place)).float())
         for epoch, tensors in ends
     )
@@ -232,10 +232,10 @@ def _check_is(
 def _write(
     folder: Path, index: int, expert: Trajectory, metadata: ExpertMetadata, measure: Measure, dtype: torch.dtype
 ) -> None:
-    rows, accuracy = expert.rows(), [math.nan] * (expert.num_epochs + 1)
-    for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
-        accuracy[epoch] = value
-    origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
+    rows, last = expert.rows(), expert.epochs[-1]
+    measured = dict(zip(expert.epochs, measure(rows), strict=True))
+    accuracy = [measured.get(epoch, math.nan) for epoch in range(last + 1)]
+    origin = {"imported_from": expert.name, "train_epochs": last}
     metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=origin)
     write_expert(folder, index, rows, metadata, dtype, expert.course)
 
@@ -250,20 +250,20 @@ def export_experts(
     Raises `InputError` if a file exists already.
     """
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
-    names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
-    check_absent(folder, names[0], names[-1])
+    check_absent(folder, "replay_buffer_0.pt", f"replay_buffer_{len(chosen)}.pt")
     with atomic_folder(folder, last="replay_buffer") as content:
-        for name, experts in zip(names, chosen, strict=False):
-            save_large_pickle(
-                content / name, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in experts]
-            )
-            yield folder / name
+        for number, experts in enumerate(chosen):
+            path = content / f"replay_buffer_{number}.pt"
+            save_large_pickle(path, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in experts])
+            yield folder / path.name
 
 
 def check_absent(folder: Path, first: str, further: str) -> None:
     """Raise `InputError` if `folder` holds the `first` file of a series, or one that would be taken for a `further` one."""
+    if is_free(folder):
+        return
     for path in (folder / first, folder / further):
-        if not is_free(folder) and path.exists():
+        if path.exists():
             raise InputError(f"{path}: exists already; choose another destination, or delete it")
 
 
@@ -275,18 +275,8 @@ def groups(count: int, size: int) -> Iterator[range]:
 
 def as_epochs(store: TrajectoryStore, expert: int, epochs: Iterable[int]) -> list[list[Tensor]]:
     """Return an expert's parameters at `epochs`, each a list of tensors, which are views of one vector an epoch."""
-    layout = layout_from(store.metadata(expert).layout)
+    layout = ParameterLayout.from_text(store.metadata(expert).layout)
     return [layout.split(store.read(expert, epoch)) for epoch in epochs]
-
-
-def layout_from(text: str) -> ParameterLayout:
-    """Return the layout in what `ParameterLayout.describe` wrote. Raises `InputError` for anything else."""
-    entries = [entry.rpartition(":") for entry in text.split(";")]
-    try:
-        shapes = tuple(tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
-    except ValueError as error:
-        raise InputError(f"an expert's layout: expected name:sides;…, found {shown(text)}; train it again") from error
-    return ParameterLayout(tuple(name for name, _, _ in entries), shapes)
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -91,12 +91,13 @@ def ddranking_call(
     data = _data_of(distilled, dataset, subset, zca)
     soft = distilled.label_kind != "indices"
     depth = max(3, distilled.images.shape[-1].bit_length() - 3)  # the field's: 3 for 32 pixels, 4 for 64, 5 for 128
-    name = f"LabelRobustScore{'Soft' if soft else 'Hard'}"
+    kind = "soft" if soft else "hard"
+    name = f"LabelRobustScore{kind.capitalize()}"
     lr = "load('lr.pt')" if distilled.lr is not None else "None"
     arguments = _arguments(distilled, data, f"ConvNet-{depth}", zca, Path(data_path) / data.folder, soft)
     lines = [
         "import torch",
-        f"from ddranking.metrics import {name}, {'soft' if soft else 'hard'}_label",
+        f"from ddranking.metrics import {name}, {kind}_label",
         *_settings(data.name, depth),
         "",
         f"load = lambda name: torch.load({f'{Path(folder)}/'!r} + name)",
@@ -106,7 +107,7 @@ def ddranking_call(
         ")",
         *_repairs(data.classes, soft, zca),
         "print(metric.compute_metrics(",
-        f"    image_tensor=load('images.pt'), {'soft' if soft else 'hard'}_labels=load('labels.pt'), syn_lr={lr},",
+        f"    image_tensor=load('images.pt'), {kind}_labels=load('labels.pt'), syn_lr={lr},",
         "))",
         "# its label_robust_score takes per cent for fractions; from the HLR and IOR (in %) that it prints follows with",
         "# python -m mtt_fast.analysis score --hlr HLR --ior IOR the one that its paper defines",

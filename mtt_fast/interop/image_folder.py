@@ -67,11 +67,8 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
     record = read_json(path)
     try:
         form, files, labels = record["format"], record["files"], record["labels"]
-        if (
-            not isinstance(files, list)
-            or not isinstance(labels, list)
-            or not all(isinstance(name, str) for name in files)
-        ):
+        are_names = isinstance(files, list) and all(isinstance(name, str) for name in files)
+        if not are_names or not isinstance(labels, list):
             raise TypeError("its files are no list of names, or its labels no list")
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the labels of pictures, found a broken file ({error})") from error

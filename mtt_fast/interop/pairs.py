@@ -78,9 +78,9 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
         raise InputError(
             f"{path}: expected a file name that contains images, such as images_best.pt; choose another name"
         )
-    parts = {"images": distilled.images, "labels": distilled.labels} | (
-        {} if distilled.lr is None else {"lr": distilled.lr}
-    )
+    parts = {"images": distilled.images, "labels": distilled.labels}
+    if distilled.lr is not None:
+        parts["lr"] = distilled.lr
     for file in _lr_files(path):
         if file.exists() and (distilled.lr is None or file != sibling(path, "lr")):
             raise InputError(f"{file}: exists already, and would be taken for this set's learning rate; move it away")

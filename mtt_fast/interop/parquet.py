@@ -26,7 +26,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, label_warnings, tensor_set
 from mtt_fast.storage.atomic import atomic_path
-from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, complaint_of
+from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, complaint_of, largest_unpacked
 from mtt_fast.storage.regular import check_regular
 from mtt_fast.storage.text_files import parse_json
 
@@ -35,10 +35,6 @@ log = logging.getLogger(__name__)
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
 _BATCH = 1024  # rows
-_MAX_EXPANSION, _EXTRA_BYTES = (
-    20,
-    64 << 20,
-)  # how many times its size, besides so many bytes, a file may claim to decode to
 
 
 def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
@@ -123,8 +119,8 @@ def read_parquet(
 
 def _check_columns(file: Any, path: Path) -> None:
     """Raise `InputError` unless the file has the columns, and claims no more than it may decode to."""
-    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
-    if file.metadata.num_rows < 1 or size > _most_bytes(path):
+    size = _claimed_bytes(file)
+    if file.metadata.num_rows < 1 or size > largest_unpacked(path.stat().st_size):
         raise InputError(
             f"{path}: expected images with labels, found {file.metadata.num_rows:,} rows that claim {size:,} bytes in a file of "
             f"{path.stat().st_size:,}; it is empty or damaged"
@@ -137,29 +133,30 @@ def _check_columns(file: Any, path: Path) -> None:
         )
 
 
-def _most_bytes(path: Path) -> int:
-    """Return the number of bytes to which a file may unpack: its images were packed before."""
-    return path.stat().st_size * _MAX_EXPANSION + _EXTRA_BYTES
+def _claimed_bytes(file: Any) -> int:
+    """Return the number of bytes to which the file says that it decodes."""
+    return sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
 
 
 def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:
     """Return the encoded images, their classes, and their soft labels if there are any."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
-    rows = list(_rows(file, columns, _most_bytes(path), path))
+    rows = list(_rows(file, columns, path))
     if len(rows) != file.metadata.num_rows:
         raise ValueError(f"{len(rows)} rows, not {file.metadata.num_rows}")
     soft = [row["soft_label"] for row in rows] if "soft_label" in columns else None
     return [row["image"]["bytes"] for row in rows], [row["label"] for row in rows], soft
 
 
-def _rows(file: Any, columns: list[str], most: int, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows, each with the bytes of an image, until they take more than `most` bytes.
+def _rows(file: Any, columns: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows, each with the bytes of an image. Raises `InputError` once they take more than a file may unpack to.
 
-    Of a dictionary each row may be as large as the whole file, so as many are unpacked at once as do no harm then.
+    With a dictionary each row may be as large as the whole file says to be, so the rows that are decoded at once are few
+    enough to fit even then.
     """
-    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+    most = largest_unpacked(path.stat().st_size)
     total = number = 0
-    for batch in file.iter_batches(min(_BATCH, max(1, most // max(1, size))), columns=columns):
+    for batch in file.iter_batches(min(_BATCH, max(1, most // max(1, _claimed_bytes(file)))), columns=columns):
         for row in batch.to_pylist():
             content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
             if not isinstance(content, bytes):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.foreign import LARGEST_FILE, plain_tensor, shown
-from mtt_fast.storage.regular import check_regular
+from mtt_fast.storage.regular import check_regular, unreadable
 
 SMALL = 1 << 20
 """Bytes of the pickle in a file with a few tensors."""
@@ -55,7 +55,7 @@ def load_pickle(
             warnings.simplefilter("ignore")  # torch's, about files that are refused a moment later
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
+        raise unreadable(path, error) from error
     except Exception as error:  # torch raises many kinds for a broken or foreign pickle
         reason = f" ({error})" if isinstance(error, _RefusedError) else ""
         raise InputError(
@@ -127,11 +127,10 @@ def save_pickle(path: str | os.PathLike[str], value: Any) -> Path:
     return Path(path)
 
 
-def save_large_pickle(path: str | os.PathLike[str], value: Any) -> Path:
+def save_large_pickle(path: str | os.PathLike[str], value: Any) -> None:
     """Write as `save_pickle`, and free the tensors of `value`, which a cycle that torch.save leaves would hold."""
     save_pickle(path, value)
     gc.collect()
-    return Path(path)
 
 
 def plain_copy(tensor: Tensor) -> Tensor:

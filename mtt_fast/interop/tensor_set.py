@@ -49,9 +49,7 @@ class SourceInfo:
 def source_info(data: ImageData, transform: Normalisation | Whitening) -> SourceInfo:
     """Return the properties of real images and of how networks see them."""
     whitening = transform if isinstance(transform, Whitening) else None
-    return SourceInfo(
-        data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape
-    )  # fmt: skip
+    return SourceInfo(data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape)
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSe
 
 
 def largest_label_counts(distilled: TensorSet) -> tuple[int, int]:
-    """Return of how many images a class is the largest label: of the rarest class, and of the most frequent."""
+    """Return how many images have the same class as their largest label: for the rarest class, and for the most frequent."""
     counts = torch.bincount(_largest(distilled), minlength=distilled.num_classes)
     return int(counts.min()), int(counts.max())
 

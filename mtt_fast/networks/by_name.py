@@ -25,6 +25,7 @@ _POOLINGS: dict[str, type[nn.Module] | None] = {"NP": None, "MP": nn.MaxPool2d, 
 _CONVNET = re.compile(
     rf"ConvNet(?:D(\d{{1,4}}))?(?:W(\d{{1,6}}))?({'|'.join(sorted(_ACTIVATIONS, reverse=True))})?({'|'.join(_NORMS)})?({'|'.join(_POOLINGS)})?"
 )
+_USUAL_PARTS = ("3", "128", "AR", "IN", "AP")  # of a ConvNet: depth, width, activation, norm and pooling
 
 _OTHERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "MLP": mlp,
@@ -79,17 +80,16 @@ def network_by_name(
     all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images
     too small for it.
     """
-    match = _convnet_parts(name)
-    if match is None and name not in _OTHERS:
+    parts = _convnet_parts(name)
+    if parts is None and name not in _OTHERS:
         raise InputError(
             f"`{option}` {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
             f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, or one of {', '.join(_OTHERS)}"
         )
-    if match is None:
+    if parts is None:
         return _named(name, partial(_OTHERS[name], image_shape, num_classes))
     channels, height, side = image_shape
-    depth, width = int(match[1] or 3), int(match[2] or 128)
-    activation, norm, pooling = match[3] or "AR", match[4] or "IN", match[5] or "AP"
+    depth, width, (activation, norm, pooling) = int(parts[0]), int(parts[1]), parts[2:]
     if (activation, pooling) == ("AR", "AP") and norm in ("IN", "NN"):
         size = height if height == side else (height, side)
         return ConvNet(channels, num_classes, size, width, depth, norm="instance" if norm == "IN" else "none")
@@ -113,27 +113,26 @@ def full_name(described: Mapping[str, Any]) -> str:
             return ""
         return f"ConvNetD{described['depth']}W{described['width']}AR{norm}AP"
     kind = str(described.get("kind", ""))
-    match = _convnet_parts(kind)
-    if match is None:
-        return kind
-    parts = match[1] or 3, match[2] or 128, match[3] or "AR", match[4] or "IN", match[5] or "AP"
-    return "ConvNetD{}W{}{}{}{}".format(*parts)
+    parts = _convnet_parts(kind)
+    return kind if parts is None else "ConvNetD{}W{}{}{}{}".format(*parts)
 
 
 def short_name(described: Mapping[str, Any]) -> str:
     """Return the shortest name of the network that `described` describes, as ConvNetD2W32; "" where the record lacks its parts."""
     full = full_name(described)
-    match = _convnet_parts(full)
-    if match is None:
+    parts = _convnet_parts(full)
+    if parts is None:
         return full
-    depth, width, *others = match.groups()
-    parts = (f"D{depth}", "D3"), (f"W{width}", "W128"), *zip(others, ("AR", "IN", "AP"), strict=True)
-    return "ConvNet" + "".join(part for part, usual in parts if part != usual)
+    each = zip(("D", "W", "", "", ""), parts, _USUAL_PARTS, strict=True)
+    return "ConvNet" + "".join(letter + part for letter, part, usual in each if part != usual)
 
 
-def _convnet_parts(name: str) -> re.Match[str] | None:
-    """Return the parts of a ConvNet's name, None where one is left out; None for the name of another network."""
-    return _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
+def _convnet_parts(name: str) -> tuple[str, ...] | None:
+    """Return depth, width, activation, norm and pooling of the ConvNet called `name`; None for the name of another network."""
+    match = _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
+    if match is None:
+        return None
+    return tuple(part or usual for part, usual in zip(match.groups(), _USUAL_PARTS, strict=True))
 
 
 def _named(name: str, build: Callable[[], nn.Module]) -> NamedNetwork:

@@ -117,7 +117,7 @@ class ConvNet:
         """
         device = device_of(generator)
         theta = torch.empty(self.num_parameters, device=device)
-        parameters = dict(zip(self.layout.names, self.layout.split(theta), strict=True))
+        parameters = self.layout.named(theta)
         for name, parameter in parameters.items():
             module, kind = name.rsplit(".", 1)
             weight = parameters[f"{module}.weight"]

@@ -79,7 +79,7 @@ class FlatModule:
 
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return the module's output for `images` under the parameters `theta` (P,)."""
-        return self._trained(self._parameters(theta), images)
+        return self._trained(self.layout.named(theta), images)
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return the inputs (n, F) of the module's last linear layer for `images`, in the module's own mode.
@@ -88,7 +88,7 @@ class FlatModule:
         """
         if self._features is None:
             raise InputError(f"embed: expected a network with a linear layer, found none in {self._kind}")
-        return self._features(self._parameters(theta), images)
+        return self._features(self.layout.named(theta), images)
 
     @torch.no_grad()
     def track(self, theta: Tensor, images: Tensor, statistics: Tensor) -> Tensor:
@@ -97,19 +97,13 @@ class FlatModule:
         They are those of `torch` after a forward pass in training mode: mean and unbiased variance of the batch enter with
         the weight of the layer's momentum. The cost is a forward pass.
         """
-        running = self._statistics(statistics.to(theta, copy=True))  # torch writes into these
-        self._tracked(self._parameters(theta) | running, images)
+        running = self._running.named(statistics.to(theta, copy=True))  # torch writes into these
+        self._tracked(self.layout.named(theta) | running, images)
         return _flat(running.values())
 
     def evaluated(self, statistics: Tensor) -> Network:
         """Return the network in evaluation mode with the running `statistics` (S,), for a test."""
         return _Evaluated(self, statistics)
-
-    def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.layout.names, self.layout.split(theta), strict=True))
-
-    def _statistics(self, statistics: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._running.names, self._running.split(statistics), strict=True))
 
 
 def statistics_of(network: Network) -> tuple[Tensor, ...]:
@@ -141,7 +135,8 @@ class _Evaluated:
 
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         network = self.network
-        return network._tested(network._parameters(theta) | network._statistics(self.statistics.to(theta)), images)
+        running = network._running.named(self.statistics.to(theta))
+        return network._tested(network.layout.named(theta) | running, images)
 
 
 def _without_running_statistics(module: nn.Module) -> nn.Module:

@@ -37,8 +37,19 @@ class ParameterLayout:
         pieces = theta.split(self.sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
+    def named(self, theta: Tensor) -> dict[str, Tensor]:
+        """Return the parameters as `split` does, by name."""
+        return dict(zip(self.names, self.split(theta), strict=True))
+
     def describe(self) -> str:
         """Return the layout as text, `name:2x3x3x3;name:2;…`: two networks agree where these strings do."""
         return ";".join(
             f"{name}:{'x'.join(map(str, shape))}" for name, shape in zip(self.names, self.shapes, strict=True)
         )
+
+    @classmethod
+    def from_text(cls, text: str) -> ParameterLayout:
+        """Return the layout in what `describe` returned. Raises `ValueError` for anything else."""
+        entries = [entry.rpartition(":") for entry in text.split(";")]
+        shapes = (tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
+        return cls(tuple(name for name, _, _ in entries), tuple(shapes))

@@ -46,16 +46,12 @@ def recipe_text(name: str) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
+    """Return the content of the recipe `name`, merged over its base's. Raises `InputError` for an unknown one."""
     names = recipe_names()
     if name not in names:
         raise InputError(
             f"--recipe {name}: no such recipe{did_you_mean(name, names)}; python -m mtt_fast.recipes lists them"
         )
-    return _resolved(name)
-
-
-def _resolved(name: str) -> dict[str, Any]:
-    """Return the content of the recipe `name`, merged over its base's."""
     merged: dict[str, Any] = {}
     for each in reversed(_with_bases(name)):
         merged |= _table(each)

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mtt_fast.commands.plots import read_snapshot
+from mtt_fast.commands.plots import evenly, read_snapshot
 from mtt_fast.commands.tables import percent
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
@@ -58,15 +58,9 @@ def render(runs: Sequence[Run]) -> str:
 
 def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
     """Return the first snapshot, the last, and some between, evenly. Raises `InputError` for one that is no picture."""
-    iterations = sorted(snapshots)
-    last = len(iterations) - 1
-    chosen = sorted({round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}) if iterations else []
     return [
-        _Picture(
-            f"iteration {iterations[index]:,}",
-            base64.b64encode(read_snapshot(snapshots[iterations[index]])[0]).decode("ascii"),
-        )
-        for index in chosen
+        _Picture(f"iteration {iteration:,}", base64.b64encode(read_snapshot(path)[0]).decode("ascii"))
+        for iteration, path in evenly(sorted(snapshots.items()), _SHOWN)
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands.accuracies import accuracy_record
-from mtt_fast.commands.tables import marked_method
+from mtt_fast.commands.plots import snapshots_in
+from mtt_fast.distill.method_names import marked_method
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
-from mtt_fast.storage.run_files import HISTORY, METRICS, SUMMARY
+from mtt_fast.storage.run_files import METRICS, SUMMARY
 from mtt_fast.storage.run_folder import read_config, read_summary
 
 _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
@@ -92,14 +92,12 @@ def read_run(folder: Path) -> Run:
     summary = read_summary(folder) or {}
     if options is None and not summary:
         raise InputError(f"{folder}: expected a run's folder (config.toml or {SUMMARY}), found neither; check the path")
-    numbers = {path: re.fullmatch(r"iteration_(\d+)\.png", path.name) for path in (folder / HISTORY).glob("*.png")}
-    snapshots = {int(number[1]): path for path, number in sorted(numbers.items()) if number}
     return Run(
         folder.resolve().name,
         summary.get("options") or options or {},
         summary,
         read_records(folder / METRICS),
-        snapshots,
+        snapshots_in(folder),
     )
 
 

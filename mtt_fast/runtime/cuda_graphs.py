@@ -6,6 +6,7 @@ On a CPU nothing is captured, and `graphed` returns the function itself. Only `c
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,15 +40,8 @@ FirstCall = Callable[[Callable[[], tuple[Tensor, ...]]], object]
 """Make the first of two calls that come before a capture; its results are not used."""
 
 
-def _call_function(run: Callable[[], tuple[Tensor, ...]]) -> object:
-    return run()
-
-
 def graphed(
-    function: Function,
-    device: torch.device,
-    first_call: FirstCall = _call_function,
-    max_captured: int = _MAX_CAPTURED,
+    function: Function, device: torch.device, first_call: FirstCall = operator.call, max_captured: int = _MAX_CAPTURED
 ) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
@@ -118,7 +112,7 @@ def is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def capturer(device: torch.device, first_call: FirstCall = _call_function) -> Capture:
+def capturer(device: torch.device, first_call: FirstCall = operator.call) -> Capture:
     """Return a function that captures calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
 
     The graphs of one capturer share memory, so only one of them may run at a time, on one stream after another.

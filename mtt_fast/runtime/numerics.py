@@ -107,9 +107,8 @@ def without_saved_tensor_hooks() -> Iterator[None]:
     Those of `torch.utils.checkpoint` would repeat the caller's whole function for each graph within, and those of `save_on_cpu` fail
     on the device meta.
     """
-    top_hooks = getattr(
-        torch._C._autograd, "_top_saved_tensors_default_hooks", None
-    )  # private: another torch may lack it
+    # private: another torch may lack it
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top_hooks is not None and top_hooks(True) is None:
         yield
     else:

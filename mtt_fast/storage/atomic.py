@@ -32,11 +32,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
     """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
 
-    Where `folder` holds other things, the files are moved into it one by one, those whose names begin with `last` after all
-    others, and the first of them at the very end. A reader who finds that file finds all of them.
+    Where `folder` holds other things, the files are moved into it one by one. Those whose names begin with `last` come after
+    all others, and the first of these comes at the very end: a reader who finds it finds all files.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
-    _check_name(folder)  # which is resolved
+    _check_name(folder)  # before `resolve`, which raises its own error for such a name
     folder = Path(folder).resolve()
     with naming_errors(folder):
         # a folder that is in use or not empty cannot be replaced, so files are moved into it

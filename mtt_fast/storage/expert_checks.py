@@ -83,7 +83,7 @@ def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[s
     found = hyperparameters_of(store.metadata(expert))
     differing = _differing(requested, found, to_the_end) if found else []
     if differing:
-        first, arguments = differing[0], " ".join(_argument(name, found[name]) for name in differing)
+        first, arguments = differing[0], " ".join(f"`{FLAGS[name]}` {found[name]}" for name in differing)
         raise InputError(
             f"{store.path(expert)}: trained with {first} {found[first]}, not {requested[first]}; choose another `buffer_path`, or "
             f"give {arguments} to use the experts that are there"
@@ -205,11 +205,6 @@ def with_training_of(options: Options, hyperparameters: Mapping[str, Any], exper
         if flag in names and name in found and found[name] != hyperparameters[name]
     }
     return dataclasses.replace(options, **changed)  # type: ignore[type-var]
-
-
-def _argument(name: str, value: Any) -> str:
-    """Return the argument that sets a hyperparameter, in words."""
-    return f"`{FLAGS[name]}` {value}"
 
 
 def _rounding(precision: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import typing
 from collections.abc import Mapping
@@ -12,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtt_fast.errors import InputError
+from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.records import check_form
-from mtt_fast.storage.text_files import MALFORMED, check_fields, parse_json
+from mtt_fast.storage.records import check_fields, check_form
+from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
 WAYPOINTS = "mtt_fast waypoints 2"
@@ -79,7 +79,7 @@ class ExpertMetadata:
             record = {field.name: parse_json(known[field.name]) for field in dataclasses.fields(cls)}
             check_fields(record, _TYPES)
             check_form(record["accuracy"], [int | float], "accuracy")
-            layer_sizes(record["layout"])
+            ParameterLayout.from_text(record["layout"])
             metadata = cls(**record)
             metadata.identity  # noqa: B018 - a broken record shows here, with the file's name
             return metadata
@@ -91,9 +91,3 @@ class ExpertMetadata:
 
 _TYPES = {name: typing.get_origin(hint) or hint for name, hint in typing.get_type_hints(ExpertMetadata).items()}
 """The types of the metadata's fields."""
-
-
-def layer_sizes(layout: str) -> list[int]:
-    """Return the number of scalars of each parameter tensor in a layout, as `ParameterLayout.describe` writes it."""
-    shapes = (entry.rpartition(":")[2] for entry in layout.split(";"))
-    return [math.prod(int(side) for side in shape.split("x") if side) for shape in shapes]

@@ -26,7 +26,14 @@ _NUMBERS = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip
+_MAX_EXPANSION, _EXTRA_BYTES = 20, 64 << 20  # how many times its size, besides so many bytes, a file may unpack to
 _BEYOND_ITS_STORAGE = 1 << 20  # bytes that an expanded view may claim besides those that it has
+_SHOWN, _WORDS = 60, 200  # letters of a text, of a library's complaint
+
+
+def largest_unpacked(size: int) -> int:
+    """Return the number of bytes to which a file of `size` bytes may unpack."""
+    return size * _MAX_EXPANSION + _EXTRA_BYTES
 
 
 def names_in(folder: str | os.PathLike[str]) -> list[str]:
@@ -69,9 +76,11 @@ def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")
     check_ordinary(str(where), value)
-    other = _other_kind(value)
-    if other is not None:
-        raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; convert and save it again")
+    if value.device.type != "cpu" or value.dtype not in _NUMBERS:
+        other = f"of {value.dtype}" if value.device.type == "cpu" else f"on the device {value.device}"
+        raise InputError(
+            f"{where}: expected a dense tensor of real numbers, found one {other}; convert and save it again"
+        )
     tensor: Tensor = value.detach().as_subclass(Tensor)
     stored, claimed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
     if claimed > stored + _BEYOND_ITS_STORAGE:
@@ -106,21 +115,9 @@ def complaint_of(error: Exception) -> str:
     return words if len(words) <= _WORDS else words[:_WORDS] + " …"
 
 
-_SHOWN, _WORDS = 60, 200  # letters
-
-
 def _listed(names: Any) -> str:
     first = [shown(name).strip("'") for name, _ in zip(names, range(4), strict=False)]
     return ", ".join(first) + (", …" if len(names) > len(first) else "")
-
-
-def _other_kind(value: Tensor) -> str | None:
-    """Return the kind of the tensor `value` in words, or None if it is a plain one."""
-    if value.device.type != "cpu":
-        return f"one on the device {value.device}"
-    if value.dtype not in _NUMBERS:
-        return f"one of {value.dtype}"
-    return None
 
 
 def _check_numbers(values: Any, kinds: tuple[type, ...]) -> None:

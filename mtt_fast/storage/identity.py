@@ -51,8 +51,12 @@ class DatasetIdentity:
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
         }
         for name, value in fields.items():
-            items = _ITEMS.get(name)
-            if not (isinstance(value, str) if items is None else _all_are(items, value)):
+            kind = _ITEMS.get(name)
+            if kind is None:
+                fits = isinstance(value, str)
+            else:
+                fits = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
+            if not fits:
                 raise TypeError(f"{name}: not as it is written in the identity of a data set")
         return cls(**fields)
 
@@ -61,10 +65,6 @@ _ITEMS: dict[str, type | tuple[type, ...]] = {
     "class_names": str, "image_shape": int, "mean": (int, float), "std": (int, float),
 }  # fmt: skip
 """The types of the items in the fields that are no text."""
-
-
-def _all_are(kind: type | tuple[type, ...], value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
 
 
 UNKNOWN = DatasetIdentity()

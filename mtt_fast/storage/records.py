@@ -86,6 +86,16 @@ def check_form(value: Any, form: Any, name: str = "record") -> None:
         raise TypeError(f"{name}: expected {getattr(form, '__name__', form)}, found {type(value).__name__}")
 
 
+def check_fields(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Raise `KeyError` or `TypeError` unless `record` has exactly these fields, of these types."""
+    for name, kind in types.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, found {type(record[name]).__name__}")
+    for name in record:
+        if name not in types:
+            raise TypeError(f"{name!r}: not known here; is the file from a later version?")
+
+
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write `record` with its checksum to `path` atomically, as indented JSON."""
     write_json(path, with_checksum(record))

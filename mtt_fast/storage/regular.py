@@ -30,7 +30,7 @@ def open_regular(path: StrPath, most: int | None = None, fix: str = _CHECK_PATH)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO that nobody writes to would be waited for
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error, fix) from error
+        raise unreadable(path, error, fix) from error
     try:
         _check_status(os.fstat(handle), path, most, fix)
     except InputError:
@@ -44,7 +44,7 @@ def check_regular(path: StrPath, most: int, fix: str = _CHECK_PATH) -> None:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error, fix) from error
+        raise unreadable(path, error, fix) from error
     _check_status(status, path, most, fix)
 
 
@@ -54,7 +54,7 @@ def read_bytes(path: StrPath, most: int, fix: str = _CHECK_PATH) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise _unreadable(path, error, "check the disk") from error
+            raise unreadable(path, error, "check the disk") from error
 
 
 def read_text(path: StrPath, most: int = _MAX_TEXT_BYTES) -> str:
@@ -97,6 +97,6 @@ def _decoded(content: bytes, encoding: str, path: StrPath, fix: str) -> str:
         raise InputError(f"{path}: expected text in UTF-8, found other bytes ({error.reason}); {fix}") from error
 
 
-def _unreadable(path: StrPath, error: OSError | ValueError, fix: str) -> InputError:
+def unreadable(path: StrPath, error: OSError | ValueError, fix: str = _CHECK_PATH) -> InputError:
     """Return the error for a file that cannot be read; a path with a NUL gives a `ValueError`."""
     return InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, fix)}")

@@ -58,7 +58,7 @@ def lock_folder(
 
 
 def lock_inode(folder: Path) -> tuple[int, int] | None:
-    """Return numbers that tell the lock in `folder` from those in other folders that have or had its name, or None if there is none."""
+    """Return the device and the inode of the lock in `folder`, or None if there is none; another folder of its name has others."""
     try:
         status = (folder / _LOCK).stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -71,7 +71,7 @@ def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
 
     The last line is a comment with the checksum of all before it.
     """
-    notes = "".join(f"{line}\n" for line in (_CONFIG_BEGINS, *[f"# {note}"] * bool(note)))
+    notes = f"{_CONFIG_BEGINS}\n# {note}\n" if note else f"{_CONFIG_BEGINS}\n"
     text = notes + tomli_w.dumps({name: value for name, value in options.items() if value is not None})
     write_text(folder / CONFIG, f"{text}{_CONFIG_ENDS}{checksum_of(text.encode())}\n")
 

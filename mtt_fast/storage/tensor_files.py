@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.checksums import checksum_of
-from mtt_fast.storage.regular import open_regular
+from mtt_fast.storage.regular import open_regular, unreadable
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 _MAX_HEADER_BYTES = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
-_MEND = "restore a copy, or delete it and make it again"
+_FIX = "restore a copy, or delete it and make it again"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -122,7 +122,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
                 )
             raw = file.read(length)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
+            raise unreadable(path, error) from error
     try:
         entries, metadata = _parsed(raw)
     except MALFORMED as error:
@@ -162,7 +162,7 @@ def _checked(path: Path, entries: dict[str, TensorEntry], metadata: dict[str, st
         return entries
     shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if checksum != _checksum_of_header(shapes, metadata):
-        raise InputError(f"{path}: damaged: its header is not the one that was written; {_MEND}")
+        raise InputError(f"{path}: damaged: its header is not the one that was written; {_FIX}")
     checksums = parse_json(metadata.pop("checksums"))
     return {name: replace(entry, checksums=tuple(checksums[name])) for name, entry in entries.items()}
 
@@ -176,7 +176,7 @@ def _is_from_before(metadata: Mapping[str, str]) -> bool:
 def check_part(path: str | os.PathLike[str], name: str, part: memoryview, checksum: str) -> None:
     """Raise `InputError` unless these bytes of a file, those of the tensor or row `name`, have this checksum."""
     if checksum_of(part) != checksum:
-        raise InputError(f"{path}: damaged: {name}: not the bytes that were written; {_MEND}")
+        raise InputError(f"{path}: damaged: {name}: not the bytes that were written; {_FIX}")
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

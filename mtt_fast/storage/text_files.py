@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,6 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-
-
-def check_fields(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Raise `KeyError` or `TypeError` unless `record` has exactly these fields, of these types."""
-    for name, kind in types.items():
-        if not isinstance(record[name], kind):
-            raise TypeError(f"{name}: expected {kind.__name__}, found {type(record[name]).__name__}")
-    for name in record:
-        if name not in types:
-            raise TypeError(f"{name!r}: not known here; is the file from a later version?")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

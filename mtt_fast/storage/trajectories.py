@@ -23,16 +23,10 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, OutOfRange, reason_of, remedy_for
+from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
-from mtt_fast.storage.expert_metadata import (
-    BEFORE_CHECKSUMS,
-    FORMAT,
-    TRAIN_AGAIN,
-    WAYPOINTS,
-    ExpertMetadata,
-    layer_sizes,
-)
+from mtt_fast.storage.expert_metadata import BEFORE_CHECKSUMS, FORMAT, TRAIN_AGAIN, WAYPOINTS, ExpertMetadata
 from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.tensor_files import TensorEntry, check_part, read_header, save_tensors, warn_unchecked
@@ -81,7 +75,7 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
     """Return why `parameters` (rows, P) are no trajectory of the network in `metadata`, or None."""
     if parameters.dim() != 2 or len(parameters) < 2:
         return f"expected parameters of shape (epochs + 1, P) with at least one epoch, found {tuple(parameters.shape)}"
-    size = sum(layer_sizes(metadata.layout))
+    size = ParameterLayout.from_text(metadata.layout).num_parameters
     if parameters.shape[1] != size:
         return f"the layout describes {size} parameters, found {parameters.shape[1]}"
     epochs = len(course.positions if course else parameters)
@@ -116,6 +110,10 @@ class _Header:
     dtype: torch.dtype
     text: dict[str, str]
     course: Course | None  # of a compressed expert
+
+    @property
+    def saved_epochs(self) -> Sequence[int]:
+        return self.course.epochs if self.course else range(self.entry.shape[0])
 
     @property
     def epochs(self) -> int:
@@ -201,9 +199,8 @@ class TrajectoryStore:
             self._warned = True
             warn_unchecked(self.folder)
         if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
-            epoch = header.course.epochs[number] if header.course else number
             raise InputError(
-                f"{path}: the expert's parameters after epoch {epoch} are not finite (NaN or infinite): it diverged, or the file "
+                f"{path}: the expert's parameters after epoch {header.saved_epochs[number]} are not finite (NaN or infinite): it diverged, or the file "
                 f"was not written here; {TRAIN_AGAIN}"
             )
         return row.float()
@@ -211,6 +208,10 @@ class TrajectoryStore:
     def epochs(self, expert: int) -> int:
         """Return the number of epochs of training."""
         return self._header(expert).epochs
+
+    def saved_epochs(self, expert: int) -> Sequence[int]:
+        """Return the epochs after which the parameters are stored: all of them, or those of a compressed expert's waypoints."""
+        return self._header(expert).saved_epochs
 
     def dtype(self, expert: int) -> torch.dtype:
         """Return the type in which the parameters are stored."""
@@ -224,7 +225,8 @@ class TrajectoryStore:
         """Return the metadata in the expert's file."""
         header, path = self._header(expert), self.path(expert)
         metadata = ExpertMetadata.from_text(header.text, path)
-        if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
+        size = ParameterLayout.from_text(metadata.layout).num_parameters
+        if size != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
             raise InputError(f"{path}: its parameters do not match its metadata; {TRAIN_AGAIN}")
         return metadata
 
@@ -268,7 +270,8 @@ class TrajectoryStore:
 
 def experts_in(folder: Path) -> TrajectoryStore | None:
     """Return the experts in `folder`, or None if it has none or does not exist."""
-    return (TrajectoryStore(folder) if folder.is_dir() else None) or None
+    store = TrajectoryStore(folder) if folder.is_dir() else None
+    return store or None  # one without experts is false
 
 
 def _check_number(epoch: Any) -> None:

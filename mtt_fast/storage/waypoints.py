@@ -40,7 +40,7 @@ class Course:
     """whether the waypoints are means of their neighbours"""
 
     def at(self, epoch: float) -> tuple[int, Tensor | None]:
-        """Return k and w (P,), float32, at `epoch`, or k and None where waypoint k itself is."""
+        """Return k and w (P,), float32, at `epoch`; or k and None if waypoint k is there."""
         k = bisect.bisect_right(self.epochs, epoch) - 1
         if self.epochs[k] == epoch:
             return k, None

@@ -27,11 +27,12 @@ from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.adamw import AdamW
+from mtt_fast.training.accuracy import count_correct
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.images import Images
+from mtt_fast.training.optimizers import AdamW, Optimizer, Sgd
 from mtt_fast.training.protocols import EvaluationProtocol
-from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +64,8 @@ class Accuracy:
         """Return mean, std, n and the values, with "epoch": "best" for best epochs, and "diverged" if networks diverged."""
         label = {"epoch": "best"} if self.best_epoch else {}
         diverged = {"diverged": self.diverged} if self.diverged else {}
-        return {
-            "mean": self.mean,
-            "std": self.std,
-            "n": len(self.values),
-            "values": list(self.values),
-            **label,
-            **diverged,
-        }
+        numbers = {"mean": self.mean, "std": self.std, "n": len(self.values), "values": list(self.values)}
+        return numbers | label | diverged
 
     def __str__(self) -> str:
         label = (", best epoch" if self.best_epoch else "") + (f", {self.diverged} diverged" if self.diverged else "")
@@ -130,7 +125,7 @@ def _with_soft_labels(network: Network, theta: Tensor, images: Images) -> Images
     return dataclasses.replace(images, labels=one_hot(images.labels, classes).to(theta.dtype))
 
 
-def _optimizer(protocol: EvaluationProtocol, lr: float) -> Sgd | AdamW:
+def _optimizer(protocol: EvaluationProtocol, lr: float) -> Optimizer:
     if protocol.optimizer == "adamw":
         return AdamW(lr, protocol.weight_decay, protocol.batch_size)
     return Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)

@@ -24,10 +24,12 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped
 from mtt_fast.runtime.prefetch import download
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.accuracy import accuracy, count_correct
 from mtt_fast.training.concurrency import Job
 from mtt_fast.training.curriculum import EVERY, Curriculum
+from mtt_fast.training.epochs import chunks_on, epochs_on
 from mtt_fast.training.images import RealImages
-from mtt_fast.training.sgd import Sgd, accuracy, chunks_on, count_correct, epochs_on
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
 
 

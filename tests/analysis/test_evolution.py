@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from mtt_fast.analysis.evolution import CAPTION, evenly, read_history
+from mtt_fast.analysis.evolution import CAPTION, read_history
 from tests.analysis.helpers import run
 
 
@@ -66,12 +66,6 @@ def test_snapshots_are_in_the_order_of_their_iterations(tmp_path: Path) -> None:
     for iteration in (1_000_000, 200_000, 0):
         Image.new("RGB", (4, 4)).save(tmp_path / "history" / f"iteration_{iteration:06d}.png")
     assert list(read_history(tmp_path)) == [0, 200_000, 1_000_000]
-
-
-def test_frames_of_a_strip_are_evenly_spaced() -> None:
-    frames = [Image.new("L", (1, 1), place) for place in range(11)]
-    assert [frame.getpixel((0, 0)) for frame in evenly(frames, 3)] == [0, 5, 10]
-    assert evenly(frames, 20) == frames
 
 
 def test_wrong_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mtt_fast import ConvNet, SiameseAugment
 from mtt_fast.augmentation.combined import CombinedAugment
-from mtt_fast.augmentation.siamese import augment_with
 from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.protocol import StepGradient
 from mtt_fast.kernels import WARP_PARAMETERS
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, epochs_on
+from mtt_fast.training.optimizers import Sgd
 
 
 def test_each_distilled_image_has_an_operation_of_its_own() -> None:

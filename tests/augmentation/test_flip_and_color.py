@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mtt_fast import SiameseAugment
 from mtt_fast.augmentation.flip_and_color import FlipAndColorAugment
-from mtt_fast.augmentation.siamese import Draws, augment_with
+from mtt_fast.augmentation.operations import Draws
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.testing import assert_close
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtt_fast import ConvNet, InputError, SiameseAugment, unroll
-from mtt_fast.augmentation.siamese import Draws, augment_by_strategy, augment_parameters, augment_with
+from mtt_fast.augmentation.operations import Draws, parameters_of_steps
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.testing import assert_close
 
 NAMES = ["brightness", "saturation", "contrast", "crop", "cutout", "flip", "scale", "rotate"]
@@ -34,7 +36,7 @@ def test_golden(golden: Path, name: str, dtype: torch.dtype) -> None:
     case = load_file(golden / "dsa-32.safetensors")
     images = case["images"].to(dtype).requires_grad_()
     draws = [case[key] for key in sorted(case) if key.startswith(f"{name}.draw")]
-    output = augment_with(images, augment_parameters(Draws(name, tuple(draws)), images.shape))
+    output = augment_with(images, parameters_of_steps([Draws(name, tuple(draws))], images.shape))
     (gradient,) = torch.autograd.grad(output, images, case["cotangent"].to(dtype))
     tolerance = TOLERANCES.get(name, 1e-7)  # the values are stored in float32
     assert_close("output", output, case[f"{name}.output"], tolerance)
@@ -137,7 +139,7 @@ def test_second_derivatives_through_the_augmentation() -> None:
     images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     along = torch.randn_like(images)
     draws = SiameseAugment("color").draw(images, torch.Generator().manual_seed(1))
-    parameters = augment_parameters(draws, images.shape)
+    parameters = parameters_of_steps([draws], images.shape)
     parameters[:, 3:9] = 0.2 * torch.randn(2, 6)
     affine = torch.func.jacrev(lambda x: augment_with(x, parameters))(images)
     y = augment_with(images, parameters)
@@ -168,7 +170,7 @@ def test_parameters_made_outside_do_the_same(name: str) -> None:
     augment, images = SiameseAugment(name), torch.randn(3, 3, 8, 8)
     draws = augment.draw(images, torch.Generator().manual_seed(1))
     held = torch.empty(3, 13)
-    held.copy_(augment_parameters(draws, images.shape))
+    held.copy_(parameters_of_steps([draws], images.shape))
     assert torch.equal(augment_with(images, held), augment(images, draws))
 
 
@@ -190,7 +192,7 @@ def test_a_transpose_by_gathering_visits_nine_pixels_at_most() -> None:
     images = torch.zeros(2000, 3, 32, 32)
     for name in _PLAIN:
         draws = SiameseAugment(name).draw(images, torch.Generator().manual_seed(0))
-        warp = augment_parameters(draws, images.shape)[:, [3, 4, 6, 7]].view(-1, 2, 2) + torch.eye(2)
+        warp = parameters_of_steps([draws], images.shape)[:, [3, 4, 6, 7]].view(-1, 2, 2) + torch.eye(2)
         reach = float(torch.linalg.inv(warp).abs().sum(2).max())
         assert reach < (1.5 if name in ("scale", "rotate") else 1 + 1e-12)
 

@@ -22,10 +22,11 @@ from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.evaluate import main as evaluate_command
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.images import Images, as_training_images, real_images
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.protocols import EvaluationProtocol
-from mtt_fast.training.sgd import Sgd, epochs_on
 from mtt_fast.training.subsets import random_subset
 from tests.training.jobs import finished
 

@@ -249,20 +249,33 @@ def test_the_best_set_is_that_of_the_first_of_the_best_evaluations(
     assert (best["mean"], best["iteration"]) == (accuracies[first], first)
 
 
-@pytest.mark.parametrize("method", ["random", "dm"])
+@pytest.mark.parametrize(
+    ("method", "measures", "result"),
+    [
+        ("random", "commands.run_loop.evaluate", Accuracy((0.5,))),
+        ("dm", "commands.run_loop.evaluate", Accuracy((0.5,))),
+        ("dd", "baselines.learning.accuracy", 0.5),  # after the method's own training
+    ],
+)
 def test_an_evaluation_leaves_a_new_run_in_the_place_of_its_moved_folder_alone(
-    method: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str,
+    measures: str,
+    result: Accuracy | float,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
 
-    def replaced(*_: Any, **__: Any) -> Accuracy:
+    def replaced(*_: Any, **__: Any) -> Accuracy | float:
         out.rename(tmp_path / "moved")
         out.mkdir()
         (out / ".lock").touch()
-        return Accuracy((0.5,))
+        return result
 
-    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", replaced)
-    assert run(*flags(method, shared), "--out", str(out)) == 2
+    monkeypatch.setattr(f"mtt_fast.{measures}", replaced)
+    assert run(*flags(method, shared), "--out", str(out), "--num_eval", "1") == 2
     assert f"{out}: another run has taken this folder" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [".lock"]
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import InputError
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
+from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.baselines import gradient_matching
 from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
 from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, dsa, matching_gradient

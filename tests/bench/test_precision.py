@@ -23,7 +23,7 @@ from mtt_fast.storage.run_folder import write_config
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import relative_error
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd
+from mtt_fast.training.optimizers import Sgd
 from tests.bench.helpers import CPU, STEP, TINY, TOY, bench, rows_of
 
 TOY_RUN = (

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
+from bench.plots import DRAWN
 from bench.records import PARTIAL, TRACE, read_record
-from bench.render import DRAWN, TABLES, Options, filled_in, rendered, table
+from bench.render import Options, filled_in, rendered
+from bench.tables import TABLES, table
 from mtt_fast import InputError
 from mtt_fast.commands import cli
 

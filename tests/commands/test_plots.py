@@ -12,7 +12,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
+from mtt_fast.commands.plots import evenly, save_curves, save_grid, save_snapshot
 
 
 def test_curves_show_what_their_titles_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +89,10 @@ def test_a_snapshot_has_the_first_picture_of_each_class_at_its_place(tmp_path: P
     save_snapshot(tmp_path / "few.png", pictures[:3], labels[:3])
     with Image.open(tmp_path / "few.png") as image:
         assert image.size == (18, 4)
+
+
+def test_chosen_items_are_evenly_spaced() -> None:
+    items = list(range(11))
+    assert evenly(items, 3) == [0, 5, 10]
+    assert evenly(items, 20) == items
+    assert evenly([], 5) == []

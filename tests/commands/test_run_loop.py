@@ -19,7 +19,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import read_record
-from mtt_fast.storage.run_folder import lock_folder
+from mtt_fast.storage.run_folder import lock_folder, lock_inode
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -42,8 +42,9 @@ def looped(
     options = SimpleNamespace(Iteration=iterations, eval_it=eval_it, save_seconds=save_seconds)
     named = dict.fromkeys(("command", "method", "real", "network", "evaluated", "numerics"), cast(Any, None))
     run = LoopRun(
-        program="python -m it", options=options, folder=folder, metrics=metrics, seconds=seconds or Stopwatch(), **named
-    )
+        program="python -m it", options=options, folder=folder, lock=lock_inode(folder), metrics=metrics,
+        seconds=seconds or Stopwatch(), **named,
+    )  # fmt: skip
 
     def iterate() -> None:
         progress.iteration += 1

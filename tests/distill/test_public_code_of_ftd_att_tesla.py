@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtt_fast import ConvNet
-from mtt_fast.augmentation.siamese import Draws, parameters_of_steps
+from mtt_fast.augmentation.operations import Draws, parameters_of_steps
 from mtt_fast.distill.gradients import finish_gradients, iteration_of, start_gradients
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps

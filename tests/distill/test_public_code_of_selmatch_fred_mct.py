@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtt_fast import TrajectoryStore
-from mtt_fast.augmentation.siamese import Draws, SiameseAugment, parameters_of_steps
+from mtt_fast.augmentation.operations import Draws, parameters_of_steps
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.compress import compress
 from mtt_fast.distill.frequencies import most_varying_frequencies, with_frequencies
 from mtt_fast.distill.gradients import finish_gradients, gradients_to_apply, iteration_of, start_gradients

@@ -20,7 +20,7 @@ from mtt_fast import (
     path_loss,
     unroll,
 )
-from mtt_fast.augmentation.siamese import Draws
+from mtt_fast.augmentation.operations import Draws
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast import ConvNet, matching_loss, plan, unroll
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.data import Normalisation
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.draws import Apply, draw_steps
@@ -27,8 +28,9 @@ from mtt_fast.engine.sweeps import StudentSteps, path_of
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.runtime.cuda_graphs import CapturedCall, GraphedFunction, graphed
 from mtt_fast.testing import assert_close
+from mtt_fast.training.epochs import training_steps
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, training_steps
+from mtt_fast.training.optimizers import Sgd
 from tests.engine.no_values import NoValues
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)

@@ -185,7 +185,7 @@ def test_a_mean_is_taken_for_one(loss: Loss, size: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["other weights in a later batch", "a class of maps"])
 def test_a_trial_sees_all_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the trial alone, since a captured iteration gets other batches later."""
-    monkeypatch.setattr("mtt_fast.engine.trials.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
+    monkeypatch.setattr("mtt_fast.engine.mean_loss.WatchedLoss", lambda *_: pytest.fail("the trial took it for a mean"))
     test_cut_batches_are_exact(name)
 
 

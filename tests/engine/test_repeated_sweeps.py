@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, matching_loss, unroll
-from mtt_fast.engine.arguments import check_repeated
+from mtt_fast.engine.backward_checks import check_repeated
 from tests.engine.trial_cases import BATCHES, LABELS, with_layer
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, InputError, TrajectoryStore
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
-from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, check_trajectory, layout_from
+from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, check_trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.runtime.interrupts import Stopped
@@ -287,7 +287,7 @@ def test_one_expert_is_in_memory(tmp_path: Path) -> None:
 
 def test_layouts_survive_their_text() -> None:
     layout = ParameterLayout(("a.weight", "a.bias", "scale"), ((2, 3, 1), (4,), ()))
-    assert layout_from(layout.describe()) == layout
+    assert ParameterLayout.from_text(layout.describe()) == layout
 
 
 def mct_steps(trajectory: Epochs) -> list[list[Tensor]]:

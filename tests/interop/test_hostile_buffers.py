@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.interop.buffers import layout_from
-from tests.interop.buffers import NET, Epochs, trained
+from mtt_fast.storage.expert_metadata import ExpertMetadata
+from tests.interop.buffers import NET, Epochs, metadata, trained
 from tests.interop.hostile import refused, rows_of
 
 pytestmark = pytest.mark.usefixtures("bounded")
@@ -86,4 +87,5 @@ def test_steps_that_do_not_fit_waypoints_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["a:2xx", "a:2xb", "a:x;b:-y", "a:1.5"])
 def test_a_text_that_is_no_layout_is_refused(text: str) -> None:
-    refused(lambda: layout_from(text.replace("xx", "x½")), "layout")
+    written = metadata().to_text() | {"layout": json.dumps(text.replace("xx", "x½"))}
+    refused(lambda: ExpertMetadata.from_text(written, "an expert's layout"), "layout")

@@ -122,7 +122,7 @@ def tables() -> dict[str, Any]:
 
 
 def test_tables_that_hold_no_set_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtt_fast.interop.parquet._EXTRA_BYTES", 1 << 20)  # so that a bomb is small, too
+    monkeypatch.setattr("mtt_fast.storage.foreign._EXTRA_BYTES", 1 << 20)  # so that a bomb is small, too
     file = tmp_path / "x.parquet"
     for name, table in tables().items():
         parquet.write_table(table, file, compression="zstd")
@@ -136,7 +136,7 @@ def test_tables_that_hold_no_set_are_refused(tmp_path: Path, monkeypatch: pytest
 def test_tables_that_unpack_to_much_more_are_refused_before_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
-    monkeypatch.setattr("mtt_fast.interop.parquet._EXTRA_BYTES", 1 << 20)
+    monkeypatch.setattr("mtt_fast.storage.foreign._EXTRA_BYTES", 1 << 20)
     parquet.write_table(tables()[name], tmp_path / "x.parquet", compression="zstd")
     assert refused(lambda: read_set(tmp_path / "x.parquet", info=INFO), words)
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import mtt_fast
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import make_parametrisation, try_parametrisation
+from mtt_fast.parametrisations.by_name import make_parametrisation
 from mtt_fast.parametrisations.parametrisation import gradients_at, images_at, learned_values
 from mtt_fast.parametrisations.speed import Speed
+from mtt_fast.parametrisations.trial import try_parametrisation
 from mtt_fast.testing import assert_close
 
 SPEED = "num_saet=5 dim_saet=6 num_head=2 decoder_depth=2 top_k=3 l1_weight=1e-2 patch_size=2"

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.expert_metadata import ExpertMetadata, layer_sizes
+from mtt_fast.networks.layout import ParameterLayout
+from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, write_expert
 
@@ -72,7 +73,7 @@ def test_parameters_may_lie_in_any_order_and_have_a_graph(tmp_path: Path, parame
 
 
 def test_a_parameter_without_sides_is_one_number() -> None:
-    assert layer_sizes("scale:;features.0.weight:4x3x3x3;bias:5") == [1, 108, 5]
+    assert ParameterLayout.from_text("scale:;features.0.weight:4x3x3x3;bias:5").sizes == [1, 108, 5]
 
 
 @given(

@@ -23,6 +23,7 @@ from mtt_fast.engine.students.protocol import StepBytes
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.accuracy import accuracy
 from mtt_fast.training.concurrency import (
     Concurrency,
     Job,
@@ -31,10 +32,11 @@ from mtt_fast.training.concurrency import (
     run_concurrently,
     steps_that_fill,
 )
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.evaluation import evaluate, training_job
 from mtt_fast.training.images import Images
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.protocols import EvaluationProtocol
-from mtt_fast.training.sgd import Sgd, accuracy, epochs_on
 from tests.training.jobs import finished
 
 CPU = torch.device("cpu")

@@ -33,11 +33,11 @@ from mtt_fast.interop import export_experts
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified
+from mtt_fast.training.accuracy import count_correct
 from mtt_fast.training.evaluation import Accuracy, has_diverged
 from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import EvaluationProtocol
-from mtt_fast.training.sgd import count_correct
 from tests.interop.buffers import NET, flat, imported, metadata, save_buffers, trained
 
 pytestmark = pytest.mark.usefixtures("no_curves")

@@ -32,11 +32,13 @@ from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.pools import POOLS
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
+from mtt_fast.training.accuracy import count_correct
+from mtt_fast.training.epochs import epochs_on
 from mtt_fast.training.evaluation import Accuracy, training_job
 from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.protocols import PROTOCOLS, EvaluationProtocol, protocol_by_name
-from mtt_fast.training.sgd import Sgd, count_correct, epochs_on
 from tests.training.jobs import finished
 
 pytestmark = pytest.mark.usefixtures("no_curves")

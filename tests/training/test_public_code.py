@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtt_fast import ConvNet, SiameseAugment
-from mtt_fast.augmentation.siamese import Draws
+from mtt_fast.augmentation.operations import Draws
 from mtt_fast.data import Normalisation
 from mtt_fast.testing import assert_close
 from mtt_fast.training.evaluation import training_job
@@ -41,7 +41,7 @@ def test_experts_are_those_of_the_public_code(
         for _ in range(epochs):
             yield from next(permutations).split(size)
 
-    monkeypatch.setattr("mtt_fast.training.sgd._batches", batches)
+    monkeypatch.setattr("mtt_fast.training.epochs._batches", batches)
     monkeypatch.setattr(ConvNet, "init", lambda *_: CASES["start"])
     images = Images(CASES["images"], CASES["labels"])
     real = RealImages(None, None, images, images)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_an_evaluation_is_that_of_ncfms_code(monkeypatch: pytest.MonkeyPatch) ->
         for _ in range(epochs):
             yield from next(orders).split(size)
 
-    monkeypatch.setattr("mtt_fast.training.sgd._batches", batches)
+    monkeypatch.setattr("mtt_fast.training.epochs._batches", batches)
     monkeypatch.setattr(SiameseAugment, "draw", draw)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: next(uniform))
     monkeypatch.setattr(torch, "randint", lambda *_, **__: next(centres))

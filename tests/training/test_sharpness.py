@@ -15,8 +15,9 @@ from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training.epochs import epochs_on, training_step
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, epochs_on, training_step
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
 
 NET = ConvNet(in_channels=3, num_classes=5, image_size=8, width=3, depth=2)

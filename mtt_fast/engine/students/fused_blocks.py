@@ -13,17 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.kernels import (
-    Affine,
-    Convolved,
-    Folded,
-    Patches,
-    PlaneStats,
-    Precision,
-    Weight,
-    planes_of,
-    weight_of,
-)
+from mtt_fast.kernels import Affine, Convolved, Folded, Patches, PlaneStats, Precision, Weight, planes_of, weight_of
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
@@ -265,8 +255,8 @@ class ImageBlock:
 
     def forward(self, x: Patches) -> tuple[Tensor, ImageActivations]:
         """See `Block.forward`."""
-        weight, affine = weight_of(self.parameters.weight), self.parameters.affine
-        p, folded = kernels.conv_norm_relu_pool(x, weight, Affine(*affine), NORM_EPS, self.precision)
+        weight, affine = weight_of(self.parameters.weight), Affine(*self.parameters.affine)
+        p, folded = kernels.conv_norm_relu_pool(x, weight, affine, NORM_EPS, self.precision)
         return p, ImageActivations(x, folded)
 
     def to_save(self, activations: ImageActivations) -> Patches:
@@ -275,16 +265,12 @@ class ImageBlock:
 
     def backward(self, activations: ImageActivations, p_bar: Convolved, *, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
+        weight, affine = weight_of(self.parameters.weight), Affine(*self.parameters.affine)
         patches, folded = activations
-        arguments = (
-            weight_of(self.parameters.weight),
-            Affine(*self.parameters.affine),
-            p_bar,
-            folded,
-            NORM_EPS,
-            self.precision,
+        parameters_bar = kernels.conv_norm_relu_pool_backward(
+            patches, weight, affine, p_bar, folded, NORM_EPS, self.precision
         )
-        return None, kernels.conv_norm_relu_pool_backward(patches, *arguments)
+        return None, parameters_bar
 
     def dual(self, x: Patches, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
         """See `Block.dual`. `saved` is x itself."""

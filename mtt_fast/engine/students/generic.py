@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,16 +77,12 @@ class GenericStudent:
         return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, to_labels, step.loss.detach())
 
     def _step_graph(self, theta: Tensor, images: Inputs, labels: Tensor) -> LossGraph:
-        inputs = gathered(images)
-        differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
-        with plain_attention, torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
-            with explaining_missing_derivatives():
-                # of copies, since a network may write into its images, and a loss into its labels
-                logits = self.network(leaves[0], leaves[1].clone())
-                loss = self.loss(logits, (leaves[2] if len(leaves) == 3 else labels).clone())
-            gradient = gradient_of(loss, leaves[0], create_graph=True)
-        return LossGraph(leaves, loss, gradient)
+        def loss(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+            # of copies, since a network may write into its images, and a loss into its labels
+            return self.loss(self.network(theta, images.clone()), labels.clone())
+
+        with plain_attention:
+            return _graph_of(loss, theta, gathered(images), labels)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -137,11 +133,16 @@ def loss_graph(loss: Loss, outputs: Tensor, labels: Tensor) -> LossGraph:
             f"`net`: expected real outputs where batches are cut for a `loss` that is no mean over samples, found {outputs.dtype}; "
             "return torch.view_as_real of them, of which the `loss` takes torch.view_as_complex"
         )
-    differentiated = (outputs, labels) if labels.is_floating_point() else (outputs,)
+    # of copies, since a loss may write into its arguments
+    return _graph_of(lambda outputs, labels: loss(outputs.clone(), labels.clone()), outputs, labels)
+
+
+def _graph_of(loss: Callable[..., Tensor], *arguments: Tensor) -> LossGraph:
+    """Return the graph of `loss` from its floating `arguments` to the gradient with respect to the first."""
     with torch.enable_grad(), explaining_missing_derivatives():
-        leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
-        # of copies, since a loss may write into its arguments
-        value = loss(leaves[0].clone(), (leaves[1] if len(leaves) == 2 else labels).clone())
+        given = [argument.detach().requires_grad_(argument.is_floating_point()) for argument in arguments]
+        leaves = [argument for argument in given if argument.requires_grad]
+        value = loss(*given)
         return LossGraph(leaves, value, gradient_of(value, leaves[0], create_graph=True))
 
 

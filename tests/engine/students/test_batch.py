@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, SiameseAugment, kernels, matching_loss, unroll
+from mtt_fast.augmentation.operations import Draws
 from mtt_fast.augmentation.protocol import warp_of
-from mtt_fast.augmentation.siamese import Draws, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.engine.students.batch import AugmentedBatch, Batch, gathered
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.sweeps import StudentSteps

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet
-from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
+from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent, cross_entropy
@@ -145,11 +146,8 @@ def compare_iterations(net: ConvNet, dtype: torch.dtype, precision: Any, microba
     images, start = draw(4, net.in_channels, height, width), draw(net.num_parameters) / 2
     batches = [torch.tensor(rows) for rows in ([2, 0, 2], [1, 3, 0], [3, 3, 3])] * 2
     lengths = (3,) * len(batches)
-    shape = torch.Size((3, *images.shape[1:]))
-    parameters = [
-        augment_parameters(SiameseAugment(operation).draw(torch.empty(shape, dtype=torch.float64), generator), shape)
-        for operation in OPERATIONS
-    ]
+    like = torch.empty(3, *images.shape[1:], dtype=torch.float64)
+    parameters = [SiameseAugment(operation).draw_parameters([like], generator) for operation in OPERATIONS]
     given = (start, start + draw(net.num_parameters) / 10, images, torch.arange(4) % net.num_classes)
     inputs = (*given, torch.tensor(0.05, dtype=torch.float64), torch.cat(batches), torch.cat(parameters))
     with patch.object(kernels_dispatch, "_INTERPRETED", False):

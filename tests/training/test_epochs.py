@@ -14,10 +14,11 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
 from mtt_fast.networks.protocol import Network
 from mtt_fast.training import evaluation
+from mtt_fast.training.epochs import chunk_sizes, chunks_on, epochs_on
 from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.images import Images
+from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.protocols import protocol_by_name
-from mtt_fast.training.sgd import Sgd, chunk_sizes, chunks_on, epochs_on
 from tests.training.jobs import finished
 
 NET = ConvNet(3, 5, 8, 3, 2)

@@ -1,9 +1,8 @@
-"""Train experts and evaluated networks by SGD or AdamW, in chunks of steps or in epochs, and measure their accuracy."""
+"""Train experts and evaluated networks, in chunks of steps or in epochs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,42 +17,16 @@ from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.draws import Apply, StepDraws, draw_steps
 from mtt_fast.engine.students.batch import Batch, Inputs, gathered
 from mtt_fast.engine.students.protocol import Student
-from mtt_fast.kernels import PartialSums
 from mtt_fast.networks.flat_module import Track
-from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
-from mtt_fast.training.adamw import AdamW
 from mtt_fast.training.cutmix import draw_box, mixed
 from mtt_fast.training.images import Images
+from mtt_fast.training.optimizers import Optimizer
 from mtt_fast.training.sharpness import SharpnessAware
 
 # Steps in one CUDA graph. Launching a graph takes longer than a small step, and capturing it three times as long as its steps.
 STEPS_AT_ONCE = 4
-_TEST_BATCH = 500
-
-
-@dataclass(frozen=True)
-class Sgd:
-    """Hyper-parameters of plain SGD, as torch.optim.SGD names them."""
-
-    lr: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    batch_size: int = 256
-
-    def start(self, theta: Tensor) -> Tensor:
-        """Return the velocity (P,) before the first step."""
-        return torch.zeros_like(theta)
-
-    def step(self, theta: Tensor, velocity: Tensor, sums: PartialSums, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return parameters and velocity (P,) after a step with the learning rate `lr` (). A pure function."""
-        theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if self.momentum else None
-        kernels.sgd_step(
-            theta, sums, lr, out=theta_out, velocity=velocity if self.momentum else None, velocity_out=velocity_out,
-            momentum=self.momentum, weight_decay=self.weight_decay,
-        )  # fmt: skip
-        return theta_out, velocity if velocity_out is None else velocity_out
 
 
 Epochs = Callable[..., tuple[Tensor, ...]]
@@ -80,7 +53,7 @@ Chunks = Callable[..., Iterator[Chunk]]
 def epochs_on(
     student: Student | SharpnessAware,
     images: Images,
-    optimizer: Sgd | AdamW,
+    optimizer: Optimizer,
     augment: SiameseAugment | None,
     track: Track | None = None,
     subset: Tensor | None = None,
@@ -117,7 +90,7 @@ def epochs_on(
 def chunks_on(
     student: Student | SharpnessAware,
     images: Images,
-    optimizer: Sgd | AdamW,
+    optimizer: Optimizer,
     augment: SiameseAugment | None,
     track: Track | None = None,
     subset: Tensor | None = None,
@@ -205,7 +178,7 @@ def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
 def training_steps(
     student: Student | SharpnessAware,
     images: Images,
-    optimizer: Sgd | AdamW,
+    optimizer: Optimizer,
     augment: Apply | None,
     track: Track | None,
     length: int,
@@ -237,7 +210,7 @@ def training_steps(
 
 def training_step(
     student: Student | SharpnessAware,
-    optimizer: Sgd | AdamW,
+    optimizer: Optimizer,
     theta: Tensor,
     velocity: Tensor,
     inputs: Inputs,
@@ -260,27 +233,3 @@ def _inputs(
             return Batch(images.pixels, index, warp), images.labels[index]
     inputs, targets = images.batch(index)
     return (inputs if augment is None or parameters is None else augment(inputs, parameters)), targets
-
-
-def accuracy(network: Network, theta: Tensor, images: Images) -> float:
-    """Return the accuracy of `network` on `images`, in [0, 1]."""
-    return int(count_correct(network, theta, images)) / len(images)
-
-
-def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it."""
-    return classified_correctly(network, theta, images).sum()
-
-
-@torch.no_grad()
-def classified_correctly(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return whether `network` classifies each of `images` correctly, (n,) bool on the device, without waiting for it.
-
-    An image with logits that are not finite counts as wrong.
-    """
-    correct = []
-    for start in range(0, len(images), _TEST_BATCH):
-        inputs, targets = images.batch(slice(start, start + _TEST_BATCH))
-        logits = network(theta, inputs)
-        correct.append((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1))
-    return torch.cat(correct)

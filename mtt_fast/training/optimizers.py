@@ -1,4 +1,4 @@
-"""AdamW for trainings whose steps may be captured in a CUDA graph."""
+"""The optimizers of experts and evaluated networks, whose steps are pure functions that a CUDA graph can hold."""
 
 from __future__ import annotations
 
@@ -7,10 +7,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import mtt_fast.kernels as kernels
 from mtt_fast.engine.optimizers import CapturableAdam
 from mtt_fast.kernels import PartialSums
 
-_BETAS = (0.9, 0.999)
+_BETAS = (0.9, 0.999)  # of AdamW
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Hyper-parameters of plain SGD, as torch.optim.SGD names them."""
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 256
+
+    def start(self, theta: Tensor) -> Tensor:
+        """Return the velocity (P,) before the first step."""
+        return torch.zeros_like(theta)
+
+    def step(self, theta: Tensor, velocity: Tensor, sums: PartialSums, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """Return parameters and velocity (P,) after a step with the learning rate `lr` (). A pure function."""
+        theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if self.momentum else None
+        kernels.sgd_step(
+            theta, sums, lr, out=theta_out, velocity=velocity if self.momentum else None, velocity_out=velocity_out,
+            momentum=self.momentum, weight_decay=self.weight_decay,
+        )  # fmt: skip
+        return theta_out, velocity if velocity_out is None else velocity_out
 
 
 @dataclass(frozen=True)
@@ -34,3 +58,6 @@ class AdamW:
         adam = CapturableAdam(_BETAS, corrections=corrections[None])
         adam.step(0, decayed, sums, lr, moments, theta_out, moments_out)
         return theta_out, torch.cat([count[None], moments_out.view(-1)])
+
+
+Optimizer = Sgd | AdamW
