@@ -76,10 +76,18 @@ def default_signals() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """Leave out the curves, which take nine tenths of a toy run; tests/distill/test_command.py covers drawing them."""
+    """Leave out the curves, which take most of a toy run; tests that ask for `curves` cover drawing them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the curves in a test of a module without."""
+    from mtt_fast.commands.plots import save_curves
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.save_curves", save_curves)
 
 
 @pytest.fixture(autouse=True)

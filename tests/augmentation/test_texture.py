@@ -30,6 +30,8 @@ from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.subsets import random_subset
 from tests.training.jobs import finished
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 ODD = (3, 2, 7, 10)
 
 

@@ -24,6 +24,8 @@ from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import reference_convnet
 from tests.convert.files import DIGITS, convert, save_public_buffer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 DISTIL = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --Iteration 1 "
     "--eval_it 1 --num_eval 1 --epoch_eval_train 1"

@@ -27,8 +27,6 @@ from mtt_fast.distill.planning import plan_steps
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.recipes import recipe_names, recipe_options
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
     "--syn_steps 3 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10"

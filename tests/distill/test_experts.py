@@ -22,8 +22,6 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.trajectories import write_expert
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 6 --max_start_epoch 4 --expert_epochs 2 "
     "--syn_steps 2 --Iteration 4 --eval_it 4 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10"

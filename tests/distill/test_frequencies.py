@@ -30,8 +30,6 @@ from mtt_fast.testing import assert_close, module_function, reference_convnet, r
 from mtt_fast.training.images import real_images
 from mtt_fast.training.subsets import random_subset
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --expert_epochs 1 --ipc 4 "
     "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --save_seconds 0 "

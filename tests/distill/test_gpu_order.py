@@ -18,8 +18,6 @@ from mtt_fast.runtime import prefetch
 from mtt_fast.storage.metrics import MetricsLog
 from tests.distill.command_runs import TOY, images_of, metrics_of, run
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 Work = Callable[[], PendingGradients]
 
 

@@ -37,8 +37,6 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import reference_convnet
 from mtt_fast.training.images import real_images
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
     "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --lr_img 10 --save_seconds 0"

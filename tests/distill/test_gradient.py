@@ -41,8 +41,6 @@ from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import assert_close
 from mtt_fast.training.evaluation import Accuracy
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
     "--syn_steps 3 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10 "

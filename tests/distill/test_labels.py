@@ -27,8 +27,6 @@ from mtt_fast.training.images import as_training_images
 from mtt_fast.training.protocols import EvaluationProtocol
 from tests.training.jobs import finished
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 CPU = torch.device("cpu")
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "

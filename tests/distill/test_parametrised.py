@@ -16,8 +16,6 @@ from mtt_fast.parametrisations.by_name import make_parametrisation
 from mtt_fast.storage.checkpoint import load_checkpoint
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --expert_epochs 1 --ipc 2 "
     "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --save_seconds 0 --lr_img 50"

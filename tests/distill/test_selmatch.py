@@ -34,8 +34,6 @@ from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import as_training_images, real_images
 from mtt_fast.training.subsets import window_of_difficulty
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TOY = (
     "--dataset digits --model ConvNetD1W4BN --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 --eval_mode SS "
     "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 128 --lr_img 100 --ipc 5 --save_seconds 0"

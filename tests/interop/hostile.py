@@ -15,7 +15,7 @@ from mtt_fast.interop import (
 )
 from mtt_fast.interop.buffers import check_trajectory
 from mtt_fast.interop.tensor_set import SourceInfo
-from tests.interop.test_buffers import NET
+from tests.interop.buffers import NET
 
 INFO = SourceInfo(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.storage.expert_metadata import ExpertMetadata
+from tests.interop.buffers import NET, Epochs, metadata, trained
 from tests.interop.hostile import refused, rows_of
-from tests.interop.test_buffers import NET, Epochs, metadata, trained
 
 pytestmark = pytest.mark.usefixtures("bounded")
 

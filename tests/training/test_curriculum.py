@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast import ConvNet, InputError, TrajectoryStore
+from mtt_fast import InputError, TrajectoryStore
 from mtt_fast.commands import cli
-from mtt_fast.data import from_tensors, load
+from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.experts.command import main
 from mtt_fast.interop.order import check_order, read_order
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.curriculum import Curriculum
 from mtt_fast.training.experts import ExpertTraining, expert_job, expert_steps
-from mtt_fast.training.images import RealImages, real_images
+from mtt_fast.training.images import RealImages
 from tests.training.jobs import finished
+from tests.training.toy import NET, toy_images
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --batch_train 512 --data_path data".split()
 SHORT: dict[str, Any] = {
@@ -31,7 +32,6 @@ SHORT: dict[str, Any] = {
     "rm_easy_ratio_first": 0.2,
     "rm_easy_ratio_second": 0.3,
 }
-NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
 
 
 def test_an_epoch_visits_the_images_of_pads_code() -> None:
@@ -55,10 +55,7 @@ def test_an_epoch_visits_the_images_of_pads_code() -> None:
 
 @pytest.fixture
 def images() -> RealImages:
-    def split(count: int) -> tuple[Tensor, Tensor]:
-        return torch.randint(0, 256, (count, 1, 6, 6), dtype=torch.uint8), torch.arange(count) % 3
-
-    return real_images(from_tensors(split(30), split(9)), zca=False, device=torch.device("cpu"))
+    return toy_images()
 
 
 def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealImages) -> None:

@@ -38,7 +38,7 @@ from mtt_fast.training.evaluation import Accuracy, has_diverged
 from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import EvaluationProtocol
-from tests.interop.test_buffers import NET, flat, imported, metadata, save_buffers, trained
+from tests.interop.buffers import NET, flat, imported, metadata, save_buffers, trained
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.container import BarContainer, ErrorbarContainer
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, evaluate
@@ -21,11 +17,12 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.cross import command as cross
-from mtt_fast.cross.table import Quoted, markdown, quoted_for, save_plot
 from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.protocols import EvaluationProtocol
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
+ACCURACY = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
+CELL = {"accuracy": ACCURACY, "text": "50 %", "seconds": 1.0, "device": "a device"}
 
 
 @pytest.fixture(autouse=True)
@@ -94,14 +91,10 @@ def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPat
 )  # fmt: skip
 def test_a_set_in_another_setting_is_measured_again(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    cell = {
-        "accuracy": {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]},
-        "text": "50 %", "seconds": 1.0, "device": "a device",
-    }  # fmt: skip
 
     def measure(*arguments: Any) -> dict[str, Any]:
         measured.append(arguments)
-        return cell
+        return CELL
 
     monkeypatch.setattr(cross, "_measure", measure)
     words = ["run", *TOY, "--models", "MLP"]
@@ -114,9 +107,7 @@ def test_a_set_in_another_setting_is_measured_again(flags: str, monkeypatch: pyt
 
 def test_a_network_in_bfloat16_is_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
-    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
-    monkeypatch.setattr(cross, "_measure", lambda *arguments: measured.append(arguments) or cell)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: measured.append(arguments) or CELL)  # type: ignore[func-returns-value]
     monkeypatch.setattr(cross, "save_plot", lambda *_: None)
     for count, precision in ((1, "fp32"), (1, "tf32"), (2, "bf16"), (2, "bf16"), (2, "fp16")):
         monkeypatch.setattr(cross, "precision_on", lambda *_, precision=precision: precision)
@@ -171,9 +162,7 @@ def test_a_table_says_the_protocol_of_each_set(caplog: pytest.LogCaptureFixture)
 
 
 def test_a_file_whose_classes_differ_has_a_mean_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
-    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
-    monkeypatch.setattr(cross, "_measure", lambda *_: cell)
+    monkeypatch.setattr(cross, "_measure", lambda *_: CELL)
     torch.save(torch.randn(15, 1, 8, 8), "images_best.pt")
     torch.save(torch.arange(15) % 10, "labels_best.pt")
     assert cli.run(cross.main, ["images_best.pt", "run", *TOY, "--dataset", "digits"]) == 0
@@ -183,13 +172,7 @@ def test_a_file_whose_classes_differ_has_a_mean_number_of_images(monkeypatch: py
 
 
 def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = {
-        "accuracy": {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]},
-        "text": "",
-        "seconds": 1.0,
-        "device": "",
-    }
-    monkeypatch.setattr(cross, "_measure", lambda *arguments: cell)
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: CELL)
     ours = SyntheticDataset.load("b.safetensors")
     replace(ours, labels=ours.labels.flip(0)).save("c.safetensors")
     assert cli.run(cross.main, ["b.safetensors", "c.safetensors", *TOY, "--models", "MLP"]) == 0
@@ -206,71 +189,6 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     monkeypatch.setattr(EvaluatedSet, "load_data", lambda self: replace(load_data(self), fingerprint="beef"))
     assert cli.run(cross.main, random_set) == 0
     assert len(table()) == 8
-
-
-def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
-    def cell(network: str) -> dict[str, Any]:
-        question = {"dataset": "CIFAR10", "ipc": 10, "network": network}
-        return {"set": "mine", "question": question, "accuracy": {"mean": 0.651, "std": 0.004, "n": 5, "epoch": "best"}}
-
-    cells = [cell("ConvNet"), cell("VGG11"), cell("MLP")]
-    quoted = quoted_for(cells)
-    assert [row.text for row in quoted] == [f"{name}, 10 per class (quoted)" for name in ("MTT", "DSA", "KIP", "ATT")]
-    assert quoted[0].accuracies["AlexNet"] == pytest.approx({"mean": 0.342, "std": 0.026})
-    lines = markdown(cells, quoted, "protocol x").splitlines()
-    assert lines[2] == "| mine | CIFAR10 | 10 |" + " 65.1 ± 0.4 (best epoch) |" * 3
-    assert lines[3] == "| MTT, 10 per class (quoted) | CIFAR10 | 10 | 64.3 ± 0.7 | 50.3 ± 0.8 |  |"
-    assert lines[6] == "| ATT, 10 per class (quoted) | CIFAR10 | 10 | 67.7 | 54.2 |  |"
-    assert "they were not measured here. MTT, 10 per class: Table 3 of the paper; DSA" in lines[-1]
-    assert lines[-1].endswith("ATT, 10 per class: the cross-architecture table of ATT (arXiv 2407.14245).")
-    at_50 = [cell("ConvNet") | {"question": {"dataset": "CIFAR10", "ipc": 50, "network": "ConvNet"}}]
-    assert {row.method: row.accuracies["VGG11"]["mean"] for row in quoted_for(at_50)} == pytest.approx(
-        {"MTT": 0.554, "FTD": 0.584, "ATT": 0.617}
-    )
-    save_plot("plot.png", cells, quoted)
-    with Image.open("plot.png") as picture:
-        assert picture.width > 300
-    both = markdown([*cells, at_50[0] | {"set": "larger"}], [], "x").splitlines()
-    assert both[3] == "| larger | CIFAR10 | 50 | 65.1 ± 0.4 (best epoch) |  |  |"
-    (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
-    assert line == r"| a\|b | CIFAR10 | 10 | 65.1 ± 0.4 (best epoch) |"
-    assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
-
-
-def test_the_plot_has_quoted_numbers_at_their_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr("mtt_fast.cross.table.save_figure", lambda path, figure: figures.append(figure))
-    cells = [
-        {"set": "a", "question": {"network": network}, "accuracy": {"mean": 0.1, "std": 0.0}}
-        for network in ("X", "Y", "Z")
-    ]
-    accuracies = {"Z": {"mean": 0.3, "std": 0.02}, "Y": {"mean": 0.2}, "elsewhere": {"mean": 0.9}}
-    save_plot("plot.png", cells, [Quoted("MTT", "CIFAR10", 1, "a paper", accuracies)])
-    crosses = [each for each in figures[0].axes[0].containers if each.get_label() == "MTT, 1 per class (quoted)"]
-    assert isinstance(crosses[0], ErrorbarContainer)
-    points, _, (spreads,) = crosses[0].lines
-    assert np.asarray(points.get_xydata()).tolist() == [[1, 20], [2, 30]]
-    assert [high - low for (_, low), (_, high) in spreads.get_segments()] == [0, pytest.approx(4)]
-
-
-def test_the_plot_has_each_accuracy_at_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr("mtt_fast.cross.table.save_figure", lambda path, figure: figures.append(figure))
-    means = {("a", "X"): 0.1, ("a", "Y"): 0.2, ("b", "Y"): 0.4}
-    cells = [
-        {"set": name, "question": {"network": network}, "accuracy": {"mean": mean, "std": mean / 10}}
-        for (name, network), mean in means.items()
-    ]
-    save_plot("plot.png", cells, [])
-    (axes,) = figures[0].axes
-    drawn = []
-    for bars in (each for each in axes.containers if isinstance(each, BarContainer)):
-        assert bars.errorbar is not None
-        spreads = [high - low for (_, low), (_, high) in bars.errorbar.lines[2][0].get_segments()]
-        for bar, spread in zip(bars, spreads, strict=True):
-            place = axes.get_xticklabels()[round(bar.get_x() + bar.get_width() / 2)].get_text()
-            drawn.append((bars.get_label(), place, bar.get_height(), spread))
-    assert drawn == [(*key, pytest.approx(100 * mean), pytest.approx(20 * mean)) for key, mean in means.items()]
 
 
 @pytest.mark.parametrize(
@@ -311,9 +229,7 @@ def test_sets_that_differ_in_their_crops_are_two_questions() -> None:
 def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_are_augmented_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    accuracy = {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]}
-    cell = {"accuracy": accuracy, "text": "50 %", "seconds": 1.0, "device": "a device"}
-    monkeypatch.setattr(cross, "_measure", lambda *arguments: cell)
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: CELL)
     monkeypatch.setattr(cross, "save_plot", lambda *_: None)
     ours = SyntheticDataset.load("b.safetensors")
     replace(ours, recipe=ours.recipe | {"distilled_share": 0.5}).save("half.safetensors")
@@ -328,11 +244,3 @@ def test_sets_that_differ_in_what_is_real_are_two_questions_where_real_images_ar
 def test_an_unknown_network_is_told_by_the_option_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(cross.main, ["run", "--models", "MLP", "RestNet18", "--out", "table"]) == 2
     assert "error: --models RestNet18: expected ConvNet" in capsys.readouterr().err
-
-
-def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
-    """Check that matplotlib has a label to show: it warns where it leaves all out."""
-    cell = {"set": "_old", "question": {"network": "MLP"}, "accuracy": {"mean": 0.5, "std": 0.1}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_plot(tmp_path / "cross.png", [cell], [])
