@@ -31,7 +31,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG
-from mtt_fast.storage.run_folder import lock_folder, lock_inode, write_config
+from mtt_fast.storage.run_folder import check_not_taken, lock_folder, lock_inode, write_config
 from mtt_fast.training.subsets import check_enough
 
 log = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ def _run(
             result = method.make(options, real, network)
             if trained_options and not isinstance(result, LearnedSet):
                 result = with_labels(trained_options, real, network, result)
+        check_not_taken(folder, run.lock)  # an expert may have been trained for hours
         if isinstance(result, LearnedSet):
             learn(run, result)
         else:

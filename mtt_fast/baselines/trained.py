@@ -52,7 +52,8 @@ def with_first_expert_training(
     """Return the options with the hyperparameters of the first expert, if there is one; else unchanged.
 
     Raises `InputError` if the expert is of another network or other images, or was trained with other hyperparameters than
-    the `requested` ones; if an expert cannot label images as the options ask; or if there is none, and it cannot be written, or buffers of the public code should be converted.
+    the `requested` ones; if an expert cannot label images as the options ask; or if there is none, and it cannot be written, or buffers
+    of the public code should be converted.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = experts_in(folder)

@@ -30,7 +30,7 @@ from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.records import write_record
 from mtt_fast.storage.run_files import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
-from mtt_fast.storage.run_folder import lock_inode
+from mtt_fast.storage.run_folder import check_not_taken, lock_inode
 from mtt_fast.training.evaluation import Accuracy, evaluate
 from mtt_fast.training.images import Images, RealImages, as_training_images
 
@@ -131,7 +131,7 @@ def run_to_the_end(
 
     def check_in_place() -> None:
         """Raise `InputError` if the folder is no longer the one that this process has locked; a new run's is left alone."""
-        _check_not_taken(run)
+        check_not_taken(run.folder, run.lock)
         if lock_inode(run.folder) == run.lock:
             return
         save_state()
@@ -182,14 +182,6 @@ def run_to_the_end(
                 f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
                 stopped.signum,
             ) from None
-
-
-def _check_not_taken(run: Run) -> None:
-    """Raise `InputError` if another run has taken the folder of `run`."""
-    if lock_inode(run.folder) not in (None, run.lock):
-        raise InputError(
-            f"{run.folder}: another run has taken this folder; continue this one where its own folder was moved to"
-        )
 
 
 def set_to_save(
@@ -262,7 +254,7 @@ def evaluate_network(
             precision=precision_on(test.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=run.memory_budget,
         )  # fmt: skip
-    _check_not_taken(run)
+    check_not_taken(run.folder, run.lock)
     return accuracy
 
 
@@ -314,7 +306,7 @@ def write_summary(
     `evaluations` are the last records of the sets by name, `accuracies` further accuracies by name, and `others` the method's
     own fields. Raises `InputError` if another run took the folder in the meantime.
     """
-    _check_not_taken(run)
+    check_not_taken(run.folder, run.lock)
     device, (first, *_) = run.real.test.labels.device, run.evaluated
     if first != run.options.model and run.evaluated[first] != run.network:  # --eval_mode
         text = f"{text}; the images were tested on {first}"

@@ -68,7 +68,7 @@ from mtt_fast.storage.checkpoint import State, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS, with_training_of
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.run_folder import lock_folder, lock_inode, write_config
+from mtt_fast.storage.run_folder import check_not_taken, lock_folder, lock_inode, write_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
 
@@ -114,6 +114,7 @@ def _run(
         image_parameters=image_parameters,
     )  # fmt: skip
     with lock_folder(folder), accumulate_seconds(folder, seconds):
+        lock = lock_inode(folder)
         state = load_state(options, data, device)
         if state is not None:
             check_same_scores(options, difficulty, state)
@@ -127,6 +128,7 @@ def _run(
             check_same_parametrisation(options, state, parametrisation)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
+        check_not_taken(folder, lock)  # experts may have been trained for hours
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
@@ -148,7 +150,7 @@ def _run(
             log.info("images: %s", describe_parametrisation(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
-            program=PROGRAM, command=command, method=method, options=options, folder=folder, lock=lock_inode(folder),
+            program=PROGRAM, command=command, method=method, options=options, folder=folder, lock=lock,
             real=real, network=network, evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget,
             experts=experts, num_matched_experts=num_matched, cam=cam, initial=initial,
             metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,

@@ -66,6 +66,14 @@ def lock_inode(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def check_not_taken(folder: Path, lock: tuple[int, int] | None) -> None:
+    """Raise `InputError` if another run has taken `folder`: its lock is not the one that `lock_inode` found, `lock`."""
+    if lock_inode(folder) not in (None, lock):
+        raise InputError(
+            f"{folder}: another run has taken this folder; continue this one where its own folder was moved to"
+        )
+
+
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
     """Write options (text, numbers, booleans, lists; None is left out) as TOML, below a `note` of one line.
 

@@ -266,12 +266,13 @@ def test_the_best_set_is_that_of_the_first_of_the_best_evaluations(
         ("random", "commands.run_loop.evaluate", Accuracy((0.5,))),
         ("dm", "commands.run_loop.evaluate", Accuracy((0.5,))),
         ("dd", "baselines.learning.accuracy", 0.5),  # after the method's own training
+        ("herding", "baselines.command.first_expert", None),  # after the expert's
     ],
 )
 def test_an_evaluation_leaves_a_new_run_in_the_place_of_its_moved_folder_alone(
     method: str,
     measures: str,
-    result: Accuracy | float,
+    result: Accuracy | float | None,
     shared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -279,7 +280,7 @@ def test_an_evaluation_leaves_a_new_run_in_the_place_of_its_moved_folder_alone(
 ) -> None:
     out = tmp_path / "run"
 
-    def replaced(*_: Any, **__: Any) -> Accuracy | float:
+    def replaced(*_: Any, **__: Any) -> Accuracy | float | None:
         out.rename(tmp_path / "moved")
         out.mkdir()
         (out / ".lock").touch()

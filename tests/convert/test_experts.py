@@ -174,6 +174,9 @@ def test_experts_of_a_renamed_folder_are_written_where_their_readers_look() -> N
     ):
         assert convert(source, f"{source}-{kind}", "--to", kind) == 0
         assert file in [str(path.relative_to(f"{source}-{kind}")) for path in Path(f"{source}-{kind}").rglob("*0.*")]
+    few, copied = TrajectoryStore("few"), TrajectoryStore("few-experts/digits_ZCA/ConvNetD1W4/waypoints_2")
+    for epoch in (0, 1, 2):
+        assert torch.equal(copied.read(1, epoch), few.read(1, epoch))
 
 
 def test_experts_that_are_there_are_not_taken_for_others(

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from mtt_fast import SyntheticDataset
 from mtt_fast.commands.plots import save_grid
+from mtt_fast.distill.experts import prepare_experts
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.training.evaluation import Accuracy
@@ -44,6 +45,23 @@ def test_resumed_is_bit_identical_to_uninterrupted(experts: list[str], tmp_path:
     assert torch.equal(images_of(whole), images_of(parts))
     steps = [[record for record in metrics_of(out) if record["kind"] == "step"] for out in (whole, parts)]
     assert steps[0] == steps[1]
+
+
+def test_a_run_whose_folder_another_took_while_its_experts_were_trained_leaves_that_alone(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def replaced(*given: Any) -> Any:
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+        (out / ".lock").touch()
+        return prepare_experts(*given)
+
+    monkeypatch.setattr("mtt_fast.distill.command.prepare_experts", replaced)
+    assert run(*TOY, *experts, "--out", str(out)) == 2
+    assert f"{out}: another run has taken this folder" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "synthetic.safetensors"])

@@ -98,9 +98,8 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
     assert engine == []
     assert report.waits_below("_call_twice")
     # a buffer or frozen parameter is copied once: of the convolution two, of the norm three
-    compared = report.waits_below("_only_read")  # the frozen parameters, after the first call
-    networks = [wait for wait in report.waits if "mtt_fast/networks" in wait and wait not in compared]
-    assert (len(networks), len(compared)) == (5, 2)
+    networks = [wait for wait in report.waits if "mtt_fast/networks" in wait]
+    assert len(networks) == 5
     assert all("_near" in wait for wait in networks)
 
 
