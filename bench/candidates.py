@@ -102,8 +102,8 @@ BLOCKS: dict[str, list[Row]] = {
 
 
 def lines(shape_class: str) -> list[Row]:
-    """Return the candidates for a norm of channels_last planes: tiles in registers if a plane may fit, and tiles of parts."""
-    windows = int(shape_class.rpartition("-")[2])
+    """Return the candidates for a norm: tiles in registers if a plane may fit, and tiles of parts."""
+    windows = int(shape_class)
     held = [
         {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}
         for channels in (8, 16, 32, 64)
@@ -126,13 +126,12 @@ not been timed by itself. All others are guesses that fit in registers and share
 
 _SECTIONS = {
     "norm_relu_pool": """\
-norm_relu_pool…: a tile is BLOCK_C × WINDOWS 2×2 windows. A class is the memory format and the number of a plane's
-windows, rounded up to the sizes below; the last one takes all larger planes. Where what is read is in parts that a convolution
-of few samples left, a row of the class with `-partial` goes first; for planes of 16 bits, one with `-half`. channels_last planes
-larger than a tile go in parts of TILES tiles. The prototype ran on an H200, on float32 planes of 128 channels: 100 samples of up to
-256 windows, else 20. The kernels ran there on bfloat16 planes of 128 channels: in parts 10 samples, else 100 of up to 64 windows and
-20 of more.""",
-    "bias_relu_pool": "bias_relu_pool…: as above, but all channels_last planes go in parts, since each is walked over once.",
+norm_relu_pool…: a tile is BLOCK_C × WINDOWS 2×2 windows. A class is the number of a plane's windows, rounded up to the sizes
+below; the last one takes all larger planes. Where what is read is in parts that a convolution of few samples left, a row of the
+class with `-partial` goes first; for planes of 16 bits, one with `-half`. Planes larger than a tile go in parts of TILES tiles.
+The prototype ran on an H200, on float32 planes of 128 channels: 100 samples of up to 256 windows, else 20. The kernels ran there
+on bfloat16 planes of 128 channels: in parts 10 samples, else 100 of up to 64 windows and 20 of more.""",
+    "bias_relu_pool": "bias_relu_pool…: as above, but all planes go in parts, since each is walked over once.",
     "conv3x3": """\
 conv3x3…: a tile is BLOCK_M × BLOCK_N results, each a sum over terms (a tap of a channel), taken BLOCK_K at a time. The
 weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M at a time, and is cut so as to make about

@@ -1,8 +1,7 @@
 """Add a bias, take ReLU and average-pool 2×2, with derivatives: the end of a block without a norm.
 
-A kernel passes over the planes once: over channels_last planes in parts (channels_last_planes.py), over contiguous ones in
-windows (contiguous_planes.py). It computes the primal's values and, in a direction, their derivatives. Without a direction, all
-`_dot` arguments are None.
+A kernel passes over the planes once, in parts (channels_last_planes.py). It computes the primal's values and, in a direction, their
+derivatives. Without a direction, all `_dot` arguments are None.
 """
 
 from __future__ import annotations
@@ -11,104 +10,21 @@ import torch
 from torch import Tensor
 
 from ..types import accumulator
-from .channels_last_planes import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
-from .contiguous_planes import (
-    launch_windows,
-    load_windows,
-    plane_sum,
-    pooled_offsets,
-    program_block,
-    row_offsets,
+from .channels_last_planes import (
+    by_channels_last,
+    launch_parts,
+    parts_of_windows,
+    pooled_pixels,
+    program_part,
+    quarter_pixels,
+    tile_of,
 )
 from .launch import tl, triton
-from .planes import Planes, empty_pool, empty_stat, output_buffer
+from .planes import Planes, empty_pool, output_buffer
 
 
 @triton.jit
 def _forward(
-    y: tl.tensor,  # (B, C, H, W)
-    y_dot: tl.tensor | None,
-    beta: tl.tensor,  # (C,)
-    beta_dot: tl.tensor | None,
-    p: tl.tensor,  # (B, C, H//2, W//2)
-    p_dot: tl.tensor | None,
-    ACC: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WINDOWS: tl.constexpr,
-) -> None:
-    """Store p and, in a direction, ṗ of contiguous planes."""
-    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, channel_mask = program_block(C, BLOCK_C)
-    begin = sample * (C * H * W)
-    begin_pooled = sample * (C * (H // 2) * (W // 2))
-    b = tl.load(beta + c, channel_mask, 0).to(ACC)
-    if y_dot is not None:
-        b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
-
-    for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
-        pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-        for row in tl.static_range(2):
-            u = ys[row] + b
-            pooled += tl.where(u <= 0, 0, u)
-        tl.store(p + begin_pooled + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
-        if y_dot is not None:
-            yds = load_windows(y_dot + begin, ACC, c, start, C, H, W, WINDOWS)
-            pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-            for row in tl.static_range(2):
-                pooled_dot += tl.where(ys[row] + b <= 0, 0, yds[row] + b_dot)
-            tl.store(p_dot + begin_pooled + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
-
-
-@triton.jit
-def _backward(
-    y: tl.tensor,  # (B, C, H, W)
-    beta: tl.tensor,  # (C,)
-    p_bar: tl.tensor,  # (B, C, H//2, W//2)
-    p_bar_dot: tl.tensor | None,
-    y_bar: tl.tensor,  # (B, C, H, W)
-    y_bar_dot: tl.tensor | None,
-    beta_sums: tl.tensor,  # (B, C): of ū, in a direction of ū̇; the caller sums over the samples
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WINDOWS: tl.constexpr,
-) -> None:
-    """Store ȳ and, in a direction, ȳ̇ of contiguous planes, and the sums for β."""
-    ACC: tl.constexpr = beta_sums.dtype.element_ty
-    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, channel_mask = program_block(C, BLOCK_C)
-    begin = sample * (C * H * W)
-    begin_pooled = sample * (C * (H // 2) * (W // 2))
-    b = tl.load(beta + c, channel_mask, 0).to(ACC)
-
-    total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
-    for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
-        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
-        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
-        share = tl.load(p_bar + begin_pooled + offset, mask, 0).to(ACC) * 0.25
-        if p_bar_dot is not None:
-            share_dot = tl.load(p_bar_dot + begin_pooled + offset, mask, 0).to(ACC) * 0.25
-        for row in tl.static_range(2):
-            active = ys[row] + b > 0
-            u_bar = tl.where(active, share, 0)
-            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
-            tl.store(y_bar + begin + offset, u_bar, mask)
-            if p_bar_dot is not None:
-                u_bar = tl.where(active, share_dot, 0)
-                tl.store(y_bar_dot + begin + offset, u_bar, mask)
-            total += u_bar
-    tl.store(beta_sums + sample * C + c, plane_sum(total), channel_mask)
-
-
-@triton.jit
-def _forward_lines(
     y: tl.tensor,  # (B, H, W, C)
     y_dot: tl.tensor | None,
     beta: tl.tensor,  # (C,)
@@ -125,7 +41,7 @@ def _forward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store p and, in a direction, ṗ of one part of channels_last planes."""
+    """Store p and, in a direction, ṗ of one part of the planes."""
     sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
@@ -152,7 +68,7 @@ def _forward_lines(
 
 
 @triton.jit
-def _backward_lines(
+def _backward(
     y: tl.tensor,  # (B, H, W, C)
     beta: tl.tensor,  # (C,)
     p_bar: tl.tensor,  # (B, H//2, W//2, C)
@@ -169,7 +85,7 @@ def _backward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store ȳ and, in a direction, ȳ̇ of one part of channels_last planes, and the sums for β."""
+    """Store ȳ and, in a direction, ȳ̇ of one part of the planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
@@ -199,6 +115,7 @@ def _backward_lines(
     tl.store(beta_sums + (sample * PARTS + part) * C + c, tl.sum(total, 0, keep_dims=True), channel_mask)
 
 
+@by_channels_last
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     """See `mtt_fast.kernels.bias_relu_pool`."""
     planes = Planes.from_tensors(y)
@@ -207,12 +124,14 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     return p
 
 
+@by_channels_last
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_backward`."""
     planes, y_bar = Planes.from_tensors(y, p_bar), output_buffer(y, reuse)
     return y_bar, _run_backward("bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None)
 
 
+@by_channels_last
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual`."""
     planes = Planes.from_tensors(y, y_dot)
@@ -221,6 +140,7 @@ def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor
     return p, p_dot
 
 
+@by_channels_last
 def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,24 +152,17 @@ def bias_relu_pool_dual_backward(
 
 
 def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> None:
-    """Run the kernel for the memory format. `rest` is y_dot, beta, beta_dot, p, p_dot."""
+    """Run the forward kernel. `rest` is y_dot, beta, beta_dot, p, p_dot."""
     kind = tl.float64 if accumulator(y.dtype) == torch.float64 else tl.float32
-    if planes.channels_last:
-        tile = tile_of(operation, planes, y)
-        launch_parts(_forward_lines, planes, tile, parts_of_windows(planes, tile), y, *rest, ACC=kind)
-    else:
-        launch_windows(_forward, operation, planes, y, *rest, ACC=kind)
+    tile = tile_of(operation, planes, y)
+    launch_parts(_forward, planes, tile, parts_of_windows(planes, tile), y, *rest, ACC=kind)
 
 
 def _run_backward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> Tensor:
-    """Run the kernel for the memory format. Return the summands (S, C) of the sum of ū or, in a direction, of ū̇."""
-    if planes.channels_last:
-        tile = tile_of(operation, planes, y)
-        parts = parts_of_windows(planes, tile)
-        shape = (planes.samples * parts, planes.channels)
-        beta_sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
-        launch_parts(_backward_lines, planes, tile, parts, y, *rest, beta_sums)
-    else:
-        beta_sums = empty_stat(y)
-        launch_windows(_backward, operation, planes, y, *rest, beta_sums)
+    """Run the backward kernel. Return the summands (S, C) of the sum of ū or, in a direction, of ū̇."""
+    tile = tile_of(operation, planes, y)
+    parts = parts_of_windows(planes, tile)
+    shape = (planes.samples * parts, planes.channels)
+    beta_sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
+    launch_parts(_backward, planes, tile, parts, y, *rest, beta_sums)
     return beta_sums

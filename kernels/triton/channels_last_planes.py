@@ -4,19 +4,25 @@ The four pixels of a window lie in four tiles of the same layout, so that one th
 Quarters 0 and 1 are the upper pixels of a window, 2 and 3 the lower ones. A plane that fits in one tile stays in the
 registers of one program (`launch_whole_planes`). A larger plane is cut into parts of TILES tiles, one for each program
 (`launch_parts`), and another kernel adds up the parts' sums in a fixed order (`combine_parts`). An odd last row or column
-makes incomplete windows, which have no pooled value.
+makes incomplete windows, which have no pooled value. Contiguous planes are copied to channels_last (`by_channels_last`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .configurations import Configuration, configuration
+from ..types import PartialPlanes, memory_format, planes_of
+from .configurations import Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
+from .partial_planes import add_planes
 from .planes import Planes
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 COMBINED_C = 16
 """Channels of a program that combines parts: few, so that there are many programs."""
@@ -87,13 +93,40 @@ def sum_four(
     return a_sum, b_sum, c_sum, d_sum
 
 
+def by_channels_last(operation: Operation) -> Operation:
+    """Return `operation`, whose kernels read channels_last planes, as one that computes on copies of contiguous planes.
+
+    Its results are then contiguous too. Partial sums are added up before they are copied.
+    """
+
+    @wraps(operation)
+    def run(*arguments: Any, **named: Any) -> Any:
+        if memory_format(planes_of(arguments[0])) == torch.channels_last:
+            return operation(*arguments, **named)
+        results = operation(*_in_format(arguments, torch.channels_last), **named)
+        return _in_format(results, torch.contiguous_format)
+
+    return cast(Operation, run)
+
+
+def _in_format(value: Any, form: torch.memory_format) -> Any:
+    """Return planes, or those in a tuple, in this memory format, and anything else as it is."""
+    if type(value) is tuple:
+        return tuple(_in_format(each, form) for each in value)
+    if isinstance(value, PartialPlanes):
+        (value,) = add_planes(value)
+    return value.contiguous(memory_format=form) if isinstance(value, Tensor) and value.dim() == 4 else value
+
+
 def shape_classes(planes: Planes, dtype: torch.dtype, partial: bool) -> tuple[str, ...]:
     """Return the shape's classes in the table, the closest first.
 
-    Planes read as partial sums may have a row of their own, and so may planes of 16 bits.
+    A class is the number of windows, rounded up to a power of four; the largest has all larger planes too. Planes read as
+    partial sums may have a row of their own, and so may planes of 16 bits.
     """
+    windows = str(rounded_up(planes.windows, (16, 64, 256, 1024, 4096)))
     own = ["partial"] * partial + ["half"] * (dtype.itemsize == 2)
-    return (*(f"{planes.shape_class}-{kind}" for kind in own), planes.shape_class)
+    return (*(f"{windows}-{kind}" for kind in own), windows)
 
 
 def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:

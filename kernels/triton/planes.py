@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..types import accumulator, memory_format
-from .configurations import rounded_up
 
 OFFSETS = 2**31  # a sample has fewer elements: kernels count in int32 within a sample, in int64 across samples
 
@@ -54,14 +53,6 @@ class Planes:
     def windows(self) -> int:
         """Return the number of 2×2 windows of a plane, incomplete ones included."""
         return ((self.height + 1) // 2) * ((self.width + 1) // 2)
-
-    @property
-    def shape_class(self) -> str:
-        """Return the shape's class in the table: the memory format and the number of windows, rounded up to a power of four.
-
-        The largest class, 4096, has all larger planes too.
-        """
-        return f"{str(self.memory_format)[6:]}-{rounded_up(self.windows, (16, 64, 256, 1024, 4096))}"
 
     def empty(self, like: Tensor, channels: int, height: int, width: int) -> Tensor:
         """Allocate planes (B, channels, height, width) in this format, with the batch size, dtype and device of `like`."""

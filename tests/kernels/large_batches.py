@@ -113,10 +113,10 @@ def check(case: object, operation: Callable[..., Any], *arguments: Any) -> Any:
     return alone
 
 
-def norm_and_bias(form: torch.memory_format, kind: str) -> None:
+def norm_and_bias(kind: str) -> None:
     """Check what follows a convolution."""
     y, y_dot, p_bar, p_bar_dot = (
-        Sample(torch.randn(1, 8, side, side).contiguous(memory_format=form)) for side in (4, 4, 2, 2)
+        Sample(torch.randn(1, 8, side, side).contiguous(memory_format=torch.channels_last)) for side in (4, 4, 2, 2)
     )
     affine, affine_dot = (Affine(torch.randn(8), torch.randn(8)) for _ in range(2))
     _, *stats = check(("norm", kind), triton.norm_relu_pool, y, affine, 1e-5)
@@ -187,14 +187,14 @@ def image_blocks() -> None:
 
 
 def main() -> None:
-    """Check planes in both formats, those that one tile does not hold, and images."""
+    """Check convolutions in both formats, planes that one tile holds and larger ones, and images."""
     from mtt_fast.kernels.triton import channels_last_planes
 
     for form in FORMATS:
-        norm_and_bias(form, str(form))
         convolutions(form)
+    norm_and_bias("in one tile")
     with patch.object(channels_last_planes, "configuration", return_value=PARTS[0][1]):
-        norm_and_bias(torch.channels_last, "in parts")
+        norm_and_bias("in parts")
     with_sizes("block", image_blocks, PROGRAMS=1)
     copied_planes()
 

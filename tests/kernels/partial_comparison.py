@@ -142,7 +142,7 @@ def block(device: str, precision: Precision, shape: tuple[int, ...], counts: tup
 
 
 def norm_cases(device: str) -> list[Callable[[], None]]:
-    """Return the comparisons of planes that registers hold, of planes in passes, and of contiguous ones."""
+    """Return the comparisons of planes that registers hold, of planes in passes, and of contiguous ones, which are copied."""
     last, contiguous = torch.channels_last, torch.contiguous_format
     shapes = SHAPES if device == "cpu" else SHAPES + LARGE_SHAPES
     cases: list[Callable[[], None]] = [

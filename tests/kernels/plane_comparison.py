@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mtt_fast.kernels import Affine
 from mtt_fast.testing import added_up
-from tests.kernels.comparison import Case, Operation, as_tuple, in_float64, with_sizes
+from tests.kernels.comparison import Case, Operation, as_tuple, in_float64
 
 # (B, C, H, W): even sizes, odd sizes, 1×1 after the pool and more channels than a block, odd rows alone, more windows
 PLANES = [(2, 3, 4, 4), (2, 5, 7, 5), (2, 33, 2, 2), (3, 4, 3, 8), (1, 2, 18, 20)]
-# channels_last planes larger than a tile of BLOCK_C × WINDOWS, that go in parts of TILES tiles
+# planes larger than a tile of BLOCK_C × WINDOWS, that go in parts of TILES tiles
 PARTS: list[tuple[tuple[int, int, int, int], dict[str, int]]] = [
     ((2, 4, 4, 4), {"BLOCK_C": 4, "WINDOWS": 2, "TILES": 1, "num_warps": 1}),  # nothing to mask
     ((2, 5, 7, 5), {"BLOCK_C": 4, "WINDOWS": 4, "TILES": 2, "num_warps": 1}),  # odd sizes, two blocks of channels
@@ -78,7 +78,7 @@ def check_bias(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
 
 
 def plane_cases(check: Operation, device: str) -> list[Case]:
-    """Return the comparisons by `check`: of planes in both formats by the table's tiles, and of channels_last planes in parts."""
+    """Return the comparisons by `check`: of planes by the table's tiles, of contiguous ones, which are copied, and of planes in parts."""
     dtypes, last = (torch.float64, torch.float32, torch.bfloat16), torch.channels_last
     shapes = list(itertools.product(PLANES, (torch.contiguous_format, last)))
     if device != "cpu":
@@ -88,8 +88,6 @@ def plane_cases(check: Operation, device: str) -> list[Case]:
         cases.append(partial(check_drawn, check, device, shape, form, dtype))
     for (shape, tile), dtype in itertools.product(PARTS, dtypes):
         cases.append(partial(check_in_parts, check, device, shape, dtype, tile))
-    several = partial(check_drawn, check, device, PLANES[1], torch.contiguous_format, torch.float64, "several tiles")
-    cases.append(partial(with_sizes, "contiguous_planes", several, WINDOWS=4))
     return cases
 
 
@@ -162,14 +160,17 @@ def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int | str, ...]
 
 
 def check_reuse(name: str, arguments: tuple[Any, ...], expected: tuple[Tensor, ...]) -> None:
-    """Check that with `reuse` a backward writes the same gradients, and writes them into the memory of its planes."""
+    """Check that with `reuse` a backward writes the same gradients, and those of channels_last planes into the planes' memory."""
     from mtt_fast.kernels import triton
+    from mtt_fast.kernels.types import memory_format
 
     given = [copied(argument) for argument in arguments]
     planes = [*given[:2]] if name == "norm_relu_pool_dual_backward" else [given[0]]  # y and, if it is needed, ẏ
     versions = [each._version for each in planes]
     results = as_tuple(getattr(triton, name)(*given, reuse=True))
     for place, (before, each) in enumerate(zip(versions, planes, strict=True)):
+        if memory_format(each) != torch.channels_last:
+            continue  # the kernel wrote over a copy
         assert results[place].data_ptr() == each.data_ptr(), name
         assert each._version > before, "autograd must see that the planes are no longer what they were"
     assert all(torch.equal(actual, wanted) for actual, wanted in zip(results, expected, strict=True)), name

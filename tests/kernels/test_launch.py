@@ -23,7 +23,7 @@ from mtt_fast.runtime.cuda_graphs import capturer
 triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
 
-from mtt_fast.kernels.triton import classifier, flat, launch, norm, warp  # noqa: E402 - imports Triton
+from mtt_fast.kernels.triton import classifier, flat, launch, norm_single_pass, warp  # noqa: E402 - imports Triton
 
 
 class NoDriver:
@@ -54,7 +54,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
 
 def forget() -> None:
     """Have no kernel of these families compiled for anything."""
-    for module in (classifier, flat, norm, warp):
+    for module in (classifier, flat, norm_single_pass, warp):
         for kernel in kernels_of(module).values():
             kernel.device_caches.clear()
 
@@ -183,7 +183,7 @@ def test_a_whole_iteration_compiles_ahead(compiled: list[str], monkeypatch: pyte
     )
     given = (start, target, images, labels, torch.tensor(0.1), *draws.tensors())
     launch.compile_ahead(lambda: iteration(*given))
-    for module in (classifier, flat, norm, warp):
+    for module in (classifier, flat, norm_single_pass, warp):
         assert set(compiled) & kernels_of(module).keys(), module.__name__
     before = len(compiled)
     launch.compile_ahead(lambda: iteration(*given))
