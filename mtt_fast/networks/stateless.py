@@ -38,8 +38,6 @@ class Stateless:
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             names.setdefault(value, name)
         self._own = {name: value for value, name in names.items()}
-        self._read_only: frozenset[str] | None = None
-        """Frozen parameters that the first watched call only read, so that others need no copies. They may be most of a module (LoRA)."""
         self._idle: list[nn.Module] = []
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -50,33 +48,21 @@ class Stateless:
         """Return the module's output for `images`, with `tensors` in place of its own of the same names."""
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
-        constants = {name: self._constant(name, like) for name in self._own if name not in tensors}
+        constants = {
+            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in self._own.items()
+            if name not in tensors
+        }
         if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
             output = functional_call(self.module, tensors | constants, (images,))
-        elif self._read_only is not None or not _can_be_watched(like):
-            output = self._called(tensors | constants, images)
         else:
-            # each keeps the memory of its copy until something writes there, `.data` included, of which torch counts no writes
-            lazy = {name: value._lazy_clone() for name, value in constants.items() if self._may_be_shared(name, value)}
-            output = self._called(tensors | constants | lazy, images)
-            self._read_only = frozenset(name for name, used in lazy.items() if torch._C._is_cow_tensor(used))  # type: ignore[attr-defined]
+            output = self._called(tensors | constants, images)
         if not isinstance(output, Tensor):
             raise InputError(
                 f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
                 "torch.cat of several, which a `loss` splits again"
             )
         return output
-
-    def _constant(self, name: str, like: Tensor) -> Tensor:
-        """Return an own tensor on the device of `like`, and in its dtype if floating: a copy, or a frozen parameter that is only read."""
-        value = self._near(name, self._own[name], like)
-        dtype = like.dtype if value.is_floating_point() else value.dtype
-        return value.to(dtype, copy=name not in (self._read_only or ()))
-
-    def _may_be_shared(self, name: str, value: Tensor) -> bool:
-        """Return whether `value` is an ordinary copy of a frozen parameter, and autograd can save that itself."""
-        own = self._own[name]
-        return isinstance(own, nn.Parameter) and type(value) is Tensor and not own.is_inference()
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         """Return `value` on the device of `like`.
@@ -90,7 +76,7 @@ class Stateless:
             # the tensors of a transform end with it, and autograd cannot save those of `torch.inference_mode`
             with torch._C._DisableFuncTorch(), torch.inference_mode(False):
                 self._on_devices[place] = value.detach().to(like.device)
-        return self._on_devices[place].detach()  # a layer may give it other memory
+        return self._on_devices[place]
 
     def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
         try:
@@ -101,13 +87,6 @@ class Stateless:
             return functional_call(module, tensors, (images,))
         finally:
             self._idle.append(module)
-
-
-def _can_be_watched(like: Tensor) -> bool:
-    """Return whether operations on tensors as `like` are done at once, outside of transforms, traces and captures."""
-    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack()
-    is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (like.is_meta or is_transformed or is_captured)
 
 
 def with_the_same_tensors(module: nn.Module) -> nn.Module:
