@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
 from mtt_fast.networks.by_name import full_name
@@ -29,7 +30,7 @@ from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.expert_locks import lock_expert_folder
 from mtt_fast.storage.expert_metadata import ExpertMetadata
-from mtt_fast.storage.foreign import names_in, plain_tensor, shown
+from mtt_fast.storage.foreign import names_in, plain_tensor
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import TrajectoryStore, mark_unfinished, write_expert

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError, dtype_name
-from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
 from mtt_fast.storage.records import NUMBER, check_form
 from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS
