@@ -38,7 +38,7 @@ from mtt_fast.interop import (
     read_waypoints,
     write_set,
 )
-from mtt_fast.interop.buffers import check_trajectory
+from mtt_fast.interop.experts import check_trajectory
 from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
