@@ -22,7 +22,7 @@ from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
-from mtt_fast.storage.run_folder import read_summary
+from mtt_fast.storage.run_summary import read_summary
 from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.run_files import METRICS, SUMMARY
-from mtt_fast.storage.run_folder import read_config, read_summary
+from mtt_fast.storage.run_folder import read_config
+from mtt_fast.storage.run_summary import read_summary
 
 _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 
