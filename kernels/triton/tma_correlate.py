@@ -16,7 +16,7 @@ from ..types import Precision
 from .implicit_gemm import effective_precision, product
 from .launch import item, launch, tl, triton
 from .planes import Planes
-from .tma_descriptors import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
+from .tma_descriptors import BOX, box_of, box_origin, count_boxes, describe, describe_planes, tile_of
 
 _COPY_BLOCK = 64  # pixels, and channels, that one program copies
 
@@ -238,7 +238,7 @@ def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has
     programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])
     programs *= 9 // tile["TAPS"]
     if x.element_size() == 2:
-        steps = count_boxes(outputs, row_box(tile["BLOCK_M"], outputs))
+        steps = count_boxes(outputs, box_of(tile["BLOCK_M"], outputs, outputs.width))
     else:
         positions = outputs.samples * _rows(outputs) * _pitch(outputs)
         steps = triton.cdiv(2 * positions if has_x_dot else positions, tile["BLOCK_M"])
@@ -267,7 +267,8 @@ def _factors_in_place(
     """Return the kernel for 16-bit factors, with descriptors of the planes themselves."""
     planes = Planes.from_tensors(y_bar_dot)
     sizes = {name: size for name, size in tile.items() if name != "BLOCK_M"}
-    box = row_box(tile["BLOCK_M"], planes)
+    # the pixels of a box are consecutive in memory, as the sides of the planes are powers of two
+    box = box_of(tile["BLOCK_M"], planes, planes.width)
     pixels, block = (planes.samples * planes.height * planes.width, planes.channels), (tile["BLOCK_M"], tile["BLOCK_N"])
     factors = (
         describe_planes(x, box, tile["BLOCK_K"]),
