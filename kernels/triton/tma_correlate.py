@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..types import Precision
-from .implicit_gemm import effective_precision, product
+from .implicit_gemm import add_product, effective_precision
 from .launch import item, launch, tl, triton
 from .planes import Planes
 from .tma_descriptors import BOX, box_of, box_origin, count_boxes, describe, describe_planes, tile_of
@@ -76,10 +76,14 @@ def _correlate(
                 n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
                 down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
                 gs = tl.trans(ys.load([box * BLOCK_M, o]))
-                left = product(gs, xs.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
+                left = add_product(gs, xs.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
                 if TAPS == 3:
-                    middle = product(gs, xs.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
-                    right = product(gs, xs.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
+                    middle = add_product(
+                        gs, xs.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION
+                    )
+                    right = add_product(
+                        gs, xs.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION
+                    )
     parts += part.to(tl.int64) * (CO * 9 * CI)
     _store_tap(parts, left, tap, o, c, CI, CO)
     if TAPS == 3:
@@ -121,10 +125,10 @@ def _correlate_lines(
         position = (part * steps_per_part + step) * BLOCK_M
         source = position + tap // 3 * PITCH
         gs = y_bar.load([o, position])
-        left = product(gs, tl.trans(x.load([line, source])), left, PRECISION)
+        left = add_product(gs, tl.trans(x.load([line, source])), left, PRECISION)
         if TAPS == 3:
-            middle = product(gs, tl.trans(x.load([line + CI, source])), middle, PRECISION)
-            right = product(gs, tl.trans(x.load([line + 2 * CI, source])), right, PRECISION)
+            middle = add_product(gs, tl.trans(x.load([line + CI, source])), middle, PRECISION)
+            right = add_product(gs, tl.trans(x.load([line + 2 * CI, source])), right, PRECISION)
     parts += part.to(tl.int64) * (CO * 9 * CI)
     _store_tap(parts, left, tap, o, c, CI, CO)
     if TAPS == 3:
