@@ -1,4 +1,4 @@
-"""Check tensors, generators and numbers that a caller gives, in any layer."""
+"""Check tensors, generators and numbers that a caller gives, and describe any object in a message."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, dtype_name
+
+_SHOWN = 60  # letters of a text
 
 
 def check_ordinary(name: str, tensor: Tensor) -> None:
@@ -53,3 +55,26 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise InputError(f"`{name}`: expected a whole number, found {value!r}")
     if int(value) < least:
         raise InputError(f"`{name}`: expected at least {least}, found {value}")
+
+
+def shown(value: Any) -> str:
+    """Return a short description of any object, without looking deep into it."""
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        return "a nested Tensor" if value.is_nested else f"Tensor {dtype_name(value.dtype)} {tuple(value.shape)}"
+    if isinstance(value, bool | float | None) or (isinstance(value, int) and abs(value) < 10**12):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= _SHOWN else value[:_SHOWN] + "…")
+    if isinstance(value, dict):
+        return f"a dictionary with {_listed(value)}" if value else "an empty dictionary"
+    if isinstance(value, list | tuple):
+        if 0 < len(value) <= 4 and all(isinstance(one, bool | float | int) for one in value):
+            return f"[{', '.join(map(shown, value))}]"
+        return f"a {name} of {len(value)}"
+    return name
+
+
+def _listed(names: Any) -> str:
+    first = [shown(name).strip("'") for name, _ in zip(names, range(4), strict=False)]
+    return ", ".join(first) + (", …" if len(names) > len(first) else "")

@@ -28,7 +28,7 @@ from mtt_fast.experts.command import main as train_experts
 from mtt_fast.experts.options import ExpertOptions
 from mtt_fast.recipes import recipe_about, recipe_names, recipe_options
 from mtt_fast.testing import assert_close, relative_error
-from tests.commands.test_flags import COMMANDS
+from tests.commands.option_classes import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -1,6 +1,5 @@
 // bias_relu_pool and its derivatives as Python functions; see planes_module.h.
-#include "bias_module.h"
-
+#include "module.h"
 #include "planes_module.h"
 #include "simd.h"
 

@@ -1,6 +1,4 @@
 // Softmax and cross-entropy as Python functions: samples are shared among threads, sums over them taken in their order.
-#include "classifier_module.h"
-
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
@@ -9,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "module.h"
 #include "parallel.h"
 #include "simd.h"
 

@@ -1,7 +1,5 @@
 // The convolutions as Python functions, which transform weights and distribute blocks over threads. Tensors are
 // channels-last: contiguous (B, H, W, C) in memory. The caller allocates results.
-#include "conv_module.h"
-
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
@@ -13,6 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "module.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"

@@ -1,6 +1,4 @@
 // The operations over flat vectors as Python functions. `out` of a step may be one of its arguments.
-#include "flat_module.h"
-
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
@@ -8,6 +6,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "module.h"
 #include "parallel.h"
 #include "simd.h"
 

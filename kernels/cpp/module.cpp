@@ -1,14 +1,10 @@
 // mtt_fast.kernels._native: the kernels as Python functions. Tensors come in by DLPack, so nothing links to torch.
+#include "module.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include "bias_module.h"
-#include "classifier_module.h"
-#include "conv_module.h"
-#include "flat_module.h"
-#include "norm_module.h"
 #include "pool.h"
-#include "warp_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,6 +1,5 @@
 // norm_relu_pool and its derivatives as Python functions; see planes_module.h.
-#include "norm_module.h"
-
+#include "module.h"
 #include "planes_module.h"
 #include "simd.h"
 

@@ -1,12 +1,11 @@
 // The warp kernels as Python functions. Tensors are contiguous, (B, C, H, W); the result was allocated by the caller.
-#include "warp_module.h"
-
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
 
+#include "module.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"

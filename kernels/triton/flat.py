@@ -16,7 +16,6 @@ from ..types import BatchGradient, PartialSums, accumulator
 from .configurations import Configuration, configuration
 from .launch import architecture, item, launch, tl, triton
 from .planes import Planes
-from .powers import magnitude_bits, power_of_two
 from .warp import padded_batch, pixel_blocks, transpose_add
 
 
@@ -196,23 +195,6 @@ def _index_add(
         tl.store(pointers, total, mask)
 
 
-@triton.jit
-def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
-    """Store the bits of the largest magnitude among the elements of one program."""
-    program, step = tl.program_id(0), tl.num_programs(0) * SIZE
-    total = tl.zeros((SIZE,), tl.int32)
-    for start in range(program * SIZE, size, step):
-        offsets = start + tl.arange(0, SIZE)
-        total = tl.maximum(total, magnitude_bits(tl.load(vector + offsets, offsets < size, 0)))
-    tl.store(partials + program, tl.max(total, 0))
-
-
-@triton.jit
-def power_of_two_from_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
-    """Return the power of two that scales the largest of all magnitudes as `power_of_two` does."""
-    return power_of_two(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
-
-
 def add_up(sums: PartialSums) -> Tensor:
     """See `mtt_fast.kernels.add_up`."""
     first = sums.pieces[0]
@@ -357,12 +339,3 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     launch(_index_add, programs, out, index, rows, batch, **constants, **row)
     torch.autograd.graph.increment_version(out)
     return out
-
-
-def largest_parts(vector: Tensor) -> Tensor:
-    """Return the largest magnitude of each part of a vector, as bits of float32 in int32, (PARTIALS,)."""
-    row = _row("largest_parts", vector)
-    count = row.pop("PARTIALS")
-    partials = torch.empty(count, dtype=torch.int32, device=vector.device)
-    launch(_largest, count, vector, partials, vector.numel(), **row)
-    return partials

@@ -55,7 +55,7 @@ def _step_terms(
 
 
 @triton.jit
-def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+def add_product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """Return `total` plus the matrix product a·b. For tf32 this rounds the factors; those of 16 bits are rounded already."""
     if _NUMPY:
         a, b = a.to(total.dtype), b.to(total.dtype)
@@ -123,10 +123,10 @@ def _convolve(
         if x_dot is not None:
             xs_dot = tl.load(x_dot + offsets, mask, 0)
         if PRIMAL:
-            total = product(xs, ws, total, PRECISION)
-        total_dot = product(xs, ws_dot, total_dot, PRECISION)
+            total = add_product(xs, ws, total, PRECISION)
+        total_dot = add_product(xs, ws_dot, total_dot, PRECISION)
         if x_dot is not None:
-            total_x_dot = product(xs_dot, ws, total_x_dot, PRECISION)
+            total_x_dot = add_product(xs_dot, ws, total_x_dot, PRECISION)
     if x_dot is not None:
         total_dot += total_x_dot
 
@@ -194,9 +194,9 @@ def _correlate(
         gs_dot = tl.load(y_bar_dot + y_begin + y_place, y_mask, 0)
         if x_dot is not None:
             gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
-        total = product(tl.load(x + x_begin + offsets, mask, 0), gs_dot, total, PRECISION)
+        total = add_product(tl.load(x + x_begin + offsets, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
-            total_x_dot = product(tl.load(x_dot + x_begin + offsets, mask, 0), gs, total_x_dot, PRECISION)
+            total_x_dot = add_product(tl.load(x_dot + x_begin + offsets, mask, 0), gs, total_x_dot, PRECISION)
     if x_dot is not None:
         total += total_x_dot
     tl.store(parts + (part * CO + output) * (9 * CI) + term, total, term_mask & (output < CO))

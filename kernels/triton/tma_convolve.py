@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, PartialPlanes, Precision
-from .implicit_gemm import effective_precision, product
+from .implicit_gemm import add_product, effective_precision
 from .launch import launch, tl, triton
 from .planes import Planes
 from .tma_descriptors import BOX, box_of, box_origin, count_boxes, describe, describe_planes, describe_weights, tile_of
@@ -26,7 +26,7 @@ def _add_product(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.c
     through registers, since their box is reshaped. Triton 3.6 and 3.7 load the next pixels into these registers while products
     still read them (docs/gpu.md, Faults).
     """
-    return product(ws, tl.trans(xs), total, PRECISION)
+    return add_product(ws, tl.trans(xs), total, PRECISION)
 
 
 @triton.jit

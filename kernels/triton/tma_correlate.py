@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..types import Precision
-from .implicit_gemm import effective_precision, product
+from .implicit_gemm import add_product, effective_precision
 from .launch import item, launch, tl, triton
 from .planes import Planes
-from .tma_descriptors import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
+from .tma_descriptors import BOX, box_of, box_origin, count_boxes, describe, describe_planes, tile_of
 
 _COPY_BLOCK = 64  # pixels, and channels, that one program copies
 
@@ -76,10 +76,14 @@ def _correlate(
                 n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
                 down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
                 gs = tl.trans(ys.load([box * BLOCK_M, o]))
-                left = product(gs, xs.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
+                left = add_product(gs, xs.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
                 if TAPS == 3:
-                    middle = product(gs, xs.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
-                    right = product(gs, xs.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
+                    middle = add_product(
+                        gs, xs.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION
+                    )
+                    right = add_product(
+                        gs, xs.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION
+                    )
     parts += part.to(tl.int64) * (CO * 9 * CI)
     _store_tap(parts, left, tap, o, c, CI, CO)
     if TAPS == 3:
@@ -121,10 +125,10 @@ def _correlate_lines(
         position = (part * steps_per_part + step) * BLOCK_M
         source = position + tap // 3 * PITCH
         gs = y_bar.load([o, position])
-        left = product(gs, tl.trans(x.load([line, source])), left, PRECISION)
+        left = add_product(gs, tl.trans(x.load([line, source])), left, PRECISION)
         if TAPS == 3:
-            middle = product(gs, tl.trans(x.load([line + CI, source])), middle, PRECISION)
-            right = product(gs, tl.trans(x.load([line + 2 * CI, source])), right, PRECISION)
+            middle = add_product(gs, tl.trans(x.load([line + CI, source])), middle, PRECISION)
+            right = add_product(gs, tl.trans(x.load([line + 2 * CI, source])), right, PRECISION)
     parts += part.to(tl.int64) * (CO * 9 * CI)
     _store_tap(parts, left, tap, o, c, CI, CO)
     if TAPS == 3:
@@ -238,7 +242,7 @@ def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has
     programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])
     programs *= 9 // tile["TAPS"]
     if x.element_size() == 2:
-        steps = count_boxes(outputs, row_box(tile["BLOCK_M"], outputs))
+        steps = count_boxes(outputs, box_of(tile["BLOCK_M"], outputs, outputs.width))
     else:
         positions = outputs.samples * _rows(outputs) * _pitch(outputs)
         steps = triton.cdiv(2 * positions if has_x_dot else positions, tile["BLOCK_M"])
@@ -267,7 +271,8 @@ def _factors_in_place(
     """Return the kernel for 16-bit factors, with descriptors of the planes themselves."""
     planes = Planes.from_tensors(y_bar_dot)
     sizes = {name: size for name, size in tile.items() if name != "BLOCK_M"}
-    box = row_box(tile["BLOCK_M"], planes)
+    # the pixels of a box are consecutive in memory, as the sides of the planes are powers of two
+    box = box_of(tile["BLOCK_M"], planes, planes.width)
     pixels, block = (planes.samples * planes.height * planes.width, planes.channels), (tile["BLOCK_M"], tile["BLOCK_N"])
     factors = (
         describe_planes(x, box, tile["BLOCK_K"]),

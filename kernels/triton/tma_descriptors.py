@@ -68,20 +68,10 @@ def tile_of(
     return row
 
 
-def box_of(pixels: int, planes: Planes) -> tuple[int, int, int]:
-    """Return the samples, rows and columns of a box of `pixels`: first columns up to 16, then rows, then samples."""
-    columns = min(16, pixels, triton.next_power_of_2(planes.width))
+def box_of(pixels: int, planes: Planes, most_columns: int = 16) -> tuple[int, int, int]:
+    """Return the samples, rows and columns of a box of `pixels`: first columns up to `most_columns`, then rows, then samples."""
+    columns = min(most_columns, pixels, triton.next_power_of_2(planes.width))
     rows = min(pixels // columns, triton.next_power_of_2(planes.height))
-    return pixels // (rows * columns), rows, columns
-
-
-def row_box(pixels: int, planes: Planes) -> tuple[int, int, int]:
-    """Return the samples, rows and columns of a box of `pixels` that are consecutive in memory.
-
-    Height and width of the planes are powers of two.
-    """
-    columns = min(pixels, planes.width)
-    rows = min(pixels // columns, planes.height)
     return pixels // (rows * columns), rows, columns
 
 

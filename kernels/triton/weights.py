@@ -25,9 +25,9 @@ from ..types import (
 )
 from .block import gathering_of
 from .configurations import configuration
-from .flat import largest_parts, power_of_two_from_parts
 from .launch import architecture, launch, tl, triton
 from .patches import gather
+from .powers import largest_parts, power_of_two_from_parts
 
 _ALIGNMENT = 64  # elements: each copy begins at a multiple of 128 bytes, as TMA descriptors need it
 

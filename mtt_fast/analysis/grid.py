@@ -19,10 +19,10 @@ from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figu
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.errors import Diverged
-from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.interrupts import stopped_with
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
-from mtt_fast.storage.run_folder import read_summary
+from mtt_fast.storage.run_summary import read_summary
 from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger(__name__)
@@ -81,14 +81,11 @@ def main(argv: Sequence[str]) -> None:
 def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | None:
     """Run the distillation to its end, unless it is finished, and return its accuracy; None if it diverged."""
     try:
-        distill.main(command)
+        with stopped_with(f"stopped in {folder}, everything is saved; the same command continues"):
+            distill.main(command)
     except Diverged as error:
         log.warning("no accuracy for this cell: %s", error)
         return None
-    except Stopped as stopped:
-        raise Stopped(
-            f"stopped in {folder}, everything is saved; the same command continues", stopped.signum
-        ) from stopped
     summary = read_summary(folder)
     return None if summary is None else summary["accuracy"].get("distilled")
 

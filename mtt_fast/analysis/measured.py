@@ -18,7 +18,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.run_files import SUMMARY
-from mtt_fast.storage.run_folder import read_summary
+from mtt_fast.storage.run_summary import read_summary
 
 RANDOM = "Random"
 """The method's name for as many random real images, which every distillation measures as well."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.baselines.method import LearnedSet
-from mtt_fast.errors import InputError
-from mtt_fast.storage.checkpoint import FORMER_NUMBERS, check_same_images
+from mtt_fast.storage.checkpoint import FORMER_NUMBERS, check_same_images, other_checkpoint
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS
 from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
@@ -62,7 +61,7 @@ def check_continues(folder: Path, identity: DatasetIdentity) -> None:
     try:
         started_with = DatasetIdentity.from_record(parse_json(metadata["progress"]).get("data", {}))
     except MALFORMED as error:
-        raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
+        raise other_checkpoint(path, "method") from error
     check_same_images(folder, started_with, identity)
 
 
@@ -97,7 +96,7 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
         groups = learned.optimizer.state_dict()["param_groups"]
         learned.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
     except MALFORMED as error:
-        raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
+        raise other_checkpoint(path, "method") from error
     return progress
 
 

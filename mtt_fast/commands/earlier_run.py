@@ -13,7 +13,8 @@ from mtt_fast.commands.option_fields import Role, fields_of, outside_result
 from mtt_fast.data.catalogue import name_of
 from mtt_fast.errors import InputError
 from mtt_fast.storage.run_files import CHECKPOINT
-from mtt_fast.storage.run_folder import broken_summary, read_config, read_summary
+from mtt_fast.storage.run_folder import read_config
+from mtt_fast.storage.run_summary import broken_summary, read_summary
 from mtt_fast.storage.text_files import MALFORMED
 
 log = logging.getLogger(__name__)

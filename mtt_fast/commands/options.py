@@ -12,9 +12,9 @@ import tyro
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Needs, Range, Role
-from mtt_fast.data import ImageData, load
+from mtt_fast.data import DatasetInfo, ImageData, load
 from mtt_fast.data.catalogue import name_of
-from mtt_fast.data.published_info import DatasetInfo, dataset_info
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.engine.students.choice import PrecisionRequest
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool

@@ -24,7 +24,8 @@ from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.experts.options import STORE_DTYPES
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
-from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
+from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED
+from mtt_fast.interop.experts import Trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.by_name import full_name, short_name
 from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request

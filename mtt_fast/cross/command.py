@@ -35,7 +35,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.interrupts import StopRequest, stop_request, stopped_with
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
@@ -201,14 +201,12 @@ def _measure(
     """Train and test the networks of a cell. Raises `Stopped` after a stop request."""
     options, device = row.options, real.test.labels.device
     start = time.monotonic()
-    try:
+    with stopped_with("stopped; what was measured is saved, and the same command continues"):
         result = evaluate(
             network, train, real.test, lr, options.evaluation_protocol(), num_networks=options.num_eval, seed=options.seed,
             name=f"{row.source} on {name}", stop=stop, precision=precision_on(device, network, options.precision),
             at_once=options.networks_at_once,
         )  # fmt: skip
-    except Stopped as stopped:
-        raise Stopped("stopped; what was measured is saved, and the same command continues", stopped.signum) from None
     return {
         "accuracy": result.record(),
         "text": str(result),

@@ -7,12 +7,12 @@ import os
 from numbers import Integral
 from pathlib import Path
 
+from mtt_fast.checks import shown
 from mtt_fast.data import cifar, digits, folder, imagenet, mnist, tiny_imagenet
 from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.data.image_data import ImageData
 from mtt_fast.data.packing import Source, packed
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import shown
 
 NAMES = (*cifar.SPECS, *mnist.SPECS, "Tiny", "ImageNet", *SUBSETS, "digits", "folder")
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.data.set_checks import MAX_CLASSES, check_names, check_normalisation
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import plain_tensor, shown
+from mtt_fast.storage.foreign import plain_tensor
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 _BLOCK = 4096  # images processed at once, so that a memory-mapped data set is never copied whole

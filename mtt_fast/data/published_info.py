@@ -10,8 +10,6 @@ from mtt_fast.data.class_lists import SUBSETS
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError, NotFound
 
-__all__ = ["DatasetInfo", "dataset_info", "published"]
-
 
 def dataset_info(
     dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data"

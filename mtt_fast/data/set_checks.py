@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtt_fast.checks import check_ordinary
+from mtt_fast.checks import check_ordinary, shown
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import shown
 
 if TYPE_CHECKING:
     from mtt_fast.data.synthetic import SyntheticDataset

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast.checks import check_number, check_ordinary
+from mtt_fast.checks import check_number, check_ordinary, shown
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.numerics import without_autocast
-from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import WHITENING_TOLERANCE
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 

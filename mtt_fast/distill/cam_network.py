@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.commands.options import buffer_folder
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.data.synthetic import classes_by_position
 from mtt_fast.distill.experts import check_nothing_to_convert, inventory_of
 from mtt_fast.distill.grad_cam import grad_cam, pixel_weights

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.distill.cam_network import check_cam_expert, check_cam_network, check_same_cam_expert
 from mtt_fast.distill.experts import check_experts, check_same_experts_so_far
 from mtt_fast.distill.initial import check_state_fits

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.memory_plan import Plan

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.compress import check_compressed_from, compress, waypoint_folder
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.students.choice import precision_on
 from mtt_fast.errors import InputError

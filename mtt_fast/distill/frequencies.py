@@ -16,8 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.data.synthetic import classes_by_position
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.storage.checkpoint import State

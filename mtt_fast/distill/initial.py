@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import canvases_of
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.distill.frequencies import most_varying_frequencies, with_frequencies
 from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions

@@ -22,8 +22,7 @@ from mtt_fast.commands.options import (
     Seconds,
     Share,
 )
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.data.set_checks import distilled_in_class
 from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget

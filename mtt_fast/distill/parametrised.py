@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.parametrisations.by_name import code_digest, is_users_class, make_parametrisation

@@ -4,9 +4,10 @@
 so nothing in them is run. Files of tensors come back bit for bit; pictures are 8-bit, see `picture_record`.
 """
 
-from mtt_fast.interop.buffers import buffer_files, export_experts, import_experts, read_buffer
+from mtt_fast.interop.buffers import buffer_files, export_experts, read_buffer
 from mtt_fast.interop.datasets import SyntheticView, image_data_from
 from mtt_fast.interop.ddranking import ddranking_call, label_robust_score
+from mtt_fast.interop.experts import import_experts
 from mtt_fast.interop.sets import SET_KINDS, read_set, set_kind_of, set_kinds_of, write_set
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_synthetic, as_tensor_set, class_major, source_info
 from mtt_fast.interop.waypoints import export_waypoints, read_waypoints

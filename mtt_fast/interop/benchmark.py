@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError
 from mtt_fast.interop.arrays import read_arrays
 from mtt_fast.interop.pairs import read_pair, write_pair, write_parts
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
 from mtt_fast.interop.tensor_set import TensorSet, tensor_set
-from mtt_fast.storage.foreign import names_in, shown
+from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.temporaries import is_free
 
 METHODS = ("TM", "DC", "DSA", "DM", "random", "Kmeans", "KIP")

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mtt_fast.checks import shown
 from mtt_fast.data import ImageData, from_tensors
 from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.set_checks import MAX_CLASSES
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import plain_tensor, shown
+from mtt_fast.storage.foreign import plain_tensor
 
 
 class SyntheticView(Dataset[tuple[Tensor, Tensor]]):

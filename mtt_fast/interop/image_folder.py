@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.data.class_names import abbreviated, class_indices
 from mtt_fast.data.images import as_image, decode, read_headers
 from mtt_fast.data.listing import list_classes, log_skipped
@@ -24,7 +25,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
 from mtt_fast.storage.atomic import atomic_folder
-from mtt_fast.storage.foreign import names_in, read_json, shown
+from mtt_fast.storage.foreign import names_in, read_json
 from mtt_fast.storage.text_files import write_json
 
 log = logging.getLogger(__name__)

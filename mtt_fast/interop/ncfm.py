@@ -11,11 +11,11 @@ import os
 import re
 from pathlib import Path
 
+from mtt_fast.checks import shown
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, tensor_set
-from mtt_fast.storage.foreign import shown
 
 FACTOR = 2
 """The factor of all configurations of NCFM."""

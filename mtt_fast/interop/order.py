@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle
-from mtt_fast.storage.foreign import plain_tensor, shown
+from mtt_fast.storage.foreign import plain_tensor
 
 
 def read_order(path: str | os.PathLike[str]) -> list[Tensor]:

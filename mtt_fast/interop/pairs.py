@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.tensor_set import TensorSet, label_warnings, tensor_set
 from mtt_fast.storage.atomic import atomic_folder
-from mtt_fast.storage.foreign import names_in, plain_tensor, shown
+from mtt_fast.storage.foreign import names_in, plain_tensor
 
 _PART = re.compile(r"(.*best)_(0|[1-9]\d{0,4})\.pt")
 

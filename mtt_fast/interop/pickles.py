@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
-from mtt_fast.storage.foreign import LARGEST_FILE, plain_tensor, shown
+from mtt_fast.storage.foreign import LARGEST_FILE, plain_tensor
 from mtt_fast.storage.regular import check_regular, unreadable
 
 SMALL = 1 << 20

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.checks import shown
 from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.set_checks import check_normalisation, check_set
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -22,7 +23,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
-from mtt_fast.storage.foreign import as_tensor, shown
+from mtt_fast.storage.foreign import as_tensor
 from mtt_fast.storage.identity import check_same_data
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.data import ImageData, Normalisation
 from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_images_and_labels, check_lr, check_set
 from mtt_fast.data.synthetic import SyntheticDataset, classes_by_position
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import plain_tensor, shown
+from mtt_fast.storage.foreign import plain_tensor
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError
-from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_of_buffer, groups
+from mtt_fast.interop.buffers import as_epochs, check_absent, check_points, experts_of_buffer, groups
+from mtt_fast.interop.experts import Trajectory
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
 from mtt_fast.storage.atomic import atomic_folder
-from mtt_fast.storage.foreign import complaint_of, shown
+from mtt_fast.storage.foreign import complaint_of
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import Course
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from mtt_fast.commands.tables import legend_label
-from mtt_fast.report.runs import Run
+from mtt_fast.report.runs import RecordedRun
 
 _POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy
 
 
-def charts(runs: Sequence[Run]) -> dict[str, str]:
+def charts(runs: Sequence[RecordedRun]) -> dict[str, str]:
     """Return the curves of all `runs` by title, each an SVG element as text; curves that no run has are left out."""
     own = " (each method's own)" if len({run.method for run in runs}) > 1 else ""
     drawn = {
@@ -28,8 +28,8 @@ def charts(runs: Sequence[Run]) -> dict[str, str]:
     return {title: svg for title, svg in drawn.items() if svg}
 
 
-def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
-    def draw(axes: Any, run: Run, colour: str) -> bool:
+def _draw_lines(kind: str, key: str) -> Callable[[Any, RecordedRun, str], bool]:
+    def draw(axes: Any, run: RecordedRun, colour: str) -> bool:
         steps = [record for record in run.records_of_kind(kind) if key in record]
         if not steps:
             return False
@@ -40,7 +40,7 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
     return draw
 
 
-def draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
+def draw_accuracy(axes: Any, run: RecordedRun, colour: str) -> bool:
     """Draw the accuracy of a run's evaluations, with its deviation, and return whether there is any."""
     name = legend_label(run.name)
     styles = {"evaluation": ("-", name), "ema_evaluation": ("--", f"{name}, average over the iterations")}
@@ -62,7 +62,7 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
     return [float(np.mean(x[block])) for block in blocks], [float(np.mean(y[block])) for block in blocks]
 
 
-def _chart(runs: Sequence[Run], name: str, draw: Callable[[Any, Run, str], bool]) -> str:
+def _chart(runs: Sequence[RecordedRun], name: str, draw: Callable[[Any, RecordedRun, str], bool]) -> str:
     """Return one chart as an SVG element, or "" if no run has anything to draw."""
     from matplotlib import rc_context  # slow to import, and only drawing needs it
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -13,7 +13,7 @@ from typing import Any
 from mtt_fast.commands.plots import evenly, read_snapshot
 from mtt_fast.commands.tables import percent
 from mtt_fast.report.charts import charts
-from mtt_fast.report.runs import Run
+from mtt_fast.report.runs import RecordedRun
 
 _SHOWN = 5  # snapshots of a run, the first and the last among them
 
@@ -36,7 +36,7 @@ class _Picture:
     data: str  # PNG, base64
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RecordedRun]) -> str:
     """Return the page about `runs` as HTML that refers to no other file."""
     from jinja2 import Environment  # only this command needs it
 

@@ -16,13 +16,14 @@ from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.run_files import METRICS, SUMMARY
-from mtt_fast.storage.run_folder import read_config, read_summary
+from mtt_fast.storage.run_folder import read_config
+from mtt_fast.storage.run_summary import read_summary
 
 _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run of any method, finished or unfinished."""
 
     name: str  # the folder's name, with the folders above where several runs have the same name
@@ -65,7 +66,7 @@ class Run:
         return accuracies if len(accuracies) > 1 else {}
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     """Return the runs in `folders`, each named by the shortest end of its path that is different from the others'.
 
     Raises `InputError` for a folder that is named twice, and as `read_run`.
@@ -86,13 +87,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Return the run in `folder`. Raises `InputError` if there is none, or its files are broken."""
     options = read_config(folder)
     summary = read_summary(folder) or {}
     if options is None and not summary:
         raise InputError(f"{folder}: expected a run's folder (config.toml or {SUMMARY}), found neither; check the path")
-    return Run(
+    return RecordedRun(
         folder.resolve().name,
         summary.get("options") or options or {},
         summary,

@@ -40,6 +40,15 @@ def raise_if_stopped(stop: StopRequest | None, message: str) -> None:
 
 
 @contextlib.contextmanager
+def stopped_with(message: str) -> Iterator[None]:
+    """Give a `Stopped` that the block raises this `message`."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(message, stopped.signum) from None
+
+
+@contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Yield a request that the first SIGINT, SIGTERM or SIGHUP within the block sets without an interruption; a second one interrupts.
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError, dtype_name
-from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
 from mtt_fast.storage.records import NUMBER, check_form
 from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS
@@ -126,7 +126,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             imported=_says_imported(metadata),
         )
     except MALFORMED as error:
-        raise _other_version_error(path) from error
+        raise other_checkpoint(path) from error
 
 
 def _named(tensors: Mapping[str, Tensor], group: str, device: torch.device) -> dict[str, Tensor] | None:
@@ -148,15 +148,16 @@ def initial_num_experts(folder: Path) -> tuple[int, bool]:
     try:
         return int(parse_json(metadata["numbers"])[_EXPERTS]), _says_imported(metadata)
     except MALFORMED as error:
-        raise _other_version_error(path) from error
+        raise other_checkpoint(path) from error
 
 
 def _says_imported(metadata: Mapping[str, str]) -> bool:
     return bool(parse_json(metadata.get(_IMPORTED, "false")))
 
 
-def _other_version_error(path: Path) -> InputError:
-    return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
+def other_checkpoint(path: Path, kind: str = "version") -> InputError:
+    """Return the error for a file that is no checkpoint of this `kind`, a version or a method."""
+    return InputError(f"{path}: not a checkpoint of this {kind}; choose another `out`")
 
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.checks import check_ordinary
-from mtt_fast.errors import InputError, dtype_name, reason_of, remedy_for
+from mtt_fast.checks import check_ordinary, shown
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.text_files import parse_json
 
@@ -28,7 +28,7 @@ _NUMBERS = (
 )  # fmt: skip
 _MAX_EXPANSION, _EXTRA_BYTES = 20, 64 << 20  # how many times its size, besides so many bytes, a file may unpack to
 _BEYOND_ITS_STORAGE = 1 << 20  # bytes that an expanded view may claim besides those that it has
-_SHOWN, _WORDS = 60, 200  # letters of a text, of a library's complaint
+_WORDS = 200  # letters of a library's complaint
 
 
 def largest_unpacked(size: int) -> int:
@@ -91,33 +91,10 @@ def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     return tensor
 
 
-def shown(value: Any) -> str:
-    """Return a short description of any object, without looking deep into it."""
-    name = type(value).__name__
-    if isinstance(value, Tensor):
-        return "a nested Tensor" if value.is_nested else f"Tensor {dtype_name(value.dtype)} {tuple(value.shape)}"
-    if isinstance(value, bool | float | None) or (isinstance(value, int) and abs(value) < 10**12):
-        return repr(value)
-    if isinstance(value, str):
-        return repr(value if len(value) <= _SHOWN else value[:_SHOWN] + "…")
-    if isinstance(value, dict):
-        return f"a dictionary with {_listed(value)}" if value else "an empty dictionary"
-    if isinstance(value, list | tuple):
-        if 0 < len(value) <= 4 and all(isinstance(one, bool | float | int) for one in value):
-            return f"[{', '.join(map(shown, value))}]"
-        return f"a {name} of {len(value)}"
-    return name
-
-
 def complaint_of(error: Exception) -> str:
     """Return a library's complaint about a bad file, in one line."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= _WORDS else words[:_WORDS] + " …"
-
-
-def _listed(names: Any) -> str:
-    first = [shown(name).strip("'") for name, _ in zip(names, range(4), strict=False)]
-    return ", ".join(first) + (", …" if len(names) > len(first) else "")
 
 
 def _check_numbers(values: Any, kinds: tuple[type, ...]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtt_fast.errors import InputError
+from mtt_fast.storage.checkpoint import other_checkpoint
 from mtt_fast.storage.events import EventLog
 from mtt_fast.storage.records import NUMBER, check_form, verified, with_checksum
 from mtt_fast.storage.regular import open_regular
@@ -101,7 +101,7 @@ def _evaluations_in(checkpoint: Path) -> list[dict[str, Any]]:
     try:
         return [_as_record(value) for value in parse_json(metadata.get(EVALUATIONS, "[]"))]
     except MALFORMED as error:
-        raise InputError(f"{checkpoint}: not a checkpoint of this version; choose another `out`") from error
+        raise other_checkpoint(checkpoint) from error
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The folder of one run, a distillation or a baseline, from which the run continues after any interruption: options, checkpoint, metrics."""
+"""Lock a folder, and write and read the options of the run in it, a distillation or a baseline, with which the run continues."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.file_locks import acquire
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.records import NUMBER, check_form, read_record
+from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import read_text
-from mtt_fast.storage.run_files import CONFIG, SUMMARY
+from mtt_fast.storage.run_files import CONFIG
 from mtt_fast.storage.temporaries import remove_leftovers
-from mtt_fast.storage.text_files import MALFORMED, parse_toml, write_text
+from mtt_fast.storage.text_files import parse_toml, write_text
 
 _LOCK = ".lock"
 _CONFIG_BEGINS = "# the options of this run: flags change them, and the last line tells whether anything else did"
@@ -106,43 +106,3 @@ def read_config(folder: Path) -> dict[str, Any] | None:
             "all its options, which continues it"
         )
     return options
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of summary.json that have a value, or None if there is no summary. Raises `InputError` if it is broken."""
-    path = folder / SUMMARY
-    if not path.exists():
-        return None
-    record = read_record(path, _A_SUMMARY, _SUMMARISE_AGAIN)
-    summary = {name: value for name, value in record.items() if value is not None}
-    try:
-        check_form(summary, _SUMMARY)
-    except MALFORMED as error:
-        raise broken_summary(folder, error) from error
-    return summary
-
-
-_ACCURACY = {"mean": NUMBER, "std": NUMBER, "n": int}
-_SUMMARY = {
-    "accuracy": {"*": _ACCURACY},
-    "accuracy_by_network?": {"*": {"*": _ACCURACY}},
-    "options?": {
-        "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
-    },
-    "experts?": {"hyperparameters?": dict, "digest?": str},
-    "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [NUMBER]},
-    "iterations?": int, "skipped_iterations?": int, "iterations_repeated_in_tf32?": int,
-    "iterations_above_threshold?": int, "learning_rate_kept?": int,
-    "learning_rate?": NUMBER, "learning_rate_per_step?": [NUMBER], "seconds?": {"*": NUMBER},
-    "data?": {"fingerprint?": str}, "peak_memory_bytes?": NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
-}  # fmt: skip
-"""The form of a summary on which its readers rely."""
-_A_SUMMARY = "the summary of a run with its accuracy"
-_SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
-
-
-def broken_summary(folder: Path, error: Exception) -> InputError:
-    """Return the error for a summary in `folder` of another form."""
-    return InputError(
-        f"{folder / SUMMARY}: expected {_A_SUMMARY}, found {type(error).__name__}: {error}; {_SUMMARISE_AGAIN}"
-    )

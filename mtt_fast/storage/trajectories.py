@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.checks import shown
 from mtt_fast.errors import InputError, OutOfRange, reason_of, remedy_for
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.expert_metadata import BEFORE_CHECKSUMS, FORMAT, TRAIN_AGAIN, WAYPOINTS, ExpertMetadata
-from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.tensor_files import TensorEntry, check_part, read_header, save_tensors, warn_unchecked
 from mtt_fast.storage.text_files import MALFORMED, write_text

@@ -25,3 +25,11 @@ def log_fields(folder: Path) -> list[str]:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def summary(mean: float, *, method: str | None = None, random: float | None = None, **options: Any) -> dict[str, Any]:
+    accuracy = {"distilled": {"mean": mean, "std": 0.01, "n": 5}}
+    if random is not None:
+        accuracy["random_real_images"] = {"mean": random, "std": 0.02, "n": 5}
+    settings = {"dataset": "CIFAR10", "model": "ConvNet", "ipc": 1, "seed": 0} | options
+    return {"accuracy": accuracy, "options": settings} | ({} if method is None else {"method": method})

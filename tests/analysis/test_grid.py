@@ -13,8 +13,7 @@ from PIL import Image
 from mtt_fast.analysis import grid
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.text_files import write_json
-from tests.analysis.helpers import TOY, log_fields, read, run
-from tests.analysis.test_tables import summary
+from tests.analysis.helpers import TOY, log_fields, read, run, summary
 
 
 @pytest.mark.slow

@@ -16,15 +16,7 @@ from mtt_fast.distill.method_names import marked_method
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.recipes import recipe_options
 from mtt_fast.storage.text_files import write_json
-from tests.analysis.helpers import read, run
-
-
-def summary(mean: float, *, method: str | None = None, random: float | None = None, **options: Any) -> dict[str, Any]:
-    accuracy = {"distilled": {"mean": mean, "std": 0.01, "n": 5}}
-    if random is not None:
-        accuracy["random_real_images"] = {"mean": random, "std": 0.02, "n": 5}
-    settings = {"dataset": "CIFAR10", "model": "ConvNet", "ipc": 1, "seed": 0} | options
-    return {"accuracy": accuracy, "options": settings} | ({} if method is None else {"method": method})
+from tests.analysis.helpers import read, run, summary
 
 
 def by_network(*networks: str, accuracy: float = 0.7) -> dict[str, Any]:

@@ -14,31 +14,13 @@ from typing import Any
 import pytest
 
 from mtt_fast import InputError
-from mtt_fast.analysis.distance import DistanceOptions
-from mtt_fast.analysis.evolution import EvolutionOptions
-from mtt_fast.analysis.grid import GridOptions
-from mtt_fast.analysis.score import ScoreOptions
-from mtt_fast.analysis.tables import TablesOptions
-from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands import parsing
 from mtt_fast.commands.help_page import help_texts, print_help
 from mtt_fast.commands.option_fields import Group, Range, fields_of
-from mtt_fast.compress import CompressOptions
-from mtt_fast.convert.options import ConvertOptions
-from mtt_fast.cross.command import CrossOptions
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.evaluate import EvaluateOptions
 from mtt_fast.experts.options import ExpertOptions
-from mtt_fast.recipes.__main__ import ListOptions
-from mtt_fast.report.__main__ import ReportOptions
-
-COMMANDS: dict[str, type] = {
-    "distill": DistillOptions, "experts": ExpertOptions, "evaluate": EvaluateOptions, "cross": CrossOptions,
-    "compress": CompressOptions, "convert": ConvertOptions, "grid": GridOptions, "distance": DistanceOptions,
-    "tables": TablesOptions, "evolution": EvolutionOptions, "score": ScoreOptions, "report": ReportOptions,
-    "recipes": ListOptions, **{name: method.options for name, method in METHODS.items()},
-}  # fmt: skip
+from tests.commands.option_classes import COMMANDS
 
 Row = tuple[str, object, object, str]
 Flags = dict[str, object]

@@ -27,7 +27,7 @@ from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import command as experts
-from tests.commands.test_flags import COMMANDS
+from tests.commands.option_classes import COMMANDS
 
 KINDS = {name: kind for name, kind in COMMANDS.items() if name != "score"}  # whose numbers it checks together
 COUNT, SHARE, POSITIVE_SHARE = (typing.get_args(alias)[1] for alias in (Count, Share, PositiveShare))

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mtt_fast.data import load
+from mtt_fast.data import ImageData, load
 from mtt_fast.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
@@ -18,6 +19,10 @@ Array = np.ndarray[Any, np.dtype[np.uint8]]
 def noise(seed: int, height: int = 6, width: int = 6, channels: int = 3) -> Array:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
     return pixels if channels > 1 else pixels[..., 0]
+
+
+def chw(pixels: Array) -> torch.Tensor:
+    return torch.tensor(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
 def write(path: Path, pixels: Array) -> Path:
@@ -33,6 +38,17 @@ def folder(root: Path, test: str = "test", channels: int = 3, suffix: str = ".pn
     write(root / test / "a" / f"t{suffix}", noise(5, channels=channels))
     write(root / test / "b" / f"t{suffix}", noise(6, channels=channels))
     return root
+
+
+def folder_of_six_images(root: Path) -> Path:
+    """Make two classes of two training images and one test image each."""
+    for number, place in enumerate(["train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/1", "test/b/1"]):
+        write(root / f"{place}.png", noise(number))
+    return root
+
+
+def load_folder(root: Path, tmp_path: Path) -> ImageData:
+    return load(str(root), data_path=tmp_path / "cache", progress=False)
 
 
 def check_refused(tmp_path: Path, message: str, **options: Any) -> None:

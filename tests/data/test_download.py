@@ -16,7 +16,7 @@ from mtt_fast.data import cifar, mnist
 from mtt_fast.data.download import fetch
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
-from tests.data import cifar_files, test_mnist
+from tests.data import cifar_files, mnist_files
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -135,7 +135,7 @@ def test_cifar_is_fetched_once_and_read(
 def test_mnist_is_fetched_and_only_what_is_missing(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in test_mnist.files(tmp_path / "made").iterdir():
+    for path in mnist_files.files(tmp_path / "made").iterdir():
         files[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
     a, b, c, d = (md5(files[f"{name}.gz"]) for name in mnist.FILES)
     monkeypatch.setitem(mnist.SPECS, "MNIST", replace(mnist.SPECS["MNIST"], md5=(a, b, c, d)))
@@ -143,4 +143,4 @@ def test_mnist_is_fetched_and_only_what_is_missing(
     raw.mkdir(parents=True)
     (raw / f"{mnist.FILES[0]}.gz").write_bytes(files.pop(f"{mnist.FILES[0]}.gz"))  # which the server now lacks
     source = mnist.source("MNIST", tmp_path / "data", download=True, progress=False, url=server)
-    test_mnist.check(packed(source, tmp_path / "data" / "packed", progress=False))
+    mnist_files.check(packed(source, tmp_path / "data" / "packed", progress=False))

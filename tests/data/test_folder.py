@@ -24,12 +24,7 @@ from mtt_fast.data.images import decode
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
 from mtt_fast.experts import command as experts
-from tests.data.folders import Array, check_refused, folder, noise, write
-from tests.data.test_folder_links import folder_of_six_images, load_folder
-
-
-def chw(pixels: Array) -> torch.Tensor:
-    return torch.tensor(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+from tests.data.folders import check_refused, chw, folder, folder_of_six_images, load_folder, noise, write
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".PNG"])

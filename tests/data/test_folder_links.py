@@ -9,20 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtt_fast.data import ImageData, load
-from tests.data.folders import check_refused, noise, write
-
-
-def folder_of_six_images(root: Path) -> Path:
-    """Make two classes of two training images and one test image each."""
-    for number, place in enumerate(["train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/1", "test/b/1"]):
-        write(root / f"{place}.png", noise(number))
-    return root
-
-
-def load_folder(root: Path, tmp_path: Path) -> ImageData:
-    return load(str(root), data_path=tmp_path / "cache", progress=False)
-
+from tests.data.folders import check_refused, folder_of_six_images, load_folder, noise, write
 
 LINKS = {
     "to its own folder": ("train/a/loop", "."),

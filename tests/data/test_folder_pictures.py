@@ -21,9 +21,7 @@ from PIL import ExifTags, Image
 from mtt_fast.data import load
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.errors import InputError
-from tests.data.folders import check_refused, noise, write
-from tests.data.test_folder import chw
-from tests.data.test_folder_links import folder_of_six_images
+from tests.data.folders import check_refused, chw, folder_of_six_images, noise, write
 
 
 def transparent(mode: str) -> Image.Image:

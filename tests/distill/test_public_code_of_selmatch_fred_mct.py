@@ -11,53 +11,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from mtt_fast import TrajectoryStore
-from mtt_fast.augmentation.operations import Draws, parameters_of_steps
-from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.compress import compress
 from mtt_fast.distill.frequencies import most_varying_frequencies, with_frequencies
 from mtt_fast.distill.gradients import finish_gradients, gradients_to_apply, iteration_of, start_gradients
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
-from mtt_fast.distill.segments import Segment
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.expert_metadata import ExpertMetadata
-from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close
+from tests.distill.public_cases import CASES, IPC, experts, segment
 
-CASES = Path(__file__).parent / "public_code"
-IPC = 4
-LAYOUT = "features.0.weight:4x3x3x3;features.0.bias:4;features.1.weight:4;features.1.bias:4;classifier.weight:3x64;classifier.bias:3"
 OPTIONS: dict[str, dict[str, Any]] = {
     "selmatch": {"distilled_share": 0.5, "lr_img": 20.0, "lr_lr": 1e-3},
     "fred": {"msz_per_channel": 16, "lr_img": 600.0, "lr_lr": 5e-4},
     # half of the rate that the code was run with, which halves the gradient (docs/migrating.md)
     "mct": {"gradient": "truncated", "lr_img": 40.0 / 2, "lr_lr": 1e-3},
 }
-
-
-def experts(case: dict[str, Tensor], folder: Path) -> TrajectoryStore:
-    """Return a store of the case's expert."""
-    rows = case["expert"]
-    write_expert(folder, 0, rows, ExpertMetadata({}, LAYOUT, "toy", "f00d", "none", {}, 0, [0.5] * len(rows), {}))
-    return TrajectoryStore(folder)
-
-
-def segment(case: dict[str, Tensor], number: int, store: TrajectoryStore) -> Segment:
-    """Return what the code drew for iteration `number`: the epoch, the images of each step, and their augmentation."""
-    epoch = case[f"epoch_{number}"].item()
-    lengths, operations = (case[f"{name}_{number}"].tolist() for name in ("lengths", "operations"))
-    draws = []
-    for operation, numbers in zip(operations, case[f"numbers_{number}"].split(lengths), strict=True):
-        used = numbers[:, ~numbers.isnan().any(0)]  # an operation has one to three numbers for each image
-        draws.append(Draws(SiameseAugment().operations[operation], tuple(used.unbind(1))))
-    parameters = parameters_of_steps(draws, case["images"].shape)
-    start, target = (store.read(0, place).double() for place in (epoch, epoch + 2))
-    return Segment(0, epoch, lambda: (start, target, case[f"indices_{number}"], parameters))
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -22,7 +22,7 @@ from mtt_fast.parametrisations.parametrisation import Parametrisation, images_at
 from mtt_fast.parametrisations.speed import Speed
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.testing import assert_close
-from tests.distill.test_public_code_of_selmatch_fred_mct import CASES, IPC, experts, segment
+from tests.distill.public_cases import CASES, IPC, experts, segment
 
 NAMES = {
     "projection": "mhsc.proj",

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import ConvNet, FlatModule, plan
+from mtt_fast import Adam, ConvNet, FlatModule, plan
 from mtt_fast.engine.students.generic import cross_entropy
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 
@@ -44,7 +45,64 @@ def make(soft: bool = False, per_step: bool = True, dtype: torch.dtype = torch.f
     return Case(start, 0.3 * randn(len(start)), randn(7, 3, 8, 8), labels, rates if per_step else rates[0])
 
 
+ADAM = Adam((0.8, 0.95), 1e-3, 0.05, steps=3)
+"""A large ε makes the derivatives through √ŝ well conditioned; numbers of torch's defaults are compared in test_adam.py."""
+
+
+def case_of_adam(dtype: torch.dtype = torch.float64, **options: Any) -> Case:
+    """Return a case whose state are two moments (2, P), as a training leaves them."""
+    case = make(dtype=dtype, **options)
+    squares = (case.velocity + 0.1).square()
+    return case._replace(velocity=torch.stack([0.1 * case.velocity, squares]), lr=case.lr / 10)
+
+
 BATCHES = [torch.tensor(rows) for rows in ([0, 1, 2, 3], [4, 5], [6, 0, 0, 1, 2], [3, 4, 5], [6, 1])]
+
+
+def _written_out(
+    case: Case,
+    step: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    weight_decay: float,
+    *,
+    truncated: bool = False,
+    augment: Any = None,
+    draws: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the path and the last state of recorded steps; `step(n, state, gradient)` returns the update and the next state."""
+    theta, state, images, labels, lr = case
+    path = [theta]
+    for n, index in enumerate(BATCHES):
+        at = theta.detach().requires_grad_() if truncated else theta
+        seen = images[index] if augment is None else augment(images[index], draws[n])
+        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
+        update, state = step(n, state, gradient + weight_decay * theta)
+        theta = theta - (lr[n] if lr.dim() else lr) * update
+        path.append(theta)
+    return torch.stack(path), state
+
+
+def sgd_written_out(case: Case, momentum: float, weight_decay: float, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the path and the last velocity of recorded steps as torch.optim.SGD's documentation writes them."""
+
+    def step(n: int, velocity: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        velocity = momentum * velocity + gradient
+        return velocity, velocity
+
+    return _written_out(case, step, weight_decay, **options)
+
+
+def adam_written_out(case: Case, adam: Adam, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them."""
+    beta1, beta2 = adam.betas
+
+    def step(n: int, moments: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        mean = beta1 * moments[0] + (1 - beta1) * gradient
+        square = beta2 * moments[1] + (1 - beta2) * gradient**2
+        t = adam.steps + n + 1
+        mean_hat, square_hat = mean / (1 - beta1**t), square / (1 - beta2**t)
+        return mean_hat / (square_hat.sqrt() + adam.eps), torch.stack([mean, square])
+
+    return _written_out(case, step, adam.weight_decay, **options)
 
 
 def engines(name: str, **optimizer: Any) -> tuple[Any, dict[str, Any]]:

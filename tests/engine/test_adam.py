@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,56 +14,28 @@ from torch import Tensor
 from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, plan, unroll
 from mtt_fast.testing import assert_close, reference_convnet
 from tests.engine.optimizer_cases import (
+    ADAM,
     BATCHES,
     ENGINES,
     NET,
-    ORACLE,
     SHAPE,
     STEPS,
     Case,
+    adam_written_out,
     assert_same_gradients,
+    case_of_adam,
     engines,
     make,
 )
-
-BETAS, EPS, BEFORE = (0.8, 0.95), 1e-3, 3
-"""A large ε makes the derivatives through √ŝ well conditioned; numbers of torch's defaults are compared below."""
-
-
-def case_of(dtype: torch.dtype = torch.float64, **options: Any) -> Case:
-    """Return a case whose state are two moments (2, P), as a training leaves them."""
-    case = make(dtype=dtype, **options)
-    squares = (case.velocity + 0.1).square()
-    return case._replace(velocity=torch.stack([0.1 * case.velocity, squares]), lr=case.lr / 10)
-
-
-def written_out(
-    case: Case, adam: Adam, *, truncated: bool = False, augment: Any = None, draws: Any = None
-) -> tuple[Tensor, Tensor]:
-    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them."""
-    theta, (mean, square), images, labels, lr = case
-    (beta1, beta2), path = adam.betas, [theta]
-    for n, index in enumerate(BATCHES):
-        at = theta.detach().requires_grad_() if truncated else theta
-        seen = images[index] if augment is None else augment(images[index], draws[n])
-        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
-        gradient = gradient + adam.weight_decay * theta
-        mean = beta1 * mean + (1 - beta1) * gradient
-        square = beta2 * square + (1 - beta2) * gradient**2
-        t = adam.steps + n + 1
-        mean_hat, square_hat = mean / (1 - beta1**t), square / (1 - beta2**t)
-        theta = theta - (lr[n] if lr.dim() else lr) * mean_hat / (square_hat.sqrt() + adam.eps)
-        path.append(theta)
-    return torch.stack(path), torch.stack([mean, square])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
     """Compare the gradients of a loss of all rows and of the moments to everything that it starts from."""
-    adam = Adam(BETAS, EPS, weight_decay, BEFORE)
+    adam = replace(ADAM, weight_decay=weight_decay)
     net, options = engines(engine, optimizer=adam)
-    case = case_of(soft=engine != "micro-batches", per_step=weight_decay > 0)
+    case = case_of_adam(soft=engine != "micro-batches", per_step=weight_decay > 0)
     generator = torch.Generator().manual_seed(1)
     to_path, to_moments = (
         torch.randn(count, len(case.start), generator=generator, dtype=torch.float64) for count in (STEPS + 1, 2)
@@ -88,13 +61,13 @@ def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
             )
         )
 
-    assert_same_gradients(case, mine, lambda leaves: loss(*written_out(leaves, adam)))
+    assert_same_gradients(case, mine, lambda leaves: loss(*adam_written_out(leaves, adam)))
 
 
 @pytest.mark.parametrize("gradient", ["exact", "truncated"])
 @pytest.mark.parametrize("looks_at", ["moments", "a row"])
 def test_a_loss_of_the_moments_or_of_a_row_alone(gradient: Any, looks_at: str) -> None:
-    adam = Adam(BETAS, EPS, 0.1, BEFORE)
+    adam = replace(ADAM, weight_decay=0.1)
 
     def loss(path: Tensor, moments: Tensor) -> Tensor:
         return moments.pow(3).sum() if looks_at == "moments" else path[3].pow(3).sum()
@@ -105,13 +78,15 @@ def test_a_loss_of_the_moments_or_of_a_row_alone(gradient: Any, looks_at: str) -
         return loss(*unroll(NET, theta, images, labels, lr, BATCHES, velocity=moments, return_velocity=True, **options))
 
     truncated = gradient == "truncated"
-    assert_same_gradients(case_of(), mine, lambda leaves: loss(*written_out(leaves, adam, truncated=truncated)))
+    assert_same_gradients(
+        case_of_adam(), mine, lambda leaves: loss(*adam_written_out(leaves, adam, truncated=truncated))
+    )
 
 
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
     """Check that the state after that row is the one that is read, and not the last one, which is in the buffer."""
-    adam = Adam(BETAS, EPS, 0.1, BEFORE)
+    adam = replace(ADAM, weight_decay=0.1)
     net, options = engines("the path on the host", optimizer=adam)
 
     def mine(leaves: Case) -> Tensor:
@@ -120,13 +95,13 @@ def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
         return path[row].sum()
 
     def theirs(leaves: Case) -> Tensor:
-        return written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)
+        return adam_written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)
 
-    assert_same_gradients(case_of(), mine, theirs)
+    assert_same_gradients(case_of_adam(), mine, theirs)
 
 
 def test_augmented() -> None:
-    augment, case, adam = SiameseAugment(), case_of(per_step=False), Adam(BETAS, EPS, steps=BEFORE)
+    augment, case, adam = SiameseAugment(), case_of_adam(per_step=False), replace(ADAM, weight_decay=0.0)
     generator = torch.Generator().manual_seed(5)
     draws = [augment.draw(case.images[index], generator) for index in BATCHES]
 
@@ -136,7 +111,7 @@ def test_augmented() -> None:
         return path[-1].square().sum()
 
     def theirs(leaves: Case) -> Tensor:
-        return written_out(leaves, adam, augment=augment, draws=draws)[0][-1].square().sum()
+        return adam_written_out(leaves, adam, augment=augment, draws=draws)[0][-1].square().sum()
 
     assert_same_gradients(case, mine, theirs)
 
@@ -180,14 +155,14 @@ def test_the_gradient_with_torchs_defaults() -> None:
     theta, _, images, labels, lr = ours
     found = gradients(unroll(NET, theta, images, labels, lr, BATCHES, optimizer=adam)[-1], ours)
     # a mean and a square that are zero without a gradient, so that √0 is not differentiated
-    expected = gradients(written_out(theirs._replace(velocity=case.velocity), adam)[0][-1], theirs)
+    expected = gradients(adam_written_out(theirs._replace(velocity=case.velocity), adam)[0][-1], theirs)
     for name, one, other in zip(names, found, expected, strict=True):
         assert_close(name, one, other, 1e-6)
 
 
 def test_a_parameter_that_never_had_a_gradient() -> None:
     """Check that the gradients are finite, and equal to those of autograd with such parameters left out."""
-    case, adam = make(per_step=False), Adam(eps=EPS)
+    case, adam = make(per_step=False), Adam(eps=ADAM.eps)
 
     class Unused(torch.nn.Module):
         def __init__(self) -> None:
@@ -211,7 +186,7 @@ def test_a_parameter_that_never_had_a_gradient() -> None:
         loss = F.cross_entropy(pixels[index].flatten(1) @ theta.T, case.labels[index])
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-        theta = theta - rate * (mean / (1 - 0.9 ** (n + 1))) / ((square / (1 - 0.999 ** (n + 1))).sqrt() + EPS)
+        theta = theta - rate * (mean / (1 - 0.9 ** (n + 1))) / ((square / (1 - 0.999 ** (n + 1))).sqrt() + ADAM.eps)
     theta.square().sum().backward()
     assert start.grad is not None
     assert weight.grad is not None
@@ -235,7 +210,7 @@ def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float])
     start[bias] = torch.tensor([-50.0, -1.0, -0.5, 0.0, 0.5, -50.0])
     batches = [torch.tensor([n % 7]) for n in range(8)]
     ours, theirs = ([each.clone().requires_grad_() for each in (start, images, lr)] for _ in range(2))
-    path = unroll(net, ours[0], ours[1], labels, ours[2], batches, optimizer=Adam(betas, EPS))
+    path = unroll(net, ours[0], ours[1], labels, ours[2], batches, optimizer=Adam(betas, ADAM.eps))
 
     theta, pixels, rate = theirs
     mean, square, is_zero = torch.zeros_like(start), torch.zeros_like(start), []
@@ -246,7 +221,7 @@ def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float])
         mean, square = betas[0] * mean + (1 - betas[0]) * gradient, betas[1] * square + (1 - betas[1]) * gradient**2
         scaled = square / (1 - betas[1] ** (n + 1))
         root = torch.where(scaled > 0, torch.where(scaled > 0, scaled, 1).sqrt(), 0)
-        theta = theta - rate * mean / (1 - betas[0] ** (n + 1)) / (root + EPS)
+        theta = theta - rate * mean / (1 - betas[0] ** (n + 1)) / (root + ADAM.eps)
     times = torch.stack(is_zero).sum(0)
     assert ((times > 0) & (times < len(batches))).any()
     assert (times == len(batches)).any()
@@ -262,7 +237,7 @@ def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
     net, options = engines(engine, optimizer=Adam())
-    start, _, images, labels, lr = case_of(dtype)
+    start, _, images, labels, lr = case_of_adam(dtype)
     common: dict[str, Any] = {"return_velocity": True, **options}
     path, after = unroll(net, start, images, labels, lr, BATCHES, optimizer=Adam(), **common)
     for cut in range(1, STEPS):
@@ -284,24 +259,24 @@ def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, d
 
 
 def test_gradients_flow_from_window_to_window() -> None:
-    adam = Adam(BETAS, EPS, steps=BEFORE)
+    adam = replace(ADAM, weight_decay=0.0)
 
     def joined(leaves: Case) -> Tensor:
         theta, moments, images, labels, lr = leaves
         first, between = unroll(
             NET, theta, images, labels, lr[:2], BATCHES[:2], optimizer=adam, velocity=moments, return_velocity=True
         )
-        later = Adam(BETAS, EPS, steps=BEFORE + 2)
+        later = replace(adam, steps=adam.steps + 2)
         return unroll(NET, first[-1], images, labels, lr[2:], BATCHES[2:], optimizer=later, velocity=between)[-1].sum()
 
-    assert_same_gradients(case_of(), joined, lambda leaves: written_out(leaves, adam)[0][-1].sum())
+    assert_same_gradients(case_of_adam(), joined, lambda leaves: adam_written_out(leaves, adam)[0][-1].sum())
 
 
 @pytest.mark.parametrize("engine", ["fused", "a module", "a budget", "micro-batches"])
 def test_the_graphed_loss_takes_adam(engine: str) -> None:
-    adam = Adam(BETAS, EPS, 0.01)
+    adam = Adam(ADAM.betas, ADAM.eps, 0.01)
     net, options = engines(engine, optimizer=adam)
-    case, results = case_of(soft=True), []
+    case, results = case_of_adam(soft=True), []
     target = case.start + 0.1
     graphed = GraphedMatchingLoss(net, optimizer=adam, **options)
     for way in ("graphed", "unroll"):
@@ -317,12 +292,12 @@ def test_the_graphed_loss_takes_adam(engine: str) -> None:
 
 
 def test_a_callers_moments_may_be_overwritten_before_the_backward_pass() -> None:
-    case = case_of()
+    case = case_of_adam()
     gradients: list[Tensor] = []
     for overwrites in (False, True):
         start, moments, images, labels, lr = case.leaves()
         given = moments.detach().clone()
-        path = unroll(NET, start, images, labels, lr, BATCHES, optimizer=Adam(steps=BEFORE), velocity=given)
+        path = unroll(NET, start, images, labels, lr, BATCHES, optimizer=Adam(steps=ADAM.steps), velocity=given)
         if overwrites:
             given.zero_()
         gradients += torch.autograd.grad(path[-1].sum(), images)

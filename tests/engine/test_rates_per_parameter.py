@@ -11,10 +11,20 @@ from torch import Tensor
 from mtt_fast import Adam, ConvNet, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
 from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.testing import assert_close
-from tests.engine import test_adam, test_velocity
-from tests.engine.optimizer_cases import BATCHES, ENGINES, NET, STEPS, Case, assert_same_gradients, engines, make
-
-ADAM = Adam(test_adam.BETAS, test_adam.EPS, 0.05, test_adam.BEFORE)
+from tests.engine.optimizer_cases import (
+    ADAM,
+    BATCHES,
+    ENGINES,
+    NET,
+    STEPS,
+    Case,
+    adam_written_out,
+    assert_same_gradients,
+    case_of_adam,
+    engines,
+    make,
+    sgd_written_out,
+)
 
 
 def with_rates(case: Case) -> Case:
@@ -31,7 +41,7 @@ def test_equals_whole_graph_autograd(engine: str, options: dict[str, Any]) -> No
     way_options = {name: value for name, value in options.items() if name != "weight_decay"}
     net, way = engines(engine, lr_per_parameter=True, **way_options)
     is_adam = "optimizer" in options
-    case = with_rates(test_adam.case_of(soft=True) if is_adam else make(soft=engine != "micro-batches"))
+    case = with_rates(case_of_adam(soft=True) if is_adam else make(soft=engine != "micro-batches"))
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(STEPS + 3, len(case.start), generator=generator, dtype=torch.float64)
 
@@ -45,8 +55,8 @@ def test_equals_whole_graph_autograd(engine: str, options: dict[str, Any]) -> No
 
     def theirs(leaves: Case) -> Tensor:
         if is_adam:
-            return loss(*test_adam.written_out(leaves, ADAM))
-        return loss(*test_velocity.written_out(leaves, options.get("momentum", 0.0), options.get("weight_decay", 0.0)))
+            return loss(*adam_written_out(leaves, ADAM))
+        return loss(*sgd_written_out(leaves, options.get("momentum", 0.0), options.get("weight_decay", 0.0)))
 
     assert_same_gradients(case, mine, theirs)
 
@@ -64,7 +74,7 @@ def test_plain_sgd_and_a_loss_of_one_row(gradient: Any, row: int) -> None:
 
     def theirs(leaves: Case) -> Tensor:
         at_rest = leaves._replace(velocity=0 * leaves.velocity)
-        return test_velocity.written_out(at_rest, 0.0, 0.1, truncated=truncated)[0][row].pow(3).sum()
+        return sgd_written_out(at_rest, 0.0, 0.1, truncated=truncated)[0][row].pow(3).sum()
 
     assert_same_gradients(case, mine, theirs)
 
@@ -95,7 +105,7 @@ def test_two_rates_of_two_parts_by_a_recorded_loss() -> None:
             loss = graphed(start, target, images, labels, rates, BATCHES)
         else:
             at_rest = Case(start, torch.zeros_like(start), images, labels, rates)
-            loss = matching_loss(test_velocity.written_out(at_rest, 0.0, 0.0)[0][-1], start=case.start, target=target)
+            loss = matching_loss(sgd_written_out(at_rest, 0.0, 0.0)[0][-1], start=case.start, target=target)
         results.append((loss, *torch.autograd.grad(loss, (images, labels, lr))))
     for name, one, other in zip(("loss", "images", "labels", "lr"), *results, strict=True):
         assert_close(name, one, other, 1e-9)

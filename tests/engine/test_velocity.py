@@ -22,24 +22,8 @@ from tests.engine.optimizer_cases import (
     assert_same_gradients,
     engines,
     make,
+    sgd_written_out,
 )
-
-
-def written_out(
-    case: Case, momentum: float, weight_decay: float, *, truncated: bool = False, augment: Any = None, draws: Any = None
-) -> tuple[Tensor, Tensor]:
-    """Return the path and the last velocity of recorded steps as torch.optim.SGD's documentation writes them."""
-    theta, velocity, images, labels, lr = case
-    path = [theta]
-    for n, index in enumerate(BATCHES):
-        at = theta.detach().requires_grad_() if truncated else theta
-        seen = images[index] if augment is None else augment(images[index], draws[n])
-        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
-        gradient = gradient + weight_decay * theta
-        velocity = momentum * velocity + gradient
-        theta = theta - (lr[n] if lr.dim() else lr) * velocity
-        path.append(theta)
-    return torch.stack(path), velocity
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -62,7 +46,7 @@ def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
             )
         )  # fmt: skip
 
-    assert_same_gradients(case, mine, lambda leaves: loss(*written_out(leaves, 0.9, weight_decay)))
+    assert_same_gradients(case, mine, lambda leaves: loss(*sgd_written_out(leaves, 0.9, weight_decay)))
 
 
 def test_dampening_of_torch_is_a_smaller_rate_after_the_first_step() -> None:
@@ -114,7 +98,7 @@ def test_a_loss_of_the_velocity_or_of_a_row_alone(gradient: Any, looks_at: str) 
         )
 
     truncated = gradient == "truncated"
-    assert_same_gradients(make(), mine, lambda leaves: loss(*written_out(leaves, 0.8, 0.1, truncated=truncated)))
+    assert_same_gradients(make(), mine, lambda leaves: loss(*sgd_written_out(leaves, 0.8, 0.1, truncated=truncated)))
 
 
 @pytest.mark.parametrize("row", [2, 3])
@@ -126,7 +110,7 @@ def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
         path: Tensor = unroll(net, theta, images, labels, lr, BATCHES, momentum=0.8, velocity=velocity, **options)
         return path[row].sum()
 
-    assert_same_gradients(make(), mine, lambda leaves: written_out(leaves, 0.8, 0.0)[0][row].sum())
+    assert_same_gradients(make(), mine, lambda leaves: sgd_written_out(leaves, 0.8, 0.0)[0][row].sum())
 
 
 def test_augmented() -> None:
@@ -143,7 +127,7 @@ def test_augmented() -> None:
         return path[-1].square().sum() + after.square().sum()
 
     def theirs(leaves: Case) -> Tensor:
-        path, after = written_out(leaves, 0.9, 0.0, augment=augment, draws=draws)
+        path, after = sgd_written_out(leaves, 0.9, 0.0, augment=augment, draws=draws)
         return path[-1].square().sum() + after.square().sum()
 
     assert_same_gradients(case, mine, theirs)
@@ -215,7 +199,7 @@ def test_gradients_flow_from_window_to_window() -> None:
         )
         return unroll(NET, first[-1], images, labels, lr[2:], BATCHES[2:], momentum=0.9, velocity=between)[-1].sum()
 
-    assert_same_gradients(make(), joined, lambda leaves: written_out(leaves, 0.9, 0.0)[0][-1].sum())
+    assert_same_gradients(make(), joined, lambda leaves: sgd_written_out(leaves, 0.9, 0.0)[0][-1].sum())
 
 
 def test_without_a_velocity_it_starts_with_none() -> None:
@@ -230,7 +214,7 @@ def test_without_momentum_the_velocity_is_the_last_update() -> None:
     path, after = unroll(
         NET, start, images, labels, lr, BATCHES, weight_decay=0.1, velocity=velocity, return_velocity=True
     )
-    expected, last = written_out(Case(start, velocity, images, labels, lr), 0.0, 0.1)
+    expected, last = sgd_written_out(Case(start, velocity, images, labels, lr), 0.0, 0.1)
     assert_close("path", path, expected, 1e-12)
     assert_close("velocity", after, last, 1e-12)
     (gradient,) = torch.autograd.grad(path[-1].sum() + after.sum(), velocity)

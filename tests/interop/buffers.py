@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, TrajectoryStore
 from mtt_fast.interop import buffer_files, import_experts, read_buffer
-from mtt_fast.interop.buffers import Trajectory
+from mtt_fast.interop.experts import Trajectory
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.testing import reference_convnet
 

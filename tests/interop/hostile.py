@@ -13,7 +13,7 @@ from mtt_fast.interop import (
     read_buffer,
     read_waypoints,
 )
-from mtt_fast.interop.buffers import check_trajectory
+from mtt_fast.interop.experts import check_trajectory
 from mtt_fast.interop.tensor_set import SourceInfo
 from tests.interop.buffers import NET
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, InputError, TrajectoryStore
 from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
-from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, check_trajectory
+from mtt_fast.interop.buffers import CONVEXIFIED
+from mtt_fast.interop.experts import Trajectory, check_trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.runtime.interrupts import Stopped

@@ -38,7 +38,7 @@ from mtt_fast.interop import (
     read_waypoints,
     write_set,
 )
-from mtt_fast.interop.buffers import check_trajectory
+from mtt_fast.interop.experts import check_trajectory
 from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
@@ -47,7 +47,7 @@ from mtt_fast.storage.run_files import METRICS
 from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
-from tests.data.test_mnist import arrays, idx
+from tests.data.mnist_files import arrays, idx
 from tests.interop.buffers import NET, flat, metadata, save_buffers, trained, unmeasured
 from tests.interop.helpers import CLASSES, EXAMPLES, IPC, distilled
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
+from mtt_fast.checks import shown
 from mtt_fast.convert.experts import expert_kinds_of, options_in_path
 from mtt_fast.data import load
 from mtt_fast.errors import one_line
@@ -29,7 +30,7 @@ from mtt_fast.interop import (
     set_kind_of,
     write_set,
 )
-from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, plain_tensor, shown
+from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, plain_tensor
 from tests.interop.helpers import CLASSES, EXAMPLES, N, distilled
 from tests.interop.hostile import INFO, refused, rows_of
 

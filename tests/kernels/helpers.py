@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtt_fast.kernels import WARP_PARAMETERS
+
 EPS = 1e-5
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -35,6 +37,18 @@ jvp: Any = torch.func.jvp  # its type leaves out what it returns
 def draw(*shape: int, dtype: torch.dtype = torch.float64, layout: torch.memory_format | None = None) -> Tensor:
     tensor = torch.randn(shape, dtype=torch.float64).to(dtype)
     return tensor if layout is None else tensor.contiguous(memory_format=layout)
+
+
+def draw_warp_parameters(shape: tuple[int, int, int, int]) -> Tensor:
+    """Return moderate values of all parameters of a warp at once: no two samples alike."""
+    batch, _, height, width = shape
+    parameters = 0.2 * torch.randn(batch, len(WARP_PARAMETERS), dtype=torch.float64)
+    parameters[:, [5, 8]] *= 8  # displacements
+    parameters[:, 9] = torch.arange(batch) - 1
+    parameters[:, 10] = parameters[:, 9] + height // 2
+    parameters[:, 11] = torch.arange(batch)
+    parameters[:, 12] = width - 1
+    return parameters
 
 
 def plane_arguments(

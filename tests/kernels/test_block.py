@@ -15,8 +15,7 @@ from mtt_fast import kernels
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, native, triton
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, in_parts, meta, recording
-from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
-from tests.kernels.test_warp import some_parameters
+from tests.kernels.helpers import EPS, FORMATS, draw, draw_warp_parameters, jvp, refused
 from tests.kernels.triton_comparison import compare, each_part
 
 BLOCKS = [  # batch, channels, height, width, filters, padding
@@ -118,7 +117,7 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
 def test_patches_of_a_batch_are_those_of_its_augmented_rows() -> None:
     """Gather with an index that comes again."""
     rows, index = draw(5, 3, 6, 7), torch.tensor([4, 1, 4])
-    parameters = some_parameters((3, 3, 6, 7))
+    parameters = draw_warp_parameters((3, 3, 6, 7))
     for given, expected in (
         ((index,), rows[index]),
         ((index, parameters), kernels.colour_warp_mask(rows[index], parameters)),

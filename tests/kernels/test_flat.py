@@ -445,9 +445,9 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    from mtt_fast.kernels.triton import block, flat, weights
+    from mtt_fast.kernels.triton import block, flat, powers, weights
 
-    with recording([block, flat, weights], architecture) as launches:
+    with recording([block, flat, powers, weights], architecture) as launches:
         a, index = meta(1003), torch.empty(100, dtype=torch.long, device="meta")
         flat.sgd_step(a, a, meta(), a, None, None, 0.0, 0.0)
         flat.sgd_step(a, a, meta(), a, a, a, 0.9, 5e-4)

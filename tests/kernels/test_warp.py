@@ -16,6 +16,7 @@ from mtt_fast.kernels.native import extension
 from mtt_fast.kernels.native import warp as native_warp
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
+from tests.kernels.helpers import draw_warp_parameters
 from tests.kernels.triton_comparison import compare
 
 SHAPES = [
@@ -31,18 +32,6 @@ FACTOR = torch.tensor(-0.37, dtype=torch.float64)
 
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def some_parameters(shape: tuple[int, int, int, int]) -> Tensor:
-    """Return moderate values of all parameters at once: no two samples alike."""
-    batch, _, height, width = shape
-    parameters = 0.2 * torch.randn(batch, len(WARP_PARAMETERS), dtype=torch.float64)
-    parameters[:, [5, 8]] *= 8  # displacements
-    parameters[:, 9] = torch.arange(batch) - 1
-    parameters[:, 10] = parameters[:, 9] + height // 2
-    parameters[:, 11] = torch.arange(batch)
-    parameters[:, 12] = width - 1
-    return parameters
 
 
 def row(**values: float) -> Tensor:
@@ -70,7 +59,7 @@ def plain(images: Tensor, parameters: Tensor) -> Tensor:
 @pytest.mark.usefixtures("either_backend")
 @each_shape
 def test_values_and_transpose_are_those_of_torchs_sampler(shape: tuple[int, int, int, int]) -> None:
-    images, parameters = torch.randn(shape, dtype=torch.float64, requires_grad=True), some_parameters(shape)
+    images, parameters = torch.randn(shape, dtype=torch.float64, requires_grad=True), draw_warp_parameters(shape)
     expected = plain(images, parameters)
     y_bar = torch.randn(shape, dtype=torch.float64)
     (expected_bar,) = torch.autograd.grad(expected, images, y_bar)
@@ -99,7 +88,7 @@ def test_the_transpose_is_added_to_the_rows_that_were_gathered(
     """Gather with an index that comes again, and leave a row out."""
     rows, index = torch.randn(5, *shape[1:], dtype=torch.float64, requires_grad=True), torch.tensor([3, 0, 3, 4])
     index = index[: shape[0]]
-    parameters = some_parameters(shape) if augmented else None
+    parameters = draw_warp_parameters(shape) if augmented else None
     batch = rows[index] if parameters is None else plain(rows[index], parameters)
     y_bar, out = torch.randn(shape, dtype=torch.float64), torch.randn(rows.shape, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(batch, rows, y_bar)
@@ -115,7 +104,7 @@ def test_adding_is_to_the_bit_what_its_parts_do(dtype: torch.dtype) -> None:
     out, y_bar, parameters = (
         torch.randn(6, 3, 7, 5, dtype=dtype),
         torch.randn(shape, dtype=dtype),
-        some_parameters(shape),
+        draw_warp_parameters(shape),
     )
     index, factor, parameters = torch.tensor([5, 1, 1, 5]), FACTOR.to(dtype), parameters.to(dtype)
     rows = kernels.colour_warp_mask_transpose(-factor * y_bar, parameters)
@@ -126,7 +115,7 @@ def test_adding_is_to_the_bit_what_its_parts_do(dtype: torch.dtype) -> None:
 @pytest.mark.native
 @each_shape
 def test_the_native_kernel_in_float32(shape: tuple[int, int, int, int]) -> None:
-    images, parameters = torch.randn(shape), some_parameters(shape).float()
+    images, parameters = torch.randn(shape), draw_warp_parameters(shape).float()
     for name in OPERATIONS:
         actual = getattr(kernels, name)(images, parameters)
         assert actual.dtype == torch.float32
@@ -171,7 +160,7 @@ def test_a_mask_over_everything_and_one_over_nothing() -> None:
 @pytest.mark.native
 def test_the_native_kernel_does_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     shape = (30, 3, 40, 41)
-    images, parameters = torch.randn(shape), some_parameters(shape).float()
+    images, parameters = torch.randn(shape), draw_warp_parameters(shape).float()
     results = []
     for count in (1, 2, 5):
         threads(count)
@@ -185,7 +174,7 @@ def test_large_results_are_written_whole_into_memory_that_was_used_before(monkey
     memory = extension.allocate
     monkeypatch.setattr(native_warp, "allocate", lambda like, shape: memory(like, shape).fill_(float("nan")))
     shape = (90, 3, 33, 32)
-    images, parameters = torch.randn(shape), some_parameters(shape).float()
+    images, parameters = torch.randn(shape), draw_warp_parameters(shape).float()
     for name in OPERATIONS * 2:
         actual = getattr(kernels, name)(images, parameters)
         assert actual.nbytes > extension.LARGE

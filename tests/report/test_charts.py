@@ -8,7 +8,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from mtt_fast.report.charts import charts, draw_accuracy, thinned
-from mtt_fast.report.runs import Run
+from mtt_fast.report.runs import RecordedRun
 
 
 def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
@@ -18,7 +18,7 @@ def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
         for kind, both in means.items()
         for iteration, mean in enumerate(both)
     ]
-    unfinished = Run("run", {}, {}, records, {})
+    unfinished = RecordedRun("run", {}, {}, records, {})
     assert {name: accuracy["mean"] for name, accuracy in unfinished.accuracies.items()} == {
         "distilled": 0.3,
         "ema": 0.4,
@@ -38,7 +38,10 @@ def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
 
 def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legends() -> None:
     record = {"kind": "evaluation", "iteration": 0, "accuracy_mean": 0.5, "accuracy_std": 0.1, "networks": 2}
-    runs = [Run(name, {}, {}, [record, {"kind": "step", "iteration": 0, "loss": 1.0}], {}) for name in ("_old", "_new")]
+    runs = [
+        RecordedRun(name, {}, {}, [record, {"kind": "step", "iteration": 0, "loss": 1.0}], {})
+        for name in ("_old", "_new")
+    ]
     for svg in charts(runs).values():
         assert "_old" in svg
         assert "_new" in svg

@@ -24,7 +24,8 @@ from mtt_fast import ConvNet, InputError, SyntheticDataset, TrajectoryStore
 from mtt_fast.compress import compress
 from mtt_fast.data.packing import Contents, Part, Source, packed
 from mtt_fast.interop import export_experts, export_waypoints, import_experts, read_buffer, read_set, write_set
-from mtt_fast.interop.buffers import Trajectory, buffer_files
+from mtt_fast.interop.buffers import buffer_files
+from mtt_fast.interop.experts import Trajectory
 from mtt_fast.interop.tensor_set import as_tensor_set
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.run_folder import read_config, write_config
