@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 from bench.parsing import RecipeOptions, precisions_in
 from bench.records import publish
-from mtt_fast.commands.options import Count
 from mtt_fast.distill import command as distil
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.kernels import Precision
@@ -31,13 +30,11 @@ class Options(RecipeOptions):
     """precisions to compare, as in fp32,bf16"""
     buffer_path: str | None = None
     """folder of the experts; without it new experts are trained, and not kept"""
-    repetitions: Count = 1
-    """not used: nothing is timed"""
 
 
 def main(options: Options, command: str) -> None:
     """Distil in each precision, print the table, write the record."""
-    device, flags = options.torch_device(), options.flags_without("precisions", "buffer_path", "repetitions")
+    device, flags = options.torch_device(), options.flags_without("precisions", "buffer_path")
     precisions, setting = precisions_in(options.precisions, device), parse_options(flags)
     flags += ["--eval_it", str(max(1, setting.Iteration))]  # at the start and at the end
     with tempfile.TemporaryDirectory(prefix="mtt_fast-") as temporary:

@@ -13,7 +13,7 @@ from mtt_fast.training.protocols import EvaluationProtocol
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Time an epoch of an evaluation's training. Of the shape options, only the network's have an effect."""
+    """Time an epoch of an evaluation's training."""
 
     images: Count = 100
     """images in the distilled set"""

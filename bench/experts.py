@@ -11,7 +11,7 @@ from mtt_fast.training.optimizers import Sgd
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Time an epoch of an expert's training. Of the shape options, only the network's have an effect."""
+    """Time an epoch of an expert's training."""
 
 
 def main(options: Options, command: str) -> None:

@@ -19,14 +19,14 @@ from torch import Tensor
 from bench.measuring import interleaved, seconds, set_precision
 from bench.parsing import CommonOptions
 from bench.records import publish
-from bench.settings import Setting, Shape
+from bench.settings import BatchShape, Setting
 from mtt_fast import kernels
 from mtt_fast.engine.students.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock
 from mtt_fast.kernels import ConvLayer, plane_dtype
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions, Shape):
+class Options(CommonOptions, BatchShape):
     """Time the first block in parts, without its planes, and only the matrix products of the latter."""
 
     precision: str = "tf32"

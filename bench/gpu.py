@@ -16,6 +16,7 @@ everything is done on the CPU at toy size.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -35,7 +36,7 @@ import tyro
 from bench import suite
 from bench.pictures import write_pictures
 from bench.records import read_record, write_record
-from mtt_fast.commands.option_fields import Checked, Range
+from mtt_fast.commands.option_fields import Checked, Range, fields_of
 from mtt_fast.runtime.provenance import choose_device
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG, SUMMARY
@@ -50,7 +51,7 @@ _SETTINGS = ("cifar10-ipc1", "cifar10-ipc10", "imagenet128-ipc10")
 _TUNED = {"cifar10-ipc1": 3, "cifar10-ipc10": 3, "imagenet128-ipc10": 5}  # blocks of the networks
 _PRECISIONS = ("tf32", "bf16")
 _ENGINES = "whole_graph,fused-graph,fused-graph@fp16,fused-graph-auto,fused-graph-auto@fp16"
-_TOY = "--steps 2 --batch 3 --size 16 --depth 2 --width 4 --repetitions 1".split()
+_TOY = {"steps": "2", "batch": "3", "size": "16", "depth": "2", "width": "4", "repetitions": "1"}
 _TOY_RUN = (
     "--train_epochs 4 --num_experts 1 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --Iteration 2 --num_eval 1 "
     "--epoch_eval_train 2"
@@ -193,7 +194,12 @@ def _suite(options: Options, out: Path) -> Iterator[Group]:
 
 
 def _bench(options: Options, out: Path, name: str, *argv: str, **environment: str) -> Task:
-    toy = _TOY if options.rehearse else []
+    known = fields_of(importlib.import_module(f"bench.{argv[0]}").Options)
+    toy = (
+        [word for flag, value in _TOY.items() if flag in known for word in (f"--{flag}", value)]
+        if options.rehearse
+        else []
+    )
     threads = {"OMP_NUM_THREADS": "1"} if options.rehearse else {}  # a toy is slower on several
     device = "cpu" if options.rehearse else "cuda"
     words = ["bench", *argv, *toy, "--device", device, "--out", str(out), "--name", name]

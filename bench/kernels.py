@@ -15,7 +15,7 @@ from bench.arguments import Block, block_arguments, blocks_of
 from bench.measuring import copy_peak, interleaved, matrix_product_peak, repeated, seconds, set_precision
 from bench.parsing import CommonOptions
 from bench.records import publish
-from bench.settings import Setting, Shape
+from bench.settings import BatchShape, Setting
 from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.kernels import (
@@ -55,7 +55,7 @@ _LEAST_SECONDS = 0.02  # an operation is repeated within a measurement until it 
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions, Shape):
+class Options(CommonOptions, BatchShape):
     """Time each kernel at the shapes of a setting."""
 
     precision: str = "tf32"

@@ -14,7 +14,7 @@ import torch
 from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, engine_named, generic_convnet
 from bench.measuring import peak_above_baseline
-from bench.parsing import CommonOptions
+from bench.parsing import RecordOptions
 from bench.records import publish
 from bench.settings import Setting, Shape
 from bench.workers import Process, WorkerError
@@ -26,7 +26,7 @@ log = logging.getLogger("mtt_fast")
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions, Shape):
+class Options(RecordOptions, Shape):
     """Measure the peak memory of an iteration as N, b and the resolution grow, one at a time."""
 
     engine: Literal["fused", "generic"] = "fused"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.cases import case_on, make_case
 from bench.iterations import NamedCase, golden_cases, run_cases
-from bench.parsing import CommonOptions, precisions_in
+from bench.parsing import RecordOptions, precisions_in
 from bench.records import publish
 from bench.settings import Shape
 from mtt_fast import matching_loss, unroll
@@ -28,7 +28,7 @@ _MICROBATCH = 32  # so that float64 fits in the memory in which the engine fits;
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions, Shape):
+class Options(RecordOptions, Shape):
     """Compare the gradients in each precision of the products with float64's: on a random case, and on the cases of --golden and --runs."""
 
     precisions: str = ",".join(get_args(Precision))
@@ -39,8 +39,6 @@ class Options(CommonOptions, Shape):
     """folders of distillations, separated by commas, to compare iterations on their sets too"""
     starts: Count = 1
     """iterations of each of --runs; their first epochs are spread evenly over the later half of the expert's epochs, and one is the last"""
-    repetitions: Count = 1
-    """not used: nothing is timed"""
 
 
 def main(options: Options, command: str) -> None:

@@ -48,15 +48,11 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A setting by name, and changes to it."""
+class NetworkShape:
+    """A setting by name, and changes to its network."""
 
     setting: str = "cifar10-ipc10"
     """cifar10-ipc1/10/50, cifar100-…, tiny-…, imagenet128-…"""
-    steps: Count | None = None
-    """N, student steps in an iteration"""
-    batch: Count | None = None
-    """b, images in a student step"""
     size: Count | None = None
     """resolution in pixels"""
     depth: Count | None = None
@@ -71,15 +67,43 @@ class Shape:
         net = replace(
             net, image_size=self.size or net.image_size, depth=self.depth or net.depth, width=self.width or net.width
         )
-        batch = self.batch or setting.batch
-        return Setting(net, max(setting.images, batch), self.steps or setting.steps, batch)
+        return replace(setting, net=net)
 
     def label(self) -> str:
         """Return the setting's name with its changes, for file names."""
         changed = [
-            f"{name}{value}" for name in ("steps", "batch", "size", "depth", "width") if (value := getattr(self, name))
+            f"{name}{value}"
+            for name in ("steps", "batch", "size", "depth", "width")
+            if (value := getattr(self, name, None))
         ]
         return "-".join([self.setting, *changed])
+
+
+@dataclass(frozen=True)
+class BatchShape(NetworkShape):
+    """A setting by name, and changes to a step of it."""
+
+    batch: Count | None = None
+    """b, images in a student step"""
+
+    def resolve(self) -> Setting:
+        """See `NetworkShape.resolve`."""
+        setting = super().resolve()
+        batch = self.batch or setting.batch
+        return replace(setting, images=max(setting.images, batch), batch=batch)
+
+
+@dataclass(frozen=True)
+class Shape(BatchShape):
+    """A setting by name, and changes to it."""
+
+    steps: Count | None = None
+    """N, student steps in an iteration"""
+
+    def resolve(self) -> Setting:
+        """See `NetworkShape.resolve`."""
+        setting = super().resolve()
+        return replace(setting, steps=self.steps or setting.steps)
 
 
 def setting_named(name: str) -> Setting:

@@ -16,7 +16,7 @@ from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
 from bench.records import publish
-from bench.settings import Setting, Shape
+from bench.settings import NetworkShape, Setting
 from bench.workers import Process, Subjects
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
@@ -77,8 +77,8 @@ LOOPS: dict[str, tuple[Loop, bool]] = {
 
 
 @dataclass(frozen=True)
-class TrainingOptions(CommonOptions, Shape):
-    """The options of both benchmarks of training; the shape's N and b have no effect here."""
+class TrainingOptions(CommonOptions, NetworkShape):
+    """The options of both benchmarks of training."""
 
     images: Count = 1024
     """images in the epoch that is timed"""

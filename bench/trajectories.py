@@ -42,7 +42,7 @@ _EXPERT_EPOCHS = 2
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Time the first sample of a trajectory, and its checksums. Of the shape options, only the network's have an effect."""
+    """Time the first sample of a trajectory, and its checksums."""
 
     experts: Count = 5
     """experts in a file of the public layout (which holds ten by default)"""

@@ -27,7 +27,7 @@ from bench.kernels import FEW_SAMPLES, exact_results, in_parts, results_of
 from bench.measuring import interleaved, repeated, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
-from bench.settings import Shape
+from bench.settings import BatchShape
 from bench.tables import table as rendered
 from mtt_fast import kernels
 from mtt_fast.commands.option_fields import Checked
@@ -47,7 +47,7 @@ _LEAST_SECONDS = 0.004  # an operation is repeated within a measurement until th
 
 
 @dataclass(frozen=True)
-class Options(CommonOptions, Shape):
+class Options(CommonOptions, BatchShape):
     """Write a new table of launch configurations for this machine's GPU and the blocks of a setting."""
 
     precision: str = "tf32"

@@ -40,6 +40,12 @@ def check_options_fit(
             f"--msz_per_channel {options.msz_per_channel}: expected at most the {frequencies} frequencies that a channel of "
             f"{'×'.join(map(str, data.image_shape[1:]))} pixels has; leave it out to distil all"
         )
+    for name, ratio in (("loss_ratio", options.loss_ratio), ("depth_ratio", options.depth_ratio)):
+        if ratio and not int(ratio * network.num_parameters):
+            raise InputError(
+                f"--{name} {ratio:g}: expected at least one parameter to leave out, found less than one of the "
+                f"{network.num_parameters:,} of --model {options.model}; give a larger share, or leave it out"
+            )
     if network.mixes_samples and (option := options.option_using_experts()):
         raise InputError(
             f"--model {options.model}, {option}: expected a network without batch norm, since predictions of experts for single "

@@ -180,14 +180,14 @@ def _checked_data(
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         check_options_fit(options, info, options.network(info), device)
-        image_parameters = check_parametrisation(options, info, device)
+        image_parameters = check_parametrisation(options, info, device).learned
         check_missing_experts(options, info)
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, requested)
     if info is None:
-        image_parameters = check_parametrisation(options, data, device)
+        image_parameters = check_parametrisation(options, data, device).learned
     return data, network, image_parameters
 
 

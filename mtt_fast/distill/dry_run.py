@@ -48,7 +48,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = plan_steps(
-        options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters
+        options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters.learned
     )
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mtt_fast.data import DatasetInfo
+from mtt_fast.distill.initial import state_specs
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.parametrised import ImageParameters
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.students.choice import precision_on, student_for
 from mtt_fast.kernels import Precision
@@ -130,23 +132,23 @@ def estimated_bytes(
     uncompressed: int,
     *,
     cam_parameters: int = 0,
-    image_parameters: int = 0,
+    image_parameters: ImageParameters | None = None,
 ) -> EstimatedBytes:
     """Return the estimated bytes written by a run that trains `missing` experts and compresses `uncompressed` ones.
 
     `cam_parameters` is the number of parameters of the network of the Grad-CAM maps, or 0 if it is not trained; `image_parameters`
-    that of the parameters from which the images are computed, or 0 if their pixels are learned.
+    those from which the images are computed, or None if their pixels are learned.
     """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
-    values = math.prod(info.image_shape)
-    images = 4 * options.ipc * info.num_classes * values * options.num_tiles
-    weights = 0 if options.cam_model is None else images // info.image_shape[0]
-    sets, learned = _set_count(options), 4 * image_parameters
-    whitening = 4 * _WHITENING * values**2 if options.zca else 0
+    learned, learned_in_checkpoint = image_parameters or ImageParameters()
+    state = {name: spec[0].itemsize * math.prod(spec[1]) for name, spec in state_specs(options, info).items() if spec}
+    labels = 4 * options.ipc * info.num_classes**2 if options.label_kind != "indices" else state["labels"]
+    whitening = 4 * _WHITENING * math.prod(info.image_shape) ** 2 if options.zca else 0
+    one_set = state["images"] + labels + state["lr"] + whitening + 4 * learned
     return EstimatedBytes(
         experts=4 * (rows * num_parameters + (options.train_epochs + 1) * cam_parameters),
-        # the last and the best of each set; the checkpoint's images, moving average and pixel weights, what is learned, and its velocity
-        run_folder=2 * sets * (images + whitening + learned) + sets * images + (2 * learned or images) + weights,
+        # the last and the best of each set, and the checkpoint
+        run_folder=2 * _set_count(options) * one_set + sum(state.values()) + 4 * learned_in_checkpoint,
         packed_data=info.packed_bytes,
     )
 

@@ -85,15 +85,15 @@ def _initial_parameters(parametrisation: Parametrisation | None) -> tuple[NamedT
     return values, velocity, square if parametrisation.optimizer == "adam" else None
 
 
-def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
-    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the dtypes and shapes that `initial_state` gives them."""
+def state_specs(options: DistillOptions, data: ImageData | DatasetInfo) -> dict[str, TensorSpec | None]:
+    """Return the dtype and shape of each tensor of a run's `State`, None for those that it lacks; without a parametrisation's parameters."""
     classes, (channels, height, width) = data.num_classes, data.image_shape
     count, side = options.ipc * classes, 1 if options.canvas is None else options.canvas.size
     images = torch.float32, (count, channels, height * side, width * side)
     logits, indices = (torch.float32, (count, classes)), (torch.int64, (count,))
     lr = torch.float32, (options.syn_steps,) if options.lr_per_step else ()
     learned = options.lr_y is not None
-    specs: dict[str, TensorSpec | None] = {
+    return {
         "images": images,
         "images_velocity": images if options.parametrisation is None else None,
         "labels": logits if learned else indices,
@@ -102,9 +102,15 @@ def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | Da
         "lr_velocity": lr,
         "ema": None if options.ema_decay is None else images,
         "frequencies": None if options.msz_per_channel is None else (torch.bool, (classes, height, width)),
+        "pixel_weights": None if options.cam_model is None else (torch.float32, (count, 1, height, width)),
     }
-    if state.pixel_weights is not None or options.cam_model is None:  # the first iteration computes them
-        specs["pixel_weights"] = None if options.cam_model is None else (torch.float32, (count, 1, height, width))
+
+
+def check_state_fits(folder: Path, options: DistillOptions, data: ImageData | DatasetInfo, state: State) -> None:
+    """Raise `InputError` unless the tensors of `state`, from the run in `folder`, have the dtypes and shapes that `initial_state` gives them."""
+    specs = state_specs(options, data)
+    if state.pixel_weights is None and options.cam_model is not None:  # the first iteration computes them
+        del specs["pixel_weights"]
     if (state.parameters is None) != (options.parametrisation is None):
         raise InputError(
             f"{folder / CHECKPOINT}: expected {'parameters' if options.parametrisation else 'pixels'} that are learned, as --parametrisation "

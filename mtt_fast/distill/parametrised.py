@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, check_specs
 
 
+class ImageParameters(NamedTuple):
+    """The number of learned parameters from which images are computed, and of the values that a checkpoint holds of them."""
+
+    learned: int = 0
+    in_checkpoint: int = 0
+    """with the optimizer's averages: one of each parameter, or with Adam two"""
+
+
 def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int) -> Parametrisation:
     """Return the parametrisation of `options`, on the CPU, made from the initial `images` (n, C, H, W) of `num_classes` classes.
 
@@ -29,14 +38,16 @@ def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int
     )  # fmt: skip
 
 
-def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device) -> int:
+def check_parametrisation(
+    options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device
+) -> ImageParameters:
     """Return the number of learned parameters of the parametrisation, after a trial on `device`; 0 without a parametrisation.
 
     The trial uses random images. A class of the user's own gets as many as in the run, since it may need groups of images; another gets
     at most two of each class, since its parameters may take gigabytes. Raises `InputError` if it cannot be made and learned.
     """
     if (name := options.parametrisation) is None:
-        return 0
+        return ImageParameters()
     count = (options.ipc if is_users_class(name) else min(options.ipc, 2)) * data.num_classes
     images = torch.randn(count, *data.image_shape, generator=generator_for(options.seed, "images of a trial"))
 
@@ -48,7 +59,8 @@ def check_parametrisation(options: DistillOptions, data: ImageData | DatasetInfo
     # a class of the user's own may be slow to make again
     whole = tried if is_users_class(name) else parametrisation_on_meta(options, data)
     assert whole is not None
-    return sum(each.numel() for each in learned_parameters(whole).values())
+    learned = sum(each.numel() for each in learned_parameters(whole).values())
+    return ImageParameters(learned, in_checkpoint=(3 if whole.optimizer == "adam" else 2) * learned)
 
 
 def parametrisation_on_meta(options: DistillOptions, data: ImageData | DatasetInfo) -> Parametrisation | None:

@@ -17,7 +17,8 @@ from mtt_fast.commands import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-TOY = "--size 16 --depth 2 --width 4 --repetitions 2 --device cpu".split()
+SHAPE = "--size 16 --depth 2 --width 4 --device cpu".split()
+TOY = [*SHAPE, "--repetitions", "2"]  # of a benchmark that repeats
 STEP = "--steps 2 --batch 3".split()
 TINY = Setting(ConvNet(3, 10, 16, width=4, depth=2), images=10, steps=2, batch=3)
 

@@ -14,7 +14,7 @@ from mtt_fast.baselines.catalogue import METHODS as BASELINES
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.distill.command_line import parse_options
-from tests.bench.helpers import STEP, TOY, bench, linux, rows_of
+from tests.bench.helpers import SHAPE, STEP, TOY, bench, linux, rows_of
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_the_benchmark_of_modules_runs(tmp_path: Path) -> None:
 @linux
 def test_the_benchmark_of_memory_runs(tmp_path: Path) -> None:
     vary = "--vary-steps 2 --vary-batch 100 --vary-size 32".split()
-    bench("memory_scaling", *TOY, *STEP, *vary, "--out", str(tmp_path), "--name", "found")
+    bench("memory_scaling", *SHAPE, *STEP, *vary, "--out", str(tmp_path), "--name", "found")
     rows = {row["varied"]: row for row in rows_of(tmp_path, "found")}
     assert (rows["batch"]["batch"], rows["size"]["size"]) == (100, 32)
     assert rows["batch"]["peak"]["bytes"] > rows["steps"]["peak"]["bytes"]
@@ -122,7 +122,7 @@ def test_the_benchmark_of_trajectories_runs(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_of_the_first_block_runs(tmp_path: Path) -> None:
-    bench("first_block", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
+    bench("first_block", *TOY, "--batch", "3", "--out", str(tmp_path), "--name", "found")
     rows = rows_of(tmp_path, "found")
     ways = {"in parts", "products alone"}  # on a CPU
     assert {(row["sweep"], row["way"]) for row in rows} == {(a, b) for a in ("forward", "backward") for b in ways}
@@ -227,6 +227,15 @@ def test_the_benchmark_of_training_runs(
         (["meta_step", "--one_process", "True", "--device", "cpu"], "--one_process True: expected a GPU"),
         (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32, fp16, bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
+        *(
+            ([name, "--repetitions", "2"], "--repetitions: unknown option")
+            for name in ("precision", "distillation", "memory_scaling")
+        ),
+        *(
+            ([name, "--steps", "2"], "--steps: unknown option")
+            for name in ("kernels", "first_block", "tune", "experts")
+        ),
+        (["evaluate", "--batch", "2"], "--batch: unknown option"),
         (["kernels", "--batch", "0"], "--batch 0: expected at least 1"),
         (["modules", "--steps", "0"], "--steps 0: expected at least 1"),
         (["experts", "--images", "0"], "--images 0: expected at least 1"),

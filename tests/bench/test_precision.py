@@ -24,7 +24,7 @@ from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import relative_error
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import Sgd
-from tests.bench.helpers import CPU, STEP, TINY, TOY, bench, rows_of
+from tests.bench.helpers import CPU, SHAPE, STEP, TINY, bench, rows_of
 
 TOY_RUN = (
     "--Iteration 3 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --syn_steps 2 --num_eval 1 --epoch_eval_train 2 --device cpu"
@@ -33,7 +33,7 @@ TOY_RUN = (
 
 @pytest.mark.native
 def test_the_benchmark_of_precision_runs(tmp_path: Path) -> None:
-    bench("precision", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
+    bench("precision", *SHAPE, *STEP, "--out", str(tmp_path), "--name", "found")
     (row,) = rows_of(tmp_path, "found")
     assert row["case"].startswith("random, ConvNet depth 2 width 4")
     errors = {name: row[name]["images"] for name in ("fp32", "tf32", "fp16", "bf16")}
@@ -69,7 +69,7 @@ def test_the_precision_of_golden_cases_is_measured(
 ) -> None:
     bench(
         "precision",
-        *TOY,
+        *SHAPE,
         *STEP,
         "--precisions",
         "fp32",
@@ -86,7 +86,7 @@ def test_the_precision_of_golden_cases_is_measured(
     }
     assert all(error < 1e-4 for errors in rows.values() for error in errors.values())
     assert "labels" in rows["golden soft-labels-d3-n6"]
-    assert cli.run(main, ["precision", *TOY, *STEP, "--golden", str(tmp_path)]) == 2
+    assert cli.run(main, ["precision", *SHAPE, *STEP, "--golden", str(tmp_path)]) == 2
     assert "expected golden cases, found none" in capsys.readouterr().err
 
 
@@ -110,7 +110,7 @@ def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pyt
     SyntheticDataset(images, labels, torch.tensor(0.01), names, half, half, label_kind="logits").save(
         run / "synthetic.safetensors"
     )
-    given = ("precision", *TOY, *STEP, "--runs", str(run), "--out", str(tmp_path))
+    given = ("precision", *SHAPE, *STEP, "--runs", str(run), "--out", str(tmp_path))
     bench(*given, "--starts", "2", "--name", "found")
     bench(*given, "--name", "last")
     assert [row["case"] for row in rows_of(tmp_path, "found")[1:]] == ["run, epoch 1", "run, epoch 2"]

@@ -25,7 +25,7 @@ def test_the_passes_of_the_first_block_are_tuned(tmp_path: Path, monkeypatch: py
     """Tune at a width that has kernels for the block at once."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    words = "--size 8 --depth 1 --width 16 --steps 1 --batch 2 --repetitions 1 --device cpu --blocks 1 --candidates 1"
+    words = "--size 8 --depth 1 --width 16 --batch 2 --repetitions 1 --device cpu --blocks 1 --candidates 1"
     command = [sys.executable, "-W", "ignore", "-m", "bench", "tune", *words.split(), "--out", str(tmp_path)]
     table = tmp_path / "configurations.toml"
     subprocess.run([*command, "--name", "tune", "--table", str(table)], cwd=ROOT, check=True, capture_output=True)

@@ -186,6 +186,8 @@ def test_no_expert_is_trained_for_a_run_that_cannot_be(
     [
         ("--max_start_epoch 60", "segments reach epoch 62, and experts of --train_epochs 50 end before that"),
         ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images"),
+        ("--loss_ratio 1e-6", "--loss_ratio 1e-06: expected at least one parameter to leave out"),
+        ("--depth_ratio 1e-6", "--depth_ratio 1e-06: expected at least one parameter to leave out"),
         (
             "--model ConvNetBN --teacher_label",
             "--model ConvNetBN, --teacher_label: expected a network without batch norm",

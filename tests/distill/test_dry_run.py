@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.recipes import recipe_names, recipe_options
+from mtt_fast.storage.tensor_files import read_header
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
@@ -285,15 +287,43 @@ def test_each_network_is_timed_in_its_own_precision(
 
 
 def test_the_sizes_are_those_of_every_number() -> None:
-    images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
-    assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
+    images, whitening, others = 4 * 20 * 64, 4 * 2 * 64**2, 3 * 8 * 20 + 4 * 4  # labels and learning rates
+    assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0) == (
+        4 * 3 * 6 * 1000, 2 * images + 2 * images + others, 130 * (64 + 8),
+    )  # fmt: skip
     assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0, cam_parameters=700).experts == 4 * 6 * (3 * 1000 + 700)
     with_maps = estimated_bytes(dataclasses.replace(OPTIONS, cam_model="ResNet18"), INFO, 1000, 3, 0)
-    assert with_maps.run_folder == 4 * images + images / INFO.image_shape[0]
+    assert with_maps.run_folder == 4 * images + images / INFO.image_shape[0] + others
     more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
     experts, run, _ = estimated_bytes(more, INFO, 1000, 3, 5)
     assert experts == 4 * (3 * 6 + 5 * 4) * 1000
-    assert run == 4 * (4 * images + whitening) + 3 * 4 * images
+    assert run == 4 * (4 * images + whitening) + 3 * 4 * images + 5 * 8 * 20 + 6 * 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "", "--lr_y 0.1", "--teacher_label", "--ema_decay 0.5 --zca", "--cam_model ConvNetD1W4", "--ipc 2 --msz_per_channel 9",
+        "--parametrisation ddif --parametrisation_options 'num_layers=1 layer_size=2 epochs_init=1' --lr_img 0.01",
+        "--parametrisation speed --parametrisation_options 'num_saet=4 dim_saet=8 num_head=2 decoder_depth=1 top_k=8 l1_weight=0'",
+    ],
+)  # fmt: skip
+def test_the_size_of_the_run_folder_is_that_of_the_saved_tensors(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[EstimatedBytes] = []
+
+    def in_words(options: DistillOptions, size: EstimatedBytes) -> str:
+        sizes.append(size)
+        return ""
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run, "disk_in_words", in_words)
+    arguments = [*TOY, *shlex.split(flags), "--out", "run"]
+    assert cli.run(main, [*arguments, "--dry-run"]) == 0
+    assert cli.run(main, arguments) == 0
+    saved = [entry for path in Path("run").glob("*.safetensors") for entry in read_header(path)[0].values()]
+    assert sizes[0].run_folder == pytest.approx(sum(entry.end - entry.begin for entry in saved), rel=0.01)
 
 
 @pytest.mark.parametrize(

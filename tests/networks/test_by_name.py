@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule, InputError, matching_loss, unroll
 from mtt_fast.networks.by_name import network_by_name
@@ -304,6 +304,36 @@ def test_parameters_have_the_names_of_the_public_code(name: str, some: list[str]
 def test_a_batch_norm_follows_each_convolution(name: str, channels: Sequence[int]) -> None:
     (statistics,) = statistics_of(network_by_name(name, CIFAR, 10))
     assert len(statistics) == sum(2 * count + 1 for count in channels)  # means, variances, and a number of batches
+
+
+class FirstOfTheLargest(nn.Module):
+    """Pool 2×2 values by their maximum; of equal ones the first gets the gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = F.unfold(x, 2, stride=2).view(*x.shape[:2], 4, -1)
+        first = (windows == windows.amax(2, keepdim=True)).byte().argmax(2, keepdim=True)
+        return windows.gather(2, first).view(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+
+
+@pytest.mark.parametrize("microbatch", [None, 1])
+def test_of_equal_values_max_pooling_gives_the_first_one_the_gradient_in_both_sweeps(microbatch: int | None) -> None:
+    net = network_by_name("ConvNetD2W4NNMP", (1, 8, 8), 3)
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    target = start + 0.05 * torch.randn_like(start)
+    blocks = torch.randint(0, 3, (6, 1, 2, 2)).double().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images, same = (blocks.clone().requires_grad_() for _ in range(2))
+    labels, lr = torch.arange(6) % 3, torch.tensor(0.1, dtype=torch.float64)
+    batches = [torch.arange(4), torch.arange(2, 6)]
+    matching_loss(unroll(net, start, images, labels, lr, batches, microbatch=microbatch)[-1], start, target).backward()
+    by_hand = FlatModule(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=3), nn.ReLU(), FirstOfTheLargest(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+            FirstOfTheLargest(), nn.Flatten(), nn.Linear(36, 3),
+        )
+    )  # fmt: skip
+    expected = whole_graph(by_hand, start, target, same, labels, lr, batches)
+    assert images.grad is not None
+    assert_close("images", images.grad, expected.images, 1e-9)
 
 
 @pytest.mark.parametrize("name", ["ConvNetD2W8MP", "ConvNetD2W8AS", "ConvNetD2W8LN", "ConvNetD2W8BN", "ConvNetD2W8GN"])

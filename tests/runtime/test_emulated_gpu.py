@@ -196,13 +196,13 @@ def test_sets_of_several_networks(protocol: str, run: Run, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "words",
     [
-        "meta_step --engines fused-graph,fused-graph@fp16,fused-graph-auto@fp16,generic,checkpointed,whole_graph --precision fp32 --one_process True",
+        "meta_step --steps 2 --batch 3 --engines fused-graph,fused-graph@fp16,fused-graph-auto@fp16,generic,checkpointed,whole_graph --precision fp32 --one_process True",
         "experts --images 32 --batch_train 16",
     ],
     ids=["meta_step", "experts"],
 )
 def test_benchmarks(words: str, run: Run, tmp_path: Path) -> None:
-    toy = "--steps 2 --batch 3 --size 16 --depth 2 --width 4 --repetitions 1 --device cuda --name toy --out"
+    toy = "--size 16 --depth 2 --width 4 --repetitions 1 --device cuda --name toy --out"
     report = run("tests.runtime.emulated_cases", "bench", *words.split(), *toy.split(), str(tmp_path))
     assert report.refused == []
     assert [row["problem"] for row in read_record(tmp_path / "toy.json")["rows"] if row["problem"]] == []
