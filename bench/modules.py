@@ -70,6 +70,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ConvNet": lambda: testing.reference_convnet(3, _CLASSES, 32, 128, 3),
     "ResNet18": lambda: resnet(_SHAPE, _CLASSES),
     "ViT": _VisionTransformer,
+    "MLP": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.ReLU(), nn.Linear(32, _CLASSES)),
 }
 
 
