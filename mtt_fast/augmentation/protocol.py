@@ -62,7 +62,8 @@ def warp_of(augment: object, draws: Any, shape: torch.Size) -> Tensor | None:
 
     A subclass that overrides `__call__` does not count as a `Warp`.
     """
-    if not (isinstance(augment, Warp) and is_equivalent(augment, "warp_parameters", "__call__")):
+    # the check of a protocol takes long beside a small network's step, which often has no augmentation
+    if augment is None or not (isinstance(augment, Warp) and is_equivalent(augment, "warp_parameters", "__call__")):
         return None
     return augment.warp_parameters(draws, shape)
 
