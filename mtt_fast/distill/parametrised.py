@@ -41,7 +41,7 @@ def parametrisation_of(options: DistillOptions, images: Tensor, num_classes: int
 def check_parametrisation(
     options: DistillOptions, data: ImageData | DatasetInfo, device: torch.device
 ) -> ImageParameters:
-    """Return the number of learned parameters of the parametrisation, after a trial on `device`; 0 without a parametrisation.
+    """Return the numbers of the parametrisation's learned parameters, after a trial on `device`; zeros without a parametrisation.
 
     The trial uses random images. A class of the user's own gets as many as in the run, since it may need groups of images; another gets
     at most two of each class, since its parameters may take gigabytes. Raises `InputError` if it cannot be made and learned.

@@ -173,7 +173,6 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
         ("--cam_model ConvNetD2W4", "--lr_img 0", "--lr_img 1"),
         ("--mom_y 0.5", "--lr_y 0", "--lr_y 1"),
         ("--match_step nearest", "--syn_steps 1", "--syn_steps 2"),
-        ("--eval_mode SS", "--model ConvNetD1W4", "--model ConvNetD1W4BN"),
         ("--student_mom 0.5", "--syn_steps 1", "--syn_steps 2"),
         ("--lr_per_step", "--syn_steps 1", "--syn_steps 2"),
         ("--lr_per_step", "--lr_lr 0", "--lr_lr 1"),

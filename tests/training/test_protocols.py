@@ -299,6 +299,11 @@ def test_a_set_is_evaluated_on_the_networks_of_a_pool(a_set: Path) -> None:
         ),
         ("--model ConvNetD1W4BN --eval_mode SS", []),
         ("--model ConvNetD1W4", []),
+        # true of any set, also of one whose distillation evaluated further networks, which this leaves out
+        (
+            "--model ConvNetD1W4 --eval_mode SS",
+            ["--eval_mode SS is the same as S at --model ConvNetD1W4, which has no batch norm"],
+        ),
     ],
 )
 def test_another_network_than_the_models_is_told(
