@@ -111,7 +111,7 @@ def gathering_of(batch: BatchImages, precision: Precision) -> Gathering:
     pixels = (padded[0] - 2) * (padded[1] - 2)
     row = _row("image_patches", effective, pixels, samples, x.device)
     parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // samples)
-    gram = x.new_empty((samples, parts, 9 * channels + 1, 9 * channels + 1))
+    gram = _empty(x, (samples, parts, 9 * channels + 1, 9 * channels + 1))
     sizes = PatchSizes(
         C=channels,
         H=height,
@@ -205,13 +205,13 @@ def _pool(
     block, batch = _Block.from_operands(patches, weight, precision), len(patches.images)
     row = block.row(operation, batch, weight.device)
     images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
-    folded, folded_dot, p_dot = images.new_empty((batch, block.TERMS, block.K)), None, None
+    folded, folded_dot, p_dot = _empty(images, (batch, block.TERMS, block.K)), None, None
     if weight_dot is None:
         p = planes.empty(images, block.K, *block.pooled)
     else:
         p, p_dot = planes.empty_pair(images, block.K, *block.pooled)
         folded_dot = torch.empty_like(folded)
-    stats = weight.new_empty((batch, 4, block.K))
+    stats = _empty(weight, (batch, 4, block.K))
     blocks, parts, tiles = _split_windows(block, row, batch)
     launch(
         pool,
@@ -237,8 +237,8 @@ def _sum_patches(
     row = block.row(operation, batch, folded.stats.device)
     blocks, parts, tiles = _split_windows(block, row, batch)
     shape = (batch, parts, block.TERMS, block.K)
-    sums = folded.stats.new_empty(shape)
-    sums_dot = None if p_bar_dot is None else folded.stats.new_empty(shape)
+    sums = _empty(folded.stats, shape)
+    sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
     counts = part_counts(p_bar, p_bar_dot)
     if any(counts.values()):
         row["maxnreg"] = MOST_REGISTERS  # else ptxas spills registers in order to use no more than half of them
@@ -273,8 +273,8 @@ def _parameter_gradients(
     """
     row = block.row("conv_norm_relu_pool_finish", len(sums), weight.device)
     batch, blocks = len(sums), block.K // row["BLOCK_C"]
-    gradients = weight.new_empty((batch, weight.numel() + 2 * block.K))
-    linear = None if weight_dot is None else weight.new_empty((batch, blocks, block.TERMS, block.TERMS))
+    gradients = _empty(weight, (batch, weight.numel() + 2 * block.K))
+    linear = None if weight_dot is None else _empty(weight, (batch, blocks, block.TERMS, block.TERMS))
     launch(
         finish,
         batch * blocks,
@@ -301,14 +301,14 @@ def _image_gradient(
     batch, device = len(p_bar), p_bar.device
     height, width = block.HP - 2, block.WP - 2
     row = block.row("conv_norm_relu_pool_columns", batch, device)
-    columns = patches.images.new_empty((batch, height, width, block.TERMS))
+    columns = _empty(patches.images, (batch, height, width, block.TERMS))
     windows = triton.cdiv(height, 2) * triton.cdiv(width, 2)
     tensors = (patches.images, folded.weight, folded.weight_dot, p_bar, p_bar_dot, linear, columns)
     programs = batch * triton.cdiv(windows, row["WINDOWS"])
     launch(spread, programs, *tensors, linear.shape[1], **vars(block), **row)
 
     sides = (block.HP - 2 * patches.padding, block.WP - 2 * patches.padding)
-    x_bar_dot = linear.new_empty((batch, block.C, *sides))
+    x_bar_dot = _empty(linear, (batch, block.C, *sides))
     row = _row("conv_norm_relu_pool_col2im", block.PRECISION, math.prod(sides), batch, device)
     launch(
         col2im,
@@ -330,6 +330,11 @@ def _patch_terms(channels: int) -> int:
     """Return TERMS, the size of a patch in the kernels: its numbers and ONES ones, rounded up to a power of two."""
     terms: int = triton.next_power_of_2(9 * channels + ONES.value)
     return terms
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Allocate a tensor of `shape` with the dtype and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def shape_classes(precision: str, pixels: int, batch: int) -> tuple[str, str, str]:
