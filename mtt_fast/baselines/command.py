@@ -28,7 +28,7 @@ from mtt_fast.engine.students.choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
-from mtt_fast.storage.expert_checks import BASELINE_FLAGS, FLAGS
+from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG
 from mtt_fast.storage.run_folder import check_not_taken, lock_folder, lock_inode, write_config
@@ -122,7 +122,7 @@ def _run(
     check_enough(data, options.ipc)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     if trained_options:
-        requested = requested_hyperparameters(trained_options.expert(), given, BASELINE_FLAGS)
+        requested = requested_hyperparameters(trained_options.expert(), given)
         options = trained_options = with_first_expert_training(trained_options, real, network, requested)
     method = METHODS[name]
     with lock_folder(folder), accumulate_seconds(folder, seconds):

@@ -65,10 +65,10 @@ def with_first_expert_training(
         return options
     check_belongs(store, 0, network, real.identity)
     _check_labelling(options, store, real, network)
-    check_as_requested(store, 0, requested, to_the_end=True, flags=BASELINE_FLAGS)
+    check_as_requested(store, 0, requested, to_the_end=True)
     expert, training = store.metadata(0), options.expert().record()
     if requested and expert.imported:
-        log.info("%s: %s", store.path(0), remark_on_unknown_training(requested, BASELINE_FLAGS))
+        log.info("%s: %s", store.path(0), remark_on_unknown_training(requested))
     if remark := describe_other_training(expert, training, to_the_end=True, flags=BASELINE_FLAGS):
         log.info("%s: %s", store.folder, remark)
     return with_training_of(options, training, expert)

@@ -304,12 +304,10 @@ def experts_of_run(options: DistillOptions, state: State, store: TrajectoryStore
     return own
 
 
-def requested_hyperparameters(
-    training: ExpertTraining, given: Set[str], flags: Mapping[str, str] = FLAGS
-) -> dict[str, Any]:
-    """Return those hyperparameters in `training` that the user gave, by the options in `given`, which are called by `flags`."""
+def requested_hyperparameters(training: ExpertTraining, given: Set[str]) -> dict[str, Any]:
+    """Return those hyperparameters in `training` that the user gave, by the options in `given`."""
     record = training.record()
-    names = {name for name, flag in flags.items() if flag in given}
+    names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
     if names & sharpness:  # these have a meaning only together
         names |= sharpness

@@ -26,7 +26,7 @@ FLAGS = {
 }  # fmt: skip
 """The option of a distillation for each of an expert's hyperparameters that the student does not share."""
 BASELINE_FLAGS = FLAGS | {"batch_size": "batch_train"}
-"""The same for a baseline."""
+"""The same for a baseline, whose expert is trained in the batches of an evaluation."""
 
 _NOT_RECORDED = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False, "sort_method": None}
 """The values where they are not recorded: such experts were trained by plain SGD, and on all images in each epoch."""
@@ -75,24 +75,17 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
         )
 
 
-def check_as_requested(
-    store: TrajectoryStore,
-    expert: int,
-    requested: Mapping[str, Any],
-    *,
-    to_the_end: bool,
-    flags: Mapping[str, str] = FLAGS,
-) -> None:
+def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[str, Any], *, to_the_end: bool) -> None:
     """Raise `InputError` unless an expert was trained with the hyperparameters that the user `requested`, by name.
 
     The number of epochs counts only if the learning rate decays, or if the job uses the last epoch (`to_the_end`): otherwise a longer
-    training begins with the same epochs. An imported expert, whose training is not known, passes. The message names the options, by
-    `flags`, with which the expert can be used.
+    training begins with the same epochs. An imported expert, whose training is not known, passes. The message names the options with
+    which the expert can be used.
     """
     found = hyperparameters_of(store.metadata(expert))
     differing = _differing(requested, found, to_the_end) if found else []
     if differing:
-        first, arguments = differing[0], " ".join(f"`{flags[name]}` {found[name]}" for name in differing)
+        first, arguments = differing[0], " ".join(f"`{FLAGS[name]}` {found[name]}" for name in differing)
         raise InputError(
             f"{store.path(expert)}: trained with {first} {found[first]}, not {requested[first]}; choose another `buffer_path`, or "
             f"give {arguments} to use the experts that are there"
@@ -187,10 +180,10 @@ def training_digest(
     return checksum_of(json.dumps(common, sort_keys=True).encode())
 
 
-def remark_on_unknown_training(requested: Iterable[str], flags: Mapping[str, str] = FLAGS) -> str:
-    """Return the remark on imported experts that the `requested` hyperparameters, called by `flags`, have no effect."""
-    given = ", ".join(f"--{flags[name]}" for name in requested)
-    return f"how they were trained is not known, so there is no effect of {given}"
+def remark_on_unknown_training(requested: Iterable[str]) -> str:
+    """Return the remark on imported experts that the `requested` hyperparameters have no effect."""
+    flags = ", ".join(f"--{FLAGS[name]}" for name in requested)
+    return f"how they were trained is not known, so there is no effect of {flags}"
 
 
 def describe_other_training(
@@ -202,6 +195,7 @@ def describe_other_training(
 ) -> str:
     """Return a remark if an expert's training differs from `hyperparameters`, with which a job would train it; else "".
 
+    The remark calls them by `flags`.
     Such an expert is used as it is, unless the user requested another (`check_as_requested`, also for `to_the_end`).
     """
     found = hyperparameters_of(expert)
