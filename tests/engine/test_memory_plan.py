@@ -86,6 +86,10 @@ for canvas in (1, 2):  # libraries and thread pools are loaded, those of both wa
 print(json.dumps(run(**json.loads(sys.argv[1]))))
 """
 
+# Every freed block of 64 KiB goes back at once: the peak is what lives, without what glibc's heap keeps between blocks in use,
+# which differs from process to process by up to a fifth of so small a peak.
+AS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 
 
@@ -114,8 +118,8 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
 )
 @pytest.mark.slow
 def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
-    memory = measured(**case)
-    assert memory["measured"] == pytest.approx(memory["planned"], rel=0.15)
+    memory = measured(AS_FREED, **case)
+    assert 0.8 * memory["planned"] <= memory["measured"] <= memory["planned"]
 
 
 @pytest.mark.native
@@ -230,9 +234,8 @@ def test_no_page_of_the_steady_state_is_faulted_in_twice() -> None:
 @needs_proc
 @pytest.mark.slow
 def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
-    # every freed block of 64 KiB goes back at once, so that the peak is what lives, not what the allocator keeps
-    environment, case = {"MALLOC_MMAP_THRESHOLD_": "65536"}, {"size": 32, "width": 64, "depth": 3, "batch": 8}
-    few, many = (measured(environment, steps=steps, **case)["measured"] for steps in (5, 40))
+    case = {"size": 32, "width": 64, "depth": 3, "batch": 8}
+    few, many = (measured(AS_FREED, steps=steps, **case)["measured"] for steps in (5, 40))
     assert many - few <= 1.1 * 35 * 4 * ConvNet(image_size=32, width=64).num_parameters
 
 
