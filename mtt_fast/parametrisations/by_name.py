@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
-import traceback
-from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -24,12 +14,11 @@ from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.parametrisations.ddif import Ddif
 from mtt_fast.parametrisations.parametrisation import Parametrisation
 from mtt_fast.parametrisations.speed import Speed
+from mtt_fast.user_code import file_digest, is_place, load, user_errors
 
 _KNOWN: dict[str, type[Parametrisation]] = {"ddif": Ddif, "speed": Speed}
 _WORD = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*')(?!\S)|\S+""")
 """A word of the options: NAME='VALUE', with spaces in the value, or anything without spaces."""
-_NOT_OWN = (str(Path(torch.__file__).parent), "<frozen", __file__, str(Path(__file__).with_name("trial.py")))
-"""Where the names of files begin that no user wrote."""
 
 
 def make_parametrisation(
@@ -42,7 +31,7 @@ def make_parametrisation(
     """
     cls = _class_of(name)
     arguments = _arguments(name, cls, options)
-    with user_errors(name), torch.random.fork_rng(devices=[]):
+    with user_errors("parametrisation", name), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator, device="cpu")))
         return cls(images, num_classes, **arguments)
 
@@ -55,57 +44,23 @@ def is_users_class(name: str) -> bool:
 def code_digest(parametrisation: Parametrisation) -> str:
     """Return the SHA-256 of the file with the class of `parametrisation`; "" for one of this package, and without such a file."""
     cls = type(parametrisation)
-    if cls in _KNOWN.values():
-        return ""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        return ""
+    return "" if cls in _KNOWN.values() else file_digest(cls)
 
 
 def _class_of(name: str) -> type[Parametrisation]:
     if name in _KNOWN:
         return _KNOWN[name]
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
+    if not is_place(name):
         raise InputError(
             f"`parametrisation` {name}: expected {', '.join(_KNOWN)}, FILE.py:CLASS or MODULE:CLASS{did_you_mean(name, list(_KNOWN))}"
         )
-    if place.endswith(".py") and not Path(place).is_file():
-        raise InputError(f"`parametrisation` {name}: expected a Python file {place}, found none; check the path")
-    with user_errors(name):
-        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    cls = getattr(module, attribute, None)
+    cls, attribute = load("parametrisation", name), name.rpartition(":")[2]
     if not (isinstance(cls, type) and issubclass(cls, Parametrisation)):
         kind = "none" if cls is None else f"{type(cls).__name__}"
         raise InputError(
             f"`parametrisation` {name}: expected a class {attribute} that inherits mtt_fast.Parametrisation, found {kind}"
         )
     return cls
-
-
-def _module_of_file(path: Path) -> Any:
-    """Return the module in the file `path`. It is in `sys.modules`, where dataclasses look for it.
-
-    As for a script, it can import the files beside it.
-    """
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)
-    name = f"mtt_fast_parametrisation_{path.stem}"
-    loader = _SourceLoader(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
-    return module
-
-
-class _SourceLoader(SourceFileLoader):
-    """Compile a file each time: Python takes cached bytecode for a file that was changed within a second and has the same size."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _arguments(name: str, cls: type[Parametrisation], text: str) -> dict[str, Any]:
@@ -140,18 +95,3 @@ def _split(name: str, part: str) -> tuple[str, Any]:
         return argument, ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         return argument, text
-
-
-@contextlib.contextmanager
-def user_errors(name: str) -> Iterator[None]:
-    """Turn an error of the user's code into one line with the place where it was raised."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((each for each in reversed(frames) if not each.filename.startswith(_NOT_OWN)), frames[-1])
-        raise InputError(
-            f"`parametrisation` {name}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-        ) from error

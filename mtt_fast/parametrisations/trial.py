@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.by_name import user_errors
 from mtt_fast.parametrisations.parametrisation import (
     Optimizer,
     Parametrisation,
@@ -20,6 +19,7 @@ from mtt_fast.parametrisations.parametrisation import (
     learned_parameters,
     set_values,
 )
+from mtt_fast.user_code import user_errors
 
 
 def try_parametrisation(
@@ -37,7 +37,7 @@ def try_parametrisation(
     index = torch.tensor([0, count - 1], device=next(parametrisation.parameters()).device).unique()
     for training in (False, True):
         parametrisation.train(training)
-        with user_errors(name):
+        with user_errors("parametrisation", name):
             images, again = parametrisation(index), parametrisation(index)
             single = torch.cat([parametrisation(each) for each in index.split(1)])
         _check_images(name, images, (len(index), *image_shape))
@@ -76,7 +76,7 @@ def _check_parameters(name: str, parametrisation: Parametrisation) -> None:
 
 def _try_step(name: str, parametrisation: Parametrisation, index: Tensor) -> None:
     """Raise `InputError` unless there are gradients of the images at each call, a penalty and rates."""
-    with user_errors(name), torch.enable_grad():
+    with user_errors("parametrisation", name), torch.enable_grad():
         for _ in range(2):
             parametrisation(index).sum().backward()
         penalty = parametrisation.penalty()
@@ -110,7 +110,7 @@ def _try_other_values(
     for key, each in learned_parameters(other).items():
         noise = torch.randn(each.shape, dtype=each.dtype, generator=generator).to(each.device)
         values[key] = each + 0.1 * (1 + each.abs()) * noise
-    with user_errors(name):
+    with user_errors("parametrisation", name):
         set_values(parametrisation, values)
         set_values(other, values)
         moved, expected = parametrisation(index).nan_to_num(), other(index).nan_to_num()

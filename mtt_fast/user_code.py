@@ -1,0 +1,89 @@
+"""Load functions and classes of the user's own, and turn their errors into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+
+from mtt_fast.errors import InputError
+
+_NOT_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen")
+"""Where the names of files begin that no user wrote."""
+
+
+def is_place(name: str) -> bool:
+    """Return whether `name` has the form of a place, FILE.py:NAME or MODULE:NAME."""
+    place, _, attribute = name.rpartition(":")
+    return bool(place and attribute)
+
+
+def load(option: str, name: str) -> Any:
+    """Return what stands at the place `name`, FILE.py:NAME or MODULE:NAME; None if the file or module has no such name.
+
+    Raises `InputError`, which names the `option`, for a file that is missing, and with the error that the code raises.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise InputError(f"`{option}` {name}: expected a Python file {place}, found none; check the path")
+    with user_errors(option, name):
+        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    return getattr(module, attribute, None)
+
+
+def file_digest(cls: type) -> str:
+    """Return the SHA-256 of the file with the class `cls`; "" without such a file."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return ""
+
+
+@contextlib.contextmanager
+def user_errors(option: str, name: str) -> Iterator[None]:
+    """Turn an error of the user's code into one line with the `option`, the place `name`, and where it was raised."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((each for each in reversed(frames) if not each.filename.startswith(_NOT_OWN)), frames[-1])
+        raise InputError(
+            f"`{option}` {name}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        ) from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """Return the module in the file `path`. It is in `sys.modules`, where dataclasses look for it.
+
+    As for a script, it can import the files beside it.
+    """
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)
+    name = f"mtt_fast_user_{path.stem}"
+    loader = _SourceLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module
+
+
+class _SourceLoader(SourceFileLoader):
+    """Compile a file each time: Python takes cached bytecode for a file that was changed within a second and has the same size."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
