@@ -52,17 +52,15 @@ def file_digest(cls: type) -> str:
 
 @contextlib.contextmanager
 def user_errors(option: str, name: str) -> Iterator[None]:
-    """Turn an error of the user's code into one line with the `option`, the place `name`, and where it was raised."""
+    """Turn an error of the user's code into one line with the `option`, the place `name`, and the line of it that raised it."""
     try:
         yield
     except InputError:
         raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        frame = next((each for each in reversed(frames) if not each.filename.startswith(_NOT_OWN)), frames[-1])
-        raise InputError(
-            f"`{option}` {name}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-        ) from error
+        own = [f" ({each.filename}, line {each.lineno})" for each in frames if not each.filename.startswith(_NOT_OWN)]
+        raise InputError(f"`{option}` {name}: {type(error).__name__}: {error}{''.join(own[-1:])}") from error
 
 
 def _module_of_file(path: Path) -> ModuleType:

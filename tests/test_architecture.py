@@ -14,9 +14,9 @@ PACKAGE = ROOT / "mtt_fast"
 TOPS = {"__init__", "__main__", "testing"}  # the library's entry, the commands' and the oracles: they may use anything
 ONLY = {
     "runtime": {"errors"},
-    "networks": {"checks", "errors", "kernels"},
+    "networks": {"checks", "errors", "kernels", "user_code"},
     "augmentation": {"checks", "errors", "kernels"},
-    "parametrisations": {"errors", "runtime"},
+    "parametrisations": {"errors", "runtime", "user_code"},
 }
 UPWARD = {("data.synthetic", "interop")}  # when it is called
 NO_VERB = re.compile(

@@ -96,7 +96,10 @@ def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, l
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
-        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may have the same name
+        # two folders of images may have the same name, and two networks of users' own
+        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}
+        if outputs := summary.get("network", {}).get("outputs"):
+            images["outputs"] = outputs
         digest = summary.get("experts", {}).get("digest")
         random_options = {name: options.get(name) for name in _RANDOM_IMAGE_OPTIONS}
         for trained_on, method, others, repetition in (

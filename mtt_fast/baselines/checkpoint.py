@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.baselines.method import LearnedSet
+from mtt_fast.errors import InputError
+from mtt_fast.networks.users_network import is_same_function
 from mtt_fast.storage.checkpoint import FORMER_NUMBERS, check_same_images, other_checkpoint
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_files import CHECKPOINT, EVALUATIONS
@@ -25,10 +27,11 @@ _OPTIMIZER = "optimiser."  # the spelling that checkpoints have on disk
 
 @dataclass
 class Progress:
-    """The counters of a run, and the identity of the real images at its start."""
+    """The counters of a run, and what it began with."""
 
     iteration: int = 0  # completed ones
     data: dict[str, Any] = field(default_factory=dict)  # record of the real images' identity
+    network: dict[str, Any] = field(default_factory=dict)  # its description
 
 
 def save_checkpoint(
@@ -49,20 +52,27 @@ def save_checkpoint(
     )
 
 
-def check_continues(folder: Path, identity: DatasetIdentity) -> None:
-    """Raise `InputError` if the run in `folder`, if there is one, was started with other real images than those of `identity`.
+def check_continues(folder: Path, identity: DatasetIdentity, network: Mapping[str, Any]) -> None:
+    """Raise `InputError` if the run in `folder`, if there is one, began with other real images than those of `identity`.
 
-    A broken file raises it too.
+    So it does if a network of the user's own was another than that described by `network`, and if a file is broken.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         return
     _, metadata = read_header(path)
     try:
-        started_with = DatasetIdentity.from_record(parse_json(metadata["progress"]).get("data", {}))
+        progress = parse_json(metadata["progress"])
+        began_with = DatasetIdentity.from_record(progress.get("data", {}))
+        same_network = is_same_function(progress.get("network", {}), network)
     except MALFORMED as error:
         raise other_checkpoint(path, "method") from error
-    check_same_images(folder, started_with, identity)
+    check_same_images(folder, began_with, identity)
+    if not same_network:
+        raise InputError(
+            f"{path}: {network['kind']} had other outputs at the same parameters when the run began; restore its code, or choose "
+            "another `out`"
+        )
 
 
 def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:

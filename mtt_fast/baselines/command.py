@@ -21,6 +21,7 @@ from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.trained import first_expert, with_first_expert_training, with_labels
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import earlier_options, options_to_continue
+from mtt_fast.commands.network_trial import try_users_network
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.distill.experts import requested_hyperparameters
@@ -120,13 +121,16 @@ def _run(
         )
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
     check_enough(data, options.ipc)
+    if name != "random":
+        batch = options.ipc * data.num_classes
+        try_users_network(options.model, network, data.image_shape, data.num_classes, device, batch)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     if trained_options:
         requested = requested_hyperparameters(trained_options.expert(), given)
         options = trained_options = with_first_expert_training(trained_options, real, network, requested)
     method = METHODS[name]
     with lock_folder(folder), accumulate_seconds(folder, seconds):
-        check_continues(folder, real.identity)
+        check_continues(folder, real.identity, network.describe())
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         numerics_in_words = describe_numerics(device, network, options.precision)
         log.info(

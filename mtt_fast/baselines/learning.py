@@ -38,7 +38,7 @@ def learn(run: Run, learned: LearnedSet) -> None:
     """
     first = _set(run, learned, 0)
     progress = load_checkpoint(run.folder, learned)
-    progress.data = run.real.identity.record()
+    progress.data, progress.network = run.real.identity.record(), run.network.describe()
     looped = LoopRun(**vars(run), metrics=MetricsLog(run.folder, progress.iteration))
     run_to_the_end(
         looped, progress, title=run.method, iterate=partial(_iterate, looped, learned, progress),

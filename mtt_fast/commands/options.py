@@ -71,7 +71,7 @@ class CommonOptions:
     """whiten the images (ZCA, eps 0.1) instead of normalising them"""
     model: Annotated[str, Group.NETWORK] = "ConvNet"
     """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), ConvNetBN, AlexNet, VGG11, ResNet18,
-    ResNet18_AP, …"""
+    ResNet18_AP, …; or FILE.py:NAME, a function or class of your own"""
     dsa: Annotated[TrueOrFalse, Group.AUGMENTATION] = True
     """augment images by differentiable siamese augmentation (DSA)"""
     dsa_strategy: Annotated[Strategy, Needs("dsa", " True"), Group.AUGMENTATION] = "color_crop_cutout_flip_scale_rotate"
@@ -182,7 +182,7 @@ class EvaluationOptions(TrainingOptions):
         """
         own = self.network(data)
         pool = {
-            name: network_by_name(name, data.image_shape, data.num_classes)
+            name: own if name == self.model else network_by_name(name, data.image_shape, data.num_classes)
             for name in eval_pool(self.eval_mode, self.model)
         }
         first = [name for name, network in pool.items() if name == self.model or network == own][:1]
@@ -205,4 +205,4 @@ def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo | DatasetIdent
         name = data.name if zca else f"{data.name}_NO_ZCA"
     else:
         name = f"{data.name}_ZCA" if zca else data.name
-    return Path(buffer_path) / name / model
+    return Path(buffer_path) / name / model.rpartition(":")[2]

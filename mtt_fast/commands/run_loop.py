@@ -326,6 +326,7 @@ def write_summary(
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
             "arithmetic": run.numerics,
+            "network": run.network.describe(),
             "versions": versions(),
             "command": run.command,
             "data": run.real.identity.record(),

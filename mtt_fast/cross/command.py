@@ -129,6 +129,8 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         row_key = _row_key(row, real, train, lr)
         for name, network in networks.items():
             key = row_key | {"network": name}
+            if outputs := network.describe().get("outputs"):  # of the user's own, which may have changed since
+                key["outputs"] = outputs
             if precision_on(device, network, row.options.precision) == "bf16":  # the others make no difference
                 key["precision"] = "bf16"
             cell = next((cell for cell in measured if cell["question"] == key), None)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mtt_fast.commands.earlier_run import options_to_continue
+from mtt_fast.commands.network_trial import try_users_network
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
@@ -109,6 +110,8 @@ def _run(
     difficulty = read_difficulty(options, data) if options.pix_init == "window" else None
     precision, numerics_text = _numerics_of(options, network, device, precision)
     real = timed_real_images(data, device, seconds, zca=options.zca)
+    batch = options.batch_syn or options.ipc * data.num_classes
+    try_users_network(options.model, network, data.image_shape, data.num_classes, device, batch)
     plan = plan_steps(
         options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision,
         image_parameters=image_parameters,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.commands.network_trial import named_after_option
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.memory_plan import Plan, plan, plan_for
@@ -55,7 +56,8 @@ def plan_steps(
     if image_parameters and options.memory_budget == AUTO:
         reserved = _COPIES * 4 * image_parameters
         fix += f", or --ipc or the sizes of --parametrisation, whose {image_parameters:,} parameters take {-(-reserved // 2**20)} MiB"
-    return plan_for(unlimited.work, options.memory_budget, options.microbatch, fix, reserved=reserved)
+    with named_after_option(options.model):
+        return plan_for(unlimited.work, options.memory_budget, options.microbatch, fix, reserved=reserved)
 
 
 def plan_in_tf32(plan: Plan) -> Plan:

@@ -18,6 +18,8 @@ from mtt_fast.networks.flat_module import FlatModule
 from mtt_fast.networks.layers import default_parameters
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.networks.resnets import resnet
+from mtt_fast.networks.users_network import users_network
+from mtt_fast.user_code import is_place
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"AS": nn.Sigmoid, "AR": nn.ReLU, "AL": nn.LeakyReLU, "ASwish": nn.SiLU}
 _NORMS = {"NN": "none", "BN": "batch", "LN": "layer", "IN": "instance", "GN": "group"}
@@ -74,17 +76,20 @@ def network_by_name(
     ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11 (13, 16, 19), ResNet18 (34, 50, 101, 152)
     and ResNet18_AP (average pooled); those of DATM's code for 64-pixel images, LeNet_Tiny, AlexNet_Tiny and ResNet18_Tiny (first stride 2),
     VGG11_Tiny (a quarter of the features) and MLP_Tiny (MLP), all with instance norm where they have a norm; and with batch norm AlexNetBN,
-    VGG11BN, ResNet18BN, …, ResNet18BN_AP, ResNet18BN_Tiny.
+    VGG11BN, ResNet18BN, …, ResNet18BN_AP, ResNet18BN_Tiny. FILE.py:NAME and MODULE:NAME are functions or classes of the user's own
+    (`users_network`).
 
     `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
     all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images
     too small for it.
     """
+    if is_place(name):
+        return users_network(option, name, image_shape, num_classes)
     parts = _convnet_parts(name)
     if parts is None and name not in _OTHERS:
         raise InputError(
             f"`{option}` {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
-            f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, or one of {', '.join(_OTHERS)}"
+            f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, one of {', '.join(_OTHERS)}, or FILE.py:NAME, a function or class of your own"
         )
     if parts is None:
         return _named(name, partial(_OTHERS[name], image_shape, num_classes))

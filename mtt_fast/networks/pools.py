@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtt_fast.errors import InputError
+from mtt_fast.user_code import is_place
 
 POOLS: dict[str, tuple[str, ...]] = {
     "M": ("ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"),
@@ -29,7 +30,8 @@ def eval_pool(eval_mode: str, model: str) -> tuple[str, ...]:
     and ConvNet.
     Raises `InputError` for another letter.
     """
-    own = {"S": (model.replace("BN", ""),), "SS": (model,), "C": tuple(dict.fromkeys((model, "ConvNet")))}
+    with_instance_norm = model if is_place(model) else model.replace("BN", "")
+    own = {"S": (with_instance_norm,), "SS": (model,), "C": tuple(dict.fromkeys((model, "ConvNet")))}
     pool = (own | POOLS).get(eval_mode)
     if pool is None:
         raise InputError(f"`eval_mode` {eval_mode}: expected one of {', '.join([*own, *POOLS])}")

@@ -13,6 +13,7 @@ import torch
 from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.networks.users_network import is_same_function
 from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.identity import DatasetIdentity, check_same_data
@@ -61,6 +62,9 @@ def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described:
     difference = _first_difference(layout, metadata.layout) if metadata.layout != layout else ""
     if not difference and expected and found and expected != found:
         difference = f"expected {expected}, found {found}, whose parameters have the same shapes"
+    if not difference and not is_same_function(described, metadata.network):
+        difference = f"{expected} had other outputs at the same parameters when the expert was trained"
+        fix = "restore its code, give the new one another name, or choose another `buffer_path`"
     if difference:
         raise InputError(f"{path}: the expert is of another network: {difference}; {fix}")
 

@@ -37,7 +37,7 @@ _SUMMARY = {
     "iterations?": int, "skipped_iterations?": int, "iterations_repeated_in_tf32?": int,
     "iterations_above_threshold?": int, "learning_rate_kept?": int,
     "learning_rate?": NUMBER, "learning_rate_per_step?": [NUMBER], "seconds?": {"*": NUMBER},
-    "data?": {"fingerprint?": str}, "peak_memory_bytes?": NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
+    "data?": {"fingerprint?": str}, "network?": {"outputs?": [NUMBER]}, "peak_memory_bytes?": NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
 }  # fmt: skip
 """The form of a summary on which its readers rely."""
 _A_SUMMARY = "the summary of a run with its accuracy"

@@ -417,7 +417,7 @@ def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: s
             return logits
 
     net, rows, labels = FlatModule(Reading()), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    with pytest.raises(InputError, match=r"`net`: .* without data, .* found .* make its tensors buffers"):
+    with pytest.raises(InputError, match=r"`net`: .* without data, .* found .* buffers of a module"):
         unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)], memory_budget="1GiB")
     unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)])
 

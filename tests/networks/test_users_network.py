@@ -1,0 +1,175 @@
+"""Test networks of the user's own: how they are made and drawn, and how another version of their code is known."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtt_fast import InputError
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.pools import eval_pool
+from mtt_fast.networks.users_network import UsersNetwork, is_same_function
+
+SHAPE, CLASSES = (3, 8, 6), 5
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, channel, num_classes, im_size):
+        super().__init__()
+        height, width = im_size
+        self.features = nn.Linear(channel * height * width, 7)
+        self.classifier = nn.Linear(7, num_classes)
+        nn.init.normal_(self.classifier.weight)
+        self.register_buffer("shift", torch.randn(7))
+
+    def forward(self, images):
+        return self.classifier(torch.tanh(self.features(images.flatten(1)) + self.shift))
+
+class Centred(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs - outputs.mean(0)
+
+class Normed(nn.Sequential):
+    def __init__(self, channel, num_classes):
+        super().__init__(nn.Conv2d(channel, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+class Tuple(Net):
+    def forward(self, images):
+        return super().forward(images), 0
+
+class Fails(Net):
+    def forward(self, images):
+        raise RuntimeError("no images today")
+
+def any_names(**arguments):
+    assert arguments == {"num_classes": 5}
+    return Net(3, 5, (8, 6))
+
+def few_classes(channel, im_size):
+    return Net(channel, 4, im_size)
+
+def double(channel, num_classes, im_size):
+    return Net(channel, num_classes, im_size).double()
+
+def noisy(channel, num_classes, im_size):
+    return nn.Sequential(Net(channel, num_classes, im_size), nn.Dropout(0.5))
+
+def unknown_name(number_of_classes):
+    pass
+
+def no_module(num_classes):
+    return num_classes
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    return tmp_path / "nets.py"
+
+
+def made(name: str = "Net") -> UsersNetwork:
+    network = network_by_name(f"nets.py:{name}", SHAPE, CLASSES)
+    assert isinstance(network, UsersNetwork)
+    return network
+
+
+def parameters_of_seed(seed: int) -> Tensor:
+    """Return the parameters of the user's class after `torch.manual_seed`."""
+    namespace: dict[str, Any] = {"__name__": "nets"}
+    exec(compile(NETS, "nets", "exec"), namespace)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(namespace["Net"](3, 5, (8, 6)).parameters()).detach()
+
+
+def test_it_is_the_module_that_the_class_makes() -> None:
+    network = made()
+    assert network.num_parameters == 7 * 145 + 5 * 8
+    images, theta = torch.randn(4, *SHAPE), network.init(torch.Generator().manual_seed(1))
+    hidden = images.flatten(1) @ theta[: 7 * 144].view(7, 144).T + theta[7 * 144 : 7 * 145]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what is drawn besides parameters
+        nn.Linear(144, 7), nn.init.normal_(nn.Linear(7, 5).weight)
+        shift = torch.randn(7)
+    weight, bias = theta[7 * 145 :].split([35, 5])
+    torch.testing.assert_close(network(theta, images), torch.tanh(hidden + shift) @ weight.view(5, 7).T + bias)
+
+
+def test_parameters_are_drawn_as_the_class_draws_them() -> None:
+    before = torch.get_rng_state()
+    seed = int(torch.randint(1 << 62, (), generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(made().init(torch.Generator().manual_seed(3)), parameters_of_seed(seed))
+    assert not torch.equal(made().init(torch.Generator().manual_seed(4)), parameters_of_seed(seed))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_may_be_drawn_in_several_threads() -> None:
+    network = made()
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda seed: network.init(torch.Generator().manual_seed(seed)), [1, 2] * 50))
+    assert all(torch.equal(theta, drawn[place % 2]) for place, theta in enumerate(drawn))
+
+
+@pytest.mark.parametrize(("name", "mixes"), [("Net", False), ("Centred", True), ("Normed", True)])
+def test_it_knows_whether_samples_are_mixed(name: str, mixes: bool) -> None:
+    assert made(name).mixes_samples == mixes
+
+
+def test_arguments_are_those_that_the_function_takes() -> None:
+    assert made("any_names").num_parameters == made().num_parameters
+    assert eval_pool("S", "nets.py:NormedBN") == ("nets.py:NormedBN",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("class Centred", "# a remark\nclass Centred", True),
+        ("torch.tanh", "torch.sin", False),
+        ("torch.randn(7)", "torch.rand(7)", False),
+        ("normal_(self.classifier.weight)", "normal_(self.classifier.weight, std=2)", True),
+    ],
+    ids=["a remark", "another function", "another buffer", "another start"],
+)
+def test_another_version_of_the_code_is_known_by_its_outputs(file: Path, before: str, after: str, same: bool) -> None:
+    first = made().describe()
+    file.write_text(NETS.replace(before, after))
+    second = made().describe()
+    assert first["kind"] == second["kind"] == "Net"
+    assert is_same_function(first, second) == same
+    assert is_same_function(first, {"kind": "Net"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Tuple", "nets.py:Tuple: expected the module to return logits, found tuple"),
+        ("Fails", r"nets.py:Fails: RuntimeError: no images today \(.*nets.py, line \d+\)"),
+        ("few_classes", r"expected logits \(8, 5\) of images \(8, 3, 8, 6\) in 5 classes, found \(8, 4\)"),
+        ("double", "expected parameters in torch.float32, found torch.float64"),
+        ("noisy", "nets.py:noisy: layer 1 draws random numbers in training mode"),
+        ("unknown_name", r"TypeError: unknown_name\(\) missing 1 required positional argument: 'number_of_classes'$"),
+        ("no_module", "nets.py:no_module: expected a torch.nn.Module, found int"),
+        ("number", "expected a function or a class that makes the network, found int"),
+        ("missing", "expected a function or a class that makes the network, found NoneType"),
+    ],
+)
+def test_what_is_no_network_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        made(name)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"`models` none\.py:Net: expected a Python file none\.py, found none"):
+        network_by_name("none.py:Net", SHAPE, CLASSES, option="models")
