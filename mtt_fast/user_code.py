@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import sys
 import traceback
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
+from functools import cache
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,24 +63,17 @@ def user_errors(option: str, name: str) -> Iterator[None]:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    """Return the module in the file `path`. It is in `sys.modules`, where dataclasses look for it.
-
-    As for a script, it can import the files beside it.
-    """
+    """Return the module in the file `path`. As for a script, it can import the files beside it."""
     if (folder := str(path.parent.resolve())) not in sys.path:
         sys.path.append(folder)
-    name = f"mtt_fast_user_{path.stem}"
-    loader = _SourceLoader(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
+    return _module_of_source(path, path.read_bytes())
+
+
+@cache
+def _module_of_source(path: Path, source: bytes) -> ModuleType:
+    """Run the `source` of `path` once. The module is in `sys.modules`, where dataclasses look for it."""
+    module = ModuleType(f"mtt_fast_user_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(compile(source, path, "exec"), vars(module))
     return module
-
-
-class _SourceLoader(SourceFileLoader):
-    """Compile a file each time: Python takes cached bytecode for a file that was changed within a second and has the same size."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
