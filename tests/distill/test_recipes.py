@@ -51,6 +51,16 @@ COMMANDS = {
     "lr_teacher=0.01 batch_syn=125 zca=True Iteration=10000",
     "tesla-imagenet-ipc1": "dataset=ImageNet res=64 ipc=1 syn_steps=10 expert_epochs=3 max_start_epoch=10 lr_img=5000 lr_lr=1e-04 "
     "lr_teacher=0.01 batch_syn=100 model=ConvNetD4 teacher_label=True Iteration=10000 num_experts=50",
+    # Zhong0x29a/MCT, run_command.md and the defaults of distill_compressed.py; at half of its lr_img
+    "mct-cifar10-ipc1": "dataset=CIFAR10 ipc=1 syn_steps=60 expert_epochs=6 max_start_epoch=4 lr_img=500 lr_lr=1e-07 lr_teacher=0.01 "
+    "num_interpolation=4 continuous_start=True Iteration=5000",
+    "mct-cifar10-ipc10": "dataset=CIFAR10 ipc=10 syn_steps=30 expert_epochs=15 max_start_epoch=8 lr_img=500 lr_lr=1e-05 lr_teacher=0.01 "
+    "num_interpolation=4 continuous_start=True Iteration=5000",
+    "mct-cifar10-ipc50": "dataset=CIFAR10 ipc=50 syn_steps=30 expert_epochs=2 max_start_epoch=40 lr_img=500 lr_lr=1e-05 lr_teacher=0.01 "
+    "num_interpolation=4 continuous_start=True Iteration=5000",
+    # sdh0818/FreD, ImageNet-abcde/scripts/run_TM_FreD.sh and hyper_params.py, under our names
+    "fred-imagenet-a-ipc1": "dataset=ImageNet subset=imagenet-a res=128 model=ConvNetD5 ipc=8 msz_per_channel=2048 lr_img=1e9 "
+    "syn_steps=20 expert_epochs=2 max_start_epoch=10 lr_lr=1e-06 lr_teacher=0.01 eval_it=500 Iteration=15000",
 }
 """The flags of the public commands, without those of folders."""
 
@@ -58,6 +68,7 @@ OWN = {
     "ftd": {"rho_max", "rho_min", "alpha", "buffer_path"},
     "att": {"match_step", "batch_real", "buffer_path"},
     "tesla": {"gradient"},
+    "mct": {"gradient"},
 }
 """Options that are the method itself, or belong to its experts."""
 
@@ -81,6 +92,42 @@ def test_a_recipe_is_the_public_command(name: str) -> None:
     assert {flag: getattr(options, flag) for flag in command} == command
     defaults = DistillOptions()
     assert {option for option, value in recipe.items() if value != getattr(defaults, option)} <= command.keys()
+
+
+EDF = {  # of its configs/ImageNet: N, batch_syn, rates of pixels and labels, T, T+, the iteration of T+, threshold, ratio, interval
+    "imagenette-ipc1": (40, None, 1e4, 2, 5, 10, 1000, 1.5, 0, 50),
+    "imagenette-ipc10": (40, None, 1000, 2, 10, 20, 1000, 1.5, 0.25, 100),
+    "imagenette-ipc50": (80, 128, 1000, 5, 20, 40, 2000, 1.5, 0.375, 200),
+    "imagewoof-ipc1": (40, None, 1e4, 3, 5, 10, 1000, 2, 0, 50),
+    "imagewoof-ipc10": (40, None, 1000, 3, 10, 20, 1000, 2, 0.25, 100),
+    "imagewoof-ipc50": (40, 250, 100, 5, 20, 40, 2000, 1.5, 0.375, 200),
+    "imagemeow-ipc1": (40, None, 1e4, 3, 5, 10, 1000, 2, 0, 50),
+    "imagemeow-ipc10": (40, None, 1000, 2, 10, 20, 1000, 2, 0.25, 100),
+    "imagemeow-ipc50": (80, 128, 100, 5, 20, 40, 2000, 1.1, 0.375, 100),
+    "imageyellow-ipc1": (40, None, 1e4, 3, 5, 10, 1000, 1.5, 0, 50),
+    "imageyellow-ipc10": (40, None, 1000, 3, 10, 20, 1000, 2, 0.25, 100),
+    "imageyellow-ipc50": (40, 200, 100, 5, 20, 40, 1000, 1.5, 0.375, 200),
+    "imagefruit-ipc1": (40, None, 1e4, 5, 20, 40, 1000, 1.1, 0.375, 100),
+    "imagefruit-ipc10": (40, None, 1000, 5, 20, 40, 1000, 1.1, 0.375, 100),
+    "imagefruit-ipc50": (80, 128, 100, 5, 20, 40, 1000, 1.1, 0.375, 100),
+    "imagesquawk-ipc1": (40, None, 1e4, 3, 5, 10, 1000, 1.5, 0, 50),
+    "imagesquawk-ipc10": (40, None, 1000, 3, 10, 20, 1000, 2, 0.25, 100),
+    "imagesquawk-ipc50": (80, 128, 100, 5, 20, 40, 1000, 1.1, 0.5, 100),
+}
+
+
+@pytest.mark.parametrize("name", EDF)
+def test_a_recipe_is_edfs_configuration(name: str) -> None:
+    options: Any = DistillOptions(**recipe_options(f"edf-{name}"))
+    assert (
+        options.syn_steps, options.batch_syn, options.lr_img, options.lr_y,
+        options.current_max_start_epoch, options.max_start_epoch, options.expansion_end_epoch,
+        options.threshold, options.loss_ratio, options.cam_interval,
+    ) == EDF[name]  # fmt: skip
+    assert f"{options.subset}-ipc{options.ipc}" == name
+    assert options.lr_lr == (1e-6 if name == "imagewoof-ipc10" else 1e-5)
+    assert options.lr_teacher == (0.005 if name == "imagesquawk-ipc50" else 0.01)
+    assert options.cam_beta == (2.0 if name in ("imagewoof-ipc10", "imagewoof-ipc50") else 1.0)
 
 
 def test_experts_of_att_are_trained_in_its_batches() -> None:
