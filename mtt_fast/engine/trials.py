@@ -178,10 +178,12 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
     it draws the same numbers each time.
     """
     with plain_attention, _RandomOperations(arguments[0].device) as operations:
+        again = function(
+            *(argument.detach() for argument in arguments)
+        )  # first, so that it is not in memory beside a graph
+        operations.begin_second_call()
         with torch.enable_grad():
             result = function(*arguments)
-        operations.begin_second_call()
-        again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
         raise InputError(f"`{name}`: expected a tensor as its result, found {type(result).__name__}")
     if operations.drew():

@@ -49,7 +49,9 @@ class Stateless:
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
-            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            name: self._near(name, value, like).to(
+                like.device, like.dtype if value.is_floating_point() else value.dtype, copy=True
+            )
             for name, value in self._own.items()
             if name not in tensors
         }
@@ -65,12 +67,12 @@ class Stateless:
         return output
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
-        """Return `value` on the device of `like`.
+        """Return `value` on the device of `like`; for meta tensors, on its own, so that a copy is counted once.
 
         It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph.
         """
         if value.device == like.device or like.is_meta:
-            return value.detach().to(like.device)
+            return value.detach()
         place = name, like.device
         if place not in self._on_devices:
             # the tensors of a transform end with it, and autograd cannot save those of `torch.inference_mode`

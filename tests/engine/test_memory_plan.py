@@ -391,6 +391,23 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert GenericStudent(net).live_bytes(1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
+def test_one_copy_of_frozen_parameters_lives_in_a_step_and_is_counted() -> None:
+    frozen = torch.nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+    net = FlatModule(torch.nn.Sequential(frozen, torch.nn.Linear(1000, 1)))
+    size, images = frozen.weight.nbytes, torch.randn(4, 1000, requires_grad=True)
+    with CountLiveBytes() as counted:  # the trial too, which calls the network twice
+        path = unroll(net, net.init(), images, torch.zeros(4), 0.1, torch.arange(4).expand(2, 4), loss=mse_of_columns)
+        path[-1].sum().backward()
+    planned = GenericStudent(net).live_bytes(4, images.shape[1:], torch.float32)
+    for live in (counted.peak, planned.gradient, planned.gradient_saving, planned.gradient_jvp, planned.saved):
+        assert size < live < 1.1 * size
+    assert planned.gradient_jvp_saved < 0.1 * size
+
+
+def mse_of_columns(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets).square().mean()
+
+
 def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
     @dataclasses.dataclass
     class Linear:
