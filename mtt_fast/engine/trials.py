@@ -178,9 +178,8 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
     it draws the same numbers each time.
     """
     with plain_attention, _RandomOperations(arguments[0].device) as operations:
-        again = function(
-            *(argument.detach() for argument in arguments)
-        )  # first, so that it is not in memory beside a graph
+        # without a graph first, beside which there would be less memory
+        again = function(*(argument.detach() for argument in arguments))
         operations.begin_second_call()
         with torch.enable_grad():
             result = function(*arguments)
