@@ -421,20 +421,28 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
         GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 
-@pytest.mark.parametrize("reading", ["a tensor of its own", "a value"])
+@pytest.mark.parametrize("reading", ["a tensor of its own", "a sparse buffer", "a value"])
 def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: str) -> None:
     class Reading(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear, self.scale = torch.nn.Linear(4, 3), torch.ones(4)
+            self.edges: Tensor
+            if reading == "a sparse buffer":
+                self.register_buffer("edges", torch.eye(4).to_sparse())
 
         def forward(self, rows: Tensor) -> Tensor:
-            scale = self.scale if reading == "a tensor of its own" else float(rows.detach().norm())
-            logits: Tensor = self.linear(rows * scale)
+            if reading == "a tensor of its own":
+                rows = rows * self.scale
+            elif reading == "a sparse buffer":
+                rows = torch.sparse.mm(self.edges, rows.T).T
+            else:
+                rows = rows * float(rows.detach().norm())
+            logits: Tensor = self.linear(rows)
             return logits
 
     net, rows, labels = FlatModule(Reading()), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    with pytest.raises(InputError, match=r"`net`: .* without data, .* found .* make its tensors buffers"):
+    with pytest.raises(InputError, match=r"`net`: .* without data, .* found .* make its tensors dense buffers"):
         unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)], memory_budget="1GiB")
     unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)])
 

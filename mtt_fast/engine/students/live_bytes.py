@@ -42,7 +42,7 @@ def live_bytes(
         except RuntimeError as error:
             raise InputError(
                 "`net`: expected a network that runs on tensors without data, and on any number of them, which count the memory of a step, "
-                f"found {str(error).partition(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors buffers of a module and "
+                f"found {str(error).partition(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors dense buffers of a module and "
                 "read no tensor's value in it; `unroll` counts only for a `memory_budget`"
             ) from error
     return known[shapes]
