@@ -55,6 +55,8 @@ def check_types(**tensors: Any) -> None:
         if not isinstance(value, Tensor):
             parts = isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
             fix = "; join the parts into one tensor by torch.cat, and split it again in the module or the loss" * parts
+            if name == "labels" and value is None:
+                fix = "; a `loss` that needs no labels may ignore them: give torch.arange(len(images), device=images.device)"
             if name in ("theta", "start", "target"):
                 fix = "; torch.nn.utils.parameters_to_vector makes one of a list of parameters"
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}{fix}")

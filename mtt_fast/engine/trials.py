@@ -178,10 +178,11 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
     it draws the same numbers each time.
     """
     with plain_attention, _RandomOperations(arguments[0].device) as operations:
+        # without a graph first, beside which there would be less memory
+        again = function(*(argument.detach() for argument in arguments))
+        operations.begin_second_call()
         with torch.enable_grad():
             result = function(*arguments)
-        operations.begin_second_call()
-        again = function(*(argument.detach() for argument in arguments))
     if not isinstance(result, Tensor):
         raise InputError(f"`{name}`: expected a tensor as its result, found {type(result).__name__}")
     if operations.drew():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -33,10 +33,12 @@ class Stateless:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        # each tensor once: a buffer may be a parameter, too
+        # each tensor once, by its first name: a buffer may be a parameter, too
         names: dict[Tensor, str] = {}
-        for name, value in (*module.named_parameters(), *module.named_buffers()):
-            names.setdefault(value, name)
+        self._tied: dict[str, str] = {}  # first names, by the other ones
+        for name, value in _places(module):
+            if names.setdefault(value, name) != name:
+                self._tied[name] = names[value]
         self._own = {name: value for value, name in names.items()}
         self._idle: list[nn.Module] = []
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
@@ -49,14 +51,19 @@ class Stateless:
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and the next call has to find what this one found
         constants = {
-            name: self._near(name, value, like).to(like.dtype if value.is_floating_point() else value.dtype, copy=True)
+            name: self._near(name, value, like).to(
+                like.device, like.dtype if value.is_floating_point() else value.dtype, copy=True
+            )
             for name, value in self._own.items()
             if name not in tensors
         }
+        everything = tensors | constants
+        # here, since `functional_call` would look for them in each call, and would not take a layer in two places out again
+        everything = {name: everything[first] for name, first in self._tied.items()} | everything
         if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
-            output = functional_call(self.module, tensors | constants, (images,))
+            output = functional_call(self.module, everything, (images,), tie_weights=False)
         else:
-            output = self._called(tensors | constants, images)
+            output = self._called(everything, images)
         if not isinstance(output, Tensor):
             raise InputError(
                 f"FlatModule: expected the module to return logits, found {type(output).__name__}; return one tensor (b, …), such as "
@@ -65,12 +72,12 @@ class Stateless:
         return output
 
     def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
-        """Return `value` on the device of `like`.
+        """Return `value` on the device of `like`; for meta tensors, on its own, so that a copy is counted once.
 
         It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph.
         """
         if value.device == like.device or like.is_meta:
-            return value.detach().to(like.device)
+            return value.detach()
         place = name, like.device
         if place not in self._on_devices:
             # the tensors of a transform end with it, and autograd cannot save those of `torch.inference_mode`
@@ -84,9 +91,17 @@ class Stateless:
         except IndexError:
             module = _without_tensors(self.module)
         try:
-            return functional_call(module, tensors, (images,))
+            return functional_call(module, tensors, (images,), tie_weights=False)
         finally:
             self._idle.append(module)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and then the buffers, with a name for each place in a layer; a layer in two places is one."""
+    for name, part in module.named_modules():
+        yield from part.named_parameters(name, recurse=False, remove_duplicate=False)
+    for name, part in module.named_modules():
+        yield from part.named_buffers(name, recurse=False, remove_duplicate=False)
 
 
 def with_the_same_tensors(module: nn.Module) -> nn.Module:
@@ -96,13 +111,13 @@ def with_the_same_tensors(module: nn.Module) -> nn.Module:
 
 
 def _without_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of the layers without their tensors, for `functional_call`. Tied parameters stay tied."""
+    """Return a copy of the layers without their tensors, for `functional_call`."""
     module = with_the_same_tensors(module)
-    absent: defaultdict[Tensor, Tensor] = defaultdict(lambda: torch.empty(0, device="cpu").as_subclass(_Absent))
+    absent = torch.empty(0, device="cpu").as_subclass(_Absent)
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoder):
             # without a gradient nested tensors would give other shapes, and other values at masked places
             part.use_nested_tensor = False
         for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
-            tensors.update({name: absent[value] for name, value in tensors.items() if value is not None})
+            tensors.update({name: absent for name, value in tensors.items() if value is not None})
     return module

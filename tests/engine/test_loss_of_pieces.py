@@ -162,7 +162,16 @@ def test_complex_outputs_are_cut_only_for_a_mean() -> None:
             return torch.view_as_complex(self.layer(rows).view(-1, 4, 2))
 
     net = FlatModule(Waves().double())
-    unroll(net, net.init(), ROWS, CLASSES, 0.1, BATCHES, loss=lambda z, y: F.cross_entropy(z.abs(), y), microbatch=2)
+
+    def of_amplitudes(waves: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(waves.abs(), labels)
+
+    whole, cut, planned = [
+        unroll(net, net.init(), ROWS, CLASSES, 0.1, BATCHES, loss=of_amplitudes, **options)
+        for options in ({}, {"microbatch": 2}, {"memory_budget": "1GiB"})
+    ]
+    assert_close("in pieces", cut, whole, 1e-12)
+    assert_close("saved", planned, whole, 1e-12)
     with pytest.raises(
         InputError, match=r"`net`: expected real outputs where batches are cut .* found torch.complex128"
     ):

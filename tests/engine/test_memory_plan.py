@@ -391,6 +391,23 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert GenericStudent(net).live_bytes(1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
+def test_one_copy_of_frozen_parameters_lives_in_a_step_and_is_counted() -> None:
+    frozen = torch.nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+    net = FlatModule(torch.nn.Sequential(frozen, torch.nn.Linear(1000, 1)))
+    size, images = frozen.weight.nbytes, torch.randn(4, 1000, requires_grad=True)
+    with CountLiveBytes() as counted:  # the trial too, which calls the network twice
+        path = unroll(net, net.init(), images, torch.zeros(4), 0.1, torch.arange(4).expand(2, 4), loss=mse_of_columns)
+        path[-1].sum().backward()
+    planned = GenericStudent(net).live_bytes(4, images.shape[1:], torch.float32)
+    for live in (counted.peak, planned.gradient, planned.gradient_saving, planned.gradient_jvp, planned.saved):
+        assert size < live < 1.1 * size
+    assert planned.gradient_jvp_saved < 0.1 * size
+
+
+def mse_of_columns(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets).square().mean()
+
+
 def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
     @dataclasses.dataclass
     class Linear:
@@ -404,20 +421,28 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
         GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 
-@pytest.mark.parametrize("reading", ["a tensor of its own", "a value"])
+@pytest.mark.parametrize("reading", ["a tensor of its own", "a sparse buffer", "a value"])
 def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: str) -> None:
     class Reading(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear, self.scale = torch.nn.Linear(4, 3), torch.ones(4)
+            self.edges: Tensor
+            if reading == "a sparse buffer":
+                self.register_buffer("edges", torch.eye(4).to_sparse())
 
         def forward(self, rows: Tensor) -> Tensor:
-            scale = self.scale if reading == "a tensor of its own" else float(rows.detach().norm())
-            logits: Tensor = self.linear(rows * scale)
+            if reading == "a tensor of its own":
+                rows = rows * self.scale
+            elif reading == "a sparse buffer":
+                rows = torch.sparse.mm(self.edges, rows.T).T
+            else:
+                rows = rows * float(rows.detach().norm())
+            logits: Tensor = self.linear(rows)
             return logits
 
     net, rows, labels = FlatModule(Reading()), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    with pytest.raises(InputError, match=r"`net`: .* without data, .* found .* buffers of a module"):
+    with pytest.raises(InputError, match=r"`net`: .* without data, .* found .* dense buffers of a module"):
         unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)], memory_budget="1GiB")
     unroll(net, net.init(), rows, labels, 0.1, [torch.arange(5)])
 

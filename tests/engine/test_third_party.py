@@ -73,10 +73,15 @@ def batch_norm_that_has_seen_data() -> nn.Module:
     return module.eval()
 
 
-def shared() -> nn.Module:
-    """Use one layer in two places, as tied weights are."""
-    layer = nn.Linear(16, 16)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(16, 3))
+def mlp(*layers: nn.Linear) -> nn.Module:
+    first, second = layers
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), nn.Linear(16, 3))
+
+
+def tied() -> nn.Module:
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    second.weight = first.weight
+    return mlp(first, second)
 
 
 def tiny_vit() -> nn.Module:
@@ -90,7 +95,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "residuals and group norm": lambda: residual(lambda width: nn.GroupNorm(2, width)),
     "residuals and instance norm": lambda: residual(lambda width: nn.InstanceNorm2d(width, affine=True)),
     "batch norm in evaluation mode": batch_norm_that_has_seen_data,
-    "tied weights": shared,
+    "tied weights": tied,
+    "a layer in two places": lambda: mlp(*[nn.Linear(16, 16)] * 2),
     "attention": Attention,
     "a masked encoder": MaskedEncoder,
     "kornia's TinyViT": tiny_vit,

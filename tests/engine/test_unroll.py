@@ -359,6 +359,10 @@ def test_a_custom_loss() -> None:
         ({"images": np.zeros((6, 3, 8, 8))}, "`images`: expected a tensor, found ndarray"),
         ({"labels": [0] * 6}, "`labels`: expected a tensor, found list"),
         (
+            {"labels": None},
+            r"`labels`: expected a tensor, found NoneType; a `loss` that needs no labels may ignore them: give torch\.arange",
+        ),
+        (
             {"images": (torch.zeros(6, 3), torch.zeros(6, 4))},
             "found tuple; join the parts into one tensor by torch.cat",
         ),

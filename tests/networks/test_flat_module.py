@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +259,19 @@ def test_whole_numbers_are_no_parameters_and_a_buffer_may_be_one(frozen: bool) -
     weight, bias = theta[:9].view(3, 3), theta[9:]
     expected = torch.tanh(images[:, [2, 0, 1]] @ weight.T + bias) @ weight
     torch.testing.assert_close(net(theta, images), expected)
+
+
+def test_a_layer_in_two_places_keeps_no_parameters_and_may_share_them() -> None:
+    layer, tied, rows = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
+    tied.weight = layer.weight
+    module = nn.Sequential(layer, layer, tied)
+    net = FlatModule(module)
+    for _ in range(2):
+        theta = net.init()
+        memory = weakref.ref(theta.untyped_storage())
+        torch.testing.assert_close(net(theta, rows), module(rows))
+        del theta
+        assert memory() is None
 
 
 def test_a_module_compiled_in_place_is_refused() -> None:

@@ -43,7 +43,7 @@ def live_bytes(
             raise InputError(
                 "`net`: expected a network that runs on tensors without data, and on any number of them, which count the memory of a step, "
                 f"found {str(error).partition(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
-                "buffers of a module, and read no tensor's value in it; only a `memory_budget` needs the count"
+                "dense buffers of a module, and read no tensor's value in it; only a `memory_budget` needs the count"
             ) from error
     return known[shapes]
 
