@@ -214,6 +214,7 @@ def stop(*_):
     sys.exit(143)
 
 signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 if "--resume" in sys.argv:
     (run / "summary.json").write_text("{}")
 else:
@@ -225,7 +226,11 @@ def test_a_job_that_is_cut_off_saves_and_goes_on(tmp_path: Path, monkeypatch: py
     (tmp_path / "job.py").write_text(JOB)
     monkeypatch.setattr(gpu, "_ROOT", tmp_path)
     task = gpu.Task("run", ["job", str(tmp_path / "run")], tmp_path / "run" / "summary.json", resumable=True)
-    (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the job, until it is ready for it
+    try:
+        (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 2)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert row["status"] == "missing"
     assert (tmp_path / "run" / "config.toml").read_text() == "saved"
     (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 60)

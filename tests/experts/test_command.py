@@ -131,22 +131,27 @@ def test_experts_in_bfloat16_take_half_the_size(tmp_path: Path) -> None:
     assert torch.equal(rounded, exact.bfloat16().float())
 
 
+def started(command: list[str], said: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a process whose messages go to the file `said`: a pipe that nobody reads would be full of its bars, and stop it."""
+    with open(said, "wb") as file:
+        return subprocess.Popen(command, stderr=file, env=os.environ | environment)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("default_signals")
 def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     flags = ["--num_experts", "40", "--train_epochs", "20"]
     command = [sys.executable, "-m", "mtt_fast.buffer", *TOY, *flags]
     command += ["--data_path", str(tmp_path / "data"), "--buffer_path", str(tmp_path / "buffers")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = started(command, tmp_path / "said")
     deadline = time.monotonic() + 120
     while len(list(buffers(tmp_path).glob("expert_*.safetensors"))) < 2:  # in any order: several are trained at once
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "the same command continues" in said
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "the same command continues" in (tmp_path / "said").read_text()
     done = len(TrajectoryStore(buffers(tmp_path)))
     assert 2 <= done < 40
     assert run(tmp_path, "--num_experts", str(done + 1), "--train_epochs", "20") == 0
@@ -158,17 +163,16 @@ def test_processes_share_the_experts_and_take_over_those_of_a_killed_one(tmp_pat
     flags = ["--num_experts", "8", "--train_epochs", "10"]
     command = [sys.executable, "-m", "mtt_fast.experts", *TOY, *flags]
     command += ["--data_path", str(tmp_path / "data"), "--buffer_path", str(tmp_path / "buffers")]
-    alone_on_a_core = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone_on_a_core) for _ in range(3)]
+    said = [tmp_path / f"said_{number}" for number in range(3)]
+    processes = [started(command, path, OMP_NUM_THREADS="1") for path in said]  # each alone on a core
     deadline = time.monotonic() + 240
     while not all(process.poll() is not None for process in processes[1:]):
         if buffers(tmp_path).is_dir() and len(TrajectoryStore(buffers(tmp_path))) >= 2:
             processes[0].kill()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0]
-    assert all("8 experts in" in text for text in said[1:])
+    assert [process.wait() for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert all("8 experts in" in path.read_text() for path in said[1:])
     shared = TrajectoryStore(buffers(tmp_path))
     assert run(tmp_path, *flags, "--buffer_path", str(tmp_path / "alone")) == 0
     alone = TrajectoryStore(tmp_path / "alone" / "digits" / "ConvNetD1W4")

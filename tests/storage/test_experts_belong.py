@@ -22,6 +22,7 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.distill.command import main as distill
 from mtt_fast.experts.command import main as experts
 from mtt_fast.interop import export_experts
+from mtt_fast.storage.file_locks import acquire
 from mtt_fast.storage.text_files import read_toml
 from mtt_fast.storage.trajectories import write_expert
 from tests.storage.belonging import DISTILLED, EVALUATED, EXPERTS, MODEL, TRAINED, distil, refused
@@ -321,14 +322,20 @@ def test_who_writes_a_folder_of_experts_has_it_alone(
 
 
 def test_a_distillation_waits_for_another_one_that_compresses_the_experts(
-    working_folder: Path, caplog: pytest.LogCaptureFixture
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     (EXPERTS / "waypoints_3").mkdir()
     with open(EXPERTS / "waypoints_3" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        timer = threading.Timer(0.5, file.close)
-        timer.start()
+        timer = threading.Timer(0.1, file.close)
+
+        def acquire_in_the_end(lock: FileLock, timeout: float = -1) -> None:
+            if timeout < 0:
+                timer.start()  # only now, however long the way to the lock took
+            acquire(lock, timeout)
+
+        monkeypatch.setattr("mtt_fast.storage.run_folder.acquire", acquire_in_the_end)
         assert cli.run(distill, distil("--num_interpolation", "3")) == 0
         timer.join()
     assert (

@@ -100,11 +100,12 @@ def test_jobs_begin_when_others_end() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_an_error_ends_the_other_jobs(at_once: int) -> None:
-    closed = threading.Event()
+    begun, closed = threading.Event(), threading.Event()
 
     def endless() -> Job[int]:
         try:
             while True:
+                begun.set()
                 time.sleep(0.001)
                 yield
         finally:
@@ -112,6 +113,7 @@ def test_an_error_ends_the_other_jobs(at_once: int) -> None:
 
     def failing() -> Job[int]:
         yield
+        assert at_once == 1 or begun.wait(100)
         raise ValueError("work 1")
 
     jobs = [failing()] if at_once == 1 else [endless(), failing()]
