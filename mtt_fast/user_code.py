@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import operator
 import sys
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from mtt_fast.errors import InputError
 
 _NOT_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen")
 """Where the names of files begin that no user wrote."""
+_PREFIX = "mtt_fast_user "  # of the names of modules that are made from files
+_FOLDERS: set[Path] = set()  # with files that were run
 
 
 def is_place(name: str) -> bool:
@@ -38,7 +41,10 @@ def load(option: str, name: str) -> Any:
         raise InputError(f"`{option}` {name}: expected a Python file {place}, found none; check the path")
     with user_errors(option, name):
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, attribute, None)
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError:
+        return None
 
 
 def file_digest(cls: type) -> str:
@@ -64,16 +70,41 @@ def user_errors(option: str, name: str) -> Iterator[None]:
 
 def _module_of_file(path: Path) -> ModuleType:
     """Return the module in the file `path`. As for a script, it can import the files beside it."""
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)
-    return _module_of_source(path, path.read_bytes())
+    module, folder = _module_of_source(path, path.read_bytes()), path.parent.resolve()
+    if str(folder) not in sys.path:
+        sys.path.append(
+            str(folder)
+        )  # for imports in functions; in the last place, so that it hides no module of others
+    _check_imports(folder)
+    return module
 
 
 @cache
 def _module_of_source(path: Path, source: bytes) -> ModuleType:
     """Run the `source` of `path` once. The module is in `sys.modules`, where dataclasses look for it."""
-    module = ModuleType(f"mtt_fast_user_{path.stem}")
+    module = ModuleType(f"{_PREFIX}{path}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    exec(compile(source, path, "exec"), vars(module))
+    sys.path.insert(0, folder := str(path.parent.resolve()))
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    finally:
+        sys.path.remove(folder)
     return module
+
+
+def _check_imports(folder: Path) -> None:
+    """Raise `InputError` if a file in `folder` cannot be imported, since one of its name in another user's folder has been."""
+    others = _FOLDERS - {folder}
+    _FOLDERS.add(folder)
+    for other in others:
+        for name, module in list(sys.modules.items()):
+            file = Path(getattr(module, "__file__", None) or "")
+            if (
+                not name.startswith(_PREFIX)
+                and file.is_relative_to(other)
+                and (own := folder / file.relative_to(other)).is_file()
+            ):
+                raise InputError(
+                    f"{own}: expected to import it, but {file}, which has the same name, was imported before; rename one"
+                )
