@@ -19,9 +19,8 @@ import torch
 
 from mtt_fast.errors import InputError
 
-_NOT_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen")
+_NOT_OWN = (*(f"{Path(file).parent}/" for file in (torch.__file__, inspect.__file__, __file__)), "<frozen")
 """Where the names of files begin that no user wrote."""
-_PREFIX = "mtt_fast_user "  # of the names of modules that are made from files
 _FOLDERS: set[Path] = set()  # with files that were run
 
 
@@ -71,10 +70,8 @@ def user_errors(option: str, name: str) -> Iterator[None]:
 def _module_of_file(path: Path) -> ModuleType:
     """Return the module in the file `path`. As for a script, it can import the files beside it."""
     module, folder = _module_of_source(path, path.read_bytes()), path.parent.resolve()
-    if str(folder) not in sys.path:
-        sys.path.append(
-            str(folder)
-        )  # for imports in functions; in the last place, so that it hides no module of others
+    if str(folder) not in sys.path:  # for imports in functions; in the last place, where it hides no other module
+        sys.path.append(str(folder))
     _check_imports(folder)
     return module
 
@@ -82,8 +79,8 @@ def _module_of_file(path: Path) -> ModuleType:
 @cache
 def _module_of_source(path: Path, source: bytes) -> ModuleType:
     """Run the `source` of `path` once. The module is in `sys.modules`, where dataclasses look for it."""
-    module = ModuleType(f"{_PREFIX}{path}")
-    module.__file__ = str(path)
+    module = ModuleType(f"mtt_fast_user {path}")  # a name for each file
+    module.__file__, module.__package__ = str(path), ""
     sys.modules[module.__name__] = module
     sys.path.insert(0, folder := str(path.parent.resolve()))
     try:
@@ -97,14 +94,11 @@ def _check_imports(folder: Path) -> None:
     """Raise `InputError` if a file in `folder` cannot be imported, since one of its name in another user's folder has been."""
     others = _FOLDERS - {folder}
     _FOLDERS.add(folder)
-    for other in others:
-        for name, module in list(sys.modules.items()):
-            file = Path(getattr(module, "__file__", None) or "")
-            if (
-                not name.startswith(_PREFIX)
-                and file.is_relative_to(other)
-                and (own := folder / file.relative_to(other)).is_file()
-            ):
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__dict__", {}).get("__file__") or "")
+        for other in filter(file.is_relative_to, others):
+            place = file.relative_to(other)
+            if place.parts[0] in (name, f"{name}.py") and (folder / place).is_file():
                 raise InputError(
-                    f"{own}: expected to import it, but {file}, which has the same name, was imported before; rename one"
+                    f"{folder / place}: cannot be imported, since {file} of the same name was imported before; rename one of them"
                 )

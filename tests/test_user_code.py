@@ -50,5 +50,21 @@ def test_a_file_is_not_taken_for_that_of_another_folder() -> None:
         Path(each, "beside_3.py").write_text(f"place = {each!r}")
         Path(each, "own.py").write_text("from beside_3 import place")
     assert load("model", "first/own.py:place") == "first"
-    with pytest.raises(InputError, match=r"second/beside_3.py: expected to import it, but .*first/beside_3.py"):
+    with pytest.raises(
+        InputError, match=r"second/beside_3.py: cannot be imported, since .*first/beside_3.py of the same name"
+    ):
         load("model", "second/own.py:place")
+
+
+def test_modules_of_packages_are_told_apart() -> None:
+    for each in ("first", "second"):
+        Path(each, "__init__.py").touch()
+        Path(each, "inner.py").write_text(f"place = {each!r}")
+        Path(each, "own.py").write_text(f"from {each}.inner import place")
+        assert load("model", f"{each}/own.py:place") == each
+
+
+def test_an_error_names_the_line_of_the_users_file() -> None:
+    Path("first/own.py").write_text("\nimport json\njson.loads('{')")
+    with pytest.raises(InputError, match=r"JSONDecodeError: .* \(first/own.py, line 3\)$"):
+        load("model", "first/own.py:Net")

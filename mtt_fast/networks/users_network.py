@@ -48,7 +48,10 @@ class UsersNetwork(FlatModule):
         parameters = torch.cat([_uniform(shape, generator).flatten() for shape in self.layout.shapes])
         images = math.sqrt(3) * (2 * torch.rand(_IMAGES, *image_shape, generator=generator) - 1)  # of variance one
         self._outputs = self._logits(parameters, images, num_classes)
-        self._check_repeats(FlatModule(_made(make, seed=0)), parameters, images)
+        second = _made(make, seed=0)
+        self._check_repeats(FlatModule(second), parameters, images)
+        last = _last_linear(second, images)
+        self._features = self._inputs_of(last) if last else None
         pairs = torch.cat([self._logits(parameters, pair, num_classes) for pair in images.split(2)])
         # a layer of the user's own may mix samples without being a batch norm
         self.mixes_samples = self.mixes_samples or not _are_close(pairs, self._outputs)
@@ -170,6 +173,17 @@ def _made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return make()
+
+
+@torch.no_grad()
+def _last_linear(module: nn.Module, images: Tensor) -> str | None:
+    """Return the name of the linear layer that is called last, which need not be defined last; None without one."""
+    called: list[str] = []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and name:
+            part.register_forward_hook(lambda *_, name=name: called.append(name))
+    module(images)
+    return called[-1] if called else None
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -41,6 +41,11 @@ class Noisy(Net):
     def forward(self, images):
         return super().forward(images) + torch.randn(1)
 
+class Centred(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs - outputs.mean(0)
+
 class Counting(Net):
     calls = 0
 
@@ -94,6 +99,14 @@ def test_a_run_trains_experts_and_is_evaluated() -> None:
     assert "nets.py:Net" in summary["accuracy_by_network"]["distilled"]
     assert run(evaluate, "run", "--num_eval", "1", "--out", "result.json") == 0
     assert json.loads(Path("result.json").read_text())["model"] == "nets.py:Net"
+
+
+def test_a_network_that_mixes_samples_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for name, warned in (("Net", False), ("Centred", True)):
+        assert (
+            run(experts, *"--dataset digits --num_experts 1 --train_epochs 1 --model".split(), f"nets.py:{name}") == 0
+        )
+        assert ("the outputs of an image depend on the others of its batch" in caplog.text) == warned
 
 
 def test_experts_of_another_version_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,15 @@ class Weakly(nn.Module):
         features = torch.relu(self.features(images))
         return self.classifier(torch.relu(features - 0.5 * features.mean(0)).mean((2, 3)))
 
+class HeadFirst(nn.Module):
+    def __init__(self, channel, num_classes):
+        super().__init__()
+        self.classifier = nn.Linear(144, num_classes)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(144, 144), nn.Tanh())
+
+    def forward(self, images):
+        return self.classifier(self.body(images))
+
 class ByNumpy(Net):
     def __init__(self, channel, num_classes, im_size):
         super().__init__(channel, num_classes, im_size)
@@ -166,6 +175,13 @@ def test_it_knows_whether_samples_are_mixed(name: str, mixes: bool) -> None:
 def test_a_weak_mixing_is_found_in_larger_images() -> None:
     network = network_by_name("nets.py:Weakly", (3, 64, 64), CLASSES)
     assert network.mixes_samples
+
+
+def test_features_are_the_inputs_of_the_linear_layer_that_is_called_last() -> None:
+    network, images = made("HeadFirst"), torch.randn(4, *SHAPE)
+    theta = network.init(torch.Generator())
+    weight, bias = theta[: 5 * 144].view(5, 144), theta[5 * 144 : 5 * 145]
+    torch.testing.assert_close(network.embed(theta, images) @ weight.T + bias, network(theta, images))
 
 
 def test_a_name_may_be_an_attribute() -> None:
