@@ -13,6 +13,7 @@ from mtt_fast import TrajectoryStore
 from mtt_fast.analysis.measured import finished_runs, measurements
 from mtt_fast.baselines.command import main as baseline
 from mtt_fast.commands import cli
+from mtt_fast.convert.command import main as convert
 from mtt_fast.cross.command import main as cross
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
@@ -140,6 +141,9 @@ class ConvNetD1W4(nn.Module):
     )
     assert run(distill, *TOY, "--model", "nets.py:ConvNetD1W4", "--out", "other") == 2
     assert "expected your own ConvNetD1W4, found ConvNetD1W4ARINAP, whose parameters" in capsys.readouterr().err
+    own = "--dataset digits --model nets.py:ConvNetD1W4 --num_experts 1 --train_epochs 1 --buffer_path own".split()
+    assert run(experts, *own) == run(convert, "own/digits/ConvNetD1W4", "moved", "--to", "experts") == 0
+    assert Path("moved/digits/ConvNetD1W4").is_dir()
 
 
 def test_a_baseline_does_not_continue_with_another_version(capsys: pytest.CaptureFixture[str]) -> None:
