@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import operator
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ import torch
 
 from mtt_fast.errors import InputError
 
-_NOT_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen")
+_NOT_OWN = (*(f"{Path(file).parent}/" for file in (torch.__file__, inspect.__file__, __file__)), "<frozen")
 """Where the names of files begin that no user wrote."""
+_FOLDERS: set[Path] = set()  # with files that were run
 
 
 def is_place(name: str) -> bool:
@@ -38,7 +40,10 @@ def load(option: str, name: str) -> Any:
         raise InputError(f"`{option}` {name}: expected a Python file {place}, found none; check the path")
     with user_errors(option, name):
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, attribute, None)
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError:
+        return None
 
 
 def file_digest(cls: type) -> str:
@@ -64,16 +69,36 @@ def user_errors(option: str, name: str) -> Iterator[None]:
 
 def _module_of_file(path: Path) -> ModuleType:
     """Return the module in the file `path`. As for a script, it can import the files beside it."""
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)
-    return _module_of_source(path, path.read_bytes())
+    module, folder = _module_of_source(path, path.read_bytes()), path.parent.resolve()
+    if str(folder) not in sys.path:  # for imports in functions; in the last place, where it hides no other module
+        sys.path.append(str(folder))
+    _check_imports(folder)
+    return module
 
 
 @cache
 def _module_of_source(path: Path, source: bytes) -> ModuleType:
     """Run the `source` of `path` once. The module is in `sys.modules`, where dataclasses look for it."""
-    module = ModuleType(f"mtt_fast_user_{path.stem}")
-    module.__file__ = str(path)
+    module = ModuleType(f"mtt_fast_user {path}")  # a name for each file
+    module.__file__, module.__package__ = str(path), ""
     sys.modules[module.__name__] = module
-    exec(compile(source, path, "exec"), vars(module))
+    sys.path.insert(0, folder := str(path.parent.resolve()))
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    finally:
+        sys.path.remove(folder)
     return module
+
+
+def _check_imports(folder: Path) -> None:
+    """Raise `InputError` if a file in `folder` cannot be imported, since one of its name in another user's folder has been."""
+    others = _FOLDERS - {folder}
+    _FOLDERS.add(folder)
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__dict__", {}).get("__file__") or "")
+        for other in filter(file.is_relative_to, others):
+            place = file.relative_to(other)
+            if place.parts[0] in (name, f"{name}.py") and (folder / place).is_file():
+                raise InputError(
+                    f"{folder / place}: cannot be imported, since {file} of the same name was imported before; rename one of them"
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.networks.users_network import UsersNetwork
 from mtt_fast.user_code import user_errors
+
+log = logging.getLogger(__name__)
 
 _SAMPLES = 8  # of a trial; a network that mixes samples gets whole batches
 _OF_THE_LIBRARY = ("`net`: ", "`net`, `loss`: ", "FlatModule: ")  # how messages of the library begin
@@ -24,10 +27,16 @@ def try_users_network(
 
     `batch` is the number of images in a step. Raises `InputError` unless the network has two derivatives, returns the same outputs in
     a second call, and those of a sample alone and beside others, if it is not known to mix them. Otherwise the gradient would be wrong
-    without any other symptom.
+    without any other symptom. Warns of samples that are mixed, unless by a batch norm.
     """
     if not isinstance(network, UsersNetwork):
         return
+    if network.mixes_samples and network.statistics is None:
+        log.warning(
+            "--model %s: the outputs of an image depend on the others of its batch, in tests too; if they should not, look for an operation "
+            "over the first dimension, as of a layer without batch_first=True",
+            name,
+        )
     generator = torch.Generator().manual_seed(0)
     count = batch if network.mixes_samples else min(batch, _SAMPLES)
     images = torch.randn(count, *image_shape, generator=generator).to(device).requires_grad_()

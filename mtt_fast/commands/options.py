@@ -167,7 +167,7 @@ class EvaluationOptions(TrainingOptions):
         """See `CommonOptions.remarks`."""
         remarks = super().remarks(given)
         if self.eval_mode == "SS" and "eval_mode" in given and eval_pool("S", self.model) == (self.model,):
-            remarks.append(f"--eval_mode SS is the same as S at --model {self.model}, which has no batch norm")
+            remarks.append(f"--eval_mode SS is the same as S at --model {self.model}, which S does not change")
         if self.eval_mode == "S" and (pool := eval_pool("S", self.model)) != (self.model,):
             remarks.append(
                 f"--model {self.model}, --eval_mode S: networks are evaluated with instance norm as {pool[0]}, as in the public code; "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from mtt_fast.commands import parsing
+from mtt_fast.commands.network_trial import try_users_network
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.engine.students.choice import describe_numerics, precision_on
 from mtt_fast.experts.missing import numbers_missing, train_missing_experts
@@ -45,6 +46,7 @@ def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device)
     if numbers_missing(experts_in(folder), options.num_experts):
         check_output_folder(folder, "choose another `buffer_path`")
     log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
+    try_users_network(options.model, network, data.image_shape, data.num_classes, device, training.batch_size)
     images = real_images(data, device, zca=options.zca)
     store = train_missing_experts(
         folder,

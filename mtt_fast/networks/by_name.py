@@ -111,14 +111,17 @@ def full_name(described: Mapping[str, Any]) -> str:
     """Return the name with all its parts of the network that `described` describes, for a comparison with another.
 
     ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. The result is "" where the record lacks the parts.
+    A network of the user's own that has one of these names is told from the network of this package.
     """
+    kind = str(described.get("kind", ""))
+    parts = _convnet_parts(kind)
+    if "outputs" in described and (parts or kind in _OTHERS):
+        return f"your own {kind}"
     if "width" in described or described.get("kind") == "ConvNet":
         norm = {"instance": "IN", "none": "NN"}.get(described.get("norm", ""))
         if norm is None or "depth" not in described or "width" not in described:
             return ""
         return f"ConvNetD{described['depth']}W{described['width']}AR{norm}AP"
-    kind = str(described.get("kind", ""))
-    parts = _convnet_parts(kind)
     return kind if parts is None else "ConvNetD{}W{}{}{}{}".format(*parts)
 
 

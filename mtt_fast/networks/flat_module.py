@@ -57,8 +57,8 @@ class FlatModule:
         self._kind = type(module).__name__
         self._module = tracked
         self._trained = Stateless(_without_running_statistics(tracked))
-        features = _without_last_linear(self._trained.module)
-        self._features = None if features is None else Stateless(features)
+        linear = [name for name, part in tracked.named_modules() if isinstance(part, nn.Linear) and name]
+        self._features = self._inputs_of(linear[-1]) if linear else None
         self._tracked, self._tested = Stateless(tracked), Stateless(with_the_same_tensors(tracked).eval())
 
     @property
@@ -89,6 +89,12 @@ class FlatModule:
         if self._features is None:
             raise InputError(f"embed: expected a network with a linear layer, found none in {self._kind}")
         return self._features(self.layout.named(theta), images)
+
+    def _inputs_of(self, layer: str) -> Stateless:
+        """Return the module up to the inputs of `layer`, in the module's own mode."""
+        module = with_the_same_tensors(self._trained.module)
+        module.set_submodule(layer, nn.Identity())
+        return Stateless(module)
 
     @torch.no_grad()
     def track(self, theta: Tensor, images: Tensor, statistics: Tensor) -> Tensor:
@@ -146,16 +152,6 @@ def _without_running_statistics(module: nn.Module) -> nn.Module:
         if isinstance(part, _BatchNorm) and part.training:
             part.running_mean = part.running_var = part.num_batches_tracked = None
             part.track_running_stats = False
-    return module
-
-
-def _without_last_linear(module: nn.Module) -> nn.Module | None:
-    """Return a copy that returns the inputs of the last linear layer, or None if there is no such layer."""
-    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name]
-    if not names:
-        return None
-    module = with_the_same_tensors(module)
-    module.set_submodule(names[-1], nn.Identity())
     return module
 
 

@@ -18,7 +18,7 @@ from mtt_fast.user_code import load, user_errors
 
 _IMAGES = 8  # at which networks are compared
 _DIGITS = 6  # significant ones of an output in a record
-_TOLERANCE = 0.01  # of the largest output: processors round differently
+_TOLERANCE = 1e-3  # of the largest output: processors round differently
 _MOST_OUTPUTS = 32  # in a record
 _DRAWING = (
     threading.Lock()
@@ -41,14 +41,17 @@ class UsersNetwork(FlatModule):
         num_classes: int,
     ) -> None:
         super().__init__(_made(make, seed=0))
-        if (dtype := self._initial.dtype) != torch.float32:
-            raise InputError(f"expected parameters in torch.float32, found {dtype}; leave out .to({dtype})")
+        self._check_parameters()
         self._make = make
         self._name = name
         generator = torch.Generator().manual_seed(0)
         parameters = torch.cat([_uniform(shape, generator).flatten() for shape in self.layout.shapes])
-        images = _uniform((_IMAGES, *image_shape), generator)
+        images = math.sqrt(3) * (2 * torch.rand(_IMAGES, *image_shape, generator=generator) - 1)  # of variance one
         self._outputs = self._logits(parameters, images, num_classes)
+        second = _made(make, seed=0)
+        self._check_repeats(FlatModule(second), parameters, images)
+        last = _last_linear(second, images)
+        self._features = self._inputs_of(last) if last else None
         pairs = torch.cat([self._logits(parameters, pair, num_classes) for pair in images.split(2)])
         # a layer of the user's own may mix samples without being a batch norm
         self.mixes_samples = self.mixes_samples or not _are_close(pairs, self._outputs)
@@ -65,6 +68,31 @@ class UsersNetwork(FlatModule):
         outputs = self._outputs.flatten()[:_MOST_OUTPUTS].tolist()
         known = all(map(math.isfinite, outputs))
         return {"kind": self._name, "outputs": [float(f"{each:.{_DIGITS}g}") for each in outputs] if known else []}
+
+    def _check_parameters(self) -> None:
+        """Raise `InputError` for parameters in another precision than float32, or on a device of their own."""
+        every = dict(self._module.named_parameters())
+        for name in self.layout.names:
+            dtype, device = every[name].dtype, every[name].device
+            if (dtype, device.type) != (torch.float32, "cpu"):
+                raise InputError(
+                    f"expected parameters in torch.float32 on the CPU, found {name} in {dtype} on {device}; leave out .to(…), which the "
+                    "commands do"
+                )
+
+    @torch.no_grad()
+    def _check_repeats(self, second: FlatModule, parameters: Tensor, images: Tensor) -> None:
+        """Raise `InputError` for other outputs in another call, and if the `second` module from the same seed differs from this one."""
+        if not _are_close(self(parameters, images), self._outputs):
+            raise InputError(
+                "expected the same outputs for the same arguments, found others at the second call; take out what draws random numbers or "
+                "changes from call to call, or call .eval() on the module where it is made"
+            )
+        if not torch.equal(second._initial, self._initial) or not _are_close(second(parameters, images), self._outputs):
+            raise InputError(
+                "expected the same module from the same seed of torch, found another at the second call; draw all numbers by torch, not by "
+                "numpy or random, and leave no parameter or buffer uninitialised"
+            )
 
     @torch.no_grad()
     def _logits(self, parameters: Tensor, images: Tensor, num_classes: int) -> Tensor:
@@ -85,12 +113,17 @@ def users_network(option: str, name: str, image_shape: tuple[int, int, int], num
     code. Raises `InputError`, which names the `option`, if it cannot be made, or has other outputs than logits.
     """
     make = load(option, name)
-    if not callable(make):
-        raise InputError(
-            f"`{option}` {name}: expected a function or a class that makes the network, found {type(make).__name__}"
-        )
+    if not callable(make) or isinstance(make, nn.Module):
+        found = "nothing of this name" if make is None else f"an object of {type(make).__name__}"
+        raise InputError(f"`{option}` {name}: expected a function or a class that makes the network, found {found}")
     channels, height, width = image_shape
-    arguments = _taken_by(make, {"channel": channels, "num_classes": num_classes, "im_size": (height, width)})
+    arguments = {"channel": channels, "num_classes": num_classes, "im_size": (height, width)}
+    try:
+        arguments = _taken_by(make, arguments)
+    except TypeError as error:
+        raise InputError(
+            f"`{option}` {name}: {error}; it is called with those of {', '.join(arguments)} that it has parameters for"
+        ) from error
 
     def make_module() -> nn.Module:
         with user_errors(option, name):
@@ -117,15 +150,22 @@ def _are_close(outputs: Tensor, others: Tensor) -> bool:
 
 
 def _taken_by(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the `arguments` that `make` has a parameter for, and the number of classes if it takes any name."""
+    """Return those of the `arguments` that `make` has a parameter for, and the number of classes if it takes any name.
+
+    Raises `TypeError` if it needs others.
+    """
     try:
-        parameters = inspect.signature(make).parameters
+        signature = inspect.signature(make)
     except (TypeError, ValueError):  # a class of an extension module
         return arguments
-    takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
-    return {
-        name: value for name, value in arguments.items() if name in parameters or (takes_any and name == "num_classes")
+    takes_any = any(each.kind == each.VAR_KEYWORD for each in signature.parameters.values())
+    taken = {
+        name: value
+        for name, value in arguments.items()
+        if name in signature.parameters or (takes_any and name == "num_classes")
     }
+    signature.bind(**taken)
+    return taken
 
 
 def _made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -133,6 +173,17 @@ def _made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return make()
+
+
+@torch.no_grad()
+def _last_linear(module: nn.Module, images: Tensor) -> str | None:
+    """Return the name of the linear layer that is called last, which need not be defined last; None without one."""
+    called: list[str] = []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and name:
+            part.register_forward_hook(lambda *_, name=name: called.append(name))
+    module(images)
+    return called[-1] if called else None
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -51,7 +51,7 @@ def check_belongs(
     The message names the expert's file. For `other_data` see `check_same_data`.
     """
     metadata, path = store.metadata(expert), store.path(expert)
-    fix = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts"
+    fix = "give the options that it was trained with (`model`, `dataset`, `res`), or train new experts in another `buffer_path`"
     _check_network(path, metadata, network.layout.describe(), network.describe(), fix)
     check_same_data(metadata.identity, identity, path, other_data=other_data)
 

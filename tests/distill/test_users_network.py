@@ -13,10 +13,12 @@ from mtt_fast import TrajectoryStore
 from mtt_fast.analysis.measured import finished_runs, measurements
 from mtt_fast.baselines.command import main as baseline
 from mtt_fast.commands import cli
+from mtt_fast.convert.command import main as convert
 from mtt_fast.cross.command import main as cross
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
+from mtt_fast.experts.command import main as experts
 
 TOY = (
     "--dataset digits --model nets.py:Net --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 "
@@ -39,6 +41,11 @@ class Net(nn.Module):
 class Noisy(Net):
     def forward(self, images):
         return super().forward(images) + torch.randn(1)
+
+class Centred(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs - outputs.mean(0)
 
 class Counting(Net):
     calls = 0
@@ -95,6 +102,14 @@ def test_a_run_trains_experts_and_is_evaluated() -> None:
     assert json.loads(Path("result.json").read_text())["model"] == "nets.py:Net"
 
 
+def test_a_network_that_mixes_samples_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for name, warned in (("Net", False), ("Centred", True)):
+        assert (
+            run(experts, *"--dataset digits --num_experts 1 --train_epochs 1 --model".split(), f"nets.py:{name}") == 0
+        )
+        assert ("the outputs of an image depend on the others of its batch" in caplog.text) == warned
+
+
 def test_experts_of_another_version_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(distill, *TOY, "--out", "run") == 0
     change("torch.tanh", "torch.sin")
@@ -106,6 +121,29 @@ def test_experts_of_another_version_are_refused(capsys: pytest.CaptureFixture[st
         )
     change("class Noisy", "# a remark\nclass Noisy")
     assert run(distill, "--out", "run", "--resume", "--Iteration", "3") == 0
+
+
+def test_experts_of_a_known_network_are_not_those_of_an_edited_copy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(distill, *TOY, "--model", "ConvNetD1W4", "--out", "run") == 0
+    Path("nets.py").write_text(
+        """
+from torch import nn
+
+class ConvNetD1W4(nn.Module):
+    def __init__(self, channel, num_classes, im_size):
+        super().__init__()
+        layers = nn.Conv2d(channel, 4, 3, padding=3), nn.GroupNorm(4, 4), nn.LeakyReLU(), nn.AvgPool2d(2)
+        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(144, num_classes)
+
+    def forward(self, images):
+        return self.classifier(self.features(images).flatten(1))
+"""
+    )
+    assert run(distill, *TOY, "--model", "nets.py:ConvNetD1W4", "--out", "other") == 2
+    assert "expected your own ConvNetD1W4, found ConvNetD1W4ARINAP, whose parameters" in capsys.readouterr().err
+    own = "--dataset digits --model nets.py:ConvNetD1W4 --num_experts 1 --train_epochs 1 --buffer_path own".split()
+    assert run(experts, *own) == run(convert, "own/digits/ConvNetD1W4", "moved", "--to", "experts") == 0
+    assert Path("moved/digits/ConvNetD1W4").is_dir()
 
 
 def test_a_baseline_does_not_continue_with_another_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +178,7 @@ def test_runs_of_two_versions_are_not_one_measurement() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Noisy", "expected no random numbers"),
+        ("Noisy", "expected the same outputs for the same arguments"),
         ("Counting", "expected the same outputs for the same arguments"),
         ("OnTheHost", "make its tensors on the device of the images, or buffers of a module"),
         ("OneDerivative", "once_differentiable"),
@@ -153,5 +191,8 @@ def test_what_cannot_be_differentiated_is_refused_before_any_work(
     error = capsys.readouterr().err
     assert error.startswith(f"error: --model nets.py:{name}: ")
     assert message in error
+    if name != "OnTheHost":  # only a memory plan needs the count
+        assert run(experts, "--dataset", "digits", "--model", f"nets.py:{name}") == 2
+        assert message in capsys.readouterr().err
     assert not Path("buffers").exists()
     assert not Path("run").exists()

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mtt_fast import InputError
-from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.by_name import full_name, network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.users_network import UsersNetwork, is_same_function
 
 SHAPE, CLASSES = (3, 8, 6), 5
 NETS = """
+import random
+import numpy
 import torch
 from torch import nn
 
@@ -61,6 +63,49 @@ def double(channel, num_classes, im_size):
 
 def noisy(channel, num_classes, im_size):
     return nn.Sequential(Net(channel, num_classes, im_size), nn.Dropout(0.5))
+
+class Weakly(nn.Module):
+    def __init__(self, channel, num_classes):
+        super().__init__()
+        self.features = nn.Conv2d(channel, 4, 3)
+        self.classifier = nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        features = torch.relu(self.features(images))
+        return self.classifier(torch.relu(features - 0.5 * features.mean(0)).mean((2, 3)))
+
+class HeadFirst(nn.Module):
+    def __init__(self, channel, num_classes):
+        super().__init__()
+        self.classifier = nn.Linear(144, num_classes)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(144, 144), nn.Tanh())
+
+    def forward(self, images):
+        return self.classifier(self.body(images))
+
+class ByNumpy(Net):
+    def __init__(self, channel, num_classes, im_size):
+        super().__init__(channel, num_classes, im_size)
+        self.classifier.bias.data += numpy.random.rand()
+
+class ShiftByRandom(Net):
+    def __init__(self, channel, num_classes, im_size):
+        super().__init__(channel, num_classes, im_size)
+        self.shift += random.random()
+
+class Noise(Net):
+    def forward(self, images):
+        return super().forward(images) + torch.randn(1)
+
+class Outer:
+    Inner = Net
+
+instance = nn.ReLU()
+
+def partly_half(channel, num_classes, im_size):
+    network = Net(channel, num_classes, im_size)
+    network.classifier.half()
+    return network
 
 def unknown_name(number_of_classes):
     pass
@@ -127,6 +172,28 @@ def test_it_knows_whether_samples_are_mixed(name: str, mixes: bool) -> None:
     assert made(name).mixes_samples == mixes
 
 
+def test_a_weak_mixing_is_found_in_larger_images() -> None:
+    network = network_by_name("nets.py:Weakly", (3, 64, 64), CLASSES)
+    assert network.mixes_samples
+
+
+def test_features_are_the_inputs_of_the_linear_layer_that_is_called_last() -> None:
+    network, images = made("HeadFirst"), torch.randn(4, *SHAPE)
+    theta = network.init(torch.Generator())
+    weight, bias = theta[: 5 * 144].view(5, 144), theta[5 * 144 : 5 * 145]
+    torch.testing.assert_close(network.embed(theta, images) @ weight.T + bias, network(theta, images))
+
+
+def test_a_name_may_be_an_attribute() -> None:
+    assert made("Outer.Inner").describe()["outputs"] == made().describe()["outputs"]
+
+
+@pytest.mark.parametrize("name", ["ConvNet", "ConvNetD2", "ResNet18"])
+def test_a_known_name_is_told_from_the_network_of_this_package(file: Path, name: str) -> None:
+    file.write_text(f"{NETS}\n{name} = Net\n")
+    assert full_name(made(name).describe()) == f"your own {name}"
+
+
 def test_arguments_are_those_that_the_function_takes() -> None:
     assert made("any_names").num_parameters == made().num_parameters
     assert eval_pool("S", "nets.py:NormedBN") == ("nets.py:NormedBN",)
@@ -157,12 +224,23 @@ def test_another_version_of_the_code_is_known_by_its_outputs(file: Path, before:
         ("Tuple", "nets.py:Tuple: expected the module to return logits, found tuple"),
         ("Fails", r"nets.py:Fails: RuntimeError: no images today \(.*nets.py, line \d+\)"),
         ("few_classes", r"expected logits \(8, 5\) of images \(8, 3, 8, 6\) in 5 classes, found \(8, 4\)"),
-        ("double", "expected parameters in torch.float32, found torch.float64"),
+        ("double", "expected parameters in torch.float32 on the CPU, found features.weight in torch.float64"),
+        ("partly_half", "found classifier.weight in torch.float16 on cpu; leave out"),
+        (
+            "ByNumpy",
+            "expected the same module from the same seed of torch, found another at the second call; draw all numbers by torch",
+        ),
+        ("ShiftByRandom", "expected the same module from the same seed of torch"),
+        ("Noise", "expected the same outputs for the same arguments, found others at the second call"),
         ("noisy", "nets.py:noisy: layer 1 draws random numbers in training mode"),
-        ("unknown_name", r"TypeError: unknown_name\(\) missing 1 required positional argument: 'number_of_classes'$"),
+        (
+            "unknown_name",
+            "missing a required argument: 'number_of_classes'; it is called with those of channel, num_classes, im_size",
+        ),
         ("no_module", "nets.py:no_module: expected a torch.nn.Module, found int"),
-        ("number", "expected a function or a class that makes the network, found int"),
-        ("missing", "expected a function or a class that makes the network, found NoneType"),
+        ("number", "expected a function or a class that makes the network, found an object of int"),
+        ("instance", "expected a function or a class that makes the network, found an object of ReLU"),
+        ("missing", "expected a function or a class that makes the network, found nothing of this name"),
     ],
 )
 def test_what_is_no_network_is_refused(name: str, message: str) -> None:

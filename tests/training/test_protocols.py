@@ -302,7 +302,7 @@ def test_a_set_is_evaluated_on_the_networks_of_a_pool(a_set: Path) -> None:
         # true of any set, also of one whose distillation evaluated further networks, which this leaves out
         (
             "--model ConvNetD1W4 --eval_mode SS",
-            ["--eval_mode SS is the same as S at --model ConvNetD1W4, which has no batch norm"],
+            ["--eval_mode SS is the same as S at --model ConvNetD1W4, which S does not change"],
         ),
     ],
 )
