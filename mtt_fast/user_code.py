@@ -21,7 +21,7 @@ from mtt_fast.errors import InputError
 
 _NOT_OWN = (*(f"{Path(file).parent}/" for file in (torch.__file__, inspect.__file__, __file__)), "<frozen")
 """Where the names of files begin that no user wrote."""
-_FOLDERS: set[Path] = set()  # with files that were run
+_PREFIX = "mtt_fast_user "  # of the names of users' modules
 
 
 def is_place(name: str) -> bool:
@@ -79,7 +79,7 @@ def _module_of_file(path: Path) -> ModuleType:
 @cache
 def _module_of_source(path: Path, source: bytes) -> ModuleType:
     """Run the `source` of `path` once. The module is in `sys.modules`, where dataclasses look for it."""
-    module = ModuleType(f"mtt_fast_user {path}")  # a name for each file
+    module = ModuleType(f"{_PREFIX}{path}")
     module.__file__, module.__package__ = str(path), ""
     sys.modules[module.__name__] = module
     sys.path.insert(0, folder := str(path.parent.resolve()))
@@ -92,10 +92,13 @@ def _module_of_source(path: Path, source: bytes) -> ModuleType:
 
 def _check_imports(folder: Path) -> None:
     """Raise `InputError` if a file in `folder` cannot be imported, since one of its name in another user's folder has been."""
-    others = _FOLDERS - {folder}
-    _FOLDERS.add(folder)
-    for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__dict__", {}).get("__file__") or "")
+    files = {
+        name: Path(vars(module).get("__file__") or "")
+        for name, module in sys.modules.items()
+        if hasattr(module, "__dict__")
+    }
+    others = {file.parent.resolve() for name, file in files.items() if name.startswith(_PREFIX)} - {folder}
+    for name, file in files.items():
         for other in filter(file.is_relative_to, others):
             place = file.relative_to(other)
             if place.parts[0] in (name, f"{name}.py") and (folder / place).is_file():

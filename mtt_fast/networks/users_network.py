@@ -20,9 +20,8 @@ _IMAGES = 8  # at which networks are compared
 _DIGITS = 6  # significant ones of an output in a record
 _TOLERANCE = 1e-3  # of the largest output: processors round differently
 _MOST_OUTPUTS = 32  # in a record
-_DRAWING = (
-    threading.Lock()
-)  # networks are drawn in several threads, and the user's code draws from torch's one generator
+# networks are drawn in several threads, and the user's code draws from torch's one generator
+_DRAWING = threading.Lock()
 
 
 class UsersNetwork(FlatModule):
