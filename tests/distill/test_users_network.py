@@ -180,7 +180,7 @@ def test_runs_of_two_versions_are_not_one_measurement() -> None:
     [
         ("Noisy", "expected the same outputs for the same arguments"),
         ("Counting", "expected the same outputs for the same arguments"),
-        ("OnTheHost", "make its tensors on the device of the images, or buffers of a module"),
+        ("OnTheHost", "make its tensors on the device of the images, or dense buffers of a module"),
         ("OneDerivative", "once_differentiable"),
     ],
 )
