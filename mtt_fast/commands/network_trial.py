@@ -16,7 +16,7 @@ from mtt_fast.user_code import user_errors
 
 log = logging.getLogger(__name__)
 
-_SAMPLES = 8  # of a trial; a network that mixes samples gets whole batches
+_SAMPLES = 8  # of a trial, at most; a whole batch of an expert may not fit in memory with two derivatives
 _OF_THE_LIBRARY = ("`net`: ", "`net`, `loss`: ", "FlatModule: ")  # how messages of the library begin
 
 
@@ -38,7 +38,7 @@ def try_users_network(
             name,
         )
     generator = torch.Generator().manual_seed(0)
-    count = batch if network.mixes_samples else min(batch, _SAMPLES)
+    count = min(batch, _SAMPLES)
     images = torch.randn(count, *image_shape, generator=generator).to(device).requires_grad_()
     labels = (torch.arange(count) % num_classes).to(device)
     order = torch.arange(count).expand(2, count)
