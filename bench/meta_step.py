@@ -1,6 +1,6 @@
 """Measure one iteration of the method by every engine: time, memory, and error of the gradient, in one run.
 
-Each engine has processes of its own. The engine first passes the gate, then its memory is measured, and then all engines
+Each engine has a process of its own. The engine first passes the gate, then its memory is measured, and then all engines
 that passed are timed in turn. An engine's failure is recorded in its row, and the others continue.
 """
 
@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
 from bench.tables import table
 from bench.workers import Here, Process, Subjects, Worker
-from mtt_fast.commands.options import Count
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
 from mtt_fast.storage.tensor_files import read_header, save_tensors
@@ -60,25 +58,15 @@ class Options(CommonOptions, Shape):
     """also time only the convolutions"""
     one_process: bool = False
     """on a GPU: run all engines in one process, which avoids starting one for each"""
-    processes: Count = 1
-    """processes of each engine, which take turns in the repetitions: on some machines each process has a speed of its own"""
 
 
 def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
     parse_bytes(options.memory_budget)
-    if options.one_process and options.processes > 1:
-        raise InputError(
-            f"--one_process True, --processes {options.processes}: expected only one of them; leave one out"
-        )
     if options.one_process and device.type == "cpu":
         raise InputError(
             "--one_process True: expected a GPU, since peak memory on a CPU belongs to a process; leave it out"
-        )
-    if options.repetitions % options.processes:
-        raise InputError(
-            f"--repetitions {options.repetitions}: expected a multiple of --processes {options.processes}, so that each has as many turns"
         )
     worker_of: Callable[..., Worker] = Here if options.one_process else Process
     engines, precisions = _chosen(options, device)
@@ -107,38 +95,22 @@ def main(options: Options, command: str) -> None:
         if not (Path(truth).exists() and read_header(truth)[1].get("case") == digest):
             with worker_of(build_case, **case) as worker:
                 worker.ask(write_truth, path=truth, digest=digest)
-
-        def build_worker(name: str) -> Worker:
-            """Return a new worker of an engine, or of the floor."""
-            if name == FLOOR:
-                return worker_of(build_floor, shape=_shape(options), **common)
-            tuned, budget = engines[name].tuned, options.memory_budget
-            return worker_of(build_engine, tuned=tuned, case=case, engine=name, budget=budget)
-
-        def more_workers(name: str) -> list[Worker]:
-            """Return the other processes of an engine, after a first iteration, which also allocates."""
-            places = [f"{name}, process {number}" for number in range(2, options.processes + 1)]
-            for place in places:
-                workers[place] = build_worker(name)
-                workers[place].ask(timed)
-            return [workers[place] for place in places]
-
         with Subjects() as workers:
-            rows, turns = workers.rows, {}
+            rows = workers.rows
             for name, engine in engines.items():
                 with workers.row(name, engine=name, exact=engine.exact, tuned=engine.tuned) as row:
-                    workers[name] = build_worker(name)
+                    workers[name] = worker_of(
+                        build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
+                    )
                     row |= workers[name].ask(check, truth=truth)
                     _check_gate(rows, name, precisions[name])
-                    turns[name] = cycle([workers[name], *more_workers(name)])
                 log.info("%s: %s", name, row["problem"] or f"error {row['error']:.1e}")
                 record(rows, peak, complete=False)
             if options.floor:
                 rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
-                workers[FLOOR] = build_worker(FLOOR)
-                turns[FLOOR] = cycle([workers[FLOOR], *more_workers(FLOOR)])
+                workers[FLOOR] = worker_of(build_floor, shape=_shape(options), **common)
             times = interleaved(
-                options.repetitions, turns, lambda name: float(next(turns[name]).ask(timed)), workers.give_up
+                options.repetitions, workers, lambda name: float(workers[name].ask(timed)), workers.give_up
             )
             for name in [name for name in times if name in engines and engines[name].run is fused]:
                 rows[name]["shares"] = workers[name].ask(shares)

@@ -21,15 +21,7 @@ from tests.bench.helpers import SHAPE, STEP, TOY, bench, linux, rows_of
 @linux
 def test_the_benchmark_of_a_meta_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = "tests.bench.test_engines:wrong_in_float32"
-    words = [
-        "--engines",
-        f"whole_graph,fused-budget,{wrong}",
-        "--memory-budget",
-        "8MiB",
-        "--no-floor",
-        "--processes",
-        "2",
-    ]
+    words = ["--engines", f"whole_graph,fused-budget,{wrong}", "--memory-budget", "8MiB", "--no-floor"]
     bench("meta_step", *TOY, *STEP, *words, "--out", str(tmp_path), "--name", "found")
     rows = {row["engine"]: row for row in rows_of(tmp_path, "found")}
 
@@ -233,14 +225,6 @@ def test_the_benchmark_of_training_runs(
             "--engines whole_graph@fp16: expected one of",
         ),
         (["meta_step", "--one_process", "True", "--device", "cpu"], "--one_process True: expected a GPU"),
-        (
-            ["meta_step", "--processes", "2", "--one_process", "True"],
-            "--one_process True, --processes 2: expected only one",
-        ),
-        (
-            ["meta_step", "--processes", "3", "--repetitions", "5"],
-            "--repetitions 5: expected a multiple of --processes 3",
-        ),
         (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32, fp16, bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
         *(
