@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -112,9 +113,20 @@ def users_network(option: str, name: str, image_shape: tuple[int, int, int], num
     code. Raises `InputError`, which names the `option`, if it cannot be made, or has other outputs than logits.
     """
     make = load(option, name)
-    if not callable(make) or isinstance(make, nn.Module):
+    if not callable(make) or isinstance(make, nn.Module) or not isinstance(make, Hashable):
         found = "nothing of this name" if make is None else f"an object of {type(make).__name__}"
         raise InputError(f"`{option}` {name}: expected a function or a class that makes the network, found {found}")
+    return _made_by(make, option, name, image_shape, num_classes)
+
+
+@lru_cache
+def _made_by(
+    make: Callable[..., Any], option: str, name: str, image_shape: tuple[int, int, int], num_classes: int
+) -> UsersNetwork:
+    """Return the network that `make` makes; for the arguments see `users_network`.
+
+    A command asks for its network several times, and to make one takes seconds, since it is called.
+    """
     channels, height, width = image_shape
     arguments = {"channel": channels, "num_classes": num_classes, "im_size": (height, width)}
     try:

@@ -184,6 +184,10 @@ def test_features_are_the_inputs_of_the_linear_layer_that_is_called_last() -> No
     torch.testing.assert_close(network.embed(theta, images) @ weight.T + bias, network(theta, images))
 
 
+def test_it_is_made_once() -> None:
+    assert made() is made()
+
+
 def test_a_name_may_be_an_attribute() -> None:
     assert made("Outer.Inner").describe()["outputs"] == made().describe()["outputs"]
 
