@@ -1,7 +1,8 @@
 """Measure one iteration of the method by every engine: time, memory, and error of the gradient, in one run.
 
-Each engine has a process of its own. The engine first passes the gate, then its memory is measured, and then all engines
-that passed are timed in turn. An engine's failure is recorded in its row, and the others continue.
+Each engine first passes the gate, and its memory is measured. Then all engines that passed are timed in turn. Each measurement
+has a process of its own, because some processes are slower than others from their first iteration to their last. An engine's failure
+is recorded in its row, and the others continue.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Options(CommonOptions, Shape):
     floor: bool = True
     """also time only the convolutions"""
     one_process: bool = False
-    """on a GPU: run all engines in one process, which avoids starting one for each"""
+    """on a GPU: measure everything in one process, which avoids starting others"""
 
 
 def main(options: Options, command: str) -> None:
@@ -95,31 +96,50 @@ def main(options: Options, command: str) -> None:
         if not (Path(truth).exists() and read_header(truth)[1].get("case") == digest):
             with worker_of(build_case, **case) as worker:
                 worker.ask(write_truth, path=truth, digest=digest)
+
+        def build_worker(name: str) -> Worker:
+            """Return a new worker of an engine, or of the floor."""
+            if name == FLOOR:
+                return worker_of(build_floor, shape=_shape(options), **common)
+            tuned, budget = engines[name].tuned, options.memory_budget
+            return worker_of(build_engine, tuned=tuned, case=case, engine=name, budget=budget)
+
         with Subjects() as workers:
             rows = workers.rows
             for name, engine in engines.items():
                 with workers.row(name, engine=name, exact=engine.exact, tuned=engine.tuned) as row:
-                    workers[name] = worker_of(
-                        build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
-                    )
+                    workers[name] = build_worker(name)
                     row |= workers[name].ask(check, truth=truth)
                     _check_gate(rows, name, precisions[name])
+                    if engine.run is fused:
+                        row["shares"] = workers[name].ask(shares)
+                    if not options.one_process:
+                        workers.pop(name).close()
                 log.info("%s: %s", name, row["problem"] or f"error {row['error']:.1e}")
                 record(rows, peak, complete=False)
             if options.floor:
-                rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
-                workers[FLOOR] = worker_of(build_floor, shape=_shape(options), **common)
+                with workers.row(FLOOR, engine=FLOOR, exact=True, tuned=True):
+                    workers[FLOOR] = build_worker(FLOOR)
+            passed = [name for name, row in rows.items() if not row["problem"]]
+            kept = workers if options.one_process else {}
             times = interleaved(
-                options.repetitions, workers, lambda name: float(workers[name].ask(timed)), workers.give_up
+                options.repetitions, passed, lambda name: _seconds(kept.get(name), build_worker, name), workers.give_up
             )
-            for name in [name for name in times if name in engines and engines[name].run is fused]:
-                rows[name]["shares"] = workers[name].ask(shares)
     peak = max(peak, matrix_product_peak(device))  # on a shared machine the better of two moments
     for name, row in rows.items():
         row["seconds"] = times.get(name)
         row["flops"] = _flops(name, engines, setting)
     _compare(rows, peak)
     print(table("meta_step", record(rows, peak, complete=True), list(rows.values())))
+
+
+def _seconds(kept: Worker | None, build_worker: Callable[[str], Worker], name: str) -> float:
+    """Return the seconds of one iteration of an engine, by a worker that was `kept`, or by a new one after its first iteration."""
+    if kept is not None:
+        return float(kept.ask(timed))
+    with build_worker(name) as worker:
+        worker.ask(timed)  # an engine's first iteration allocates, and may compile
+        return float(worker.ask(timed))
 
 
 def _chosen(options: Options, device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:

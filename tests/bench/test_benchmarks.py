@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from bench import gate, kernels, methods, training
+from bench import gate, kernels, meta_step, methods, training
 from bench.__main__ import main
+from bench.cases import Case, Gradients
+from bench.engines import whole_graph
 from mtt_fast import ConvNet
 from mtt_fast.baselines.catalogue import METHODS as BASELINES
 from mtt_fast.commands import cli, parsing
@@ -17,11 +20,21 @@ from mtt_fast.distill.command_line import parse_options
 from tests.bench.helpers import SHAPE, STEP, TOY, bench, linux, rows_of
 
 
+def noted(case: Case) -> Gradients:
+    """Return what `whole_graph` does, and note the process in the file that the environment names."""
+    with open(os.environ["PROCESSES"], "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()}\n")
+    return whole_graph(case)
+
+
 @pytest.mark.slow
 @linux
-def test_the_benchmark_of_a_meta_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = "tests.bench.test_engines:wrong_in_float32"
-    words = ["--engines", f"whole_graph,fused-budget,{wrong}", "--memory-budget", "8MiB", "--no-floor"]
+def test_the_benchmark_of_a_meta_step_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, noted, notes = "tests.bench.test_engines:wrong_in_float32", f"{__name__}:noted", tmp_path / "processes"
+    monkeypatch.setenv("PROCESSES", str(notes))
+    words = ["--engines", f"whole_graph,fused-budget,{noted},{wrong}", "--memory-budget", "8MiB"]
     bench("meta_step", *TOY, *STEP, *words, "--out", str(tmp_path), "--name", "found")
     rows = {row["engine"]: row for row in rows_of(tmp_path, "found")}
 
@@ -35,6 +48,11 @@ def test_the_benchmark_of_a_meta_step_runs(tmp_path: Path, capsys: pytest.Captur
     assert rows["whole_graph"]["speedup"] == 1
     assert not rows["whole_graph"]["tuned"]
     assert sum(rows["fused-budget"]["shares"].values()) == pytest.approx(1)
+
+    gates, first, again, last, last_again = notes.read_text().split()[-5:]
+    assert first == again != last == last_again  # each repetition in a process of its own, after a first iteration
+    assert gates not in {first, last}
+    assert rows[meta_step.FLOOR]["seconds"]["n"] == 2
 
     assert rows[wrong]["problem"].startswith("wrong: float32 error 1.0e-03")
     assert rows[wrong]["seconds"] is None
