@@ -122,5 +122,7 @@ def _check_precision(operation: str, precision: str) -> None:
 
 
 def _runs_triton(device: torch.device) -> bool:
-    """Return whether Triton's kernels run on `device`: a GPU, or a CPU with Triton's interpreter."""
-    return device.type == "cuda" or (_INTERPRETED and device.type == "cpu")
+    """Return whether Triton's kernels run on `device`: an NVIDIA GPU, or a CPU with Triton's interpreter."""
+    if device.type == "cuda":
+        return torch.version.hip is None  # an AMD GPU is called cuda too; the kernels use what only NVIDIA's have
+    return _INTERPRETED and device.type == "cpu"

@@ -83,7 +83,8 @@ class CommonOptions:
     precision: Annotated[PrecisionRequest, HARMLESS, Group.MACHINE] = "auto"
     """rounding of the factors of matrix products and convolutions on a GPU. fp32; tf32: as in the public code; fp16: about as exact as
     tf32, half the bytes, and an iteration that overflows is repeated in tf32; bf16. fp16 and bf16 need a ConvNet. auto: fp16 in
-    the iterations of a distillation where Tensor cores support it, else tf32. Sums are float32. No effect on a CPU, which uses float32"""
+    the iterations of a distillation where Tensor cores support it, else tf32 (fp32 on GPUs without it). Sums are float32. No effect on a
+    CPU, which uses float32"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""

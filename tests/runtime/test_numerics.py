@@ -125,7 +125,8 @@ def test_what_is_no_precision_is_refused() -> None:
         precision_on(CPU, ConvNet(3, 4, 8, width=2, depth=1), cast(Precision, "fp8"))
 
 
-def test_bf16_needs_the_fused_step() -> None:
+def test_bf16_needs_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     net = FlatModule(torch.nn.Linear(3, 2))
     assert precision_on(CUDA, net, "tf32") == "tf32"
     with pytest.raises(InputError, match="`precision` bf16: only the fused step of ConvNet knows it, and FlatModule"):
@@ -143,8 +144,6 @@ def test_bf16_needs_the_fused_step() -> None:
         ),
         ((9, 0), "ConvNetD4W64", "fp16", "auto: in the iterations"),
         ((12, 0), "ConvNet", "fp16", "auto: in the iterations"),
-        ((7, 5), "ConvNet", "tf32", "auto: the kernels have no Tensor cores for fp16 here"),
-        ((6, 1), "ConvNet", "tf32", "auto: the kernels have no Tensor cores for fp16 here"),
         ((9, 0), "ResNet18", "tf32", "auto: only the fused step of ConvNet has fp16"),
         ((9, 0), "ConvNetBN", "tf32", "auto: only the fused step of ConvNet has fp16"),
     ],
@@ -163,3 +162,16 @@ def test_auto_takes_fp16_for_the_iterations_where_tensor_cores_have_it(
     assert precision_on(CUDA, network, "tf32", iterations=True) == "tf32"
     assert precision_on(CUDA, network, "fp32", iterations=True) == "fp32"
     assert ", tf32 (as asked for)" in describe_numerics(CUDA, network, "tf32")
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+@pytest.mark.parametrize("requested", ["auto", "tf32"])
+@pytest.mark.parametrize("model", ["ConvNet", "ResNet18"])
+def test_a_gpu_without_tf32_computes_in_fp32(
+    capability: tuple[int, int], requested: PrecisionRequest, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    network = network_by_name(model, (3, 32, 32), 10)
+    assert precision_on(CUDA, network, requested) == precision_on(CUDA, network, requested, iterations=True) == "fp32"
+    assert f", fp32 ({requested}: this GPU has no tf32" in describe_numerics(CUDA, network, requested)

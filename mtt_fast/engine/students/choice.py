@@ -19,7 +19,7 @@ PrecisionRequest = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
 """A precision, or "auto": see `choose_precision`."""
 
 _TENSOR_CORES = (8, 0)
-"""The lowest compute capability for which Triton compiles the kernels for Tensor cores; below it fp16 gains nothing."""
+"""The lowest compute capability with tf32, and for which Triton compiles the kernels for Tensor cores."""
 
 
 class ChosenPrecision(NamedTuple):
@@ -80,8 +80,9 @@ def choose_precision(
 ) -> ChosenPrecision:
     """Return the precision of the factors of products in a run with `network` on `device`.
 
-    A CPU always computes in float32. On a GPU, "auto" is fp16 for the `iterations` of a distillation if the device has Tensor cores
-    for it and `network` a fused student, and tf32 otherwise (for experts and evaluations too). Any other `requested` is returned.
+    A CPU always computes in float32. On a GPU, "auto" is fp16 for the `iterations` of a distillation if `network` has a fused student,
+    and tf32 otherwise (for experts and evaluations too). Before compute capability 8.0 both "auto" and tf32 are fp32: there is no
+    tf32, and in fp32 cuDNN computes the convolutions. Any other `requested` is returned.
     Raises `InputError` for an unknown precision, and for fp16 or bf16 with `GenericStudent`, which follows torch's own settings.
     """
     if requested not in get_args(PrecisionRequest):
@@ -89,8 +90,10 @@ def choose_precision(
     if device.type == "cpu":
         return ChosenPrecision("fp32", "a CPU computes in float32")
     is_fused = isinstance(student_for(network, device), FusedConvNetStudent)
+    if requested in ("auto", "tf32") and torch.cuda.get_device_capability(device) < _TENSOR_CORES:
+        return ChosenPrecision("fp32", f"{requested}: this GPU has no tf32, and no Tensor cores for the kernels")
     if requested == "auto":
-        return _automatic(device, is_fused=is_fused, iterations=iterations)
+        return _automatic(is_fused=is_fused, iterations=iterations)
     if requested in HALF_PRECISIONS and not is_fused:
         raise InputError(
             f"`precision` {requested}: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
@@ -99,13 +102,11 @@ def choose_precision(
     return ChosenPrecision(requested, "as asked for")
 
 
-def _automatic(device: torch.device, *, is_fused: bool, iterations: bool) -> ChosenPrecision:
+def _automatic(*, is_fused: bool, iterations: bool) -> ChosenPrecision:
     if not iterations:
         return ChosenPrecision("tf32", "auto: fp16 is only for the iterations of a distillation")
     if not is_fused:
         return ChosenPrecision("tf32", "auto: only the fused step of ConvNet has fp16")
-    if torch.cuda.get_device_capability(device) < _TENSOR_CORES:
-        return ChosenPrecision("tf32", "auto: the kernels have no Tensor cores for fp16 here")
     return ChosenPrecision(
         "fp16", "auto: in the iterations, about as exact as tf32 there; experts and evaluations take tf32"
     )

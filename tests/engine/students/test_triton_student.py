@@ -24,9 +24,10 @@ from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.students.choice import student_for
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.fused_step_bytes import image_block_bytes
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.engine.students.protocol import StepBytes
-from mtt_fast.kernels import Affine, Precision, dispatch
+from mtt_fast.kernels import Affine, ConvLayer, Precision, dispatch
 from mtt_fast.testing import relative_error
 from tests.engine.counting import image_shape, live_bytes_of_a_step
 from tests.kernels.compiling import recording
@@ -348,6 +349,13 @@ def test_the_meta_gradient_in_bf16_on_a_gpu(golden: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_takes_the_fused_student() -> None:
     assert isinstance(student_for(ConvNet(3, 2, 8, 4, 1), torch.device("cuda")), FusedConvNetStudent)
+
+
+def test_an_amd_gpu_has_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4.43484")
+    device = torch.device("cuda")
+    assert isinstance(student_for(ConvNet(3, 2, 8, 4, 1), device), GenericStudent)
+    assert not dispatch.has_image_block(ConvLayer(channels=3, height=8, width=8, filters=16, padding=1), device)
 
 
 def test_a_gpu_without_triton_is_an_error_in_one_line() -> None:
