@@ -25,6 +25,7 @@ from mtt_fast.interop import export_experts
 from mtt_fast.storage.file_locks import acquire
 from mtt_fast.storage.text_files import read_toml
 from mtt_fast.storage.trajectories import write_expert
+from mtt_fast.training.experts import ExpertTraining
 from tests.storage.belonging import DISTILLED, EVALUATED, EXPERTS, MODEL, TRAINED, distil, refused
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -111,7 +112,10 @@ ODD_EXPERTS: list[tuple[dict[str, Any], str]] = [
     ({"dataset": "MNIST", "fingerprint": "beef"}, "made from another data set: expected digits, found MNIST"),
     ({"network": {"kind": "ConvNetD1W4BN"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARBNAP"),
     ({"network": {"kind": "ConvNetD1W4AL"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ALINAP"),
-    ({"hyperparameters": {"lr": 0.5, "train_epochs": 3}}, "trained with lr 0.5, but expert_0000.safetensors with 0.01"),
+    (
+        {"hyperparameters": ExpertTraining(lr=0.5, train_epochs=3).record()},
+        "trained with lr 0.5, but expert_0000.safetensors with 0.01",
+    ),
 ]
 
 
