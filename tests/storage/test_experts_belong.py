@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 import threading
 from dataclasses import replace
@@ -500,3 +501,13 @@ def test_experts_are_not_trained_beside_imported_ones(imported: Path, capsys: py
     flags = ["--dataset", "digits", *MODEL, "--num_experts", "3", "--buffer_path", "my_buffers"]
     assert f"{imported}/expert_0000.safetensors: was imported" in refused(capsys, experts, *flags)
     assert len(TrajectoryStore(imported)) == 2
+
+
+@pytest.mark.usefixtures("working_folder")
+def test_a_run_ends_if_the_accuracy_of_its_experts_is_not_known() -> None:
+    for expert in range(2):
+        rewrite(EXPERTS, expert, accuracy=[math.nan] * 4)
+    assert cli.run(distill, distil()) == 0
+    accuracies = json.loads(Path("new/summary.json").read_text())["accuracy"]
+    assert {"distilled", "random_real_images"} <= accuracies.keys()
+    assert "experts" not in accuracies
