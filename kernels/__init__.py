@@ -6,80 +6,81 @@
 
 from __future__ import annotations
 
-# in the repository it could be imported as `kernels` too, which would be a second copy of all modules
-if __name__ != "mtt_fast.kernels":
-    raise ImportError("import mtt_fast.kernels, not kernels")
+if __name__ == "mtt_fast.kernels":
+    from . import ops
+    from .dispatch import (
+        compile_ahead,
+        has_image_block,
+        has_kernels,
+        native_available,
+        release_memory,
+        weight_bytes,
+        workspace_bytes,
+    )
+    from .ops import *  # noqa: F403 - all operations
+    from .reference.linear import linear, linear_backward, linear_dual, linear_dual_backward
+    from .types import (
+        HALF_PRECISIONS,
+        WARP_PARAMETERS,
+        Affine,
+        BatchGradient,
+        BatchImages,
+        ConvLayer,
+        Convolved,
+        Folded,
+        LabelKind,
+        PackedParameters,
+        PackedWeight,
+        PartialPlanes,
+        PartialSums,
+        Patches,
+        PlaneStats,
+        Precision,
+        Weight,
+        WeightBytes,
+        WeightPlace,
+        plane_dtype,
+        planes_of,
+        weight_of,
+    )
 
-from . import ops
-from .dispatch import (
-    compile_ahead,
-    has_image_block,
-    has_kernels,
-    native_available,
-    release_memory,
-    weight_bytes,
-    workspace_bytes,
-)
-from .ops import *  # noqa: F403 - all operations
-from .reference.linear import linear, linear_backward, linear_dual, linear_dual_backward
-from .types import (
-    HALF_PRECISIONS,
-    WARP_PARAMETERS,
-    Affine,
-    BatchGradient,
-    BatchImages,
-    ConvLayer,
-    Convolved,
-    Folded,
-    LabelKind,
-    PackedParameters,
-    PackedWeight,
-    PartialPlanes,
-    PartialSums,
-    Patches,
-    PlaneStats,
-    Precision,
-    Weight,
-    WeightBytes,
-    WeightPlace,
-    plane_dtype,
-    planes_of,
-    weight_of,
-)
-
-__all__ = [
-    "HALF_PRECISIONS",
-    "WARP_PARAMETERS",
-    "Affine",
-    "BatchGradient",
-    "BatchImages",
-    "ConvLayer",
-    "Convolved",
-    "Folded",
-    "LabelKind",
-    "PackedParameters",
-    "PackedWeight",
-    "PartialPlanes",
-    "PartialSums",
-    "Patches",
-    "PlaneStats",
-    "Precision",
-    "Weight",
-    "WeightBytes",
-    "WeightPlace",
-    "compile_ahead",
-    "has_image_block",
-    "has_kernels",
-    "linear",
-    "linear_backward",
-    "linear_dual",
-    "linear_dual_backward",
-    "native_available",
-    "plane_dtype",
-    "planes_of",
-    "release_memory",
-    "weight_bytes",
-    "weight_of",
-    "workspace_bytes",
-]
-__all__ += ops.__all__
+    __all__ = [
+        "HALF_PRECISIONS",
+        "WARP_PARAMETERS",
+        "Affine",
+        "BatchGradient",
+        "BatchImages",
+        "ConvLayer",
+        "Convolved",
+        "Folded",
+        "LabelKind",
+        "PackedParameters",
+        "PackedWeight",
+        "PartialPlanes",
+        "PartialSums",
+        "Patches",
+        "PlaneStats",
+        "Precision",
+        "Weight",
+        "WeightBytes",
+        "WeightPlace",
+        "compile_ahead",
+        "has_image_block",
+        "has_kernels",
+        "linear",
+        "linear_backward",
+        "linear_dual",
+        "linear_dual_backward",
+        "native_available",
+        "plane_dtype",
+        "planes_of",
+        "release_memory",
+        "weight_bytes",
+        "weight_of",
+        "workspace_bytes",
+    ]
+    __all__ += ops.__all__
+else:
+    # In the repository it is found as `kernels` too, where transformers looks for a package of this name. There it is empty, since it
+    # would be a second copy of all modules.
+    __path__ = []

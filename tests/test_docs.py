@@ -20,6 +20,7 @@ import mtt_fast
 import mtt_fast.interop
 from mtt_fast import __main__, evaluate
 from mtt_fast.commands import cli, parsing
+from mtt_fast.convert.command import main as convert
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.command_line import parse_options
@@ -250,6 +251,33 @@ def test_images_of_the_users_own_code(
     space: dict[str, Any] = {}
     exec(own + restore, space)
     torch.testing.assert_close(space["images"], space["distilled"].images)
+
+
+def test_experts_of_ones_own_training_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    network, trained, kept = blocks_of("methods.md")[-3:]
+    Path("nets.py").write_text(network)
+    for ours, toy in {'"CIFAR10"': '"digits"', "range(10)": "range(2)", "range(30)": "range(5)"}.items():
+        assert trained.count(ours) == 1
+        trained = trained.replace(ours, toy)
+    space: dict[str, Any] = {}
+    exec(trained, space)
+    del sys.modules["nets"]
+    flags = "--dataset digits --model nets.py:Small".split()
+    with caplog.at_level("INFO"):
+        assert cli.run(convert, [".", "buffers", *flags]) == 0
+    assert "use them with: python -m mtt_fast.distill --buffer_path buffers --dataset digits" in caplog.text
+    flags += "--num_experts 2 --max_start_epoch 1 --Iteration 1 --syn_steps 2 --num_eval 1 --epoch_eval_train 1 --out run".split()
+    assert cli.run(distill, ["--buffer_path", "buffers", *flags]) == 0
+    experts = json.loads(Path("run/summary.json").read_text())["accuracy"]["experts"]
+    assert (experts["n"], experts["mean"] > 0.2) == (2, True)
+
+    exec(kept, space)
+    assert torch.equal(space["start"], space["rows"][3])
+    assert torch.equal(space["target"], space["rows"][5])
 
 
 def on_digits(block: str, further: dict[str, str]) -> str:

@@ -30,7 +30,7 @@ from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.networks.by_name import full_name, short_name
 from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.provenance import choose_device, versions
+from mtt_fast.runtime.provenance import choose_device
 from mtt_fast.storage.atomic import atomic_folder
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.expert_metadata import ExpertMetadata
@@ -107,15 +107,7 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
     check_output_folder(folder, _ELSEWHERE)
-    metadata = ExpertMetadata.from_identity(
-        data.identity(zca=options.zca),
-        network=network.describe(),
-        layout=network.layout.describe(),
-        hyperparameters={},
-        seed=-1,  # unknown
-        accuracy=[],
-        versions=versions(),
-    )
+    metadata = ExpertMetadata.of(network, data.identity(zca=options.zca))
     read = read_waypoints if kind == "waypoints" else read_buffer
 
     def experts() -> Iterator[Trajectory]:

@@ -21,7 +21,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 from mtt_fast.storage.records import check_fields
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
-from mtt_fast.storage.text_files import MALFORMED, parse_json
+from mtt_fast.storage.text_files import MALFORMED, not_json_error, parse_json
 
 _FORMAT = "mtt_fast.data.synthetic.2"
 _BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"
@@ -121,10 +121,7 @@ class SyntheticDataset:
         try:
             text = json.dumps(record)
         except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{os.fspath(path)}: not written: expected texts, numbers, lists and dictionaries in all fields but tensors ({error}); "
-                "use .tolist() of an array, and .item() of a number of NumPy or torch"
-            ) from error
+            raise not_json_error(path, error) from error
         save_tensors(path, tensors, {"format": _FORMAT, "record": text})
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from typing import Any
 
 import torch
@@ -147,22 +148,23 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     )
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
-    final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
+    last = [run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))]
+    final = Accuracy(tuple(value for value in last if not math.isnan(value)))  # of those that were measured
     name_of_experts, experts_in_words = "experts", "experts on all the data"
     if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
         # their accuracy is that on the test images of their own data
         name_of_experts, experts_in_words = "experts_on_their_own_data", "experts on their own data"
     results = ", ".join(f"{names.words} {_format_result(lines[-1])}" for names, lines in records.items())
     text = (
-        f"{results}, random real images {_format_result(baseline)}, "
-        + (f"with labels of the experts {_format_result(soft_baseline)}, " if soft_baseline else "")
-        + f"{experts_in_words} {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
+        f"{results}, random real images {_format_result(baseline)}"
+        + (f", with labels of the experts {_format_result(soft_baseline)}" if soft_baseline else "")
+        + (f", {experts_in_words} {100 * final.mean:.2f} % ± {100 * final.std:.2f}" if final.values else "")
     )
     lr = {"lr": run.options.evaluation_protocol().initial_lr(REAL_IMAGES_LR)}
     accuracies = {
         "random_real_images": accuracy_record(baseline) | lr,
         **({"random_real_images_labelled_by_experts": accuracy_record(soft_baseline) | lr} if soft_baseline else {}),
-        name_of_experts: {"mean": final.mean, "std": final.std, "n": len(final.values)},
+        **({name_of_experts: {"mean": final.mean, "std": final.std, "n": len(final.values)}} if final.values else {}),
         **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
     write_summary(

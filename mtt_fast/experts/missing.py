@@ -19,7 +19,6 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
-from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training, training_digest
 from mtt_fast.storage.expert_locks import ExpertClaim, claim_expert
 from mtt_fast.storage.expert_metadata import ExpertMetadata
@@ -187,14 +186,12 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
 def _metadata(request: _Request, accuracies: list[float]) -> ExpertMetadata:
     """Return the record of an expert with these `accuracies` after its epochs."""
     network, training = request.network, request.training
-    return ExpertMetadata.from_identity(
+    return ExpertMetadata.of(
+        network,
         request.images.identity,
-        network=network.describe(),
-        layout=network.layout.describe(),
         hyperparameters=training.record(),
         seed=request.seed,
         accuracy=accuracies,
-        versions=versions(),
         precision=request.precision,
     )
 

@@ -12,13 +12,17 @@ from typing import Any
 
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layout import ParameterLayout
-from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.provenance import versions
+from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity
 from mtt_fast.storage.records import check_fields, check_form
 from mtt_fast.storage.text_files import MALFORMED, parse_json
 
 FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
 WAYPOINTS = "mtt_fast waypoints 2"
 BEFORE_CHECKSUMS = {"mtt_fast expert 1": FORMAT, "mtt_fast waypoints 1": WAYPOINTS}
+_RECORDED_HERE = {"train_epochs", "lr", "mom", "l2", "decay", "batch_size"}
+"""Hyperparameters that experts trained by the commands have always recorded."""
 TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
 
 
@@ -35,12 +39,13 @@ class ExpertMetadata:
     """digest of the data set's content"""
     whitening: str
     """as `DatasetIdentity.whitening`"""
-    hyperparameters: dict[str, Any]
-    """hyperparameters of its training; for an imported expert, only its origin"""
-    seed: int
-    accuracy: list[float]
-    """on the test set, after every epoch"""
-    versions: dict[str, Any]
+    hyperparameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """hyperparameters of its training, in any form; for an imported expert, only its origin"""
+    seed: int = -1
+    """-1 if not known"""
+    accuracy: list[float] = dataclasses.field(default_factory=list)
+    """on the test set, after every epoch; empty if it was not measured"""
+    versions: dict[str, Any] = dataclasses.field(default_factory=versions)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     """the other fields of the images' `DatasetIdentity`"""
     precision: str = ""
@@ -49,11 +54,11 @@ class ExpertMetadata:
     """for a compressed expert, `TrajectoryStore.digest` of the uncompressed one"""
 
     @classmethod
-    def from_identity(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
-        """Return the metadata of an expert that was trained on the images of `identity`, with the `others` as given."""
+    def of(cls, network: Trainable, identity: DatasetIdentity = UNKNOWN, **others: Any) -> ExpertMetadata:
+        """Return the metadata of an expert of `network` that was trained on the images of `identity`, with the `others` as given."""
         record = identity.record()
         own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
-        return cls(**own, data=record, **others)
+        return cls(network.describe(), network.layout.describe(), **own, data=record, **others)
 
     @property
     def identity(self) -> DatasetIdentity:
@@ -63,8 +68,8 @@ class ExpertMetadata:
 
     @property
     def imported(self) -> bool:
-        """Return whether the expert comes from other software, so that its hyperparameters are not known."""
-        return "lr" not in self.hyperparameters
+        """Return whether the expert comes from other software, so that its hyperparameters are not known, or may mean something else."""
+        return not self.hyperparameters.keys() >= _RECORDED_HERE
 
     def to_text(self) -> dict[str, str]:
         """Return the fields as the text that safetensors metadata can hold: JSON, each under its name."""

@@ -27,6 +27,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def not_json_error(path: str | os.PathLike[str], error: Exception) -> InputError:
+    """Return the error that the record for `path` cannot be written, since JSON cannot hold it, as `error` says."""
+    return InputError(
+        f"{os.fspath(path)}: not written: expected texts, numbers, lists and dictionaries in all fields but tensors ({error}); "
+        "use .tolist() of an array, .item() of a number of NumPy or torch, and str() of other objects"
+    )
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of JSON text. Raises `ValueError` for text that is not JSON, or is nested too deeply to be read."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import operator
 import os
@@ -30,7 +31,7 @@ from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.expert_metadata import BEFORE_CHECKSUMS, FORMAT, TRAIN_AGAIN, WAYPOINTS, ExpertMetadata
 from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.tensor_files import TensorEntry, check_part, read_header, save_tensors, warn_unchecked
-from mtt_fast.storage.text_files import MALFORMED, write_text
+from mtt_fast.storage.text_files import MALFORMED, not_json_error, write_text
 from mtt_fast.storage.waypoints import Course
 
 _TENSOR = "parameters"
@@ -56,18 +57,30 @@ def write_expert(
     """Write expert number `index` atomically, and return its path.
 
     `parameters` (epochs + 1, P) of any floating type and device are stored as `dtype`, float32 or bfloat16, rounded to nearest. With a
-    `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is the uncompressed expert's. Raises `InputError`
-    for parameters that are not finite, do not change, or do not fit the metadata, and if the disk is full.
+    `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is the uncompressed expert's. Without accuracies in
+    `metadata` those of all epochs are NaN. Raises `InputError` for parameters that are not finite, do not change, or do not fit the
+    metadata, for metadata that JSON cannot hold, and if the disk is full.
     """
     path = expert_path(folder, index)
     if dtype not in _DTYPES.values():
         raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
+    if not isinstance(parameters, Tensor):
+        raise InputError(
+            f"{path}: not written: expected parameters as one tensor (epochs + 1, P), found {shown(parameters)}; use torch.stack "
+            "of vectors, which torch.nn.utils.parameters_to_vector makes of a module's parameters"
+        )
     stored = parameters.to("cpu", dtype)
     problem = _problem_with(stored, course, metadata)
     if problem:
         raise InputError(f"{path}: not written: {problem}")
     text = {"format": WAYPOINTS, "course": course.to_text()} if course else {"format": FORMAT}
-    save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text, by_row=(_TENSOR,))
+    unmeasured = [math.nan] * len(course.positions if course else stored)
+    metadata = dataclasses.replace(metadata, accuracy=metadata.accuracy or unmeasured)
+    try:
+        text |= metadata.to_text()
+    except (TypeError, ValueError) as error:
+        raise not_json_error(path, error) from error
+    save_tensors(path, {_TENSOR: stored}, text, by_row=(_TENSOR,))
     return path
 
 
@@ -79,7 +92,7 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
     if parameters.shape[1] != size:
         return f"the layout describes {size} parameters, found {parameters.shape[1]}"
     epochs = len(course.positions if course else parameters)
-    if len(metadata.accuracy) != epochs:
+    if metadata.accuracy and len(metadata.accuracy) != epochs:
         return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"
     for row, values in enumerate(parameters):
         if not values.isfinite().all():

@@ -99,10 +99,7 @@ def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pyt
     net, generator, half = ConvNet(1, 10, 8, 8, 2), torch.Generator().manual_seed(0), (0.5,)
     names = tuple("0123456789")
     identity = DatasetIdentity("digits", names, (1, 8, 8), half, half, "none", "f00d")
-    metadata = ExpertMetadata.from_identity(
-        identity, network=net.describe(), layout=net.layout.describe(), hyperparameters={}, seed=0, accuracy=[0.5] * 5,
-        versions={},
-    )  # fmt: skip
+    metadata = ExpertMetadata.of(net, identity, accuracy=[0.5] * 5)
     write_expert(tmp_path / "digits" / "ConvNetD2W8", 0, torch.stack([net.init(generator) for _ in range(5)]), metadata)
     run = tmp_path / "run"
     write_config(run, asdict(options))

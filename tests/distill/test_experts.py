@@ -21,6 +21,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.trajectories import write_expert
+from mtt_fast.training.experts import ExpertTraining
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 6 --max_start_epoch 4 --expert_epochs 2 "
@@ -89,7 +90,7 @@ def test_missing_experts_are_trained_as_the_run_says(tmp_path: Path, monkeypatch
 def write_experts(folder: Path, numbers: str) -> None:
     """Write experts of the given `numbers`; those in brackets come from other software."""
     for number in filter(str.isdigit, numbers):
-        known = {} if number in numbers.partition("(")[2] else {"lr": 0.01}
+        known = {} if number in numbers.partition("(")[2] else ExpertTraining().record()
         metadata = ExpertMetadata({}, "weight:2", "digits", "", "none", known, 0, [0.5] * 4, {})
         write_expert(folder, int(number), torch.randn(4, 2), metadata)
 

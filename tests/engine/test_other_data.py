@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mtt_fast import Augmentation, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
+from mtt_fast import Adam, Augmentation, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
 from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.testing import assert_close, module_function
 
@@ -485,6 +485,63 @@ def test_a_penalty_on_the_parameters(options: dict[str, Any]) -> None:
         return F.cross_entropy(outputs[:, :3], labels) + 0.1 * outputs[:, 3].mean()
 
     check(Penalised(), rows_of(4), CLASSES, loss, **options)
+
+
+class Judged(nn.Module):
+    """Return the loss of each sample, by a judge that reads the outputs and the targets, the last part of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.judge = nn.Linear(4, 3), nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.judge(torch.cat([self.student(rows[:, :4]), rows[:, 4:]], 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"microbatch": 2}, {"momentum": 0.8, "weight_decay": 0.05}, {"optimizer": Adam(eps=0.1)}], ids=str
+)
+def test_learned_numbers_that_the_network_reads_are_parameters_at_a_rate_of_zero(options: dict[str, Any]) -> None:
+    """Compare the judge's gradient with that of steps in which only the student moves."""
+    module = Judged().double()
+    net, rows = FlatModule(module), rows_of(7)
+    start, judge = (torch.nn.utils.parameters_to_vector(part.parameters()).detach() for part in module.children())
+    rates = torch.cat([start.new_full(start.shape, 0.2), judge.new_zeros(judge.shape)]).expand(len(BATCHES), -1)
+
+    def of_samples(losses: Tensor, _: Tensor) -> Tensor:
+        return losses.mean()
+
+    theta = torch.cat([start, judge.requires_grad_()])
+    end = unroll(net, theta, rows, CLASSES, rates, BATCHES, loss=of_samples, **options)[-1]
+    (found,) = torch.autograd.grad(end[: len(start)].square().sum(), judge)
+    assert torch.equal(end[len(start) :], judge)
+
+    moving, state, sgd = start.requires_grad_(), [torch.zeros_like(start)] * 2, "optimizer" not in options
+    for n, batch in enumerate(BATCHES, 1):
+        loss = net(torch.cat([moving, judge]), rows[batch]).mean()
+        (gradient,) = torch.autograd.grad(loss, moving, create_graph=True)
+        if sgd:
+            gradient = gradient + options.get("weight_decay", 0) * moving
+            state = [options.get("momentum", 0) * state[0] + gradient] * 2
+            moving = moving - 0.2 * state[0]
+        else:
+            state = [0.9 * state[0] + 0.1 * gradient, 0.999 * state[1] + 0.001 * gradient**2]
+            mean, square = state[0] / (1 - 0.9**n), state[1] / (1 - 0.999**n)
+            moving = moving - 0.2 * mean / (square.sqrt() + 0.1)
+    (expected,) = torch.autograd.grad(moving.square().sum(), judge)
+    assert_close("judge", found, expected, 1e-9)
+
+
+def test_losses_after_each_step_may_be_differentiated_one_after_the_other() -> None:
+    net, rows, real = FlatModule(mlp(3).double()), rows_of(4).requires_grad_(), rows_of(4)
+    path = unroll(net, net.init(), rows, CLASSES, 0.2, BATCHES)
+    losses = [F.cross_entropy(net(row, real), CLASSES) for row in path]
+    (expected,) = torch.autograd.grad(torch.stack(losses).sum(), rows, retain_graph=True)
+    leaves = [row.requires_grad_() for row in path.detach()]
+    gradients = [torch.autograd.grad(F.cross_entropy(net(leaf, real), CLASSES), leaf)[0] for leaf in leaves]
+    path.backward(torch.stack(gradients))
+    assert rows.grad is not None
+    assert_close("rows", rows.grad, expected, 1e-12)
 
 
 class Through(nn.Module):

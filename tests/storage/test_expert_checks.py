@@ -40,10 +40,9 @@ TRAINED: dict[str, Any] = {
 
 def metadata_for(model: str = "ConvNetD1W4", identity: DatasetIdentity = DATA, **changes: Any) -> ExpertMetadata:
     network = network_by_name(model, SHAPE, 2)
-    return ExpertMetadata.from_identity(
-        identity, network=network.describe(), layout=network.layout.describe(), hyperparameters=TRAINED | changes, seed=7,
-        accuracy=[0.5] * 4, versions={}, precision="fp32",
-    )  # fmt: skip
+    return ExpertMetadata.of(
+        network, identity, hyperparameters=TRAINED | changes, seed=7, accuracy=[0.5] * 4, versions={}, precision="fp32"
+    )
 
 
 def store_of(folder: Path, *experts: ExpertMetadata) -> TrajectoryStore:
@@ -194,6 +193,19 @@ def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
     check_alike(store, range(3), to_the_end=True)
     check_alike(store, (1, 2), to_the_end=True)
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: was imported"):
+        check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
+
+
+@pytest.mark.parametrize("hyperparameters", [{"lr": 1e-3}, {"lr": 1e-3, "optimizer": "AdamW", "train_epochs": 3}])
+def test_hyperparameters_of_another_training_loop_are_not_compared(
+    tmp_path: Path, hyperparameters: dict[str, Any]
+) -> None:
+    own = replace(metadata_for(), hyperparameters=hyperparameters)
+    store = store_of(tmp_path, own, own)
+    check_as_requested(store, 0, {"mom": 0.9, "lr": 0.5}, to_the_end=True)
+    check_alike(store, range(2), to_the_end=True)
+    assert describe_other_training(own, TRAINED, to_the_end=True) == ""
+    with pytest.raises(InputError, match="no further experts can be trained in its folder"):
         check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 import threading
 from dataclasses import replace
@@ -25,6 +26,7 @@ from mtt_fast.interop import export_experts
 from mtt_fast.storage.file_locks import acquire
 from mtt_fast.storage.text_files import read_toml
 from mtt_fast.storage.trajectories import write_expert
+from mtt_fast.training.experts import ExpertTraining
 from tests.storage.belonging import DISTILLED, EVALUATED, EXPERTS, MODEL, TRAINED, distil, refused
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -111,7 +113,10 @@ ODD_EXPERTS: list[tuple[dict[str, Any], str]] = [
     ({"dataset": "MNIST", "fingerprint": "beef"}, "made from another data set: expected digits, found MNIST"),
     ({"network": {"kind": "ConvNetD1W4BN"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARBNAP"),
     ({"network": {"kind": "ConvNetD1W4AL"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ALINAP"),
-    ({"hyperparameters": {"lr": 0.5, "train_epochs": 3}}, "trained with lr 0.5, but expert_0000.safetensors with 0.01"),
+    (
+        {"hyperparameters": ExpertTraining(lr=0.5, train_epochs=3).record()},
+        "trained with lr 0.5, but expert_0000.safetensors with 0.01",
+    ),
 ]
 
 
@@ -496,3 +501,13 @@ def test_experts_are_not_trained_beside_imported_ones(imported: Path, capsys: py
     flags = ["--dataset", "digits", *MODEL, "--num_experts", "3", "--buffer_path", "my_buffers"]
     assert f"{imported}/expert_0000.safetensors: was imported" in refused(capsys, experts, *flags)
     assert len(TrajectoryStore(imported)) == 2
+
+
+@pytest.mark.usefixtures("working_folder")
+def test_a_run_ends_if_the_accuracy_of_its_experts_is_not_known() -> None:
+    for expert in range(2):
+        rewrite(EXPERTS, expert, accuracy=[math.nan] * 4)
+    assert cli.run(distill, distil()) == 0
+    accuracies = json.loads(Path("new/summary.json").read_text())["accuracy"]
+    assert {"distilled", "random_real_images"} <= accuracies.keys()
+    assert "experts" not in accuracies

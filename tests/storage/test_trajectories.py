@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.storage.expert_metadata import ExpertMetadata
+from mtt_fast.storage.identity import UNKNOWN
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, write_expert
 
@@ -274,6 +278,32 @@ def test_what_is_no_trajectory_is_not_written(tmp_path: Path, parameters: Tensor
     with pytest.raises(InputError, match=reason):
         write_expert(tmp_path, 0, spoil(parameters), metadata_for())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_no_tensor_are_not_written(tmp_path: Path, parameters: Tensor) -> None:
+    with pytest.raises(InputError, match=r"one tensor \(epochs \+ 1, P\), found a list of 4; use torch.stack"):
+        write_expert(tmp_path, 0, list(parameters), metadata_for())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"accuracy": [torch.tensor(0.5)] * 4}, {"hyperparameters": {"path": Path()}}])
+def test_metadata_that_json_cannot_hold_are_not_written(
+    tmp_path: Path, parameters: Tensor, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=r"expert_0000.safetensors: not written: .*use .tolist\(\) of an array"):
+        write_expert(tmp_path, 0, parameters, replace(metadata_for(), **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_network_of_an_expert_has_to_be_known(tmp_path: Path) -> None:
+    net = ConvNet(1, 2, 4, 2, 1)
+    write_expert(tmp_path, 0, torch.randn(3, net.num_parameters), ExpertMetadata.of(net))
+    metadata = TrajectoryStore(tmp_path).metadata(0)
+    assert (metadata.network, metadata.layout) == (net.describe(), net.layout.describe())
+    assert [math.isnan(each) for each in metadata.accuracy] == [True] * 3
+    assert metadata.identity == UNKNOWN
+    assert metadata.imported
+    assert metadata.versions["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 0], [0, 0, 1, 2]], ids=["ends where it began", "stands still at first"])
