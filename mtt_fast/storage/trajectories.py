@@ -99,7 +99,7 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
         return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
     lr = metadata.hyperparameters.get("lr")
     than = "" if lr is None else f" than {lr:g}"
-    return f"its training diverged; train with a smaller `lr_teacher`{than}"
+    return f"its training diverged; train with a smaller learning rate{than} (`lr_teacher` of experts and buffer, else `expert_lr`)"
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,15 @@ class TrajectoryStore:
 
     def starting_with(self, digests: Sequence[str]) -> TrajectoryStore | None:
         """Return the store with the experts of these `digests` first, in this order, then all others; None if one is missing."""
-        positions = {self.digest(expert): expert for expert in reversed(range(len(self)))}
-        if not positions.keys() >= set(digests):
-            return None
-        first = [positions[digest] for digest in digests]
-        others = (expert for expert in range(len(self)) if expert not in first)
+        first, others = [], [(self.digest(expert), index) for expert, index in enumerate(self.indices)]
+        for digest in digests:  # several experts may have the same, such as "" if they have no checksums
+            found = next((other for other in others if other[0] == digest), None)
+            if found is None:
+                return None
+            others.remove(found)
+            first.append(found)
         store = copy.copy(self)
-        store.indices, store._headers = tuple(self.indices[expert] for expert in (*first, *others)), {}
+        store.indices, store._headers = tuple(index for _, index in (*first, *others)), {}
         return store
 
     def read(self, expert: int, epoch: float) -> Tensor:
