@@ -238,8 +238,13 @@ def test_no_kind_writes_what_its_reader_refuses(tmp_path: Path) -> None:
     for kind in ("mtt", "ddranking", "dc", "dc_benchmark"):
         with pytest.raises(InputError, match="not written: lr"):
             write_set(tmp_path / kind, unsound, kind, dataset="CIFAR10")
-    with pytest.raises(InputError, match="expected a file name that contains images"):
-        write_set(tmp_path / "mine.pt", distilled(), "mtt")
+    for name in ("mine.pt", "images_zca_best.pt", "images_best_3.pt"):
+        with pytest.raises(InputError, match="expected a file name that contains images"):
+            write_set(tmp_path / name, distilled(), "mtt")
+    with pytest.raises(
+        InputError, match=r"not written: parameters\.code: expected float64, .*, found complex64; convert"
+    ):
+        distilled(parameters={"code": torch.zeros(2, dtype=torch.complex64)}).save(tmp_path / "set.safetensors")
     two = distilled(images=torch.randn(N, 2, 4, 5), mean=(0.5, 0.5), std=(0.5, 0.5))
     with pytest.raises(InputError, match="1 or 3 channels"):
         write_set(tmp_path / "png", two, "png")

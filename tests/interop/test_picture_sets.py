@@ -89,6 +89,20 @@ def test_a_stop_leaves_no_half_of_a_set(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine.txt"]
 
 
+def test_labels_that_no_reader_would_take_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distilled().export("png", tmp_path / "first")
+    size = (tmp_path / "first" / "labels.json").stat().st_size
+    for module in ("interop.image_folder", "storage.foreign"):
+        monkeypatch.setattr(f"mtt_fast.{module}.LARGEST_TEXT", size)
+    distilled().export("png", tmp_path / "fits")
+    read_set(tmp_path / "fits")
+    for module in ("interop.image_folder", "storage.foreign"):
+        monkeypatch.setattr(f"mtt_fast.{module}.LARGEST_TEXT", size - 1)
+    with pytest.raises(InputError, match=f"large: not written: .* found {size:,}; use `to` parquet"):
+        distilled().export("png", tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
 def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     for label, name in enumerate(("ape", "bee")):
         (tmp_path / name).mkdir()
