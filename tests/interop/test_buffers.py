@@ -86,6 +86,11 @@ def test_a_stopped_import_goes_on_and_another_is_refused(tmp_path: Path) -> None
         imported(tmp_path / "theirs", tmp_path / "ours", whitening="zca")
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: holds another expert"):
         imported(tmp_path / "theirs", tmp_path / "ours", network={"kind": "AlexNet"})
+    (tmp_path / "ours" / "expert_0002.safetensors").rename(tmp_path / "ours" / "expert_0003.safetensors")
+    with pytest.raises(
+        InputError, match=r"expert_0003\.safetensors: expected only the experts to import, found another"
+    ):
+        imported(tmp_path / "theirs", tmp_path / "ours")
     others = tmp_path / "others"  # with files of the same name
     save_buffers(others, [trained(0), trained(7)], 10)
     with pytest.raises(
