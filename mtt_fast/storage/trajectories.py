@@ -57,7 +57,7 @@ def write_expert(
 
     `parameters` (epochs + 1, P) of any floating type and device are stored as `dtype`, float32 or bfloat16, rounded to nearest. With a
     `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is the uncompressed expert's. Raises `InputError`
-    for parameters that are not finite, do not change, or do not fit the metadata, and if the disk is full.
+    for parameters that are not finite, do not change, or do not fit the metadata or the course, and if the disk is full.
     """
     path = expert_path(folder, index)
     if dtype not in _DTYPES.values():
@@ -78,6 +78,8 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
     size = ParameterLayout.from_text(metadata.layout).num_parameters
     if parameters.shape[1] != size:
         return f"the layout describes {size} parameters, found {parameters.shape[1]}"
+    if course and (len(course.epochs), sum(course.sizes)) != tuple(parameters.shape):
+        return f"the course is between {len(course.epochs)} waypoints of {sum(course.sizes)} parameters, found {tuple(parameters.shape)}"
     epochs = len(course.positions if course else parameters)
     if len(metadata.accuracy) != epochs:
         return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"

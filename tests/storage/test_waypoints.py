@@ -260,6 +260,13 @@ def test_a_spoilt_course_is_named(tmp_path: Path, spoil, problem: str) -> None: 
         TrajectoryStore(store.folder).read(0, 0)
 
 
+def test_waypoints_that_do_not_fit_the_course_are_not_written(tmp_path: Path) -> None:
+    points, course = convexified(trajectory(), SIZES, (0, 4, 10))
+    with pytest.raises(InputError, match=r"the course is between 3 waypoints of 29 parameters, found \(2, 29\)"):
+        write_expert(tmp_path, 0, points[:2], metadata(), course=course)
+    assert not list(tmp_path.iterdir())
+
+
 def test_verify_looks_at_the_course_too(tmp_path: Path) -> None:
     store = compress(experts(tmp_path, 1), tmp_path / "few", 3)
     path = expert_path(store.folder, 0)
