@@ -105,6 +105,10 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": {"distilled_share": 0.4}},
         "expected a `distilled_share` that is at least one of the 2 images of a class, found 0.4",
     ),
+    "share of unsorted images": (
+        {"recipe": {"distilled_share": 0.5}, "labels": torch.tensor([0, 1, 2, 0, 1, 2])},
+        "expected images sorted by class with a `distilled_share`",
+    ),
     "share of more": ({"recipe": {"distilled_share": 1.5}}, "expected a distilled_share above 0 and at most 1, found 1.5"),
 }  # fmt: skip
 
