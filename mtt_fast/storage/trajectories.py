@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,7 @@ class TrajectoryStore:
         Rows are saved at whole epochs, or at a compressed expert's waypoints. Between two rows the parameters are on the
         straight line from one to the next.
         """
-        header = self._header(expert)
-        _check_number(epoch)
+        header, epoch = self._header(expert), _number(epoch)
         if not 0 <= epoch <= header.epochs:
             raise OutOfRange(f"{self.path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
         row, weights = header.at(epoch)
@@ -281,9 +280,11 @@ def experts_in(folder: Path) -> TrajectoryStore | None:
     return store or None  # one without experts is false
 
 
-def _check_number(epoch: Any) -> None:
-    if not isinstance(epoch, Real | Tensor):
+def _number(epoch: Any) -> float:
+    value = epoch.item() if isinstance(epoch, Tensor) and epoch.numel() == 1 else epoch
+    if not isinstance(value, Real):
         raise InputError(f"`epoch`: expected a number, found {shown(epoch)}")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _read_header(path: Path) -> _Header:

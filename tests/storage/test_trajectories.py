@@ -152,6 +152,7 @@ def test_what_is_not_there_is_an_index_error(store: TrajectoryStore, expert: int
         (slice(1), 0, "`expert`: expected the position of an expert, a whole number, found slice"),
         (0, "1", "`epoch`: expected a number, found '1'"),
         (0, None, "`epoch`: expected a number, found None"),
+        (0, torch.ones(2), "`epoch`: expected a number, found Tensor float32 (2,)"),
     ],
 )
 def test_what_is_no_position_is_named(store: TrajectoryStore, expert: Any, epoch: Any, message: str) -> None:

@@ -6,8 +6,10 @@ import json
 import math
 import re
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +73,8 @@ def test_every_epoch_is_where_the_definition_says(tmp_path: Path, at: tuple[int,
     for epoch in [*range(EPOCHS + 1), 0.25, 3.999, 4.001, 6.5, 9.9]:
         expected = by_definition(path, waypoints, at, epoch)
         torch.testing.assert_close(store.read(0, epoch), expected, rtol=1e-5, atol=1e-5)
+    for number in (torch.tensor(6.5, requires_grad=True), torch.tensor([6.5]), np.float32(6.5), Fraction(13, 2)):
+        assert torch.equal(store.read(0, number), store.read(0, 6.5))  # type: ignore[arg-type]
     for waypoint, epoch in zip(waypoints, at, strict=True):
         assert torch.equal(store.read(0, epoch), waypoint)
     assert store.epochs(0) == EPOCHS
