@@ -123,6 +123,11 @@ def _left_out(
             f"files of this kind do not say that {int(own.real.sum())} of the {len(own.real)} images are real, the last "
             f"ones of each class (evaluate, convert: --distilled_share {own.recipe['distilled_share']:g})"
         )
+    if own and to == "png" and (absent := len(own.class_names) - len(own.classes.unique())):
+        yield (
+            f"{absent} of the {len(own.class_names)} classes have no images, and so no folder: readers that number the folders, as "
+            "ImageFolder does, give other classes than the set's"
+        )
     if to == "dc_benchmark" and whitened:
         yield (
             "files of this kind do not hold the whitening of the images, and dc_benchmark does not whiten its test images: the "

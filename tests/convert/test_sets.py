@@ -194,6 +194,16 @@ def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCa
         assert told in "".join(warnings)
 
 
+def test_classes_without_a_folder_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    whole = distilled()
+    whole.save("whole.safetensors")
+    dataclasses.replace(whole, images=whole.images[2:], labels=whole.labels[2:]).save("part.safetensors")
+    for name, expected in (("whole", False), ("part", True)):
+        caplog.clear()
+        assert convert(f"{name}.safetensors", name, "--to", "png") == 0
+        assert ("2 of the 10 classes have no images, and so no folder" in caplog.text) is expected
+
+
 def test_parameters_of_the_images_that_are_not_written_are_told(caplog: pytest.LogCaptureFixture) -> None:
     ours = dataclasses.replace(distilled("logits"), labels=9 * torch.eye(10).roll(3, dims=0))
     dataclasses.replace(ours, parameters={"tokens": torch.ones(4, 300), "scale": torch.ones(())}).save(
