@@ -117,15 +117,14 @@ class ConvertOptions:
                 (*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "factor", "label_kind"), known
             )
         elif to not in WITH_DATA:
-            unread = f"without --to {' or '.join(WITH_DATA)}"
-            data_options = () if kind == "ncfm" else _DATA_OPTIONS  # whose pictures are normalised for every kind
-            reasons |= dict.fromkeys((*data_options, "model", "lr_teacher", "distilled_share", "factor"), unread)
+            # pictures are normalised, and get a learning rate, for every kind
+            read = {"ncfm": _DATA_OPTIONS} | dict.fromkeys(PICTURES, (*_DATA_OPTIONS, "lr_teacher"))
+            unread = {*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "factor"}.difference(read.get(kind, ()))
+            reasons |= dict.fromkeys(unread, f"without --to {' or '.join(WITH_DATA)}")
         else:
             reasons |= self._without_effect_on_data()
         if kind in ("dc_benchmark", "png"):
             reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
-        if kind in PICTURES:
-            reasons |= dict.fromkeys(("distilled_share", "factor"), "on pictures, whose record contains it")
         if to not in ("dc", "dc_benchmark"):
             reasons["method"] = "without --to dc or dc_benchmark, whose file names contain it"
         return reasons

@@ -66,7 +66,8 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     distilled = read_set(options.source, kind, label_kind=options.label_kind, info=info, lr=options.lr_teacher)
     if isinstance(distilled, SyntheticDataset):
         _check_belongs(options, distilled)
-    check_effects(options, given, _without_effect(distilled))
+    for remark in check_effects(options, given, _without_effect(options, distilled, kind)):
+        log.info("%s", remark)
     distilled = _in_order(options, distilled)
     if isinstance(distilled, TensorSet):
         for line in whitening_warnings(options.source, distilled, zca=options.zca):
@@ -74,6 +75,9 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     factor = _factor(options, distilled, kind)
     if isinstance(distilled, TensorSet) and to in WITH_DATA:
         distilled = _with_source_info(options, distilled, factor)
+    elif isinstance(distilled, SyntheticDataset) and _lacks_recipe(options, distilled, kind):
+        recipe = _recipe(options, as_tensor_set(distilled), factor)
+        distilled = dataclasses.replace(distilled, recipe=recipe, versions=distilled.versions or versions())
     written = write_set(
         destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
     )
@@ -91,7 +95,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
 
 def _factor(options: ConvertOptions, distilled: SyntheticDataset | TensorSet, kind: str) -> int:
     """Return the number of smaller images along a side of each image of a set that was read from files of `kind`."""
-    if isinstance(distilled, TensorSet):
+    if isinstance(distilled, TensorSet) or _lacks_recipe(options, distilled, kind):
         return options.factor or (FACTOR if kind == "ncfm" else 1)
     factor = distilled.recipe.get("factor", 1)
     return factor if isinstance(factor, int) else 1
@@ -118,6 +122,11 @@ def _left_out(
         yield (
             f"files of this kind do not say that {int(own.real.sum())} of the {len(own.real)} images are real, the last "
             f"ones of each class (evaluate, convert: --distilled_share {own.recipe['distilled_share']:g})"
+        )
+    if own and to == "png" and (absent := len(own.class_names) - len(own.classes.unique())):
+        yield (
+            f"{absent} of the {len(own.class_names)} classes have no images, and so no folder: readers that number the folders, as "
+            "ImageFolder does, give other classes than the set's"
         )
     if to == "dc_benchmark" and whitened:
         yield (
@@ -169,12 +178,19 @@ def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None
     )
 
 
-def _without_effect(distilled: SyntheticDataset | TensorSet) -> dict[str, str]:
-    """Return the options that have no effect on this set, with the reasons."""
+def _lacks_recipe(options: ConvertOptions, distilled: SyntheticDataset, kind: str) -> bool:
+    """Return whether a set was read from pictures without a recipe, as other software writes them, so that the options give it."""
+    return kind in PICTURES and options.dataset is not None and not distilled.recipe
+
+
+def _without_effect(options: ConvertOptions, distilled: SyntheticDataset | TensorSet, kind: str) -> dict[str, str]:
+    """Return the options that have no effect on this set, which was read from files of `kind`, with the reasons."""
     reasons: dict[str, str] = {}
+    if isinstance(distilled, SyntheticDataset) and kind in PICTURES and not _lacks_recipe(options, distilled, kind):
+        reasons = dict.fromkeys(("model", "distilled_share", "factor"), "on pictures, whose record contains it")
     if distilled.label_kind == "indices":
         reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
-    if isinstance(distilled, TensorSet) and distilled.lr is not None:
+    if distilled.lr is not None and distilled.lr != torch.tensor(options.lr_teacher):
         reasons["lr_teacher"] = f"on a set that has a learning rate, {float(distilled.lr):.4g}"
     return reasons
 

@@ -77,7 +77,7 @@ def find(
         case "Tiny":
             return tiny_imagenet.source(data_path, res)
         case "ImageNet":
-            return imagenet.source(data_path, _subset(subset) if subset else None, res)
+            return imagenet.source(data_path, known_subset(subset) if subset else None, res)
         case "folder":
             return folder.source(data_path, res)
         case str():
@@ -94,7 +94,8 @@ def name_of(dataset: str) -> str | None:
     return {known.casefold(): known for known in NAMES}.get(dataset.casefold())
 
 
-def _subset(subset: str) -> str:
+def known_subset(subset: str) -> str:
+    """Return the name in `SUBSETS` that equals `subset` in upper or lower case. Raises `InputError` if there is none."""
     if subset.casefold() in SUBSETS:
         return subset.casefold()
     raise _unknown("`subset`", subset, tuple(SUBSETS), "")

@@ -105,10 +105,12 @@ def image_source(
     fit: Fit,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    labelled_by: Sequence[Path] = (),
 ) -> Source:
     """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`, or by its key.
 
-    `channels` and `size` None: taken from the headers of all images. `fit`: see `images.decode`.
+    `channels` and `size` None: taken from the headers of all images. `fit`: see `images.decode`. `labelled_by`: the files that tell the
+    classes of images whose paths do not.
     Raises `InputError` for classes that differ or are empty, for a single one, and when it is read, for an image of another size or kind.
     """
     if set(train) != set(test):
@@ -151,5 +153,7 @@ def image_source(
     def info() -> DatasetInfo:
         return DatasetInfo(name, image_shape(), len(names), len(train_files), len(test_files))
 
-    key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, fit, mean, std)
+    key = key_of(
+        root, [*labelled_by, *train_files, *test_files], name, list(train), class_names, channels, size, fit, mean, std
+    )
     return Source(name, stem or name, key, read, mean, std, info)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 _SIDE = 28
 _MAX_IMAGES = (60_000, 10_000)  # of the training split, of the test split
 _MAX_ARCHIVE_BYTES = 64 << 20  # bytes of a file that is downloaded
+_SAME_MEAN = 0.01  # in [0, 1]; the means of MNIST and FashionMNIST are 0.16 apart
 _FIX = "get it again"
 
 
@@ -93,10 +95,22 @@ def source(name: str, data_path: Path, *, download: bool, progress: bool, url: s
 
     def read() -> Contents:
         images, labels = read_split(files[0], files[1], _MAX_IMAGES[0])
+        _check_is(spec, images, files[0])
         test_images, test_labels = read_split(files[2], files[3], _MAX_IMAGES[1])
         return Contents(spec.class_names, (1, _SIDE, _SIDE), Part(labels, [images]), Part(test_labels, [test_images]))
 
     return Source(name, name, key_of(data_path, files, name), read, (spec.mean,), (spec.std,))
+
+
+def _check_is(spec: DatasetSpec, images: np.ndarray[Any, np.dtype[np.uint8]], path: Path) -> None:
+    """Raise `InputError` if the training images are those of another data set whose files have the same names."""
+    mean = float(images.sum()) / (255 * max(1, images.size))
+    for other in SPECS.values():
+        if other is not spec and abs(mean - other.mean) < _SAME_MEAN:
+            raise InputError(
+                f"{path}: expected images of {spec.name}, found those of {other.name}, by their mean {mean:.4f}; correct `data_path`, or "
+                f"give `dataset` {other.name}"
+            )
 
 
 def _find(name: str, data_path: Path) -> list[Path] | None:

@@ -52,7 +52,7 @@ def published(dataset: str, subset: str | None = None, res: int | None = None) -
         case "Tiny":
             return tiny_imagenet.info(res)
         case "ImageNet":
-            return imagenet.info(subset.casefold() if subset else None, res)
+            return imagenet.info(catalogue.known_subset(subset) if subset else None, res)
         case "folder" | None:
             return None
     assert name in SUBSETS, f"{name} is one of catalogue.NAMES, but has no case here"

@@ -63,7 +63,7 @@ def distilled_in_class(ipc: int, distilled_share: float) -> int:
 def check_share(share: float, labels: Tensor, label_kind: str, classes: int, where: Where) -> None:
     """Raise `InputError` unless the positions of images say which ones are real, if the first `share` of each class was distilled.
 
-    Every class must have the same number of images, of which at least one is distilled.
+    The images must be sorted by class. Every class must have the same number, of which at least one is distilled.
     """
     counts = torch.bincount(labels, minlength=classes) if label_kind == "indices" else labels.new_tensor([len(labels)])
     if len(labels) % classes or bool((counts != counts[0]).any()):
@@ -71,6 +71,8 @@ def check_share(share: float, labels: Tensor, label_kind: str, classes: int, whe
             f"{where}: expected the same number of images of each of {classes} classes with a `distilled_share`, found {len(labels)} "
             "images, more of some classes than of others; leave it out"
         )
+    if label_kind == "indices" and bool((labels.diff() < 0).any()):
+        raise InputError(f"{where}: expected images sorted by class with a `distilled_share`, found others; sort them")
     if not distilled_in_class(len(labels) // classes, share):
         raise InputError(
             f"{where}: expected a `distilled_share` that is at least one of the {len(labels) // classes} images of a class, found {share}; "

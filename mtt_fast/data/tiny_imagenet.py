@@ -67,6 +67,7 @@ def source(data_path: Path, res: int | None) -> Source:
         fit="crop",
         mean=MEAN,
         std=STD,
+        labelled_by=[annotations] if pictures else (),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtt_fast.checks import shown
+from mtt_fast.checks import check_count, shown
 from mtt_fast.errors import InputError
 from mtt_fast.interop.experts import Trajectory
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
@@ -111,9 +111,9 @@ def export_experts(
 
     The files appear when the last one was asked for, or none does. The last file holds the remaining experts, which the public
     code drops. One file's experts are in memory.
-    Raises `InputError` if a file exists already.
+    Raises `InputError` for a store without experts, and if a file exists already.
     """
-    folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
+    folder, chosen = Path(folder), groups(store, experts_per_file)
     check_absent(folder, "replay_buffer_0.pt", f"replay_buffer_{len(chosen)}.pt")
     with atomic_folder(folder, last="replay_buffer") as content:
         for number, experts in enumerate(chosen):
@@ -131,10 +131,11 @@ def check_absent(folder: Path, first: str, further: str) -> None:
             raise InputError(f"{path}: exists already; choose another destination, or delete it")
 
 
-def groups(count: int, size: int) -> Iterator[range]:
-    """Yield 0 … `count` − 1 in ranges of `size`; the last may be shorter."""
-    for begin in range(0, count, size):
-        yield range(begin, min(begin + size, count))
+def groups(store: TrajectoryStore, experts_per_file: int) -> list[range]:
+    """Return the positions of the experts of each file; the last may hold fewer. Raises `InputError` for a store without experts."""
+    check_count("experts_per_file", experts_per_file)
+    store.path(0)  # raises if there is no expert
+    return [range(len(store))[begin : begin + experts_per_file] for begin in range(0, len(store), experts_per_file)]
 
 
 def as_epochs(store: TrajectoryStore, expert: int, epochs: Iterable[int]) -> list[list[Tensor]]:

@@ -18,8 +18,10 @@ from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.storage.expert_locks import lock_expert_folder
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.identity import check_same_data
-from mtt_fast.storage.trajectories import TrajectoryStore, mark_unfinished, write_expert
+from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, mark_unfinished, write_expert
 from mtt_fast.storage.waypoints import Course
+
+_OTHERS = "choose another destination, or delete it"
 
 Measure = Callable[[Tensor], list[float]]
 """A function from the rows (n, P) of an expert to the test accuracy of each, NaN where it was not measured."""
@@ -109,9 +111,15 @@ def import_experts(
         check_trajectory(expert, layout)
     with lock_expert_folder(folder, "choose another destination"):
         present = TrajectoryStore(folder, unfinished=True)
+        others = set(present.indices)
         for index, expert in enumerate(experts()):
-            if index in present.indices:
+            if index in others:
+                others.remove(index)
                 _check_is(present, present.indices.index(index), expert, metadata, dtype)
+        if others:
+            raise InputError(
+                f"{expert_path(folder, min(others))}: expected only the experts to import, found another; {_OTHERS}"
+            )
         with mark_unfinished(folder):
             for index, expert in enumerate(experts()):
                 if index not in present.indices:
@@ -125,8 +133,7 @@ def _check_is(
 ) -> None:
     """Raise `InputError` unless the expert at `place` is this one, imported before as `dtype`, of the same images and network."""
     path, written = present.path(place), present.metadata(place)
-    fix = "choose another destination, or delete it"
-    check_same_data(written.identity, metadata.identity, path, fix=fix)
+    check_same_data(written.identity, metadata.identity, path, fix=_OTHERS)
     known = (written.layout, full_name(written.network)) == (metadata.layout, full_name(metadata.network))
     last = expert.epochs[-1]
     ends = (0, expert.points[0]), (last, expert.points[-1])
@@ -135,9 +142,9 @@ def _check_is(
         for epoch, tensors in ends
     )
     if not (known and same):
-        raise InputError(f"{path}: holds another expert than {expert.name}; {fix}")
+        raise InputError(f"{path}: holds another expert than {expert.name}; {_OTHERS}")
     if present.dtype(place) != dtype:
-        raise InputError(f"{path}: stored as {dtype_name(present.dtype(place))}, not {dtype_name(dtype)}; {fix}")
+        raise InputError(f"{path}: stored as {dtype_name(present.dtype(place))}, not {dtype_name(dtype)}; {_OTHERS}")
 
 
 def _write(

@@ -25,7 +25,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, tensor_set
 from mtt_fast.storage.atomic import atomic_folder
-from mtt_fast.storage.foreign import names_in, read_json
+from mtt_fast.storage.foreign import LARGEST_TEXT, names_in, read_json
 from mtt_fast.storage.text_files import write_json
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,10 @@ _MAX_NAME = 500  # letters of CLASS/NNNNN.png
 
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
-    """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
+    """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files.
+
+    Raises `InputError` for soft labels that are too many for labels.json, and where other pictures are already.
+    """
     pictures, files = as_bytes(synthetic, folder), []
     digits = max(3, len(str(len(synthetic.class_names) - 1)))  # readers number the classes in the order of their names
     with atomic_folder(folder, last=LABELS) as content:
@@ -43,8 +46,17 @@ def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDatas
             files.append(f"{label:0{digits}d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
             (content / files[-1]).parent.mkdir(exist_ok=True)
             as_image(picture.float() / 255).save(content / files[-1], format="PNG")
+        if others := {str(path.relative_to(folder)) for path in Path(folder).glob("*/*.png")}.difference(files):
+            raise InputError(
+                f"{folder}: expected no other pictures, which readers would take for the set's, found {min(others)}; choose another folder, "
+                "or delete them"
+            )
         kept = {"files": files, "labels": synthetic.labels.tolist()}
         write_json(content / LABELS, record_of(synthetic, pictures) | kept)
+        if (size := (content / LABELS).stat().st_size) > LARGEST_TEXT:
+            raise InputError(
+                f"{folder}: not written: expected labels that take at most {LARGEST_TEXT:,} bytes of {LABELS}, found {size:,}; use `to` parquet"
+            )
     return [Path(folder) / name for name in (*files, LABELS)]
 
 

@@ -75,9 +75,10 @@ def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> lis
     Raises `InputError` where a learning rate exists already that would be taken for the set's.
     """
     path = Path(images_path)
-    if "images" not in path.name:
+    if "images" not in path.name or "images_zca" in path.name or _PART.fullmatch(path.name):
         raise InputError(
-            f"{path}: expected a file name that contains images, such as images_best.pt; choose another name"
+            f"{path}: expected a file name that contains images, such as images_best.pt, but neither images_zca nor the number of a part; "
+            "choose another name"
         )
     parts = {"images": distilled.images, "labels": distilled.labels}
     if distilled.lr is not None:

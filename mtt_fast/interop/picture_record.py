@@ -101,12 +101,10 @@ def from_pictures(
 
 
 def _in_classes_of(synthetic: SyntheticDataset, info: SourceInfo, where: str | os.PathLike[str]) -> SyntheticDataset:
-    """Return the set with its classes in the order of `info`; with soft labels its images too, as their order tells their classes."""
+    """Return the set with its classes, and its images by class, in the order of `info`."""
     indices = class_indices(synthetic.class_names, info.class_names, where)
     labels = relabelled(synthetic.labels, indices, len(info.class_names), where)
-    order = torch.arange(len(labels), device="cpu")
-    if synthetic.label_kind != "indices":
-        order = relabelled(synthetic.classes, indices, len(info.class_names), where).argsort(stable=True)
+    order = relabelled(synthetic.classes, indices, len(info.class_names), where).argsort(stable=True)
     return dataclasses.replace(
         synthetic, images=synthetic.images[order], labels=labels[order], class_names=info.class_names
     )

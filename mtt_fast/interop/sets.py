@@ -133,7 +133,7 @@ def read_set(
             return read_image_folder(source, info, lr)
         case "parquet":
             return read_parquet(_only(source, "*.parquet"), info, lr, label_kind)
-    raise InputError(_unknown(source, "`from`", kind))
+    raise InputError(_unknown(source, kind))
 
 
 def warn_of_unread(source: str | os.PathLike[str], others: Iterable[str], fix: str) -> None:
@@ -176,7 +176,7 @@ def write_set(
         case "dc_benchmark":
             return write_benchmark(path, plain, _dataset(distilled, dataset), method)
     if kind not in SET_KINDS:
-        raise InputError(_unknown(path, "`to`", kind))
+        raise InputError(_unknown(path, kind))
     if isinstance(distilled, TensorSet):
         raise InputError(
             f"{path}: expected the properties of the real images for kind {kind}; name them with `dataset`"
@@ -222,8 +222,8 @@ def _dataset(distilled: SyntheticDataset | TensorSet, dataset: str | None) -> st
     return name
 
 
-def _unknown(where: Path, option: str, kind: str | None) -> str:
+def _unknown(where: Path, kind: str | None) -> str:
     kinds = ", ".join(SET_KINDS)
     if kind is None:
-        return f"{where}: expected a distilled set ({kinds}), found {content_of(where)}; check the path, or give {option} KIND"
-    return f"{option} {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"
+        return f"{where}: expected a distilled set ({kinds}), found {content_of(where)}; check the path, or give its `kind`"
+    return f"`kind` {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"

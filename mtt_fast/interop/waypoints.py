@@ -64,7 +64,7 @@ def export_waypoints(
     Raises `InputError` for an expert that is not compressed, or whose waypoints are not as many as the first one's, and
     where a file is already.
     """
-    folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
+    folder, chosen = Path(folder), groups(store, experts_per_file)
     courses = [_course_of(store, expert) for expert in range(len(store))]
     count = len(courses[0].epochs)
     if any(len(course.epochs) != count for course in courses):

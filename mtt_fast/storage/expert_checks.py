@@ -96,10 +96,11 @@ def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[s
         )
 
 
-def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
+def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool, can_limit: bool = True) -> None:
     """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    The message names one that differs from the first. For `to_the_end` see `check_as_requested`.
+    The message names one that differs from the first, and `max_experts` if the job has this option (`can_limit`). For `to_the_end` see
+    `check_as_requested`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
@@ -107,7 +108,8 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
         for name in _differing(known[first], found, to_the_end)[:1]:
             raise InputError(
                 f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
-                f"{known[first][name]}; keep those of one training in the folder, or give `max_experts` {expert}"
+                f"{known[first][name]}; keep those of one training in the folder"
+                + (f", or give `max_experts` {expert}" if can_limit else "")
             )
 
 
@@ -134,7 +136,7 @@ def check_one_kind(store: TrajectoryStore) -> None:
         check_same_data(
             metadata.identity, first.identity, store.path(expert), fix="keep those of one data set in the folder"
         )
-    check_alike(store, range(len(store)), to_the_end=False)
+    check_alike(store, range(len(store)), to_the_end=False, can_limit=False)
 
 
 def check_same_training(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.runtime.tensor_bytes import bytes_of
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.checksums import checksum_of
@@ -47,8 +47,14 @@ def save_tensors(
 ) -> None:
     """Write tensors (any device; copied to contiguous CPU memory) and text metadata to a safetensors file, atomically.
 
-    Each tensor has a checksum; those in `by_row`, which are read by rows, have one for each row.
+    Each tensor has a checksum; those in `by_row`, which are read by rows, have one for each row. Raises `InputError` for a dtype that
+    the files have not, and as `atomic_path`.
     """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise InputError(
+                f"{path}: not written: {name}: expected {', '.join(map(dtype_name, _NAMES))}, found {dtype_name(tensor.dtype)}; convert it"
+            )
     contiguous = {name: tensor.detach().cpu().contiguous().resolve_neg() for name, tensor in tensors.items()}
     # the format wants data aligned, so wide types come first
     order = sorted(contiguous, key=lambda name: (-contiguous[name].element_size(), name))

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def write_expert(
     `parameters` (epochs + 1, P) of any floating type and device are stored as `dtype`, float32 or bfloat16, rounded to nearest. With a
     `course` they are the waypoints (K, P) of a compressed expert, and `metadata` is the uncompressed expert's. Without accuracies in
     `metadata` those of all epochs are NaN. Raises `InputError` for parameters that are not finite, do not change, or do not fit the
-    metadata, for metadata that JSON cannot hold, and if the disk is full.
+    metadata or the course, for metadata that JSON cannot hold, and if the disk is full.
     """
     path = expert_path(folder, index)
     if dtype not in _DTYPES.values():
@@ -91,6 +91,8 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
     size = ParameterLayout.from_text(metadata.layout).num_parameters
     if parameters.shape[1] != size:
         return f"the layout describes {size} parameters, found {parameters.shape[1]}"
+    if course and (len(course.epochs), sum(course.sizes)) != tuple(parameters.shape):
+        return f"the course is between {len(course.epochs)} waypoints of {sum(course.sizes)} parameters, found {tuple(parameters.shape)}"
     epochs = len(course.positions if course else parameters)
     if metadata.accuracy and len(metadata.accuracy) != epochs:
         return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"
@@ -112,7 +114,7 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
         return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
     lr = metadata.hyperparameters.get("lr")
     than = "" if lr is None else f" than {lr:g}"
-    return f"its training diverged; train with a smaller `lr_teacher`{than}"
+    return f"its training diverged; train with a smaller learning rate{than} (`lr_teacher` of experts and buffer, else `expert_lr`)"
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,15 @@ class TrajectoryStore:
 
     def starting_with(self, digests: Sequence[str]) -> TrajectoryStore | None:
         """Return the store with the experts of these `digests` first, in this order, then all others; None if one is missing."""
-        positions = {self.digest(expert): expert for expert in reversed(range(len(self)))}
-        if not positions.keys() >= set(digests):
-            return None
-        first = [positions[digest] for digest in digests]
-        others = (expert for expert in range(len(self)) if expert not in first)
+        first, others = [], [(self.digest(expert), index) for expert, index in enumerate(self.indices)]
+        for digest in digests:  # several experts may have the same, such as "" if they have no checksums
+            found = next((other for other in others if other[0] == digest), None)
+            if found is None:
+                return None
+            others.remove(found)
+            first.append(found)
         store = copy.copy(self)
-        store.indices, store._headers = tuple(self.indices[expert] for expert in (*first, *others)), {}
+        store.indices, store._headers = tuple(index for _, index in (*first, *others)), {}
         return store
 
     def read(self, expert: int, epoch: float) -> Tensor:
@@ -190,8 +194,7 @@ class TrajectoryStore:
         Rows are saved at whole epochs, or at a compressed expert's waypoints. Between two rows the parameters are on the
         straight line from one to the next.
         """
-        header = self._header(expert)
-        _check_number(epoch)
+        header, epoch = self._header(expert), _number(epoch)
         if not 0 <= epoch <= header.epochs:
             raise OutOfRange(f"{self.path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
         row, weights = header.at(epoch)
@@ -290,9 +293,11 @@ def experts_in(folder: Path) -> TrajectoryStore | None:
     return store or None  # one without experts is false
 
 
-def _check_number(epoch: Any) -> None:
-    if not isinstance(epoch, Real | Tensor):
+def _number(epoch: Any) -> float:
+    value = epoch.item() if isinstance(epoch, Tensor) and epoch.numel() == 1 else epoch
+    if not isinstance(value, Real):
         raise InputError(f"`epoch`: expected a number, found {shown(epoch)}")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _read_header(path: Path) -> _Header:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCa
         assert told in "".join(warnings)
 
 
+def test_classes_without_a_folder_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    whole = distilled()
+    whole.save("whole.safetensors")
+    dataclasses.replace(whole, images=whole.images[2:], labels=whole.labels[2:]).save("part.safetensors")
+    for name, expected in (("whole", False), ("part", True)):
+        caplog.clear()
+        assert convert(f"{name}.safetensors", name, "--to", "png") == 0
+        assert ("2 of the 10 classes have no images, and so no folder" in caplog.text) is expected
+
+
 def test_parameters_of_the_images_that_are_not_written_are_told(caplog: pytest.LogCaptureFixture) -> None:
     ours = dataclasses.replace(distilled("logits"), labels=9 * torch.eye(10).roll(3, dims=0))
     dataclasses.replace(ours, parameters={"tokens": torch.ones(4, 300), "scale": torch.ones(())}).save(
@@ -271,6 +282,43 @@ def test_pictures_come_back_with_the_real_images_whitening() -> None:
     assert convert("pictures", "back", "--zca", *DIGITS) == 0
     back = SyntheticDataset.load("back/synthetic.safetensors")
     assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
+
+
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_pictures_of_other_software_get_what_the_options_say(
+    kind: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    classes = [number // 2 for number in range(20)]
+    for number, label in enumerate(classes):
+        Path(f"pictures/{label}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(f"pictures/{label}/{number:02d}.png")
+    source = "pictures"
+    if kind == "parquet":
+        arrow, source = pytest.importorskip("pyarrow"), "theirs.parquet"
+        images = [{"bytes": path.read_bytes()} for path in sorted(Path("pictures").glob("*/*"))]
+        importlib.import_module("pyarrow.parquet").write_table(arrow.table({"image": images, "label": classes}), source)
+    given = [*DIGITS, "--lr_teacher", "0.03", "--distilled_share", "0.5", "--factor", "2"]
+    assert convert(source, "ours.safetensors", *given) == 0
+    ours = SyntheticDataset.load("ours.safetensors")
+    assert ours.recipe == {
+        "dataset": "digits", "subset": None, "res": None, "data_path": "data", "packed_path": None, "zca": False,
+        "model": "ConvNetD1W4", "ipc": 2, "imported_from": source, "distilled_share": 0.5, "factor": 2,
+    }  # fmt: skip
+    assert ours.versions
+    assert float(ours.lr) == pytest.approx(0.03)
+    assert cli.run(evaluate, ["ours.safetensors", "--num_eval", "1", "--epoch_eval_train", "1"]) == 0  # as convert says
+    caplog.set_level("INFO")
+    assert convert(source, "mtt", "--to", "mtt", *DIGITS, "--lr_teacher", "0.07", "--data_path", "data") == 0
+    assert float(torch.load("mtt/lr_best.pt", weights_only=True)) == pytest.approx(0.07)
+    assert "--data_path data has no effect" not in caplog.text
+    # a record of ours says all that, so that the options would be in vain
+    assert convert("ours.safetensors", "record", "--to", kind) == 0
+    for option, value in (("lr_teacher", "0.5"), ("distilled_share", "0.25"), ("factor", "3")):
+        assert convert("record", "back", *DIGITS, f"--{option}", value) == 2
+        assert f"--{option} {value}: has no effect" in capsys.readouterr().err
+    assert convert("record", "back", "--dataset", "digits", "--model", "ConvNetD2") == 0
+    assert "--model ConvNetD2 has no effect on pictures, whose record contains it" in caplog.text
+    assert SyntheticDataset.load("back/synthetic.safetensors").recipe == ours.recipe
 
 
 def test_folders_of_wordnet_ids_get_the_subsets_labels() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mtt_fast.data import NAMES, catalogue, load
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.published_info import dataset_info, published
 from mtt_fast.errors import InputError
 from tests.data.folders import folder
 
@@ -162,3 +162,9 @@ def test_a_name_without_a_module_is_not_taken_for_a_subset_of_imagenet(
         catalogue.find("stripes", data_path=tmp_path)
     with pytest.raises(AssertionError, match=r"stripes is one of catalogue\.NAMES"):
         dataset_info("stripes", data_path=str(tmp_path))
+
+
+def test_the_published_sizes_are_those_of_a_known_subset() -> None:
+    assert published("imagenet", "ImageWoof", 64) == published("imagewoof", res=64)
+    with pytest.raises(InputError, match=r"`subset`: expected one of .*, found 'imagewof'; did you mean imagewoof\?"):
+        published("ImageNet", "imagewof")

@@ -252,6 +252,17 @@ def test_tiny_imagenet_is_read_by_words_or_numbers(tmp_path: Path, names: tuple[
     assert load("Tiny", data_path=root, progress=False).fingerprint == expected.fingerprint
 
 
+def test_corrected_annotations_are_read_again(tmp_path: Path) -> None:
+    """Move one image to the next class, which leaves all images, class after class, in the same order."""
+    root = tiny(tmp_path)
+    images, annotations = root / "val" / "images", root / "val" / "val_annotations.txt"
+    flat(images / "val_6b.JPEG", 1, (64, 64))
+    lines = annotations.read_text().splitlines(keepends=True)  # of the classes 2, 1, 0
+    for wnid, expected in ((WNIDS[0], [0, 0, 1, 2]), (WNIDS[1], [0, 1, 1, 2])):
+        annotations.write_text(f"{lines[0]}{lines[2]}val_6b.JPEG\t{wnid}\n{lines[1]}")
+        assert load("Tiny", data_path=tmp_path, progress=False).test.labels.tolist() == expected
+
+
 def test_annotations_that_do_not_fit_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     annotations = tiny(tmp_path) / "val" / "val_annotations.txt"
     whole = annotations.read_text()

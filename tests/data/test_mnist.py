@@ -89,6 +89,15 @@ def test_wrong_files_are_named(tmp_path: Path, file: int, content: bytes, messag
     check_refused(tmp_path, message)
 
 
+def test_images_of_another_data_set_in_files_of_the_same_names_are_refused(tmp_path: Path) -> None:
+    files(tmp_path)
+    for name, level, other in (("MNIST", 73, "FashionMNIST"), ("FashionMNIST", 33, "MNIST")):  # the published means
+        (tmp_path / FILES[0]).write_bytes(idx(np.full((20, 28, 28), level, np.uint8)))
+        with pytest.raises(InputError, match=f"{FILES[0]}: expected images of {name}, found those of {other}"):
+            load(name, data_path=tmp_path, progress=False)
+        assert load(other, data_path=tmp_path, progress=False).name == other
+
+
 def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     path = files(tmp_path, zipped=True) / f"{FILES[0]}.gz"
     raw = path.read_bytes()

@@ -105,6 +105,10 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": {"distilled_share": 0.4}},
         "expected a `distilled_share` that is at least one of the 2 images of a class, found 0.4",
     ),
+    "share of unsorted images": (
+        {"recipe": {"distilled_share": 0.5}, "labels": torch.tensor([0, 1, 2, 0, 1, 2])},
+        "expected images sorted by class with a `distilled_share`",
+    ),
     "share of more": ({"recipe": {"distilled_share": 1.5}}, "expected a distilled_share above 0 and at most 1, found 1.5"),
 }  # fmt: skip
 
@@ -238,8 +242,13 @@ def test_no_kind_writes_what_its_reader_refuses(tmp_path: Path) -> None:
     for kind in ("mtt", "ddranking", "dc", "dc_benchmark"):
         with pytest.raises(InputError, match="not written: lr"):
             write_set(tmp_path / kind, unsound, kind, dataset="CIFAR10")
-    with pytest.raises(InputError, match="expected a file name that contains images"):
-        write_set(tmp_path / "mine.pt", distilled(), "mtt")
+    for name in ("mine.pt", "images_zca_best.pt", "images_best_3.pt"):
+        with pytest.raises(InputError, match="expected a file name that contains images"):
+            write_set(tmp_path / name, distilled(), "mtt")
+    with pytest.raises(
+        InputError, match=r"not written: parameters\.code: expected float64, .*, found complex64; convert"
+    ):
+        distilled(parameters={"code": torch.zeros(2, dtype=torch.complex64)}).save(tmp_path / "set.safetensors")
     two = distilled(images=torch.randn(N, 2, 4, 5), mean=(0.5, 0.5), std=(0.5, 0.5))
     with pytest.raises(InputError, match="1 or 3 channels"):
         write_set(tmp_path / "png", two, "png")

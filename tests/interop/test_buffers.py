@@ -52,6 +52,18 @@ def test_buffers_come_back_bit_for_bit(tmp_path: Path) -> None:
         assert file.stat().st_size < 2 * (tmp_path / "theirs" / file.name).stat().st_size
 
 
+@pytest.mark.parametrize("export", [export_experts, export_waypoints])
+def test_a_store_without_experts_and_files_of_none_are_refused(tmp_path: Path, export: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    for count, message in (
+        (10, r"empty: expected experts \(expert_0000"),
+        (0, "`experts_per_file`: expected at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(export(TrajectoryStore(tmp_path / "empty"), tmp_path / "out", count))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_network_has_the_same_outputs(tmp_path: Path) -> None:
     expert = trained(0)
     save_buffers(tmp_path, [expert], 10)
@@ -86,6 +98,11 @@ def test_a_stopped_import_goes_on_and_another_is_refused(tmp_path: Path) -> None
         imported(tmp_path / "theirs", tmp_path / "ours", whitening="zca")
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: holds another expert"):
         imported(tmp_path / "theirs", tmp_path / "ours", network={"kind": "AlexNet"})
+    (tmp_path / "ours" / "expert_0002.safetensors").rename(tmp_path / "ours" / "expert_0003.safetensors")
+    with pytest.raises(
+        InputError, match=r"expert_0003\.safetensors: expected only the experts to import, found another"
+    ):
+        imported(tmp_path / "theirs", tmp_path / "ours")
     others = tmp_path / "others"  # with files of the same name
     save_buffers(others, [trained(0), trained(7)], 10)
     with pytest.raises(

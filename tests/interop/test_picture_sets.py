@@ -89,6 +89,32 @@ def test_a_stop_leaves_no_half_of_a_set(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine.txt"]
 
 
+def test_pictures_of_another_set_are_not_left_among_those_of_a_set(tmp_path: Path) -> None:
+    synthetic = distilled()
+    synthetic.export("png", tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    synthetic.export("png", tmp_path)
+    fewer = dataclasses.replace(synthetic, images=synthetic.images[::IPC], labels=synthetic.labels[::IPC])
+    with pytest.raises(InputError, match=r"expected no other pictures, .* found 000-\w+/0000\d\.png; choose another"):
+        fewer.export("png", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert torch.equal(read_set(tmp_path).labels, synthetic.labels)
+
+
+def test_labels_that_no_reader_would_take_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distilled().export("png", tmp_path / "first")
+    size = (tmp_path / "first" / "labels.json").stat().st_size
+    for module in ("interop.image_folder", "storage.foreign"):
+        monkeypatch.setattr(f"mtt_fast.{module}.LARGEST_TEXT", size)
+    distilled().export("png", tmp_path / "fits")
+    read_set(tmp_path / "fits")
+    for module in ("interop.image_folder", "storage.foreign"):
+        monkeypatch.setattr(f"mtt_fast.{module}.LARGEST_TEXT", size - 1)
+    with pytest.raises(InputError, match=f"large: not written: .* found {size:,}; use `to` parquet"):
+        distilled().export("png", tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
 def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     for label, name in enumerate(("ape", "bee")):
         (tmp_path / name).mkdir()
@@ -172,12 +198,10 @@ def test_a_set_with_its_classes_in_another_order_is_put_in_the_datas(tmp_path: P
     read_back = read_set(tmp_path, info=info)
     assert isinstance(read_back, SyntheticDataset)
     assert read_back.class_names == info.class_names
-    if labels == "indices":
-        assert [info.class_names[i] for i in read_back.labels] == [synthetic.class_names[i] for i in synthetic.labels]
-    else:
-        rows = torch.arange(N).view(CLASSES, IPC)[order].flatten()  # since places tell the classes
-        assert torch.equal(read_back.labels, synthetic.labels[rows][:, order])
-        assert_pictures(read_back, synthetic, rows)
+    rows = torch.arange(N).view(CLASSES, IPC)[order].flatten()  # since places tell the classes
+    expected = synthetic.labels if labels == "indices" else synthetic.labels[rows][:, order]
+    assert torch.equal(read_back.labels, expected)
+    assert_pictures(read_back, synthetic, rows)
     other = SourceInfo(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
     with pytest.raises(InputError, match="found 'dog / wolf'"):
         read_set(tmp_path, info=other)

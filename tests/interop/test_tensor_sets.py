@@ -371,7 +371,7 @@ def test_pictures_beside_tensors_are_told_but_not_those_of_a_run(
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"`to` pgn: expected one of .*\(did you mean png\?\)"):
+    with pytest.raises(InputError, match=r"`kind` pgn: expected one of .*\(did you mean png\?\)"):
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
         read_set(tmp_path / "nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
@@ -93,6 +94,24 @@ def test_a_name_reaches_the_disk_after_its_content(tmp_path: Path, monkeypatch: 
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "folder" / "file", "x")
     assert done == ["sync file", "rename", "sync folder"]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = stat.S_ISDIR
+
+    def synced(handle: int) -> None:
+        if kind(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("os.fsync", synced)
+    write_text(tmp_path / "file", "x")
+    with atomic_folder(tmp_path / "folder") as folder:
+        write_text(folder / "file", "y")
+    assert [(tmp_path / name).read_text() for name in ("file", "folder/file")] == ["x", "y"]
+    kind = stat.S_ISREG  # a file that cannot reach the disk is an error
+    with pytest.raises(InputError, match="file: cannot be written"):
+        write_text(tmp_path / "file", "z")
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_who_takes_a_folder_clears_what_a_killed_process_left_in_it(tmp_path: Path) -> None:

@@ -127,6 +127,18 @@ def test_positions_follow_the_numbers_present(tmp_path: Path, parameters: Tensor
         assert torch.equal(store.read(position, 1), parameters[1] + index)
 
 
+def test_experts_with_one_digest_all_stay_where_others_come_first(tmp_path: Path, parameters: Tensor) -> None:
+    for index, rows in enumerate((parameters, parameters, 2 * parameters, 3 * parameters)):  # as of a copied buffer
+        write_expert(tmp_path, index, rows, metadata_for())
+    store = TrajectoryStore(tmp_path)
+    digests = [store.digest(expert) for expert in (0, 3, 1)]
+    first = store.starting_with(digests)
+    assert first is not None
+    assert first.indices == (0, 3, 1, 2)
+    assert torch.equal(first.read(1, 2), 3 * parameters[2])
+    assert store.starting_with([*digests, digests[0]]) is None, "two have this digest, not three"
+
+
 @pytest.mark.parametrize(("expert", "epoch"), [(1, 0), (-1, 0), (0, EPOCHS + 1), (0, -1)])
 def test_what_is_not_there_is_an_index_error(store: TrajectoryStore, expert: int, epoch: int) -> None:
     with pytest.raises(IndexError, match=r"expected an (expert|epoch) from 0 to"):
@@ -144,6 +156,7 @@ def test_what_is_not_there_is_an_index_error(store: TrajectoryStore, expert: int
         (slice(1), 0, "`expert`: expected the position of an expert, a whole number, found slice"),
         (0, "1", "`epoch`: expected a number, found '1'"),
         (0, None, "`epoch`: expected a number, found None"),
+        (0, torch.ones(2), "`epoch`: expected a number, found Tensor float32 (2,)"),
     ],
 )
 def test_what_is_no_position_is_named(store: TrajectoryStore, expert: Any, epoch: Any, message: str) -> None:

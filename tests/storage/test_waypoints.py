@@ -6,8 +6,10 @@ import json
 import math
 import re
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +73,8 @@ def test_every_epoch_is_where_the_definition_says(tmp_path: Path, at: tuple[int,
     for epoch in [*range(EPOCHS + 1), 0.25, 3.999, 4.001, 6.5, 9.9]:
         expected = by_definition(path, waypoints, at, epoch)
         torch.testing.assert_close(store.read(0, epoch), expected, rtol=1e-5, atol=1e-5)
+    for number in (torch.tensor(6.5, requires_grad=True), torch.tensor([6.5]), np.float32(6.5), Fraction(13, 2)):
+        assert torch.equal(store.read(0, number), store.read(0, 6.5))  # type: ignore[arg-type]
     for waypoint, epoch in zip(waypoints, at, strict=True):
         assert torch.equal(store.read(0, epoch), waypoint)
     assert store.epochs(0) == EPOCHS
@@ -258,6 +262,13 @@ def test_a_spoilt_course_is_named(tmp_path: Path, spoil, problem: str) -> None: 
     save_tensors(path, tensors, text | {"course": json.dumps(record)}, by_row=list(tensors))
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}: {problem}.*mtt_fast\.compress"):
         TrajectoryStore(store.folder).read(0, 0)
+
+
+def test_waypoints_that_do_not_fit_the_course_are_not_written(tmp_path: Path) -> None:
+    points, course = convexified(trajectory(), SIZES, (0, 4, 10))
+    with pytest.raises(InputError, match=r"the course is between 3 waypoints of 29 parameters, found \(2, 29\)"):
+        write_expert(tmp_path, 0, points[:2], metadata(), course=course)
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_looks_at_the_course_too(tmp_path: Path) -> None:
