@@ -197,6 +197,7 @@ def _prepared(subject: Subject, table: Table, options: Options) -> tuple[dict[st
 def tune(subject: Subject, table: Table, options: Options) -> Row:
     """Put the fastest of the right candidates into `table`; return a row of the record."""
     (candidates, default), expected = _prepared(subject, table, options), subject.expected()
+    before = table.rows[subject.row].get(subject.classes[0], {}).get(table.architecture, default)
     errors, problems = {}, []
     for name, row in candidates.items():
         table.put(subject, row)
@@ -227,7 +228,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
     times = interleaved(options.repetitions, errors, measure, lambda name, error: problems.append(f"{name}: {error}"))
     result: Row = {"operation": subject.row, "class": subject.classes[0], "problem": "; ".join(problems)}
     if not times:
-        table.put(subject, default)
+        table.put(subject, before)
         return result | {"chosen": None, "seconds": None}
     order = sorted(times, key=lambda name: times[name]["median"])
     best = candidates[order[0]]

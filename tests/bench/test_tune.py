@@ -104,6 +104,17 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows
 
 
+def test_a_row_stays_where_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = {"backend": "cudnn", "microseconds": 1.0}
+    rows: dict[str, Any] = {"op": {"close": {"sm_90": measured}, "loose": {"default": {"backend": "triton"}}}}
+    table = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
+    monkeypatch.setattr(operations, "conv3x3", lambda argument: 2 * argument)
+    monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
+    subject = tune.Subject("op", ("close", "loose"), [{"backend": "tma"}], "conv3x3", (torch.ones(3),))
+    assert tune.tune(subject, table, tune.Options(repetitions=1, device="cpu"))["chosen"] is None
+    assert rows["op"]["close"] == {"sm_90": measured}
+
+
 def test_a_row_has_the_fastest_tile_of_each_back_end() -> None:
     default = {"backend": "triton", "BLOCK_M": 1, "tma": {"BLOCK_M": 2}}
     fast = [
