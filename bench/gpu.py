@@ -37,7 +37,8 @@ from bench import suite
 from bench.pictures import write_pictures
 from bench.records import read_record, write_record
 from mtt_fast.commands.option_fields import Checked, Range, fields_of
-from mtt_fast.runtime.provenance import choose_device
+from mtt_fast.errors import InputError
+from mtt_fast.runtime.provenance import choose_device, usable_gpus, why_no_gpu
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG, SUMMARY
 
@@ -99,6 +100,10 @@ Group = Sequence[Task]
 
 def main(options: Options, command: str) -> None:
     """Do the stage. Exits with `OUT_OF_TIME` where the limit cuts it off, and with 1 if a command failed."""
+    if not (options.rehearse or usable_gpus()):
+        raise InputError(
+            f"{options.stage}: expected a GPU, found none ({why_no_gpu()}); rehearse on the CPU with --rehearse"
+        )
     limit = SECONDS[options.stage] if options.seconds is None else options.seconds
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
