@@ -11,7 +11,7 @@
 
 The first four fit in 15 minutes. Results are written as they come, and stage-STAGE.json lists the finished tasks. A stage that
 reaches its limit stops and names the missing tasks; the same command continues, and repeats no finished task. With --rehearse
-everything is done on the CPU at toy size.
+everything is done on the CPU at toy size; take another folder for it.
 """
 
 from __future__ import annotations
@@ -109,12 +109,13 @@ def main(options: Options, command: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     device, deadline = choose_device("cpu" if options.rehearse else "cuda"), time.monotonic() + limit
     name = f"stage-{options.stage}"
+    rows = _rows_before(out / f"{name}.json", is_rehearsal=options.rehearse)
     groups = list(_STAGES[options.stage](options, out))
-    rows = _rows_before(out / f"{name}.json")
+    conditions = {"seconds": limit, "rehearsal": options.rehearse}
     for tasks in groups:
         todo = [task for task in tasks if not _is_done(task, rows)]
         rows |= {row["task"]: row for row in run_group(todo, out, deadline)}
-        write_record(str(out), name, "gpu", device, {"seconds": limit}, list(rows.values()), command)
+        write_record(str(out), name, "gpu", device, conditions, list(rows.values()), command)
     found = [rows[task.name] for tasks in groups for task in tasks]
     for row in found:
         if row["status"] == "failed":
@@ -129,9 +130,15 @@ def main(options: Options, command: str) -> None:
         raise SystemExit(1)
 
 
-def _rows_before(path: Path) -> dict[str, Row]:
-    """Return what an earlier command of the stage recorded, by task."""
-    return {row["task"]: row for row in read_record(path)["rows"]} if path.exists() else {}
+def _rows_before(path: Path, *, is_rehearsal: bool) -> dict[str, Row]:
+    """Return what an earlier command of the stage recorded, by task. Raises `InputError` if only one of both is a rehearsal."""
+    if not path.exists():
+        return {}
+    record = read_record(path)
+    if record["conditions"].get("rehearsal", is_rehearsal) != is_rehearsal:
+        found, expected = ("a stage on a GPU", "a rehearsal") if is_rehearsal else ("a rehearsal", "a stage on a GPU")
+        raise InputError(f"{path}: expected the record of {expected}, found that of {found}; take another --out")
+    return {row["task"]: row for row in record["rows"]}
 
 
 def _is_done(task: Task, rows: dict[str, Row]) -> bool:
