@@ -36,8 +36,8 @@ class Options(CommonOptions, BatchShape):
 def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
+    set_precision(device, options.precision)
     precision: Any = options.precision if device.type == "cuda" else "fp32"
-    set_precision(device, precision)
     runs = _runs(setting, device, precision)
     rows: dict[str, dict[str, Any]] = {
         name: dict(zip(("sweep", "way"), name.split(", "), strict=True)) | {"problem": None} for name in runs

@@ -11,7 +11,7 @@
 
 The first four fit in 15 minutes. Results are written as they come, and stage-STAGE.json lists the finished tasks. A stage that
 reaches its limit stops and names the missing tasks; the same command continues, and repeats no finished task. With --rehearse
-everything is done on the CPU at toy size.
+everything is done on the CPU at toy size; take another folder for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from bench import suite
 from bench.pictures import write_pictures
 from bench.records import read_record, write_record
 from mtt_fast.commands.option_fields import Checked, Range, fields_of
-from mtt_fast.runtime.provenance import choose_device
+from mtt_fast.errors import InputError
+from mtt_fast.runtime.provenance import choose_device, usable_gpus, why_no_gpu
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_files import CONFIG, SUMMARY
 
@@ -99,17 +100,22 @@ Group = Sequence[Task]
 
 def main(options: Options, command: str) -> None:
     """Do the stage. Exits with `OUT_OF_TIME` where the limit cuts it off, and with 1 if a command failed."""
+    if not (options.rehearse or usable_gpus()):
+        raise InputError(
+            f"{options.stage}: expected a GPU, found none ({why_no_gpu()}); rehearse on the CPU with --rehearse"
+        )
     limit = SECONDS[options.stage] if options.seconds is None else options.seconds
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     device, deadline = choose_device("cpu" if options.rehearse else "cuda"), time.monotonic() + limit
     name = f"stage-{options.stage}"
+    rows = _rows_before(out / f"{name}.json", is_rehearsal=options.rehearse)
     groups = list(_STAGES[options.stage](options, out))
-    rows = _rows_before(out / f"{name}.json")
+    conditions = {"seconds": limit, "rehearsal": options.rehearse}
     for tasks in groups:
         todo = [task for task in tasks if not _is_done(task, rows)]
         rows |= {row["task"]: row for row in run_group(todo, out, deadline)}
-        write_record(str(out), name, "gpu", device, {"seconds": limit}, list(rows.values()), command)
+        write_record(str(out), name, "gpu", device, conditions, list(rows.values()), command)
     found = [rows[task.name] for tasks in groups for task in tasks]
     for row in found:
         if row["status"] == "failed":
@@ -124,9 +130,15 @@ def main(options: Options, command: str) -> None:
         raise SystemExit(1)
 
 
-def _rows_before(path: Path) -> dict[str, Row]:
-    """Return what an earlier command of the stage recorded, by task."""
-    return {row["task"]: row for row in read_record(path)["rows"]} if path.exists() else {}
+def _rows_before(path: Path, *, is_rehearsal: bool) -> dict[str, Row]:
+    """Return what an earlier command of the stage recorded, by task. Raises `InputError` if only one of both is a rehearsal."""
+    if not path.exists():
+        return {}
+    record = read_record(path)
+    if record["conditions"].get("rehearsal", is_rehearsal) != is_rehearsal:
+        found, expected = ("a stage on a GPU", "a rehearsal") if is_rehearsal else ("a rehearsal", "a stage on a GPU")
+        raise InputError(f"{path}: expected the record of {expected}, found that of {found}; take another --out")
+    return {row["task"]: row for row in record["rows"]}
 
 
 def _is_done(task: Task, rows: dict[str, Row]) -> bool:

@@ -60,7 +60,7 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
     """Yield `starts` iterations of the distillation in `folder`, on its distilled set.
 
     The last of them starts at the last epoch of its expert that has a target. The starts of the others are spread evenly from
-    half that epoch on. The images are not augmented. Raises `InputError` where there is no run of a ConvNet.
+    half that epoch on. The images are not augmented, and the loss is MTT's. Raises `InputError` where there is no run of a ConvNet.
     """
     config = read_config(folder)
     if config is None or "syn_steps" not in config:
@@ -74,6 +74,7 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
         )
     last, count = int(store.epochs(0)) - options.expert_epochs, len(distilled.images)
     lrs = distilled.lr if distilled.lr_per_step is None else distilled.lr_per_step
+    lrs = lrs * (1 - options.student_dampening)  # a velocity μ m + (1 − d) g is 1 − d times that of μ m + g
     for place in reversed(range(starts)):
         epoch = last - place * last // (2 * max(1, starts - 1))
         generator = torch.Generator().manual_seed(0)

@@ -31,6 +31,7 @@ from bench.settings import BatchShape
 from bench.tables import table as rendered
 from mtt_fast import kernels
 from mtt_fast.commands.option_fields import Checked
+from mtt_fast.commands.options import Count
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import ConvLayer, PartialPlanes
@@ -56,7 +57,7 @@ class Options(CommonOptions, BatchShape):
     """blocks of the network, counted from 1, as in 1,2; default all"""
     operations: str | None = None
     """prefixes of the operations' names, as in conv3x3_weight,norm; default all"""
-    candidates: int | None = None
+    candidates: Count | None = None
     """try at most this many candidates of each operation"""
     compile_only: bool = False
     """only compile all candidates into Triton's cache; several commands may do this at the same time, each for different blocks"""
@@ -92,9 +93,13 @@ def main(options: Options, command: str) -> None:
     device, setting = options.torch_device(), options.resolve()
     if options.precision not in TOLERANCES:
         raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
-    table = Table.of(device, Path(options.table))
     numbers = None if options.blocks is None else integers(options.blocks, "--blocks")
     blocks = [block for block in blocks_of(setting) if numbers is None or block.number in numbers]
+    if numbers and len(blocks) < len(set(numbers)):
+        raise InputError(
+            f"--blocks {options.blocks}: expected some of 1 … {setting.net.depth}, the blocks of the network"
+        )
+    table = Table.of(device, Path(options.table))
     wanted = tuple((options.operations or "").split(","))
     conditions = {"case": str(setting), "precision": options.precision, "architecture": table.architecture}
     name = options.name or f"tune-{options.label()}-{options.precision}-{device.type}"
@@ -106,6 +111,7 @@ def main(options: Options, command: str) -> None:
             for subject in subjects(block, setting.batch, options.precision, device)
             if subject.row.startswith(wanted)
         ]
+        _check_some(compiled, options)
         write_record(*place, compiled, command)
         return
     rows = partial_rows(options.out, name)
@@ -118,8 +124,17 @@ def main(options: Options, command: str) -> None:
             log.info("block %d, %s: %s", block.number, subject.row, rows[-1]["chosen"] or rows[-1]["problem"])
             table.write()
             write_record(*place, rows, command, complete=False)
+    _check_some(rows, options)
     print(rendered("tune", conditions, rows))
     write_record(*place, rows, command)
+
+
+def _check_some(rows: list[Row], options: Options) -> None:
+    """Raise `InputError` if no operation has one of the prefixes in `options`."""
+    if not rows:
+        raise InputError(
+            f"--operations {options.operations}: expected prefixes of operations with candidates, found none"
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +212,7 @@ def _prepared(subject: Subject, table: Table, options: Options) -> tuple[dict[st
 def tune(subject: Subject, table: Table, options: Options) -> Row:
     """Put the fastest of the right candidates into `table`; return a row of the record."""
     (candidates, default), expected = _prepared(subject, table, options), subject.expected()
+    before = table.rows[subject.row].get(subject.classes[0], {}).get(table.architecture, default)
     errors, problems = {}, []
     for name, row in candidates.items():
         table.put(subject, row)
@@ -227,7 +243,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
     times = interleaved(options.repetitions, errors, measure, lambda name, error: problems.append(f"{name}: {error}"))
     result: Row = {"operation": subject.row, "class": subject.classes[0], "problem": "; ".join(problems)}
     if not times:
-        table.put(subject, default)
+        table.put(subject, before)
         return result | {"chosen": None, "seconds": None}
     order = sorted(times, key=lambda name: times[name]["median"])
     best = candidates[order[0]]

@@ -18,7 +18,7 @@ Implementation = Callable[..., Any]
 _PRECISIONS = get_args(Precision)
 
 # with Triton's own switch, its kernels run on the CPU in Triton's interpreter, in place of the native ones
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def native_available() -> bool:

@@ -5,6 +5,7 @@ Only deterministic algorithms of cuDNN are allowed. cuDNN's heuristics choose am
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from torch.nn.grad import conv2d_weight
 
 from ..types import PackedWeight, Precision, Weight, accumulator, in_format_of, plane_dtype
 from .planes import stacked
+
+_one_thread = threading.Lock()  # cuDNN's settings are those of the process
 
 
 def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision) -> Tensor:
@@ -100,7 +103,7 @@ def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tenso
 
 @contextmanager
 def _precision(precision: Precision) -> Iterator[None]:
-    """Allow cuDNN only deterministic algorithms, and tf32 only if `precision` is tf32.
+    """Allow cuDNN only deterministic algorithms, and tf32 only if `precision` is tf32, while other threads wait.
 
     `torch.backends.cudnn.flags` would also read `allow_tf32`, which raises an error where the caller has set `fp32_precision`.
     """
@@ -111,11 +114,12 @@ def _precision(precision: Precision) -> Iterator[None]:
         (cudnn, "deterministic", True),
         (cudnn.conv, "fp32_precision", "tf32" if precision == "tf32" else "ieee"),
     )
-    before = [getattr(owner, name) for owner, name, _ in settings]
-    try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(settings, before, strict=True):
-            setattr(owner, name, value)
+    with _one_thread:
+        before = [getattr(owner, name) for owner, name, _ in settings]
+        try:
+            for owner, name, value in settings:
+                setattr(owner, name, value)
+            yield
+        finally:
+            for (owner, name, _), value in zip(settings, before, strict=True):
+                setattr(owner, name, value)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from bench import gpu, suite, tune
-from tests.bench.helpers import rows_of
+from mtt_fast import InputError
+from tests.bench.helpers import CPU, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -236,6 +237,20 @@ def test_a_job_that_is_cut_off_saves_and_goes_on(tmp_path: Path, monkeypatch: py
     (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 60)
     assert row["status"] == "done"
     assert task.result.exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rehearsal_and_a_stage_on_a_gpu_do_not_pass_for_each_other(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "result.json"
+    monkeypatch.setitem(gpu._STAGES, "steps", lambda *_: iter([[gpu.Task("task", ["job"], result)]]))
+    monkeypatch.setattr(gpu, "usable_gpus", lambda: 1)
+    monkeypatch.setattr(gpu, "choose_device", lambda _: CPU)
+    result.touch()
+    gpu.main(gpu.Options("steps", str(tmp_path), rehearse=first), "a command")
+    with pytest.raises(InputError, match=r"stage-steps.json: expected the record of .*; take another --out"):
+        gpu.main(gpu.Options("steps", str(tmp_path), rehearse=not first), "a command")
 
 
 def test_a_stage_tells_what_failed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from bench import gate, kernels, training
 from bench.__main__ import main
 from bench.cases import make_case
-from bench.iterations import NamedCase
+from bench.iterations import NamedCase, run_cases
 from bench.precision import gradients_of
 from mtt_fast import ConvNet
 from mtt_fast.commands import cli
@@ -94,7 +94,7 @@ def test_the_precision_of_golden_cases_is_measured(
 def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = DistillOptions(
         dataset="digits", model="ConvNetD2W8", buffer_path=str(tmp_path), syn_steps=3, expert_epochs=2, student_mom=0.5,
-        lr_y=1.0,
+        student_dampening=0.2, lr_y=1.0,
     )  # fmt: skip
     net, generator, half = ConvNet(1, 10, 8, 8, 2), torch.Generator().manual_seed(0), (0.5,)
     names = tuple("0123456789")
@@ -112,6 +112,8 @@ def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pyt
     bench(*given, "--name", "last")
     assert [row["case"] for row in rows_of(tmp_path, "found")[1:]] == ["run, epoch 1", "run, epoch 2"]
     assert rows_of(tmp_path, "last")[1:] == rows_of(tmp_path, "found")[2:]
+    (last,) = run_cases(run, 1)
+    assert last.case.lr == pytest.approx(0.8 * 0.01)  # the rate of a student whose gradients are dampened
     for row in rows_of(tmp_path, "found")[1:]:
         assert {"images", "labels", "lr", "path"} == set(row["fp16"])
         assert row["fp32"]["labels"] < row["fp16"]["labels"] < row["bf16"]["labels"]

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import tune
+from bench import gpu, tune
+from bench.__main__ import main
 from bench.candidates import BLOCKS, text_of
 from mtt_fast import kernels as operations
+from mtt_fast.commands import cli
 from mtt_fast.kernels import reference
 from tests.bench.helpers import CPU, ROOT, rows_of
 
@@ -104,6 +106,17 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows
 
 
+def test_a_row_stays_where_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = {"backend": "cudnn", "microseconds": 1.0}
+    rows: dict[str, Any] = {"op": {"close": {"sm_90": measured}, "loose": {"default": {"backend": "triton"}}}}
+    table = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
+    monkeypatch.setattr(operations, "conv3x3", lambda argument: 2 * argument)
+    monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
+    subject = tune.Subject("op", ("close", "loose"), [{"backend": "tma"}], "conv3x3", (torch.ones(3),))
+    assert tune.tune(subject, table, tune.Options(repetitions=1, device="cpu"))["chosen"] is None
+    assert rows["op"]["close"] == {"sm_90": measured}
+
+
 def test_a_row_has_the_fastest_tile_of_each_back_end() -> None:
     default = {"backend": "triton", "BLOCK_M": 1, "tma": {"BLOCK_M": 2}}
     fast = [
@@ -114,3 +127,28 @@ def test_a_row_has_the_fastest_tile_of_each_back_end() -> None:
     assert tune.fastest_tiles(fast, default) == {"backend": "cudnn", "BLOCK_M": 4, "tma": {"BLOCK_M": 3}}
     assert tune.fastest_tiles(fast[:1], default) == default | {"backend": "cudnn"}
     assert tune.fastest_tiles([{"BLOCK_C": 8}, {"BLOCK_C": 16}], {"BLOCK_C": 4}) == {"BLOCK_C": 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tune --blocks 3,4", "--blocks 3,4: expected some of 1 … 3, the blocks of the network"),
+        ("tune --candidates 0", "--candidates 0: expected at least 1"),
+        ("tune --operations nrom", "--operations nrom: expected prefixes of operations with candidates, found none"),
+        ("tune --operations nrom --compile-only", "--operations nrom: expected prefixes"),
+        ("first_block --precision tf16", "--precision tf16: expected fp32, tf32, fp16, bf16"),
+        ("gpu steps", "steps: expected a GPU, found none (too old); rehearse on the CPU with --rehearse"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tune.Table({}, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
+    monkeypatch.setattr(tune.Table, "of", lambda *_: table)
+    monkeypatch.setattr(tune, "subjects", lambda *_: iter([tune.Subject("norm_relu_pool", ("16",), [], "", ())]))
+    monkeypatch.setattr(gpu, "usable_gpus", lambda: 0)
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "too old")
+    monkeypatch.chdir(tmp_path)  # where a record would be left
+    assert cli.run(main, [*words.split(), *([] if "gpu" in words else ["--device", "cpu"])]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,25 @@ def test_cudnn_makes_one_product_of_batches_that_lie_one_behind_the_other(
         actual = cudnn.conv3x3_dual_weight_gradient(x, x_dot, *bars, padding, "fp32")
         assert_close("weight_bar_dot", actual, expected, 1e-13)
     assert samples == [6, 3, 3]
+
+
+def test_a_thread_computes_with_its_own_settings_of_cudnn() -> None:
+    backends: Any = torch.backends
+    conv = backends.cudnn.conv
+    before, seen = conv.fp32_precision, []
+
+    def in_tf32() -> None:
+        with cudnn._precision("tf32"):
+            seen.append(conv.fp32_precision)
+
+    with ThreadPoolExecutor(1) as pool:
+        with cudnn._precision("fp32"):
+            other = pool.submit(in_tf32)
+            wait([other], 0.2)
+            seen.append(conv.fp32_precision)
+        other.result(10)
+    assert seen == ["ieee", "tf32"]
+    assert conv.fp32_precision == before
 
 
 def test_batches_are_stacked_where_the_second_begins_at_the_end_of_the_first() -> None:

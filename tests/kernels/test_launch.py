@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,3 +190,14 @@ def test_a_whole_iteration_compiles_ahead(compiled: list[str], monkeypatch: pyte
     before = len(compiled)
     launch.compile_ahead(lambda: iteration(*given))
     assert len(compiled) == before
+
+
+@pytest.mark.parametrize("value", ["Y", "2"])
+def test_kernels_are_interpreted_where_triton_interprets_them(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    code = """
+import triton
+from mtt_fast.kernels import dispatch
+assert dispatch._INTERPRETED == triton.knobs.runtime.interpret
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
