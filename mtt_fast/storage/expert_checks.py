@@ -96,10 +96,11 @@ def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[s
         )
 
 
-def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
+def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool, fewer: str | None = None) -> None:
     """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    The message names one that differs from the first. For `to_the_end` see `check_as_requested`.
+    The message names one that differs from the first, and `fewer`, the option that takes only the first ones, if there is one. For
+    `to_the_end` see `check_as_requested`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
@@ -107,7 +108,8 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
         for name in _differing(known[first], found, to_the_end)[:1]:
             raise InputError(
                 f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
-                f"{known[first][name]}; keep those of one training in the folder, or give `max_experts` {expert}"
+                f"{known[first][name]}; keep those of one training in the folder"
+                + (f", or give `{fewer}` {expert}" if fewer else "")
             )
 
 
