@@ -55,11 +55,14 @@ def file_digest(cls: type) -> str:
 
 
 @contextlib.contextmanager
-def user_errors(option: str, name: str) -> Iterator[None]:
-    """Turn an error of the user's code into one line with the `option`, the place `name`, and the line of it that raised it."""
+def user_errors(option: str, name: str, other: type[Exception] = InputError) -> Iterator[None]:
+    """Turn an error of the user's code into one line with the `option`, the place `name`, and the line of it that raised it.
+
+    An `InputError`, and one of the class `other`, is raised as it is.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, other):
         raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -54,7 +54,8 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         if not is_out_of_memory(error):
             raise
         return _print_error(
-            "out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result up to rounding"
+            "out of memory; free some, or give a smaller --networks_at_once or, to a distillation, --memory_budget (or --microbatch): the "
+            "result is the same up to rounding"
         )
     return 0
 

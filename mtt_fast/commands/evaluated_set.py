@@ -237,6 +237,7 @@ def check_shape(images: Images, data: ImageData, source: str) -> None:
         raise InputError(
             f"{source}: expected {'canvases' if images.canvas else 'images'} {expected} of {data.name}, found "
             f"{tuple(images.pixels.shape[1:])}; name their data set with --dataset, --res"
+            + (", and their size with --canvas_size" if images.canvas else "")
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mtt_fast.commands.network_trial import try_users_network
 from mtt_fast.data import DatasetInfo
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.cam_network import cam_expert
@@ -37,7 +38,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
 
     Nothing is written, downloaded or decoded. The time is extrapolated from student steps on a few random images on `device`; it
     assumes one network after another, and leaves out reading and drawing. For `requested` see `check_experts`. Raises `InputError`
-    as the run itself would for its options, memory budget, image folder, existing experts, or checkpoint.
+    as the run itself would for its options, network, memory budget, image folder, existing experts, or checkpoint.
     """
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
@@ -47,6 +48,8 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     inventory = inventory_of(options, info)
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
+    batch = options.batch_syn or count
+    try_users_network(options.model, network, info.image_shape, info.num_classes, device, batch)
     plan = plan_steps(
         options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters.learned
     )
@@ -70,7 +73,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "images": describe_frequencies(options, info) or _parametrised(options, info),
         "maps": _maps(options, to_train=to_train),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
-        f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
+        f"{batch} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
         "options": _other_options(options),
         "precision": describe_numerics(device, network, options.precision, iterations=True),

@@ -148,7 +148,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     )
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
-    last = [run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))]
+    last = [run.experts.metadata(expert).accuracy[-1] for expert in range(run.num_matched_experts)]
     final = Accuracy(tuple(value for value in last if not math.isnan(value)))  # of those that were measured
     name_of_experts, experts_in_words = "experts", "experts on all the data"
     if describe_other_data(run.experts.metadata(0).identity, run.real.identity):

@@ -93,7 +93,7 @@ def check_experts(
         check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, options.last_matched_epoch)
         check_as_requested(store, expert, requested, to_the_end=options.uses_last_epochs)
-    check_alike(store, matched, to_the_end=options.uses_last_epochs)
+    check_alike(store, matched, to_the_end=options.uses_last_epochs, fewer="max_experts")
     if uncompressed is not None and store.folder != uncompressed.folder:
         check_compressed_from(store, matched, uncompressed)
 

@@ -14,6 +14,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 
 _BATCH = 4  # images in a pass; ResNet18 takes 0.1 GB for one of 128×128
+_POOLINGS = ("avg_pool2d", "max_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 
 
 def pixel_weights(network: Network, theta: Tensor, images: Tensor, classes: Tensor, beta: float) -> Tensor:
@@ -48,13 +49,17 @@ def grad_cam(network: Network, theta: Tensor, images: Tensor, classes: Tensor) -
 
 
 class _LastPooling(TorchFunctionMode):
-    """Keep the input of the last pooling that is called."""
+    """Keep the input of the last pooling that is called: of a layer, or of a mean over all pixels."""
 
     input: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__name__", "") in ("avg_pool2d", "max_pool2d"):
-            self.input = args[0]
-        return func(*args, **(kwargs or {}))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        result = func(*args, **kwargs)
+        if name in (*_POOLINGS, "mean"):
+            pooled = args[0] if args else kwargs["input"]
+            if name != "mean" or (pooled.dim(), result.dim()) == (4, 2):
+                self.input = pooled
+        return result

@@ -198,7 +198,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
-    """number of experts: missing ones are trained first, even if --max_experts matches fewer; none is trained in a folder of converted experts"""
+    """number of experts: missing ones are trained first, unless the folder has as many as --max_experts matches; none is trained in a folder
+    of converted experts"""
     max_experts: Annotated[
         Networks | None,
         Role.EXTENT,

@@ -75,7 +75,7 @@ def _check_parameters(name: str, parametrisation: Parametrisation) -> None:
 
 
 def _try_step(name: str, parametrisation: Parametrisation, index: Tensor) -> None:
-    """Raise `InputError` unless there are gradients of the images at each call, a penalty and rates."""
+    """Raise `InputError` unless there are gradients of the images at each call, a penalty, rates, and a count of numbers."""
     with user_errors("parametrisation", name), torch.enable_grad():
         for _ in range(2):
             parametrisation(index).sum().backward()
@@ -89,7 +89,9 @@ def _try_step(name: str, parametrisation: Parametrisation, index: Tensor) -> Non
             rate: Any = parametrisation.relative_rate(key)
             if not (isinstance(rate, Real) and math.isfinite(rate)):
                 raise InputError(f"`parametrisation` {name}: relative_rate of {key}: expected a number, found {rate!r}")
-        parametrisation.stored_numbers()
+        stored: Any = parametrisation.stored_numbers()
+        if not isinstance(stored, Real | Tensor):
+            raise InputError(f"`parametrisation` {name}: stored_numbers: expected a number, found {stored!r}")
     parametrisation.zero_grad()
 
 

@@ -96,11 +96,11 @@ def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[s
         )
 
 
-def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool, can_limit: bool = True) -> None:
+def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool, fewer: str | None = None) -> None:
     """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    The message names one that differs from the first, and `max_experts` if the job has this option (`can_limit`). For `to_the_end` see
-    `check_as_requested`.
+    The message names one that differs from the first, and `fewer`, the option that takes only the first ones, if there is one. For
+    `to_the_end` see `check_as_requested`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
@@ -109,7 +109,7 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
             raise InputError(
                 f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
                 f"{known[first][name]}; keep those of one training in the folder"
-                + (f", or give `max_experts` {expert}" if can_limit else "")
+                + (f", or give `{fewer}` {expert}" if fewer else "")
             )
 
 
@@ -136,7 +136,7 @@ def check_one_kind(store: TrajectoryStore) -> None:
         check_same_data(
             metadata.identity, first.identity, store.path(expert), fix="keep those of one data set in the folder"
         )
-    check_alike(store, range(len(store)), to_the_end=False, can_limit=False)
+    check_alike(store, range(len(store)), to_the_end=False)
 
 
 def check_same_training(

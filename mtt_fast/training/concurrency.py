@@ -167,7 +167,12 @@ def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterat
                     running[pool.submit(run, job)] = index
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=_has_failed):  # results first, as an error ends this
                     yield running.pop(future), future.result()
         finally:
             ended.set()
+
+
+def _has_failed(future: Future[Result]) -> bool:
+    return future.exception() is not None

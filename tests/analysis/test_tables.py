@@ -25,6 +25,12 @@ def by_network(*networks: str, accuracy: float = 0.7) -> dict[str, Any]:
 
 def test_the_defaults_are_mtt_itself() -> None:
     assert marked_method("MTT", dataclasses.asdict(DistillOptions())) == "MTT"
+    assert marked_method("MTT", {"pix_init": "noise"}) == "MTT"
+
+
+def test_changes_of_successors_are_named() -> None:
+    changed = {"lr_decay": True, "pix_init": "window", "lr_y": 2.0}
+    assert marked_method("MTT", changed) == "MTT, with --lr_y 2.0 --lr_decay --pix_init window"
 
 
 def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:

@@ -310,7 +310,9 @@ def test_canvases_of_another_size_are_refused(
     SyntheticDataset.load(run_folder / "synthetic.safetensors").export("mtt", tmp_path)
     flags = ["--dataset", "digits", "--data_path", str(run_folder.parent / "data"), "--texture", "--canvas_size", "3"]
     assert cli.run(evaluate_command, [str(tmp_path / "images_best.pt"), *flags]) == 2
-    assert "expected canvases (1, 24, 24) of digits, found (1, 16, 16)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "expected canvases (1, 24, 24) of digits, found (1, 16, 16)" in error
+    assert error.endswith("name their data set with --dataset, --res, and their size with --canvas_size\n")
 
 
 def test_the_plan_counts_crops_and_canvases() -> None:

@@ -96,6 +96,31 @@ def test_maps_are_those_of_the_last_features_before_a_pooling(name: str) -> None
         np.testing.assert_allclose(actual[0].numpy(), expected_map(module, layer, image, int(label)), atol=1e-9)
 
 
+class Mean(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+class ByName(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(input=images, kernel_size=4)
+
+
+@pytest.mark.parametrize(
+    "pooling", [nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), nn.LPPool2d(2, 4), Mean(), ByName()], ids=repr
+)
+def test_any_pooling_may_be_the_last(pooling: nn.Module) -> None:
+    torch.manual_seed(0)
+    first, layer = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    module = nn.Sequential(first, nn.MaxPool2d(2), layer, pooling, nn.Flatten(), nn.Linear(4, 3)).double()
+    network, images = FlatModule(module), torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    maps = grad_cam(network, network.init(), images, labels)
+    assert bool(maps.any())
+    for image, label, actual in zip(images, labels, maps, strict=True):
+        np.testing.assert_allclose(actual[0].numpy(), expected_map(module, layer, image, int(label)), atol=1e-9)
+
+
 def brightness() -> FlatModule:
     """Return a network whose logits are the image's mean and its negative, so that maps are known."""
     classifier = nn.Linear(1, 2, bias=False)

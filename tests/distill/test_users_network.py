@@ -68,6 +68,10 @@ class Once(torch.autograd.Function):
     def backward(context, gradient):
         return gradient * 2
 
+class Cut(Net):
+    def forward(self, images):
+        return super().forward(images).detach()
+
 class OneDerivative(Net):
     def forward(self, images):
         return Once.apply(super().forward(images) ** 2)
@@ -182,15 +186,17 @@ def test_runs_of_two_versions_are_not_one_measurement() -> None:
         ("Counting", "expected the same outputs for the same arguments"),
         ("OnTheHost", "make its tensors on the device of the images, or dense buffers of a module"),
         ("OneDerivative", "once_differentiable"),
+        ("Cut", "expected a loss that depends on the parameters, found none of their gradients"),
     ],
 )
 def test_what_cannot_be_differentiated_is_refused_before_any_work(
     name: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(distill, *TOY, "--out", "run", "--model", f"nets.py:{name}") == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: --model nets.py:{name}: ")
-    assert message in error
+    for others in ([], ["--dry_run"]):
+        assert run(distill, *TOY, "--out", "run", "--model", f"nets.py:{name}", *others) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --model nets.py:{name}: ")
+        assert message in error
     if name != "OnTheHost":  # only a memory plan needs the count
         assert run(experts, "--dataset", "digits", "--model", f"nets.py:{name}") == 2
         assert message in capsys.readouterr().err

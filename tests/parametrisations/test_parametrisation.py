@@ -278,6 +278,7 @@ OTHER_METHODS = {
     "def penalty(self): return 0.0": "penalty: expected None, or a tensor .*, found float",
     "def penalty(self): return torch.zeros(())": "penalty: expected None, or a tensor .* that depends on the parameters",
     "def relative_rate(self, name): return 'a'": "relative_rate of pixels: expected a number, found 'a'",
+    "def stored_numbers(self): return 'many'": "stored_numbers: expected a number, found 'many'",
     "def stored_numbers(self): return self.nothing": "AttributeError: .*own.py, line",
     "optimizer = 'Adam'": "optimizer: expected sgd or adam, found 'Adam'",
 }

@@ -122,6 +122,27 @@ def test_an_error_ends_the_other_jobs(at_once: int) -> None:
     assert closed.is_set() == (at_once > 1)
 
 
+def test_results_that_are_there_come_before_an_error() -> None:
+    """Check that no expert is lost that was finished when another one was stopped."""
+    first, found = threading.Event(), list[int]()
+
+    def failing() -> Job[int]:
+        yield
+        assert first.wait(100)
+        raise ValueError("work 0")
+
+    def write_all() -> None:
+        for number, _ in run_concurrently(jobs, Concurrency(len(jobs), 1), CPU):
+            found.append(number)
+            first.set()
+            time.sleep(0.2)  # as long as it may take to write an expert; meanwhile the other jobs end
+
+    jobs = [failing(), *(counting(number) for number in range(1, 10))]
+    with pytest.raises(ValueError, match="work 0"):
+        write_all()
+    assert sorted(found) == list(range(1, 10))
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_each_job_has_its_number_of_threads(at_once: int) -> None:
     def threads() -> Job[int]:

@@ -180,7 +180,7 @@ def explaining_missing_derivatives() -> Iterator[None]:
         if not _NO_DERIVATIVE.search(str(error)):
             raise
         raise InputError(
-            "`net`, `loss`: expected operations that torch differentiates twice, with respect to floating `labels` too, found one "
+            "`net`, `loss`: expected operations that torch differentiates twice, with respect to floating labels too, found one "
             f"that it does not ({error}); write it with other operations"
         ) from error
 
@@ -193,6 +193,6 @@ _NO_DERIVATIVE = re.compile(
 def no_gradient_error(name: str) -> InputError:
     """Return the error that the loss of a step has no gradient with respect to its `name`, "parameters" or "images"."""
     return InputError(
-        f"expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
+        f"`net`, `loss`: expected a loss that depends on the {name}, found none of their gradients; leave out what cuts them off, as "
         "detach, item, torch.no_grad and a constant do"
     )
