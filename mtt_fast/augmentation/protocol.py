@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,15 +57,15 @@ def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -
     return augment.footprint(image_shape, dtype) if isinstance(augment, HasFootprint) else Footprint(image_shape)
 
 
-def warp_of(augment: object, draws: Any, shape: torch.Size) -> Tensor | None:
-    """Return the parameters (b, 13) of `augment` with `draws` on images of `shape` (b, C, H, W), or None if it is no `Warp`.
-
-    A subclass that overrides `__call__` does not count as a `Warp`.
-    """
+def is_warp(augment: object) -> TypeGuard[Warp]:
+    """Return whether `augment` is a `Warp`; a subclass that overrides `__call__` does not count as one."""
     # the check of a protocol takes long beside a small network's step, which often has no augmentation
-    if augment is None or not (isinstance(augment, Warp) and is_equivalent(augment, "warp_parameters", "__call__")):
-        return None
-    return augment.warp_parameters(draws, shape)
+    return augment is not None and isinstance(augment, Warp) and is_equivalent(augment, "warp_parameters", "__call__")
+
+
+def warp_of(augment: object, draws: Any, shape: torch.Size) -> Tensor | None:
+    """Return the parameters (b, 13) of `augment` with `draws` on images of `shape` (b, C, H, W), or None if it is no `Warp`."""
+    return augment.warp_parameters(draws, shape) if is_warp(augment) else None
 
 
 def is_equivalent(augment: object, method: str, other: str) -> bool:

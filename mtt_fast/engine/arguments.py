@@ -19,6 +19,7 @@ from mtt_fast.checks import check_ordinary
 from mtt_fast.engine.optimizers import Adam
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
+from mtt_fast.networks.convnet import is_plain_convnet
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.prefetch import upload
 
@@ -70,7 +71,7 @@ def check_types(**tensors: Any) -> None:
 def check_augment(augment: Any) -> None:
     """Raise `InputError` unless `augment` is None or an augmentation."""
     is_class = isinstance(augment, type)
-    if augment is not None and (is_class or not hasattr(augment, "draw")):
+    if augment is not None and (is_class or not (callable(augment) and hasattr(augment, "draw"))):
         found = f"the class {augment.__name__}; call it to make one" if is_class else type(augment).__name__
         raise InputError(f"`augment`: expected an augmentation, such as SiameseAugment, found {found}")
 
@@ -225,6 +226,16 @@ def check_student_tensors(
     devices = {tensor.device for tensor in (theta, images, labels)}  # `lr` is moved to the device of theta
     if len(devices) > 1:
         raise InputError(f"expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
+
+
+def check_image_shape(net: Network, image: torch.Size) -> None:
+    """Raise `InputError` if `net` is a ConvNet that does not take augmented images of this shape, or another than (C, H, W)."""
+    if is_plain_convnet(net) and (
+        len(image) != 3 or image[0] != net.in_channels or net.feature_size_of(*image[1:]) != net.feature_size
+    ):
+        raise InputError(
+            f"`images`: expected those of the network, {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
+        )
 
 
 def draws_of(

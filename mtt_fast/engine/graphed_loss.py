@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtt_fast.augmentation.protocol import Augment, is_equivalent, warp_of
+from mtt_fast.augmentation.protocol import Augment, is_equivalent, is_warp, warp_of
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.checks import check_generator
 from mtt_fast.engine import arguments
 from mtt_fast.engine.backward_checks import check_differentiated_once, refuse_forward_mode
@@ -149,6 +151,8 @@ class GraphedMatchingLoss:
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
         """Return the iteration for tensors of these shapes, from the cache or new; `parameters` are the augmentation's."""
         options, lengths = self._options, tuple(len(index) for index in steps.batches)
+        if is_warp(options.augment):  # `parameters` are those of the warp, which DSA takes as they are
+            options = replace(options, augment=SiameseAugment())
         optimizer = optimizer_of(options, steps.lr)
         tensors = (steps.theta, steps.images, steps.labels, steps.lr)
         key = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
@@ -266,12 +270,17 @@ def _parameters(
     batches: Sequence[Tensor],
     generator: torch.Generator | None,
 ) -> Tensor | None:
-    """Return the draws of all steps as one tensor (ΣB, …) on the device of `images`; None without an augmentation."""
+    """Return the draws of all steps as one tensor (ΣB, …) on the device of `images`; None without an augmentation.
+
+    Those of a `Warp` are its parameters (ΣB, 13).
+    """
     draw_all: Draw | None = getattr(augment, "draw_parameters", None)
     # the same random numbers, and less work
     if draws is None and draw_all is not None and is_equivalent(augment, "draw_parameters", "draw"):
-        drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator)
-        return None if drawn.parameters is None else upload(drawn.parameters, images.device)
+        drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator).parameters
+        assert drawn is not None
+        warp = warp_of(augment, drawn, torch.Size((len(drawn), *images.shape[1:])))
+        return upload(drawn if warp is None else warp, images.device)
     draws = arguments.draws_of(draws, augment, images, batches, generator)
     if augment is None:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.checks import check_count, check_number
-from mtt_fast.engine.arguments import check_augment, check_optimizer
+from mtt_fast.engine.arguments import check_augment, check_image_shape, check_optimizer
 from mtt_fast.engine.optimizers import Adam, StudentSgd
 from mtt_fast.engine.students.batch_loss import BatchLossStudent
 from mtt_fast.engine.students.choice import student_for
@@ -237,8 +237,7 @@ def plan(
     if batch is not None:
         check_count("batch", batch)
     input_shape, augment_bytes = footprint_of(augment, shape[1:], dtype)
-    if isinstance(net, ConvNet):
-        _check_size(net, input_shape)
+    check_image_shape(net, input_shape)
     work = Work(
         student=student_for(net, device, label_kind, loss, precision),
         num_parameters=net.num_parameters,
@@ -267,15 +266,6 @@ def _shape_of(images: Any, *, is_2d: bool) -> torch.Size:
             f"`images`: expected a tensor or a shape {'(n, C, H, W)' if is_2d else '(n, …)'}, found {shape}"
         )
     return torch.Size(shape)
-
-
-def _check_size(net: ConvNet, image: torch.Size) -> None:
-    """Raise `InputError` unless `net` takes augmented images of this shape (C, H, W)."""
-    channels, *size = image
-    if channels != net.in_channels or net.feature_size_of(*size) != net.feature_size:
-        raise InputError(
-            f"`images`: expected those of the network, {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
-        )
 
 
 def plan_for(

@@ -77,10 +77,11 @@ class StudentSteps:
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
         """Return a function that maps n to the targets of step n: soft labels in `dtype`, and others as they are.
 
-        Class indices are small, so they are gathered for all steps at once. Soft labels are gathered step by step.
+        Class indices (n,) are small, so they are gathered for all steps at once. Others are gathered step by step: soft labels, and
+        a class for each pixel.
         """
-        if labels.is_floating_point():
-            return lambda n: labels[self.batches[n]].to(dtype)
+        if labels.is_floating_point() or labels.dim() > 1:
+            return lambda n: labels[self.batches[n]].to(dtype if labels.is_floating_point() else labels.dtype)
         targets = labels[torch.cat(self.batches)].split([len(index) for index in self.batches])
         return lambda n: targets[n]
 

@@ -113,11 +113,13 @@ def try_step(
             inputs, targets = samples(whole)
             with torch.no_grad():
                 logits = outputs_in_pieces(network, theta, inputs, _SAMPLES_AT_ONCE)
+                _check_rows(logits, inputs)
                 _check_samples_are_independent(network, theta, inputs[first], logits[first])
             _try_loss(loss, logits.requires_grad_(), targets)
             return is_known_mean
         if not is_cut:
             return True
+        _check_rows(logits, inputs[first])
         with torch.no_grad():
             _check_samples_are_independent(network, theta, inputs, logits)
             if is_known_mean:
@@ -220,6 +222,15 @@ def _leaves_of(result: Tensor) -> set[Tensor]:
         nodes = {node for each in nodes for node, _ in each.next_functions if node is not None} - reached
         reached |= nodes
     return {cast(Any, node).variable for node in reached if node.name().endswith("AccumulateGrad")}
+
+
+def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
+    """Raise `InputError` unless there is a row of the `outputs` for each of the `inputs`, as pieces of a batch need."""
+    if outputs.shape[:1] != inputs.shape[:1]:
+        raise InputError(
+            f"`net`: expected outputs (b, …), a row for each sample, since batches are cut, found shape {tuple(outputs.shape)} of "
+            f"{len(inputs)} samples; flatten them in the `loss`, or leave `microbatch` and `memory_budget` out"
+        )
 
 
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:

@@ -253,12 +253,14 @@ def checked_plan(
     student, theta, images, labels, lr, batches = steps
     augment, shape = options.augment, images.shape[1:]
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
+    input_shape = shape if augmented is None else augmented.shape[1:]
+    arguments.check_image_shape(net, input_shape)
     work = Work(
         student=student,
         num_parameters=net.num_parameters,
         mixes_samples=net.mixes_samples,
         images=images.shape,
-        input_shape=shape if augmented is None else augmented.shape[1:],
+        input_shape=input_shape,
         batch=max(len(index) for index in batches),
         steps=len(batches),
         dtype=theta.dtype,

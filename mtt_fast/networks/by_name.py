@@ -80,8 +80,8 @@ def network_by_name(
     (`users_network`).
 
     `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
-    all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, or images
-    too small for it.
+    all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, and one that names the
+    network for images too small for it.
     """
     if is_place(name):
         return users_network(option, name, image_shape, num_classes)

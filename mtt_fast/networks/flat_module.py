@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layout import ParameterLayout
@@ -45,14 +45,16 @@ class FlatModule:
         trained = {name: value for name, value in everything.items() if value.requires_grad}
         parameters = trained or {name: value for name, value in everything.items() if value.is_floating_point()}
         self.layout = ParameterLayout(tuple(parameters), tuple(tuple(value.shape) for value in parameters.values()))
-        norms = {name: part for name, part in tracked.named_modules() if isinstance(part, _BatchNorm)}
-        mixing = {name: part for name, part in norms.items() if part.training or part.running_mean is None}
-        self.mixes_samples = bool(mixing)
+        norms = {name: part for name, part in tracked.named_modules() if isinstance(part, _NormBase)}
+        self.mixes_samples = any(
+            isinstance(part, _BatchNorm) and (part.training or part.running_mean is None) for part in norms.values()
+        )
         """True where a sample's output depends on the others (batch statistics): no micro-batches then."""
-        running = {f"{name}.{key}": value for name, part in mixing.items() for key, value in part.named_buffers()}
+        training = {name: part for name, part in norms.items() if part.training}
+        running = {f"{name}.{key}": value for name, part in training.items() for key, value in part.named_buffers()}
         self._running = ParameterLayout(tuple(running), tuple(tuple(value.shape) for value in running.values()))
         self.statistics = _flat(running.values()) if running else None
-        """The running statistics (S,) of batch norms in training mode at the start: means, variances, counts. None if it has none."""
+        """The running statistics (S,) of batch and instance norms in training mode at the start: means, variances, counts. None if it has none."""
         self._initial = _one_vector(parameters.values())
         self._kind = type(module).__name__
         self._module = tracked
@@ -146,10 +148,10 @@ class _Evaluated:
 
 
 def _without_running_statistics(module: nn.Module) -> nn.Module:
-    """Return a copy whose batch norms in training mode write no running statistics, which `torch.func` forbids."""
+    """Return a copy whose norms in training mode write no running statistics, which `torch.func` forbids."""
     module = with_the_same_tensors(module)
     for part in module.modules():
-        if isinstance(part, _BatchNorm) and part.training:
+        if isinstance(part, _NormBase) and part.training:
             part.running_mean = part.running_var = part.num_batches_tracked = None
             part.track_running_stats = False
     return module

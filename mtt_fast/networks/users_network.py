@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import threading
 from collections.abc import Callable, Hashable, Mapping
@@ -16,6 +17,8 @@ from mtt_fast.checks import device_of
 from mtt_fast.errors import InputError
 from mtt_fast.networks.flat_module import FlatModule
 from mtt_fast.user_code import load, user_errors
+
+log = logging.getLogger(__name__)
 
 _IMAGES = 8  # at which networks are compared
 _DIGITS = 6  # significant ones of an output in a record
@@ -62,6 +65,10 @@ class UsersNetwork(FlatModule):
         module = _made(self._make, seed=int(torch.randint(1 << 62, (), generator=generator, device=device)))
         parameters = dict(module.named_parameters())
         return torch.cat([parameters[name].detach().reshape(-1) for name in self.layout.names]).to(device)
+
+    def begins_always_the_same(self) -> bool:
+        """Return whether a module from another seed has the parameters of the first one, as pretrained ones are."""
+        return torch.equal(self.init(torch.Generator().manual_seed(1)), self._initial)
 
     def describe(self) -> dict[str, Any]:
         """Return the name of the function or class, and outputs by which `is_same_function` knows another version of its code."""
@@ -123,7 +130,7 @@ def users_network(option: str, name: str, image_shape: tuple[int, int, int], num
 def _made_by(
     make: Callable[..., Any], option: str, name: str, image_shape: tuple[int, int, int], num_classes: int
 ) -> UsersNetwork:
-    """Return the network that `make` makes; for the arguments see `users_network`.
+    """Return the network that `make` makes; for the arguments see `users_network`. Warn if it begins in the same way whatever the seed.
 
     A command asks for its network several times, and to make one takes seconds, since it is called.
     """
@@ -142,10 +149,18 @@ def _made_by(
 
     try:
         with user_errors(option, name):
-            return UsersNetwork(name.rpartition(":")[2], make_module, image_shape, num_classes)
+            network = UsersNetwork(name.rpartition(":")[2], make_module, image_shape, num_classes)
     except InputError as error:
         begin = f"`{option}` {name}: "
         raise InputError(begin + str(error).removeprefix(begin).removeprefix("FlatModule: ")) from error
+    if network.begins_always_the_same():
+        log.warning(
+            "--%s %s: every module begins with the same parameters, and so do all experts, and the networks of a test; if they should "
+            "not, take out what seeds torch where it is made",
+            option,
+            name,
+        )
+    return network
 
 
 def is_same_function(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -22,14 +22,45 @@ from mtt_fast import (
 )
 from mtt_fast.augmentation.operations import Draws
 from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.augmentation.warp import augment_with
+from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close
 from tests.engine.graphed_loss_cases import BATCHES, FLIP, MODULE, NET, Loss, gradients, tensors
+
+
+class Halved(SiameseAugment):
+    """Half of each operation of DSA."""
+
+    def warp_parameters(self, draws: Draws | Tensor, shape: torch.Size) -> Tensor:
+        """See `Warp`."""
+        return 0.5 * super().warp_parameters(draws, shape)
+
+
+class Shift:
+    """A warp of a user's own, whose draws are not its parameters: whole pixels down."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """See `Augment`."""
+        return {"down": torch.randint(-2, 3, (len(images),), generator=generator)}
+
+    def warp_parameters(self, draws: dict[str, Tensor], shape: torch.Size) -> Tensor:
+        """See `Warp`."""
+        parameters = torch.zeros(shape[0], len(WARP_PARAMETERS), dtype=torch.float64)
+        parameters[:, WARP_PARAMETERS.index("row_shift")] = draws["down"].double()
+        return parameters
+
+    def __call__(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        """See `Augment`."""
+        return augment_with(images, self.warp_parameters(draws, images.shape))
+
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "augmented": {"augment": SiameseAugment()},
     "augmented by tensors": {"augment": FLIP},
+    "augmented by half": {"augment": Halved("rotate_scale")},
+    "augmented by a warp": {"augment": Shift()},
     "momentum": {"momentum": 0.9, "weight_decay": 0.1},
     "pieces": {"microbatch": 3},
     "budget": {"memory_budget": "64MiB"},

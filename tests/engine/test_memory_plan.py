@@ -258,6 +258,21 @@ def test_the_budget_holds(budget: str, native: str) -> None:
     assert memory["measured"] <= parse_bytes(budget)
 
 
+def test_classes_of_pixels_are_gathered_step_by_step() -> None:
+    net = FlatModule(torch.nn.Conv2d(1, 3, 1))
+    images, labels = torch.randn(4, 1, 32, 32), torch.zeros(4, 32, 32, dtype=torch.long)
+    peaks = []
+    for steps in (2, 20):
+        with CountLiveBytes() as counted:
+            path = unroll(
+                net, net.init(), images.requires_grad_(), labels, 0.1, torch.arange(4).expand(steps, 4),
+                loss=torch.nn.functional.cross_entropy,
+            )  # fmt: skip
+            path[-1].sum().backward()
+        peaks.append(counted.peak)
+    assert peaks[1] - peaks[0] < labels.nbytes
+
+
 def planned(memory_budget: int | str | None, net: Any = None, **options: Any) -> Plan:
     case: dict[str, Any] = {"images": (50, 3, 32, 32), "steps": 5} | options
     return mtt_fast.plan(net or ConvNet(width=16), memory_budget=memory_budget, **case)

@@ -172,6 +172,24 @@ def test_samples_that_depend_on_others_are_refused_where_batches_are_cut(functio
         gradient_of_module(Layer(function), microbatch=2)
 
 
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda images, layer: images.transpose(0, 1).flatten(0, 1), r"\(4, 6, 6\)"),
+        (lambda images, layer: images.mean(), r"\(\)"),
+    ],
+    ids=["several rows for each", "a number"],
+)
+def test_outputs_without_a_row_for_each_sample_are_refused_where_batches_are_cut(function: Any, shape: str) -> None:
+    net = FlatModule(nn.Sequential(nn.Conv2d(2, 2, 1), Layer(function)).double())
+    loss = {"loss": lambda outputs, labels: outputs.square().mean()}
+    assert gradient(net, net.init(), **loss).isfinite().all()
+    with pytest.raises(
+        InputError, match=rf"`net`: .* a row for each sample, since batches are cut, found shape {shape} of 2"
+    ):
+        gradient(net, net.init(), **loss, microbatch=2)
+
+
 def test_a_decision_for_a_whole_batch_is_found_though_most_samples_agree() -> None:
     layer = Layer(lambda images, layer: images if images.sum() > 0 else -images)
     net, images = FlatModule(with_layer(layer)), torch.rand(8, 2, 6, 6, dtype=torch.float64)

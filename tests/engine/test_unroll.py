@@ -304,6 +304,13 @@ def test_a_custom_loss() -> None:
     assert_close("images", images.grad, torch.autograd.grad(theta.sum(), pixels)[0], 1e-10)
 
 
+class OnlyDraws:
+    """An augmentation that has been left unfinished."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None) -> None:
+        """Draw nothing."""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -399,6 +406,9 @@ def test_a_custom_loss() -> None:
         ({"draws": 5}, "`draws`: expected a list of the draws of each step, found int"),
         ({"draws": {0: 1}}, "`draws`: expected a list of the draws of each step, found dict"),
         ({"augment": SiameseAugment}, "found the class SiameseAugment; call it to make one"),
+        ({"augment": OnlyDraws()}, "`augment`: expected an augmentation, such as SiameseAugment, found OnlyDraws"),
+        ({"images": torch.zeros(6, 1, 8, 8)}, r"`images`: .* 3 channels and size 8, found \(1, 8, 8\)"),
+        ({"images": torch.zeros(6, 8, 8)}, r"`images`: .* 3 channels and size 8, found \(8, 8\)"),
     ],
 )
 def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
@@ -407,6 +417,16 @@ def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
     case.pop("target")
     with pytest.raises(InputError, match=message):
         unroll(case.pop("net"), start, **case)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": lambda logits, labels: (logits @ logits.T).mean(), "microbatch": 1}])
+def test_images_of_another_shape_and_as_many_features_are_refused_by_every_student(options: dict[str, Any]) -> None:
+    case = small_case() | options | {"images": torch.zeros(6, 3, 4, 16)}
+    net = case.pop("net")
+    assert net.feature_size_of(4, 16) == (1, 4)
+    assert net.feature_size == (2, 2)
+    with pytest.raises(InputError, match=r"`images`: expected those of the network, 3 channels and size 8, found"):
+        unroll(net, case.pop("start"), **{name: value for name, value in case.items() if name != "target"})
 
 
 def test_on_an_accelerator_the_look_up_raises_for_negative_indices_too() -> None:

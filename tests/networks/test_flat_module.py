@@ -154,6 +154,20 @@ def test_running_statistics_are_constants() -> None:
     assert not torch.equal(after, before)
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, track_running_stats=True)],
+    ids=["batch", "averages over all batches", "instance"],
+)  # fmt: skip
+def test_an_evaluation_takes_the_running_statistics_of_a_training_in_torch(norm: nn.Module) -> None:
+    module = small_module(norm)
+    net, statistics = FlatModule(module), FlatModule(module).statistics
+    assert statistics is not None
+    for images in torch.randn(3, 4, 2, 6, 6, dtype=torch.float64):
+        module(images)
+        statistics = net.track(net.init(), images, statistics)
+    assert torch.equal(net.evaluated(statistics)(net.init(), images), module.eval()(images))
+
+
 def test_active_dropout_is_refused() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
     with pytest.raises(InputError, match="layer 1 draws random numbers"):

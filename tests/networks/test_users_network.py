@@ -97,6 +97,10 @@ class Noise(Net):
     def forward(self, images):
         return super().forward(images) + torch.randn(1)
 
+def seeded(channel, num_classes, im_size):
+    torch.manual_seed(0)
+    return Net(channel, num_classes, im_size)
+
 class Outer:
     Inner = Net
 
@@ -150,6 +154,12 @@ def test_it_is_the_module_that_the_class_makes() -> None:
         shift = torch.randn(7)
     weight, bias = theta[7 * 145 :].split([35, 5])
     torch.testing.assert_close(network(theta, images), torch.tanh(hidden + shift) @ weight.view(5, 7).T + bias)
+
+
+def test_a_module_that_begins_always_the_same_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for name, warned in (("Net", False), ("seeded", True)):
+        made(name)
+        assert (f"nets.py:{name}: every module begins with the same parameters" in caplog.text) == warned
 
 
 def test_parameters_are_drawn_as_the_class_draws_them() -> None:

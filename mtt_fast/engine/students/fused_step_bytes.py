@@ -79,8 +79,8 @@ def fused_step_bytes(
     p, copies, ys = blocks[-1].p, int(device.type == "cpu"), sum(block.y for block in blocks)
     dual_copies = copies
     if own_loss:  # features and their gradient, with their tangents, in the dtype of the parameters
-        width = dtype.itemsize // planes.itemsize
-        copies, dual_copies = 2 * width - 1, 4 * width
+        ratio = dtype.itemsize // planes.itemsize
+        copies, dual_copies = 2 * ratio - 1, 4 * ratio
     classifier = sum(block.x for block in blocks) + ys + (2 + copies) * p
     dual_classifier = sum(2 * block.x + block.y_dot for block in blocks) + ys + (4 + dual_copies) * p
     backward, saving, dual_forward, dual_backward = (
