@@ -63,6 +63,7 @@ PROGRAM = "python -m mtt_fast.analysis distance"
 RECORD = "distance.json"
 _STOPPED = "stopped; the sets that were finished are saved, and the same command continues"
 _WITHOUT_AUGMENTATION = {"DC", "DD", "LD"}  # methods whose distillation sees the images as they are
+_WITH_ADAM = {"LD", "RaT-BPTT", "AT-BPTT"}  # methods whose distillation trains networks by Adam
 _EXPERT_OPTIONS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
     field.name for field in dataclasses.fields(CommonOptions)
 } | {"expert_lr", "batch_real"}
@@ -133,6 +134,8 @@ def main(argv: Sequence[str]) -> None:
                 "%s: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch",
                 label,
             )
+        if synthetic.recipe.get("method") in _WITH_ADAM:
+            log.warning("%s: its distillation trained networks by Adam; the student here takes steps of SGD", label)
     with numerics(device, options.precision), lock_folder(Path(options.out)), stop_request() as stop:
         images = real_images(data, device, zca=options.zca)
         _run(options, sets, _RealTraining(network, images, training, deltas), stop)
@@ -255,6 +258,8 @@ def _student_rates(synthetic: SyntheticDataset) -> Tensor:
 
 def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
     """Return the augmentation of a set's distillation, or of the options if the set does not record it."""
+    if "syn_strategy" in recipe:  # of RaT-BPTT and AT-BPTT, whose --dsa_strategy is that of evaluations
+        return str(recipe["syn_strategy"])
     if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
         return "none"
     return str(recipe.get("dsa_strategy", options.dsa_strategy))

@@ -125,16 +125,16 @@ def test_the_distances_are_those_of_written_out_steps(
         assert picture.width > 400
 
 
-def test_experts_on_a_curriculum_are_told_to_be_trained_otherwise(
-    toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_trained_otherwise_is_told(toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
     dataclasses.replace(plain, recipe=plain.recipe | {"sort_method": "sha256:f00d"}).save(tmp_path / "pad.safetensors")
-    sets = [f"MTT={toy / 'run'}", f"PAD={tmp_path / 'pad.safetensors'}"]
+    dataclasses.replace(plain, recipe=plain.recipe | {"method": "RaT-BPTT"}).save(tmp_path / "rat.safetensors")
+    sets = [f"MTT={toy / 'run'}", *(f"{name.upper()}={tmp_path / name}.safetensors" for name in ("pad", "rat"))]
     assert run("distance", *sets, "--steps", "1", "--deltas", "1", "--out", str(tmp_path / "out")) == 0
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
-        "PAD: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch"
+        "PAD: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch",
+        "RAT: its distillation trained networks by Adam; the student here takes steps of SGD",
     ]
 
 
@@ -248,6 +248,8 @@ def test_augmentation_is_that_of_the_distillation() -> None:
         ({"dsa_strategy": "crop", "method": "DD"}, "none"),
         ({"dsa_strategy": "crop", "method": "LD"}, "none"),
         ({"dsa_strategy": "crop", "method": "DSA"}, "crop"),
+        ({"dsa_strategy": "crop", "method": "RaT-BPTT", "syn_strategy": "flip_rotate"}, "flip_rotate"),
+        ({"dsa_strategy": "crop", "method": "AT-BPTT", "syn_strategy": "none", "dsa": False}, "none"),
     ):
         assert strategy_of(recipe, options) == strategy
 
