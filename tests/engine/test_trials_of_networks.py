@@ -203,7 +203,10 @@ def test_outputs_that_are_no_logits_need_a_loss(shape: tuple[int, ...]) -> None:
 def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None:
     """Check what would give images without a gradient: features that are computed under no_grad."""
     net = FlatModule(with_layer(Layer(lambda images, layer: images.detach())))
-    with pytest.raises(InputError, match="depends on the images, found none of their gradients; `net` or `loss` cuts"):
+    with pytest.raises(
+        InputError,
+        match="`net`, `loss`: expected a loss that depends on the images, found none of their gradients; they are cut",
+    ):
         gradient(net, net.init())
     with torch.no_grad():  # a training of which no gradient is asked for
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)

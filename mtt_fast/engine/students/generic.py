@@ -193,6 +193,6 @@ _NO_DERIVATIVE = re.compile(
 def no_gradient_error(name: str) -> InputError:
     """Return the error that the loss of a step has no gradient with respect to its `name`, "parameters" or "images"."""
     return InputError(
-        f"expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
-        "detach, item, torch.no_grad and a constant do"
+        f"`net`, `loss`: expected a loss that depends on the {name}, found none of their gradients; they are cut off, as by "
+        "detach, item, torch.no_grad or a constant"
     )
