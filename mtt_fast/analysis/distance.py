@@ -157,7 +157,7 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
         labelled = bool(equals) and not Path(argument).exists()  # a path may hold the sign as well
         file = Path(path if labelled else argument)
         if not labelled:
-            label = file.parent.name if file.is_file() else file.name
+            label = (file.absolute().parent if file.is_file() else file.absolute()).name
         if not label.strip():
             raise InputError(
                 f"{argument}: expected a label before =, found none; give LABEL=FOLDER, or the folder alone"

@@ -365,6 +365,9 @@ def test_a_set_is_labelled_by_its_argument_or_its_folder(
     (tmp_path / "N=2").symlink_to(toy / "run")
     sets = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
     assert list(sets) == ["N=2", "short", "x"]
+    monkeypatch.chdir(tmp_path / "N=2")  # a link to the folder run
+    for place in (".", "synthetic.safetensors"):
+        assert list(read_distilled_sets([place])) == ["run"]
 
 
 def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(toy: Path, tmp_path: Path) -> None:
