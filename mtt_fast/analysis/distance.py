@@ -56,6 +56,7 @@ from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.experts import ExpertTraining, expert_steps
 from mtt_fast.training.images import RealImages, as_training_images, real_images
+from mtt_fast.training.protocols import EvaluationProtocol
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def student_path(
 ) -> Tensor:
     """Return θ̂_0 … θ̂_K, (K + 1, P): `options.steps` steps from `start` (P,) as in the set's distillation."""
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
-    batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
+    batches = student_batches(len(images), batch_size_of(recipe), options.steps, generator)
     augment = augment_by_strategy(strategy_of(recipe, options))
     lrs = _student_rates(synthetic)
     if lrs.dim():  # one for each of N steps, which are repeated
@@ -254,6 +255,14 @@ def _student_rates(synthetic: SyntheticDataset) -> Tensor:
     lrs = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     # a velocity μ m + (1 − d) g is 1 − d times that of μ m + g
     return lrs * (1 - float(synthetic.recipe.get("student_dampening", 0.0)))
+
+
+def batch_size_of(recipe: Mapping[str, Any]) -> int | None:
+    """Return the number of images in a step of the networks of a set's distillation, None for all."""
+    if recipe.get("method") in ("DC", "DSA"):
+        return int(recipe.get("batch_train") or EvaluationProtocol.batch_size)
+    size: int | None = recipe.get("batch_syn")
+    return size
 
 
 def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
@@ -285,7 +294,8 @@ def _measurement_key(
     options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int
 ) -> dict[str, Any]:
     """Return everything on which a set's distances from one start depend. It is the "question" of an entry in distance.json."""
-    student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
+    student = {name: synthetic.recipe.get(name) for name in ("student_mom", "student_l2")}
+    student["batch_syn"] = batch_size_of(synthetic.recipe)
     key = {
         "set": digest(synthetic.images, synthetic.labels, _student_rates(synthetic)),
         "label_kind": synthetic.label_kind,

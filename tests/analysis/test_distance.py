@@ -16,6 +16,7 @@ from PIL import Image
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.distance import (
     DistanceOptions,
+    batch_size_of,
     default_options,
     nearest_steps,
     read_distilled_sets,
@@ -208,7 +209,7 @@ def test_a_distance_is_taken_from_the_record_for_the_same_question_alone(
     canvases = dataclasses.replace(own, images=own.images.repeat(1, 1, 2, 2), canvas=Canvas(2, 1))
     sets = {"own": own, "logits": logits, "canvases": canvases}
     other_sets = [dataclasses.replace(own, recipe=own.recipe | change) for change in (
-        {"batch_syn": 5}, {"student_mom": 0.5}, {"student_l2": 0.01}, {"no_aug": False},
+        {"batch_syn": 5}, {"method": "DSA", "batch_train": 5}, {"student_mom": 0.5}, {"student_l2": 0.01}, {"no_aug": False},
     )]  # fmt: skip
     other_sets += [
         dataclasses.replace(own, images=own.images + 1),
@@ -252,6 +253,17 @@ def test_augmentation_is_that_of_the_distillation() -> None:
         ({"dsa_strategy": "crop", "method": "AT-BPTT", "syn_strategy": "none", "dsa": False}, "none"),
     ):
         assert strategy_of(recipe, options) == strategy
+
+
+def test_the_batch_size_is_that_of_the_distillation() -> None:
+    for recipe, size in (
+        ({}, None),
+        ({"batch_syn": 6, "batch_train": 5}, 6),
+        ({"method": "DM", "batch_train": 5}, None),  # whose distillation trains no network
+        ({"method": "DC", "batch_train": None}, 256),
+        ({"method": "DSA", "batch_train": 5}, 5),
+    ):
+        assert batch_size_of(recipe) == size
 
 
 def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories() -> None:
