@@ -67,7 +67,7 @@ _WITHOUT_AUGMENTATION = {"DC", "DD", "LD"}  # methods whose distillation sees th
 _WITH_ADAM = {"LD", "RaT-BPTT", "AT-BPTT"}  # methods whose distillation trains networks by Adam
 _EXPERT_OPTIONS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
     field.name for field in dataclasses.fields(CommonOptions)
-} | {"expert_lr", "batch_real"}
+} | {"expert_lr", "batch_real", "dsa", "dsa_strategy"}
 
 
 @dataclass(frozen=True)

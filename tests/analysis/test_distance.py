@@ -267,12 +267,28 @@ def test_the_batch_size_is_that_of_the_distillation() -> None:
 
 
 def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories() -> None:
-    dsa = {"dataset": "CIFAR100", "seed": 3, "device": "cuda:1", "method": "DSA", "batch_real": 128, "lr_img": 0.1}
-    mtt = {"dataset": "CIFAR10", "expert_epochs": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "ipc": 1}
+    dsa = {
+        "dataset": "CIFAR100",
+        "seed": 3,
+        "device": "cuda:1",
+        "method": "DSA",
+        "batch_real": 128,
+        "lr_img": 0.1,
+        "dsa": False,
+    }
+    mtt = {
+        "dataset": "CIFAR10",
+        "expert_epochs": 3,
+        "dsa": True,
+        "expert_lr": 0.02,
+        "batch_real": 256,
+        "mom": 0.9,
+        "ipc": 1,
+    }
     assert default_options([dsa, mtt]) == {
-        "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9,
+        "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "dsa": True,
     }  # fmt: skip
-    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3}
+    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3, "dsa": False}
 
 
 def test_students_step_as_in_the_distillation(toy: Path) -> None:
