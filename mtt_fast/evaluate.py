@@ -25,6 +25,7 @@ from mtt_fast.commands.evaluated_set import (
     read_synthetic,
     settings_of,
 )
+from mtt_fast.commands.network_trial import named_after_option
 from mtt_fast.commands.option_fields import Checked, Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.students.choice import describe_numerics, precision_on
@@ -88,11 +89,12 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     accuracies: dict[str, Accuracy] = {}
     with stop_request() as stop:
         for name, network in networks.items():
-            accuracies[name] = evaluate(
-                network, train, real.test, lr, protocol, num_networks=options.num_eval, seed=options.seed, name=name,
-                stop=stop, precision=precision_on(device, network, options.precision),
-                at_once=options.networks_at_once,
-            )  # fmt: skip
+            with named_after_option(name):
+                accuracies[name] = evaluate(
+                    network, train, real.test, lr, protocol, num_networks=options.num_eval, seed=options.seed, name=name,
+                    stop=stop, precision=precision_on(device, network, options.precision),
+                    at_once=options.networks_at_once,
+                )  # fmt: skip
             log.info("%s on %s: %s", options.source, name, accuracies[name])
     if options.out:
         first, *_ = networks

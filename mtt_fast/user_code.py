@@ -55,16 +55,16 @@ def file_digest(cls: type) -> str:
 
 
 @contextlib.contextmanager
-def user_errors(option: str, name: str, other: type[Exception] = InputError) -> Iterator[None]:
+def user_errors(option: str, name: str, *passed: type[Exception]) -> Iterator[None]:
     """Turn an error of the user's code into one line with the `option`, the place `name`, and the line of it that raised it.
 
-    An `InputError`, and one of the class `other`, is raised as it is.
+    Errors of the classes `passed` stay as they are.
     """
     try:
         yield
-    except (InputError, other):
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, (InputError, *passed)):
+            raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [f" ({each.filename}, line {each.lineno})" for each in frames if not each.filename.startswith(_NOT_OWN)]
         raise InputError(f"`{option}` {name}: {type(error).__name__}: {error}{''.join(own[-1:])}") from error

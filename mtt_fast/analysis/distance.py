@@ -56,6 +56,7 @@ from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.experts import ExpertTraining, expert_steps
 from mtt_fast.training.images import RealImages, as_training_images, real_images
+from mtt_fast.training.protocols import EvaluationProtocol
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,10 @@ PROGRAM = "python -m mtt_fast.analysis distance"
 RECORD = "distance.json"
 _STOPPED = "stopped; the sets that were finished are saved, and the same command continues"
 _WITHOUT_AUGMENTATION = {"DC", "DD", "LD"}  # methods whose distillation sees the images as they are
+_WITH_ADAM = {"LD", "RaT-BPTT", "AT-BPTT"}  # methods whose distillation trains networks by Adam
 _EXPERT_OPTIONS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
     field.name for field in dataclasses.fields(CommonOptions)
-} | {"expert_lr", "batch_real"}
+} | {"expert_lr", "batch_real", "dsa", "dsa_strategy"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def main(argv: Sequence[str]) -> None:
                 "%s: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch",
                 label,
             )
+        if synthetic.recipe.get("method") in _WITH_ADAM:
+            log.warning("%s: its distillation trained networks by Adam; the student here takes steps of SGD", label)
     with numerics(device, options.precision), lock_folder(Path(options.out)), stop_request() as stop:
         images = real_images(data, device, zca=options.zca)
         _run(options, sets, _RealTraining(network, images, training, deltas), stop)
@@ -154,7 +158,7 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
         labelled = bool(equals) and not Path(argument).exists()  # a path may hold the sign as well
         file = Path(path if labelled else argument)
         if not labelled:
-            label = file.parent.name if file.is_file() else file.name
+            label = (file.absolute().parent if file.is_file() else file.absolute()).name
         if not label.strip():
             raise InputError(
                 f"{argument}: expected a label before =, found none; give LABEL=FOLDER, or the folder alone"
@@ -230,7 +234,7 @@ def student_path(
 ) -> Tensor:
     """Return θ̂_0 … θ̂_K, (K + 1, P): `options.steps` steps from `start` (P,) as in the set's distillation."""
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
-    batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
+    batches = student_batches(len(images), batch_size_of(recipe), options.steps, generator)
     augment = augment_by_strategy(strategy_of(recipe, options))
     lrs = _student_rates(synthetic)
     if lrs.dim():  # one for each of N steps, which are repeated
@@ -253,8 +257,18 @@ def _student_rates(synthetic: SyntheticDataset) -> Tensor:
     return lrs * (1 - float(synthetic.recipe.get("student_dampening", 0.0)))
 
 
+def batch_size_of(recipe: Mapping[str, Any]) -> int | None:
+    """Return the number of images in a step of the networks of a set's distillation, None for all."""
+    if recipe.get("method") in ("DC", "DSA"):
+        return int(recipe.get("batch_train") or EvaluationProtocol.batch_size)
+    size: int | None = recipe.get("batch_syn")
+    return size
+
+
 def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
     """Return the augmentation of a set's distillation, or of the options if the set does not record it."""
+    if "syn_strategy" in recipe:  # of RaT-BPTT and AT-BPTT, whose --dsa_strategy is that of evaluations
+        return str(recipe["syn_strategy"])
     if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
         return "none"
     return str(recipe.get("dsa_strategy", options.dsa_strategy))
@@ -280,7 +294,8 @@ def _measurement_key(
     options: DistanceOptions, synthetic: SyntheticDataset, real: _RealTraining, start: int
 ) -> dict[str, Any]:
     """Return everything on which a set's distances from one start depend. It is the "question" of an entry in distance.json."""
-    student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
+    student = {name: synthetic.recipe.get(name) for name in ("student_mom", "student_l2")}
+    student["batch_syn"] = batch_size_of(synthetic.recipe)
     key = {
         "set": digest(synthetic.images, synthetic.labels, _student_rates(synthetic)),
         "label_kind": synthetic.label_kind,

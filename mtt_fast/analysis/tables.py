@@ -224,7 +224,7 @@ def _costs_and_shares(paper: Paper) -> str:
 
 def _name(row: Row) -> str:
     """Return the method, with the runs in a row that is not the paper's, so that such rows can be told apart."""
-    runs = {Path(run).name: None for value in row.measured.values() for run in value.runs}
+    runs = {Path(run).absolute().name: None for value in row.measured.values() for run in value.runs}
     return row.method if row.published else f"{row.method} ({', '.join(runs)})"
 
 

@@ -114,14 +114,14 @@ def _run(
         data = options.load_data()
     network = options.network(data)
     trained_options = options if isinstance(options, TrainedNetworkOptions) and options.uses_network else None
-    if network.mixes_samples and (name != "random" or trained_options):
+    if network.mixes_samples and options.uses_network:
         raise InputError(
-            f"--model {options.model}: its batch norm uses the statistics of each batch, which small sets do not have; make the "
-            "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
+            f"--model {options.model}: expected a network that does not mix the images of a batch, as batch norm does: small sets have "
+            "other statistics than the data; make the set with another, and evaluate it on this one with python -m mtt_fast.evaluate"
         )
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
     check_enough(data, options.ipc)
-    if name != "random":
+    if options.uses_network:
         batch = options.ipc * data.num_classes
         try_users_network(options.model, network, data.image_shape, data.num_classes, device, batch)
     real = timed_real_images(data, device, seconds, zca=options.zca)

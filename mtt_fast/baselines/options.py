@@ -53,6 +53,11 @@ class BaselineOptions(EvaluationOptions):
         return Path(self.out or Path("runs") / f"{method}-{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
 
     @property
+    def uses_network(self) -> bool:
+        """Return whether the method, with these options, makes the set by a network."""
+        return True
+
+    @property
     def batch_size(self) -> int:
         """Return the batch size for training networks other than those of an evaluation."""
         return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
@@ -92,7 +97,7 @@ class TrainedNetworkOptions(BaselineOptions):
 
     @property
     def uses_network(self) -> bool:
-        """Return whether the method, with these options, uses a trained network, to choose images or for their labels."""
+        """See `BaselineOptions.uses_network`: a trained one, to choose images or for their labels."""
         return self.labels == "experts" or not self.reason_without_network
 
     def without_effect(self) -> dict[str, str]:

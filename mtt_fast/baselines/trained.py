@@ -22,6 +22,7 @@ from mtt_fast.storage.expert_checks import (
     BASELINE_FLAGS,
     check_as_requested,
     check_belongs,
+    describe_other_draws,
     describe_other_training,
     remark_on_unknown_training,
     with_training_of,
@@ -71,6 +72,8 @@ def with_first_expert_training(
         log.info("%s: %s", store.path(0), remark_on_unknown_training(requested))
     if remark := describe_other_training(expert, training, to_the_end=True, flags=BASELINE_FLAGS):
         log.info("%s: %s", store.folder, remark)
+    for line in describe_other_draws(expert, options.strategy, options.seed, "evaluations"):
+        log.info("%s: %s", store.path(0), line)
     return with_training_of(options, training, expert)
 
 

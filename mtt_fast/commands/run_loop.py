@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, format_accuracy
+from mtt_fast.commands.network_trial import named_after_option
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
 from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -247,7 +248,7 @@ def evaluate_network(
     Raises `InputError` if another run took the folder in the meantime.
     """
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
-    with run.seconds.of("evaluations"):
+    with run.seconds.of("evaluations"), named_after_option(name):
         accuracy = evaluate(
             network, train, test, protocol.initial_lr(lr), protocol, num_networks=options.num_eval, seed=options.seed,
             indices=indices, name=name, stop=stop,

@@ -27,6 +27,7 @@ from mtt_fast.commands.evaluated_set import (
     read_synthetic,
     settings_of,
 )
+from mtt_fast.commands.network_trial import named_after_option
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
@@ -203,7 +204,8 @@ def _measure(
     """Train and test the networks of a cell. Raises `Stopped` after a stop request."""
     options, device = row.options, real.test.labels.device
     start = time.monotonic()
-    with stopped_with("stopped; what was measured is saved, and the same command continues"):
+    stopped = "stopped; what was measured is saved, and the same command continues"
+    with stopped_with(stopped), named_after_option(name):
         result = evaluate(
             network, train, real.test, lr, options.evaluation_protocol(), num_networks=options.num_eval, seed=options.seed,
             name=f"{row.source} on {name}", stop=stop, precision=precision_on(device, network, options.precision),

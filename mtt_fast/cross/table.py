@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
             capsize=3,
             label=legend_label(name).replace("$", r"\$"),  # no formula
         )
-    for row, marker in zip(quoted, "x+*1234", strict=False):
+    for row, marker in zip(quoted, itertools.cycle("x+*1234"), strict=False):
         known = [network for network in networks if network in row.accuracies]
         axes.errorbar(
             [networks.index(network) for network in known],

@@ -25,8 +25,8 @@ from mtt_fast.storage.expert_checks import (
     check_as_requested,
     check_belongs,
     check_long_enough,
+    describe_other_draws,
     describe_other_training,
-    hyperparameters_of,
     remark_on_unknown_training,
 )
 from mtt_fast.storage.foreign import names_in
@@ -251,15 +251,9 @@ def _remarks(
         )
     if first.imported and requested:
         yield remark_on_unknown_training(requested)
-    trained = hyperparameters_of(first)
     if remark := describe_other_training(first, options.experts().record(), to_the_end=options.uses_last_epochs):
         yield remark
-    if (augment := trained.get("augment", options.strategy)) != options.strategy:
-        yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
-    if trained and first.seed != options.seed:
-        yield f"trained with --seed {first.seed}; {options.seed} is that of the student and of evaluations"
-    if trained.get("sort_method"):
-        yield "trained on a curriculum of images, easy ones first (PAD)"
+    yield from describe_other_draws(first, options.strategy, options.seed, "the student and of evaluations")
 
 
 def check_same_experts_so_far(options: DistillOptions, state: State, data: ImageData | DatasetInfo) -> None:

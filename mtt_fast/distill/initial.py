@@ -19,10 +19,8 @@ from mtt_fast.distill.parametrised import parametrisation_of
 from mtt_fast.errors import InputError
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
-from mtt_fast.parametrisations.by_name import code_digest
+from mtt_fast.parametrisations.by_name import code_digest, fit_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, images_at, learned_values
-from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import digest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, TensorSpec, check_specs
@@ -30,7 +28,6 @@ from mtt_fast.storage.run_files import CHECKPOINT
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.subsets import random_subset, shuffled_classes, window_of_difficulty
-from mtt_fast.user_code import user_errors
 
 log = logging.getLogger(__name__)
 
@@ -183,9 +180,8 @@ def initial_images(
 def _parametrised(options: DistillOptions, images: Images, num_classes: int, num_misclassified: int) -> InitialImages:
     """Return the images that the parametrisation of `options` computes, fitted to `images`."""
     module = parametrisation_of(options, images.pixels.cpu(), num_classes).to(images.pixels.device)
-    errors = user_errors("parametrisation", str(options.parametrisation), Stopped)
-    with errors, torch.enable_grad(), numerics(images.pixels.device, "fp32"):
-        module.fit(images.pixels)
+    name, generator = str(options.parametrisation), generator_for(options.seed, "fit of the parametrisation")
+    fit_parametrisation(name, module, images.pixels, generator)
     values = learned_values(module)
     matched, evaluated = (
         images_at(module, values, torch.empty_like(images.pixels), evaluated=kind) for kind in (False, True)

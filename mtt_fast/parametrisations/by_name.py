@@ -14,6 +14,8 @@ from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.parametrisations.ddif import Ddif
 from mtt_fast.parametrisations.parametrisation import Parametrisation
 from mtt_fast.parametrisations.speed import Speed
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.user_code import file_digest, is_place, load, user_errors
 
 _KNOWN: dict[str, type[Parametrisation]] = {"ddif": Ddif, "speed": Speed}
@@ -32,8 +34,30 @@ def make_parametrisation(
     cls = _class_of(name)
     arguments = _arguments(name, cls, options)
     with user_errors("parametrisation", name), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator, device="cpu")))
+        torch.default_generator.manual_seed(_seed_from(generator))
         return cls(images, num_classes, **arguments)
+
+
+def fit_parametrisation(
+    name: str, parametrisation: Parametrisation, images: Tensor, generator: torch.Generator
+) -> None:
+    """Fit the `parametrisation` called `name` to the initial `images` (n, C, H, W), on its device.
+
+    It draws from torch's default generators what `generator` determines, so that a run that continues fits it to the same values.
+    Raises `InputError` with the error that it raises, and `Stopped` on Ctrl-C or SIGTERM.
+    """
+    with (
+        user_errors("parametrisation", name, Stopped),
+        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
+        torch.enable_grad(),
+        numerics(images.device, "fp32"),
+    ):
+        torch.manual_seed(_seed_from(generator))
+        parametrisation.fit(images)
+
+
+def _seed_from(generator: torch.Generator) -> int:
+    return int(torch.randint(1 << 62, (), generator=generator, device="cpu"))
 
 
 def is_users_class(name: str) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mtt_fast.parametrisations.parametrisation import Parametrisation, block_size
+from mtt_fast.errors import InputError
+from mtt_fast.parametrisations.parametrisation import Parametrisation, block_size, check_whole
 from mtt_fast.runtime.interrupts import raise_if_stopped, stop_request
 
 
@@ -39,6 +40,12 @@ class Ddif(Parametrisation):
         lr_nf_init: float = 5e-4,
     ) -> None:
         super().__init__()
+        check_whole("ddif", num_layers=num_layers, layer_size=layer_size)
+        check_whole("ddif", 0, epochs_init=epochs_init)
+        if not 0 < lr_nf_init < math.inf:
+            raise InputError(
+                f"`parametrisation` ddif: lr_nf_init {lr_nf_init}: expected a finite number above 0, such as 5e-4"
+            )
         count, channels, *sides = images.shape
         sizes = [2, *[layer_size] * num_layers, channels]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mtt_fast.errors import InputError
 from mtt_fast.runtime.numerics import numerics
 
 Optimizer = Literal["sgd", "adam"]
@@ -53,7 +54,8 @@ class Parametrisation(nn.Module):
     def fit(self, images: Tensor) -> None:
         """Fit the parameters to the initial `images` (n, C, H, W), on their device, to which the module has been moved.
 
-        It is called when a run starts or continues, but not when options are checked before. Here it does nothing.
+        It is called when a run starts or continues, but not when options are checked before. Random numbers of torch's default
+        generators are the same each time. Here it does nothing.
         """
 
     def relative_rate(self, name: str) -> float:
@@ -70,6 +72,13 @@ class Parametrisation(nn.Module):
         Count buffers too if they cannot be made again.
         """
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def check_whole(name: str, least: int = 1, **options: Any) -> None:
+    """Raise `InputError` unless each of the `options` of the parametrisation `name` is a whole number of at least `least`."""
+    for option, value in options.items():
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"`parametrisation` {name}: {option} {value}: expected a whole number from {least} on")
 
 
 def learned_parameters(parametrisation: Parametrisation) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtt_fast.errors import InputError
-from mtt_fast.parametrisations.parametrisation import Parametrisation
+from mtt_fast.parametrisations.parametrisation import Parametrisation, check_whole
 
 _STD = 0.2  # of the initial tokens and coefficients
 
@@ -40,12 +40,10 @@ class Speed(Parametrisation):
         freenet_rate: float = 1e-4,
     ) -> None:
         super().__init__()
-        sizes = {
-            "num_saet": num_saet, "dim_saet": dim_saet, "num_head": num_head, "decoder_depth": decoder_depth, "patch_size": patch_size
-        }  # fmt: skip
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"`parametrisation` speed: {name} {size}: expected a whole number from 1 on")
+        check_whole(
+            "speed", num_saet=num_saet, dim_saet=dim_saet, num_head=num_head, decoder_depth=decoder_depth, top_k=top_k,
+            patch_size=patch_size,
+        )  # fmt: skip
         count, channels, height, width = images.shape
         if height % patch_size or width % patch_size:
             raise InputError(
@@ -56,7 +54,7 @@ class Speed(Parametrisation):
                 f"`parametrisation` speed: dim_saet {dim_saet}: expected a multiple of num_head {num_head}"
             )
         rows, columns = height // patch_size, width // patch_size
-        if not 0 < top_k <= rows * columns * num_saet:
+        if top_k > rows * columns * num_saet:
             raise InputError(
                 f"`parametrisation` speed: top_k {top_k}: expected 1 to {rows * columns * num_saet}, the coefficients of an image "
                 "and head"

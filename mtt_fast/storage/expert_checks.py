@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -208,6 +208,17 @@ def describe_other_training(
     differing = _differing({name: hyperparameters[name] for name in FLAGS}, found, to_the_end) if found else []
     values = ", ".join(f"--{flags[name]} {found[name]} (not {hyperparameters[name]})" for name in differing)
     return f"used as they are, trained with {values}" if values else ""
+
+
+def describe_other_draws(expert: ExpertMetadata, augment: str, seed: int, users: str) -> Iterator[str]:
+    """Yield remarks where an expert was trained with another augmentation or seed, or on other images in each epoch, than its `users`."""
+    trained = hyperparameters_of(expert)
+    if (found := trained.get("augment", augment)) != augment:
+        yield f"trained with augmentation {found}; {augment} is that of {users}"
+    if trained and expert.seed != seed:
+        yield f"trained with --seed {expert.seed}; {seed} is that of {users}"
+    if trained.get("sort_method"):
+        yield "trained on a curriculum of images, easy ones first (PAD)"
 
 
 def with_training_of(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:

@@ -19,7 +19,7 @@ def run(*arguments: str) -> int:
     return cli.run(main, arguments)
 
 
-def log_fields(folder: Path) -> list[str]:
+def folders(folder: Path) -> list[str]:
     return ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]
 
 

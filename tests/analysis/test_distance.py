@@ -16,6 +16,7 @@ from PIL import Image
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.distance import (
     DistanceOptions,
+    batch_size_of,
     default_options,
     nearest_steps,
     read_distilled_sets,
@@ -125,16 +126,16 @@ def test_the_distances_are_those_of_written_out_steps(
         assert picture.width > 400
 
 
-def test_experts_on_a_curriculum_are_told_to_be_trained_otherwise(
-    toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_trained_otherwise_is_told(toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
     dataclasses.replace(plain, recipe=plain.recipe | {"sort_method": "sha256:f00d"}).save(tmp_path / "pad.safetensors")
-    sets = [f"MTT={toy / 'run'}", f"PAD={tmp_path / 'pad.safetensors'}"]
+    dataclasses.replace(plain, recipe=plain.recipe | {"method": "RaT-BPTT"}).save(tmp_path / "rat.safetensors")
+    sets = [f"MTT={toy / 'run'}", *(f"{name.upper()}={tmp_path / name}.safetensors" for name in ("pad", "rat"))]
     assert run("distance", *sets, "--steps", "1", "--deltas", "1", "--out", str(tmp_path / "out")) == 0
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
-        "PAD: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch"
+        "PAD: its experts were trained on a curriculum of images (PAD); the real training here takes all images in each epoch",
+        "RAT: its distillation trained networks by Adam; the student here takes steps of SGD",
     ]
 
 
@@ -208,7 +209,7 @@ def test_a_distance_is_taken_from_the_record_for_the_same_question_alone(
     canvases = dataclasses.replace(own, images=own.images.repeat(1, 1, 2, 2), canvas=Canvas(2, 1))
     sets = {"own": own, "logits": logits, "canvases": canvases}
     other_sets = [dataclasses.replace(own, recipe=own.recipe | change) for change in (
-        {"batch_syn": 5}, {"student_mom": 0.5}, {"student_l2": 0.01}, {"no_aug": False},
+        {"batch_syn": 5}, {"method": "DSA", "batch_train": 5}, {"student_mom": 0.5}, {"student_l2": 0.01}, {"no_aug": False},
     )]  # fmt: skip
     other_sets += [
         dataclasses.replace(own, images=own.images + 1),
@@ -248,17 +249,46 @@ def test_augmentation_is_that_of_the_distillation() -> None:
         ({"dsa_strategy": "crop", "method": "DD"}, "none"),
         ({"dsa_strategy": "crop", "method": "LD"}, "none"),
         ({"dsa_strategy": "crop", "method": "DSA"}, "crop"),
+        ({"dsa_strategy": "crop", "method": "RaT-BPTT", "syn_strategy": "flip_rotate"}, "flip_rotate"),
+        ({"dsa_strategy": "crop", "method": "AT-BPTT", "syn_strategy": "none", "dsa": False}, "none"),
     ):
         assert strategy_of(recipe, options) == strategy
 
 
+def test_the_batch_size_is_that_of_the_distillation() -> None:
+    for recipe, size in (
+        ({}, None),
+        ({"batch_syn": 6, "batch_train": 5}, 6),
+        ({"method": "DM", "batch_train": 5}, None),  # whose distillation trains no network
+        ({"method": "DC", "batch_train": None}, 256),
+        ({"method": "DSA", "batch_train": 5}, 5),
+    ):
+        assert batch_size_of(recipe) == size
+
+
 def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories() -> None:
-    dsa = {"dataset": "CIFAR100", "seed": 3, "device": "cuda:1", "method": "DSA", "batch_real": 128, "lr_img": 0.1}
-    mtt = {"dataset": "CIFAR10", "expert_epochs": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "ipc": 1}
+    dsa = {
+        "dataset": "CIFAR100",
+        "seed": 3,
+        "device": "cuda:1",
+        "method": "DSA",
+        "batch_real": 128,
+        "lr_img": 0.1,
+        "dsa": False,
+    }
+    mtt = {
+        "dataset": "CIFAR10",
+        "expert_epochs": 3,
+        "dsa": True,
+        "expert_lr": 0.02,
+        "batch_real": 256,
+        "mom": 0.9,
+        "ipc": 1,
+    }
     assert default_options([dsa, mtt]) == {
-        "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9,
+        "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "dsa": True,
     }  # fmt: skip
-    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3}
+    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3, "dsa": False}
 
 
 def test_students_step_as_in_the_distillation(toy: Path) -> None:
@@ -363,6 +393,9 @@ def test_a_set_is_labelled_by_its_argument_or_its_folder(
     (tmp_path / "N=2").symlink_to(toy / "run")
     sets = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
     assert list(sets) == ["N=2", "short", "x"]
+    monkeypatch.chdir(tmp_path / "N=2")  # a link to the folder run
+    for place in (".", "synthetic.safetensors"):
+        assert list(read_distilled_sets([place])) == ["run"]
 
 
 def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(toy: Path, tmp_path: Path) -> None:

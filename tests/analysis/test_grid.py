@@ -13,7 +13,7 @@ from PIL import Image
 from mtt_fast.analysis import grid
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.text_files import write_json
-from tests.analysis.helpers import TOY, log_fields, read, run, summary
+from tests.analysis.helpers import TOY, folders, read, run, summary
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_grid_runs_every_cell_once_and_draws_them(toy: Path, tmp_path: Path) -> 
     flags = [
         "grid",
         *TOY,
-        *log_fields(toy),
+        *folders(toy),
         "--expert-epochs",
         "2,1",
         "--syn_steps=1,3",
@@ -56,7 +56,7 @@ def test_grid_runs_every_cell_once_and_draws_them(toy: Path, tmp_path: Path) -> 
 
 def test_a_cell_that_diverges_is_left_open(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid"
-    flags = ["grid", *TOY, *log_fields(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)]
+    flags = ["grid", *TOY, *folders(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)]
     assert run(*flags, "--Iteration", "30", "--eval_it", "40", "--lr_teacher", "1e30") == 0
     assert [cell["accuracy"] for cell in read(out / "grid.json")["cells"]] == [None, None]
     assert "| M = 1 | — | — |" in (out / "grid.md").read_text()
@@ -71,7 +71,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr("mtt_fast.distill.command.main", distilled_or_stopped)
     out = tmp_path / "grid"
-    assert run("grid", *TOY, *log_fields(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
+    assert run("grid", *TOY, *folders(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
     assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]
     assert "| M = 1 | 50.0 ± 1.0 | — |" in (out / "grid.md").read_text()
     assert (out / "grid.png").exists()
@@ -104,14 +104,14 @@ def test_the_picture_has_each_accuracy_at_its_steps_and_epochs(tmp_path: Path, m
 def test_wrong_options_are_refused_before_the_first_cell(
     flags: list[str], message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("grid", *TOY, *log_fields(toy), "--out", str(tmp_path / "grid"), *flags) == 2
+    assert run("grid", *TOY, *folders(toy), "--out", str(tmp_path / "grid"), *flags) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("summary.json"))
 
 
 def test_cells_that_do_not_compare_are_refused(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Check that a finished cell does not stand beside cells of another protocol, or of fewer iterations."""
-    flags = ["grid", *TOY, *log_fields(toy), "--expert_epochs", "1", "--out", str(tmp_path / "grid")]
+    flags = ["grid", *TOY, *folders(toy), "--expert_epochs", "1", "--out", str(tmp_path / "grid")]
     assert run(*flags, "--syn_steps", "1", "--Iteration", "2") == 0
     more = [*flags, "--syn_steps", "1,2"]
     assert run(*more, "--Iteration", "2", "--protocol", "datm") == 2
@@ -122,7 +122,7 @@ def test_cells_that_do_not_compare_are_refused(toy: Path, tmp_path: Path, capsys
 
 
 def test_a_dry_run_of_a_grid_writes_nothing(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*TOY, *log_fields(toy), "--out", str(tmp_path / "grid"), "--expert_epochs", "1", "--syn_steps", "1,2"]
+    flags = [*TOY, *folders(toy), "--out", str(tmp_path / "grid"), "--expert_epochs", "1", "--syn_steps", "1,2"]
     assert run("grid", *flags, "--dry_run") == 0
     assert capsys.readouterr().out.count("data set  digits") == 2
     assert not (tmp_path / "grid").exists()

@@ -111,6 +111,13 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     assert "MTT, ConvNet, 50: 71.6" not in text  # PAD says what the table says
 
 
+def test_a_row_names_the_run_in_the_folder_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "here" / "summary.json", summary(0.4, method="DM", dataset="digits"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("tables", ".", "--out", "out") == 0
+    assert "| digits | DM (here) | ConvNet | 40.0 ± 1.0 |" in Path("out/tables.md").read_text()
+
+
 def test_a_network_that_the_paper_lacks_stands_in_the_table_of_its_subset() -> None:
     paper = published_numbers()
     setting, mine = Setting("imagenette", "ConvNetD4", "MTT", "1"), Measured(("run",), 0.5, 0.1, 5)

@@ -134,7 +134,7 @@ def test_labels_of_a_network_of_batch_statistics_are_refused(
 ) -> None:
     words = [*"random --labels experts".split(), *TOY, "--model", "ConvNetD1W4BN", "--data_path", str(shared / "data")]
     assert run(*words, "--out", str(tmp_path / "run")) == 2
-    assert "error: --model ConvNetD1W4BN: its batch norm uses the statistics of each batch" in capsys.readouterr().err
+    assert "error: --model ConvNetD1W4BN: expected a network that does not mix the images" in capsys.readouterr().err
 
 
 def test_chosen_images_are_real_ones_of_their_class(shared: Path, tmp_path: Path) -> None:
@@ -181,6 +181,12 @@ def test_the_centres_of_pixels_are_the_means_of_their_clusters(
         torch.testing.assert_close(picture.double(), members.mean(0), rtol=0, atol=1e-5)
 
 
+def test_a_method_without_a_network_takes_one_of_batch_statistics_to_evaluate(shared: Path, tmp_path: Path) -> None:
+    words = ["kmeans", *flags("random", shared)[1:], "--pick", "centres", "--model", "ConvNetD1W4BN"]
+    assert run(*words, "--out", str(tmp_path / "run")) == 0
+    assert list(summary_of(tmp_path / "run")["accuracy_by_network"]["distilled"]) == ["ConvNetD1W4"]
+
+
 @pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "dd", "ld", "ratbptt"])
 def test_other_networks_and_pools_are_evaluated(method: str, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -215,7 +221,7 @@ def test_the_pictures_show_the_first_images_above_the_learned_ones(
     assert torch.equal(below, set_of(tmp_path).pictures())
 
 
-def test_an_expert_of_another_batch_size_is_told_by_the_flag_of_baselines(
+def test_an_expert_that_was_trained_otherwise_is_told_by_the_flags_of_baselines(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -223,6 +229,10 @@ def test_an_expert_of_another_batch_size_is_told_by_the_flag_of_baselines(
     assert run(*words, str(tmp_path / "first"), "--batch_train", "200") == 0
     assert run(*words, str(tmp_path / "other"), "--batch_train", "300") == 0  # which an evaluation may have
     assert "used as they are, trained with --batch_train 200 (not 300)" in caplog.text
+    assert "is that of evaluations" not in caplog.text
+    assert run(*words, str(tmp_path / "seed"), "--batch_train", "200", "--seed", "1", "--dsa", "False") == 0
+    assert "expert_0000.safetensors: trained with --seed 0; 1 is that of evaluations" in caplog.text
+    assert "trained with augmentation color_crop_cutout_flip_scale_rotate; none is that of evaluations" in caplog.text
 
 
 def test_no_expert_is_trained_beside_buffers_of_the_public_code(
@@ -309,7 +319,14 @@ MISTAKES = [
     pytest.param(["herding", "--ipc", "5000"], r"ipc 5000: class 0 has only", id="too-many-before-the-expert"),
     pytest.param(["dc", "--ipc", "3"], r"--ipc 3: the papers name loops", id="loops"),
     pytest.param(["dsa", "--ipc", "1", "--dsa", "False"], r"--dsa False: .* run dc instead", id="dsa"),
-    pytest.param(["dc", "--model", "ConvNetD1W4BN", "--ipc", "1"], r"--model ConvNetD1W4BN: its batch norm", id="norm"),
+    pytest.param(
+        ["dsa", "--ipc", "1", "--dsa_strategy", "none"], r"--dsa_strategy none: .* run dc instead", id="dsa-strategy"
+    ),
+    pytest.param(
+        ["dc", "--model", "ConvNetD1W4BN", "--ipc", "1"],
+        r"--model ConvNetD1W4BN: expected a network that does not mix the images of a batch, as batch norm does",
+        id="norm",
+    ),
     pytest.param(["random", "--protocol", "mine"], r"--protocol mine: expected mtt", id="protocol"),
     pytest.param(["dm", "--lr_img", "0"], r"--lr_img 0.0: expected more than 0", id="rate"),
     pytest.param(["ld", "--inner_batch_size", "0"], r"--inner_batch_size 0: expected at least 1", id="batch"),

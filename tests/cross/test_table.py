@@ -52,7 +52,9 @@ def test_the_plot_has_quoted_numbers_at_their_networks(monkeypatch: pytest.Monke
         for network in ("X", "Y", "Z")
     ]
     accuracies = {"Z": {"mean": 0.3, "std": 0.02}, "Y": {"mean": 0.2}, "elsewhere": {"mean": 0.9}}
-    save_plot("plot.png", cells, [Quoted("MTT", "CIFAR10", 1, "a paper", accuracies)])
+    save_plot("plot.png", cells, [Quoted("MTT", "CIFAR10", ipc, "a paper", accuracies) for ipc in range(1, 10)])
+    labels = [each.get_label() for each in figures[0].axes[0].containers]
+    assert labels[-9:] == [f"MTT, {ipc} per class (quoted)" for ipc in range(1, 10)]
     crosses = [each for each in figures[0].axes[0].containers if each.get_label() == "MTT, 1 per class (quoted)"]
     assert isinstance(crosses[0], ErrorbarContainer)
     points, _, (spreads,) = crosses[0].lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,40 @@ def test_a_resumed_run_is_the_same(flags: list[str]) -> None:
             continue
         assert first
         assert all(torch.equal(each, second[key]) for key, each in first.items())
+
+
+def test_random_numbers_of_a_fit_are_those_of_the_seed() -> None:
+    """Check it where images depend on a buffer, of which a checkpoint holds nothing: a run could not go on with another one."""
+    fit = "\n    def fit(self, images):\n        self.offset.copy_(torch.rand(()))\n\n"
+    text = OWN.replace("(images.clone())", "(images.clone())\n        self.register_buffer('offset', torch.zeros(()))")
+    Path("own.py").write_text(text.replace("pixels[index]\n", f"pixels[index] + self.offset\n{fit}", 1))
+    first, again, other = (
+        distilled(out, "--parametrisation", "own.py:Pixels", "--seed", seed).images
+        for out, seed in (("first", "0"), ("again", "0"), ("other", "1"))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert cli.run(main, "--out first --resume --Iteration 5".split()) == 0
+
+
+def test_an_error_of_a_fit_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = "\n    def fit(self, images):\n        images.nothing\n\n"
+    Path("own.py").write_text(OWN.replace("pixels[index]\n", f"pixels[index]\n{fit}", 1))
+    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error
+        == "error: --parametrisation own.py:Pixels: AttributeError: 'Tensor' object has no attribute 'nothing' (own.py, line 15)"
+    )
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_fit_that_is_stopped_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", *DDIF]) == 128 + signal.SIGTERM
+    assert "stopped while the fields were fitted; the same command continues" in capsys.readouterr().err
 
 
 def test_the_saved_parameters_give_the_saved_images() -> None:

@@ -68,7 +68,7 @@ class Once(torch.autograd.Function):
     def backward(context, gradient):
         return gradient * 2
 
-class Cut(Net):
+class NoDerivative(Net):
     def forward(self, images):
         return super().forward(images).detach()
 
@@ -186,7 +186,7 @@ def test_runs_of_two_versions_are_not_one_measurement() -> None:
         ("Counting", "expected the same outputs for the same arguments"),
         ("OnTheHost", "make its tensors on the device of the images, or dense buffers of a module"),
         ("OneDerivative", "once_differentiable"),
-        ("Cut", "expected a loss that depends on the parameters, found none of their gradients"),
+        ("NoDerivative", "expected a loss that depends on the parameters, found none of their gradients"),
     ],
 )
 def test_what_cannot_be_differentiated_is_refused_before_any_work(
@@ -202,3 +202,24 @@ def test_what_cannot_be_differentiated_is_refused_before_any_work(
         assert message in capsys.readouterr().err
     assert not Path("buffers").exists()
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [(evaluate, "random --model"), (cross, "random --models"), (baseline, "random --out run --model")],
+)
+def test_what_an_evaluation_cannot_train_is_told(
+    command: Callable[[Sequence[str]], None], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "nets.py:NoDerivative"
+    assert run(command, *words.split(), name, *"--dataset digits --num_eval 1 --epoch_eval_train 1".split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"error: --model {name}: expected a loss that depends on the parameters, found none of their"
+    )
+
+
+def test_a_baseline_of_a_network_that_mixes_samples_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(baseline, *DC, "--model", "nets.py:Centred", "--out", "run") == 2
+    expected = "error: --model nets.py:Centred: expected a network that does not mix the images of a batch"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(expected)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.interop.helpers import EXAMPLES
+from tests.interop.helpers import EXAMPLES, growing_less_than
 
 SECONDS, MEMORY = 30.0, 192 << 20  # on a busy machine; all take less than one
 
@@ -16,7 +15,7 @@ SECONDS, MEMORY = 30.0, 192 << 20  # on a busy machine; all take less than one
 @pytest.fixture
 def bounded() -> Iterator[None]:
     """Fail a test that takes long, or makes the process much larger."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    yield
+    start = time.monotonic()
+    with growing_less_than(MEMORY):
+        yield
     assert time.monotonic() - start < SECONDS * max(1, EXAMPLES / 60)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY

@@ -184,6 +184,11 @@ def test_a_class_of_the_users_is_found(as_module: bool, tmp_path: Path, monkeypa
         ("speed", f"{SPEED[:-1]}3", "patch_size 3: expected a divisor of height and width, 4 and 8"),
         ("speed", SPEED.replace("num_head=2", "num_head=4"), "dim_saet 6: expected a multiple of num_head 4"),
         ("speed", SPEED.replace("top_k=3", "top_k=41"), "top_k 41: expected 1 to 40"),
+        ("speed", SPEED.replace("top_k=3", "top_k=1.5"), "top_k 1.5: expected a whole number from 1 on"),
+        ("ddif", "num_layers=0 layer_size=4", "`parametrisation` ddif: num_layers 0: expected a whole number from 1 on"),
+        ("ddif", "num_layers=2 layer_size=-1", "layer_size -1: expected a whole number from 1 on"),
+        ("ddif", "num_layers=2 layer_size=4 epochs_init=5e3", "epochs_init 5000.0: expected a whole number from 0 on"),
+        ("ddif", "num_layers=2 layer_size=4 lr_nf_init=0", "lr_nf_init 0: expected a finite number above 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_is_refused(name: str, options: str, message: str, tmp_path: Path) -> None:

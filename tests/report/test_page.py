@@ -61,8 +61,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    log_fields = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
-    assert cli.run(distill, [*TOY, *log_fields]) == 0
+    folders = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
+    assert cli.run(distill, [*TOY, *folders]) == 0
     return folder / "toy"
 
 
