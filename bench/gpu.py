@@ -35,7 +35,7 @@ import tyro
 
 from bench import suite
 from bench.pictures import write_pictures
-from bench.records import read_record, write_record
+from bench.records import commit, read_record, write_record
 from mtt_fast.commands.option_fields import Checked, Range, fields_of
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import choose_device, usable_gpus, why_no_gpu
@@ -131,13 +131,20 @@ def main(options: Options, command: str) -> None:
 
 
 def _rows_before(path: Path, *, is_rehearsal: bool) -> dict[str, Row]:
-    """Return what an earlier command of the stage recorded, by task. Raises `InputError` if only one of both is a rehearsal."""
+    """Return what an earlier command of the stage recorded, by task.
+
+    Raises `InputError` if only one of both is a rehearsal, and for the record of another commit.
+    """
     if not path.exists():
         return {}
     record = read_record(path)
-    if record["conditions"].get("rehearsal", is_rehearsal) != is_rehearsal:
-        found, expected = ("a stage on a GPU", "a rehearsal") if is_rehearsal else ("a rehearsal", "a stage on a GPU")
-        raise InputError(f"{path}: expected the record of {expected}, found that of {found}; take another --out")
+    kinds = {True: "a rehearsal", False: "a stage on a GPU"}
+    for found, expected in (
+        (kinds[record["conditions"].get("rehearsal", is_rehearsal)], kinds[is_rehearsal]),
+        (f"commit {record.get('commit')}", f"commit {commit()}"),
+    ):
+        if found != expected:
+            raise InputError(f"{path}: expected the record of {expected}, found that of {found}; take another --out")
     return {row["task"]: row for row in record["rows"]}
 
 

@@ -56,7 +56,7 @@ def write_record(
             "conditions": conditions,
             "rows": rows,
             "command": command,
-            "commit": _git("rev-parse", "HEAD"),
+            "commit": commit(),
             "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "device": device_name(device),
             "driver": driver_version() if device.type == "cuda" else None,
@@ -91,7 +91,7 @@ def partial_rows(folder: str, name: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     record = read_record(path)
-    if record.get("commit") != _git("rev-parse", "HEAD"):
+    if record.get("commit") != commit():
         return []
     rows: list[dict[str, Any]] = record["rows"]
     return rows
@@ -106,6 +106,11 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: expected a record of a benchmark ({error}); delete it and measure again") from error
     return dict(record)
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout; None where there is no git."""
+    return _git("rev-parse", "HEAD")
 
 
 def _git(*words: str) -> str | None:

@@ -251,6 +251,9 @@ def test_a_rehearsal_and_a_stage_on_a_gpu_do_not_pass_for_each_other(
     gpu.main(gpu.Options("steps", str(tmp_path), rehearse=first), "a command")
     with pytest.raises(InputError, match=r"stage-steps.json: expected the record of .*; take another --out"):
         gpu.main(gpu.Options("steps", str(tmp_path), rehearse=not first), "a command")
+    monkeypatch.setattr(gpu, "commit", lambda: "another")
+    with pytest.raises(InputError, match=r"stage-steps.json: expected the record of commit another, found that of"):
+        gpu.main(gpu.Options("steps", str(tmp_path), rehearse=first), "a command")
 
 
 def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
