@@ -105,8 +105,9 @@ def convexified(
     """
     last = len(parameters) - 1
     check_waypoints(epochs, last)
-    layers = parameters.double().diff(dim=0).split(list(layer_sizes), dim=1)
-    strides = torch.stack([layer.norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)
+    # layer by layer, as differences in float64 of the whole trajectory would take four times its memory
+    layers = parameters.split(list(layer_sizes), dim=1)
+    strides = torch.stack([layer.double().diff(dim=0).norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)
     positions = strides.new_empty(last + 1, len(layer_sizes))
     positions[0] = 0
     for k, (begin, end) in enumerate(itertools.pairwise(epochs)):
