@@ -100,7 +100,8 @@ class DsaOptions(DcOptions):
         """See `BaselineOptions.check`."""
         super().check()
         if augment_by_strategy(self.strategy) is None:
-            raise InputError("--dsa False: without augmentation DSA is DC; run dc instead")
+            off = f"--dsa_strategy {self.dsa_strategy}" if self.dsa else "--dsa False"
+            raise InputError(f"{off}: without augmentation DSA is DC; run dc instead")
 
 
 def dc(options: DcOptions, real: RealImages, network: Trainable) -> LearnedSet:

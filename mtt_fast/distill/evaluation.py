@@ -147,7 +147,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     )
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
-    final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
+    final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(run.num_matched_experts)))
     name_of_experts, experts_in_words = "experts", "experts on all the data"
     if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
         # their accuracy is that on the test images of their own data

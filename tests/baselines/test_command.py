@@ -309,6 +309,9 @@ MISTAKES = [
     pytest.param(["herding", "--ipc", "5000"], r"ipc 5000: class 0 has only", id="too-many-before-the-expert"),
     pytest.param(["dc", "--ipc", "3"], r"--ipc 3: the papers name loops", id="loops"),
     pytest.param(["dsa", "--ipc", "1", "--dsa", "False"], r"--dsa False: .* run dc instead", id="dsa"),
+    pytest.param(
+        ["dsa", "--ipc", "1", "--dsa_strategy", "none"], r"--dsa_strategy none: .* run dc instead", id="dsa-strategy"
+    ),
     pytest.param(["dc", "--model", "ConvNetD1W4BN", "--ipc", "1"], r"--model ConvNetD1W4BN: its batch norm", id="norm"),
     pytest.param(["random", "--protocol", "mine"], r"--protocol mine: expected mtt", id="protocol"),
     pytest.param(["dm", "--lr_img", "0"], r"--lr_img 0.0: expected more than 0", id="rate"),

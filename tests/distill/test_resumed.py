@@ -180,7 +180,8 @@ def test_a_run_goes_on_with_the_experts_it_began_with(
         more = ["--out", str(out), "--resume", "--Iteration", "1", "--max_experts"]
         assert run(*more, "2") == 0
         assert ("began with 1 of the 2 experts" in caplog.text) == (number == "1")
-        assert json.loads((out / "summary.json").read_text())["experts"]["number"] == int(number)
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["experts"]["number"] == summary["accuracy"]["experts"]["n"] == int(number)
         caplog.clear()
     for others in ([], ["--dry_run"]):
         assert run("--out", str(out), "--resume", "--Iteration", "2", "--max_experts", "1", *others) == 2
