@@ -108,6 +108,17 @@ def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.C
     assert told_options == "--protocol datm --lr_y 2.0 --texture"
 
 
+@pytest.mark.parametrize(
+    "flags", ["--ipc 1000000000", "--ipc 40 --texture", "--ipc 1000 --dataset MNIST --texture --canvas_size 3"]
+)
+def test_more_images_than_the_data_set_has_are_refused_at_once(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*TOY, *flags.split(), "--data_path", str(tmp_path), "--buffer_path", str(tmp_path), "--dry-run"]
+    assert cli.run(main, command) == 2
+    assert re.search(r"error: --ipc \d+.*: a class has only \d+ of the \d+ real images", capsys.readouterr().err)
+
+
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
     info, data = dataset_info("digits"), load("digits", data_path=tmp_path, progress=False)
     assert (info.name, info.image_shape, info.num_classes) == (data.name, data.image_shape, data.num_classes)
