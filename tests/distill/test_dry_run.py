@@ -102,6 +102,13 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is finished" in after["run"]
 
 
+def test_the_training_of_existing_experts_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--data_path", f"{tmp_path}/data", "--buffer_path", f"{tmp_path}/buffers", "--out"]
+    assert cli.run(main, [*TOY, *folders, f"{tmp_path}/run", "--mom", "0.5", "--Iteration", "0"]) == 0
+    for compressed in ([], ["--num_interpolation", "2"]):
+        assert "--mom 0.5" in told(capsys, *TOY, *folders, f"{tmp_path}/other", *compressed)["options"]
+
+
 def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--lr_y", "2", "--texture", "--protocol", "datm", "--out", f"{tmp_path}/run"]
     told_options = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["options"]
