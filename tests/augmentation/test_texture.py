@@ -310,7 +310,9 @@ def test_canvases_of_another_size_are_refused(
     SyntheticDataset.load(run_folder / "synthetic.safetensors").export("mtt", tmp_path)
     flags = ["--dataset", "digits", "--data_path", str(run_folder.parent / "data"), "--texture", "--canvas_size", "3"]
     assert cli.run(evaluate_command, [str(tmp_path / "images_best.pt"), *flags]) == 2
-    assert "expected canvases (1, 24, 24) of digits, found (1, 16, 16)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "expected canvases (1, 24, 24) of digits, found (1, 16, 16)" in error
+    assert "--canvas_size, or leave out --texture" in error
 
 
 def test_the_plan_counts_crops_and_canvases() -> None:
