@@ -28,6 +28,7 @@ def check_enough(data: ImageData | DatasetInfo, ipc: int, canvas_size: int = 1, 
         if count < needed:
             raise InputError(
                 f"{asked}: {name} has only {count} of the {needed} real images that are needed; use a smaller `ipc`"
+                + (" or `canvas_size`" if canvas_size > 1 else "")
                 + (" or `window_start`" if left_out else "")
             )
 

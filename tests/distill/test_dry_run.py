@@ -123,7 +123,9 @@ def test_more_images_than_the_data_set_has_are_refused_at_once(
 ) -> None:
     command = [*TOY, *flags.split(), "--data_path", str(tmp_path), "--buffer_path", str(tmp_path), "--dry-run"]
     assert cli.run(main, command) == 2
-    assert re.search(r"error: --ipc \d+.*: a class has only \d+ of the \d+ real images", capsys.readouterr().err)
+    error = capsys.readouterr().err.strip()
+    assert re.search(r"error: --ipc \d+.*: a class has only \d+ of the \d+ real images", error)
+    assert error.endswith("use a smaller --ipc or --canvas_size" if "--texture" in flags else "use a smaller --ipc")
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
