@@ -78,7 +78,9 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
     protocol = options.evaluation_protocol()
     if options.other_data and synthetic is None:
-        raise InputError(f"--other_data: expected a distilled set, found {options.source}, of no images; leave it out")
+        raise InputError(
+            f"--other_data: expected a set that records its images, found {options.source}, which records none; leave it out"
+        )
     evaluated = EvaluatedSet(options.source, options, synthetic)
     data = evaluated.load_data()
     networks = options.evaluated_networks(data)

@@ -215,9 +215,8 @@ class EvaluatedSet:
         marks = None
         if options.distilled_share < 1:
             pair = class_major(pair)
-            classes = len(pair.labels) // pair.ipc(self.source)
-            check_share(options.distilled_share, pair.labels, pair.label_kind, classes, self.source)
-            marks = real_mask(len(pair.labels), classes, options.distilled_share)
+            check_share(options.distilled_share, pair.labels, pair.label_kind, pair.num_classes, self.source)
+            marks = real_mask(len(pair.labels), pair.num_classes, options.distilled_share)
         elif options.evaluation_protocol().combined:
             log.warning(
                 "%s: all images count as distilled; if some are real, say so with --distilled_share", self.source
@@ -234,10 +233,10 @@ def check_shape(images: Images, data: ImageData, source: str) -> None:
     channels, height, width = data.image_shape
     expected = (channels, images_a_side * height, images_a_side * width)
     if tuple(images.pixels.shape[1:]) != expected:
+        of_canvas = ", and their size with --canvas_size, or leave out --texture" if images.canvas else ""
         raise InputError(
             f"{source}: expected {'canvases' if images.canvas else 'images'} {expected} of {data.name}, found "
-            f"{tuple(images.pixels.shape[1:])}; name their data set with --dataset, --res"
-            + (", and their size with --canvas_size" if images.canvas else "")
+            f"{tuple(images.pixels.shape[1:])}; name their data set with --dataset, --res{of_canvas}"
         )
 
 

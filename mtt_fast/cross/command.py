@@ -119,7 +119,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
     )
     cells = []
     if options.other_data and all(row.synthetic is None for row in sets):
-        raise InputError("--other_data: expected a distilled set, found none; leave it out")
+        raise InputError("--other_data: expected a set that records its images, found none; leave it out")
     # the images of all sets are compared before the first network is trained
     data_of_rows = [row.load_data() for row in sets]
     log.info("%s", protocols)

@@ -74,13 +74,12 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then the number of images in
-    each class is not checked, nor the experts' images except for their size.
+    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then only the mean number of
+    images in a class is checked, and of the experts' images only their size.
     """
     check_options_fit(options, data, network, device)
-    if isinstance(data, ImageData):
-        canvas_size = options.canvas_size if options.texture else 1
-        check_enough(data, options.ipc, canvas_size, options.window_start_image)
+    canvas_size = options.canvas_size if options.texture else 1
+    check_enough(data, options.ipc, canvas_size, options.window_start_image)
     check_experts(options, data, network, requested)
     check_cam_expert(options, data)
 

@@ -29,8 +29,10 @@ from mtt_fast.distill.parametrised import (
 from mtt_fast.distill.planning import plan_steps
 from mtt_fast.engine.students.choice import describe_numerics, precision_on
 from mtt_fast.recipes import recipe_about
+from mtt_fast.storage.expert_checks import with_training_of
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
+from mtt_fast.storage.trajectories import experts_in
 
 
 def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
@@ -46,6 +48,8 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     image_parameters = check_parametrisation(options, info, device)
     state = load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
+    if (store := experts_in(inventory.matched_folder) or experts_in(inventory.uncompressed_folder)) is not None:
+        options = with_training_of(options, options.experts().record(), store.metadata(0))  # as the run records them
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     batch = options.batch_syn or count

@@ -10,9 +10,11 @@ from mtt_fast.distill.options import DistillOptions
 _OF_SUCCESSORS = (
     "rho_max", "gradient", "match_step", "loss_ratio", "depth_ratio", "cam_model", "lr_y", "teacher_label", "threshold",
     "min_start_epoch", "current_max_start_epoch", "continuous_start", "noise_start", "num_interpolation", "num_trajectories",
-    "lr_per_step", "student_mom", "student_l2", "distilled_share", "lr_decay", "pix_init",
+    "lr_per_step", "student_mom", "student_l2", "distilled_share", "pix_init", "lr_decay",
 )  # fmt: skip
-"""The options of MTT's successors that make another method of it, except at their defaults; noise is an initialisation of MTT's own."""
+"""The options of MTT's successors that make another method of it, except at their defaults."""
+_OF_MTT = {"pix_init": "noise"}
+"""The values of these options, besides the defaults, that MTT itself has."""
 
 
 def marked_method(name: str, options: Mapping[str, Any]) -> str:
@@ -39,5 +41,5 @@ def _changes_of_successors(options: Mapping[str, Any]) -> list[str]:
     return [
         f"--{name}" if options[name] is True else f"--{name} {options[name]}"
         for name, default in defaults.items()
-        if options.get(name, default) not in (default, "noise")
+        if options.get(name, default) not in (default, _OF_MTT.get(name))
     ]

@@ -90,7 +90,8 @@ class TensorSet:
             evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
         if not evenly:
             raise InputError(
-                f"{where}: expected the same number of images of every class, found {count} of {classes} classes"
+                f"{where}: expected the same number of images of every class, found {count} of {classes} classes; remove some, or choose "
+                "a kind of files that takes any number, as `to` mtt does"
             )
         return count // classes
 

@@ -114,7 +114,7 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
         return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
     lr = metadata.hyperparameters.get("lr")
     than = "" if lr is None else f" than {lr:g}"
-    return f"its training diverged; train with a smaller learning rate{than} (`expert_lr`; of `python -m mtt_fast.experts` `lr_teacher`)"
+    return f"its training diverged; train with a smaller learning rate{than} (`expert_lr`, or `lr_teacher` of `python -m mtt_fast.experts`)"
 
 
 @dataclass(frozen=True)

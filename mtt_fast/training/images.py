@@ -78,9 +78,11 @@ def parts_of(images: Images, factor: int) -> Images:
         return images
     height, width = images.pixels.shape[2:]
     if images.canvas is not None or height % factor or width % factor:
-        found = "canvases" if images.canvas is not None else f"images of {height} × {width}"
+        found, fix = f"images of {height} × {width}", "give a divisor of both, or 1"
+        if images.canvas is not None:
+            found, fix = "canvases of `texture`", "give `factor` 1, or no canvases"
         raise InputError(
-            f"`factor` {factor}: expected images that can be cut into {factor} × {factor} parts, found {found}"
+            f"`factor` {factor}: expected images that can be cut into {factor} × {factor} parts, found {found}; {fix}"
         )
     rows = [part for band in images.pixels.chunk(factor, 2) for part in band.chunk(factor, 3)]
     pixels = interpolate(torch.cat(rows), size=(height, width), mode="bilinear")

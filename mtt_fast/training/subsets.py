@@ -5,24 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtt_fast.data import ImageData
+from mtt_fast.data import DatasetInfo, ImageData
 from mtt_fast.errors import InputError
 from mtt_fast.training.images import Images, RealImages
 
 
-def check_enough(data: ImageData, ipc: int, canvas_size: int = 1, left_out: int = 0) -> None:
+def check_enough(data: ImageData | DatasetInfo, ipc: int, canvas_size: int = 1, left_out: int = 0) -> None:
     """Raise `InputError` that names the class if a class of `data` has fewer than `ipc` · `canvas_size`² + `left_out` training images.
 
-    `left_out` is the number of images of a class that `window_start` leaves out.
+    `left_out` is the number of images of a class that `window_start` leaves out. Of a `DatasetInfo` only their mean number is known,
+    which the smallest class does not exceed.
     """
     needed = ipc * canvas_size**2 + left_out
     asked = f"`ipc` {ipc}" + (f", `canvas_size` {canvas_size}" if canvas_size > 1 else "")
     asked += f", `window_start` (leaves {left_out} out)" if left_out else ""
-    counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
-    for name, count in zip(data.class_names, counts, strict=True):
+    if isinstance(data, DatasetInfo):
+        counts = [("a class", data.num_train // data.num_classes)]
+    else:
+        in_classes = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
+        counts = [(f"class {name}", count) for name, count in zip(data.class_names, in_classes, strict=True)]
+    for name, count in counts:
         if count < needed:
             raise InputError(
-                f"{asked}: class {name} has only {count} of the {needed} real images that are needed; use a smaller `ipc`"
+                f"{asked}: {name} has only {count} of the {needed} real images that are needed; use a smaller `ipc`"
+                + (" or `canvas_size`" if canvas_size > 1 else "")
                 + (" or `window_start`" if left_out else "")
             )
 

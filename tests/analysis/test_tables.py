@@ -28,9 +28,13 @@ def test_the_defaults_are_mtt_itself() -> None:
     assert marked_method("MTT", {"pix_init": "noise"}) == "MTT"
 
 
-def test_changes_of_successors_are_named() -> None:
-    changed = {"lr_decay": True, "pix_init": "window", "lr_y": 2.0}
-    assert marked_method("MTT", changed) == "MTT, with --lr_y 2.0 --lr_decay --pix_init window"
+@pytest.mark.parametrize(
+    "option", ["pix_init samples_predicted_correctly", "pix_init window", "lr_decay True", "match_step nearest"]
+)
+def test_mtt_with_an_option_of_a_successor_is_another_method(option: str) -> None:
+    name, value = option.split()
+    marked = marked_method("MTT", {name: value == "True" or value})
+    assert marked == f"MTT, with --{option.removesuffix(' True')}"
 
 
 def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_canvases_of_another_size_are_refused(
     assert cli.run(evaluate_command, [str(tmp_path / "images_best.pt"), *flags]) == 2
     error = capsys.readouterr().err
     assert "expected canvases (1, 24, 24) of digits, found (1, 16, 16)" in error
-    assert error.endswith("name their data set with --dataset, --res, and their size with --canvas_size\n")
+    assert "--canvas_size, or leave out --texture" in error
 
 
 def test_the_plan_counts_crops_and_canvases() -> None:

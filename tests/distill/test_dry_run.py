@@ -102,10 +102,30 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is finished" in after["run"]
 
 
+def test_the_training_of_existing_experts_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--data_path", f"{tmp_path}/data", "--buffer_path", f"{tmp_path}/buffers", "--out"]
+    assert cli.run(main, [*TOY, *folders, f"{tmp_path}/run", "--mom", "0.5", "--Iteration", "0"]) == 0
+    for compressed in ([], ["--num_interpolation", "2"]):
+        assert "--mom 0.5" in told(capsys, *TOY, *folders, f"{tmp_path}/other", *compressed)["options"]
+
+
 def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--lr_y", "2", "--texture", "--protocol", "datm", "--out", f"{tmp_path}/run"]
     told_options = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["options"]
     assert told_options == "--protocol datm --lr_y 2.0 --texture"
+
+
+@pytest.mark.parametrize(
+    "flags", ["--ipc 1000000000", "--ipc 40 --texture", "--ipc 1000 --dataset MNIST --texture --canvas_size 3"]
+)
+def test_more_images_than_the_data_set_has_are_refused_at_once(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*TOY, *flags.split(), "--data_path", str(tmp_path), "--buffer_path", str(tmp_path), "--dry-run"]
+    assert cli.run(main, command) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(r"error: --ipc \d+.*: a class has only \d+ of the \d+ real images", error)
+    assert error.endswith("use a smaller --ipc or --canvas_size" if "--texture" in flags else "use a smaller --ipc")
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from mtt_fast import SyntheticDataset
+from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.commands.plots import save_grid
 from mtt_fast.distill.experts import prepare_experts
 from mtt_fast.distill.updates import apply_gradients
@@ -173,6 +174,7 @@ def test_a_run_goes_on_with_the_experts_it_began_with(
     experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
+    store = TrajectoryStore(next(Path(experts[-1]).glob("*/*")))
     for number, limit in (("1", ["--max_experts", "1"]), ("2", [])):
         out = tmp_path / number
         assert run(*TOY, *experts, "--out", str(out), "--Iteration", "0", *limit) == 0
@@ -181,7 +183,10 @@ def test_a_run_goes_on_with_the_experts_it_began_with(
         assert run(*more, "2") == 0
         assert ("began with 1 of the 2 experts" in caplog.text) == (number == "1")
         summary = json.loads((out / "summary.json").read_text())
-        assert summary["experts"]["number"] == summary["accuracy"]["experts"]["n"] == int(number)
+        assert summary["experts"]["number"] == int(number)
+        final = [store.metadata(expert).accuracy[-1] for expert in range(int(number))]  # of those that are matched
+        mean, std = statistics.fmean(final), statistics.stdev(final) if number == "2" else 0.0
+        assert summary["accuracy"]["experts"] == pytest.approx({"mean": mean, "std": std, "n": int(number)})
         caplog.clear()
     for others in ([], ["--dry_run"]):
         assert run("--out", str(out), "--resume", "--Iteration", "2", "--max_experts", "1", *others) == 2

@@ -372,6 +372,11 @@ def test_imagenet_of_50_a_class_is_planned_below_4_gib() -> None:
 
 
 @pytest.mark.native
+def test_a_plan_of_a_billion_images_takes_no_time() -> None:
+    with pytest.raises(InputError, match=r"expected at least \d+ MiB for 1 steps of 1000000000 images"):
+        mtt_fast.plan(ConvNet(image_size=8, depth=1), images=(10**9, 3, 8, 8), steps=1, memory_budget="1GiB")
+
+
 def test_costs_are_counted_in_convolution_passes() -> None:
     whole = planned(None)
     assert whole.passes == 11

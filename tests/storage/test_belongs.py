@@ -36,7 +36,7 @@ SETS = [
     (["prun", "--dataset", "./toys"], "prun/synthetic.safetensors: made from another data set: expected folder-toys, found folder-pets", True),
     (["order.safetensors"], "order.safetensors: the classes in another order: expected '0' as class 0, found '9'", False),
     (["eps.safetensors"], "eps.safetensors: whitened in another way: expected the ZCA whitening that is fitted to these images with eps 0.1", True),
-    (["random", "--dataset", "digits", "--other_data"], "--other_data: expected a distilled set, found", False),
+    (["random", "--dataset", "digits", "--other_data"], "--other_data: expected a set that records its images, found", False),
 ]  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def test_an_expert_that_is_not_finite_is_not_written_and_its_origin_told(tmp_pat
     ours = metadata(hyperparameters={"lr": 0.5}, accuracy=accuracy)
     with pytest.raises(
         InputError,
-        match=r"after epoch 1 are not finite; its training diverged; .* than 0\.5 \(`expert_lr`; .* `lr_teacher`\)",
+        match=r"after epoch 1 are not finite; its training diverged; train with a smaller learning rate than 0\.5 \(`expert_lr`, or `lr_teacher` of",
     ):
         write_expert(tmp_path, 0, rows, ours)
     theirs = metadata(hyperparameters={"imported_from": "replay_buffer_0.pt, expert 3"}, accuracy=accuracy)

@@ -67,8 +67,9 @@ def test_the_parts_of_an_image_are_scaled_up() -> None:
 
 def test_images_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(
-        InputError, match=r"`factor` 3: expected images that can be cut into 3 × 3 parts, found images of 8 × 8"
+        InputError,
+        match=r"`factor` 3: expected images that can be cut into 3 × 3 parts, found images of 8 × 8; give a divisor",
     ):
         parts_of(Images(torch.rand(1, 1, 8, 8), torch.zeros(1)), 3)
-    with pytest.raises(InputError, match="found canvases"):
+    with pytest.raises(InputError, match="found canvases of `texture`; give `factor` 1"):
         parts_of(Images(torch.rand(1, 1, 8, 8), torch.zeros(1), canvas=Canvas(2)), 2)

@@ -65,9 +65,10 @@ class InMicrobatches:
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`: the memory of the largest piece, and the saved activations of all pieces."""
-        sizes = [piece.stop - piece.start for piece, _ in pieces_of(batch, self.size)]
-        steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
-        largest, saved = steps[sizes[0]], sum(steps[size].saved for size in sizes)
+        whole, rest = divmod(batch, self.size)
+        counts = {size: count for size, count in ((self.size, whole), (rest, 1)) if size and count}
+        steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in counts}
+        largest, saved = steps[max(steps)], sum(steps[size].saved * count for size, count in counts.items())
         return largest._replace(saved=saved, gradient_saving=saved - largest.saved + largest.gradient_saving)
 
 
