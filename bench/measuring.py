@@ -116,24 +116,24 @@ def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
     """
     if device.type == "cuda":
         return _peak_on_gpu(run, device)
-    _give_back_freed_memory()
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak to the resident memory
-    except OSError as error:
-        raise InputError("peak memory on a CPU: expected Linux's /proc/self/clear_refs; use a GPU or Linux") from error
+    reset_peak()
     before = resident_bytes("VmHWM")
     run()
     return {"bytes": resident_bytes("VmHWM") - before, "device": None}
 
 
-def _give_back_freed_memory() -> None:
-    """Return freed memory from glibc to the system, because reusing it would hide that much of the peak."""
+def reset_peak() -> None:
+    """Make the peak of this process's resident memory (VmHWM) start anew. Raises `InputError` where Linux's /proc is missing."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # to reuse freed memory would hide that much of the peak
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError as error:
+        raise InputError("peak memory on a CPU: expected Linux's /proc/self/clear_refs; use a GPU or Linux") from error
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """Return this process's resident memory (VmRSS) or its peak (VmHWM), from Linux's /proc."""
+    """Return this process's resident memory (VmRSS), its peak (VmHWM), or its part from files (RssFile), from Linux's /proc."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 

@@ -119,7 +119,8 @@ def main(options: Options, command: str) -> None:
                 record(rows, peak, complete=False)
             if options.floor:
                 with workers.row(FLOOR, engine=FLOOR, exact=True, tuned=True):
-                    workers[FLOOR] = build_worker(FLOOR)
+                    if options.one_process:
+                        workers[FLOOR] = build_worker(FLOOR)
             passed = [name for name, row in rows.items() if not row["problem"]]
             kept = workers if options.one_process else {}
             times = interleaved(

@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
         labelled = bool(equals) and not Path(argument).exists()  # a path may hold the sign as well
         file = Path(path if labelled else argument)
         if not labelled:
-            label = (file.absolute().parent if file.is_file() else file.absolute()).name
+            label = os.path.basename(os.path.abspath(file.parent if file.is_file() else file))
         if not label.strip():
             raise InputError(
                 f"{argument}: expected a label before =, found none; give LABEL=FOLDER, or the folder alone"

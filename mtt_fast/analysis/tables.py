@@ -12,6 +12,7 @@ later paper has other numbers.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,7 @@ def _costs_and_shares(paper: Paper) -> str:
 
 def _name(row: Row) -> str:
     """Return the method, with the runs in a row that is not the paper's, so that such rows can be told apart."""
-    runs = {Path(run).absolute().name: None for value in row.measured.values() for run in value.runs}
+    runs = {os.path.basename(os.path.abspath(run)): None for value in row.measured.values() for run in value.runs}
     return row.method if row.published else f"{row.method} ({', '.join(runs)})"
 
 

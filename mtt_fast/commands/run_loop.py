@@ -227,11 +227,12 @@ def evaluate_set(
 
     The networks start from the same parameters for every set. `words` precede a network's name in warnings and bars.
     """
-    images = as_training_images(synthetic, run.real.test.labels.device)
-    return {
-        name: evaluate_network(run, network, lambda _: images, float(synthetic.lr), stop, words + name, (iteration,))
-        for name, network in run.evaluated.items()
-    }
+    images, lr = as_training_images(synthetic, run.real.test.labels.device), float(synthetic.lr)
+    results = {}
+    for name, network in run.evaluated.items():
+        with named_after_option(name):
+            results[name] = evaluate_network(run, network, lambda _: images, lr, stop, words + name, (iteration,))
+    return results
 
 
 def evaluate_network(
@@ -248,7 +249,7 @@ def evaluate_network(
     Raises `InputError` if another run took the folder in the meantime.
     """
     options, protocol, test = run.options, run.options.evaluation_protocol(), run.real.test
-    with run.seconds.of("evaluations"), named_after_option(name):
+    with run.seconds.of("evaluations"):
         accuracy = evaluate(
             network, train, test, protocol.initial_lr(lr), protocol, num_networks=options.num_eval, seed=options.seed,
             indices=indices, name=name, stop=stop,

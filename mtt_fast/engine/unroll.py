@@ -254,7 +254,8 @@ def checked_plan(
     augment, shape = options.augment, images.shape[1:]
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     input_shape = shape if augmented is None else augmented.shape[1:]
-    arguments.check_image_shape(net, input_shape)
+    if not theta.is_meta or augment is None:  # there an augmentation is not tried, and may change the shape
+        arguments.check_image_shape(net, input_shape)
     work = Work(
         student=student,
         num_parameters=net.num_parameters,

@@ -396,6 +396,11 @@ def test_a_set_is_labelled_by_its_argument_or_its_folder(
     monkeypatch.chdir(tmp_path / "N=2")  # a link to the folder run
     for place in (".", "synthetic.safetensors"):
         assert list(read_distilled_sets([place])) == ["run"]
+    sets["short"].save(tmp_path / "synthetic.safetensors")
+    monkeypatch.chdir(tmp_path)
+    Path("inner").mkdir()
+    for place in ("inner/..", "inner/../synthetic.safetensors"):
+        assert list(read_distilled_sets([place])) == [tmp_path.name]
 
 
 def test_a_set_whose_name_begins_with_an_underscore_is_in_the_legend(toy: Path, tmp_path: Path) -> None:

@@ -326,6 +326,13 @@ def test_the_plan_counts_crops_and_canvases() -> None:
     assert images.parts["augmentation"] == 0
 
 
+def test_crops_have_a_path_on_meta() -> None:
+    net, crops = ConvNet(image_size=8, width=4, depth=1), CanvasCrops(2, SiameseAugment())
+    theta, canvases = (torch.empty(shape, device="meta") for shape in (net.num_parameters, (6, 3, 16, 16)))
+    labels = torch.empty(6, dtype=torch.long, device="meta")
+    assert unroll(net, theta, canvases, labels, 0.1, [torch.arange(6)] * 2, augment=crops).shape == (3, *theta.shape)
+
+
 def test_the_loss_of_an_epoch_is_the_mean_over_its_crops() -> None:
     """Use canvases of one colour each, whose crops are all alike, and no learning rate, so that all steps are alike."""
     colours = torch.rand(5, 1, 1, 1, dtype=torch.float64)

@@ -159,16 +159,6 @@ def test_a_class_of_the_users_own_is_made_twice_for_its_trial_and_once_for_the_r
         Path("made").unlink()
 
 
-def test_a_fit_that_fails_is_told_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("own.py").write_text(
-        OWN + "\n\nclass Failing(Pixels):\n    def fit(self, images):\n        self.pixels[:] = images[:3]\n"
-    )
-    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Failing"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --parametrisation own.py:Failing: RuntimeError: ")
-    assert error.endswith("own.py, line 27)")
-
-
 def test_the_dry_run_takes_a_class_that_counts_values(capsys: pytest.CaptureFixture[str]) -> None:
     count = "\n    def stored_numbers(self):\n        return int((self.pixels != 0).sum())\n"
     Path("own.py").write_text(OWN.replace("class Mirrored", f"class Counted(Pixels):{count}\n\nclass Mirrored"))

@@ -72,6 +72,11 @@ class NoDerivative(Net):
     def forward(self, images):
         return super().forward(images).detach()
 
+class NoDerivativeOfMany(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs.detach() if len(images) == 20 else outputs
+
 class OneDerivative(Net):
     def forward(self, images):
         return Once.apply(super().forward(images) ** 2)
@@ -217,6 +222,13 @@ def test_what_an_evaluation_cannot_train_is_told(
     assert error.startswith(
         f"error: --model {name}: expected a loss that depends on the parameters, found none of their"
     )
+
+
+def test_what_evaluations_of_a_distillation_cannot_train_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "nets.py:NoDerivativeOfMany"
+    assert run(distill, *TOY, "--out", "run", "--model", name, *"--ipc 2 --batch_syn 5".split()) == 2
+    expected = f"error: --model {name}: expected a loss that depends on the parameters"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
 
 
 def test_a_baseline_of_a_network_that_mixes_samples_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

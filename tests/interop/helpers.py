@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import resource
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measuring import resident_bytes
+from bench.measuring import reset_peak, resident_bytes
 from mtt_fast import SyntheticDataset, Whitening
 from mtt_fast.interop import (
     TensorSet,
@@ -28,18 +25,18 @@ EXAMPLES = int(os.environ.get("MTT_FAST_FUZZ", "0"))
 
 @contextlib.contextmanager
 def growing_less_than(most: int) -> Iterator[None]:
-    """Check that the process never takes `most` bytes more within the block than before; on Linux whatever earlier tests took.
+    """Check on Linux that the process never takes `most` bytes more within the block than before it, whatever earlier tests took.
 
-    There the code of libraries counts as if all of it were in memory, since the system may take it away and bring it back.
+    Pages of libraries that came back do not count: a system that is short of memory takes them away at any time.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide what is taken again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        most += max(0, resident_bytes("VmLib") - resident_bytes("RssFile"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "linux":
+        yield
+        return
+    reset_peak()
+    before, from_files = resident_bytes("VmHWM"), resident_bytes("RssFile")
     yield
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < most
+    came_back = max(0, resident_bytes("RssFile") - from_files)
+    assert resident_bytes("VmHWM") - before - came_back < most
 
 
 def distilled(label_kind: str = "indices", whitening: Whitening | None = None, **changes: Any) -> SyntheticDataset:

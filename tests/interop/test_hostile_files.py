@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, plain_tensor
-from tests.interop.helpers import CLASSES, EXAMPLES, N, distilled
+from tests.interop.helpers import CLASSES, EXAMPLES, N, distilled, growing_less_than
 from tests.interop.hostile import INFO, refused, rows_of
 
 pytestmark = pytest.mark.usefixtures("bounded")
@@ -59,6 +60,14 @@ TENSORS: dict[str, Any] = {
     "text": "images",
     "NaN": torch.full((N, 3, 4, 4), float("nan")),
 }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux alone")
+def test_the_bound_of_these_tests_is_tight() -> None:
+    with growing_less_than(64 << 20):
+        torch.ones(48 << 20, dtype=torch.uint8)
+    with pytest.raises(AssertionError), growing_less_than(64 << 20):
+        torch.ones(80 << 20, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
