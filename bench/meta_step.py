@@ -1,8 +1,8 @@
 """Measure one iteration of the method by every engine: time, memory, and error of the gradient, in one run.
 
 Each engine first passes the gate, and its memory is measured. Then all engines that passed are timed in turn. Each measurement
-has a process of its own, because some processes are slower than others from their first iteration to their last. An engine's failure
-is recorded in its row, and the others continue.
+has a process of its own, which is alone on a CPU: beside processes that hold most of the memory, page faults take longer. An engine's
+failure is recorded in its row, and the others continue.
 """
 
 from __future__ import annotations
