@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -187,6 +189,20 @@ def test_the_other_blocks_on_porting_do_what_they_say() -> None:
     assert space["images"].grad.any()
     exec(tesla, space)
     torch.testing.assert_close(space["images_ours"], space["images_theirs"])
+
+
+@pytest.mark.slow
+def test_processes_that_share_steps_compute_what_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(next(block for block in blocks_of("migrating.md") if "init_process_group" in block))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    one, three = (
+        subprocess.run([*command, "--nproc-per-node", count, script], env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        for count in "13"
+    )  # fmt: skip
+    assert one == three
+    assert len(re.findall(r"^\d: loss \d\.\d{4}$", one, re.MULTILINE)) == 3
 
 
 def test_the_order_by_difficulty_is_one_for_a_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mtt_fast.engine.students.microbatches import InMicrobatches
@@ -62,9 +63,14 @@ class WatchedLoss:
                 self._before = half
         return self._loss(outputs, targets)
 
-    def adds_up(self) -> bool:
-        """Return whether the pieces so far added up, and watch no more. A GPU is waited for."""
-        return bool(self.result())
+    def adds_up(self, group: dist.ProcessGroup | None) -> bool:
+        """Return whether the pieces so far added up, in all processes of the `group`, and watch no more. A GPU is waited for."""
+        result = self.result()
+        if group is not None:
+            assert self._before is not None
+            result = result.to(self._before[0].device, torch.int32)
+            dist.all_reduce(result, op=dist.ReduceOp.MIN, group=group)
+        return bool(result)
 
     def result(self) -> Tensor:
         """Return whether the pieces so far added up, as a boolean tensor (), and watch no more."""
@@ -77,7 +83,7 @@ def watched_student(student: Student, loss: Loss | None) -> tuple[Student, Watch
     if loss is None or not isinstance(student, InMicrobatches):
         return student, None
     watched = WatchedLoss(loss)
-    return InMicrobatches(replace(cast("Any", student.student), loss=watched), student.size), watched
+    return replace(student, student=replace(cast("Any", student.student), loss=watched)), watched
 
 
 def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]], *, to_targets: bool = True) -> Tensor:

@@ -54,10 +54,12 @@ class Work:
     mixes_samples: bool
     images: torch.Size  # (n, C, H, W), as stored, before the augmentation
     input_shape: torch.Size  # (C, H, W) of an augmented image
-    batch: int
+    batch: int  # of one process
     steps: int
     dtype: torch.dtype
     device: torch.device
+    processes: int = 1
+    """number of processes that share each batch"""
     moments: int = 0
     """vectors of the optimizer's state: 1 with momentum, 2 with Adam"""
     augment: bool = False
@@ -97,9 +99,12 @@ class Plan:
         rows = (
             2 * (1 + work.moments) if self.path_on_host else (work.steps + 1) * (1 + work.path_gradient + work.moments)
         )
-        vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + self.cut
+        is_shared = work.processes > 1
+        adds_pieces = self.cut or is_shared
+        vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + adds_pieces + is_shared
         lr_gradients = work.steps * work.lr_per_parameter
-        copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
+        copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + adds_pieces
+        whole_batch = work.batch * work.processes  # each process augments it
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
         peaks = [step.gradient_jvp, step.gradient]
@@ -109,8 +114,8 @@ class Plan:
             "path": rows * vector,
             "vectors": vectors * vector,
             "learning rate gradients": lr_gradients * vector,
-            "images": work.images[0] * image + copies * work.batch * network_input,
-            "augmentation": work.augment_bytes * work.batch,
+            "images": work.images[0] * image + copies * whole_batch * network_input,
+            "augmentation": work.augment_bytes * whole_batch,
             "loss": _COPIES_OF_OUTPUTS * work.output_bytes,
             "saved activations": saved_bytes,
             "step": max(peaks) - saved_bytes,

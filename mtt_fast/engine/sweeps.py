@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
@@ -28,6 +29,7 @@ from mtt_fast.engine.optimizers import PLAIN_SGD, Optimizer
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.students.batch import AugmentedBatch, Batch, Inputs
+from mtt_fast.engine.students.processes import add_up, averaged
 from mtt_fast.engine.students.protocol import Student
 from mtt_fast.kernels import PartialSums
 from mtt_fast.runtime.numerics import without_autocast, without_saved_tensor_hooks
@@ -49,6 +51,8 @@ class StudentSteps:
     draws: tuple[Any, ...]
     optimizer: Optimizer = PLAIN_SGD
     gradient: Gradient = "exact"
+    group: dist.ProcessGroup | None = None
+    """processes that share each batch, if the student is `InProcesses`"""
     checks_repeat: bool = False
     """check that the backward sweep finds the tensors and losses of the forward sweep; this waits for the device"""
 
@@ -235,6 +239,8 @@ class _Unroll(torch.autograd.Function):
             )
             del batch, tangent, to_add, grad_negated_lr
 
+        if steps.group is not None:
+            add_up(steps.group, grad_images, grad_labels)
         _check_repeated(steps, images, targets, path, ctx.fingerprints[:last], repeated[::-1], tracked=needs_images)
         grad_lr = None if grad_lrs is None else grad_lrs.gradient_of(lr)
         return None, adjoint, state_adjoint if needs_velocity else None, grad_images, grad_labels, grad_lr
@@ -328,9 +334,10 @@ def _check_repeated(
         """Return the fingerprint (k,) of step n, computed again as in the forward sweep."""
         inputs = steps.batch(images, n, path.stored.dtype, tracked=tracked).inputs
         loss = steps.student.gradient(path.load(n), inputs, targets(n)).loss
-        return _stacked([_fingerprint(inputs, loss)])[0, :count]
+        return averaged(steps.group, _stacked([_fingerprint(inputs, loss)])[0, :count])
 
-    check_repeated(_stacked(first)[:, :count], _stacked(again), forward_fingerprint)
+    before, now = (averaged(steps.group, numbers) for numbers in (_stacked(first)[:, :count], _stacked(again)))
+    check_repeated(before, now, forward_fingerprint)
 
 
 def _stacked(fingerprints: list[list[Tensor]]) -> Tensor:

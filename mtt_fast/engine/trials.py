@@ -229,7 +229,7 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
     if outputs.shape[:1] != inputs.shape[:1]:
         raise InputError(
             f"`net`: expected outputs (b, …), a row for each sample, since batches are cut, found shape {tuple(outputs.shape)} of "
-            f"{len(inputs)} samples; flatten them in the `loss`, or leave `microbatch` and `memory_budget` out"
+            f"{len(inputs)} samples; flatten them in the `loss`, or leave `microbatch`, `memory_budget` and `group` out"
         )
 
 
@@ -254,7 +254,7 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
             if not _are_close(output, network(parameters, torch.stack([factor * sample, sample]))[-1]):
                 raise InputError(
                     "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
-                    "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
+                    "a sample beside others; take a norm that is not over the batch, or leave `microbatch`, `memory_budget` and `group` out"
                 )
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.checks import check_generator, check_number
 from mtt_fast.engine import arguments
+from mtt_fast.engine.agreement import check_agreement, checked_group
 from mtt_fast.engine.mean_loss import watched_student
 from mtt_fast.engine.memory_plan import CANNOT_CUT, Plan, Work, plan_for
 from mtt_fast.engine.optimizers import Adam, Optimizer, StudentSgd
 from mtt_fast.engine.students.choice import student_for
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.live_bytes import output_bytes
+from mtt_fast.engine.students.processes import InProcesses
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
 from mtt_fast.engine.trials import try_augmentation, try_step
@@ -35,7 +39,7 @@ def unroll(
     momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
     return_velocity: Literal[False] = False, optimizer: Adam | None = None, plan: Plan | None = None,
     label_kind: LabelKind | None = None, loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
-    precision: Precision = "fp32", gradient: Gradient = "exact",
+    precision: Precision = "fp32", gradient: Gradient = "exact", group: dist.ProcessGroup | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -46,7 +50,7 @@ def unroll(
     momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
     return_velocity: Literal[True], optimizer: Adam | None = None, plan: Plan | None = None,
     label_kind: LabelKind | None = None, loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
-    precision: Precision = "fp32", gradient: Gradient = "exact",
+    precision: Precision = "fp32", gradient: Gradient = "exact", group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -73,6 +77,7 @@ def unroll(
     draws: Sequence[Any] | None = None,
     precision: Precision = "fp32",
     gradient: Gradient = "exact",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD, or of Adam, on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
@@ -133,24 +138,36 @@ def unroll(
         gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which drops every
             Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, with λ_N in place of every λ_n. It costs as
             much as the exact gradient. The terms of momentum, weight decay and losses of earlier steps stay exact.
+        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`, whose processes share the samples of each
+            step. All make the same call with the same arguments, then the same backward pass. The results are those of one
+            process up to rounding, and the same in all processes, bit for bit. The network must not mix samples, and the loss must
+            be a mean over them. Each call compares checksums of the arguments, but not network and loss, and so waits for a
+            GPU. If one process fails, the others wait until torch.distributed or torchrun ends them.
 
     Raises:
         InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
             `torch.func`, `torch.jit.trace` or `torch.compile`. A network, a loss or an augmentation of the caller's own is first
             tried on a few samples (on a whole batch if the network mixes samples). It is refused if a second call gives other
             results, if a batch is cut and the network mixes its samples, or if it reads a tensor that requires a gradient besides
-            its arguments, since no gradient would flow to that tensor.
+            its arguments, since no gradient would flow to that tensor. Arguments that differ between the processes of a `group` are
+            refused in all of them.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
         weight_decay=weight_decay, optimizer=optimizer, label_kind=label_kind, loss=loss, precision=precision,
-        gradient=gradient,
+        gradient=gradient, group=checked_group(group),
     )  # fmt: skip
     steps = checked_steps(net, options, theta, images, labels, lr, batches)
     student_optimizer = optimizer_of(options, steps.lr, has_velocity=velocity is not None or return_velocity)
     arguments.check_velocity(velocity, theta, optimizer)
     check_generator(generator)
     draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
+    if options.group is not None:
+        check_agreement(
+            options.group, steps.theta, images=steps.images, labels=steps.labels, lr=steps.lr, batches=steps.batches,
+            draws=draws, momentum=momentum, weight_decay=weight_decay, optimizer=repr(optimizer), velocity=velocity,
+            label_kind=label_kind, precision=precision, gradient=gradient,
+        )  # fmt: skip
     plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
     _, path, after = planned_path(plan, net, options, steps, student_optimizer, draws, velocity)
     return (path, after) if return_velocity and after is not None else path
@@ -171,6 +188,7 @@ class StepOptions:
     loss: Loss | None = None
     precision: Precision = "fp32"
     gradient: Gradient = "exact"
+    group: dist.ProcessGroup | None = None  # of several processes
 
     def __post_init__(self) -> None:
         """Raise `InputError` for options that are wrong by themselves or do not fit each other."""
@@ -252,6 +270,12 @@ def checked_plan(
     """
     student, theta, images, labels, lr, batches = steps
     augment, shape = options.augment, images.shape[1:]
+    processes = 1 if options.group is None else options.group.size()
+    if processes > 1 and net.mixes_samples:
+        raise InputError(
+            "`group`: the network's batch norm uses batch statistics, so sharing a batch would change the result; use instance "
+            "norm, evaluation mode, or no `group`"
+        )
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     input_shape = shape if augmented is None else augmented.shape[1:]
     if not theta.is_meta or augment is None:  # there an augmentation is not tried, and may change the shape
@@ -262,10 +286,11 @@ def checked_plan(
         mixes_samples=net.mixes_samples,
         images=images.shape,
         input_shape=input_shape,
-        batch=max(len(index) for index in batches),
+        batch=math.ceil(max(len(index) for index in batches) / processes),
         steps=len(batches),
         dtype=theta.dtype,
         device=theta.device,
+        processes=processes,
         moments=moments,
         augment=augment is not None,
         augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
@@ -276,7 +301,7 @@ def checked_plan(
     loss = student.loss if isinstance(student, GenericStudent) else options.loss
     if loss is None or theta.is_meta:  # the fused step with cross-entropy needs no trial
         return plan
-    loss_is_mean = try_step(net, loss, theta, images, labels, batches, augmented, is_cut=plan.cut)
+    loss_is_mean = try_step(net, loss, theta, images, labels, batches, augmented, is_cut=plan.cut or processes > 1)
     return plan if loss_is_mean else plan_of_batch_loss(plan, net, options)
 
 
@@ -295,7 +320,7 @@ def planned_path(
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
     checks = not (theta.is_meta or is_capturing(theta))
-    student, watched = watched_student(plan.student, options.loss if checks else None)
+    student, watched = watched_student(_student_of(plan, options.group), options.loss if checks else None)
     student_steps = StudentSteps(
         student=student,
         batches=steps.batches,
@@ -305,10 +330,11 @@ def planned_path(
         draws=tuple(draws),
         optimizer=optimizer,
         gradient=options.gradient,
+        group=options.group,
         checks_repeat=checks,
     )
     path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
-    if watched is None or watched.adds_up():
+    if watched is None or watched.adds_up(options.group):
         return plan, path, after
     del path, after  # before there is another
     return planned_path(plan_of_batch_loss(plan, net, options), net, options, steps, optimizer, draws, velocity)
@@ -317,12 +343,22 @@ def planned_path(
 def plan_of_batch_loss(plan: Plan, net: Network, options: StepOptions) -> Plan:
     """Return the plan in place of `plan`, with its budget, for a loss that is not a mean over the samples."""
     assert options.loss is not None
+    if options.group is not None:
+        raise InputError(
+            "`loss`: expected a mean over the samples, since the processes of the `group` share each batch, found another, such as one "
+            "of pairs or with class weights; leave `group` out"
+        )
     # only the generic student cuts batches for it, which may take more memory
     work = replace(plan.work, student=GenericStudent(net, options.loss), loss_is_mean=False)
     if plan.budget is not None:
         options = replace(options, plan=None, memory_budget=options.memory_budget or plan.budget)
         work = replace(work, output_bytes=output_bytes(net, work.batch, work.input_shape, work.dtype))
     return _plan_of(work, options)
+
+
+def _student_of(plan: Plan, group: dist.ProcessGroup | None) -> Student:
+    """Return the student that cuts batches as `plan` says, and shares them with the processes of `group`."""
+    return plan.student if group is None else InProcesses(plan.work.student, plan.microbatch, group)
 
 
 def _plan_of(work: Work, options: StepOptions) -> Plan:

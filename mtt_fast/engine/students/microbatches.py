@@ -32,7 +32,7 @@ class InMicrobatches:
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
-        for piece, weight in pieces_of(len(images), self.size):
+        for piece, weight in self.pieces(len(images)):
             part = self.student.gradient(theta, images[piece], labels[piece], save)
             total_loss.add_(part.loss, alpha=weight)
             total.add_(part.gradient, alpha=weight)
@@ -44,9 +44,9 @@ class InMicrobatches:
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         v_dot_g, hessian_v, loss = theta.new_zeros(()), torch.zeros_like(theta), None
-        to_images = theta.new_empty(images.shape)
-        to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
-        for piece, weight in pieces_of(len(images), self.size):
+        to_images = theta.new_zeros(images.shape)
+        to_labels = torch.zeros_like(labels) if labels.is_floating_point() else None
+        for piece, weight in self.pieces(len(images)):
             piece_saved = saved.pop(0) if saved else None
             part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, piece_saved)
             v_dot_g.add_(part.v_dot_g, alpha=weight)
@@ -57,6 +57,10 @@ class InMicrobatches:
             if part.loss is not None:
                 loss = torch.add(theta.new_zeros(()) if loss is None else loss, part.loss, alpha=weight)
         return GradientTangent(v_dot_g, as_sums(hessian_v), to_images, to_labels, loss)
+
+    def pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
+        """Yield the pieces of a batch that are computed, each with its weight."""
+        return pieces_of(batch, self.size)
 
     @property
     def passes(self) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 `GenericStudent` (generic.py) computes both by autograd, for any network and loss. `FusedConvNetStudent` (fused.py) computes them by
 hand-written formulas. `InMicrobatches` (microbatches.py) wraps another student, and calls it on pieces of the batch; for a loss that
-is not a mean over samples `BatchLossStudent` (batch_loss.py) takes its place.
+is not a mean over samples `BatchLossStudent` (batch_loss.py) takes its place. `InProcesses` (processes.py) shares the pieces with other
+processes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""The student that shares each batch with other processes: each computes some of the samples, and one sum adds up their results.
+
+The gradients of images and labels consist of rows of single samples. Each process keeps those of its own samples, and `add_up` adds them
+all at the end of the backward sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtt_fast.engine.students.batch import Inputs
+from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.protocol import GradientTangent, SavedActivations, StepGradient, as_sums
+
+
+@dataclass(frozen=True)
+class InProcesses(InMicrobatches):
+    """Compute this process's share of each batch, in pieces of at most `size` samples; add up the results of all processes.
+
+    All processes of `group` make the same calls. Each call is one all-reduce, whatever the pieces. Losses and derivatives with respect to θ
+    are then the same in all processes, bit for bit. Gradients of images and labels are zero for the samples of other processes.
+    """
+
+    group: dist.ProcessGroup
+
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
+        """See `Student.gradient`."""
+        own = super().gradient(theta, images, labels, save)
+        gradient, loss = self._totals(own.gradient, own.loss)
+        return StepGradient(loss, as_sums(gradient), own.saved)
+
+    def gradient_jvp(
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+    ) -> GradientTangent:
+        """See `Student.gradient_jvp`."""
+        own = super().gradient_jvp(theta, images, labels, v, saved)
+        hessian_v, v_dot_g, *loss = self._totals(own.hessian_v, own.v_dot_g, *([] if own.loss is None else [own.loss]))
+        return GradientTangent(v_dot_g, as_sums(hessian_v), own.images, own.labels, *loss)
+
+    def pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
+        """See `InMicrobatches.pieces`. A share without samples is the first sample with the weight zero.
+
+        So each process computes at least one piece, and all have results of the same kind.
+        """
+        rank, processes = self.group.rank(), self.group.size()
+        first, last = (batch * number // processes for number in (rank, rank + 1))
+        if first == last:
+            yield slice(1), 0.0
+        for start in range(first, last, self.size):
+            stop = min(start + self.size, last)
+            yield slice(start, stop), (stop - start) / batch
+
+    def _totals(self, vector: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+        """Return the sums over all processes of a vector (P,) and of numbers ()."""
+        totals = torch.cat([vector, torch.stack(numbers)])
+        dist.all_reduce(totals, group=self.group)
+        # copies of the numbers, since the sweeps keep those of all steps
+        return totals[: len(vector)], *totals[len(vector) :].clone()
+
+
+def add_up(group: dist.ProcessGroup, *gradients: Tensor | None) -> None:
+    """Replace each of the `gradients` by its sum over the processes of `group`, which must leave out (None) the same ones."""
+    for gradient in gradients:
+        if gradient is not None:
+            dist.all_reduce(gradient, group=group)
+
+
+def averaged(group: dist.ProcessGroup | None, numbers: Tensor) -> Tensor:
+    """Return the mean of `numbers` over the processes of `group`, so that all decide alike by them; for None the `numbers`."""
+    if group is None:
+        return numbers
+    mean = numbers / group.size()
+    dist.all_reduce(mean, group=group)
+    return mean
