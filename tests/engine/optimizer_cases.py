@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -105,16 +106,41 @@ def adam_written_out(case: Case, adam: Adam, **options: Any) -> tuple[Tensor, Te
     return _written_out(case, step, adam.weight_decay, **options)
 
 
-def engines(name: str, **optimizer: Any) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class Stateful:
+    """An optimizer: the arguments by which `unroll` takes it, its steps written out, and a case with its state."""
+
+    options: dict[str, Any]
+    written_out: Callable[..., tuple[Tensor, Tensor]]
+    case: Callable[..., Case]
+
+    def later(self, steps: int) -> dict[str, Any]:
+        """Return the options for a window that comes so many steps later."""
+        adam = self.options.get("optimizer")
+        return self.options if adam is None else {"optimizer": replace(adam, steps=adam.steps + steps)}
+
+
+def stateful(name: str, weight_decay: float) -> Stateful:
+    """Return the optimizer `name`; SGD alone has its last update as its state."""
+    if name in ("SGD", "momentum"):
+        momentum = 0.9 if name == "momentum" else 0.0
+        options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
+        return Stateful(options, partial(sgd_written_out, **options), make)
+    adam = replace(ADAM if name == "Adam" else Adam(), weight_decay=weight_decay)
+    return Stateful({"optimizer": adam}, partial(adam_written_out, adam=adam), case_of_adam)
+
+
+def loss_of_all_rows(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a linear function of a path of `case` and of its last state."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(STEPS + 3, len(case.start), generator=generator, dtype=torch.float64)
+    return lambda path, state: (weights[: STEPS + 1] * path).sum() + (weights[-2:] * state).sum()
+
+
+def engines(name: str, *, weight_decay: float = 0.0, **optimizer: Any) -> tuple[Any, dict[str, Any]]:
     """Return a network and options of `unroll` that take another way through it; its plans are for this `optimizer`."""
     module = FlatModule(MODULE)
-    shape: dict[str, Any] = {
-        "images": (7, 3, 8, 8),
-        "steps": STEPS,
-        "batch": 5,
-        "dtype": torch.float64,
-        **optimizer,
-    }
+    shape: dict[str, Any] = {"images": (7, 3, 8, 8), "steps": STEPS, "batch": 5, "dtype": torch.float64, **optimizer}
     whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "fused": (NET, {}),
