@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ def _written_out(
     step: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
     weight_decay: float,
     *,
+    network: Callable[[Tensor, Tensor], Tensor] = ORACLE,
+    batches: Sequence[Tensor] = BATCHES,
     truncated: bool = False,
     augment: Any = None,
     draws: Any = None,
@@ -72,10 +74,10 @@ def _written_out(
     """Return the path and the last state of recorded steps; `step(n, state, gradient)` returns the update and the next state."""
     theta, state, images, labels, lr = case
     path = [theta]
-    for n, index in enumerate(BATCHES):
+    for n, index in enumerate(batches):
         at = theta.detach().requires_grad_() if truncated else theta
         seen = images[index] if augment is None else augment(images[index], draws[n])
-        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network(at, seen), labels[index]), at, create_graph=True)
         update, state = step(n, state, gradient + weight_decay * theta)
         theta = theta - (lr[n] if lr.dim() else lr) * update
         path.append(theta)
@@ -93,7 +95,7 @@ def sgd_written_out(case: Case, momentum: float, weight_decay: float, **options:
 
 
 def adam_written_out(case: Case, adam: Adam, **options: Any) -> tuple[Tensor, Tensor]:
-    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them."""
+    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them; √0 has the derivative 0."""
     beta1, beta2 = adam.betas
 
     def step(n: int, moments: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,8 @@ def adam_written_out(case: Case, adam: Adam, **options: Any) -> tuple[Tensor, Te
         square = beta2 * moments[1] + (1 - beta2) * gradient**2
         t = adam.steps + n + 1
         mean_hat, square_hat = mean / (1 - beta1**t), square / (1 - beta2**t)
-        return mean_hat / (square_hat.sqrt() + adam.eps), torch.stack([mean, square])
+        root = torch.where(square_hat > 0, torch.where(square_hat > 0, square_hat, 1).sqrt(), 0)
+        return mean_hat / (root + adam.eps), torch.stack([mean, square])
 
     return _written_out(case, step, adam.weight_decay, **options)
 
