@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Footprint
 from mtt_fast.augmentation.siamese import SiameseAugment
-from mtt_fast.checks import device_of
+from mtt_fast.checks import check_count, device_of
+from mtt_fast.errors import InputError
 
 _COPIES = 2  # of a batch of canvases, at most: the batch, and its gradient
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
@@ -41,7 +43,11 @@ class Canvas:
         return CanvasCrops(self.size, augment)
 
     def image_shape(self, canvas_shape: torch.Size) -> torch.Size:
-        """Return the shape (C, H, W) of a crop, from that of a canvas."""
+        """Return the shape (C, H, W) of a crop, from that of a canvas. Raises `InputError` for a canvas that cannot be cut."""
+        if len(canvas_shape) != 3 or min(canvas_shape[1:]) < self.size:
+            raise InputError(
+                f"`images`: expected canvases (C, H, W) of at least {self.size} pixels a side, found shape {tuple(canvas_shape)}"
+            )
         channels, height, width = canvas_shape
         return torch.Size((channels, height // self.size, width // self.size))
 
@@ -50,11 +56,22 @@ class Canvas:
 class CanvasCrops:
     """A random crop of each canvas, followed by `augment`, as one augmentation.
 
-    It is used as `SiameseAugment` is, both by `mtt_fast.unroll` and with its draws as a tensor.
+    It is used as `SiameseAugment` is, both by `mtt_fast.unroll` and with its draws as a tensor. Raises `InputError` for a `size` that
+    is not a whole number of at least 1, and for another kind of augmentation.
     """
 
     size: int
     augment: SiameseAugment | None = None
+
+    def __post_init__(self) -> None:
+        check_count("size", self.size)
+        augment: Any = self.augment
+        is_class = isinstance(augment, type)
+        if augment is not None and (is_class or not hasattr(augment, "draw_parameters")):
+            found = f"the class {augment.__name__}" if is_class else type(augment).__name__
+            raise InputError(
+                f"`augment`: expected a SiameseAugment or None, found {found}; an Augmentation of your own may call crop"
+            )
 
     def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Draw, step by step, for batches like the canvases `batches` (b, C, H, W): the corner of each crop, then `augment`'s.
@@ -83,6 +100,11 @@ class CanvasCrops:
         The result is differentiable in the canvases. For draws on the canvases' device there is no copy and no
         synchronisation, so a CUDA graph can capture the call.
         """
+        if not isinstance(draws, Tensor) or len(draws) != len(images):
+            found = f"those of {len(draws)}" if isinstance(draws, Tensor) else type(draws).__name__
+            raise InputError(
+                f"CanvasCrops draws: expected what draw returned for these {len(images)} images, found {found}"
+            )
         crops = crop(images, draws[:, :2].to(images.device), *self._sides(images))
         return crops if self.augment is None else self.augment(crops, draws[:, 2:].contiguous())
 
@@ -97,7 +119,8 @@ class CanvasCrops:
         return self.draw_parameters([images], generator)
 
     def _sides(self, images: Tensor) -> tuple[int, int]:
-        return images.shape[2] // self.size, images.shape[3] // self.size
+        _, height, width = Canvas(self.size).image_shape(images.shape[1:])
+        return height, width
 
 
 def crop(images: Tensor, corners: Tensor, height: int, width: int) -> Tensor:

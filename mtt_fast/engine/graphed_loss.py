@@ -186,7 +186,7 @@ class GraphedMatchingLoss:
 
 
 class _WatchedIteration:
-    """An iteration whose loss is taken for a mean over the samples, until in some call it is none."""
+    """Compute an iteration whose loss is taken for a mean over the samples, until a call shows that it is not."""
 
     def __init__(self, iteration: Iteration, of_batches: Callable[[], Iteration]) -> None:
         self.iteration = iteration

@@ -1,6 +1,6 @@
-"""Find out whether a loss of the caller's own is a mean over the samples, so that those of the pieces of a batch add up.
+"""Find out whether a loss of the caller's own is a mean over the samples, so that the losses of the pieces of a batch add up.
 
-It is asked before the first step by a few samples, and in the forward sweep by each piece.
+`is_mean` compares the losses of a few samples before the first step, and `WatchedLoss` those of all pieces in the forward sweep.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ _FEW = 8  # samples whose losses are compared at once
 _MAX_LABELS = 1000
 
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
-"""What network and loss raise where they do not take so few samples. No other: torch.utils.checkpoint stops by an exception of its own."""
+"""What networks and losses raise for fewer samples than they take. All else passes: torch.utils.checkpoint stops by its own exception."""
 
 
 def is_mean(loss: Loss, outputs: Tensor, targets: Tensor, labels: Tensor) -> bool:
-    """Return whether the `loss` of a batch is the mean of the losses of its samples, which a loss of pairs, or one that fails, is not.
+    """Return whether the `loss` of a batch is the mean of the losses of its samples. A loss of pairs is not, nor is one that fails.
 
-    It is asked with the `targets` of the `outputs` (b, …), and with other ones among all `labels` (n, …), for which outputs are repeated: a
-    captured iteration gets other batches later.
+    `targets` are those of `outputs` (b, …). A captured iteration gets other batches later, so a few of all `labels` (n, …) are tried
+    too, with the same outputs again.
     """
     if bool((outputs == outputs[:1]).all()):
-        return False  # of one sample, and of equal ones, a loss of differences is the mean
+        return False  # one sample, or equal ones: a loss of differences between samples cannot be told from a mean
     targets = torch.cat([labels[_different_labels(labels)].to(targets.dtype), targets])
     rows = outputs.split(1)
     samples = [(rows[n % len(rows)], target) for n, target in enumerate(targets.split(1))]
-    # a few at once, of which the last is the first of the next few
+    # a few at once; the last of them is the first of the next few
     few = [samples[first : first + _FEW] for first in range(0, len(samples) - 1, _FEW - 1)]
     return all(bool(_adds_up(loss, part)) for part in few)
 
 
 class WatchedLoss:
-    """A loss of pieces of batches that finds out in the forward sweep whether they add up.
+    """Compute a loss of pieces of batches, and find out in the forward sweep whether the losses of the pieces add up.
 
-    `is_mean` has seen other outputs: a loss may leave out samples only once they are learned. Each half of a piece is compared with
-    the half before, so that this takes no more memory than a piece.
+    `is_mean` saw only the first outputs, and a loss may leave out samples once they are learned. Each half of a piece is compared with
+    the half before it, so that this takes no more memory than a piece.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -79,7 +79,7 @@ class WatchedLoss:
 
 
 def watched_student(student: Student, loss: Loss | None) -> tuple[Student, WatchedLoss | None]:
-    """Return `student`, and a `WatchedLoss` within it if it takes a `loss` of the caller's own for a mean over the samples."""
+    """Return `student`, and None; if it takes the caller's own `loss` for a mean over the samples, a student with a `WatchedLoss`, and this."""
     if loss is None or not isinstance(student, InMicrobatches):
         return student, None
     watched = WatchedLoss(loss)
@@ -89,9 +89,10 @@ def watched_student(student: Student, loss: Loss | None) -> tuple[Student, Watch
 def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]], *, to_targets: bool = True) -> Tensor:
     """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
 
-    Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared, too:
-    at random parameters all samples may have about the same loss, so that any weights give it, and learned weights among the
-    targets may be equal at first. Those of targets (`to_targets`) are left out where the loss has none: it may train under no_grad.
+    Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared too:
+    at random parameters all samples may have about the same loss, which any weighted mean then gives, and learned weights among the
+    targets may be equal at first. Gradients with respect to the targets (`to_targets`) are left out if the loss fails with them: it
+    may train under no_grad.
     """
     soft = to_targets and parts[0][1].is_floating_point()
 

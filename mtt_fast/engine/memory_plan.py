@@ -276,7 +276,7 @@ def _shape_of(images: Any, *, is_2d: bool) -> torch.Size:
 def plan_for(
     work: Work,
     memory_budget: int | str | None,
-    microbatch: int | None = None,
+    microbatch: int | None,
     fix: str = "lower `batch` or `steps`",
     *,
     reserved: int = 0,

@@ -93,7 +93,7 @@ def try_step(
 
     whole = torch.arange(len(index), device="cpu")
     positions = _trial_positions(network, len(index))
-    if is_cut:  # of the highest and the lowest sum first: beside each other they show a decision that a network takes for its whole batch
+    if is_cut:  # the highest and the lowest sum first: together they reveal a network that decides for its whole batch
         sums = samples(positions)[0].reshape(len(positions), -1).sum(1)
         positions = positions[sums.argsort().roll(1).cpu()]
     inputs, targets = samples(positions)
@@ -234,11 +234,11 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
 
 
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
-    """Raise `InputError` if the outputs of a sample change when it is beside a copy of itself and not beside other samples.
+    """Raise `InputError` if the outputs of a sample depend on the samples beside it.
 
-    The samples are the first of `inputs`, with the outputs `logits`. If they are alike, or there is only one, it is set beside half of
-    itself. Parameters near zero, as gates and last layers may begin, hide a layer that mixes samples. So the same is asked with other
-    numbers in their place, of the last two samples.
+    `logits` are the outputs of the first `inputs` together. Each of these is computed again beside a copy of itself, or beside half of
+    itself if all are alike. Parameters near zero, as those of gates and last layers at the start, hide a layer that mixes samples. So
+    the last two inputs are also computed with other numbers in place of such parameters.
     """
     last = inputs[-_SAMPLES_AT_ONCE:]
     small = (theta.abs() <= 0.01 * theta.square().mean().sqrt()).nonzero()[:, 0]

@@ -316,7 +316,7 @@ def planned_path(
 ) -> tuple[Plan, Tensor, Tensor | None]:
     """Return the path of `steps` and the optimizer's last state, and the plan with which they were computed.
 
-    It is `plan`, unless that takes the loss for a mean over the samples, and in some step it is none.
+    It is `plan`, unless that takes the loss for a mean over the samples and a step shows that it is not.
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
     checks = not (theta.is_meta or is_capturing(theta))

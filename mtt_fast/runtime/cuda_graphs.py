@@ -112,7 +112,7 @@ def is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def capturer(device: torch.device, first_call: FirstCall = operator.call) -> Capture:
+def capturer(device: torch.device, first_call: FirstCall) -> Capture:
     """Return a function that captures calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
 
     The graphs of one capturer share memory, so only one of them may run at a time, on one stream after another.

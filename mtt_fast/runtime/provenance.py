@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.runtime.tensor_bytes import bytes_of
 
 
 def versions() -> dict[str, str]:
@@ -31,7 +32,7 @@ def digest(*tensors: Tensor) -> str:
     """Return the SHA-256 of the tensors' values, in hexadecimal."""
     checksum = hashlib.sha256()
     for tensor in tensors:
-        checksum.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        checksum.update(bytes_of(tensor.detach().cpu().contiguous()))
     return checksum.hexdigest()
 
 

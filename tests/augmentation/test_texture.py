@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mtt_fast import ConvNet, SiameseAugment, SyntheticDataset, TrajectoryStore, matching_loss, plan, unroll
+from mtt_fast import (
+    Augmentation,
+    ConvNet,
+    FlatModule,
+    InputError,
+    SiameseAugment,
+    SyntheticDataset,
+    TrajectoryStore,
+    matching_loss,
+    plan,
+    unroll,
+)
 from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas, CanvasCrops, canvases_of, crop, tiled
 from mtt_fast.commands import cli
@@ -131,6 +142,42 @@ def test_tiles_meet_as_crops_do() -> None:
     corners = torch.tensor([[6, 9], [3, 2], [0, 5]])
     for image, corner, cropped in zip(pattern, corners.tolist(), crop(images, corners, 7, 10), strict=True):
         assert image[:, corner[0] : corner[0] + 7, corner[1] : corner[1] + 10].equal(cropped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "`size`: expected at least 1, found 0"),
+        ((2.0,), r"`size`: expected a whole number, found 2\.0"),
+        ((2, SiameseAugment), "`augment`: expected a SiameseAugment or None, found the class SiameseAugment"),
+        (
+            (2, Augmentation(lambda *_: None, torch.mul)),
+            "`augment`: expected a SiameseAugment or None, found Augmentation",
+        ),
+    ],
+)
+def test_what_are_no_crops_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CanvasCrops(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 3, 4), (6, 40)], ids=str)
+def test_canvases_that_cannot_be_cut_are_refused(shape: tuple[int, ...]) -> None:
+    net, crops = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40, 3))), CanvasCrops(4)
+    message = r"`images`: expected canvases \(C, H, W\) of at least 4 pixels a side, found shape"
+    with pytest.raises(InputError, match=message):
+        unroll(net, net.init(), torch.zeros(shape), torch.arange(6) % 3, 0.1, [torch.arange(6)], crops)
+    with pytest.raises(InputError, match=message):
+        plan(net, images=shape, steps=1, augment=crops)
+
+
+@pytest.mark.parametrize(("draws", "found"), [(torch.zeros(3, 2), "those of 3"), ([0, 0], "list")], ids=["few", "list"])
+def test_draws_that_are_not_of_the_canvases_are_refused(draws: Any, found: str) -> None:
+    """Check what would leave the last canvases of a step without a crop."""
+    with pytest.raises(
+        InputError, match=f"CanvasCrops draws: expected what draw returned for these 5 images, found {found}"
+    ):
+        CanvasCrops(2)(torch.zeros(5, 1, 8, 8), draws)
 
 
 def test_crops_have_the_shape_of_an_image() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,8 @@ def _written_out(
     step: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
     weight_decay: float,
     *,
+    network: Callable[[Tensor, Tensor], Tensor] = ORACLE,
+    batches: Sequence[Tensor] = BATCHES,
     truncated: bool = False,
     augment: Any = None,
     draws: Any = None,
@@ -71,10 +74,10 @@ def _written_out(
     """Return the path and the last state of recorded steps; `step(n, state, gradient)` returns the update and the next state."""
     theta, state, images, labels, lr = case
     path = [theta]
-    for n, index in enumerate(BATCHES):
+    for n, index in enumerate(batches):
         at = theta.detach().requires_grad_() if truncated else theta
         seen = images[index] if augment is None else augment(images[index], draws[n])
-        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network(at, seen), labels[index]), at, create_graph=True)
         update, state = step(n, state, gradient + weight_decay * theta)
         theta = theta - (lr[n] if lr.dim() else lr) * update
         path.append(theta)
@@ -92,7 +95,7 @@ def sgd_written_out(case: Case, momentum: float, weight_decay: float, **options:
 
 
 def adam_written_out(case: Case, adam: Adam, **options: Any) -> tuple[Tensor, Tensor]:
-    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them."""
+    """Return the path and the last moments (2, P) of recorded steps as the paper's algorithm 1 writes them; √0 has the derivative 0."""
     beta1, beta2 = adam.betas
 
     def step(n: int, moments: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,21 +103,47 @@ def adam_written_out(case: Case, adam: Adam, **options: Any) -> tuple[Tensor, Te
         square = beta2 * moments[1] + (1 - beta2) * gradient**2
         t = adam.steps + n + 1
         mean_hat, square_hat = mean / (1 - beta1**t), square / (1 - beta2**t)
-        return mean_hat / (square_hat.sqrt() + adam.eps), torch.stack([mean, square])
+        root = torch.where(square_hat > 0, torch.where(square_hat > 0, square_hat, 1).sqrt(), 0)
+        return mean_hat / (root + adam.eps), torch.stack([mean, square])
 
     return _written_out(case, step, adam.weight_decay, **options)
 
 
-def engines(name: str, **optimizer: Any) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class Stateful:
+    """An optimizer: the arguments by which `unroll` takes it, its steps written out, and a case with its state."""
+
+    options: dict[str, Any]
+    written_out: Callable[..., tuple[Tensor, Tensor]]
+    case: Callable[..., Case]
+
+    def later(self, steps: int) -> dict[str, Any]:
+        """Return the options for a window that comes so many steps later."""
+        adam = self.options.get("optimizer")
+        return self.options if adam is None else {"optimizer": replace(adam, steps=adam.steps + steps)}
+
+
+def stateful(name: str, weight_decay: float) -> Stateful:
+    """Return the optimizer `name`; SGD alone has its last update as its state."""
+    if name in ("SGD", "momentum"):
+        momentum = 0.9 if name == "momentum" else 0.0
+        options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
+        return Stateful(options, partial(sgd_written_out, **options), make)
+    adam = replace(ADAM if name == "Adam" else Adam(), weight_decay=weight_decay)
+    return Stateful({"optimizer": adam}, partial(adam_written_out, adam=adam), case_of_adam)
+
+
+def loss_of_all_rows(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a linear function of a path of `case` and of its last state."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(STEPS + 3, len(case.start), generator=generator, dtype=torch.float64)
+    return lambda path, state: (weights[: STEPS + 1] * path).sum() + (weights[-2:] * state).sum()
+
+
+def engines(name: str, *, weight_decay: float = 0.0, **optimizer: Any) -> tuple[Any, dict[str, Any]]:
     """Return a network and options of `unroll` that take another way through it; its plans are for this `optimizer`."""
     module = FlatModule(MODULE)
-    shape: dict[str, Any] = {
-        "images": (7, 3, 8, 8),
-        "steps": STEPS,
-        "batch": 5,
-        "dtype": torch.float64,
-        **optimizer,
-    }
+    shape: dict[str, Any] = {"images": (7, 3, 8, 8), "steps": STEPS, "batch": 5, "dtype": torch.float64, **optimizer}
     whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "fused": (NET, {}),

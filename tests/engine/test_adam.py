@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, SiameseAugment, matching_loss, plan, unroll
+from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
+from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.testing import assert_close, reference_convnet
 from tests.engine.optimizer_cases import (
     ADAM,
     BATCHES,
-    ENGINES,
     NET,
     SHAPE,
     STEPS,
@@ -27,93 +26,6 @@ from tests.engine.optimizer_cases import (
     engines,
     make,
 )
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
-    """Compare the gradients of a loss of all rows and of the moments to everything that it starts from."""
-    adam = replace(ADAM, weight_decay=weight_decay)
-    net, options = engines(engine, optimizer=adam)
-    case = case_of_adam(soft=engine != "micro-batches", per_step=weight_decay > 0)
-    generator = torch.Generator().manual_seed(1)
-    to_path, to_moments = (
-        torch.randn(count, len(case.start), generator=generator, dtype=torch.float64) for count in (STEPS + 1, 2)
-    )
-
-    def loss(path: Tensor, moments: Tensor) -> Tensor:
-        return (to_path * path).sum() + (to_moments * moments).sum()
-
-    def mine(leaves: Case) -> Tensor:
-        theta, moments, images, labels, lr = leaves
-        return loss(
-            *unroll(
-                net,
-                theta,
-                images,
-                labels,
-                lr,
-                BATCHES,
-                optimizer=adam,
-                velocity=moments,
-                return_velocity=True,
-                **options,
-            )
-        )
-
-    assert_same_gradients(case, mine, lambda leaves: loss(*adam_written_out(leaves, adam)))
-
-
-@pytest.mark.parametrize("gradient", ["exact", "truncated"])
-@pytest.mark.parametrize("looks_at", ["moments", "a row"])
-def test_a_loss_of_the_moments_or_of_a_row_alone(gradient: Any, looks_at: str) -> None:
-    adam = replace(ADAM, weight_decay=0.1)
-
-    def loss(path: Tensor, moments: Tensor) -> Tensor:
-        return moments.pow(3).sum() if looks_at == "moments" else path[3].pow(3).sum()
-
-    def mine(leaves: Case) -> Tensor:
-        theta, moments, images, labels, lr = leaves
-        options: dict[str, Any] = {"optimizer": adam, "gradient": gradient}
-        return loss(*unroll(NET, theta, images, labels, lr, BATCHES, velocity=moments, return_velocity=True, **options))
-
-    truncated = gradient == "truncated"
-    assert_same_gradients(
-        case_of_adam(), mine, lambda leaves: loss(*adam_written_out(leaves, adam, truncated=truncated))
-    )
-
-
-@pytest.mark.parametrize("row", [0, 2, 3])
-def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
-    """Check that the state after that row is the one that is read, and not the last one, which is in the buffer."""
-    adam = replace(ADAM, weight_decay=0.1)
-    net, options = engines("the path on the host", optimizer=adam)
-
-    def mine(leaves: Case) -> Tensor:
-        theta, moments, images, labels, lr = leaves
-        path: Tensor = unroll(net, theta, images, labels, lr, BATCHES, optimizer=adam, velocity=moments, **options)
-        return path[row].sum()
-
-    def theirs(leaves: Case) -> Tensor:
-        return adam_written_out(leaves, adam)[0][row].sum() + 0 * sum(leaf.sum() for leaf in leaves)
-
-    assert_same_gradients(case_of_adam(), mine, theirs)
-
-
-def test_augmented() -> None:
-    augment, case, adam = SiameseAugment(), case_of_adam(per_step=False), replace(ADAM, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(5)
-    draws = [augment.draw(case.images[index], generator) for index in BATCHES]
-
-    def mine(leaves: Case) -> Tensor:
-        theta, moments, images, labels, lr = leaves
-        path = unroll(NET, theta, images, labels, lr, BATCHES, augment, optimizer=adam, velocity=moments, draws=draws)
-        return path[-1].square().sum()
-
-    def theirs(leaves: Case) -> Tensor:
-        return adam_written_out(leaves, adam, augment=augment, draws=draws)[0][-1].square().sum()
-
-    assert_same_gradients(case, mine, theirs)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
@@ -174,27 +86,21 @@ def test_a_parameter_that_never_had_a_gradient() -> None:
 
     net = FlatModule(Unused().double())
     start = net.init().double()
-    images, lr = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
-    path = unroll(net, start.requires_grad_(), images, case.labels, lr, BATCHES, optimizer=adam)
-    path[-1].square().sum().backward()
-    assert torch.equal(path[-1][-3:], start[-3:])
 
-    weight = start.detach()[:-3].view(4, 192).clone().requires_grad_()
-    pixels, rate = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
-    theta, mean, square = weight, torch.zeros_like(weight), torch.zeros_like(weight)
-    for n, index in enumerate(BATCHES):
-        loss = F.cross_entropy(pixels[index].flatten(1) @ theta.T, case.labels[index])
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-        theta = theta - rate * (mean / (1 - 0.9 ** (n + 1))) / ((square / (1 - 0.999 ** (n + 1))).sqrt() + ADAM.eps)
-    theta.square().sum().backward()
-    assert start.grad is not None
-    assert weight.grad is not None
-    assert_close("start", start.grad[:-3], weight.grad.flatten(), 1e-9)
-    for name, one, other in (("images", images, pixels), ("lr", lr, rate)):
-        assert one.grad is not None
-        assert other.grad is not None
-        assert_close(name, one.grad, other.grad, 1e-9)
+    def linear(theta: Tensor, images: Tensor) -> Tensor:
+        return images.flatten(1) @ theta.view(4, 192).T
+
+    def mine(leaves: Case) -> Tensor:
+        path = unroll(net, leaves.start, leaves.images, leaves.labels, leaves.lr, BATCHES, optimizer=adam)
+        return path[-1].square().sum() + 0 * leaves.velocity.sum()
+
+    def theirs(leaves: Case) -> Tensor:
+        used = leaves._replace(start=leaves.start[:-3], velocity=0 * leaves.velocity[:, :-3])
+        path, _ = adam_written_out(used, adam, network=linear)
+        return path[-1].square().sum() + leaves.start[-3:].square().sum()
+
+    moments = torch.zeros(2, len(start), dtype=torch.float64)
+    assert_same_gradients(case._replace(start=start, velocity=moments), mine, theirs)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)])
@@ -209,67 +115,27 @@ def test_gradients_that_are_zero_in_some_steps_alone(betas: tuple[float, float])
     bias = slice(192 * 6, 192 * 6 + 6)
     start[bias] = torch.tensor([-50.0, -1.0, -0.5, 0.0, 0.5, -50.0])
     batches = [torch.tensor([n % 7]) for n in range(8)]
-    ours, theirs = ([each.clone().requires_grad_() for each in (start, images, lr)] for _ in range(2))
-    path = unroll(net, ours[0], ours[1], labels, ours[2], batches, optimizer=Adam(betas, ADAM.eps))
+    case = Case(start, torch.zeros(2, len(start), dtype=torch.float64), images, labels, lr)
+    adam = Adam(betas, ADAM.eps)
 
-    theta, pixels, rate = theirs
-    mean, square, is_zero = torch.zeros_like(start), torch.zeros_like(start), []
-    for n, index in enumerate(batches):
-        loss = F.cross_entropy(net(theta, pixels[index]), labels[index])
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        is_zero.append(gradient[bias] == 0)
-        mean, square = betas[0] * mean + (1 - betas[0]) * gradient, betas[1] * square + (1 - betas[1]) * gradient**2
-        scaled = square / (1 - betas[1] ** (n + 1))
-        root = torch.where(scaled > 0, torch.where(scaled > 0, scaled, 1).sqrt(), 0)
-        theta = theta - rate * mean / (1 - betas[0] ** (n + 1)) / (root + ADAM.eps)
-    times = torch.stack(is_zero).sum(0)
+    def mine(leaves: Case) -> Tensor:
+        return unroll(net, leaves.start, leaves.images, labels, leaves.lr, batches, optimizer=adam)
+
+    def theirs(leaves: Case) -> Tensor:
+        at_rest = leaves._replace(velocity=0 * leaves.velocity)
+        return adam_written_out(at_rest, adam, network=net, batches=batches)[0]
+
+    path, student = mine(case), GenericStudent(net)
+    gradients = [student.gradient(path[n], images[index], labels[index]).gradient for n, index in enumerate(batches)]
+    times = (torch.stack(gradients)[:, bias] == 0).sum(0)
     assert ((times > 0) & (times < len(batches))).any()
     assert (times == len(batches)).any()
-    assert_close("path", path[-1], theta, 1e-9)
-    found, expected = (
-        torch.autograd.grad(end.square().sum(), leaves) for end, leaves in ((path[-1], ours), (theta, theirs))
+    assert_close("path", path, theirs(case.leaves()), 1e-9)
+    assert_same_gradients(
+        case,
+        lambda leaves: mine(leaves)[-1].square().sum() + 0 * leaves.velocity.sum(),
+        lambda leaves: theirs(leaves)[-1].square().sum(),
     )
-    for name, one, other in zip(("start", "images", "lr"), found, expected, strict=True):
-        assert_close(name, one, other, 1e-9)
-
-
-@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
-    net, options = engines(engine, optimizer=Adam())
-    start, _, images, labels, lr = case_of_adam(dtype)
-    common: dict[str, Any] = {"return_velocity": True, **options}
-    path, after = unroll(net, start, images, labels, lr, BATCHES, optimizer=Adam(), **common)
-    for cut in range(1, STEPS):
-        with torch.no_grad():
-            first, between = unroll(net, start, images, labels, lr[:cut], BATCHES[:cut], optimizer=Adam(), **common)
-        second, end = unroll(
-            net,
-            first[-1],
-            images,
-            labels,
-            lr[cut:],
-            BATCHES[cut:],
-            optimizer=Adam(steps=cut),
-            velocity=between,
-            **common,
-        )
-        assert torch.equal(torch.cat([first, second[1:]]), path)
-        assert torch.equal(end, after)
-
-
-def test_gradients_flow_from_window_to_window() -> None:
-    adam = replace(ADAM, weight_decay=0.0)
-
-    def joined(leaves: Case) -> Tensor:
-        theta, moments, images, labels, lr = leaves
-        first, between = unroll(
-            NET, theta, images, labels, lr[:2], BATCHES[:2], optimizer=adam, velocity=moments, return_velocity=True
-        )
-        later = replace(adam, steps=adam.steps + 2)
-        return unroll(NET, first[-1], images, labels, lr[2:], BATCHES[2:], optimizer=later, velocity=between)[-1].sum()
-
-    assert_same_gradients(case_of_adam(), joined, lambda leaves: adam_written_out(leaves, adam)[0][-1].sum())
 
 
 @pytest.mark.parametrize("engine", ["fused", "a module", "a budget", "micro-batches"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import (
@@ -28,6 +27,7 @@ from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.engine.no_values import NoValues
+from tests.engine.optimizer_cases import Case, sgd_written_out
 
 NET = ConvNet(in_channels=3, num_classes=4, image_size=9, width=6, depth=2)
 ORACLE = module_function(reference_convnet(3, 4, 9, 6, 2))
@@ -60,13 +60,10 @@ def written_out(given: dict[str, Tensor], momentum: float = 0.0, weight_decay: f
     """Return the student's path with its graph, and the leaves images, lr and, if they are soft, labels."""
     images, lr = (given[name].clone().requires_grad_() for name in ("images", "lr"))
     labels = given["labels"].clone().requires_grad_(given["labels"].is_floating_point())
-    path, velocity = [given["start"].clone().requires_grad_()], torch.zeros_like(given["start"])
-    for rate, index in zip(lr.expand(STEPS), given["indices"].split(LENGTHS), strict=True):
-        loss = F.cross_entropy(ORACLE(path[-1], images[index]), labels[index])
-        (gradient,) = torch.autograd.grad(loss, path[-1], create_graph=True)
-        velocity = momentum * velocity + gradient + weight_decay * path[-1]
-        path.append(path[-1] - rate * velocity)
-    return torch.stack(path), images, lr, *([labels] if labels.requires_grad else [])
+    start = given["start"].clone().requires_grad_()
+    case, batches = Case(start, torch.zeros_like(start), images, labels, lr), given["indices"].split(LENGTHS)
+    path, _ = sgd_written_out(case, momentum, weight_decay, network=ORACLE, batches=batches)
+    return path, images, lr, *([labels] if labels.requires_grad else [])
 
 
 def loss_of(row: Tensor, given: dict[str, Tensor], loss_ratio: float, depth_ratio: float = 0.0) -> Tensor:

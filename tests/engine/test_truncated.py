@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, FlatModule, InputError, matching_loss, unroll
 from mtt_fast.testing import assert_close, module_function, reference_convnet, relative_error, truncated, whole_graph
+from tests.engine.optimizer_cases import Case, sgd_written_out
 
 NET = ConvNet(in_channels=3, num_classes=4, image_size=9, width=6, depth=2)
 ORACLE = module_function(reference_convnet(3, 4, 9, 6, 2))
@@ -62,25 +62,20 @@ def test_everything_but_the_hessians_is_exact(momentum: float, weight_decay: flo
     weights = torch.randn(6, len(given["start"]), dtype=torch.float64)
     options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
 
-    def leaves() -> list[Tensor]:
-        return [given[name].clone().requires_grad_() for name in ("start", "images", "lr")]
-
-    theta, images, lr = starts = leaves()
-    path, velocity = [theta], torch.zeros_like(theta)
-    for rate, index in zip(lr, given["batches"], strict=True):
-        at = theta.detach().requires_grad_()
-        loss = F.cross_entropy(ORACLE(at, images[index]), given["labels"][index])
-        (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
-        velocity = momentum * velocity + gradient + weight_decay * theta
-        theta = theta - rate * velocity
-        path.append(theta)
-    expected = torch.autograd.grad((weights * torch.stack(path)).sum(), starts)
-
-    theta, images, lr = starts = leaves()
-    found_path = unroll(NET, theta, images, given["labels"], lr, given["batches"], gradient="truncated", **options)
-    results = torch.autograd.grad((weights * found_path).sum(), starts)
-    for name, actual, wanted in zip(("start", "images", "lr"), results, expected, strict=True):
-        assert_close(name, actual, wanted, 1e-10)
+    start, labels = given["start"], given["labels"]
+    ours, theirs = (
+        Case(start, torch.zeros_like(start), given["images"], labels, given["lr"]).leaves() for _ in range(2)
+    )
+    batches = {"batches": given["batches"]}
+    path = unroll(NET, ours.start, ours.images, labels, ours.lr, **batches, gradient="truncated", **options)
+    expected, _ = sgd_written_out(theirs, momentum, weight_decay, network=ORACLE, truncated=True, **batches)
+    names = ("start", "images", "lr")
+    results, wanted = (
+        torch.autograd.grad((weights * rows).sum(), [getattr(leaves, name) for name in names])
+        for rows, leaves in ((path, ours), (expected, theirs))
+    )
+    for name, one, other in zip(names, results, wanted, strict=True):
+        assert_close(name, one, other, 1e-10)
 
 
 def test_it_is_an_approximation() -> None:

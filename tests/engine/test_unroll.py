@@ -9,33 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtt_fast import ConvNet, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast import ConvNet, InputError, SiameseAugment, unroll
 from mtt_fast.engine.arguments import for_checked_lookup
 from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, relative_error, whole_graph
+from tests.engine.meta_gradients import golden_case, meta_gradient
 
 GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "rgb128-d5-n2", "cifar-d3-n5"]
 FIELDS = ("end", "loss", "images", "labels", "lr", "start")
-
-
-def meta_gradient(
-    net: Any, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, batches: Any, **options: Any
-) -> MetaGradient:
-    """Return the result of `whole_graph`, computed by the engine."""
-    theta, pixels, rate = (value.detach().clone().requires_grad_() for value in (start, images, lr))
-    soft = labels.is_floating_point()
-    targets = labels.detach().clone().requires_grad_(soft)
-    path = unroll(net, theta, pixels, targets, rate, batches, **options)
-    loss = matching_loss(path[-1], start=theta, target=target)
-    loss.backward()
-    assert pixels.grad is not None
-    assert rate.grad is not None
-    assert theta.grad is not None
-    return MetaGradient(path[-1].detach(), loss.detach(), pixels.grad, targets.grad, rate.grad, theta.grad)
 
 
 def assert_same(actual: MetaGradient, expected: MetaGradient, tolerance: float) -> None:
@@ -49,31 +33,8 @@ def assert_same(actual: MetaGradient, expected: MetaGradient, tolerance: float) 
 @pytest.mark.parametrize("microbatch", [None, 3])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_cases(golden: Any, name: str, microbatch: int | None) -> None:
-    with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
-        case = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        info = file.metadata()
-    net = ConvNet(**{key: int(info[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
-    assert net.layout.describe() == info["parameters"]
-    labels = case["labels"]
-    actual = meta_gradient(
-        net,
-        case["start"].double(),
-        case["target"].double(),
-        case["images"].double(),
-        labels.double() if labels.is_floating_point() else labels,
-        case["lr"][0],
-        case["batches"],
-        microbatch=microbatch,
-    )
-    expected = MetaGradient(
-        case["end"],
-        case["loss"][0],
-        case["grad_images"],
-        case.get("grad_labels"),
-        case["grad_lr"][0],
-        case["grad_start"],
-    )
-    assert_same(actual, expected, 1e-9)
+    case = golden_case(golden, name)
+    assert_same(case.meta_gradient(torch.float64, microbatch=microbatch), case.expected, 1e-9)
 
 
 @st.composite

@@ -9,44 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import InputError, SiameseAugment, unroll
+from mtt_fast import InputError, unroll
 from mtt_fast.testing import assert_close, reference_convnet
 from tests.engine.optimizer_cases import (
     BATCHES,
-    ENGINES,
     NET,
     ORACLE,
     SHAPE,
-    STEPS,
     Case,
     assert_same_gradients,
-    engines,
     make,
     sgd_written_out,
 )
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
-    """Compare the gradients of a loss of all rows and of the velocity to everything that it starts from."""
-    net, options = engines(engine, momentum=0.9)
-    case = make(soft=engine != "micro-batches", per_step=weight_decay > 0)
-    to_path, to_velocity = torch.randn(STEPS + 1, len(case.start)).double(), torch.randn(len(case.start)).double()
-
-    def loss(path: Tensor, velocity: Tensor) -> Tensor:
-        return (to_path * path).sum() + (to_velocity * velocity).sum()
-
-    def mine(leaves: Case) -> Tensor:
-        theta, velocity, images, labels, lr = leaves
-        return loss(
-            *unroll(
-                net, theta, images, labels, lr, BATCHES, momentum=0.9, weight_decay=weight_decay, velocity=velocity,
-                return_velocity=True, **options,
-            )
-        )  # fmt: skip
-
-    assert_same_gradients(case, mine, lambda leaves: loss(*sgd_written_out(leaves, 0.9, weight_decay)))
 
 
 def test_dampening_of_torch_is_a_smaller_rate_after_the_first_step() -> None:
@@ -82,55 +56,6 @@ def test_dampening_of_torch_is_a_smaller_rate_after_the_first_step() -> None:
 
     # where a training starts there is no velocity
     assert_same_gradients(case, lambda leaves: mine(leaves).square().sum() + 0 * leaves.velocity.sum(), written)
-
-
-@pytest.mark.parametrize("gradient", ["exact", "truncated"])
-@pytest.mark.parametrize("looks_at", ["velocity", "a row"])
-def test_a_loss_of_the_velocity_or_of_a_row_alone(gradient: Any, looks_at: str) -> None:
-    def loss(path: Tensor, velocity: Tensor) -> Tensor:
-        return velocity.pow(3).sum() if looks_at == "velocity" else path[3].pow(3).sum()
-
-    def mine(leaves: Case) -> Tensor:
-        theta, velocity, images, labels, lr = leaves
-        options: dict[str, Any] = {"momentum": 0.8, "weight_decay": 0.1, "gradient": gradient}
-        return loss(
-            *unroll(NET, theta, images, labels, lr, BATCHES, velocity=velocity, return_velocity=True, **options)
-        )
-
-    truncated = gradient == "truncated"
-    assert_same_gradients(make(), mine, lambda leaves: loss(*sgd_written_out(leaves, 0.8, 0.1, truncated=truncated)))
-
-
-@pytest.mark.parametrize("row", [2, 3])
-def test_a_loss_of_an_early_row_of_a_path_on_the_host(row: int) -> None:
-    net, options = engines("the path on the host", momentum=0.8)
-
-    def mine(leaves: Case) -> Tensor:
-        theta, velocity, images, labels, lr = leaves
-        path: Tensor = unroll(net, theta, images, labels, lr, BATCHES, momentum=0.8, velocity=velocity, **options)
-        return path[row].sum()
-
-    assert_same_gradients(make(), mine, lambda leaves: sgd_written_out(leaves, 0.8, 0.0)[0][row].sum())
-
-
-def test_augmented() -> None:
-    augment, case = SiameseAugment(), make(per_step=False)
-    generator = torch.Generator().manual_seed(5)
-    draws = [augment.draw(case.images[index], generator) for index in BATCHES]
-
-    def mine(leaves: Case) -> Tensor:
-        theta, velocity, images, labels, lr = leaves
-        path, after = unroll(
-            NET, theta, images, labels, lr, BATCHES, augment, momentum=0.9, velocity=velocity, return_velocity=True,
-            draws=draws,
-        )  # fmt: skip
-        return path[-1].square().sum() + after.square().sum()
-
-    def theirs(leaves: Case) -> Tensor:
-        path, after = sgd_written_out(leaves, 0.9, 0.0, augment=augment, draws=draws)
-        return path[-1].square().sum() + after.square().sum()
-
-    assert_same_gradients(case, mine, theirs)
 
 
 def test_numerical_derivative_to_the_starting_velocity() -> None:
@@ -172,34 +97,6 @@ def test_values_are_those_of_torchs_optimizer(weight_decay: float) -> None:
         assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-12)
         buffers = [optimizer.state[parameter]["momentum_buffer"].flatten() for parameter in parameters]
         assert_close("velocity", velocity, torch.cat(buffers), 1e-12)
-
-
-@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
-    net, options = engines(engine, momentum=0.9)
-    start, velocity, images, labels, lr = make(dtype=dtype)
-    common: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "return_velocity": True, **options}
-    path, after = unroll(net, start, images, labels, lr, BATCHES, velocity=velocity, **common)
-    for cut in range(1, STEPS):
-        with torch.no_grad():
-            first, between = unroll(net, start, images, labels, lr[:cut], BATCHES[:cut], velocity=velocity, **common)
-        second, end = unroll(net, first[-1], images, labels, lr[cut:], BATCHES[cut:], velocity=between, **common)
-        assert torch.equal(torch.cat([first, second[1:]]), path)
-        assert torch.equal(end, after)
-
-
-def test_gradients_flow_from_window_to_window() -> None:
-    """Send gradients through the row and the velocity that join two windows, as if the windows were one."""
-
-    def joined(leaves: Case) -> Tensor:
-        theta, velocity, images, labels, lr = leaves
-        first, between = unroll(
-            NET, theta, images, labels, lr[:2], BATCHES[:2], momentum=0.9, velocity=velocity, return_velocity=True
-        )
-        return unroll(NET, first[-1], images, labels, lr[2:], BATCHES[2:], momentum=0.9, velocity=between)[-1].sum()
-
-    assert_same_gradients(make(), joined, lambda leaves: sgd_written_out(leaves, 0.9, 0.0)[0][-1].sum())
 
 
 def test_without_a_velocity_it_starts_with_none() -> None:

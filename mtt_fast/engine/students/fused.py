@@ -69,7 +69,7 @@ class FusedConvNetStudent:
         check_step(self.network, self._checked_kind, images, labels, theta)
         packed, x = self._pack(theta, None, images)
         parameters, classifier = self._layer_parameters(theta, packed.weights)
-        blocks = self._blocks(images, parameters, [None] * self.network.depth)
+        blocks = self._blocks(x, parameters, [None] * self.network.depth)
         activations = []
         for block in blocks:
             x, held = block.forward(x)
@@ -101,7 +101,7 @@ class FusedConvNetStudent:
         packed, x = self._pack(theta, v, images, None if saved is None else saved[-1][0])
         parameters, classifier = self._layer_parameters(theta, packed.weights)
         directions, classifier_dot = self._layer_parameters(packed.direction, packed.weights_dot)
-        blocks = self._blocks(images, parameters, directions)
+        blocks = self._blocks(x, parameters, directions)
         x_dot, activations, saved_bars = None, [], []
         for block in blocks:
             saved_of_block, saved_bar = saved.pop() if saved is not None else (None, None)
@@ -166,15 +166,15 @@ class FusedConvNetStudent:
         return self.label_kind if self.loss is None else None
 
     def _blocks(
-        self, images: Inputs, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
+        self, x: Tensor | Patches, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
     ) -> list[Block]:
-        """Return the blocks with their parameters and directions. The first is an `ImageBlock` if a back end has one."""
+        """Return the blocks with their parameters and directions. The first is an `ImageBlock` if its input `x` are patches."""
         epilogue, precision = EPILOGUES[self.network.norm], self.precision
         blocks: list[Block] = [
             PlaneBlock(epilogue, *each, self._padding(number), precision, is_first=number == 0)
             for number, each in enumerate(zip(parameters, directions, strict=True))
         ]
-        if self._has_image_block(images.shape[1:], images.device):
+        if isinstance(x, Patches):
             blocks[0] = ImageBlock(parameters[0], directions[0], precision)
         return blocks
 

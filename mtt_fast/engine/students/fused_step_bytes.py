@@ -48,7 +48,7 @@ def fused_step_bytes(
     device: torch.device,
     precision: Precision,
     *,
-    own_loss: bool = False,
+    own_loss: bool,
 ) -> StepBytes:
     """Return the peak memory of a step on `batch` samples of `dtype`.
 

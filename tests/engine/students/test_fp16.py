@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from mtt_fast import ConvNet, unroll
-from mtt_fast.engine.matching import matching_loss
+from mtt_fast import ConvNet
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.kernels.reference import linear
 from mtt_fast.testing import relative_error
+from tests.engine.meta_gradients import golden_case
 
 NET = ConvNet(3, 4, 8, 6, 2)
 
@@ -78,21 +77,12 @@ def test_the_scale_of_the_cotangents_is_taken_out_of_the_gradient(norm: str) -> 
 
 @pytest.mark.parametrize("name", ["cifar-d3-n5", "rgb64-d4-n3", "rgb128-d5-n2", "soft-labels-d3-n6"])
 def test_golden_cases_are_as_exact_as_in_tf32(golden: Path, name: str) -> None:
-    with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
-        case = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        facts = file.metadata()
-    net = ConvNet(**{key: int(facts[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
-
-    def error(precision: Precision) -> float:
-        images = case["images"].clone().requires_grad_()
-        path = unroll(
-            net, case["start"], images, case["labels"], float(case["lr"]), case["batches"], precision=precision
-        )
-        matching_loss(path[-1], start=case["start"], target=case["target"]).backward()
-        assert images.grad is not None
-        return relative_error(images.grad.double(), case["grad_images"])
-
-    assert error("fp16") <= 2 * error("tf32")
+    case = golden_case(golden, name)
+    fp16, tf32 = (
+        relative_error(case.meta_gradient(torch.float32, precision=precision).images, case.expected.images)
+        for precision in ("fp16", "tf32")
+    )
+    assert fp16 <= 2 * tf32
 
 
 def test_what_overflows_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:

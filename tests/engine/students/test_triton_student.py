@@ -16,10 +16,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from bench.settings import setting_named
-from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
+from mtt_fast import ConvNet, SiameseAugment, plan
 from mtt_fast.engine.iteration import iteration
 from mtt_fast.engine.students.choice import student_for
 from mtt_fast.engine.students.fused import FusedConvNetStudent
@@ -30,6 +29,7 @@ from mtt_fast.engine.students.protocol import StepBytes
 from mtt_fast.kernels import Affine, ConvLayer, Precision, dispatch
 from mtt_fast.testing import relative_error
 from tests.engine.counting import image_shape, live_bytes_of_a_step
+from tests.engine.meta_gradients import golden_case
 from tests.kernels.compiling import recording
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, ROOT, each_part, run_part
 
@@ -270,43 +270,21 @@ def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.Mo
     assert compared >= set(itertools.product(("tf32", "fp16", "bf16"), ("tma",)))
 
 
-def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
-    def moved(name: str) -> torch.Tensor:
-        value: torch.Tensor = case[name]
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-
-    # clones, since a tensor that has this dtype and device already is the case's own
-    images, start, lr = (leaf.clone().requires_grad_() for leaf in (moved("images"), moved("start"), moved("lr")[0]))
-    path = unroll(case["net"], start, images, moved("labels"), lr, moved("batches"), **options)
-    matching_loss(path[-1], start=start, target=moved("target")).backward()
-    gradients = {"end": path[-1].detach(), "images": images.grad, "lr": lr.grad, "start": start.grad}
-    return {name: value.cpu().double() for name, value in gradients.items() if value is not None}
-
-
 each_golden_case = pytest.mark.parametrize("name", ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"])
-
-
-def golden_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the network and the arguments of a golden case, and its gradients."""
-    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-        case: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        info = file.metadata()
-    sizes = ("in_channels", "num_classes", "image_size", "width", "depth")
-    case["net"] = ConvNet(**{key: int(info[key]) for key in sizes})  # type: ignore[arg-type]
-    return case, {"images": case["grad_images"], "lr": case["grad_lr"][0], "start": case["grad_start"]}
 
 
 @pytest.mark.gpu
 @each_golden_case
 def test_the_meta_gradient_in_float64_on_a_gpu(golden: Path, name: str) -> None:
-    case, expected = golden_case(golden, name)
+    case = golden_case(golden, name)
     exact, again, cut = (
-        meta_gradients(case, "cuda", torch.float64, microbatch=microbatch) for microbatch in (None, None, 3)
+        case.meta_gradient(torch.float64, "cuda", microbatch=microbatch) for microbatch in (None, None, 3)
     )
-    for key, value in expected.items():
-        assert relative_error(exact[key], value, floor=1e-5) <= 1e-9, key
-        assert relative_error(cut[key], value, floor=1e-5) <= 1e-9, f"{key} in micro-batches"
-        assert torch.equal(exact[key], again[key]), f"{key} differs from one run to the next"
+    for key in ("images", "lr", "start"):
+        expected = getattr(case.expected, key)
+        assert relative_error(getattr(exact, key).cpu(), expected, floor=1e-5) <= 1e-9, key
+        assert relative_error(getattr(cut, key).cpu(), expected, floor=1e-5) <= 1e-9, f"{key} in micro-batches"
+        assert torch.equal(getattr(exact, key), getattr(again, key)), f"{key} differs from one run to the next"
 
 
 @pytest.mark.gpu
@@ -316,10 +294,7 @@ def test_the_meta_gradient_in_float32_on_a_gpu(golden: Path, name: str) -> None:
 
     Of images that differ by 1e-7, the reference's answers to rgb64-d4-n3 have errors of 9e-7, 3e-4 and 7e-3.
     """
-    case, expected = golden_case(golden, name)
-    actual = meta_gradients(case, "cuda", torch.float32)
-    errors = {key: relative_error(actual[key], value) for key, value in expected.items()}
-    print(f"errors of {name}:", errors)
+    errors = errors_on_a_gpu(golden, name, "fp32")
     assert errors["images"] <= 2e-2
     assert max(errors["lr"], errors["start"]) <= 1e-3
 
@@ -327,23 +302,27 @@ def test_the_meta_gradient_in_float32_on_a_gpu(golden: Path, name: str) -> None:
 @pytest.mark.gpu
 @each_golden_case
 def test_the_meta_gradient_in_tf32_and_fp16_on_a_gpu(golden: Path, name: str) -> None:
-    case, expected = golden_case(golden, name)
-    errors = {}
-    for precision in ("tf32", "fp16"):
-        actual = meta_gradients(case, "cuda", torch.float32, precision=precision)["images"]
-        errors[precision] = relative_error(actual, expected["images"])
-    print(f"errors of {name}:", errors)
-    assert errors["tf32"] <= 0.1
-    assert errors["fp16"] <= 2 * errors["tf32"]
+    tf32, fp16 = (errors_on_a_gpu(golden, name, precision)["images"] for precision in ("tf32", "fp16"))
+    assert tf32 <= 0.1
+    assert fp16 <= 2 * tf32
 
 
 @pytest.mark.gpu
 def test_the_meta_gradient_in_bf16_on_a_gpu(golden: Path) -> None:
     """Compare one case: bf16 takes the kernels of fp16, and less is asked of it."""
-    case, expected = golden_case(golden, "cifar-d3-n5")
-    error = relative_error(meta_gradients(case, "cuda", torch.float32, precision="bf16")["images"], expected["images"])
-    print("error:", error)
-    assert error <= 0.5
+    assert errors_on_a_gpu(golden, "cifar-d3-n5", "bf16")["images"] <= 0.5
+
+
+def errors_on_a_gpu(golden: Path, name: str, precision: Precision) -> dict[str, float]:
+    """Return and print the errors of the gradients of a golden case in float32."""
+    case = golden_case(golden, name)
+    actual = case.meta_gradient(torch.float32, "cuda", precision=precision)
+    errors = {
+        key: relative_error(getattr(actual, key).cpu(), getattr(case.expected, key))
+        for key in ("images", "lr", "start")
+    }
+    print(f"errors of {name} in {precision}:", errors)
+    return errors
 
 
 @pytest.mark.gpu
