@@ -24,9 +24,11 @@ def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
-def legend_label(name: str) -> str:
-    """Return a name as a label of a plot; matplotlib leaves those that begin with an underscore out of the legend."""
-    return f" {name}" if name.startswith("_") else name
+def plot_label(name: str) -> str:
+    """Return a name as a label of a plot. matplotlib would leave those that begin with an underscore out of the legend, and read formulas
+    between dollar signs.
+    """
+    return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
