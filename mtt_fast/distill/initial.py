@@ -40,12 +40,11 @@ def initial_state(
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
-    num_matched: int,
     difficulty: Tensor | None,
 ) -> State:
     """Return the state before the first iteration of a run that starts from the `initial` images.
 
-    For `num_matched` and `difficulty` see `initial_images`.
+    For `difficulty` see `initial_images`.
     """
     if initial.num_misclassified:
         log.warning(
@@ -58,14 +57,14 @@ def initial_state(
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
-            labels = expert_logits(network, experts_at(experts, num_matched, None, images.device), images, labels)
+            labels = expert_logits(network, experts_at(experts, None, images.device), images, labels)
     lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=images.device)
     return State(
-        0, num_matched, images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
+        0, len(experts), images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=initial.frequencies,
         parameters=parameters, parameters_velocity=velocity, parameters_square=square,
-        data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
+        data=real.identity, digests=tuple(map(experts.digest, range(len(experts)))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
         code_digest="" if initial.parametrisation is None else code_digest(initial.parametrisation),
     )  # fmt: skip
@@ -143,20 +142,19 @@ def initial_images(
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
-    num_matched: int,
     difficulty: Tensor | None = None,
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
-    With `pix_init` "samples_predicted_correctly" the first `num_matched` of `experts` choose the images; if they classify too few of a
-    class correctly, others fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas
+    With `pix_init` "samples_predicted_correctly" the `experts` choose the images; if they classify too few of a class correctly, others
+    fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas
     is tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, num_misclassified = options.ipc * options.num_tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
-        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(num_matched))
+        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(len(experts)))
         chosen, num_misclassified = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":

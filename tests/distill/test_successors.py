@@ -39,13 +39,16 @@ def test_the_start_is_multiplied_by_noise_and_the_target_is_not() -> None:
     class Experts:
         folder = Path("buffers")
 
+        def __len__(self) -> int:
+            return 2
+
         def read(self, _: int, row: float) -> torch.Tensor:
             parameters = torch.arange(-10000, 10001) / 10000 * (1 + row)  # one of them is 0
             return parameters.clone()
 
     def segment(noise: float, number: int) -> tuple[torch.Tensor, ...]:
         options = DistillOptions(syn_steps=2, noise_start=noise)
-        run: Any = SimpleNamespace(options=options, num_matched_experts=2, experts=Experts())
+        run: Any = SimpleNamespace(options=options, experts=Experts())
         return read_segment(run, lambda tensors: lambda: tensors, torch.zeros(4, 1, 8, 8), number).tensors()
 
     for number in (0, 7):
