@@ -22,7 +22,8 @@ from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.evaluation import evaluate as measure
-from tests.distill.successor_runs import TOY, records_of, run, summary_of
+from tests.distill.command_runs import TOY_OF_THREE as TOY
+from tests.distill.command_runs import records_of, run, summary_of
 
 
 def test_the_range_of_start_epochs_grows_linearly() -> None:
