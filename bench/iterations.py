@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from bench.cases import TENSORS, Case
+from mtt_fast.commands.parsing import apply
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.experts import inventory_of
@@ -18,7 +19,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.storage.run_files import CONFIG, SYNTHETIC
 from mtt_fast.storage.run_folder import read_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 
@@ -64,7 +65,8 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
     config = read_config(folder)
     if config is None or "syn_steps" not in config:
         raise InputError(f"--runs {folder}: expected the folder of a distillation, found none")
-    options, distilled = DistillOptions(**config), SyntheticDataset.load(folder / SYNTHETIC)
+    options = apply(DistillOptions(), config, str(folder / CONFIG))
+    distilled = SyntheticDataset.load(folder / SYNTHETIC)
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     net, store = options.network(info), TrajectoryStore(inventory_of(options, info).matched_folder)
     if not isinstance(net, ConvNet) or options.texture:
