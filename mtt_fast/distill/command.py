@@ -20,8 +20,9 @@ from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import prepare_cam_network
-from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there, load_state
+from mtt_fast.distill.checks import check_fits, check_options_fit, load_state
 from mtt_fast.distill.command_line import parse_with_given
+from mtt_fast.distill.difficulty import check_same_scores, check_scores_are_there, read_difficulty
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, summarise
 from mtt_fast.distill.experts import (
@@ -45,7 +46,7 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, initial_images, initial_state, read_difficulty
+from mtt_fast.distill.initial import initial_images, initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
