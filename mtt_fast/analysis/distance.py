@@ -37,7 +37,8 @@ from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.commands.options import CommonOptions, Count, Networks, Positive
-from mtt_fast.commands.tables import markdown_table, plot_label, save_figure
+from mtt_fast.commands.plots import plot_label, save_figure
+from mtt_fast.commands.tables import markdown_table
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.students.choice import precision_on

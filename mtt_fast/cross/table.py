@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mtt_fast.commands.plots import plot_label, save_figure
 from mtt_fast.commands.published import published_numbers
-from mtt_fast.commands.tables import markdown_table, percent, plot_label, save_figure
+from mtt_fast.commands.tables import markdown_table, percent
 
 
 class Quoted(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtt_fast.commands.tables import plot_label
+from mtt_fast.commands.plots import plot_label
 from mtt_fast.report.runs import RecordedRun
 
 _POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy

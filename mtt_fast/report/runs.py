@@ -10,7 +10,7 @@ from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands.accuracies import accuracy_record
-from mtt_fast.commands.plots import snapshots_in
+from mtt_fast.commands.pictures import snapshots_in
 from mtt_fast.distill.method_names import marked_method
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names

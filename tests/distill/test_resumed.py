@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
-from mtt_fast.commands.plots import save_grid
+from mtt_fast.commands.pictures import save_grid
 from mtt_fast.distill.experts import prepare_experts
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
