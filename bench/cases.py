@@ -5,7 +5,7 @@ An engine maps a `Case` to `Gradients`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,27 @@ _LR = 0.01  # of the experts, and of the students of most settings
 _TARGET_BATCH = 32
 
 
-@dataclass(frozen=True)
-class Case:
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
     """One iteration: from `start` (P,) through N steps on `images[batches[n]]`, towards `target` (P,)."""
 
-    net: ConvNet
     start: Tensor
     target: Tensor
     images: Tensor
     labels: Tensor
     lr: Tensor
     batches: Tensor  # (N, b)
+
+
+TENSORS = tuple(field.name for field in fields(Iteration))
+"""The names of an iteration's tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Iteration):
+    """An iteration of a ConvNet."""
+
+    net: ConvNet
 
 
 class Gradients(NamedTuple):
@@ -91,7 +101,7 @@ def case_on(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
     def moved(value: Tensor) -> Tensor:
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-    return Case(case.net, **{name: moved(value) for name, value in _tensors(case).items()})
+    return Case(net=case.net, **{name: moved(value) for name, value in _tensors(case).items()})
 
 
 def save_case(case: Case, path: Path) -> dict[str, Any]:
@@ -104,8 +114,8 @@ def load_case(net: dict[str, Any], path: str) -> Case:
     """Read the case that `save_case` wrote."""
     from safetensors.torch import load_file
 
-    return Case(ConvNet(**net), **load_file(path))
+    return Case(net=ConvNet(**net), **load_file(path))
 
 
 def _tensors(case: Case) -> dict[str, Tensor]:
-    return {name: getattr(case, name) for name in ("start", "target", "images", "labels", "lr", "batches")}
+    return {name: getattr(case, name) for name in TENSORS}

@@ -23,6 +23,7 @@ from bench.flops import (
     PLAIN_GRADIENT,
     Passes,
 )
+from bench.products import Derivatives, cross_entropy_of, forward_over_reverse, gradients_by, reverse_over_reverse
 from bench.workers import named_function
 from mtt_fast import GraphedMatchingLoss, matching_loss, testing, unroll
 from mtt_fast.engine.students.choice import student_for
@@ -45,22 +46,7 @@ def whole_graph(case: Case) -> Gradients:
 
 def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
     """Save the parameters of all steps, then rebuild the graph of one step at a time and differentiate it twice. Exact."""
-    network, adjoint, path = _module_function(case), *_plain_sweep(case, microbatch)
-    to_images, to_lr, lr = torch.zeros_like(case.images), torch.zeros_like(case.lr), float(case.lr)
-    for n in reversed(range(len(case.batches))):
-        hessian_v = torch.zeros_like(adjoint)
-        for index in case.batches[n].split(microbatch or case.batches.shape[1]):
-            share = len(index) / case.batches.shape[1]
-            theta, images = path[n].clone().requires_grad_(), case.images[index].requires_grad_()
-            loss = share * F.cross_entropy(network(theta, images), case.labels[index])
-            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            along = gradient @ adjoint
-            to_theta, to_batch = torch.autograd.grad(along, (theta, images))
-            hessian_v += to_theta
-            to_images.index_add_(0, index, to_batch, alpha=-lr)
-            to_lr -= along.detach()
-        adjoint = adjoint - case.lr * hessian_v
-    return Gradients(to_images, to_lr)
+    return gradients_by(reverse_over_reverse, cross_entropy_of(_module_function(case)), case, microbatch)
 
 
 def truncated(case: Case) -> Gradients:
@@ -125,32 +111,16 @@ def _graphed_loss(net: ConvNet, precision: Precision, **limits: Any) -> GraphedM
 
 
 def compiled(case: Case) -> Gradients:
-    """Run the mixed step of torch.func, compiled by torch.compile; the plain gradients are eager."""
-    step = _compiled_step(case.net)
-    adjoint, path = _plain_sweep(case)
-    to_images, to_lr, lr = torch.zeros_like(case.images), torch.zeros_like(case.lr), float(case.lr)
-    for n in reversed(range(len(case.batches))):
-        index = case.batches[n]
-        (hessian_v, to_batch), along = step(path[n].clone(), case.images[index], case.labels[index], adjoint)
-        to_images.index_add_(0, index, to_batch, alpha=-lr)
-        to_lr -= along
-        adjoint = adjoint - case.lr * hessian_v
-    return Gradients(to_images, to_lr)
+    """Run the mixed step of torch.func, compiled by torch.compile, which has no double backward; the plain gradients are eager."""
+    product = _compiled_product(case.net)
+    return gradients_by(lambda _, *at: product(*at), cross_entropy_of(_module_function(case)), case)
 
 
 @functools.cache
-def _compiled_step(net: ConvNet) -> Callable[..., tuple[tuple[Tensor, Tensor], Tensor]]:
-    """Return the compiled step ((H v, ∂(v·g)/∂x), v·g), forward over reverse, as torch.compile has no double backward."""
-
-    def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(net(theta, images), labels)
-
-    gradients_and_loss = torch.func.grad_and_value(loss_of, argnums=(0, 1))
-
-    def step(theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> Any:
-        return torch.func.jvp(lambda theta: gradients_and_loss(theta, images, labels), (theta,), (v,))[1]
-
-    return torch.compile(step, dynamic=False)  # here, since the compiler takes seconds to import
+def _compiled_product(net: ConvNet) -> Callable[..., Derivatives]:
+    """Return `forward_over_reverse` of the loss of `net`, compiled."""
+    # called here, since the compiler takes seconds to import
+    return torch.compile(functools.partial(forward_over_reverse, cross_entropy_of(net)), dynamic=False)
 
 
 def _unrolled(case: Case, **options: Any) -> Gradients:
@@ -168,20 +138,6 @@ def _gradients(images: Tensor, lr: Tensor) -> Gradients:
 
 def _module_function(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     return testing.module_function(module_of(case.net).to(case.images))
-
-
-def _plain_sweep(case: Case, microbatch: int | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss's gradient to the last parameters, and the parameters θ_0 … θ_{N−1}."""
-    network, theta, path = _module_function(case), case.start, []
-    for batch in case.batches:
-        path.append(theta)
-        gradient = torch.zeros_like(theta)
-        for index in batch.split(microbatch or len(batch)):
-            leaf = theta.detach().requires_grad_()
-            loss = F.cross_entropy(network(leaf, case.images[index]), case.labels[index])
-            gradient += len(index) / len(batch) * torch.autograd.grad(loss, leaf)[0]
-        theta = theta - case.lr * gradient
-    return 2 * (theta - case.target) / (case.start - case.target).square().sum(), path
 
 
 @dataclass(frozen=True)

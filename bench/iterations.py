@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from safetensors import safe_open
 
-from bench.cases import Case
+from bench.cases import TENSORS, Case
+from mtt_fast.commands.parsing import apply
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.experts import inventory_of
@@ -18,12 +19,11 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.storage.run_files import CONFIG, SYNTHETIC
 from mtt_fast.storage.run_folder import read_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 
 _NETWORK = ("in_channels", "num_classes", "image_size", "width", "depth")
-_STEPS = ("start", "target", "images", "labels", "lr", "batches")
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ def golden_cases(folder: Path) -> Iterator[NamedCase]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             metadata, keys = file.metadata() or {}, file.keys()
-            if not {*_STEPS} <= {*keys} or not {*_NETWORK} <= {*metadata}:
+            if not {*TENSORS} <= {*keys} or not {*_NETWORK} <= {*metadata}:
                 continue  # other golden values
-            tensors = {name: file.get_tensor(name) for name in _STEPS}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
         names.append(path.stem)
         net = ConvNet(**{name: int(metadata[name]) for name in _NETWORK})  # type: ignore[arg-type]
         tensors["lr"] = tensors["lr"].reshape(())
         wide = {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
         kind: LabelKind = "probabilities" if wide["labels"].is_floating_point() else "indices"
-        yield NamedCase(f"golden {path.stem}", Case(net, **wide), kind)
+        yield NamedCase(f"golden {path.stem}", Case(net=net, **wide), kind)
     if not names:
         raise InputError(f"--golden {folder}: expected golden cases, found none")
 
@@ -65,7 +65,8 @@ def run_cases(folder: Path, starts: int) -> Iterator[NamedCase]:
     config = read_config(folder)
     if config is None or "syn_steps" not in config:
         raise InputError(f"--runs {folder}: expected the folder of a distillation, found none")
-    options, distilled = DistillOptions(**config), SyntheticDataset.load(folder / SYNTHETIC)
+    options = apply(DistillOptions(), config, str(folder / CONFIG))
+    distilled = SyntheticDataset.load(folder / SYNTHETIC)
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     net, store = options.network(info), TrajectoryStore(inventory_of(options, info).matched_folder)
     if not isinstance(net, ConvNet) or options.texture:

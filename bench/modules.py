@@ -19,11 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Gradients
+from bench.cases import Gradients, Iteration
 from bench.gate import check_errors
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
-from bench.products import Product, forward_over_reverse, gradients_by, reverse_over_forward, reverse_over_reverse
+from bench.products import (
+    Product,
+    cross_entropy_of,
+    forward_over_reverse,
+    gradients_by,
+    reverse_over_forward,
+    reverse_over_reverse,
+)
 from bench.records import publish
 from bench.workers import Process, Subjects
 from mtt_fast import FlatModule, matching_loss, testing, unroll
@@ -74,18 +81,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One iteration on a module: the same batch in every step."""
+@dataclass(frozen=True, kw_only=True)
+class Case(Iteration):
+    """An iteration of a module: the same batch in every step."""
 
     module: nn.Module
     net: FlatModule
-    start: Tensor
-    target: Tensor
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
-    batches: Tensor  # (N, b)
 
 
 def whole_graph(case: Case) -> Gradients:
@@ -107,10 +108,7 @@ def generic(case: Case, memory_budget: str | None = None) -> Gradients:
 
 def by_product(product: Product, case: Case) -> Gradients:
     """Take one step at a time as `generic` does, with `product` as the derivative of its gradient."""
-    network = testing.module_function(case.module)
-    return Gradients(
-        *gradients_by(product, network, case.start, case.target, case.images, case.labels, case.lr, case.batches)
-    )
+    return gradients_by(product, cross_entropy_of(testing.module_function(case.module)), case)
 
 
 ENGINES: dict[str, Callable[[Case], Gradients]] = {

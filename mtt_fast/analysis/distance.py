@@ -37,7 +37,8 @@ from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.commands.options import CommonOptions, Count, Networks, Positive
-from mtt_fast.commands.tables import legend_label, markdown_table, save_figure
+from mtt_fast.commands.plots import plot_label, save_figure
+from mtt_fast.commands.tables import markdown_table
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.students.choice import precision_on
@@ -391,7 +392,7 @@ def _draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
     axes = figure.subplots()
     for label, points in curves.items():
         x, mean, std = ([point[name] for point in points] for name in ("real_steps", "mean", "std"))
-        (line,) = axes.plot(x, mean, marker="o", markersize=3, label=legend_label(label).replace("$", r"\$"))
+        (line,) = axes.plot(x, mean, marker="o", markersize=3, label=plot_label(label))
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.axhline(1.0, color="grey", linestyle="--", linewidth=0.8)

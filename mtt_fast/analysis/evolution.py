@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo
-from mtt_fast.commands.plots import evenly, read_snapshot, save_stacked, snapshots_in
+from mtt_fast.commands.pictures import evenly, read_snapshot, save_stacked, snapshots_in
 from mtt_fast.errors import InputError
 from mtt_fast.storage.atomic import atomic_path
 from mtt_fast.storage.outputs import check_output_folder

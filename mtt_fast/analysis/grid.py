@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_comparable
 from mtt_fast.commands.option_fields import Checked, Remark
-from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
+from mtt_fast.commands.plots import save_figure
+from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.errors import Diverged

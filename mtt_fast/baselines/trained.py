@@ -92,7 +92,7 @@ def with_labels(options: TrainedNetworkOptions, real: RealImages, network: Train
         return images
     store = first_expert(options, real, network)
     _check_labelling(options, store, real, network)
-    thetas = experts_at(store, len(store), options.label_epoch, images.labels.device)
+    thetas = experts_at(store, options.label_epoch, images.labels.device)
     return dataclasses.replace(images, labels=mean_teacher_labels(network, thetas, images.pixels))
 
 

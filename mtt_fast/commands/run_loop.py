@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, format_accuracy
 from mtt_fast.commands.network_trial import named_after_option
-from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
+from mtt_fast.commands.pictures import save_grid, save_snapshot
+from mtt_fast.commands.plots import save_curves
 from mtt_fast.commands.seconds import Part, Stopwatch, describe_seconds, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening

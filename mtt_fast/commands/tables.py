@@ -1,32 +1,14 @@
-"""Write figures, Markdown tables, and accuracies in words, for the analyses."""
+"""Write Markdown tables, and accuracies in words."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtt_fast.commands.accuracies import remarks_on
-from mtt_fast.storage.atomic import atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MISSING = "—"
 """The cell of a table where nothing was measured, or nothing is known."""
-
-
-def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
-    """Write `figure` as PNG, atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
-
-
-def legend_label(name: str) -> str:
-    """Return a name as a label of a plot; matplotlib leaves those that begin with an underscore out of the legend."""
-    return f" {name}" if name.startswith("_") else name
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mtt_fast.commands.plots import plot_label, save_figure
 from mtt_fast.commands.published import published_numbers
-from mtt_fast.commands.tables import legend_label, markdown_table, percent, save_figure
+from mtt_fast.commands.tables import markdown_table, percent
 
 
 class Quoted(NamedTuple):
@@ -96,7 +97,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
             width,
             yerr=[100 * cell["accuracy"]["std"] for cell in own],
             capsize=3,
-            label=legend_label(name).replace("$", r"\$"),  # no formula
+            label=plot_label(name),
         )
     for row, marker in zip(quoted, itertools.cycle("x+*1234"), strict=False):
         known = [network for network in networks if network in row.accuracies]
@@ -110,7 +111,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
             zorder=3,
             label=row.text,
         )
-    axes.set_xticks(range(len(networks)), networks)
+    axes.set_xticks(range(len(networks)), [plot_label(network) for network in networks])
     axes.set(ylabel="test accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

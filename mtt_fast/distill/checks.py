@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,15 +53,6 @@ def check_options_fit(
     check_cam_network(options, data, device)
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
-
-
-def check_scores_are_there(options: DistillOptions) -> None:
-    """Raise `InputError` if `score_path` names no file."""
-    if options.score_path is not None and not Path(options.score_path).is_file():
-        raise InputError(
-            f"--score_path {options.score_path}: expected a file such as scores/forgetting_CIFAR10.npy of SelMatch's code, found "
-            "none; check the path"
-        )
 
 
 def check_fits(

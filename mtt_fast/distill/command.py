@@ -20,16 +20,17 @@ from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import published
 from mtt_fast.distill.cam_network import prepare_cam_network
-from mtt_fast.distill.checks import check_fits, check_options_fit, check_scores_are_there, load_state
+from mtt_fast.distill.checks import check_fits, check_options_fit, load_state
 from mtt_fast.distill.command_line import parse_with_given
+from mtt_fast.distill.difficulty import check_same_scores, check_scores_are_there, read_difficulty
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, summarise
 from mtt_fast.distill.experts import (
     check_experts,
     check_missing_experts,
-    count_matched_experts,
     experts_of_run,
     inventory_of,
+    matched_experts,
     prepare_experts,
     remark_on_expert_count,
     requested_hyperparameters,
@@ -45,7 +46,7 @@ from mtt_fast.distill.gradients import (
     iteration_of,
     start_gradients,
 )
-from mtt_fast.distill.initial import check_same_scores, initial_images, initial_state, read_difficulty
+from mtt_fast.distill.initial import initial_images, initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
     check_parametrisation,
@@ -122,10 +123,10 @@ def _run(
         if state is not None:
             check_same_scores(options, difficulty, state)
         with seconds.of("experts"):
-            experts, num_matched = _experts_to_match(options, requested, real, network, state)
+            experts = _experts_to_match(options, requested, real, network, state)
             options = with_training_of(options, options.experts().record(), experts.metadata(0))  # for the record too
             cam = prepare_cam_network(options, real, state)
-        initial = cache(partial(initial_images, options, real, network, experts, num_matched, difficulty))
+        initial = cache(partial(initial_images, options, real, network, experts, difficulty))
         parametrisation = initial().parametrisation if options.parametrisation else None
         if state is not None and parametrisation is not None:
             check_same_parametrisation(options, state, parametrisation)
@@ -136,26 +137,24 @@ def _run(
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,
-            num_matched, device_name(device),
+            len(experts), device_name(device),
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
         if frequencies := describe_frequencies(options, data):
             log.info("images: %s", frequencies)
         if state is None:
-            state = initial_state(options, initial(), real, network, experts, num_matched, difficulty)
+            state = initial_state(options, initial(), real, network, experts, difficulty)
             state.cam_digest = "" if cam is None else cam.digest
         else:
             log.info("continuing at iteration %d", state.iteration)
-            if len(experts) > num_matched:
-                log.info("the run began with %d of the %d experts, and matches no others", num_matched, len(experts))
         if parametrisation is not None:
             log.info("images: %s", describe_parametrisation(options, data, parametrisation))
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, lock=lock,
             real=real, network=network, evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget,
-            experts=experts, num_matched_experts=num_matched, cam=cam, initial=initial,
+            experts=experts, cam=cam, initial=initial, parametrisation=parametrisation,
             metrics=MetricsLog(folder, state.iteration), numerics=numerics_text, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
@@ -184,7 +183,7 @@ def _checked_data(
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         check_options_fit(options, info, options.network(info), device)
         image_parameters = check_parametrisation(options, info, device).learned
-        check_missing_experts(options, info)
+        check_missing_experts(options, inventory_of(options, info))
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
@@ -196,8 +195,8 @@ def _checked_data(
 
 def _experts_to_match(
     options: DistillOptions, requested: Mapping[str, Any], real: RealImages, network: Trainable, state: State | None
-) -> tuple[TrajectoryStore, int]:
-    """Train the missing experts; return the experts, and how many of them, the first ones, are matched.
+) -> TrajectoryStore:
+    """Train the missing experts; return the experts to match.
 
     With `state` the run continues. Raises `InputError` if the experts do not fit, or experts of `state` are missing.
     """
@@ -206,8 +205,11 @@ def _experts_to_match(
     experts = prepare_experts(options, real, network, requested)
     check_experts(options, real.data, network, requested)  # again, since other processes may write into the same folder
     if state is None:
-        return experts, count_matched_experts(options, experts)
-    return experts_of_run(options, state, experts), state.num_experts
+        return matched_experts(options, experts)
+    matched = experts_of_run(options, state, experts)
+    if len(experts) > len(matched):
+        log.info("the run began with %d of the %d experts, and matches no others", len(matched), len(experts))
+    return matched
 
 
 def distill(run: DistillRun, state: State, plan: Plan) -> None:
@@ -219,7 +221,6 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     """
     options, device = run.options, state.lr.device
     iteration_for = cached_iterations(partial(iteration_of, options, run.network))
-    parametrisation = run.initial().parametrisation if options.parametrisation else None
     segment = partial(read_segment, run, sender(device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
@@ -239,7 +240,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
             loss, gradients, plan, repeated = finish_gradients(state, pending)
             state.repeated += repeated
             gradients = gradients_to_apply(run, state, gradients)
-            kind, values = apply_gradients(options, state, pending.segments, loss, gradients, parametrisation)
+            kind, values = apply_gradients(options, state, pending.segments, loss, gradients, run.parametrisation)
             del result, pending, gradients  # memory may suffice for the gradients of one iteration only
             if state.iteration < options.Iteration:
                 result = run_now_on_gpu(device, partial(start, segments))  # a GPU does not wait for the log

@@ -32,7 +32,6 @@ from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.expert_checks import with_training_of
 from mtt_fast.storage.run_files import SUMMARY
 from mtt_fast.storage.run_folder import read_config
-from mtt_fast.storage.trajectories import experts_in
 
 
 def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
@@ -48,7 +47,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     image_parameters = check_parametrisation(options, info, device)
     state = load_state(options, info, torch.device("cpu"))  # refuses a run that cannot continue
     inventory = inventory_of(options, info)
-    if (store := experts_in(inventory.matched_folder) or experts_in(inventory.uncompressed_folder)) is not None:
+    if (store := inventory.ready or inventory.uncompressed) is not None:
         options = with_training_of(options, options.experts().record(), store.metadata(0))  # as the run records them
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes

@@ -104,7 +104,7 @@ def _distilled_set(run: DistillRun, state: State, images: Tensor, stop: StopRequ
     """
     options, labels = run.options, state.labels
     if options.teacher_label:
-        experts = experts_at(run.experts, run.num_matched_experts, options.max_start_epoch, images.device, stop)
+        experts = experts_at(run.experts, options.max_start_epoch, images.device, stop)
         labels = mean_teacher_labels(run.network, experts, images)
     return _set_with_labels(run, state, images, labels, options.label_kind)
 
@@ -148,7 +148,7 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     )
     draw_curves(run, float(baseline["accuracy_mean"]))
     records = {names: lines for kind, names in SET_NAMES.items() if (lines := run.records(kind))}
-    last = [run.experts.metadata(expert).accuracy[-1] for expert in range(run.num_matched_experts)]
+    last = [run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))]
     final = Accuracy(tuple(value for value in last if not math.isnan(value)))  # of those that were measured
     name_of_experts, experts_in_words = "experts", "experts on all the data"
     if describe_other_data(run.experts.metadata(0).identity, run.real.identity):
@@ -190,7 +190,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
         },
         "experts": {
             "folder": str(run.experts.folder),
-            "number": run.num_matched_experts,
+            "number": len(run.experts),
             "hyperparameters": first.hyperparameters,
             "digest": hashlib.sha256(" ".join(state.digests).encode()).hexdigest(),
             "data": first.identity.record(),
@@ -212,7 +212,7 @@ def _evaluate_random_images(run: DistillRun, state: State, stop: StopRequest, *,
         images = random_subset(run.real, run.options.ipc, generator)
         if not soft:
             return images
-        experts = experts_at(run.experts, run.num_matched_experts, None, images.pixels.device, stop)
+        experts = experts_at(run.experts, None, images.pixels.device, stop)
         return dataclasses.replace(images, labels=mean_teacher_labels(run.network, experts, images.pixels))
 
     network, *_ = run.evaluated.values()

@@ -41,19 +41,26 @@ log = logging.getLogger(__name__)
 
 
 class ExpertInventory(NamedTuple):
-    """The folders of a run's experts, and the numbers of experts that exist, and that are to be trained and compressed."""
+    """The folders of a run's experts, the experts that exist, and the numbers of those that are to be trained and compressed."""
 
     uncompressed_folder: Path
     matched_folder: Path
     """folder of the experts to match: `uncompressed_folder`, or the folder of waypoints made from its experts"""
-    num_available: int
-    """number of uncompressed experts, or of compressed ones if there are no others"""
+    uncompressed: TrajectoryStore | None
+    """the experts in `uncompressed_folder`"""
+    ready: TrajectoryStore | None
+    """the experts in `matched_folder`"""
     num_missing: int
     """number of experts to train"""
     num_to_compress: int
     """number of experts to compress to waypoints"""
     imported: bool
     """whether there are experts of other software; none is trained in addition to these"""
+
+    @property
+    def num_available(self) -> int:
+        """Return the number of uncompressed experts, or of compressed ones if there are no others."""
+        return len(self.uncompressed or self.ready or ())
 
 
 def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> ExpertInventory:
@@ -69,7 +76,7 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
     untrained = set(range(options.num_experts)) - experts
     missing = set() if enough or imported or len(experts) >= needed else untrained
     to_compress = set() if enough or num_waypoints is None else (experts | missing) - ready
-    return ExpertInventory(folder, matched_folder, len(experts or ready), len(missing), len(to_compress), imported)
+    return ExpertInventory(folder, matched_folder, *stores, len(missing), len(to_compress), imported)
 
 
 def check_experts(
@@ -81,14 +88,14 @@ def check_experts(
     yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
     folder that cannot be written, or a folder that lacks experts with which a resumed run began.
     """
-    check_missing_experts(options, data)
-    inventory = inventory_of(options, data)
-    uncompressed, identity = experts_in(inventory.uncompressed_folder), data.identity(zca=options.zca)
-    _check_others_can_be_made(options, inventory, uncompressed, network, identity)
-    store = uncompressed if inventory.num_to_compress else experts_in(inventory.matched_folder)
+    inventory, identity = inventory_of(options, data), data.identity(zca=options.zca)
+    check_missing_experts(options, inventory)
+    _check_others_can_be_made(options, inventory, network, identity)
+    uncompressed = inventory.uncompressed
+    store = uncompressed if inventory.num_to_compress else inventory.ready
     if store is None:
         return
-    matched = range(count_matched_experts(options, store))
+    matched = range(len(matched_experts(options, store)))
     for expert in matched:
         check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, options.last_matched_epoch)
@@ -99,13 +106,10 @@ def check_experts(
 
 
 def _check_others_can_be_made(
-    options: DistillOptions,
-    inventory: ExpertInventory,
-    uncompressed: TrajectoryStore | None,
-    network: Trainable,
-    identity: DatasetIdentity,
+    options: DistillOptions, inventory: ExpertInventory, network: Trainable, identity: DatasetIdentity
 ) -> None:
-    """Raise `InputError` unless missing experts can be trained, and compressed, beside the existing `uncompressed` ones."""
+    """Raise `InputError` unless missing experts can be trained, and compressed, beside the existing ones."""
+    uncompressed = inventory.uncompressed
     if inventory.num_to_compress and options.num_interpolation is not None:
         evenly_spaced(uncompressed.epochs(0) if uncompressed else options.train_epochs, options.num_interpolation)
     for folder, written in (
@@ -121,7 +125,7 @@ def _check_others_can_be_made(
         )
     if inventory.num_missing and uncompressed is None:
         check_nothing_to_convert(inventory.uncompressed_folder)
-    ready, available = _indices(experts_in(inventory.matched_folder)), _indices(uncompressed)
+    ready, available = _indices(inventory.ready), _indices(uncompressed)
     if inventory.num_missing and not ready <= available:  # they would be trained again, perhaps with other results
         raise InputError(
             f"{inventory.uncompressed_folder}: expected the uncompressed experts of those in {inventory.matched_folder.name}, to train further ones, found "
@@ -130,16 +134,15 @@ def _check_others_can_be_made(
         )
 
 
-def count_matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
-    """Return how many experts of `store` the run matches: the first ones."""
-    return min(options.max_experts or len(store), len(store))
+def matched_experts(options: DistillOptions, store: TrajectoryStore) -> TrajectoryStore:
+    """Return the experts of `store` that a new run matches: the first ones."""
+    return store.first(options.max_experts or len(store))
 
 
 def remark_on_expert_count(options: DistillOptions, inventory: ExpertInventory) -> str:
     """Return a remark if a new run matches fewer experts than it trains, or more than it asks for; else ""."""
-    store = experts_in(inventory.matched_folder)
     to_make = inventory.num_missing if options.num_interpolation is None else inventory.num_to_compress
-    count, requested, most = to_make + (len(store) if store else 0), options.num_experts, options.max_experts
+    count, requested, most = to_make + len(inventory.ready or ()), options.num_experts, options.max_experts
     if most is None and count > requested and not inventory.imported:
         return (
             f"all {count} experts in the folder are matched, more than --num_experts {requested}; --max_experts {requested} takes the "
@@ -153,9 +156,8 @@ def remark_on_expert_count(options: DistillOptions, inventory: ExpertInventory) 
     return ""
 
 
-def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
+def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -> None:
     """Raise `InputError` if missing experts must not be trained, or would be trained for too few epochs."""
-    inventory = inventory_of(options, data)
     if not inventory.num_missing:
         return
     _check_experts_of_run_remain(options.folder(), inventory)
@@ -259,7 +261,7 @@ def _remarks(
 def check_same_experts_so_far(options: DistillOptions, state: State, data: ImageData | DatasetInfo) -> None:
     """Raise `InputError` as `experts_of_run` does, before missing experts are trained or compressed."""
     inventory = inventory_of(options, data)
-    store = experts_in(inventory.matched_folder)
+    store = inventory.ready
     if store is not None and (
         len(store) >= state.num_experts or not (inventory.num_missing or inventory.num_to_compress)
     ):
@@ -267,7 +269,7 @@ def check_same_experts_so_far(options: DistillOptions, state: State, data: Image
 
 
 def experts_of_run(options: DistillOptions, state: State, store: TrajectoryStore) -> TrajectoryStore:
-    """Return `store` with the experts first with which the run with `state` began, since others may have been added between them.
+    """Return the experts of `store` with which the run with `state` began; others may have been added, also between them.
 
     Raises `InputError` unless the run still has, and may use, these experts.
     """
@@ -288,14 +290,13 @@ def experts_of_run(options: DistillOptions, state: State, store: TrajectoryStore
         for expert, digest in enumerate(state.digests)
         if store.digest(expert) not in (digest, "") and digest  # an expert without checksums has ""
     ]
-    if not differing:
-        return store
-    if (own := store.starting_with(state.digests)) is None:
+    own = store.starting_with(state.digests) if differing else store
+    if own is None:
         raise InputError(
             f"{store.path(differing[0])}: another expert than the one with which the run in {folder} began; restore its "
             "--buffer_path, or choose another --out"
         )
-    return own
+    return own.first(state.num_experts)
 
 
 def requested_hyperparameters(training: ExpertTraining, given: Set[str]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.parametrised import parametrisation_of
 from mtt_fast.errors import InputError
-from mtt_fast.interop.scores import read_scores
 from mtt_fast.networks.protocol import Network
 from mtt_fast.parametrisations.by_name import code_digest, fit_parametrisation
 from mtt_fast.parametrisations.parametrisation import Parametrisation, images_at, learned_values
@@ -40,12 +39,11 @@ def initial_state(
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
-    num_matched: int,
     difficulty: Tensor | None,
 ) -> State:
     """Return the state before the first iteration of a run that starts from the `initial` images.
 
-    For `num_matched` and `difficulty` see `initial_images`.
+    For `difficulty` see `initial_images`.
     """
     if initial.num_misclassified:
         log.warning(
@@ -58,14 +56,14 @@ def initial_state(
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
-            labels = expert_logits(network, experts_at(experts, num_matched, None, images.device), images, labels)
+            labels = expert_logits(network, experts_at(experts, None, images.device), images, labels)
     lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=images.device)
     return State(
-        0, num_matched, images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
+        0, len(experts), images, labels, lr, torch.zeros_like(images) if parameters is None else None, torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(), frequencies=initial.frequencies,
         parameters=parameters, parameters_velocity=velocity, parameters_square=square,
-        data=real.identity, digests=tuple(map(experts.digest, range(num_matched))), imported=experts.metadata(0).imported,
+        data=real.identity, digests=tuple(map(experts.digest, range(len(experts)))), imported=experts.metadata(0).imported,
         scores_digest="" if difficulty is None else digest(difficulty),
         code_digest="" if initial.parametrisation is None else code_digest(initial.parametrisation),
     )  # fmt: skip
@@ -143,20 +141,19 @@ def initial_images(
     real: RealImages,
     network: Network,
     experts: TrajectoryStore,
-    num_matched: int,
     difficulty: Tensor | None = None,
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
-    With `pix_init` "samples_predicted_correctly" the first `num_matched` of `experts` choose the images; if they classify too few of a
-    class correctly, others fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas
+    With `pix_init` "samples_predicted_correctly" the `experts` choose the images; if they classify too few of a class correctly, others
+    fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas
     is tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, num_misclassified = options.ipc * options.num_tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
-        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(num_matched))
+        trained = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(len(experts)))
         chosen, num_misclassified = predicted_correctly(network, trained, real.train, members, ipc)
         images = real.train.subset(torch.cat(chosen))
     elif options.pix_init == "window":
@@ -188,37 +185,6 @@ def _parametrised(options: DistillOptions, images: Images, num_classes: int, num
     )
     initial = Images(matched, images.labels)
     return InitialImages(initial, num_misclassified, parametrisation=module, evaluated=evaluated)
-
-
-def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
-    """Return the difficulty of each training image from the file of `score_path`, (n,) on the CPU, higher for harder images.
-
-    Raises `InputError` for a file that is missing, broken, or of other images, and for scores of another kind than `score`, which
-    would put the easiest images first.
-    """
-    scores = read_scores(str(options.score_path), data.train.labels)
-    low, high = (float(bound) + 0.0 for bound in scores.aminmax())  # −0 becomes 0
-    if options.score == "cscore" and (low < 0 or high > 1):
-        raise InputError(
-            f"--score cscore, --score_path {options.score_path}: expected C-scores, from 0 (hard) to 1, found {low:g} to {high:g}; give "
-            "--score forgetting for numbers of forgetting events, or other whole numbers that are higher for harder images"
-        )
-    if options.score == "forgetting" and (low < 0 or bool((scores % 1 != 0).any())):
-        raise InputError(
-            f"--score forgetting, --score_path {options.score_path}: expected whole numbers from 0 (easy) on, found fractions or "
-            f"negative numbers ({low:g} to {high:g}); give --score cscore for C-scores, or give ranks for scores of another kind"
-        )
-    return -scores if options.score == "cscore" else scores
-
-
-def check_same_scores(options: DistillOptions, difficulty: Tensor | None, state: State) -> None:
-    """Raise `InputError` unless the run with `state` began with this `difficulty` of the training images."""
-    # only a checkpoint of a former version has no digest
-    if difficulty is not None and state.scores_digest not in ("", digest(difficulty)):
-        raise InputError(
-            f"--score_path {options.score_path}: expected the scores with which the run began, found others; restore the file, or "
-            "choose another --out"
-        )
 
 
 def predicted_correctly(

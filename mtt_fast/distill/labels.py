@@ -90,12 +90,12 @@ def predict(network: Network, theta: Tensor, images: Tensor, batch: int = _BATCH
 
 
 def experts_at(
-    store: TrajectoryStore, count: int, epoch: int | None, device: torch.device, stop: StopRequest | None = None
+    store: TrajectoryStore, epoch: int | None, device: torch.device, stop: StopRequest | None = None
 ) -> Iterable[Tensor]:
-    """Yield the parameters (P,) of the first `count` experts after `epoch` epochs, or after their last one if None.
+    """Yield the parameters (P,) of the experts after `epoch` epochs, or after their last one if None.
 
     Raises `Stopped` between two experts after a stop request.
     """
-    for expert in tqdm(range(count), desc="labels of experts", unit="expert", leave=False):
+    for expert in tqdm(range(len(store)), desc="labels of experts", unit="expert", leave=False):
         raise_if_stopped(stop, "stopped while experts label images; the labels are not kept")
         yield store.read(expert, store.epochs(expert) if epoch is None else epoch).to(device)

@@ -47,7 +47,7 @@ def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Se
     """Return segment `number`, read and drawn in the calling thread. Only shape and dtype of `images` are used."""
     options = run.options
     generator = generator_for(options.seed, "iteration", number)
-    expert = _expert_of(options.seed, run.num_matched_experts, number)
+    expert = _expert_of(options.seed, len(run.experts), number)
     epoch = _start_epoch(options, start_epochs(options, number // options.num_trajectories), generator)
     start, target = (run.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):

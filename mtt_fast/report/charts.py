@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtt_fast.commands.tables import legend_label
+from mtt_fast.commands.plots import plot_label
 from mtt_fast.report.runs import RecordedRun
 
 _POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy
@@ -34,7 +34,7 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, RecordedRun, str], bool]:
         if not steps:
             return False
         x, y = thinned([step["iteration"] for step in steps], [step[key] for step in steps])
-        axes.plot(x, y, color=colour, linewidth=1.6, label=legend_label(run.name))
+        axes.plot(x, y, color=colour, linewidth=1.6, label=plot_label(run.name))
         return True
 
     return draw
@@ -42,7 +42,7 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, RecordedRun, str], bool]:
 
 def draw_accuracy(axes: Any, run: RecordedRun, colour: str) -> bool:
     """Draw the accuracy of a run's evaluations, with its deviation, and return whether there is any."""
-    name = legend_label(run.name)
+    name = plot_label(run.name)
     styles = {"evaluation": ("-", name), "ema_evaluation": ("--", f"{name}, average over the iterations")}
     for kind, (style, label) in styles.items():
         records = run.records_of_kind(kind)
@@ -68,8 +68,8 @@ def _chart(runs: Sequence[RecordedRun], name: str, draw: Callable[[Any, Recorded
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # the text stays text, in the page's own font, and no formula; the salt makes the same curves the same file
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13, "text.parse_math": False}):
+    # the text stays text, in the page's own font; the salt makes the same curves the same file
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         drawn = [draw(axes, run, f"C{number % 10}") for number, run in enumerate(runs)]

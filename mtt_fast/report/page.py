@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mtt_fast.commands.plots import evenly, read_snapshot
+from mtt_fast.commands.pictures import evenly, read_snapshot
 from mtt_fast.commands.tables import percent
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import RecordedRun

@@ -10,7 +10,8 @@ from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.commands.accuracies import accuracy_record
-from mtt_fast.commands.plots import snapshots_in
+from mtt_fast.commands.pictures import snapshots_in
+from mtt_fast.commands.run_loop import SET_NAMES
 from mtt_fast.distill.method_names import marked_method
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
@@ -18,8 +19,6 @@ from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.run_files import METRICS, SUMMARY
 from mtt_fast.storage.run_folder import read_config
 from mtt_fast.storage.run_summary import read_summary
-
-_EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class RecordedRun:
         """Return mean, std and n of the test accuracies by name; of an unfinished run those of the last evaluation."""
         if self.summary:
             return dict(self.summary["accuracy"])
-        last = {name: self.records_of_kind(kind)[-1:] for name, kind in _EVALUATIONS.items()}
+        last = {names.name: self.records_of_kind(kind)[-1:] for kind, names in SET_NAMES.items()}
         return {name: accuracy_record(lines[0]) for name, lines in last.items() if lines}
 
     @property

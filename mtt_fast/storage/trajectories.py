@@ -175,6 +175,12 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def first(self, count: int) -> TrajectoryStore:
+        """Return the store with only the first `count` experts."""
+        store = copy.copy(self)
+        store.indices = self.indices[:count]
+        return store
+
     def starting_with(self, digests: Sequence[str]) -> TrajectoryStore | None:
         """Return the store with the experts of these `digests` first, in this order, then all others; None if one is missing."""
         first, others = [], [(self.digest(expert), index) for expert, index in enumerate(self.indices)]

@@ -123,6 +123,9 @@ def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pyt
     }.items():
         assert cli.run(main, [*given, *flags]) == 2
         assert problem in capsys.readouterr().err
+    write_config(run, asdict(options) | {"option_of_another_version": 1})
+    assert cli.run(main, [*given]) == 2
+    assert "config.toml: unknown option 'option_of_another_version'" in capsys.readouterr().err
 
 
 def test_the_rule_of_a_distillations_steps_is_its_own() -> None:

@@ -62,6 +62,13 @@ def test_the_plot_has_quoted_numbers_at_their_networks(monkeypatch: pytest.Monke
     assert [high - low for (_, low), (_, high) in spreads.get_segments()] == [0, pytest.approx(4)]
 
 
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
+    name = "folder$_{$/nets.py:Net"
+    cell = {"set": name, "question": {"network": name}, "accuracy": {"mean": 0.1, "std": 0.0}}
+    save_plot(tmp_path / "plot.png", [cell], [])
+    assert (tmp_path / "plot.png").exists()
+
+
 def test_the_plot_has_each_accuracy_at_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr("mtt_fast.cross.table.save_figure", lambda path, figure: figures.append(figure))

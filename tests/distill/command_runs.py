@@ -18,6 +18,13 @@ TOY = (
     "--save_seconds 0"
 ).split()
 
+TOY_OF_THREE = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 6 --max_start_epoch 4 --expert_epochs 1 "
+    "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 2 --epoch_eval_train 1 --batch_real 64 --expert_lr 0.05 "
+    "--lr_img 10 --save_seconds 0"
+).split()
+"""A run from three experts, which train for longer."""
+
 
 def run(*arguments: str) -> int:
     return cli.run(main, arguments)
@@ -29,3 +36,12 @@ def images_of(folder: Path) -> torch.Tensor:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in metrics_of(folder) if record["kind"] == kind]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -25,14 +24,14 @@ from mtt_fast.kernels import Precision, native
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.training.evaluation import Accuracy
-from tests.distill.command_runs import TOY, images_of, metrics_of, run
+from tests.distill.command_runs import TOY, images_of, metrics_of, run, summary_of
 
 
 @pytest.mark.usefixtures("curves")
 def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(*TOY, *experts, "--out", str(out)) == 0
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     for kind in ("distilled", "random_real_images", "experts"):
         assert 0 < summary["accuracy"][kind]["mean"] <= 1
         assert summary["accuracy"][kind]["n"] == 2
@@ -104,7 +103,7 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
     assert run(*TOY, *experts, "--out", str(out), *flags) == 0
 
     summary, store = (
-        json.loads((out / "summary.json").read_text()),
+        summary_of(out),
         TrajectoryStore(next(Path(experts[-1]).glob("*/*"))),
     )
     final = store.metadata(0).accuracy[-1]  # of the only matched expert
@@ -207,7 +206,7 @@ def test_a_learning_rate_that_would_turn_negative_is_kept(
     experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run(*TOY, *experts, "--out", str(tmp_path / "run"), "--lr_lr", "1e6") == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "run")
     assert summary["learning_rate_kept"] > 0
     assert summary["learning_rate"] > 0
     assert "would make the student's learning rate negative" in caplog.text

@@ -16,7 +16,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill.command import main
-from mtt_fast.distill.experts import count_matched_experts, inventory_of, remark_on_expert_count
+from mtt_fast.distill.experts import inventory_of, matched_experts, remark_on_expert_count
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.expert_metadata import ExpertMetadata
@@ -123,7 +123,9 @@ def test_the_experts_that_are_there_and_those_that_are_missing_are_counted(
     write_experts(waypoint_folder(experts(tmp_path), 3), ready)
     given = DistillOptions(model="ConvNetD1W4", buffer_path=str(tmp_path / "buffers"), **options)  # type: ignore[arg-type]
     used = waypoint_folder(experts(tmp_path), 3) if given.num_interpolation else experts(tmp_path)
-    assert inventory_of(given, dataset_info("digits")) == (experts(tmp_path), used, *expected)
+    found = inventory_of(given, dataset_info("digits"))
+    assert (found.uncompressed_folder, found.matched_folder) == (experts(tmp_path), used)
+    assert (found.num_available, found.num_missing, found.num_to_compress, found.imported) == expected
 
 
 @pytest.mark.parametrize(("max_experts", "expected"), [(None, 3), (2, 2), (5, 3)])
@@ -131,10 +133,8 @@ def test_all_experts_that_are_there_are_matched_unless_fewer_are_asked_for(
     tmp_path: Path, max_experts: int | None, expected: int
 ) -> None:
     write_experts(tmp_path, "012")
-    assert (
-        count_matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path))
-        == expected
-    )
+    matched = matched_experts(DistillOptions(num_experts=2, max_experts=max_experts), TrajectoryStore(tmp_path))
+    assert matched.indices == (0, 1, 2)[:expected]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mtt_fast import ConvNet, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
-from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import (
     PendingGradients,
     cached_iterations,
@@ -40,25 +39,13 @@ from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import assert_close
 from mtt_fast.training.evaluation import Accuracy
+from tests.distill.command_runs import images_of, records_of, run, summary_of
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
     "--syn_steps 3 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10 "
     "--save_seconds 0"
 ).split()
-
-
-def run(*arguments: str) -> int:
-    return cli.run(main, arguments)
-
-
-def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == kind]
-
-
-def images_of(folder: Path) -> Tensor:
-    return SyntheticDataset.load(folder / "synthetic.safetensors").images
 
 
 OPTIONS = {
@@ -107,13 +94,13 @@ def test_a_truncated_run_says_so(
     assert "gradient: truncated (approximate" in caplog.text
     assert "cosine of the truncated image gradient to the exact one" in caplog.text
     assert "approximate" in (tmp_path / "config.toml").read_text()
-    told = json.loads((tmp_path / "summary.json").read_text())["gradient"]
+    told = summary_of(tmp_path)["gradient"]
     assert "approximate" in told["kind"]
     records = records_of(tmp_path, "gradient")
     assert [record["iteration"] for record in records] == [0, 2, 4]
     assert told["cosines_to_exact"] == [record["cosine"] for record in records]
     assert all(0.5 < record["cosine"] < 1 - 1e-9 for record in records)
-    exact = json.loads((runs["plain"] / "summary.json").read_text())["gradient"]
+    exact = summary_of(runs["plain"])["gradient"]
     assert exact == {"kind": "exact", "cosines_to_exact": []}
     assert "approximate" not in (runs["plain"] / "config.toml").read_text()
 
@@ -128,7 +115,7 @@ def test_each_step_has_a_learning_rate_of_its_own(runs: dict[str, Path], experts
     assert distilled.lr.shape == ()
     assert float(distilled.lr) == pytest.approx(float(rates.mean()))
     assert records_of(folder, "step")[-1]["lr"] == pytest.approx(float(rates.mean()))
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["learning_rate_per_step"] == pytest.approx(rates.tolist())
     exported = {path.name: torch.load(path) for path in distilled.export("mtt", tmp_path)}
     assert exported["lr_best.pt"].shape == ()
@@ -405,10 +392,11 @@ def test_what_overflows_in_fp16_is_repeated_in_tf32(
     assert "iteration 4: a number is too large for fp16; repeated in tf32" in caplog.text
     assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
     assert records_of(tmp_path / "overflowing", "step") == records_of(tmp_path / "tf32", "step")
-    assert [
-        json.loads((tmp_path / name / "summary.json").read_text())["iterations_repeated_in_tf32"]
-        for name in ("tf32", "fp16", "overflowing")
-    ] == [0, 0, 4]
+    assert [summary_of(tmp_path / name)["iterations_repeated_in_tf32"] for name in ("tf32", "fp16", "overflowing")] == [
+        0,
+        0,
+        4,
+    ]
 
 
 @pytest.mark.native

@@ -25,7 +25,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealImages:
 def test_the_seed_decides_the_first_images(real: RealImages, pix_init: Any) -> None:
     def first(seed: int) -> Tensor:
         options, unasked = DistillOptions(dataset="digits", ipc=2, pix_init=pix_init, seed=seed), Any
-        initial = initial_images(options, real, unasked, unasked, 0)  # type: ignore[arg-type]
+        initial = initial_images(options, real, unasked, unasked)  # type: ignore[arg-type]
         assert (initial.num_misclassified, initial.frequencies, initial.parametrisation) == (0, None, None)
         assert initial.images.labels.tolist() == [label for label in range(10) for _ in range(2)]
         return initial.images.pixels

@@ -21,7 +21,8 @@ from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images
-from tests.distill.successor_runs import TOY, run, summary_of
+from tests.distill.command_runs import TOY_OF_THREE as TOY
+from tests.distill.command_runs import run, summary_of
 
 
 class Lookup:

@@ -204,7 +204,7 @@ def test_a_resumed_run_asks_the_experts_for_labels_only_to_evaluate(
 
 def test_a_stop_request_is_noticed_between_two_experts_that_label(experts: list[str]) -> None:
     store, stop = store_of(experts), StopRequest()
-    thetas = iter(experts_at(store, 2, None, CPU, stop))
+    thetas = iter(experts_at(store, None, CPU, stop))
     next(thetas)
     stop.signum = signal.SIGTERM
     with pytest.raises(Stopped, match="while experts label"):

@@ -19,12 +19,12 @@ import torch
 from filelock import FileLock
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
-from mtt_fast.commands.plots import save_grid
+from mtt_fast.commands.pictures import save_grid
 from mtt_fast.distill.experts import prepare_experts
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 from mtt_fast.training.evaluation import Accuracy
-from tests.distill.command_runs import TOY, images_of, metrics_of, run
+from tests.distill.command_runs import TOY, images_of, metrics_of, run, summary_of
 
 
 def test_a_finished_run_is_not_repeated(experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,7 +130,7 @@ def test_a_run_that_goes_on_with_fewer_iterations_than_it_did_is_evaluated_as_it
     monkeypatch.setattr("mtt_fast.distill.command.apply_gradients", stopping)
     assert run(*TOY, *experts, "--out", str(tmp_path)) == 128 + signal.SIGTERM
     assert run("--out", str(tmp_path), "--resume", "--Iteration", "4") == 0
-    summary, last = json.loads((tmp_path / "summary.json").read_text()), metrics_of(tmp_path)[-2]
+    summary, last = summary_of(tmp_path), metrics_of(tmp_path)[-2]
     assert (summary["iterations"], last["kind"], last["iteration"]) == (5, "evaluation", 5)
     assert summary["accuracy"]["distilled"]["mean"] == last["accuracy_mean"]
     assert SyntheticDataset.load(tmp_path / "synthetic.safetensors").recipe["iterations"] == 5
@@ -182,7 +182,7 @@ def test_a_run_goes_on_with_the_experts_it_began_with(
         more = ["--out", str(out), "--resume", "--Iteration", "1", "--max_experts"]
         assert run(*more, "2") == 0
         assert ("began with 1 of the 2 experts" in caplog.text) == (number == "1")
-        summary = json.loads((out / "summary.json").read_text())
+        summary = summary_of(out)
         assert summary["experts"]["number"] == int(number)
         final = [store.metadata(expert).accuracy[-1] for expert in range(int(number))]  # of those that are matched
         mean, std = statistics.fmean(final), statistics.stdev(final) if number == "2" else 0.0
@@ -251,9 +251,7 @@ def test_a_run_older_than_an_option_goes_on(
     assert "holds a run with --precision tf32, not bf16" in capsys.readouterr().err
     assert run("--out", str(parts), "--resume", "--Iteration", "6") == 0
     assert torch.equal(images_of(whole), images_of(parts))
-    assert json.loads((parts / "summary.json").read_text())["arithmetic"].endswith(
-        "Student, fp32 (a CPU computes in float32)"
-    )
+    assert summary_of(parts)["arithmetic"].endswith("Student, fp32 (a CPU computes in float32)")
 
 
 def test_a_run_goes_on_in_the_precision_with_which_it_began(

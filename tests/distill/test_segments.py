@@ -18,13 +18,16 @@ class Experts:
 
     folder = Path("buffers")
 
+    def __len__(self) -> int:
+        return 5
+
     def read(self, expert: int, row: float) -> Tensor:
         return torch.tensor([float(expert), float(row)])
 
 
 def segments(seed: int, count: int = 40) -> list[Segment]:
     options = DistillOptions(ipc=1, syn_steps=2, batch_syn=3, max_start_epoch=20, expert_epochs=3, seed=seed)
-    run: Any = SimpleNamespace(options=options, num_matched_experts=5, experts=Experts())
+    run: Any = SimpleNamespace(options=options, experts=Experts())
     return [read_segment(run, lambda tensors: lambda: tensors, torch.zeros(10, 1, 8, 8), each) for each in range(count)]
 
 

@@ -17,8 +17,8 @@ from mtt_fast.commands import cli, run_loop
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
+from mtt_fast.distill.difficulty import read_difficulty
 from mtt_fast.distill.gradients import finish_gradients
-from mtt_fast.distill.initial import read_difficulty
 from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import mask_real_images
@@ -262,7 +262,7 @@ def test_scores_are_read_once(digits: ImageData, monkeypatch: pytest.MonkeyPatch
         asked.append(arguments)
         return read_scores(*arguments)
 
-    monkeypatch.setattr("mtt_fast.distill.initial.read_scores", counted)
+    monkeypatch.setattr("mtt_fast.distill.difficulty.read_scores", counted)
     assert cli.run(main, [*TOY, *WINDOW, "--out", "run"]) == 0
     assert len(asked) == 1
 

@@ -22,7 +22,8 @@ from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.evaluation import evaluate as measure
-from tests.distill.successor_runs import TOY, records_of, run, summary_of
+from tests.distill.command_runs import TOY_OF_THREE as TOY
+from tests.distill.command_runs import records_of, run, summary_of
 
 
 def test_the_range_of_start_epochs_grows_linearly() -> None:
@@ -39,13 +40,16 @@ def test_the_start_is_multiplied_by_noise_and_the_target_is_not() -> None:
     class Experts:
         folder = Path("buffers")
 
+        def __len__(self) -> int:
+            return 2
+
         def read(self, _: int, row: float) -> torch.Tensor:
             parameters = torch.arange(-10000, 10001) / 10000 * (1 + row)  # one of them is 0
             return parameters.clone()
 
     def segment(noise: float, number: int) -> tuple[torch.Tensor, ...]:
         options = DistillOptions(syn_steps=2, noise_start=noise)
-        run: Any = SimpleNamespace(options=options, num_matched_experts=2, experts=Experts())
+        run: Any = SimpleNamespace(options=options, experts=Experts())
         return read_segment(run, lambda tensors: lambda: tensors, torch.zeros(4, 1, 8, 8), number).tensors()
 
     for number in (0, 7):

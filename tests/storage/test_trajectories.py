@@ -136,6 +136,10 @@ def test_experts_with_one_digest_all_stay_where_others_come_first(tmp_path: Path
     assert first is not None
     assert first.indices == (0, 3, 1, 2)
     assert torch.equal(first.read(1, 2), 3 * parameters[2])
+    assert first.first(2).indices == (0, 3)
+    assert store.first(9).indices == store.indices
+    with pytest.raises(IndexError, match="expected an expert from 0 to 1"):
+        first.first(2).read(2, 2)
     assert store.starting_with([*digests, digests[0]]) is None, "two have this digest, not three"
 
 
