@@ -29,7 +29,7 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.accuracy import count_correct
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import AdamW, Optimizer, Sgd
 from mtt_fast.training.protocols import EvaluationProtocol
@@ -95,7 +95,7 @@ def training_job(
         ipc = len(images) // images.labels.shape[1]
     student, optimizer = _student(network, images, precision), _optimizer(protocol, lr)
     velocity = optimizer.start(theta)
-    run = epochs_on(student, images, optimizer, _augment(protocol), track_of(network), cutmix=protocol.cutmix)
+    run = Epochs(student, images, optimizer, _augment(protocol), track_of(network), cutmix=protocol.cutmix)
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     losses: list[Tensor] = []
     most, epoch = _epochs_at_once(images, protocol.batch_size), 0

@@ -33,7 +33,7 @@ from mtt_fast.networks.pools import POOLS
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.accuracy import count_correct
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.evaluation import Accuracy, training_job
 from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
@@ -59,7 +59,7 @@ def test_running_statistics_are_those_of_a_plain_training_loop(momentum: float |
     net = FlatModule(module)
     images = Images(torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.arange(8) % 3)
     sgd = Sgd(0.05, momentum=0.9, weight_decay=5e-4, batch_size=3)
-    epoch = epochs_on(GenericStudent(net), images, sgd, None, track_of(net))
+    epoch = Epochs(GenericStudent(net), images, sgd, None, track_of(net))
     theta, statistics = net.init(), list(statistics_of(net))
     velocity = torch.zeros_like(theta)
     orders, generator = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
@@ -153,7 +153,7 @@ def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
     protocol = EvaluationProtocol(epochs=3, batch_size=5, augment="color_flip")
     theta, generator = start, torch.Generator().manual_seed(1)
     for lr, epochs in ((0.05, 3), (0.05 * 0.1, 1)):
-        epoch = epochs_on(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
+        epoch = Epochs(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
         velocity = torch.zeros_like(start)
         for _ in range(epochs):
             theta, velocity, _ = epoch(theta, velocity, generator)
