@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from bench.cases import Case
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.experts import inventory_of
 from mtt_fast.distill.options import DistillOptions

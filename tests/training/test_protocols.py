@@ -22,7 +22,7 @@ from mtt_fast.commands.accuracies import (
 )
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.cross import command as cross
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill import command as distill
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent
