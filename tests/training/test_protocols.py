@@ -207,8 +207,12 @@ def test_protocols_say_what_they_do() -> None:
     )
     assert "augmentation none;" in dataclasses.replace(PROTOCOLS["selmatch"], augment="none").describe()
     tested = [
-        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft, ipc=50)]
-        for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
+        [epoch for epoch in range(1, 1002) if protocol.is_tested(epoch, protocol.test_interval(soft=soft, ipc=50))]
+        for protocol, soft in (
+            (PROTOCOLS["mtt"], False),
+            (PROTOCOLS["ddranking"], False),
+            (PROTOCOLS["ddranking"], True),
+        )
     ]
     assert tested == [[1001], list(range(10, 1001, 10)), list(range(20, 1001, 20))]
 
@@ -218,7 +222,8 @@ def test_protocols_say_what_they_do() -> None:
 )
 def test_ncfm_tests_as_often_as_its_code(epochs: int, ipc: int, every: int) -> None:
     protocol = dataclasses.replace(PROTOCOLS["ncfm"], epochs=epochs)
-    tested = [epoch for epoch in range(1, epochs + 1) if protocol.is_tested(epoch, soft=True, ipc=ipc)]
+    interval = protocol.test_interval(soft=True, ipc=ipc)
+    tested = [epoch for epoch in range(1, epochs + 1) if protocol.is_tested(epoch, interval)]
     assert tested == list(range(every, epochs + 1, every))
 
 
