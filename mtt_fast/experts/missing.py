@@ -19,10 +19,9 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
-from mtt_fast.storage.expert_checks import check_belongs, check_same_training, training_digest
+from mtt_fast.storage.expert_checks import CommonTraining
 from mtt_fast.storage.expert_locks import ExpertClaim, claim_expert
 from mtt_fast.storage.expert_metadata import ExpertMetadata
-from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.experts import ExpertTraining, expert_job
@@ -86,6 +85,12 @@ class _Request(NamedTuple):
     dtype: torch.dtype | None
     precision: Precision
 
+    def common(self, dtype: torch.dtype) -> CommonTraining:
+        """Return what the experts have in common, if they are stored as `dtype`."""
+        return CommonTraining(
+            self.network, self.images.identity, self.training.record(), self.seed, dtype, self.precision
+        )
+
 
 def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
     """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested.
@@ -96,10 +101,8 @@ def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
     missing = numbers_missing(present, request.num_experts)
     checked.intersection_update(present.indices if present else ())  # a deleted expert may be written again
     if present:
-        check_trained_alike(
-            present, request.network, request.images.identity, request.training, request.seed,
-            request.dtype or present.dtype(0), request.precision, more=bool(missing), checked=checked,
-        )  # fmt: skip
+        common = request.common(request.dtype or present.dtype(0))
+        check_trained_alike(present, common, more=bool(missing), checked=checked)
         checked.update(present.indices)
     return missing
 
@@ -111,18 +114,9 @@ def numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
 
 
 def check_trained_alike(
-    present: TrajectoryStore,
-    network: Trainable,
-    identity: DatasetIdentity,
-    training: ExpertTraining,
-    seed: int,
-    dtype: torch.dtype,
-    precision: str,
-    *,
-    more: bool = True,
-    checked: Container[int] = (),
+    present: TrajectoryStore, common: CommonTraining, *, more: bool = True, checked: Container[int] = ()
 ) -> None:
-    """Raise `InputError` unless all `present` experts are of `network` and the images of `identity`, and were trained with these settings.
+    """Raise `InputError` unless all `present` experts have what is to be `common` to the experts of the folder.
 
     The message names the first one that was not. If `more` experts are to be trained, compressed ones are refused too.
     Experts whose numbers are in `checked` are passed over.
@@ -134,15 +128,13 @@ def check_trained_alike(
         )
     for expert, number in enumerate(present.indices):
         if number not in checked:
-            check_belongs(present, expert, network, identity)
-            check_same_training(present, expert, training.record(), seed, dtype, precision)
+            common.check(present, expert)
 
 
 def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
     """Train the `missing` experts that no other process trains, write each when it is trained, and wait for the other processes."""
     images, network, training, precision = request.images, request.network, request.training, request.precision
-    dtype, device = _stored_dtype(folder, request), images.train.labels.device
-    digest = training_digest(network, images.identity, training.record(), request.seed, dtype, precision)
+    common, device = request.common(_stored_dtype(folder, request)), images.train.labels.device
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), images.train.pixels.shape[1:], device,
         batch=min(training.batch_size, len(images.train)), num_jobs=len(missing), at_once=at_once,
@@ -160,7 +152,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
         return others
 
     def jobs() -> Iterator[Job[tuple[Tensor, list[float]]]]:
-        while claim := claim_expert(folder, unclaimed, digest):
+        while claim := claim_expert(folder, unclaimed, common.digest()):
             claims.append(claim)
             bar.set_description(refresh=False)  # of waiting
             yield expert_job(
@@ -173,7 +165,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 first = len(claims)
                 for position, (parameters, accuracies) in run_concurrently(jobs(), concurrency, device):
                     claim = claims[first + position]
-                    write_expert(folder, claim.index, parameters, _metadata(request, accuracies), dtype)
+                    write_expert(folder, claim.index, parameters, _metadata(common, accuracies), common.dtype)
                     claim.release()
                 if len(claims) == first:
                     _wait_for_others(len(missing), stop, bar)
@@ -183,16 +175,15 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 claim.release()
 
 
-def _metadata(request: _Request, accuracies: list[float]) -> ExpertMetadata:
+def _metadata(common: CommonTraining, accuracies: list[float]) -> ExpertMetadata:
     """Return the record of an expert with these `accuracies` after its epochs."""
-    network, training = request.network, request.training
     return ExpertMetadata.of(
-        network,
-        request.images.identity,
-        hyperparameters=training.record(),
-        seed=request.seed,
+        common.network,
+        common.identity,
+        hyperparameters=common.hyperparameters,
+        seed=common.seed,
         accuracy=accuracies,
-        precision=request.precision,
+        precision=common.precision,
     )
 
 
