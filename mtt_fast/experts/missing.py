@@ -54,7 +54,10 @@ def train_missing_experts(
     Raises `InputError` if an expert in `folder` is of another network or other images or was trained otherwise, or if another
     process trains such experts or writes others there; `Stopped` on Ctrl-C or SIGTERM.
     """
-    request = _Request(count, images, network, training, seed, dtype, precision)
+    present = experts_in(folder)
+    dtype = dtype or (present.dtype(0) if present else torch.float32)
+    common = CommonTraining(network, images.identity, training.record(), seed, dtype, precision)
+    request = _Request(count, images, training, precision, common)
     if missing := _missing(folder, request, set()):
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
         _train(folder, missing, request, at_once, memory_budget)
@@ -79,17 +82,9 @@ class _Request(NamedTuple):
 
     num_experts: int
     images: RealImages
-    network: Trainable
     training: ExpertTraining
-    seed: int
-    dtype: torch.dtype | None
     precision: Precision
-
-    def common(self, dtype: torch.dtype) -> CommonTraining:
-        """Return what the experts have in common, if they are stored as `dtype`."""
-        return CommonTraining(
-            self.network, self.images.identity, self.training.record(), self.seed, dtype, self.precision
-        )
+    common: CommonTraining
 
 
 def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
@@ -101,8 +96,7 @@ def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
     missing = numbers_missing(present, request.num_experts)
     checked.intersection_update(present.indices if present else ())  # a deleted expert may be written again
     if present:
-        common = request.common(request.dtype or present.dtype(0))
-        check_trained_alike(present, common, more=bool(missing), checked=checked)
+        check_trained_alike(present, request.common, more=bool(missing), checked=checked)
         checked.update(present.indices)
     return missing
 
@@ -133,8 +127,8 @@ def check_trained_alike(
 
 def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
     """Train the `missing` experts that no other process trains, write each when it is trained, and wait for the other processes."""
-    images, network, training, precision = request.images, request.network, request.training, request.precision
-    common, device = request.common(_stored_dtype(folder, request)), images.train.labels.device
+    images, training, precision, common = request.images, request.training, request.precision, request.common
+    network, device = common.network, images.train.labels.device
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), images.train.pixels.shape[1:], device,
         batch=min(training.batch_size, len(images.train)), num_jobs=len(missing), at_once=at_once,
@@ -156,7 +150,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
             claims.append(claim)
             bar.set_description(refresh=False)  # of waiting
             yield expert_job(
-                images, network, training, seed=request.seed, index=claim.index, precision=precision, bar=bar, stop=stop
+                images, network, training, seed=common.seed, index=claim.index, precision=precision, bar=bar, stop=stop
             )
 
     with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
@@ -185,12 +179,6 @@ def _metadata(common: CommonTraining, accuracies: list[float]) -> ExpertMetadata
         accuracy=accuracies,
         precision=common.precision,
     )
-
-
-def _stored_dtype(folder: Path, request: _Request) -> torch.dtype:
-    """Return the dtype in which experts are stored: the requested one, or that of the experts in `folder`, or float32."""
-    present = experts_in(folder)
-    return request.dtype or (torch.float32 if present is None else present.dtype(0))
 
 
 def _wait_for_others(count: int, stop: StopRequest, bar: tqdm) -> None:
