@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from bench.cases import TENSORS, Case
 from mtt_fast.commands.parsing import apply
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.experts import inventory_of
 from mtt_fast.distill.options import DistillOptions

@@ -29,7 +29,7 @@ from bench.records import publish
 from bench.tables import percent
 from mtt_fast.commands.earlier_run import check_comparable
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.students.choice import precision_on

@@ -25,7 +25,7 @@ from mtt_fast.engine.students.choice import student_for
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.testing import relative_error
-from mtt_fast.training.epochs import Epochs, epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import Sgd
@@ -64,8 +64,8 @@ def mtt_fast_loop(
 
 @functools.lru_cache(maxsize=1)
 def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epochs:
-    """Return the epoch function, the same object in every call, since on CUDA its first epoch captures a graph."""
-    return epochs_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
+    """Return the training, the same object in every call, since on CUDA its first epoch captures a graph."""
+    return Epochs(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 
 LOOPS: dict[str, tuple[Loop, bool]] = {

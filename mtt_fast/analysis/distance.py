@@ -309,7 +309,7 @@ def _measurement_key(
         "seed": options.seed,
         "network": real.network.describe(),
         "fingerprint": real.images.data.fingerprint,
-        "whitening": real.images.whitening,
+        "whitening": real.images.identity.whitening,
         "precision": precision_on(real.images.train.labels.device, real.network, options.precision),
     }
     return dict(json.loads(json.dumps(key)))  # as in the record that is read back

@@ -33,7 +33,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.subsets import class_members
@@ -121,7 +121,7 @@ def _learned_set(options: DcOptions, real: RealImages, network: Trainable, strat
     optimizer = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
     student = student_for(network, images.device, precision=precision_on(images.device, network, options.precision))
     sgd = Sgd(options.lr_net, batch_size=options.batch_size)
-    train = epochs_on(student, Images(images, labels), sgd, augment_by_strategy(strategy))
+    train = Epochs(student, Images(images, labels), sgd, augment_by_strategy(strategy))
     outer_loop, inner_loop = options.loops()
 
     def match(theta: Tensor, generator: torch.Generator) -> Tensor:

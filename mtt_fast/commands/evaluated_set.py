@@ -16,7 +16,7 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
 from mtt_fast.commands.options import Count, EvaluationOptions, Positive, PositiveShare
 from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import published
+from mtt_fast.data.catalogue import published
 from mtt_fast.data.set_checks import check_classes, check_share
 from mtt_fast.data.synthetic import SyntheticDataset, real_mask
 from mtt_fast.data.whitening import Whitening, check_same_whitening

@@ -13,8 +13,7 @@ import tyro
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Needs, Range, Role
 from mtt_fast.data import DatasetInfo, ImageData, load
-from mtt_fast.data.catalogue import name_of
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import DOWNLOADED, OF_ONE_SIZE, dataset_info, name_of
 from mtt_fast.engine.students.choice import PrecisionRequest
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
@@ -41,11 +40,6 @@ Seconds = Annotated[float, Range(0, allow_infinity=True), Role.MACHINE, Group.OU
 Strategy = Annotated[str, Checked(augment_by_strategy)]
 StoreDtype = Literal["float32", "bfloat16"]
 """Types of options with the range that holds for flags and files alike (mtt_fast/commands/option_fields.py)."""
-
-DOWNLOADED = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")
-"""Data sets that --download fetches."""
-OF_ONE_SIZE = (*DOWNLOADED, "digits")
-"""Data sets whose images are not resized."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def options_in_path(source: Path) -> dict[str, Any]:
     model, *above = [part.name for part in (folder, *folder.parents)]
     if not model.startswith("ConvNet") or len(above) < 3:
         return {}
-    if above[2] == "ImageNet" and above[1] in SUBSETS and above[0].isdigit():
+    if above[2] == "ImageNet" and above[1] in SUBSETS and above[0].isdecimal():
         options: dict[str, Any] = {"dataset": "ImageNet", "subset": above[1], "res": int(above[0]), "model": model}
     else:
         name = above[0].removesuffix("_NO_ZCA")
@@ -250,7 +250,7 @@ def _model(store: TrajectoryStore) -> str:
 def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
     """Return the folder below `root`, a --buffer_path, where the public code, or for waypoints MCT's, looks for these experts."""
     metadata, model = store.metadata(0), _model(store)
-    subset, _, res = metadata.dataset.partition("-")
+    subset, _, res = metadata.dataset.rpartition("-")
     if subset in SUBSETS:
         return root / "ImageNet" / subset / res / model
     suffixed = ("CIFAR10", "CIFAR100", "Tiny") if kind == "waypoints" else ("CIFAR10", "CIFAR100")

@@ -17,7 +17,7 @@ from mtt_fast.commands.cli import with_flags
 from mtt_fast.commands.option_checks import check_effects
 from mtt_fast.convert.options import PICTURES, WITH_DATA, ConvertOptions
 from mtt_fast.data import NAMES, transform_for
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop import (

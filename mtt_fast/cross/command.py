@@ -181,7 +181,7 @@ def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> di
         "lr": lr,
         "dataset": real.data.name,
         "fingerprint": real.data.fingerprint,
-        "whitening": real.whitening,
+        "whitening": real.identity.whitening,
         "protocol": dataclasses.asdict(protocol),
         "networks": options.num_eval,
         "seed": options.seed,

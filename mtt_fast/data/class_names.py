@@ -27,6 +27,7 @@ _WNID = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"(\D*)(\d{1,18})")
 _CLASS_NUMBER = re.compile(r"(?:(?:class|cls|category|label|target|new|c|y)[\W_]*)?(\d{1,18})")
 _NAMED = 10  # classes in a line of the log
+_MOST_NUMBERS = 128  # before a name: a name of a folder has no room for more, one in a file may have millions
 
 
 def is_wnid(name: str) -> bool:
@@ -196,13 +197,14 @@ def _spelt(name: str, spelt: dict[str, int]) -> int | None:
 
 
 def _readings(name: str) -> Iterator[str]:
-    yield _normalised(name)
-    yield _normalised(name.partition(",")[0])  # "tench, Tinca tinca"
-    if match := _WNID.match(name):
-        yield match[0]  # "n01440764-tench"
-    _, rest = _number_and_rest(name)
-    if any(map(str.isalpha, rest)):
-        yield from _readings(rest)  # "003-cat", "3 - three"
+    for _ in range(_MOST_NUMBERS):
+        yield _normalised(name)
+        yield _normalised(name.partition(",")[0])  # "tench, Tinca tinca"
+        if match := _WNID.match(name):
+            yield match[0]  # "n01440764-tench"
+        _, name = _number_and_rest(name)  # "003-cat", "3 - three"
+        if not any(map(str.isalpha, name)):
+            return
 
 
 def _number_and_rest(name: str) -> tuple[int | None, str]:

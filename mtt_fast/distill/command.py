@@ -18,7 +18,7 @@ from mtt_fast.commands.network_trial import try_users_network
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Stopwatch, accumulate_seconds, timed_real_images
 from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import published
+from mtt_fast.data.catalogue import published
 from mtt_fast.distill.cam_network import prepare_cam_network
 from mtt_fast.distill.checks import check_fits, check_options_fit, load_state
 from mtt_fast.distill.command_line import parse_with_given

@@ -14,7 +14,7 @@ import torch
 
 from mtt_fast.commands.network_trial import try_users_network
 from mtt_fast.data import DatasetInfo
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.cam_network import cam_expert
 from mtt_fast.distill.checks import check_fits, load_state
 from mtt_fast.distill.estimates import SAMPLES, EstimatedBytes, estimated_bytes, seconds_from_timed_steps

@@ -21,6 +21,7 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State, initial_num_experts
 from mtt_fast.storage.expert_checks import (
     FLAGS,
+    CommonTraining,
     check_alike,
     check_as_requested,
     check_belongs,
@@ -120,9 +121,9 @@ def _check_others_can_be_made(
             check_output_folder(folder, "choose another `buffer_path`")
     if inventory.num_missing and uncompressed is not None:
         precision = uncompressed.metadata(0).precision or options.precision
-        check_trained_alike(
-            uncompressed, network, identity, options.experts(), options.seed, uncompressed.dtype(0), precision
-        )
+        hyperparameters, dtype = options.experts().record(), uncompressed.dtype(0)
+        common = CommonTraining(network, identity, hyperparameters, options.seed, dtype, precision)
+        check_trained_alike(uncompressed, common)
     if inventory.num_missing and uncompressed is None:
         check_nothing_to_convert(inventory.uncompressed_folder)
     ready, available = _indices(inventory.ready), _indices(uncompressed)

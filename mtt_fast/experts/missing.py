@@ -19,10 +19,9 @@ from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest, raise_if_stopped, stop_request
 from mtt_fast.runtime.memory_info import AUTO
-from mtt_fast.storage.expert_checks import check_belongs, check_same_training, training_digest
+from mtt_fast.storage.expert_checks import CommonTraining
 from mtt_fast.storage.expert_locks import ExpertClaim, claim_expert
 from mtt_fast.storage.expert_metadata import ExpertMetadata
-from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
 from mtt_fast.training.experts import ExpertTraining, expert_job
@@ -55,7 +54,10 @@ def train_missing_experts(
     Raises `InputError` if an expert in `folder` is of another network or other images or was trained otherwise, or if another
     process trains such experts or writes others there; `Stopped` on Ctrl-C or SIGTERM.
     """
-    request = _Request(count, images, network, training, seed, dtype, precision)
+    present = experts_in(folder)
+    dtype = dtype or (present.dtype(0) if present else torch.float32)
+    common = CommonTraining(network, images.identity, training.record(), seed, dtype, precision)
+    request = _Request(count, images, training, precision, common)
     if missing := _missing(folder, request, set()):
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
         _train(folder, missing, request, at_once, memory_budget)
@@ -80,11 +82,9 @@ class _Request(NamedTuple):
 
     num_experts: int
     images: RealImages
-    network: Trainable
     training: ExpertTraining
-    seed: int
-    dtype: torch.dtype | None
     precision: Precision
+    common: CommonTraining
 
 
 def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
@@ -96,10 +96,7 @@ def _missing(folder: Path, request: _Request, checked: set[int]) -> list[int]:
     missing = numbers_missing(present, request.num_experts)
     checked.intersection_update(present.indices if present else ())  # a deleted expert may be written again
     if present:
-        check_trained_alike(
-            present, request.network, request.images.identity, request.training, request.seed,
-            request.dtype or present.dtype(0), request.precision, more=bool(missing), checked=checked,
-        )  # fmt: skip
+        check_trained_alike(present, request.common, more=bool(missing), checked=checked)
         checked.update(present.indices)
     return missing
 
@@ -111,18 +108,9 @@ def numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
 
 
 def check_trained_alike(
-    present: TrajectoryStore,
-    network: Trainable,
-    identity: DatasetIdentity,
-    training: ExpertTraining,
-    seed: int,
-    dtype: torch.dtype,
-    precision: str,
-    *,
-    more: bool = True,
-    checked: Container[int] = (),
+    present: TrajectoryStore, common: CommonTraining, *, more: bool = True, checked: Container[int] = ()
 ) -> None:
-    """Raise `InputError` unless all `present` experts are of `network` and the images of `identity`, and were trained with these settings.
+    """Raise `InputError` unless all `present` experts have what is to be `common` to the experts of the folder.
 
     The message names the first one that was not. If `more` experts are to be trained, compressed ones are refused too.
     Experts whose numbers are in `checked` are passed over.
@@ -134,15 +122,13 @@ def check_trained_alike(
         )
     for expert, number in enumerate(present.indices):
         if number not in checked:
-            check_belongs(present, expert, network, identity)
-            check_same_training(present, expert, training.record(), seed, dtype, precision)
+            common.check(present, expert)
 
 
 def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
     """Train the `missing` experts that no other process trains, write each when it is trained, and wait for the other processes."""
-    images, network, training, precision = request.images, request.network, request.training, request.precision
-    dtype, device = _stored_dtype(folder, request), images.train.labels.device
-    digest = training_digest(network, images.identity, training.record(), request.seed, dtype, precision)
+    images, training, precision, common = request.images, request.training, request.precision, request.common
+    network, device = common.network, images.train.labels.device
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), images.train.pixels.shape[1:], device,
         batch=min(training.batch_size, len(images.train)), num_jobs=len(missing), at_once=at_once,
@@ -160,11 +146,11 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
         return others
 
     def jobs() -> Iterator[Job[tuple[Tensor, list[float]]]]:
-        while claim := claim_expert(folder, unclaimed, digest):
+        while claim := claim_expert(folder, unclaimed, common.digest()):
             claims.append(claim)
             bar.set_description(refresh=False)  # of waiting
             yield expert_job(
-                images, network, training, seed=request.seed, index=claim.index, precision=precision, bar=bar, stop=stop
+                images, network, training, seed=common.seed, index=claim.index, precision=precision, bar=bar, stop=stop
             )
 
     with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch") as bar:
@@ -173,7 +159,7 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 first = len(claims)
                 for position, (parameters, accuracies) in run_concurrently(jobs(), concurrency, device):
                     claim = claims[first + position]
-                    write_expert(folder, claim.index, parameters, _metadata(request, accuracies), dtype)
+                    write_expert(folder, claim.index, parameters, _metadata(common, accuracies), common.dtype)
                     claim.release()
                 if len(claims) == first:
                     _wait_for_others(len(missing), stop, bar)
@@ -183,23 +169,16 @@ def _train(folder: Path, missing: list[int], request: _Request, at_once: int | N
                 claim.release()
 
 
-def _metadata(request: _Request, accuracies: list[float]) -> ExpertMetadata:
+def _metadata(common: CommonTraining, accuracies: list[float]) -> ExpertMetadata:
     """Return the record of an expert with these `accuracies` after its epochs."""
-    network, training = request.network, request.training
     return ExpertMetadata.of(
-        network,
-        request.images.identity,
-        hyperparameters=training.record(),
-        seed=request.seed,
+        common.network,
+        common.identity,
+        hyperparameters=common.hyperparameters,
+        seed=common.seed,
         accuracy=accuracies,
-        precision=request.precision,
+        precision=common.precision,
     )
-
-
-def _stored_dtype(folder: Path, request: _Request) -> torch.dtype:
-    """Return the dtype in which experts are stored: the requested one, or that of the experts in `folder`, or float32."""
-    present = experts_in(folder)
-    return request.dtype or (torch.float32 if present is None else present.dtype(0))
 
 
 def _wait_for_others(count: int, stop: StopRequest, bar: tqdm) -> None:

@@ -46,14 +46,11 @@ def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[
             f"{source}: expected buffers of one kind, found {', '.join(f'{name}N.pt' for name in series) or 'none'}; "
             "name one of the files, or a folder that holds one kind"
         )
-    numbers = sorted(int(match[1]) for match in numbered.values())
-    if absent := sorted(set(range(numbers[-1])) - set(numbers)):
+    numbers = {int(match[1]) for match in numbered.values()}
+    absent = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    if absent < max(numbers):
         log.warning(
-            "%s: %s%d.pt is not there, of those up to %d; the others are read",
-            source,
-            series[0],
-            absent[0],
-            numbers[-1],
+            "%s: %s%d.pt is not there, of those up to %d; the others are read", source, series[0], absent, max(numbers)
         )
     return sorted(numbered, key=lambda path: int(numbered[path][1]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,13 @@ def image_data_from(
 
 def _names(dataset: Any) -> list[str] | None:
     """Return the names of the classes from an attribute of torchvision's datasets, or from the features of `datasets`."""
-    feature = (getattr(dataset, "features", None) or {}).get("label")
-    names = getattr(dataset, "classes", None) or getattr(feature, "names", None)
-    return list(map(str, names)) if names else None
+    features = getattr(dataset, "features", None)  # in a data set of one's own either attribute may be anything
+    feature = features.get("label") if isinstance(features, Mapping) else None
+    for names in (getattr(dataset, "classes", None), getattr(feature, "names", None)):
+        listed = names.tolist() if isinstance(names, np.ndarray | Tensor) else names
+        if isinstance(listed, Collection) and listed:
+            return list(map(str, listed))
+    return None
 
 
 def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:

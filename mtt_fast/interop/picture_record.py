@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.checks import shown
+from mtt_fast.data import Normalisation
 from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.set_checks import check_normalisation, check_set
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -76,17 +77,14 @@ def from_pictures(
         check_normalisation(fields["mean"], fields["std"], pictures.shape[1], "its pictures")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: expected the record of a distilled set, found it broken ({error})") from error
-    whitened = record["whitened"]
-    if whitened and (info is None or info.whitening is None):
+    whitening = info.whitening if info and record["whitened"] else None
+    if record["whitened"] and whitening is None:
         raise InputError(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
             "`dataset`, `data_path` and `zca`"
         )
-    own = SourceInfo(
-        fields["class_names"], fields["mean"], fields["std"], info.whitening if info and whitened else None,
-        fields["dataset"], fields["fingerprint"],
-    )  # fmt: skip
-    synthetic = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
+    transform = whitening or Normalisation(fields["mean"], fields["std"])
+    synthetic = SyntheticDataset(transform.apply(pictures.float() / 255), whitening=whitening, **fields)
     check_set(synthetic, where)
     recorded = {name: record[name] for name in _RECORDED if name in record}
     before = record.get("format") in (None, BEFORE_CHECKSUMS) and _CHECKSUM not in record

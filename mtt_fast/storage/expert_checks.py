@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,51 +140,50 @@ def check_one_kind(store: TrajectoryStore) -> None:
     check_alike(store, range(len(store)), to_the_end=False)
 
 
-def check_same_training(
-    store: TrajectoryStore,
-    expert: int,
-    hyperparameters: Mapping[str, Any],
-    seed: int,
-    dtype: torch.dtype,
-    precision: str,
-) -> None:
-    """Raise `InputError`, naming the first difference, unless an expert was trained like the experts that are to join its folder."""
-    path, metadata = store.path(expert), store.metadata(expert)
-    if metadata.imported:
-        raise InputError(
-            f"{path}: was imported, so its training is not known, and no further experts can be trained in its folder; "
-            "choose another `buffer_path`"
-        )
-    expected = _NOT_RECORDED | {
-        **hyperparameters,
-        "seed": seed,
-        "store_dtype": dtype_name(dtype),
-        "precision": _rounding(precision),
-    }
-    found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": dtype_name(store.dtype(expert))}
-    found["precision"] = _rounding(metadata.precision or precision)
-    for name, value in expected.items():
-        if found.get(name) != value:
+@dataclass(frozen=True)
+class CommonTraining:
+    """The network, the images and the settings that all experts of a folder have in common."""
+
+    network: Trainable
+    identity: DatasetIdentity
+    """of the images"""
+    hyperparameters: dict[str, Any]
+    seed: int
+    dtype: torch.dtype
+    """in which the parameters are stored"""
+    precision: str
+
+    def digest(self) -> str:
+        """Return a digest of all fields, which is the same for precisions that count as equal."""
+        common = (
+            self.network.describe(), self.network.layout.describe(), self.identity.record(), self.hyperparameters, self.seed,
+            dtype_name(self.dtype), _rounding(self.precision),
+        )  # fmt: skip
+        return checksum_of(json.dumps(common, sort_keys=True).encode())
+
+    def check(self, store: TrajectoryStore, expert: int) -> None:
+        """Raise `InputError`, naming the first difference, unless an expert was trained like those that are to join its folder."""
+        check_belongs(store, expert, self.network, self.identity)
+        path, metadata = store.path(expert), store.metadata(expert)
+        if metadata.imported:
             raise InputError(
-                f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or train further ones "
-                "by `python -m mtt_fast.experts` with the options of those there"
+                f"{path}: was imported, so its training is not known, and no further experts can be trained in its folder; "
+                "choose another `buffer_path`"
             )
-
-
-def training_digest(
-    network: Trainable,
-    identity: DatasetIdentity,
-    hyperparameters: Mapping[str, Any],
-    seed: int,
-    dtype: torch.dtype,
-    precision: str,
-) -> str:
-    """Return a digest of what all experts of a folder have in common (`check_belongs`, `check_same_training`)."""
-    common = (
-        network.describe(), network.layout.describe(), identity.record(), dict(hyperparameters), seed, dtype_name(dtype),
-        _rounding(precision),
-    )  # fmt: skip
-    return checksum_of(json.dumps(common, sort_keys=True).encode())
+        expected = _NOT_RECORDED | {
+            **self.hyperparameters,
+            "seed": self.seed,
+            "store_dtype": dtype_name(self.dtype),
+            "precision": _rounding(self.precision),
+        }
+        found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": dtype_name(store.dtype(expert))}
+        found["precision"] = _rounding(metadata.precision or self.precision)
+        for name, value in expected.items():
+            if found.get(name) != value:
+                raise InputError(
+                    f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or train further ones "
+                    "by `python -m mtt_fast.experts` with the options of those there"
+                )
 
 
 def remark_on_unknown_training(requested: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.records import NUMBER, check_form
 
 NORMALISED, WHITENED = "none", "zca"
 """The values of `DatasetIdentity.whitening`."""
@@ -47,25 +48,17 @@ class DatasetIdentity:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DatasetIdentity:
         """Return the identity in what `record` returned. Raises `TypeError` for other fields, or of other types."""
+        check_form(record, _FORM)
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
         }
-        for name, value in fields.items():
-            kind = _ITEMS.get(name)
-            if kind is None:
-                fits = isinstance(value, str)
-            else:
-                fits = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
-            if not fits:
-                raise TypeError(f"{name}: not as it is written in the identity of a data set")
         return cls(**fields)
 
 
-_ITEMS: dict[str, type | tuple[type, ...]] = {
-    "class_names": str, "image_shape": int, "mean": (int, float), "std": (int, float),
+_FORM = {
+    "name?": str, "class_names?": [str], "image_shape?": [int], "mean?": [NUMBER], "std?": [NUMBER], "whitening?": str,
+    "fingerprint?": str,
 }  # fmt: skip
-"""The types of the items in the fields that are no text."""
-
 
 UNKNOWN = DatasetIdentity()
 """The identity of images that nothing is known about."""

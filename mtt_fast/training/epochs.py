@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -29,14 +29,6 @@ from mtt_fast.training.sharpness import SharpnessAware
 STEPS_AT_ONCE = 4
 
 
-Epochs = Callable[..., tuple[Tensor, ...]]
-"""A function (theta, velocity, generator, epochs=1, factor=1.0) -> (theta, velocity, losses) that trains for some epochs.
-
-The learning rate is `factor` times that of the optimizer; for `AdamW` the velocity is its state. `losses` (epochs,) are the mean losses
-of the epochs. For a network with running statistics (S,), they are the last positional argument and the last result.
-"""
-
-
 class Chunk(NamedTuple):
     """The state of a training after a few steps."""
 
@@ -46,31 +38,38 @@ class Chunk(NamedTuple):
     statistics: list[Tensor]  # running statistics (S,), or empty
 
 
-Chunks = Callable[..., Iterator[Chunk]]
-"""A function with the arguments of an `Epochs` that yields the state of the training after each chunk of steps."""
+class Epochs:
+    """Train on images for some epochs, each in random order; the last batch of an epoch may be smaller.
 
-
-def epochs_on(
-    student: Student | SharpnessAware,
-    images: Images,
-    optimizer: Optimizer,
-    augment: SiameseAugment | None,
-    track: Track | None = None,
-    subset: Tensor | None = None,
-    *,
-    cutmix: bool = False,
-) -> Epochs:
-    """Return a function that trains for some epochs on `images`, each in random order; the last batch may be smaller.
-
-    `subset`, indices on the CPU, restricts the epochs to these images. `track` (`mtt_fast.networks.flat_module.track_of`) updates
-    the running statistics of a network that has some. `cutmix` mixes the images of half the batches (mtt_fast/training/cutmix.py) and needs
-    soft labels. Order and augmentation of all epochs are drawn before the first step. Nothing waits for the device, and on CUDA
+    Order and augmentation of all epochs of a call are drawn before its first step. Nothing waits for the device, and on CUDA
     steps are replayed from a CUDA graph.
     """
-    chunks = chunks_on(student, images, optimizer, augment, track, subset, cutmix=cutmix)
-    count = images.num_crops * (len(images) if subset is None else len(subset))
 
-    def run(
+    def __init__(
+        self,
+        student: Student | SharpnessAware,
+        images: Images,
+        optimizer: Optimizer,
+        augment: SiameseAugment | None,
+        track: Track | None = None,
+        subset: Tensor | None = None,
+        *,
+        cutmix: bool = False,
+    ) -> None:
+        """Prepare to train on `images`, or only on those at `subset`, indices on the CPU.
+
+        `track` (`mtt_fast.networks.flat_module.track_of`) updates the running statistics of a network that has some. `cutmix` mixes the
+        images of half the batches (mtt_fast/training/cutmix.py) and needs soft labels.
+        """
+        self._images, self._optimizer, self._cutmix = images, optimizer, cutmix
+        self._augment = augment if images.canvas is None else images.canvas.crops(augment)
+        self._indices = torch.arange(len(images)) if subset is None else subset
+        self._length = images.num_crops * min(optimizer.batch_size, len(self._indices))
+        run = partial(training_steps, student, images, optimizer, self._augment, track, self._length, cutmix=cutmix)
+        self._steps = graphed(run, images.labels.device, kernels.compile_ahead)
+
+    def __call__(
+        self,
         theta: Tensor,
         velocity: Tensor,
         generator: torch.Generator,
@@ -78,68 +77,51 @@ def epochs_on(
         epochs: int = 1,
         factor: float = 1.0,
     ) -> tuple[Tensor, ...]:
+        """Return parameters and velocity (P,) after `epochs` epochs, the mean loss of each epoch (epochs,), and the running statistics.
+
+        The learning rate is `factor` times that of the optimizer. For `AdamW` the velocity is its state.
+        """
         losses = []
-        for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs, factor=factor):
+        for chunk in self.chunks(theta, velocity, generator, *statistics, epochs=epochs, factor=factor):
             losses.append(chunk.losses)
-        means = torch.cat(losses).view(epochs, -1).sum(1) / count
+        means = torch.cat(losses).view(epochs, -1).sum(1) / (self._images.num_crops * len(self._indices))
         return chunk.theta, chunk.velocity, means, *chunk.statistics
 
-    return run
-
-
-def chunks_on(
-    student: Student | SharpnessAware,
-    images: Images,
-    optimizer: Optimizer,
-    augment: SiameseAugment | None,
-    track: Track | None = None,
-    subset: Tensor | None = None,
-    at_once: int = STEPS_AT_ONCE,
-    *,
-    cutmix: bool = False,
-) -> Chunks:
-    """Return a function that trains as `epochs_on` does, and yields after every `at_once` steps and after a smaller batch."""
-    device, pixels = images.labels.device, images.pixels
-    dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
-    augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    indices = torch.arange(len(images)) if subset is None else subset
-    length = images.num_crops * min(optimizer.batch_size, len(indices))
-    run = partial(training_steps, student, images, optimizer, augmentation, track, length, cutmix=cutmix)
-    steps = graphed(run, device, kernels.compile_ahead)
-
     def chunks(
+        self,
         theta: Tensor,
         velocity: Tensor,
         generator: torch.Generator,
         *statistics: Tensor,
         epochs: int = 1,
         factor: float = 1.0,
+        at_once: int = STEPS_AT_ONCE,
     ) -> Iterator[Chunk]:
-        lr = theta.new_full((), optimizer.lr * factor)
-        batches: Iterator[Tensor] = map(images.expand_crops, _batches(indices, optimizer.batch_size, generator, epochs))
+        """Train as a call does, and yield the state after every `at_once` steps and after a smaller batch."""
+        images, size, device = self._images, self._optimizer.batch_size, self._images.labels.device
+        lr = theta.new_full((), self._optimizer.lr * factor)
+        batches: Iterator[Tensor] = map(images.expand_crops, _batches(self._indices, size, generator, epochs))
         boxes: list[Tensor] = []
-        if cutmix:
+        if self._cutmix:
             batches = _with_boxes(batches, images.input_shape, generator, boxes)
-        draws = _draws(images, augmentation, batches, dtype, generator)
-        tensors = (*draws.tensors(), torch.cat(boxes)) if cutmix else draws.tensors()
-        sizes = chunk_sizes(draws.lengths, length, at_once)
+        draws = _draws(images, self._augment, batches, generator)
+        tensors = (*draws.tensors(), torch.cat(boxes)) if self._cutmix else draws.tensors()
+        sizes = chunk_sizes(draws.lengths, self._length, at_once)
         for chunk in zip(*(upload(tensor, device).split(sizes) for tensor in tensors), strict=True):
-            theta, velocity, losses, *statistics_after = steps(theta, velocity, lr, *statistics, *chunk)
-            statistics = tuple(statistics_after)
-            yield Chunk(theta, velocity, losses, statistics_after)
-
-    return chunks
+            theta, velocity, losses, *after = self._steps(theta, velocity, lr, *statistics, *chunk)
+            statistics = tuple(after)
+            yield Chunk(theta, velocity, losses, after)
 
 
 def _draws(
     images: Images,
     augment: SiameseAugment | CanvasCrops | None,
     batches: Iterable[Tensor],
-    dtype: torch.dtype,
     generator: torch.Generator,
 ) -> StepDraws:
     """Return the draws of the steps on `batches` of `images`. A `CombinedAugment` draws for real images in another way."""
-    shape = images.pixels.shape[1:]
+    shape, dtype = images.pixels.shape[1:], images.pixels.dtype
+    dtype = dtype if dtype.is_floating_point else torch.float32
     if not isinstance(augment, CombinedAugment) or images.real is None:
         draw = None if augment is None else augment.draw_parameters
         return draw_steps(batches, shape, dtype, draw, generator)

@@ -29,7 +29,7 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.accuracy import count_correct
 from mtt_fast.training.concurrency import Job, concurrency_for, run_concurrently
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import AdamW, Optimizer, Sgd
 from mtt_fast.training.protocols import EvaluationProtocol
@@ -93,21 +93,22 @@ def training_job(
     if protocol.cutmix:  # as in NCFM, the only protocol whose tests depend on the images per class
         images = images if soft else _with_soft_labels(network, theta, images)
         ipc = len(images) // images.labels.shape[1]
+    test_interval = protocol.test_interval(soft=soft, ipc=ipc)
     student, optimizer = _student(network, images, precision), _optimizer(protocol, lr)
     velocity = optimizer.start(theta)
-    run = epochs_on(student, images, optimizer, _augment(protocol), track_of(network), cutmix=protocol.cutmix)
+    run = Epochs(student, images, optimizer, _augment(protocol), track_of(network), cutmix=protocol.cutmix)
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     losses: list[Tensor] = []
     most, epoch = _epochs_at_once(images, protocol.batch_size), 0
     while epoch < protocol.total_epochs:
         raise_if_stopped(stop, "stopped during an evaluation; its networks are not kept")
-        epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft, ipc=ipc)
+        epochs = _epochs_without_a_pause(protocol, epoch, most, test_interval)
         theta, velocity, means, *statistics = run(
             theta, velocity, generator, *statistics, epochs=epochs, factor=protocol.lr_factor(epoch)
         )
         losses.append(means)
         epoch += epochs
-        if protocol.is_tested(epoch, soft=soft, ipc=ipc):
+        if protocol.is_tested(epoch, test_interval):
             test(in_evaluation(network, *statistics), theta, has_diverged(torch.cat(losses), theta, *statistics))
         if epoch == protocol.epochs_before_drop and protocol.loop == "public":
             velocity = torch.zeros_like(theta)
@@ -148,11 +149,10 @@ def _epochs_at_once(images: Images, batch_size: int) -> int:
     return max(1, _STEPS_DRAWN_AT_ONCE // steps) if images.labels.is_cuda else 1
 
 
-def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool, ipc: int) -> int:
+def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, test_interval: int) -> int:
     """Return the number of epochs after `epoch`, at most `most`, until the next test, a change of the learning rate, or the end."""
     for following in range(epoch + 1, min(epoch + most, protocol.total_epochs)):
-        is_tested = protocol.is_tested(following, soft=soft, ipc=ipc)
-        if is_tested or protocol.lr_factor(following) != protocol.lr_factor(epoch):
+        if protocol.is_tested(following, test_interval) or protocol.lr_factor(following) != protocol.lr_factor(epoch):
             return following - epoch
     return min(most, protocol.total_epochs - epoch)
 

@@ -27,7 +27,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.accuracy import accuracy, count_correct
 from mtt_fast.training.concurrency import Job
 from mtt_fast.training.curriculum import EVERY, Curriculum
-from mtt_fast.training.epochs import chunks_on, epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.images import RealImages
 from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
@@ -97,12 +97,12 @@ def expert_job(
     for stage in _stages(range(training.train_epochs), training, student):
         if stage.new_optimizer:
             velocity = torch.zeros_like(theta)
-        run_epoch = epochs_on(stage.student, images.train, stage.optimizer, augment, track_of(network), stage.subset)
+        run_epochs = Epochs(stage.student, images.train, stage.optimizer, augment, track_of(network), stage.subset)
         for epoch in stage.epochs:
             raise_if_stopped(
                 stop, f"stopped in expert {index}; those that were finished are saved; the same command continues"
             )
-            theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
+            theta, velocity, loss, *statistics = run_epochs(theta, velocity, generator, *statistics)
             num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
             for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
                 read_last()
@@ -166,8 +166,8 @@ def expert_steps(
     for stage in _stages(itertools.count(), training, student):
         if stage.new_optimizer:
             velocity = torch.zeros_like(theta)
-        steps = chunks_on(stage.student, images.train, stage.optimizer, augment, subset=stage.subset, at_once=1)
+        run_epochs = Epochs(stage.student, images.train, stage.optimizer, augment, subset=stage.subset)
         for _ in stage.epochs:
-            for step in steps(theta, velocity, generator):
+            for step in run_epochs.chunks(theta, velocity, generator, at_once=1):
                 theta, velocity = step.theta, step.velocity
                 yield theta

@@ -105,11 +105,6 @@ class RealImages:
         """Return the identity of the data set, normalised or whitened by this transform."""
         return self.data.identity(zca=isinstance(self.transform, Whitening))
 
-    @property
-    def whitening(self) -> str:
-        """Return whether the inputs are normalised or whitened, as `DatasetIdentity.whitening`."""
-        return self.identity.whitening
-
 
 def real_images(
     data: ImageData, device: torch.device, *, zca: bool, transform: Normalisation | Whitening | None = None

@@ -83,9 +83,9 @@ class EvaluationProtocol:
             return max(1, self.epochs // _FEWEST_TESTS)
         return _TEST_INTERVAL_IN_NCFM if ipc < _MANY_IMAGES else _TEST_INTERVAL_OF_MANY
 
-    def is_tested(self, epoch: int, *, soft: bool, ipc: int) -> bool:
-        """Return whether the network is tested after `epoch` (counted from 1); see `test_interval`."""
-        return epoch == self.total_epochs or (self.best_epoch and epoch % self.test_interval(soft=soft, ipc=ipc) == 0)
+    def is_tested(self, epoch: int, test_interval: int) -> bool:
+        """Return whether the network is tested after `epoch` (counted from 1), with the number that `test_interval` returns."""
+        return epoch == self.total_epochs or (self.best_epoch and epoch % test_interval == 0)
 
     def describe(self) -> str:
         """Return the protocol in words, on one line."""

@@ -15,7 +15,7 @@ from mtt_fast.augmentation.warp import augment_with
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.protocol import StepGradient
 from mtt_fast.kernels import WARP_PARAMETERS
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import Sgd
 
@@ -87,7 +87,7 @@ def test_a_training_crops_the_real_images_and_no_others() -> None:
 
     labels = torch.arange(30) % 3
     images = Images(torch.full((30, 1, 8, 8), 5.0), labels, lambda pixels: pixels * 255, real=labels == 1)
-    epochs = epochs_on(Watched(net), images, Sgd(0.01, batch_size=7), CombinedAugment("brightness"))
+    epochs = Epochs(Watched(net), images, Sgd(0.01, batch_size=7), CombinedAugment("brightness"))
     theta = net.init(torch.Generator().manual_seed(0))
     epochs(theta, torch.zeros_like(theta), torch.Generator().manual_seed(1), epochs=3)
     inputs, classes = (torch.cat(each) for each in zip(*seen, strict=True))

@@ -33,7 +33,7 @@ from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.evaluate import main as evaluate_command
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.images import Images, as_training_images, real_images
 from mtt_fast.training.optimizers import Sgd
@@ -386,7 +386,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_crops() -> None:
     images = Images(colours.expand(5, 1, 8, 8).contiguous(), torch.arange(5) % 3, canvas=Canvas(2, 3))
     net = ConvNet(in_channels=1, num_classes=3, image_size=4, width=3, depth=1, norm="none")
     theta = net.init(torch.Generator().manual_seed(0)).double()
-    epoch = epochs_on(GenericStudent(net), images, Sgd(0.0, batch_size=2), None)
+    epoch = Epochs(GenericStudent(net), images, Sgd(0.0, batch_size=2), None)
     *_, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(1))
     expected = F.cross_entropy(net(theta, colours.expand(5, 1, 4, 4)), images.labels)
     torch.testing.assert_close(loss, expected[None])

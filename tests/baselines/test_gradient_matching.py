@@ -155,7 +155,7 @@ def test_the_network_is_not_trained_after_the_last_update(real: RealImages, monk
         epochs.append(1)
         return theta, velocity, torch.zeros(())
 
-    monkeypatch.setattr(gradient_matching, "epochs_on", lambda *_: train)
+    monkeypatch.setattr(gradient_matching, "Epochs", lambda *_: train)
     dc(DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2), real, NET).step(0)
     assert len(epochs) == 2 * 2
 
@@ -165,7 +165,7 @@ def test_the_network_sees_what_the_method_augments(
     method: Callable[..., LearnedSet], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(gradient_matching, "epochs_on", lambda student, images, sgd, augment: seen.append(augment))
+    monkeypatch.setattr(gradient_matching, "Epochs", lambda student, images, sgd, augment: seen.append(augment))
     method(DsaOptions(dataset="digits", dsa_strategy="color_crop"), real, NET)
     assert seen == [None if strategy is None else SiameseAugment(strategy)]
 

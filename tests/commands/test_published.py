@@ -13,7 +13,7 @@ import pytest
 
 import mtt_fast.commands
 from mtt_fast.commands.published import published_numbers
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.networks.by_name import network_by_name
 
 FILE = Path(mtt_fast.commands.__file__).parent / "published.toml"

@@ -19,6 +19,7 @@ from mtt_fast.convert.experts import options_in_path
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.experts.command import main as experts
+from mtt_fast.interop import buffer_files
 from mtt_fast.storage.expert_metadata import ExpertMetadata
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import reference_convnet
@@ -75,6 +76,9 @@ def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFi
     first.with_name("replay_buffer_2.pt").write_bytes(first.read_bytes())
     assert convert("theirs", "buffers", "--dataset", "digits", "--model", "ConvNetD1W4") == 0
     assert "theirs: replay_buffer_1.pt is not there, of those up to 2; the others are read" in caplog.text
+    first.rename(first.with_name("replay_buffer_20260101120000.pt"))
+    assert [path.name for path in buffer_files("theirs")] == ["replay_buffer_2.pt", "replay_buffer_20260101120000.pt"]
+    assert "replay_buffer_0.pt is not there, of those up to 20260101120000" in caplog.text
     assert "the same trajectory as expert 0, so it counts twice; was a buffer copied?" in caplog.text
 
 
@@ -233,6 +237,7 @@ def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
         ("Tiny", "zca", "Tiny", "Tiny"),
         ("MNIST", "none", "MNIST", "MNIST"),
         ("imagefruit-64", "none", "ImageNet/imagefruit/64", "ImageNet/imagefruit/64"),
+        ("imagenet-a-64", "none", "ImageNet/imagenet-a/64", "ImageNet/imagenet-a/64"),
     ],
 )
 def test_experts_are_written_where_the_public_code_looks(
@@ -260,6 +265,7 @@ def test_experts_are_written_where_the_public_code_looks(
         ("Tiny_NO_ZCA/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
         ("ImageNet/imagefruit/128/ConvNetD5",
          {"dataset": "ImageNet", "subset": "imagefruit", "res": 128, "model": "ConvNetD5"}),
+        ("ImageNet/imagefruit/128²/ConvNetD5", {}),
         ("somewhere/ConvNet", {}),
         ("CIFAR10/else", {}),
     ],

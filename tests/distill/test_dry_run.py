@@ -17,8 +17,8 @@ import pytest
 from mtt_fast import InputError
 from mtt_fast.commands import cli
 from mtt_fast.data import DatasetInfo, load
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.data.class_lists import CIFAR10, SUBSETS
-from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import dry_run, estimates
 from mtt_fast.distill.command import main
 from mtt_fast.distill.dry_run import disk_in_words

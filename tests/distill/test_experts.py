@@ -14,7 +14,7 @@ from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.command import main
 from mtt_fast.distill.experts import inventory_of, matched_experts, remark_on_expert_count
 from mtt_fast.distill.options import DistillOptions

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.commands import cli
 from mtt_fast.data import load
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.cam_network import CamNetwork, prepare_cam_network, weigh_gradients
 from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command import main

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.initial import initial_images, predicted_correctly
 from mtt_fast.distill.labels import has_soft_baseline
 from mtt_fast.distill.options import DistillOptions

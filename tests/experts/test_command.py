@@ -18,7 +18,7 @@ from mtt_fast import TrajectoryStore
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.commands import cli
 from mtt_fast.commands.options import buffer_folder
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts.command import main
 from mtt_fast.experts.options import ExpertOptions

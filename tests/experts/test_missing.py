@@ -16,7 +16,7 @@ from mtt_fast import TrajectoryStore
 from mtt_fast.errors import InputError
 from mtt_fast.experts.missing import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.expert_checks import training_digest
+from mtt_fast.storage.expert_checks import CommonTraining
 from mtt_fast.storage.expert_locks import claim_expert
 from mtt_fast.storage.tensor_files import read_header
 from mtt_fast.training.experts import ExpertTraining, expert_job
@@ -41,7 +41,7 @@ def test_experts_that_another_process_trains_are_left_to_it(
 ) -> None:
     """Let the other process, which trains expert 1, end without having written it."""
     training = ExpertTraining(train_epochs=1, batch_size=8, augment="flip")
-    digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
+    digest = CommonTraining(NET, images.identity, training.record(), 0, torch.float32, "fp32").digest()
     tmp_path.joinpath(".expert_0000.abc.lock").touch()  # as a killed process of another training leaves it
     other = claim_expert(tmp_path, lambda: [1], digest)
     assert other is not None
@@ -70,7 +70,7 @@ def test_who_waits_for_other_processes_can_be_stopped(
     images: RealImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = ExpertTraining(train_epochs=1)
-    digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
+    digest = CommonTraining(NET, images.identity, training.record(), 0, torch.float32, "fp32").digest()
     other = claim_expert(tmp_path, lambda: [0], digest)
     monkeypatch.setattr("mtt_fast.experts.missing.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="stopped while other processes train the last experts; the same command"):
@@ -118,12 +118,14 @@ def test_claims_do_not_read_experts_again(images: RealImages, tmp_path: Path, mo
 
     monkeypatch.setattr("mtt_fast.storage.trajectories.read_header", read)
     store = train_missing_experts(tmp_path, 6, images, NET, ExpertTraining(train_epochs=1), seed=0, at_once=1)
-    assert [paths.count(store.path(expert)) for expert in range(1, 6)] == [1] * 5  # the first tells the dtype each time
+    assert [paths.count(store.path(expert)) for expert in range(1, 6)] == [
+        1
+    ] * 5  # the first tells each time that it is whole
 
 
 def test_processes_with_other_options_train_in_other_folders(images: RealImages, tmp_path: Path) -> None:
     training = ExpertTraining(train_epochs=1)
-    digest = training_digest(NET, images.identity, training.record(), 0, torch.float32, "fp32")
+    digest = CommonTraining(NET, images.identity, training.record(), 0, torch.float32, "fp32").digest()
     other = claim_expert(tmp_path, lambda: [0], digest)
     assert other is not None
     other_trainings: list[dict[str, Any]] = [

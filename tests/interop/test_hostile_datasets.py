@@ -72,6 +72,22 @@ def test_wrong_images_of_datasets_are_refused(image: Any) -> None:
     refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
 
 
+@pytest.mark.parametrize(
+    ("attributes", "names"),
+    [
+        ({"features": torch.ones(6, 2)}, "0 1"), ({"features": ["a", "b"]}, "0 1"), ({"classes": 2}, "0 1"),
+        ({"classes": np.array(["ape", "bee"])}, "ape bee"), ({"classes": torch.tensor([3, 4])}, "3 4"),
+    ],
+)  # fmt: skip
+def test_attributes_of_datasets_of_ones_own_may_be_anything(attributes: dict[str, Any], names: str) -> None:
+    class Own(list[Any]):
+        pass
+
+    dataset = Own((torch.zeros(1, 4, 4).byte(), label) for label in range(2))
+    vars(dataset).update(attributes)
+    assert image_data_from(dataset, dataset).class_names == tuple(names.split())
+
+
 @pytest.mark.parametrize("dataset", [iter([]), None, 5, "", {}])
 def test_objects_that_are_no_datasets_are_refused(dataset: Any) -> None:
     refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train")

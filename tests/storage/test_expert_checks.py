@@ -15,12 +15,12 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import full_name, network_by_name, short_name
 from mtt_fast.storage.expert_checks import (
+    CommonTraining,
     check_alike,
     check_as_requested,
     check_belongs,
     check_long_enough,
     check_one_kind,
-    check_same_training,
     describe_other_training,
     with_training_of,
 )
@@ -143,11 +143,11 @@ def test_the_first_experts_are_those_of_plain_sgd_on_all_images(tmp_path: Path) 
     store = store_of(tmp_path, replace(metadata_for(), hyperparameters=few), metadata_for(), metadata_for(**LATER))
     check_alike(store, range(2), to_the_end=True)
     check_alike(store, (1, 0), to_the_end=True)
-    check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
+    CommonTraining(NET, DATA, TRAINED, 7, torch.float32, "fp32").check(store, 0)
     for name, value in LATER.items():
         plain = None if name == "sort_method" else TRAINED[name]
         with pytest.raises(InputError, match=f"trained with {name} {plain}, not {value}"):
-            check_same_training(store, 0, TRAINED | {name: value}, 7, torch.float32, "fp32")
+            CommonTraining(NET, DATA, TRAINED | {name: value}, 7, torch.float32, "fp32").check(store, 0)
         if name in TRAINED:
             with pytest.raises(
                 InputError, match=f"trained with {name} {value}, not {plain}; .* give `{name}` {value} to"
@@ -155,7 +155,7 @@ def test_the_first_experts_are_those_of_plain_sgd_on_all_images(tmp_path: Path) 
                 check_as_requested(store, 2, {name: plain}, to_the_end=False)
     without = {name: value for name, value in LATER.items() if name != "sort_method"}
     with pytest.raises(InputError, match=r"trained with sort_method sha256:f00d, not None"):
-        check_same_training(store, 2, few | without, 7, torch.float32, "fp32")
+        CommonTraining(NET, DATA, few | without, 7, torch.float32, "fp32").check(store, 2)
 
 
 def test_a_run_records_the_hyperparameters_of_its_experts() -> None:
@@ -193,7 +193,7 @@ def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
     check_alike(store, range(3), to_the_end=True)
     check_alike(store, (1, 2), to_the_end=True)
     with pytest.raises(InputError, match=r"expert_0000\.safetensors: was imported"):
-        check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
+        CommonTraining(NET, DATA, TRAINED, 7, torch.float32, "fp32").check(store, 0)
 
 
 @pytest.mark.parametrize("hyperparameters", [{"lr": 1e-3}, {"lr": 1e-3, "optimizer": "AdamW", "train_epochs": 3}])
@@ -206,7 +206,7 @@ def test_hyperparameters_of_another_training_loop_are_not_compared(
     check_alike(store, range(2), to_the_end=True)
     assert describe_other_training(own, TRAINED, to_the_end=True) == ""
     with pytest.raises(InputError, match="no further experts can be trained in its folder"):
-        check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
+        CommonTraining(NET, DATA, TRAINED, 7, torch.float32, "fp32").check(store, 0)
 
 
 def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -243,15 +243,15 @@ def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str,
     store = store_of(tmp_path, metadata_for())
     training: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
     if not problem:
-        return check_same_training(store, 0, **training | changes)
+        return CommonTraining(NET, DATA, **training | changes).check(store, 0)
     with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {problem}"):
-        check_same_training(store, 0, **training | changes)
+        CommonTraining(NET, DATA, **training | changes).check(store, 0)
 
 
 def test_an_unknown_precision_is_any(tmp_path: Path) -> None:
     store = store_of(tmp_path, replace(metadata_for(), precision=""))
     for precision in ("fp32", "bf16"):
-        check_same_training(store, 0, TRAINED, 7, torch.float32, precision)
+        CommonTraining(NET, DATA, TRAINED, 7, torch.float32, precision).check(store, 0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from mtt_fast import Whitening
 from mtt_fast.data import from_tensors, load
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.data.whitening import check_same_whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data, describe_other_data

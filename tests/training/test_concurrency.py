@@ -33,7 +33,7 @@ from mtt_fast.training.concurrency import (
     run_concurrently,
     steps_that_fill,
 )
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.evaluation import evaluate, training_job
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import Sgd
@@ -265,7 +265,7 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     with numerics(device, "fp32"):
         for place in (CPU, device):
             seen = Images(images().pixels.to(place), images().labels.to(place))
-            epoch = epochs_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
+            epoch = Epochs(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
             theta = NET.init(torch.Generator().manual_seed(0)).to(place)
             velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(1)
             for _ in range(3):

@@ -14,7 +14,7 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
 from mtt_fast.networks.protocol import Network
 from mtt_fast.training import evaluation
-from mtt_fast.training.epochs import chunk_sizes, chunks_on, epochs_on
+from mtt_fast.training.epochs import Epochs, chunk_sizes
 from mtt_fast.training.evaluation import training_job
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import Sgd
@@ -47,9 +47,9 @@ def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas |
     images = Images(torch.randn(8, 3, side, side), torch.arange(8) % 5, canvas=canvas)
     start = NET.init(torch.Generator().manual_seed(0))
     arguments = (FusedConvNetStudent(NET), images, Sgd(0.1, 0.9, 5e-4, batch_size), AUGMENT)
-    at_once = epochs_on(*arguments)(start, torch.zeros_like(start), torch.Generator().manual_seed(7), epochs=5)
+    at_once = Epochs(*arguments)(start, torch.zeros_like(start), torch.Generator().manual_seed(7), epochs=5)
     theta, velocity, losses = start, torch.zeros_like(start), []
-    epoch, generator = epochs_on(*arguments), torch.Generator().manual_seed(7)
+    epoch, generator = Epochs(*arguments), torch.Generator().manual_seed(7)
     for _ in range(5):
         theta, velocity, loss = epoch(theta, velocity, generator)
         losses.append(loss)
@@ -67,7 +67,7 @@ def test_an_epoch_is_one_in_plain_torch(canvas: Canvas | None) -> None:
     side = 2 if canvas is None else 4
     images = Images(pixels.expand(8, 3, side, side).contiguous(), torch.arange(8) % 5, canvas=canvas)
     theta = net.init()
-    epoch = epochs_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
+    epoch = Epochs(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
     theta, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
     optimizer, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
     for index in torch.randperm(8, generator=torch.Generator().manual_seed(2)).split(3):
@@ -88,8 +88,9 @@ def test_running_statistics_go_through_a_chunk(at_once: int) -> None:
     ends = []
     for number in (1, at_once):
         theta = net.init()
-        run = chunks_on(*arguments, at_once=number)
-        *_, end = run(theta, torch.zeros_like(theta), torch.Generator().manual_seed(3), *statistics_of(net), epochs=2)
+        velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(3)
+        run = Epochs(*arguments)
+        *_, end = run.chunks(theta, velocity, generator, *statistics_of(net), epochs=2, at_once=number)
         ends.append((end.theta, *end.statistics))
     for one_by_one, together in zip(*ends, strict=True):
         assert torch.equal(one_by_one, together)

@@ -22,7 +22,7 @@ from mtt_fast.commands.accuracies import (
 )
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.cross import command as cross
-from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill import command as distill
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent
@@ -33,7 +33,7 @@ from mtt_fast.networks.pools import POOLS
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.accuracy import count_correct
-from mtt_fast.training.epochs import epochs_on
+from mtt_fast.training.epochs import Epochs
 from mtt_fast.training.evaluation import Accuracy, training_job
 from mtt_fast.training.evaluation import evaluate as measure
 from mtt_fast.training.images import Images
@@ -59,7 +59,7 @@ def test_running_statistics_are_those_of_a_plain_training_loop(momentum: float |
     net = FlatModule(module)
     images = Images(torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.arange(8) % 3)
     sgd = Sgd(0.05, momentum=0.9, weight_decay=5e-4, batch_size=3)
-    epoch = epochs_on(GenericStudent(net), images, sgd, None, track_of(net))
+    epoch = Epochs(GenericStudent(net), images, sgd, None, track_of(net))
     theta, statistics = net.init(), list(statistics_of(net))
     velocity = torch.zeros_like(theta)
     orders, generator = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
@@ -153,7 +153,7 @@ def test_all_epochs_are_augmented_and_in_the_protocols_batches() -> None:
     protocol = EvaluationProtocol(epochs=3, batch_size=5, augment="color_flip")
     theta, generator = start, torch.Generator().manual_seed(1)
     for lr, epochs in ((0.05, 3), (0.05 * 0.1, 1)):
-        epoch = epochs_on(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
+        epoch = Epochs(FusedConvNetStudent(net), images, Sgd(lr, 0.9, 5e-4, 5), SiameseAugment("color_flip"))
         velocity = torch.zeros_like(start)
         for _ in range(epochs):
             theta, velocity, _ = epoch(theta, velocity, generator)
@@ -207,8 +207,12 @@ def test_protocols_say_what_they_do() -> None:
     )
     assert "augmentation none;" in dataclasses.replace(PROTOCOLS["selmatch"], augment="none").describe()
     tested = [
-        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft, ipc=50)]
-        for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
+        [epoch for epoch in range(1, 1002) if protocol.is_tested(epoch, protocol.test_interval(soft=soft, ipc=50))]
+        for protocol, soft in (
+            (PROTOCOLS["mtt"], False),
+            (PROTOCOLS["ddranking"], False),
+            (PROTOCOLS["ddranking"], True),
+        )
     ]
     assert tested == [[1001], list(range(10, 1001, 10)), list(range(20, 1001, 20))]
 
@@ -218,7 +222,8 @@ def test_protocols_say_what_they_do() -> None:
 )
 def test_ncfm_tests_as_often_as_its_code(epochs: int, ipc: int, every: int) -> None:
     protocol = dataclasses.replace(PROTOCOLS["ncfm"], epochs=epochs)
-    tested = [epoch for epoch in range(1, epochs + 1) if protocol.is_tested(epoch, soft=True, ipc=ipc)]
+    interval = protocol.test_interval(soft=True, ipc=ipc)
+    tested = [epoch for epoch in range(1, epochs + 1) if protocol.is_tested(epoch, interval)]
     assert tested == list(range(every, epochs + 1, every))
 
 

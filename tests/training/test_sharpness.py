@@ -15,7 +15,7 @@ from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.epochs import epochs_on, training_step
+from mtt_fast.training.epochs import Epochs, training_step
 from mtt_fast.training.images import Images
 from mtt_fast.training.optimizers import Sgd
 from mtt_fast.training.sharpness import SharpnessAware, sharpness_aware
@@ -134,7 +134,7 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     with numerics(torch.device("cuda"), "fp32"):
         for device in (torch.device("cpu"), torch.device("cuda")):
             direction = SharpnessAware(student_for(NET, device), 0.1, 0.3, adaptive=True)
-            epoch = epochs_on(direction, Images(pixels.to(device), labels.to(device)), Sgd(0.1, batch_size=5), None)
+            epoch = Epochs(direction, Images(pixels.to(device), labels.to(device)), Sgd(0.1, batch_size=5), None)
             theta = NET.init(torch.Generator().manual_seed(0)).to(device)
             velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(1)
             for _ in range(3):
