@@ -124,6 +124,20 @@ def test_cut_batches_are_exact(name: str) -> None:
     assert_close("images", found, by_autograd(net, start, images, labels, 0.7, batches, loss), 1e-9)
 
 
+def test_outputs_may_all_be_equal_at_first() -> None:
+    """Check the gradient of the start, in which a loss of differences has a second derivative even where they are zero."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    nn.init.zeros_(module[2].weight)
+    net, gradients = FlatModule(module), []
+    target = 1.1 * net.init() + 0.1
+    for options in ({}, {"microbatch": 2}):
+        start = net.init().requires_grad_()
+        path = unroll(net, start, ROWS, CLASSES, 0.7, BATCHES[:1], loss=spread, **options)
+        gradients += torch.autograd.grad((path[-1] - target).square().sum(), start)
+    assert_close("start", *gradients, 1e-9)
+
+
 def of_one_temperature(outputs: Tensor, targets: Tensor) -> Tensor:
     """Divide by the mean of the last numbers of the targets."""
     return F.cross_entropy(outputs / targets[:, 4].mean(), targets[:, :4].softmax(1))
