@@ -243,6 +243,13 @@ def test_distillations_take_the_flags_of_a_gpu(tmp_path: Path) -> None:
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
+def test_the_suite_collects_all_tests_of_a_gpu_and_few_others(tmp_path: Path) -> None:
+    ((task,),) = stages_on_a_gpu(tmp_path)["suite"]
+    files, mark = [Path(word) for word in task.argv if word.endswith(".py")], "mark." + "gpu"
+    assert files == [path for path in sorted(ROOT.glob("tests/**/*.py")) if mark in path.read_text()]
+    assert 10 < len(files) < 30
+
+
 def test_a_setting_of_the_table_is_timed_before_the_next_is_compiled(tmp_path: Path) -> None:
     names = [[task.name for task in group] for group in stages_on_a_gpu(tmp_path)["table"]]
     assert names[0] == [f"compile-cifar10-ipc1-{kind}-{block}" for kind in ("tf32", "bf16") for block in (1, 2, 3)]
