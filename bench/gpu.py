@@ -3,7 +3,7 @@
 | stage | seconds | what it does | result in FOLDER |
 |---|---|---|---|
 | suite | 180 | the tests marked gpu, in parallel processes | suite.json |
-| table | 240 | new launch configurations: candidates compiled in parallel, then timed one at a time | configurations.toml, tune-*.json |
+| table | 240 | new launch configurations: a setting's candidates compiled in parallel, then timed one at a time | configurations.toml, tune-*.json |
 | steps | 180 | one iteration beside whole-graph autograd, kernels, memory | meta_step-*.json, kernels-*.json, memory_scaling.json |
 | cifar10 | 300 | CIFAR-10, 1 image per class, from 100 experts to accuracy | cifar10-ipc1/ |
 | training | 300 | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
@@ -207,7 +207,9 @@ def _last_line(path: Path) -> str:
 
 
 def _suite(options: Options, out: Path) -> Iterator[Group]:
-    selected = ["tests/engine/test_matching.py", "-n", "2"] if options.rehearse else ["-m", "gpu", "-n", "auto"]
+    # only files that have such tests: to collect all others takes each process a quarter of a minute
+    files = [str(path) for path in sorted(_ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    selected = ["tests/engine/test_matching.py", "-n", "2"] if options.rehearse else ["-m", "gpu", "-n", "auto", *files]
     record = out / f"{suite.NAME}.json"
     yield [Task("suite", ["pytest", "-q", *selected, *suite.arguments(record)], record)]
 
@@ -236,27 +238,31 @@ def _table(options: Options, out: Path) -> Iterator[Group]:
     def words(name: str, precision: str) -> tuple[str, ...]:
         return "tune", "--setting", name, "--precision", precision, *configurations
 
-    settings = [(name, precision) for name in _TUNED for precision in _PRECISIONS]
-    yield [
-        _bench(options, out, f"compile-{name}-{precision}-{block}", *words(name, precision), "--blocks", f"{block}", "--compile-only")
-        for name, precision in settings
-        for block in range(1, _TUNED[name] + 1)
-    ]  # fmt: skip
-    for name, precision in settings:  # in turn, so that each has the GPU to itself, and all add to the same table
-        yield [_bench(options, out, f"tune-{name}-{precision}", *words(name, precision))]
+    for (
+        name,
+        blocks,
+    ) in _TUNED.items():  # the rows of a setting are written before the candidates of the next are compiled
+        yield [
+            _bench(options, out, f"compile-{name}-{precision}-{block}", *words(name, precision), "--blocks", f"{block}", "--compile-only")
+            for precision in _PRECISIONS
+            for block in range(1, blocks + 1)
+        ]  # fmt: skip
+        for precision in _PRECISIONS:  # in turn, so that each has the GPU to itself, and all add to the same table
+            yield [_bench(options, out, f"tune-{name}-{precision}", *words(name, precision))]
 
 
 def _steps(options: Options, out: Path) -> Iterator[Group]:
     settings, engines, vary = list(_SETTINGS), _ENGINES, ""
     if options.rehearse:
         settings, engines, vary = settings[:1], "whole_graph,fused", "--vary-steps 2,3 --vary-batch 3 --vary-size 16"
+    repetitions = () if options.rehearse else ("--repetitions", "3")
     # in one process, since each worker of its own takes seconds of the limit to start
-    more = () if options.rehearse else ("--floor", "False", "--repetitions", "3", "--one_process", "True")
+    more = () if options.rehearse else ("--floor", "False", "--one_process", "True")
     for setting in settings:
-        words = ("meta_step", "--setting", setting, "--engines", engines, *more)
+        words = ("meta_step", "--setting", setting, "--engines", engines, *repetitions, *more)
         yield [_bench(options, out, f"meta_step-{setting}", *words)]
     for setting in settings[-2:]:
-        yield [_bench(options, out, f"kernels-{setting}", "kernels", "--setting", setting)]
+        yield [_bench(options, out, f"kernels-{setting}", "kernels", "--setting", setting, *repetitions)]
     yield [_bench(options, out, "memory_scaling", "memory_scaling", "--setting", "cifar10-ipc10", *vary.split())]
 
 
@@ -295,7 +301,7 @@ def _imagenette(options: Options, out: Path) -> Iterator[Group]:
             yield [_distillation(options, out, name, *toy, *budget, *_TOY_RUN)]
             continue
         data = ("--data_path", str(Path(options.data_path).resolve()), "--save_seconds", "20")
-        size = "--num_experts 20 --train_epochs 10 --Iteration 1000 --eval_it 100 --num_eval 3 --epoch_eval_train 300"
+        size = "--num_experts 20 --train_epochs 11 --Iteration 1000 --eval_it 100 --num_eval 3 --epoch_eval_train 300"
         yield [_distillation(options, out, name, "--recipe", name, *data, *budget, *size.split())]
 
 

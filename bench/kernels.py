@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +91,8 @@ def main(options: Options, command: str) -> None:
     set_precision(device, options.precision)
     precision: Any = options.precision if device.type == "cuda" else "fp32"
     cases = {f"{op.name} {op.shape}": op for op in operations(setting, device, precision)}
+    if device.type == "cuda":
+        kernels.compile_ahead(lambda: call_all(cases.values()))
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, int] = {}
     for name, operation in cases.items():
@@ -120,6 +123,14 @@ def main(options: Options, command: str) -> None:
         }  # fmt: skip
     conditions = {"case": str(setting), "copy_bytes_per_second": copy, "matrix_product_flops": product}
     publish(options, "kernels", f"kernels-{options.label()}-{device.type}", device, conditions, rows.values(), command)
+
+
+def call_all(every: Iterable[Operation]) -> None:
+    """Call each operation as `errors` does. What fails is passed over: it fails again when it is measured."""
+    for operation in every:
+        for arguments in (map(in_float64, operation.arguments), operation.arguments):
+            with contextlib.suppress(Exception):
+                operation.function()(*arguments)
 
 
 def errors(operation: Operation, function: Callable[..., Any] | None = None) -> dict[str, float]:

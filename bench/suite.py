@@ -7,8 +7,11 @@ passed at the same commit are not run again. The record is FOLDER/suite.json, an
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import math
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from bench.records import partial_rows, read_record, write_record
 
 NAME = "suite"
 _BEFORE = Path(__file__).parent / "results" / "h200" / f"{NAME}.json"
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 _ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -29,8 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record in the main process, which gets the reports of all tests; a worker of xdist gets only its own."""
-    if not hasattr(config, "workerinput"):
+    """Record in the main process, which gets the reports of all tests; a worker of xdist gets only its own, and ends with it."""
+    if hasattr(config, "workerinput"):
+        # else its test runs on for seconds after a stage's limit, and takes the GPU from what is measured next
+        with contextlib.suppress(AttributeError):  # only Linux has this call
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
         folder, words = str(config.getoption("--record")), " ".join(map(str, config.invocation_params.args))
         config.pluginmanager.register(_Recorder(folder, partial_rows(folder, NAME), words))
 

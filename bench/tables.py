@@ -142,7 +142,7 @@ TABLES: dict[str, list[Column]] = {
         ("compiled", _number("compiled", "{}")),
         ("in", _number("compile_seconds", "{:.1f} s")),
         *_TIMES,
-        ("default", lambda row: f"{1e3 * row['default_seconds']['median']:.3g} ms"),
+        ("in place", lambda row: f"{1e3 * row['in_place_seconds']['median']:.3g} ms"),
         (
             "other back ends",
             lambda row: ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in row["others"].items()),

@@ -1,8 +1,8 @@
 """Write a new table of launch configurations for this machine's GPU: the fastest candidates that give the right values.
 
-For the blocks of one setting every candidate is compared with the reference, and only then timed, all in turn. Rows of
-other architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 a CPU
-rehearses the command; its times then mean nothing.
+For the blocks of one setting the row in place and every candidate are compared with the reference, and only then timed, all
+in turn. The row in place stays unless another is faster by more than the noise. Rows of other architectures, and of shapes that
+the setting does not have, stay as they are. With TRITON_INTERPRET=1 a CPU rehearses the command; its times then mean nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.arguments import Block, block_arguments, blocks_of
 from bench.candidates import BLOCKS, BOX_CORRELATIONS, BOX_TILES, CORRELATIONS, TILES, lines, text_of
 from bench.kernels import FEW_SAMPLES, exact_results, in_parts, results_of
-from bench.measuring import interleaved, repeated, seconds
+from bench.measuring import Spread, interleaved, repeated, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
 from bench.settings import BatchShape
@@ -35,6 +35,7 @@ from mtt_fast.commands.options import Count
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import ConvLayer, PartialPlanes
+from mtt_fast.kernels.triton.configurations import closest_row
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.testing import relative_error
 
@@ -164,10 +165,10 @@ class Table:
             forget()
         return cls(rows, forget, launch.architecture(device), device, path)
 
-    def default(self, subject: Subject) -> Row:
-        """Return the row of the loosest class."""
-        rows = self.rows[subject.row][subject.classes[-1]]
-        row: Row = rows.get(self.architecture, rows["default"])
+    def in_place(self, subject: Subject) -> Row:
+        """Return the row that the kernels of this process use, without its times."""
+        row = closest_row(self.rows[subject.row], self.architecture, subject.classes)
+        assert row is not None, f"{subject.row}: no row for {subject.classes[-1]}"
         return {name: value for name, value in row.items() if not name.endswith("microseconds")}
 
     def put(self, subject: Subject, row: Row) -> None:
@@ -185,7 +186,7 @@ class Table:
 def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
     """Compile the kernels of all candidates, several at a time, into Triton's cache; return a row of the record."""
     start = time.monotonic()
-    candidates, _ = _prepared(subject, table, options)
+    candidates = _prepared(subject, table, options)
 
     def each() -> None:
         for row in candidates.values():
@@ -193,6 +194,7 @@ def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
             # an error, such as of a tile too large for this GPU, is raised again when the row is timed
             with contextlib.suppress(Exception):
                 subject.run()
+        table.put(subject, next(iter(candidates.values())))  # the row in place
 
     if table.device.type == "cuda":
         kernels.compile_ahead(each)
@@ -202,17 +204,19 @@ def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
     }  # fmt: skip
 
 
-def _prepared(subject: Subject, table: Table, options: Options) -> tuple[dict[str, Row], Row]:
-    """Return the candidates by name, and the default."""
-    default = table.default(subject)
-    every = [default, *(row if "num_warps" in row else default | row for row in subject.candidates)]
-    return {_text(row): row for row in every[: options.candidates]}, default
+def _prepared(subject: Subject, table: Table, options: Options) -> dict[str, Row]:
+    """Return the candidates by name, first the row in place."""
+    in_place = table.in_place(subject)
+    others = (row if "num_warps" in row else in_place | row for row in subject.candidates)
+    every = [in_place, *(row for row in others if row != in_place)]
+    return {_text(row): row for row in every[: options.candidates]}
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:
     """Put the fastest of the right candidates into `table`; return a row of the record."""
-    (candidates, default), expected = _prepared(subject, table, options), subject.expected()
-    before = table.rows[subject.row].get(subject.classes[0], {}).get(table.architecture, default)
+    candidates, expected = _prepared(subject, table, options), subject.expected()
+    in_place = next(iter(candidates))
+    before = table.rows[subject.row].get(subject.classes[0], {}).get(table.architecture, candidates[in_place])
     errors, problems = {}, []
     for name, row in candidates.items():
         table.put(subject, row)
@@ -245,23 +249,31 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
     if not times:
         table.put(subject, before)
         return result | {"chosen": None, "seconds": None}
-    order = sorted(times, key=lambda name: times[name]["median"])
+    order = by_speed(times, in_place)
     best = candidates[order[0]]
-    row = fastest_tiles([candidates[name] for name in order], default)
+    row = fastest_tiles([candidates[name] for name in order], candidates[in_place])
     table.put(subject, row | {"microseconds": round(1e6 * times[order[0]]["median"], 1)})
     backend_times = {candidates[name].get("backend"): times[name]["median"] for name in reversed(order)}
     return result | {
         "chosen": order[0],
         "error": errors[order[0]],
         "seconds": times[order[0]],
-        "default_seconds": times.get(_text(default)),
+        "in_place_seconds": times.get(in_place),
         "others": {name: median for name, median in backend_times.items() if name and name != best["backend"]},
     }
 
 
-def fastest_tiles(rows: list[Row], default: Row) -> Row:
+def by_speed(times: dict[str, Spread], in_place: str) -> list[str]:
+    """Return the names from fast to slow; the one in place is first unless another's median is below all of its times."""
+    order = sorted(times, key=lambda name: times[name]["median"])
+    if in_place in times and times[in_place]["least"] <= times[order[0]]["median"]:
+        order.sort(key=lambda name: name != in_place)  # stable
+    return order
+
+
+def fastest_tiles(rows: list[Row], in_place: Row) -> Row:
     """Return the first of `rows`, from fast to slow, with the fastest tile by pointers, and by boxes, that is among them."""
-    row = dict(next((row for row in rows if row.get("backend") in (None, "triton")), default))
+    row = dict(next((row for row in rows if row.get("backend") in (None, "triton")), in_place))
     boxes = next((row for row in rows if row.get("backend") == "tma"), None)
     if boxes is not None:
         row["tma"] = boxes["tma"]

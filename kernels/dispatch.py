@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton
-from .types import ConvLayer, Convolved, Precision, WeightBytes, accumulator, planes_of
+from .types import ConvLayer, Convolved, ImageBlockBytes, Precision, WeightBytes, accumulator, planes_of
 
 Implementation = Callable[..., Any]
 
@@ -109,6 +109,13 @@ def weight_bytes(
     if _runs_triton(device):
         return triton.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
     return [WeightBytes(0, 9 * layer.channels * layer.filters * accumulator(dtype).itemsize) for layer in layers]
+
+
+def image_block_bytes(
+    batch: int, layer: ConvLayer, dtype: torch.dtype, device: torch.device, precision: Precision
+) -> ImageBlockBytes:
+    """Return the bytes of a first block, with planes of `dtype`, for whose `layer` `has_image_block` is true."""
+    return triton.image_block_bytes(batch, layer, dtype, device, precision)  # type: ignore[no-any-return]
 
 
 def release_memory() -> None:

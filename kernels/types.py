@@ -163,6 +163,17 @@ class WeightBytes(NamedTuple):
     dual_parts: int = 0  # the same, with the derivative of the input's gradient
 
 
+class ImageBlockBytes(NamedTuple):
+    """Bytes that a first block without stored planes takes in a step, and for how long."""
+
+    patches: int = 0  # with the sums of their products, to the end of the step
+    folded: int = 0  # the weights with the norm folded in, to the end of the step; twice with a direction
+    sums: int = 0  # U, while the parameters' gradients are computed
+    dual_sums: int = 0  # U and U̇, while the derivatives of the parameters' gradients are computed
+    linear: int = 0  # M, while the images' gradient is computed
+    columns: int = 0  # T, the patches of x̄̇, while the images' gradient is computed, after U
+
+
 class WeightPlace(NamedTuple):
     """Position of a convolution's weight (filters, channels, 3, 3) in the flat vector of parameters."""
 

@@ -103,6 +103,17 @@ def test_no_module_imports_a_private_name_of_another(folder: str) -> None:
     assert private == set()
 
 
+@pytest.mark.parametrize("folder", [*OURS, "examples"])
+def test_no_module_imports_the_kernels_a_second_time(folder: str) -> None:
+    """Check that none names the package `kernels`, which the repository's folder has beside `mtt_fast.kernels`."""
+    second = {
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if re.search(r"^\s*(from|import) kernels\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert second == set()
+
+
 def docstrings(path: Path) -> Iterator[tuple[bool, str]]:
     """Yield each docstring of a file, and whether it is a function's."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -50,7 +50,12 @@ _MODULES = {
 }
 """Module of each operation."""
 
-_OTHERS = {"compile_ahead": "launch", "weight_bytes": "dispatch", "workspace_bytes": "dispatch"}
+_OTHERS = {
+    "compile_ahead": "launch",
+    "image_block_bytes": "block",
+    "weight_bytes": "dispatch",
+    "workspace_bytes": "dispatch",
+}
 """Module of each other function of `mtt_fast.kernels` that this back end has."""
 
 OPERATIONS = frozenset(_MODULES)

@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Affine, BatchImages, Convolved, Folded, Patches, Precision, plane_dtype, planes_of
+from ..types import (
+    Affine,
+    BatchImages,
+    ConvLayer,
+    Convolved,
+    Folded,
+    ImageBlockBytes,
+    Patches,
+    Precision,
+    accumulator,
+    plane_dtype,
+    planes_of,
+)
 from . import has_image_block
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import BATCHES, Configuration, configuration, rounded_up
@@ -44,9 +56,14 @@ class _Block:
     def from_operands(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
         """Return the sizes of the block that convolves `patches` with `weight` (K, C, 3, 3)."""
         _, height, width, channels = patches.images.shape
-        wide = weight.dtype == torch.float64
-        acc = tl.float64 if wide else tl.float32
-        return cls(channels, len(weight), height, width, _patch_terms(channels), "fp64" if wide else precision, acc)
+        return cls.of_layer(ConvLayer(channels, height, width, len(weight), 0), weight.dtype, precision)
+
+    @classmethod
+    def of_layer(cls, layer: ConvLayer, dtype: torch.dtype, precision: Precision) -> _Block:
+        """Return the sizes of the block that convolves as `layer` does, with parameters of `dtype`."""
+        effective, acc = ("fp64", tl.float64) if dtype == torch.float64 else (precision, tl.float32)
+        height, width, terms = layer.out_height + 2, layer.out_width + 2, _patch_terms(layer.channels)
+        return cls(layer.channels, layer.filters, height, width, terms, effective, acc)
 
     @property
     def pooled(self) -> tuple[int, int]:
@@ -110,7 +127,7 @@ def gathering_of(batch: BatchImages, precision: Precision) -> Gathering:
     images = torch.empty((samples, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
     row = _row("image_patches", effective, pixels, samples, x.device)
-    parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // samples)
+    parts, tiles = _split_pixels(row, pixels, samples)
     gram = _empty(x, (samples, parts, 9 * channels + 1, 9 * channels + 1))
     sizes = PatchSizes(
         C=channels,
@@ -189,6 +206,31 @@ def conv_norm_relu_pool_dual_backward(
     assert linear is not None
     bars = (planes_of(p_bar), planes_of(p_bar_dot))  # `_sum_patches` has stored the sums of parts in these
     return _image_gradient(block, patches, folded, linear, *bars, divisors), *gradients
+
+
+def image_block_bytes(
+    batch: int, layer: ConvLayer, dtype: torch.dtype, device: torch.device, precision: Precision
+) -> ImageBlockBytes:
+    """See `mtt_fast.kernels.image_block_bytes`."""
+    wide = accumulator(dtype)
+    block = _Block.of_layer(layer, wide, precision)
+    pixels, folded = layer.out_height * layer.out_width, block.TERMS * block.K
+    gram_parts, _ = _split_pixels(_row("image_patches", block.PRECISION, pixels, batch, device), pixels, batch)
+    parts, dual_parts = (
+        _split_windows(block, block.row(operation, batch, device), batch)[1]
+        for operation in ("conv_norm_relu_pool_backward", "conv_norm_relu_pool_dual_backward")
+    )
+    blocks = block.K // block.row("conv_norm_relu_pool_finish", batch, device)["BLOCK_C"]
+    padded = block.C * block.HP * block.WP
+    sample = ImageBlockBytes(
+        patches=dtype.itemsize * padded + wide.itemsize * gram_parts * (9 * block.C + 1) ** 2,
+        folded=dtype.itemsize * folded,
+        sums=wide.itemsize * parts * folded,
+        dual_sums=wide.itemsize * 2 * dual_parts * folded,
+        linear=wide.itemsize * blocks * block.TERMS**2,
+        columns=dtype.itemsize * block.TERMS * pixels,
+    )
+    return ImageBlockBytes(*(batch * size for size in sample))
 
 
 def _pool(
@@ -347,6 +389,11 @@ def shape_classes(precision: str, pixels: int, batch: int) -> tuple[str, str, st
 def _row(operation: str, precision: str, pixels: int, batch: int, device: torch.device) -> Configuration:
     """Return a new copy of the configuration of `operation`."""
     return configuration(operation, architecture(device), *shape_classes(precision, pixels, batch))
+
+
+def _split_pixels(row: Configuration, pixels: int, batch: int) -> tuple[int, int]:
+    """Return the parts of a sample's pixels, for about PROGRAMS programs in all, and the tiles in a part. Removes PROGRAMS."""
+    return _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
 
 
 def _split_windows(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:

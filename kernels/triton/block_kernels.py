@@ -20,6 +20,7 @@ from .patches import (
     round_factor,
     weight_offsets,
 )
+from .powers import inverse
 
 
 @triton.jit
@@ -372,17 +373,6 @@ def spread(
 
 
 @triton.jit
-def _divide(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
-    """Return `total` divided by the scalar at `divisor`, rounded as IEEE 754 requires: division by a power of two is exact."""
-    value = tl.load(divisor)
-    if total.dtype == tl.float64:
-        total /= value
-    else:
-        total = tl.div_rn(total, value)
-    return total
-
-
-@triton.jit
 def col2im(
     columns: tl.tensor,  # (B, H', W', TERMS)
     first_divisor: tl.tensor | None,
@@ -412,7 +402,7 @@ def col2im(
     for channel in tl.static_range(C):
         total = tl.sum(tl.where(term % C == channel, t, 0), 1, keep_dims=True)
         if first_divisor is not None:
-            total = _divide(total, first_divisor)
+            total *= inverse(tl.load(first_divisor))
         if second_divisor is not None:
-            total = _divide(total, second_divisor)
+            total *= inverse(tl.load(second_divisor))
         tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, mask)

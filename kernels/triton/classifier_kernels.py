@@ -13,7 +13,7 @@ Without a `p_dot`, all results are the primal's. With one, `weight_bar`, `bias_b
 from __future__ import annotations
 
 from .launch import tl, triton
-from .powers import magnitude_bits, power_of_two
+from .powers import inverse, magnitude_bits, power_of_two
 from .softmax import combine, load_cotangents, load_softmax, load_targets, softmax_parts
 
 FEATURES = tl.constexpr(2048)  # features in which a program searches for the largest gradient at a time
@@ -124,7 +124,7 @@ def differentiate(
     WEIGHT_PROGRAMS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
     offsets = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     feature, feature_mask = offsets % CHANNELS * PIXELS + offsets // CHANNELS, offsets < WIDTH
-    factor, divisor = 1.0, 1.0
+    factor, unscale = 1.0, 1.0
     if magnitudes is not None:
         factor = power_of_two(_max_magnitude(magnitudes, count), LARGEST)
         if tl.program_id(0) == 0:
@@ -132,7 +132,7 @@ def differentiate(
     elif scale is not None:
         factor = tl.load(scale).to(ACC)
     if direction_scale is not None:
-        divisor = tl.load(direction_scale).to(ACC)
+        unscale = inverse(tl.load(direction_scale).to(ACC))
 
     if tl.program_id(0) < WEIGHT_PROGRAMS:
         column = tl.program_id(0) // ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -145,12 +145,12 @@ def differentiate(
         if tl.program_id(0) % ACROSS == 0:
             tl.store(bias_bar + column, to_bias * factor, column < CLASSES)
         if tl.program_id(0) == 0:
-            tl.store(loss, total / divisor)
+            tl.store(loss, total * unscale)
     else:
         first = tl.program_id(0) % ACROSS == 0
         row = ((tl.program_id(0) - WEIGHT_PROGRAMS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
         to_p, to_p_dot = _sum_over_classes(
-            weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, feature_mask, batch,
+            weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, unscale, first, row, feature, feature_mask, batch,
             KIND, CLASSES, WIDTH, BLOCKS, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
         p_offset, mask = row * WIDTH + offsets, (row < batch) & feature_mask
@@ -377,7 +377,7 @@ def _sum_over_classes(
     z_dot: tl.tensor,
     partials: tl.tensor,
     labels_bar_dot: tl.tensor,
-    divisor: tl.tensor,
+    unscale: tl.tensor,
     first: tl.tensor,  # whether to store the derivatives of the labels' gradients
     row: tl.tensor,  # (BLOCK_B, 1)
     feature: tl.tensor,  # (1, BLOCK_D)
@@ -394,7 +394,7 @@ def _sum_over_classes(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the gradients of features (BLOCK_B, BLOCK_D) and, in a direction, their derivatives, else zeros.
 
-    Where `first` is set, also store the derivatives of the labels' gradients, divided by `divisor`.
+    Where `first` is set, also store the derivatives of the labels' gradients times `unscale`.
     """
     softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, ACC)
     to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)
@@ -411,7 +411,7 @@ def _sum_over_classes(
             if labels_bar_dot is not None:
                 tl.store(
                     labels_bar_dot + row * CLASSES + column,
-                    to_labels / divisor,
+                    to_labels * unscale,
                     (row < batch) & (column < CLASSES) & first,
                 )
     return to_p, to_p_dot

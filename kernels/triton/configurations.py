@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, cast
@@ -52,12 +53,16 @@ def row_of(operation: str, architecture: str, *classes: str) -> Row:
     Classes go from the closest to the loosest. An operation without classes has the class "". Raises `KeyError` if no class has
     either row.
     """
-    tables = [table()[operation].get(name, {}) for name in classes]
-    for name in (architecture, "default"):
-        for rows in tables:
-            if name in rows:
-                return rows[name]
-    raise KeyError(f"{operation}: no row for {classes[0]} in configurations.toml")
+    row = closest_row(table()[operation], architecture, classes)
+    if row is None:
+        raise KeyError(f"{operation}: no row for {classes[0]} in configurations.toml")
+    return row
+
+
+def closest_row(rows: dict[str, dict[str, Row]], architecture: str, classes: Sequence[str]) -> Row | None:
+    """Return the row of an operation that `row_of` describes, from its `rows` by class and architecture, or None."""
+    of_classes = [rows.get(name, {}) for name in classes]
+    return next((each[name] for name in (architecture, "default") for each in of_classes if name in each), None)
 
 
 @cache

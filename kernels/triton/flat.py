@@ -16,6 +16,7 @@ from ..types import BatchGradient, PartialSums, accumulator
 from .configurations import Configuration, configuration
 from .launch import architecture, item, launch, tl, triton
 from .planes import Planes
+from .powers import inverse
 from .warp import padded_batch, pixel_blocks, transpose_add
 
 
@@ -44,7 +45,7 @@ def _sum_piece(
         source += ROWS * PIECE.stride
     numbers = tl.sum(total, 0)
     for number in tl.static_range(len(divisors)):
-        numbers /= tl.load(divisors[number]).to(ACC)
+        numbers *= inverse(tl.load(divisors[number]).to(ACC))
     return PIECE.begin + (group * PIECE.channels + channel) * PIECE.taps + tap, mask, numbers
 
 

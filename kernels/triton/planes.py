@@ -14,7 +14,7 @@ OFFSETS = 2**31  # a sample has fewer elements: kernels count in int32 within a 
 
 @dataclass(frozen=True)
 class Planes:
-    """Shape and memory format of a contiguous or channels_last tensor."""
+    """Shape and memory format of a contiguous or channels_last tensor. Raises `ValueError` for samples of 2³¹ elements or more."""
 
     samples: int
     channels: int
@@ -22,22 +22,23 @@ class Planes:
     width: int
     memory_format: torch.memory_format
 
+    def __post_init__(self) -> None:
+        if self.sample_size >= OFFSETS:
+            shape = (self.samples, self.channels, self.height, self.width)
+            raise ValueError(f"expected less than 2³¹ elements a sample, found shape {shape}")
+
     @classmethod
     def from_tensors(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
         """Return the shape and format of `tensor` (B, C, H, W).
 
-        Raises `ValueError` for a tensor in neither format, for one of `alike` in another format, and for samples of 2³¹
-        elements or more.
+        Raises `ValueError` for a tensor in neither format, and for one of `alike` in another format.
         """
         shared = memory_format(tensor)
         for other in alike:
             if other is not None and not other.is_contiguous(memory_format=shared):
                 raise ValueError(f"expected tensors all {str(shared)[6:]}, found one with strides {other.stride()}")
         samples, channels, height, width = tensor.shape
-        planes = cls(samples, channels, height, width, shared)
-        if planes.sample_size >= OFFSETS:
-            raise ValueError(f"expected less than 2³¹ elements a sample, found shape {tuple(tensor.shape)}")
-        return planes
+        return cls(samples, channels, height, width, shared)
 
     @property
     def channels_last(self) -> bool:

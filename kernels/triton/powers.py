@@ -28,6 +28,16 @@ def power_of_two(bits: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def inverse(power: tl.tensor) -> tl.tensor:
+    """Return 1 / `power`, a power of two, exactly. In float32 `/` would be an approximation, and `tl.div_rn` takes a call."""
+    if power.dtype == tl.float64:
+        result = 1 / power
+    else:  # the exponents of a power and of its inverse add up to twice the bias
+        result = ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
 def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
     """Store the bits of the largest magnitude among the elements of one program."""
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE

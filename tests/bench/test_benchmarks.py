@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from bench import gate, kernels, meta_step, methods, training
+from bench import gate, kernels, memory_scaling, meta_step, methods, training
 from bench.__main__ import main
 from bench.cases import Case, Gradients
 from bench.engines import whole_graph
+from bench.workers import Here
 from mtt_fast import ConvNet
+from mtt_fast import kernels as operations
 from mtt_fast.baselines.catalogue import METHODS as BASELINES
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.options import EvaluationOptions
@@ -92,6 +96,38 @@ def test_the_benchmark_of_memory_runs(tmp_path: Path) -> None:
     assert rows["batch"]["peak"]["bytes"] > rows["steps"]["peak"]["bytes"]
     assert rows["batch"]["planned"] > rows["steps"]["planned"]
     assert 0 < rows["batch"]["peak"]["bytes"] < 2 * rows["batch"]["planned"]
+
+
+def test_the_memory_that_was_measured_before_a_stop_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = iter([{"bytes": 5, "device": None}])
+
+    def peak(*_: Any) -> dict[str, Any]:
+        return next(points, None) or pytest.fail("stopped")
+
+    monkeypatch.setattr(memory_scaling, "Process", Here)
+    monkeypatch.setattr(memory_scaling, "peak", peak)
+    monkeypatch.setattr(memory_scaling, "build", lambda **_: None)
+    with pytest.raises(pytest.fail.Exception, match="stopped"):
+        memory_scaling.main(
+            memory_scaling.Options(device="cpu", out=str(tmp_path), name="found", vary_steps="2,3"), "a command"
+        )
+    assert [row["peak"]["bytes"] for row in rows_of(tmp_path, "found.partial")] == [5]
+
+
+def test_all_that_kernels_are_measured_with_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that each operation is called as it is measured, in both precisions, and that one that fails stops none."""
+    called = []
+
+    def failing(a: torch.Tensor, b: torch.Tensor) -> None:
+        called.append(a.dtype)
+        raise ValueError("no kernel")
+
+    monkeypatch.setattr(operations, "squared_distance", failing)
+    of_vectors = kernels.Operation("squared_distance", "2", (torch.ones(2), torch.ones(2)), 0, 0)
+    kernels.call_all([of_vectors, of_vectors])
+    assert called == 2 * [torch.float64, torch.float32]
 
 
 @pytest.mark.slow

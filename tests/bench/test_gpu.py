@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 
 from bench import gpu, suite, tune
+from bench.settings import BatchShape, NetworkShape, Shape
 from mtt_fast import InputError
+from mtt_fast.commands import parsing
 from tests.bench.helpers import CPU, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +114,35 @@ def test_the_stage_of_tests_stops_at_its_limit(tmp_path: Path) -> None:
     assert rows_of(tmp_path, "stage-suite") == [row]
 
 
+WAITING = """
+import os, pathlib, time, pytest
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_it(number):
+    pathlib.Path(f"worker-{os.getpid()}").touch()
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_suite_that_is_cut_off_leaves_no_worker_on_the_gpu(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(WAITING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider", *suite.arguments(tmp_path / "suite.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "pytest", *options], cwd=tmp_path, env=environment)
+    while len(workers := list(tmp_path.glob("worker-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    process.wait()
+    time.sleep(1)
+    states = [Path("/proc", path.name.removeprefix("worker-"), "stat") for path in workers]
+    running = [state for state in states if state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"]
+    assert running == []
+
+
 TESTS = """
 import os, pathlib, signal
 
@@ -184,6 +216,45 @@ def test_the_last_record_tells_the_seconds(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(getoption=lambda _: str(tmp_path))
     suite.pytest_collection_modifyitems(config, items)
     assert [item.nodeid for item in items] == names[::-1]
+
+
+def stages_on_a_gpu(out: Path) -> dict[gpu.Stage, list[gpu.Group]]:
+    return {name: list(groups(gpu.Options(name, str(out)), out)) for name, groups in gpu._STAGES.items()}
+
+
+def test_benchmarks_take_the_flags_of_a_gpu(tmp_path: Path) -> None:
+    """Check what rehearsals, at toy size, do not: a mistake would cost a start of the machine."""
+    tasks = [task for groups in stages_on_a_gpu(tmp_path).values() for group in groups for task in group]
+    benchmarks = [task.argv[1:] for task in tasks if task.argv[0] == "bench"]
+    assert {name for name, *_ in benchmarks} > {"tune", "meta_step", "kernels", "memory_scaling", "trajectories"}
+    for name, *flags in benchmarks:
+        options = parsing.parse(importlib.import_module(f"bench.{name}").Options, flags, name)
+        assert isinstance(options, Shape | BatchShape | NetworkShape)
+        options.resolve()
+
+
+@pytest.mark.slow
+def test_distillations_take_the_flags_of_a_gpu(tmp_path: Path) -> None:
+    tasks = [task for groups in stages_on_a_gpu(tmp_path).values() for group in groups for task in group]
+    runs = [task.argv[1:] for task in tasks if task.argv[0] == "mtt_fast.distill"]
+    assert len(runs) == 3
+    for flags in runs:
+        command = [sys.executable, "-W", "ignore", "-m", "mtt_fast.distill", *flags, "--device", "cpu", "--dry-run"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_suite_collects_all_tests_of_a_gpu_and_few_others(tmp_path: Path) -> None:
+    ((task,),) = stages_on_a_gpu(tmp_path)["suite"]
+    files, mark = [Path(word) for word in task.argv if word.endswith(".py")], "mark." + "gpu"
+    assert files == [path for path in sorted(ROOT.glob("tests/**/*.py")) if mark in path.read_text()]
+    assert 10 < len(files) < 30
+
+
+def test_a_setting_of_the_table_is_timed_before_the_next_is_compiled(tmp_path: Path) -> None:
+    names = [[task.name for task in group] for group in stages_on_a_gpu(tmp_path)["table"]]
+    assert names[0] == [f"compile-cifar10-ipc1-{kind}-{block}" for kind in ("tf32", "bf16") for block in (1, 2, 3)]
+    assert names[1:3] == [["tune-cifar10-ipc1-tf32"], ["tune-cifar10-ipc1-bf16"]]
+    assert names[3][0] == "compile-cifar10-ipc10-tf32-1"
 
 
 def test_tasks_of_a_group_run_at_the_same_time_and_the_limit_ends_all(tmp_path: Path) -> None:

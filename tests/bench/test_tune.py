@@ -106,6 +106,32 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows
 
 
+@pytest.mark.parametrize("in_place", [{"close": {"sm_90": {"backend": "now", "microseconds": 9.0}}}, {}])
+def test_the_row_in_place_is_timed_beside_the_candidates(
+    in_place: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Check that a candidate replaces the row in place only if it is faster by more than the noise of the measurement."""
+    loose = {"default": {"backend": "default"}, "sm_90": {"backend": "now"}}
+    rows: dict[str, Any] = {"op": in_place | {"loose": loose}}
+    table = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
+    subject = tune.Subject("op", ("close", "loose"), [{"backend": "then"}], "conv3x3", (torch.ones(3),))
+    monkeypatch.setattr(operations, "conv3x3", lambda argument: argument)
+    monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
+
+    def tuned(**times: list[float]) -> tune.Row:
+        waiting = {name: iter(values) for name, values in times.items()}
+        seconds = lambda *_: next(waiting[rows["op"]["close"]["sm_90"]["backend"]])  # noqa: E731
+        monkeypatch.setattr(tune, "seconds", seconds)
+        return tune.tune(subject, table, tune.Options(repetitions=3, device="cpu"))
+
+    within_noise = tuned(now=[5.0, 4.0, 6.0], then=[4.5, 4.0, 4.5])
+    assert within_noise["chosen"] == "now"
+    assert within_noise["in_place_seconds"] == within_noise["seconds"]
+    assert rows["op"]["close"]["sm_90"] == {"backend": "now", "microseconds": 5e6}
+    assert tuned(now=[5.0, 4.0, 6.0], then=[3.5, 9.0, 3.5])["chosen"] == "then"
+    assert rows["op"]["close"]["sm_90"] == {"backend": "then", "microseconds": 3.5e6}
+
+
 def test_a_row_stays_where_no_candidate_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measured = {"backend": "cudnn", "microseconds": 1.0}
     rows: dict[str, Any] = {"op": {"close": {"sm_90": measured}, "loose": {"default": {"backend": "triton"}}}}

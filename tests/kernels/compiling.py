@@ -63,6 +63,7 @@ class Usage:
     boxes: bool  # whether the tensor memory accelerator loads
     through_registers: int  # tiles that are copied from shared memory before they are multiplied or stored
     lost_constants: int  # sums of two 16-bit numbers with a constant of which the assembler made zero
+    divides: bool  # whether numbers are divided; in float32 `/` takes several instructions, and need not be exact
     registers_in_flight: bool  # whether products whose first factor is in registers are left under way in a loop
 
 
@@ -134,6 +135,7 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         "cp.async.bulk.tensor" in compiled.asm["ptx"],
         compiled.asm["ttgir"].count("ttg.local_load"),
         _lost_constants(binary) if "add.s16x2" in compiled.asm["ptx"] else 0,
+        re.search(r"\bdiv\.\w+\.f", compiled.asm["ptx"]) is not None,
         _has_registers_in_flight(compiled.asm["ttgir"]),
     )
 

@@ -112,7 +112,7 @@ def rows(device: str) -> None:
 
 
 def powers(device: str) -> None:
-    """Check the power of two that brings a direction into fp16's range."""
+    """Check the power of two that brings a direction into fp16's range, and that sums are divided by one exactly."""
     from mtt_fast.kernels import reference, triton
 
     numbers = (0.0, 1e-45, 1e-30, 0.3, 1.0, 64.0, 1e5, 3e38, float("inf"), float("nan"))
@@ -126,6 +126,10 @@ def powers(device: str) -> None:
         assert actual is not None
         assert expected is not None
         assert torch.equal(actual, expected), (number, size, place)
+    sums = torch.randn(1, 100, generator=torch.Generator().manual_seed(0)).to(device)
+    for exponent in (*range(-60, 61, 5), 66):
+        divisor = torch.tensor(2.0**exponent, device=device)
+        assert torch.equal(triton.add_up(PartialSums((sums,), (divisor,))), sums[0] * 2.0**-exponent), exponent
     print("passed: powers of two")
 
 

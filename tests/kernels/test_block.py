@@ -14,7 +14,16 @@ from bench.candidates import BLOCKS as CANDIDATES
 from mtt_fast import kernels
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, native, triton
 from mtt_fast.testing import added_up, assert_close
-from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, in_parts, meta, recording
+from tests.kernels.compiling import (
+    WIDTH,
+    check,
+    each_architecture,
+    each_precision,
+    in_parts,
+    meta,
+    needs_triton,
+    recording,
+)
 from tests.kernels.helpers import EPS, FORMATS, draw, draw_warp_parameters, jvp, refused
 from tests.kernels.triton_comparison import compare, each_part
 
@@ -162,6 +171,20 @@ def test_candidates_are_whole_rows() -> None:
         known = [row for rows in table()[operation].values() for row in rows.values()]
         for candidate in candidates:
             assert all(candidate.keys() == row.keys() - NOT_KERNEL_ARGUMENTS for row in known), (operation, candidate)
+
+
+@needs_triton
+def test_pooled_planes_beyond_the_kernels_offsets_are_refused() -> None:
+    """Check planes of 2³¹ numbers a sample, of patches that have fewer: a kernel would write elsewhere."""
+    from mtt_fast.kernels.triton import block
+
+    side, filters = 4096, 512
+    weight, affine = meta(filters, 3, 3, 3), Affine(meta(filters), meta(filters))
+    with recording([block], "sm_90") as launches:
+        patches = block.image_patches(meta(1, 3, side, side), 1, "fp16")
+        with pytest.raises(ValueError, match=r"less than 2³¹ elements a sample, found shape \(1, 512, 2048, 2048\)"):
+            block.conv_norm_relu_pool(patches, weight, affine, EPS, "fp16")
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["gather"]
 
 
 IMAGES, WEIGHT = torch.zeros(2, 3, 6, 5), torch.zeros(16, 3, 3, 3)

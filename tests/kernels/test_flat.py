@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast.kernels import (
+    Affine,
     BatchGradient,
     BatchImages,
     PackedParameters,
@@ -470,6 +471,25 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
                 weights.pack_parameters(vector, direction, [place], precision, 1.0, batch)
     assert len(launches) == 6 + 2 + 3 + 3 * 4 + 2
     check(launches, architecture, tmp_path)
+
+
+@needs_triton
+def test_powers_of_two_are_divided_by_exactly_and_at_once(tmp_path: Path) -> None:
+    """Check that kernels multiply by the inverse: a GPU's `/` of float32 is an approximation, an exact division many instructions."""
+    from mtt_fast.kernels.triton import block, flat
+
+    affine, weight, vector = Affine(meta(WIDTH), meta(WIDTH)), meta(WIDTH, 3, 3, 3), meta(1003)
+    divisors, sums = (meta(), meta()), PartialSums((vector[None],), (meta(), meta()))
+    with recording([block, flat], "sm_90") as launches:
+        flat.add_up(sums)
+        flat.sgd_step(vector, sums, meta(), vector, None, None, 0.0, 0.0)
+        flat.adjoint_step(vector, sums, vector, meta(), vector, None, 0.0)
+        along = (block.image_patches(meta(4, 3, 32, 32), 1, "fp16"), weight, weight, affine, affine)
+        p, p_dot, folded = block.conv_norm_relu_pool_dual(*along, 1e-5, "fp16")
+        block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, folded, 1e-5, "fp16", divisors)
+    dividing = [launch for launch in launches if launch.kernel.fn.__name__ not in ("gather", "pool", "finish")]
+    for usage in check(dividing, "sm_90", tmp_path):
+        assert not usage.divides, usage
 
 
 @needs_triton

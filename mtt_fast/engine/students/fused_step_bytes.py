@@ -14,18 +14,8 @@ import torch
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.students.protocol import StepBytes
-from mtt_fast.kernels import ConvLayer, Precision, WeightBytes, plane_dtype
+from mtt_fast.kernels import ConvLayer, ImageBlockBytes, Precision, WeightBytes, plane_dtype
 from mtt_fast.networks.convnet import ConvNet
-
-
-class ImageBlockBytes(NamedTuple):
-    """Bytes that an `ImageBlock` takes, and for how long."""
-
-    patches: int  # to the end of the step
-    folded: int  # the weights with the norm folded in, to the end of the step; twice with a direction
-    sums: int  # U, while the parameters' gradients are computed; twice with U̇
-    linear: int  # M, while the images' gradient is computed
-    columns: int  # T, the patches of x̄̇, while the images' gradient is computed, after U
 
 
 class BlockBytes(NamedTuple):
@@ -61,7 +51,7 @@ def fused_step_bytes(
     if has_image_block:
         summands = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
         weight = weights[0]._replace(packed=0, summands=summands)
-        image_block = image_block_bytes(layers[0], batch, planes.itemsize, dtype)
+        image_block = kernels.image_block_bytes(batch, layers[0], planes, device, precision)
         blocks[0] = blocks[0]._replace(y=0, y_dot=0, weight=weight, image_block=image_block)
 
     # Until the step ends it holds the images (as patches, or in channels_last), the packed weights, and the gradients of all
@@ -108,7 +98,7 @@ def _plane_blocks(
     for layer, weight in zip(layers, weights, strict=True):
         y = pixel_bytes * layer.filters * layer.out_height * layer.out_width
         p = pixel_bytes * layer.filters * (layer.out_height // 2) * (layer.out_width // 2)
-        blocks.append(BlockBytes(x, y, y if norm else 0, p, weight, ImageBlockBytes(0, 0, 0, 0, 0)))
+        blocks.append(BlockBytes(x, y, y if norm else 0, p, weight, ImageBlockBytes()))
         x = p
     return blocks
 
@@ -143,7 +133,7 @@ def _dual_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later:
     """Return the peak of `Block.dual_backward` in `gradient_jvp`: ȳ and ȳ̇ overwrite y and ẏ, and the caller holds p̄ and p̄̇."""
     live = sum(2 * each.x + each.y + each.y_dot for each in earlier) + 2 * (block.x + block.y + block.p)
     p_bar_parts = later[0].weight.dual_parts if later else 0
-    image_block = block.image_block.linear + max(block.image_block.columns, 2 * block.image_block.sums)
+    image_block = block.image_block.linear + max(block.image_block.columns, block.image_block.dual_sums)
     operation = max(block.weight.dual_copies, block.weight.dual_parts) + image_block
     peak: int = live + operation + p_bar_parts + _summands(block, later)
     return peak
@@ -152,17 +142,3 @@ def _dual_backward_peak(earlier: Sequence[BlockBytes], block: BlockBytes, later:
 def _summands(block: BlockBytes, later: Sequence[BlockBytes]) -> int:
     """Return the bytes of the summands of the gradients, from the last block to this one."""
     return sum(each.weight.summands for each in (block, *later))
-
-
-def image_block_bytes(layer: ConvLayer, batch: int, plane_itemsize: int, dtype: torch.dtype) -> ImageBlockBytes:
-    """Return the bytes of an `ImageBlock` with parameters of `dtype`, and images and folded weights of `plane_itemsize`."""
-    terms = 16 if layer.channels == 1 else 32
-    padded = layer.channels * (layer.out_height + 2) * (layer.out_width + 2)
-    sample = ImageBlockBytes(
-        patches=plane_itemsize * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2,
-        folded=plane_itemsize * terms * layer.filters,
-        sums=dtype.itemsize * terms * layer.filters,
-        linear=dtype.itemsize * terms**2 * (layer.filters // 16),  # one for each block of filters, of 16 or more
-        columns=plane_itemsize * terms * layer.out_height * layer.out_width,
-    )
-    return ImageBlockBytes(*(batch * size for size in sample))
