@@ -146,7 +146,7 @@ def test_the_native_exponential_over_all_its_range(dtype: torch.dtype, least: in
     x = torch.linspace(least, 0, 5001, dtype=torch.float64).to(dtype)
     o, bias = torch.stack([torch.zeros_like(x), x], 1), torch.zeros(2, dtype=dtype)
     right = torch.zeros(len(x), dtype=torch.long)
-    extension().cross_entropy(o, bias, right, None, False, o.new_empty(1), o.new_empty(2), 1)
+    extension().cross_entropy(o, None, bias, None, right, None, False, o.new_empty(1), o.new_empty(2), None, 1)
     expected = x.double().sigmoid() / len(x)  # still a normal number
     assert float((o[:, 1].double() / expected - 1).abs().max()) <= tolerance
 
@@ -170,9 +170,9 @@ def test_the_native_softmax_does_not_depend_on_threads(kind: str) -> None:
     for threads in (1, 2, 3):
         primal = [o.clone(), o.new_empty(1), o.new_empty(40)]
         dual = [o.clone(), o_dot.clone(), o.new_empty(1), o.new_empty(40), torch.empty_like(o)]
-        extension().cross_entropy(primal[0], bias, *given, *primal[1:], threads)
+        extension().cross_entropy(primal[0], None, bias, None, *given, *primal[1:], None, threads)
         outputs = (*dual[2:4], None if kind == "indices" else dual[4].fill_(0))
-        extension().cross_entropy_dual(*dual[:2], bias, bias_dot, *given, *outputs, threads)
+        extension().cross_entropy(*dual[:2], bias, bias_dot, *given, *outputs, threads)
         results.append([*primal, *dual[: 4 if kind == "indices" else 5]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
