@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..types import ConvLayer, Precision, WeightBytes, accumulator, plane_dtype, weight_of
-from . import conv, cudnn, implicit_gemm, tma, tma_convolve, tma_correlate
+from . import cudnn, implicit_gemm, tma_convolve, tma_correlate
 from .configurations import backend_of
+from .conv import POINTERS, TMA
 from .implicit_gemm import effective_precision, shape_classes
 from .launch import architecture
 from .planes import Planes
 from .tma_descriptors import fits
 
-BACKENDS: dict[str, ModuleType] = {"triton": conv, "tma": tma, "cudnn": cudnn}
+BACKENDS: dict[str, Any] = {"triton": POINTERS, "tma": TMA, "cudnn": cudnn}
 
 _CUDNN_PLANES = 5
 """Workspace of cuDNN in full precision, as a multiple of the larger of a convolution's input and output.
