@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from tests.kernels.helpers import (
     CONVOLUTIONS,
     EPS,
     FORMATS,
+    assert_same_by_any_threads,
     convolution_arguments,
     draw,
     jvp,
@@ -130,14 +130,9 @@ def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
 
 
 @pytest.mark.native
-def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+def test_native_results_do_not_depend_on_threads() -> None:
     every = [convolution_arguments(case, torch.float32) for case in CONVOLUTIONS]
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append([value for given in every for value in convolution_results(native, given).values()])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_by_any_threads(lambda: [v for given in every for v in convolution_results(native, given).values()])
 
 
 @pytest.mark.native

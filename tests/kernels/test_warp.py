@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from mtt_fast.kernels.native import extension
 from mtt_fast.kernels.native import warp as native_warp
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
-from tests.kernels.helpers import draw_warp_parameters
+from tests.kernels.helpers import assert_same_by_any_threads, draw_warp_parameters
 from tests.kernels.triton_comparison import compare
 
 SHAPES = [
@@ -158,15 +157,10 @@ def test_a_mask_over_everything_and_one_over_nothing() -> None:
 
 
 @pytest.mark.native
-def test_the_native_kernel_does_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+def test_the_native_kernel_does_not_depend_on_threads() -> None:
     shape = (30, 3, 40, 41)
     images, parameters = torch.randn(shape), draw_warp_parameters(shape).float()
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append([getattr(kernels, name)(images, parameters) for name in OPERATIONS])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_by_any_threads(lambda: [getattr(kernels, name)(images, parameters) for name in OPERATIONS])
 
 
 @pytest.mark.native
