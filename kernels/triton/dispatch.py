@@ -32,9 +32,7 @@ def dispatched(operation: str) -> Callable[..., Any]:
     """Return a function that computes the convolution `operation` with the table's back end for its arguments."""
 
     @wraps(getattr(cudnn, operation))
-    def run(*arguments: Any, **named: Precision) -> Any:
-        given: list[Any] = [*arguments, *named.values()]
-        operands, precision = given[:-1], given[-1]  # the precision is last, whether it is passed by name or not
+    def run(*operands: Any, precision: Precision) -> Any:
         result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
         backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
@@ -99,7 +97,7 @@ def _backend(operation: str, inputs: Planes, outputs: Planes, precision: Precisi
     return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 
-def _plane_operands(operation: str, operands: list[Any]) -> list[Tensor]:
+def _plane_operands(operation: str, operands: tuple[Any, ...]) -> list[Tensor]:
     """Return the operands that are planes: all but the padding for a weight gradient, else the first half (the others are weights)."""
     tensors = operands[:-1]
     planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]

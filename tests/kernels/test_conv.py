@@ -503,7 +503,9 @@ def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytes
     ):
         dispatch.dispatched("conv3x3_dual")(x, x_dot, factors, factors, 1, precision="tf32")
     assert taken == ["tma", "tma", "triton", "triton", "triton", "triton"]
-    dispatch.dispatched("conv3x3_dual")(few.double(), few.double(), weight.double(), weight.double(), 1, "tf32")
+    dispatch.dispatched("conv3x3_dual")(
+        few.double(), few.double(), weight.double(), weight.double(), 1, precision="tf32"
+    )
     assert taken[-1] == "cudnn"
 
 
