@@ -26,7 +26,7 @@ from mtt_fast.kernels import (
     WeightPlace,
     add_up,
     adjoint_step,
-    colour_warp_mask_transpose_add,
+    colour_warp_mask_transpose,
     image_patches,
     index_add,
     native,
@@ -139,7 +139,8 @@ def test_an_adjoint_step_adds_the_gradient_of_a_batch_on_the_way(dtype: torch.dt
         parameters = torch.zeros(3, 13, dtype=dtype)
         parameters[:, 2], parameters[:, 5] = 0.3, -1.25  # contrast, and a displacement down
     rows, scale = torch.tensor([[4, 9], [0, 9], [4, 9]])[:, 0], torch.tensor(-0.3, dtype=dtype)
-    expected = colour_warp_mask_transpose_add(images_bar.clone(), rows.contiguous(), y_bar, parameters, scale)
+    moved = -scale * y_bar if parameters is None else colour_warp_mask_transpose(-scale * y_bar, parameters)
+    expected = index_add(images_bar.clone(), rows, moved, alpha=-1)
     batch = BatchGradient(images_bar, rows, y_bar, parameters)
     stepped = adjoint_step(adjoint, curvature, adjoint, scale, unwritten(adjoint), batch=batch)
     assert torch.equal(images_bar, expected)
