@@ -188,10 +188,11 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
     rotated = (images, SiameseAugment("rotate").draw_parameters([images], generator))
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{setting.side}²", rotated, 2 * images.nbytes, 0)
+    vector, moved = images.new_zeros(2, 1)
+    of_batch = kernels.BatchGradient(images.clone(), torch.arange(batch, device=device), *rotated)
     yield Operation(
-        "colour_warp_mask_transpose_add", f"{batch}×{net.in_channels}×{setting.side}²",
-        (images.clone(), torch.arange(batch, device=device), *rotated, torch.full((), -1.0, device=device)),
-        3 * images.nbytes, 0,
+        "adjoint_step", f"{batch}×{net.in_channels}×{setting.side}² of images",
+        (vector, vector, vector, vector[0], moved, None, 0.0, of_batch), 3 * images.nbytes, 0,
     )  # fmt: skip
     blocks = blocks_of(setting)
     for block in blocks:

@@ -222,14 +222,14 @@ def check_batch_images(op: str, batch: BatchImages) -> None:
         check_warp_parameters(op, warp, len(x) if indices is None else len(indices), x)
 
 
-def check_batch_gradient(op: str, batch: BatchGradient, factor: Tensor) -> None:
-    """Raise `ValueError` unless the gradient of a batch can, times `factor` (), be added to the gradient of all images."""
+def check_batch_gradient(op: str, batch: BatchGradient, scale: Tensor) -> None:
+    """Raise `ValueError` unless the gradient of a batch can, times `scale` (), be added to the gradient of all images."""
     out, indices, y_bar, warp = batch
     if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
         raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")
     check_tensors(op, y_bar, {"y_bar": y_bar}, y_bar.shape)
     check_tensors(op, y_bar, {"out": out}, (len(out), *y_bar.shape[1:]))
-    check_tensors(op, y_bar, {"factor": factor}, ())
+    check_tensors(op, y_bar, {"scale": scale}, ())
     check_index(op, indices, len(y_bar), out)
     if warp is not None:
         check_warp_parameters(op, warp, len(y_bar), y_bar)

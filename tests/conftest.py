@@ -54,6 +54,12 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "reference"])
+def either_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels' operations dispatch to one back end of a CPU, then to the other."""
+    monkeypatch.setattr("mtt_fast.kernels.native.available", request.param == "native")
+
+
 @pytest.fixture
 def golden() -> Path:
     """Return the folder of golden cases, which lies beside the repository."""

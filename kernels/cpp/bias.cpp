@@ -52,9 +52,13 @@ void backward(const BiasBackward<T>& a, std::size_t sample, std::size_t group) {
 
 }  // namespace
 
+namespace UNIT {
+
 template <typename T>
-BiasUnit<T> UNIT_NAME(bias_unit)() {
+BiasUnit<T> bias_unit() {
     return {Pack<T>::lanes, forward<false, T>, forward<true, T>, backward<false, T>, backward<true, T>};
 }
-template BiasUnit<float> UNIT_NAME(bias_unit)<float>();
-template BiasUnit<double> UNIT_NAME(bias_unit)<double>();
+template BiasUnit<float> bias_unit<float>();
+template BiasUnit<double> bias_unit<double>();
+
+}  // namespace UNIT

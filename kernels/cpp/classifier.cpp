@@ -129,9 +129,13 @@ void dual(const CrossEntropy<T>& a, std::size_t sample) {
 
 }  // namespace
 
+namespace UNIT {
+
 template <typename T>
-ClassifierUnit<T> UNIT_NAME(classifier_unit)() {
+ClassifierUnit<T> classifier_unit() {
     return {primal<T>, dual<T>};
 }
-template ClassifierUnit<float> UNIT_NAME(classifier_unit)<float>();
-template ClassifierUnit<double> UNIT_NAME(classifier_unit)<double>();
+template ClassifierUnit<float> classifier_unit<float>();
+template ClassifierUnit<double> classifier_unit<double>();
+
+}  // namespace UNIT

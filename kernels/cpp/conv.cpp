@@ -324,8 +324,10 @@ void patches_input_gradient(const Patches<T>& a, std::size_t sample, T* scratch)
 
 }  // namespace
 
+namespace UNIT {
+
 template <typename T>
-ConvUnit<T> UNIT_NAME(conv_unit)() {
+ConvUnit<T> conv_unit() {
     return {Pack<T>::lanes,
             winograd_forward<true, false, T>,
             winograd_forward<true, true, T>,
@@ -336,5 +338,7 @@ ConvUnit<T> UNIT_NAME(conv_unit)() {
             patches_weight_gradient<T>,
             patches_input_gradient<T>};
 }
-template ConvUnit<float> UNIT_NAME(conv_unit)<float>();
-template ConvUnit<double> UNIT_NAME(conv_unit)<double>();
+template ConvUnit<float> conv_unit<float>();
+template ConvUnit<double> conv_unit<double>();
+
+}  // namespace UNIT

@@ -1,14 +1,10 @@
 // The convolutions as Python functions, which transform weights and distribute blocks over threads. Tensors are
 // channels-last: contiguous (B, H, W, C) in memory. The caller allocates results.
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <array>
-#include <optional>
-#include <stdexcept>
 #include <vector>
 
 #include "module.h"
@@ -20,15 +16,6 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
-
-template <typename T>
-using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-template <typename T>
-using Input = Array<const T>;
-
-void expect(bool condition) {
-    if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
-}
 
 // Memory that is kept between calls, in elements: of the calling thread, and of each thread.
 struct Work {
@@ -126,18 +113,6 @@ ConvShape conv_shape(const Input<T>& x, std::size_t filters, std::ptrdiff_t padd
 
 std::size_t output_size(const ConvShape& s) { return s.batch * s.out_height * s.out_width * s.filters; }
 
-template <typename T>
-const T* data_of(const std::optional<Input<T>>& array, std::size_t size) {
-    expect(!array || array->size() == size);
-    return array ? array->data() : nullptr;
-}
-
-template <typename T>
-T* room_for(std::optional<Array<T>>& array, std::size_t size) {
-    expect(!array || array->size() == size);
-    return array ? array->data() : nullptr;
-}
-
 Work winograd_work(const ConvShape& s, std::size_t lanes, bool dual) {
     return {2 * 16 * s.channels * rounded(s.filters, lanes), (dual ? 32 : 16) * kTiles * (s.channels + lanes)};
 }
@@ -167,16 +142,15 @@ std::size_t patches_operations(const ConvShape& s) {
 // y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only those that there is room for. `rotated`: W is
 // that of a convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
-void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& weight,
-              const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool rotated,
-              std::optional<Array<T>> y, std::optional<Array<T>> y_dot, int threads) {
+void winograd(const Input<T>& x, const Maybe<const T>& x_dot, const Input<T>& weight, const Maybe<const T>& weight_dot,
+              std::ptrdiff_t padding, bool rotated, const Maybe<T>& y, const Maybe<T>& y_dot, int threads) {
     expect(weight.ndim() == 4);
     const ConvShape s = conv_shape<T>(x, weight.shape(rotated ? 1 : 0), padding);
     const bool dual = x_dot.has_value();
     expect(weight.size() == s.channels * s.filters * 9 && (y || y_dot));
     expect(dual == weight_dot.has_value() && dual == y_dot.has_value());
-    const T *x_dot_data = data_of<T>(x_dot, x.size()), *weight_dot_data = data_of<T>(weight_dot, weight.size());
-    T *y_data = room_for<T>(y, output_size(s)), *y_dot_data = room_for<T>(y_dot, output_size(s));
+    const T *x_dot_data = data_of(x_dot, x.size()), *weight_dot_data = data_of(weight_dot, weight.size());
+    T *y_data = data_of(y, output_size(s)), *y_dot_data = data_of(y_dot, output_size(s));
     const ConvUnit<T>& unit = conv_unit<T>();
 
     nb::gil_scoped_release release;
@@ -199,14 +173,13 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
 
 // w_bar = y_bar ⋆ x, or with the dots  y_bar_dot ⋆ x + y_bar ⋆ x_dot
 template <typename T>
-void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& y_bar,
-                              const std::optional<Input<T>>& y_bar_dot, std::ptrdiff_t padding, Array<T> w_bar,
-                              int threads) {
+void winograd_weight_gradient(const Input<T>& x, const Maybe<const T>& x_dot, const Input<T>& y_bar,
+                              const Maybe<const T>& y_bar_dot, std::ptrdiff_t padding, Array<T> w_bar, int threads) {
     expect(y_bar.ndim() == 4);
     const ConvShape s = conv_shape<T>(x, y_bar.shape(3), padding);
     expect(y_bar.size() == output_size(s) && w_bar.size() == s.channels * s.filters * 9);
     expect(x_dot.has_value() == y_bar_dot.has_value());
-    const T *x_dot_data = data_of<T>(x_dot, x.size()), *y_bar_dot_data = data_of<T>(y_bar_dot, y_bar.size());
+    const T *x_dot_data = data_of(x_dot, x.size()), *y_bar_dot_data = data_of(y_bar_dot, y_bar.size());
     const ConvUnit<T>& unit = conv_unit<T>();
 
     nb::gil_scoped_release release;

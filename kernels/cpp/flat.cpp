@@ -34,9 +34,13 @@ void adjoint(const AdjointStep<T>& a, std::size_t begin, std::size_t end) {
 
 }  // namespace
 
+namespace UNIT {
+
 template <typename T>
-FlatUnit<T> UNIT_NAME(flat_unit)() {
+FlatUnit<T> flat_unit() {
     return {sgd<T>, adjoint<T>};
 }
-template FlatUnit<float> UNIT_NAME(flat_unit)<float>();
-template FlatUnit<double> UNIT_NAME(flat_unit)<double>();
+template FlatUnit<float> flat_unit<float>();
+template FlatUnit<double> flat_unit<double>();
+
+}  // namespace UNIT

@@ -1,10 +1,5 @@
 // The operations over flat vectors as Python functions. `out` of a step may be one of its arguments.
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
 
 #include "module.h"
 #include "parallel.h"
@@ -26,22 +21,6 @@ namespace {
 constexpr std::size_t kBlock = 1 << 14;  // elements, a multiple of every vector's
 constexpr std::size_t kGrain = 8;        // blocks that are worth a thread
 
-template <typename T>
-using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <typename T>
-using Maybe = std::optional<Vector<T>>;
-
-// Sizes are checked by the caller in Python; this is the last line of defence against memory that is not ours.
-void expect(bool condition) {
-    if (!condition) throw std::invalid_argument("flat: sizes differ");
-}
-
-template <typename T>
-T* data(const Maybe<T>& vector, std::size_t size) {
-    expect(!vector || vector->size() == size);
-    return vector ? vector->data() : nullptr;
-}
-
 template <typename Arguments, typename Kernel>
 void for_each_block(const Arguments& arguments, Kernel kernel, std::size_t size, int threads) {
     nb::gil_scoped_release release;
@@ -50,24 +29,23 @@ void for_each_block(const Arguments& arguments, Kernel kernel, std::size_t size,
 }
 
 template <typename T>
-void sgd_step(const Vector<const T>& theta, const Vector<const T>& gradient, double rate, Vector<T> out,
+void sgd_step(const Input<T>& theta, const Input<T>& gradient, double rate, const Array<T>& out,
               const Maybe<const T>& velocity, const Maybe<T>& velocity_out, double momentum, double weight_decay,
               int threads) {
     const std::size_t size = theta.size();
-    expect(gradient.size() == size && out.size() == size);
-    const SgdStep<T> arguments{theta.data(), gradient.data(), data(velocity, size), T(rate),
-                               T(momentum),  T(weight_decay), out.data(),           data(velocity_out, size)};
+    const SgdStep<T> arguments{
+        theta.data(), data_of(gradient, size), data_of(velocity, size), T(rate),
+        T(momentum),  T(weight_decay),         data_of(out, size),      data_of(velocity_out, size)};
     for_each_block(arguments, flat_unit<T>().sgd, size, threads);
 }
 
 template <typename T>
-void adjoint_step(const Vector<const T>& adjoint, const Vector<const T>& hessian_v, const Maybe<const T>& direction,
-                  double scale, Vector<T> out, const Maybe<const T>& incoming, double weight_decay, int threads) {
+void adjoint_step(const Input<T>& adjoint, const Input<T>& hessian_v, const Maybe<const T>& direction, double scale,
+                  const Array<T>& out, const Maybe<const T>& incoming, double weight_decay, int threads) {
     const std::size_t size = adjoint.size();
-    expect(hessian_v.size() == size && out.size() == size);
     const AdjointStep<T> arguments{
-        adjoint.data(),  hessian_v.data(), data(direction, size), data(incoming, size), T(scale),
-        T(weight_decay), out.data()};
+        adjoint.data(), data_of(hessian_v, size), data_of(direction, size), data_of(incoming, size),
+        T(scale),       T(weight_decay),          data_of(out, size)};
     for_each_block(arguments, flat_unit<T>().adjoint, size, threads);
 }
 
@@ -84,10 +62,10 @@ template <typename T>
 void define_squared_distance(nb::module_& module) {
     module.def(
         "squared_distance",
-        [](const Vector<const T>& a, const Vector<const T>& b, int threads) {
-            if (a.size() != b.size()) throw std::invalid_argument("squared_distance: sizes differ");
+        [](const Input<T>& a, const Input<T>& b, int threads) {
+            const T* other = data_of(b, a.size());
             nb::gil_scoped_release release;
-            return squared_distance(a.data(), b.data(), a.size(), threads);
+            return squared_distance(a.data(), other, a.size(), threads);
         },
         "a"_a.noconvert(), "b"_a.noconvert(), "threads"_a);
 }

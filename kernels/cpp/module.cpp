@@ -1,9 +1,6 @@
 // mtt_fast.kernels._native: the kernels as Python functions. Tensors come in by DLPack, so nothing links to torch.
 #include "module.h"
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-
 #include "pool.h"
 
 namespace nb = nanobind;

@@ -157,9 +157,13 @@ void backward(const NormBackward<T>& a, std::size_t sample, std::size_t group) {
 
 }  // namespace
 
+namespace UNIT {
+
 template <typename T>
-NormUnit<T> UNIT_NAME(norm_unit)() {
+NormUnit<T> norm_unit() {
     return {Pack<T>::lanes, forward<false, T>, forward<true, T>, backward<false, T>, backward<true, T>};
 }
-template NormUnit<float> UNIT_NAME(norm_unit)<float>();
-template NormUnit<double> UNIT_NAME(norm_unit)<double>();
+template NormUnit<float> norm_unit<float>();
+template NormUnit<double> norm_unit<double>();
+
+}  // namespace UNIT

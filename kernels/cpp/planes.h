@@ -5,4 +5,8 @@
 
 struct PlaneShape {
     std::size_t batch, height, width, channels;
+
+    std::size_t size() const { return batch * height * width * channels; }
+    std::size_t pooled_size() const { return batch * (height / 2) * (width / 2) * channels; }
+    std::size_t planes() const { return batch * channels; }
 };

@@ -1,16 +1,25 @@
 #include "simd.h"
 
 #ifdef WITH_X86_UNITS
-#define WIDEST(unit, T)                                                                    \
-    __builtin_cpu_supports("avx512f")                                 ? unit##_avx512<T>() \
-    : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? unit##_avx2<T>()   \
-                                                                      : unit##_generic<T>()
+#define WIDEST(unit, T)                                                                   \
+    __builtin_cpu_supports("avx512f")                                 ? avx512::unit<T>() \
+    : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::unit<T>()   \
+                                                                      : generic::unit<T>()
 #else
-#define WIDEST(unit, T) unit##_generic<T>()
+#define WIDEST(unit, T) generic::unit<T>()
 #endif
+
+#define DECLARE(vectors, Unit, unit) \
+    namespace vectors {              \
+    template <typename T>            \
+    Unit<T> unit();                  \
+    }
 
 // The table of the widest unit that the processor has, chosen once.
 #define DEFINE(Unit, unit)                             \
+    DECLARE(generic, Unit, unit)                       \
+    DECLARE(avx2, Unit, unit)                          \
+    DECLARE(avx512, Unit, unit)                        \
     template <typename T>                              \
     const Unit<T>& unit() {                            \
         static const Unit<T> widest = WIDEST(unit, T); \

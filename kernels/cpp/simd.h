@@ -1,5 +1,6 @@
-// Some files are compiled once for each vector unit, with UNIT defined as its name (CMakeLists.txt). Each exports a
-// table of its functions, and simd.cpp selects the table of the widest unit of the processor at run time.
+// Some files are compiled once for each vector unit, with UNIT defined as its name (CMakeLists.txt). In the namespace
+// of this name each defines a function that returns a table of its kernels. The function of the same name here returns
+// the table of the widest unit of the processor (simd.cpp).
 #pragma once
 
 #include <cstddef>
@@ -11,29 +12,19 @@
 #include "norm.h"
 #include "warp.h"
 
-template <typename T>
-struct NormUnit {
+template <typename Forward, typename Backward>
+struct PlaneUnit {
     std::size_t channels;  // of one group
-    void (*forward)(const NormForward<T>&, std::size_t sample, std::size_t group);
-    void (*dual_forward)(const NormForward<T>&, std::size_t sample, std::size_t group);
-    void (*backward)(const NormBackward<T>&, std::size_t sample, std::size_t group);
-    void (*dual_backward)(const NormBackward<T>&, std::size_t sample, std::size_t group);
+    void (*forward)(const Forward&, std::size_t sample, std::size_t group);
+    void (*dual_forward)(const Forward&, std::size_t sample, std::size_t group);
+    void (*backward)(const Backward&, std::size_t sample, std::size_t group);
+    void (*dual_backward)(const Backward&, std::size_t sample, std::size_t group);
 };
 
 template <typename T>
-const NormUnit<T>& norm_unit();
-
+using NormUnit = PlaneUnit<NormForward<T>, NormBackward<T>>;
 template <typename T>
-struct BiasUnit {
-    std::size_t channels;  // of one group
-    void (*forward)(const BiasForward<T>&, std::size_t sample, std::size_t group);
-    void (*dual_forward)(const BiasForward<T>&, std::size_t sample, std::size_t group);
-    void (*backward)(const BiasBackward<T>&, std::size_t sample, std::size_t group);
-    void (*dual_backward)(const BiasBackward<T>&, std::size_t sample, std::size_t group);
-};
-
-template <typename T>
-const BiasUnit<T>& bias_unit();
+using BiasUnit = PlaneUnit<BiasForward<T>, BiasBackward<T>>;
 
 template <typename T>
 struct ConvUnit {
@@ -49,16 +40,10 @@ struct ConvUnit {
 };
 
 template <typename T>
-const ConvUnit<T>& conv_unit();
-
-template <typename T>
 struct ClassifierUnit {
     void (*primal)(const CrossEntropy<T>&, std::size_t sample);
     void (*dual)(const CrossEntropy<T>&, std::size_t sample);
 };
-
-template <typename T>
-const ClassifierUnit<T>& classifier_unit();
 
 template <typename T>
 struct FlatUnit {
@@ -67,59 +52,20 @@ struct FlatUnit {
 };
 
 template <typename T>
-const FlatUnit<T>& flat_unit();
-
-template <typename T>
 struct WarpUnit {
     void (*forward)(const Warp<T>&, std::size_t sample, const WarpScratch<T>&);
     void (*transpose)(const Warp<T>&, std::size_t sample, const WarpScratch<T>&);
 };
 
 template <typename T>
+const NormUnit<T>& norm_unit();
+template <typename T>
+const BiasUnit<T>& bias_unit();
+template <typename T>
+const ConvUnit<T>& conv_unit();
+template <typename T>
+const ClassifierUnit<T>& classifier_unit();
+template <typename T>
+const FlatUnit<T>& flat_unit();
+template <typename T>
 const WarpUnit<T>& warp_unit();
-
-#define UNIT_JOIN(name, unit) name##_##unit
-#define UNIT_EXPAND(name, unit) UNIT_JOIN(name, unit)
-#define UNIT_NAME(name) UNIT_EXPAND(name, UNIT)
-
-template <typename T>
-NormUnit<T> norm_unit_generic();
-template <typename T>
-NormUnit<T> norm_unit_avx2();
-template <typename T>
-NormUnit<T> norm_unit_avx512();
-
-template <typename T>
-BiasUnit<T> bias_unit_generic();
-template <typename T>
-BiasUnit<T> bias_unit_avx2();
-template <typename T>
-BiasUnit<T> bias_unit_avx512();
-
-template <typename T>
-ConvUnit<T> conv_unit_generic();
-template <typename T>
-ConvUnit<T> conv_unit_avx2();
-template <typename T>
-ConvUnit<T> conv_unit_avx512();
-
-template <typename T>
-ClassifierUnit<T> classifier_unit_generic();
-template <typename T>
-ClassifierUnit<T> classifier_unit_avx2();
-template <typename T>
-ClassifierUnit<T> classifier_unit_avx512();
-
-template <typename T>
-FlatUnit<T> flat_unit_generic();
-template <typename T>
-FlatUnit<T> flat_unit_avx2();
-template <typename T>
-FlatUnit<T> flat_unit_avx512();
-
-template <typename T>
-WarpUnit<T> warp_unit_generic();
-template <typename T>
-WarpUnit<T> warp_unit_avx2();
-template <typename T>
-WarpUnit<T> warp_unit_avx512();

@@ -53,10 +53,7 @@ T mean(const T* values, std::size_t count) {
         }
         sum += partial;
     }
-    T lanes[Pack<T>::lanes], total = 0;
-    store(lanes, sum, Pack<T>::lanes);
-    for (const T lane : lanes) total += lane;
-    return total / T(count);
+    return sum_of_lanes(sum) / T(count);
 }
 
 // Compute `place`, `down` and `right` for the targets in row `i`. The fractions are never added to a pixel's number,
@@ -255,9 +252,13 @@ void transpose(const Warp<T>& a, std::size_t sample, const WarpScratch<T>& scrat
 
 }  // namespace
 
+namespace UNIT {
+
 template <typename T>
-WarpUnit<T> UNIT_NAME(warp_unit)() {
+WarpUnit<T> warp_unit() {
     return {warp<T>, transpose<T>};
 }
-template WarpUnit<float> UNIT_NAME(warp_unit)<float>();
-template WarpUnit<double> UNIT_NAME(warp_unit)<double>();
+template WarpUnit<float> warp_unit<float>();
+template WarpUnit<double> warp_unit<double>();
+
+}  // namespace UNIT

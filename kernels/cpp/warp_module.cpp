@@ -1,9 +1,6 @@
 // The warp kernels as Python functions. Tensors are contiguous, (B, C, H, W); the result was allocated by the caller.
-#include <nanobind/ndarray.h>
-
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
 
 #include "module.h"
 #include "parallel.h"
@@ -17,22 +14,16 @@ namespace {
 constexpr std::size_t kPixels = 1 << 13;  // pixels of four channels that are worth a thread
 
 template <typename T>
-using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-
-template <typename T>
 using Kernel = void (*)(const Warp<T>&, std::size_t sample, const WarpScratch<T>&);
 
 template <typename T>
-void for_each_image(Kernel<T> kernel, const Array<const T>& from, const Array<const T>& numbers, const Array<T>& to,
-                    int threads) {
-    if (from.ndim() != 4) throw std::invalid_argument("warp: expected (B, C, H, W)");
+void for_each_image(Kernel<T> kernel, const Input<T>& from, const Input<T>& numbers, const Array<T>& to, int threads) {
+    expect(from.ndim() == 4);
     const WarpShape shape{from.shape(0), from.shape(1), from.shape(2), from.shape(3)};
-    // Sizes are checked by the caller in Python; this is the last line of defence against memory that is not ours.
-    if (numbers.size() * sizeof(T) != shape.batch * sizeof(WarpNumbers<T>) || to.size() != from.size()) {
-        throw std::invalid_argument("warp: sizes differ");
-    }
+    expect(numbers.size() * sizeof(T) == shape.batch * sizeof(WarpNumbers<T>));
     if (shape.group_size() > std::numeric_limits<std::int32_t>::max()) throw std::invalid_argument("warp: too large");
-    const Warp<T> arguments{shape, from.data(), reinterpret_cast<const WarpNumbers<T>*>(numbers.data()), to.data()};
+    const Warp<T> arguments{shape, from.data(), reinterpret_cast<const WarpNumbers<T>*>(numbers.data()),
+                            data_of(to, from.size())};
     const std::size_t image = shape.groups() * shape.group_size(), width = shape.width;
     const std::size_t grain = 1 + kPixels / std::max<std::size_t>(1, shape.groups() * shape.height * width);
     nb::gil_scoped_release release;
@@ -48,11 +39,11 @@ void for_each_image(Kernel<T> kernel, const Array<const T>& from, const Array<co
 template <typename T>
 void define(nb::module_& module) {
     module.def("colour_warp_mask",
-               [](const Array<const T>& images, const Array<const T>& parameters, Array<T> y, int threads) {
+               [](const Input<T>& images, const Input<T>& parameters, const Array<T>& y, int threads) {
                    for_each_image(warp_unit<T>().forward, images, parameters, y, threads);
                });
     module.def("colour_warp_mask_transpose",
-               [](const Array<const T>& y_bar, const Array<const T>& parameters, Array<T> x_bar, int threads) {
+               [](const Input<T>& y_bar, const Input<T>& parameters, const Array<T>& x_bar, int threads) {
                    for_each_image(warp_unit<T>().transpose, y_bar, parameters, x_bar, threads);
                });
 }

@@ -20,7 +20,8 @@ def linear_cross_entropy(
     features = p.contiguous().flatten(1)
     o = features.mm(weight.t())
     loss, bias_bar = features.new_empty(()), torch.empty_like(bias)
-    extension().cross_entropy(o, bias, *_labels(labels, label_kind), loss, bias_bar, torch.get_num_threads())
+    results = (loss, bias_bar, None, torch.get_num_threads())
+    extension().cross_entropy(o, None, bias, None, *_labels(labels, label_kind), *results)
     features_bar, weight_bar = o.mm(weight), o.t().mm(features)
     del features
     return loss, _pixels(features_bar, p), weight_bar, bias_bar, None
@@ -45,7 +46,7 @@ def linear_cross_entropy_dual(
     loss_dot, bias_bar_dot = features.new_empty(()), torch.empty_like(bias)
     labels_bar_dot = None if label_kind == "indices" else torch.empty_like(labels)
     results = (loss_dot, bias_bar_dot, labels_bar_dot, torch.get_num_threads())
-    extension().cross_entropy_dual(o, o_dot, bias, bias_dot, *_labels(labels, label_kind), *results)
+    extension().cross_entropy(o, o_dot, bias, bias_dot, *_labels(labels, label_kind), *results)
     features_bar_dot = o_dot.mm(weight).addmm_(o, weight_dot)
     weight_bar_dot = o_dot.t().mm(features).addmm_(o.t(), features_dot)
     del features, features_dot

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..types import BatchGradient, PartialSums, vector_of
 from .extension import extension
-from .warp import colour_warp_mask_transpose_add
+from .warp import add_batch_gradient
 
 
 def sgd_step(
@@ -39,7 +39,7 @@ def adjoint_step(
 ) -> Tensor:
     """See `mtt_fast.kernels.adjoint_step`."""
     if batch is not None:
-        colour_warp_mask_transpose_add(*batch, factor=scale)
+        add_batch_gradient(batch, scale)
     decayed = direction if weight_decay else None  # a vector that plays no part is not read
     arguments = (adjoint, vector_of(hessian_v), decayed, scale.item(), out, incoming, weight_decay)
     extension().adjoint_step(*arguments, torch.get_num_threads())

@@ -13,8 +13,9 @@ from .planes import channels_last, empty_pooled, empty_stats, output_buffer
 def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool`."""
     p, (mean, rstd) = empty_pooled(y), empty_stats(y, 2)
-    results = (channels_last(p), mean, rstd)
-    extension().norm_relu_pool(channels_last(y), *affine, eps, *results, torch.get_num_threads())
+    arguments = (channels_last(y), None, *affine, None, None, eps)
+    results = (channels_last(p), None, mean, rstd, None, None)
+    extension().norm_relu_pool(*arguments, *results, torch.get_num_threads())
     return in_format_of(y, p), mean, rstd
 
 
@@ -23,8 +24,8 @@ def norm_relu_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
     y_bar, (gamma_sums, beta_sums) = output_buffer(y, reuse), empty_stats(y, 2)
-    arguments = (channels_last(y), mean, rstd, *affine, channels_last(p_bar))
-    results = (channels_last(y_bar), gamma_sums, beta_sums)
+    arguments = (channels_last(y), None, mean, rstd, None, None, *affine, None, None, channels_last(p_bar), None)
+    results = (channels_last(y_bar), None, gamma_sums, beta_sums)
     extension().norm_relu_pool_backward(*arguments, *results, torch.get_num_threads())
     return in_format_of(y, y_bar), gamma_sums, beta_sums
 
@@ -36,7 +37,7 @@ def norm_relu_pool_dual(
     p, p_dot, stats = empty_pooled(y), empty_pooled(y), PlaneStats(*empty_stats(y, 4))
     arguments = (channels_last(y), channels_last(y_dot), *affine, *affine_dot, eps)
     results = (channels_last(p), channels_last(p_dot), *stats)
-    extension().norm_relu_pool_dual(*arguments, *results, torch.get_num_threads())
+    extension().norm_relu_pool(*arguments, *results, torch.get_num_threads())
     return in_format_of(y, p), in_format_of(y, p_dot), stats
 
 
@@ -55,5 +56,5 @@ def norm_relu_pool_dual_backward(
     arguments = (channels_last(y), channels_last(y_dot), *stats, *affine, *affine_dot)
     bars = (channels_last(p_bar), channels_last(p_bar_dot))
     results = (channels_last(y_bar), channels_last(y_bar_dot), gamma_sums, beta_sums)
-    extension().norm_relu_pool_dual_backward(*arguments, *bars, *results, torch.get_num_threads())
+    extension().norm_relu_pool_backward(*arguments, *bars, *results, torch.get_num_threads())
     return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_sums, beta_sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import BatchGradient
 from .extension import allocate, extension
 
 # Images have few channels, so these kernels take them as they lie: contiguous.
@@ -24,12 +25,10 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     return x_bar
 
 
-def colour_warp_mask_transpose_add(
-    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
-) -> Tensor:
-    """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
-    rows = -factor * y_bar
-    if parameters is not None:
-        rows = colour_warp_mask_transpose(rows, parameters)
+def add_batch_gradient(batch: BatchGradient, scale: Tensor) -> None:
+    """Add `scale` · Aᵀ ȳ of each sample of the batch to its row of the gradient of all images, in place."""
+    rows = -scale * batch.y_bar
+    if batch.warp is not None:
+        rows = colour_warp_mask_transpose(rows, batch.warp)
     # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
-    return out.index_add_(0, index, rows, alpha=-1)
+    batch.out.index_add_(0, batch.indices, rows, alpha=-1)

@@ -27,7 +27,7 @@ from .conv import (
 )
 from .flat import add_up, adjoint_step, index_add, pack_parameters, sgd_step, squared_distance
 from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
-from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
+from .warp import colour_warp_mask, colour_warp_mask_transpose
 
 __all__ = [
     "add_planes",
@@ -39,7 +39,6 @@ __all__ = [
     "bias_relu_pool_dual_backward",
     "colour_warp_mask",
     "colour_warp_mask_transpose",
-    "colour_warp_mask_transpose_add",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_input_gradient",

@@ -67,11 +67,13 @@ def adjoint_step(
     """Write λ + `scale` · (H v + `weight_decay` · v) + `incoming` to `out` and return it: the adjoint of `sgd_step`.
 
     λ is `adjoint`, the adjoint of the parameters after the step, and v is `direction`. No `incoming` stands for zero. `adjoint`
-    and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of them.
-    `hessian_v` may be partial sums, as `add_up` takes them.
+    and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of them
+    but `hessian_v`, which a GPU reads in an order of its own. `hessian_v` may be partial sums, as `add_up` takes them.
 
-    With a `batch`, its gradient times `scale` is added to that of all images, as by `colour_warp_mask_transpose_add`. On a GPU
-    the same launch computes both. Raises `ValueError` for anything else.
+    With a `batch`, `scale` · Aᵀ ȳ of each of its samples is added to its row of the gradient of all images, in place, with Aᵀ
+    that of `colour_warp_mask_transpose`. An index may repeat; its rows are added in their order, so the result is
+    deterministic. On a GPU the same launch computes both, and an index out of range is not noticed, since the check would wait.
+    Raises `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_batch_gradient, check_warp
-from ..types import BatchGradient
+from ..checks import check_warp
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
@@ -40,19 +39,3 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
     x_bar: Tensor = dispatch.implementation_of("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
     return x_bar
-
-
-def colour_warp_mask_transpose_add(
-    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
-) -> Tensor:
-    """Add `factor` · Aᵀ ȳ of each sample to the row `index` of `out`, in place, and return `out`.
-
-    `out` (n, C, H, W) and `y_bar` (B, C, H, W), contiguous, `factor` (), of one floating dtype and device; `index` (B,) int64,
-    0 … n − 1. An index may come again; its rows are added in their order, so the result is the same each time. `parameters`
-    are those of `colour_warp_mask_transpose`, and None stands for the identity. Raises `ValueError` for anything else; on an
-    accelerator, where nothing waits for the values, an index out of range is not noticed.
-    """
-    op = "colour_warp_mask_transpose_add"
-    check_batch_gradient(op, BatchGradient(out, index, y_bar, parameters), factor)
-    arguments = (out, index.contiguous(), y_bar, parameters, factor)
-    return dispatch.implementation_of(op, out)(*arguments)  # type: ignore[no-any-return]

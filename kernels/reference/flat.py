@@ -19,7 +19,7 @@ from ..types import (
     vector_of,
 )
 from .block import image_patches
-from .warp import colour_warp_mask_transpose_add
+from .warp import add_batch_gradient
 
 
 def add_up(sums: PartialSums) -> Tensor:
@@ -58,7 +58,7 @@ def adjoint_step(
 ) -> Tensor:
     """Write λ + `scale` (H v + ω v) + `incoming` to `out`. All (P,), `scale` (). Add a batch's gradient times `scale`."""
     if batch is not None:
-        colour_warp_mask_transpose_add(*batch, factor=scale)
+        add_batch_gradient(batch, scale)
     stepped = adjoint + scale * (vector_of(hessian_v) + weight_decay * direction)
     return out.copy_(stepped if incoming is None else stepped + incoming)
 

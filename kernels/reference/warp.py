@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..types import WARP_PARAMETERS
+from ..types import WARP_PARAMETERS, BatchGradient
 
 # One affine function of the pixels of each image, y = A x + b. All its parameters are distances from the identity, so
 # that nothing is lost where they are small, and zeros change nothing. The place that a target pixel is sampled at is kept
@@ -41,15 +41,13 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     return x.to(y_bar.dtype)
 
 
-def colour_warp_mask_transpose_add(
-    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
-) -> Tensor:
-    """Add `factor` · Aᵀ ȳ (B, C, H, W) to the rows `index` (B,) of `out` (n, C, H, W), in place."""
-    rows = -factor * y_bar
-    if parameters is not None:
-        rows = colour_warp_mask_transpose(rows, parameters)
+def add_batch_gradient(batch: BatchGradient, scale: Tensor) -> None:
+    """Add `scale` · Aᵀ ȳ of each sample of the batch to its row of the gradient of all images, in place."""
+    rows = -scale * batch.y_bar
+    if batch.warp is not None:
+        rows = colour_warp_mask_transpose(rows, batch.warp)
     # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
-    return out.index_add_(0, index, rows, alpha=-1)
+    batch.out.index_add_(0, batch.indices, rows, alpha=-1)
 
 
 def _by_name(parameters: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ _MODULES = {
     "bias_relu_pool_dual_backward": "bias",
     "colour_warp_mask": "warp",
     "colour_warp_mask_transpose": "warp",
-    "colour_warp_mask_transpose_add": "warp",
     "conv3x3": "dispatch",
     "conv3x3_dual": "dispatch",
     "conv3x3_dual_input_gradient": "dispatch",

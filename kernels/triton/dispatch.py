@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..types import ConvLayer, Precision, WeightBytes, accumulator, plane_dtype, weight_of
-from . import conv, cudnn, implicit_gemm, tma, tma_convolve, tma_correlate
+from . import cudnn, implicit_gemm, tma_convolve, tma_correlate
 from .configurations import backend_of
+from .conv import POINTERS, TMA
 from .implicit_gemm import effective_precision, shape_classes
 from .launch import architecture
 from .planes import Planes
 from .tma_descriptors import fits
 
-BACKENDS: dict[str, ModuleType] = {"triton": conv, "tma": tma, "cudnn": cudnn}
+BACKENDS: dict[str, Any] = {"triton": POINTERS, "tma": TMA, "cudnn": cudnn}
 
 _CUDNN_PLANES = 5
 """Workspace of cuDNN in full precision, as a multiple of the larger of a convolution's input and output.
@@ -32,9 +32,7 @@ def dispatched(operation: str) -> Callable[..., Any]:
     """Return a function that computes the convolution `operation` with the table's back end for its arguments."""
 
     @wraps(getattr(cudnn, operation))
-    def run(*arguments: Any, **named: Precision) -> Any:
-        given: list[Any] = [*arguments, *named.values()]
-        operands, precision = given[:-1], given[-1]  # the precision is last, whether it is passed by name or not
+    def run(*operands: Any, precision: Precision) -> Any:
         result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
         backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
@@ -99,7 +97,7 @@ def _backend(operation: str, inputs: Planes, outputs: Planes, precision: Precisi
     return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 
-def _plane_operands(operation: str, operands: list[Any]) -> list[Tensor]:
+def _plane_operands(operation: str, operands: tuple[Any, ...]) -> list[Tensor]:
     """Return the operands that are planes: all but the padding for a weight gradient, else the first half (the others are weights)."""
     tensors = operands[:-1]
     planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]

@@ -257,8 +257,7 @@ def _transpose(
     tl.store(x_bar + begin + c * (H * W) + row * W + column, x, (c < C) & (row < H))
 
 
-# these arguments of a step have any alignment, and single loads read them
-@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])
+@triton.jit
 def transpose_add(
     out: tl.tensor,  # (n, C, H, W)
     index: tl.tensor,  # (B,)
@@ -313,28 +312,17 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     return x_bar
 
 
-def colour_warp_mask_transpose_add(
-    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
-) -> Tensor:
-    """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
-    planes, padded = Planes.from_tensors(y_bar), padded_batch(len(y_bar))
-    arguments = (out, index, y_bar, parameters, factor, len(y_bar))
-    _launch(transpose_add, "colour_warp_mask_transpose", planes, *arguments, PADDED_BATCH=padded)
-    torch.autograd.graph.increment_version(out)
-    return out
-
-
 def padded_batch(batch: int) -> int:
     """Return PADDED_BATCH, the batch size rounded up to a power of two."""
     padded: int = triton.next_power_of_2(max(1, batch))
     return padded
 
 
-def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:
+def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Tensor) -> None:
     """Launch `kernel` for each block of pixels of each sample, with the configuration of `operation`."""
     row = configuration(operation, architecture(arguments[0].device), "")
     programs, sizes = pixel_blocks(planes, row.pop("ELEMENTS"))
-    launch(kernel, programs, *arguments, **sizes, **constants, **row)
+    launch(kernel, programs, *arguments, **sizes, **row)
 
 
 def pixel_blocks(planes: Planes, elements: int) -> tuple[int, dict[str, int]]:

@@ -118,7 +118,8 @@ def boxed_convolutions(
     device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], number: int | None
 ) -> None:
     """Compare our kernels by boxes, with tile `number` of those below, or with the table's."""
-    from mtt_fast.kernels.triton import tma, tma_descriptors
+    from mtt_fast.kernels.triton import tma_descriptors
+    from mtt_fast.kernels.triton.conv import TMA
 
     def configuration(operation: str, *_: Any) -> dict[str, int]:
         tiles = BOX_CORRELATIONS if operation.endswith("weight_gradient") else BOX_TILES
@@ -130,7 +131,7 @@ def boxed_convolutions(
         if name.endswith("weight_gradient") and dtype.itemsize == 2 and not powers:
             continue  # goes by pointers
         for dual, operands in placed(name, arguments, device).items():
-            compute = partial(summed_results, tma, name, *operands, shape[-1], precision=precision)
+            compute = partial(summed_results, TMA, name, *operands, shape[-1], precision=precision)
             case = (name, "tma", shape, str(dtype), precision, number, dual)
             with nullcontext() if number is None else patch.object(tma_descriptors, "box_configuration", configuration):
                 check(case, compute, expected, TOLERANCES[precision])
@@ -151,7 +152,7 @@ def mixed_formats(device: str) -> None:
 
 def refusals(device: str) -> None:
     """Check that planes neither contiguous nor channels_last, and planes of two formats, are refused."""
-    from mtt_fast.kernels.triton import conv
+    from mtt_fast.kernels.triton.conv import POINTERS
 
     x, weight = torch.zeros(2, 3, 6, 6, device=device), torch.zeros(4, 3, 3, 3, device=device)
     for first, second in (
@@ -160,7 +161,7 @@ def refusals(device: str) -> None:
         (x, x.to(memory_format=torch.channels_last)),
     ):
         try:
-            conv.conv3x3_dual(first, second, weight, weight, 1, "fp32")
+            POINTERS.conv3x3_dual(first, second, weight, weight, 1, "fp32")
         except ValueError as error:
             print("refused:", error)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -74,6 +75,19 @@ def convolution_arguments(
         **{name: draw(*grown, dtype=dtype, layout=layout) for name in ("y_bar", "y_bar_dot")},
         "padding": padding,
     }
+
+
+def assert_same_by_any_threads(compute: Callable[[], Iterable[Tensor]]) -> None:
+    """Assert that `compute` returns the same bits, whatever torch's number of threads is."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5, 7):
+            torch.set_num_threads(threads)
+            results.append(list(compute()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def refused(op: str, reason: str, *arguments: Any) -> Any:

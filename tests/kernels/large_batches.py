@@ -133,13 +133,13 @@ def norm_and_bias(kind: str) -> None:
 
 def convolutions(form: torch.memory_format) -> None:
     """Check a convolution and its gradients, and sums of its parts."""
-    from mtt_fast.kernels.triton import conv
+    from mtt_fast.kernels.triton.conv import POINTERS
 
     x, x_dot, bar, bar_dot = (Sample(torch.randn(1, 2, 4, 4).contiguous(memory_format=form)) for _ in range(4))
     weights, options = (torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3)), (1, "fp32")
-    check(("convolution", str(form)), conv.conv3x3_dual, x, x_dot, *weights, *options)
-    check(("input gradient", str(form)), conv.conv3x3_dual_input_gradient, bar, bar_dot, *weights, *options)
-    gradient = partial(check, ("weight gradient", str(form)), conv.conv3x3_dual_weight_gradient)
+    check(("convolution", str(form)), POINTERS.conv3x3_dual, x, x_dot, *weights, *options)
+    check(("input gradient", str(form)), POINTERS.conv3x3_dual_input_gradient, bar, bar_dot, *weights, *options)
+    gradient = partial(check, ("weight gradient", str(form)), POINTERS.conv3x3_dual_weight_gradient)
     with_sizes("implicit_gemm", partial(gradient, x, x_dot, bar, bar_dot, *options), PROGRAMS=2**40)  # a part a sample
     y, planes = (Sample(torch.randn(1, 32, 4, 4).contiguous(memory_format=form)) for _ in range(2))
     check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from tests.kernels.helpers import (
     CONVOLUTIONS,
     EPS,
     FORMATS,
+    assert_same_by_any_threads,
     convolution_arguments,
     draw,
     jvp,
@@ -130,14 +130,9 @@ def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
 
 
 @pytest.mark.native
-def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+def test_native_results_do_not_depend_on_threads() -> None:
     every = [convolution_arguments(case, torch.float32) for case in CONVOLUTIONS]
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append([value for given in every for value in convolution_results(native, given).values()])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_by_any_threads(lambda: [v for given in every for v in convolution_results(native, given).values()])
 
 
 @pytest.mark.native
@@ -249,7 +244,8 @@ def test_batches_are_stacked_where_the_second_begins_at_the_end_of_the_first() -
 @needs_triton
 def test_a_pair_of_inputs_has_a_pair_of_results() -> None:
     """Check that results lie one after the other: the dual weight gradient then finds ȳ̇ and ȳ, written over ẏ and y, so too."""
-    from mtt_fast.kernels.triton import channels_last_planes, conv, norm, norm_single_pass, norm_three_passes, weights
+    from mtt_fast.kernels.triton import channels_last_planes, norm, norm_single_pass, norm_three_passes, weights
+    from mtt_fast.kernels.triton.conv import POINTERS
 
     with recording([norm, norm_single_pass, norm_three_passes, channels_last_planes], "sm_90"):
         y, affine = meta(2, 16, 8, 8, form=torch.channels_last), Affine(meta(16), meta(16))
@@ -258,7 +254,8 @@ def test_a_pair_of_inputs_has_a_pair_of_results() -> None:
     for inputs, paired in (((x, x_dot), True), ((x, torch.empty_like(x)), False), ((x, None), False)):
         weight = meta(8, 16, 3, 3)
         with recording([weights], "sm_90"):
-            y, y_dot = conv.conv3x3_dual(*inputs, weight, weight, 1, "tf32", convolve=lambda *arguments: arguments[5:7])
+            results = POINTERS._replace(convolve=lambda *arguments: arguments[5:7])
+            y, y_dot = results.conv3x3_dual(*inputs, weight, weight, 1, "tf32")
         assert isinstance(y, Tensor)
         assert isinstance(y_dot, Tensor)
         assert (stacked(y_dot, y) is not None) == paired
@@ -392,27 +389,28 @@ def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.Mo
 @each_precision
 def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> None:
     """Compile for the first two blocks of 32×32 images and of 128×128 images, once in the other format."""
-    from mtt_fast.kernels.triton import conv, implicit_gemm, weights
+    from mtt_fast.kernels.triton import implicit_gemm, weights
+    from mtt_fast.kernels.triton.conv import POINTERS
 
     with recording([implicit_gemm, weights], architecture) as launches:
         for side, form in ((32, torch.channels_last), (128, torch.channels_last)):
             x, y = (planes_of(precision, 4, channels, side, side, form=form) for channels in (3, WIDTH))
             weight = meta(WIDTH, 3, 3, 3)
-            conv.conv3x3_dual(x, None, weight, weight, 1, precision)
-            conv.conv3x3_input_gradient_tangent(y, y, weight, weight, 1, precision)
-            conv.conv3x3_dual_weight_gradient(x, None, y, y, 1, precision)
+            POINTERS.conv3x3_dual(x, None, weight, weight, 1, precision)
+            POINTERS.conv3x3_input_gradient_tangent(y, y, weight, weight, 1, precision)
+            POINTERS.conv3x3_dual_weight_gradient(x, None, y, y, 1, precision)
             x, weight = planes_of(precision, 4, WIDTH, side // 2, side // 2, form=form), meta(WIDTH, WIDTH, 3, 3)
-            conv.conv3x3_dual(x, x, weight, weight, 1, precision)  # the input gradient is the same kernel
-            conv.conv3x3_tangent(x, x, weight, weight, 1, precision)
-            conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+            POINTERS.conv3x3_dual(x, x, weight, weight, 1, precision)  # the input gradient is the same kernel
+            POINTERS.conv3x3_tangent(x, x, weight, weight, 1, precision)
+            POINTERS.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
     products = [launch for launch in launches if "PRECISION" in launch.constants]
     assert len(products) == 2 * 6
     check_products(products, architecture, tmp_path, precision)
 
     with recording([implicit_gemm, weights], architecture) as launches:
         x = planes_of(precision, 4, WIDTH, 16, 16, form=torch.contiguous_format)
-        conv.conv3x3_dual(x, x, weight, weight, 1, precision)
-        conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+        POINTERS.conv3x3_dual(x, x, weight, weight, 1, precision)
+        POINTERS.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
     check(launches, architecture, tmp_path)
 
 
@@ -438,13 +436,14 @@ def test_the_most_shared_memory_is_that_of_consumer_cards(
 @each_architecture
 def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> None:
     """Compile the kernels that were wrong on an H200 (docs/gpu.md, Faults), and others of few channels."""
-    from mtt_fast.kernels.triton import conv, implicit_gemm, weights
+    from mtt_fast.kernels.triton import implicit_gemm, weights
+    from mtt_fast.kernels.triton.conv import POINTERS
 
     with recording([implicit_gemm, weights], architecture) as launches:
         for form, padding in itertools.product((torch.contiguous_format, torch.channels_last), (1, 3)):
             y_bar, weight = meta(2, 3, 2 + 2 * padding, 3 + 2 * padding, form=form), meta(3, 1, 3, 3)
-            conv.conv3x3_input_gradient(y_bar, weight, padding, "fp32")
-            conv.conv3x3_dual_input_gradient(y_bar, y_bar, weight, weight, padding, "fp32")
+            POINTERS.conv3x3_input_gradient(y_bar, weight, padding, "fp32")
+            POINTERS.conv3x3_dual_input_gradient(y_bar, y_bar, weight, weight, padding, "fp32")
     products = [launch for launch in launches if "PRECISION" in launch.constants]
     assert len(products) == 8
     check(products, architecture, tmp_path)
@@ -456,20 +455,21 @@ def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
     """Compile for the shapes of the measured settings, with the table's tiles, and once for odd sizes."""
-    from mtt_fast.kernels.triton import partial_planes, tma, tma_convolve, tma_correlate, tma_descriptors, weights
+    from mtt_fast.kernels.triton import partial_planes, tma_convolve, tma_correlate, tma_descriptors, weights
+    from mtt_fast.kernels.triton.conv import TMA
 
     weight = meta(WIDTH, WIDTH, 3, 3)
     with recording([tma_descriptors, tma_convolve, tma_correlate, partial_planes, weights], architecture) as launches:
         for samples, side in ((20, 64), (20, 32), (20, 16), (20, 8), (100, 16), (100, 8), (10, 16), (10, 8)):
             x = planes_of(precision, samples, WIDTH, side, side)
-            tma.conv3x3(x, weight, 1, precision)
-            partial_planes.add_planes(*tma.conv3x3_dual(x, x, weight, weight, 1, precision))
-            tma.conv3x3_tangent(x, x, weight, weight, 1, precision)
-            tma.conv3x3_input_gradient_tangent(x, x, weight, weight, 1, precision)
-            tma.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
-        tma.conv3x3_weight_gradient(x, x, 1, precision)
+            TMA.conv3x3(x, weight, 1, precision)
+            partial_planes.add_planes(*TMA.conv3x3_dual(x, x, weight, weight, 1, precision))
+            TMA.conv3x3_tangent(x, x, weight, weight, 1, precision)
+            TMA.conv3x3_input_gradient_tangent(x, x, weight, weight, 1, precision)
+            TMA.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+        TMA.conv3x3_weight_gradient(x, x, 1, precision)
         odd, few = planes_of(precision, 3, 104, 9, 13), meta(104, 104, 3, 3)
-        tma.conv3x3_dual(odd, None, few, few, 1, precision)
+        TMA.conv3x3_dual(odd, None, few, few, 1, precision)
     once = {repr((launch.kernel, sorted(launch.constants.items()))): launch for launch in launches}
     usages = check(list(once.values()), architecture, tmp_path)
     products = [usage for usage in usages if usage.kernel.startswith(("_convolve", "_correlate"))]
@@ -503,7 +503,9 @@ def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytes
     ):
         dispatch.dispatched("conv3x3_dual")(x, x_dot, factors, factors, 1, precision="tf32")
     assert taken == ["tma", "tma", "triton", "triton", "triton", "triton"]
-    dispatch.dispatched("conv3x3_dual")(few.double(), few.double(), weight.double(), weight.double(), 1, "tf32")
+    dispatch.dispatched("conv3x3_dual")(
+        few.double(), few.double(), weight.double(), weight.double(), 1, precision="tf32"
+    )
     assert taken[-1] == "cudnn"
 
 
@@ -577,9 +579,10 @@ def test_memory_beside_planes_is_planned_as_it_is_taken(samples: int, side: int,
 
 @needs_triton
 def test_boxes_refuse_what_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtt_fast.kernels.triton import tma, weights
+    from mtt_fast.kernels.triton import weights
+    from mtt_fast.kernels.triton.conv import TMA
 
     monkeypatch.setattr(weights, "launch", lambda *_, **__: None)
     x, weight = torch.zeros(2, 6, 4, 4).contiguous(memory_format=torch.channels_last), torch.zeros(8, 6, 3, 3)
     with pytest.raises(ValueError, match="conv3x3: expected channels_last planes of whole 16 bytes a pixel"):
-        tma.conv3x3(x, weight, 1, "tf32")
+        TMA.conv3x3(x, weight, 1, "tf32")

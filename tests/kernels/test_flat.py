@@ -27,7 +27,7 @@ from mtt_fast.kernels import (
     WeightPlace,
     add_up,
     adjoint_step,
-    colour_warp_mask_transpose_add,
+    colour_warp_mask_transpose,
     image_patches,
     index_add,
     native,
@@ -39,6 +39,7 @@ from mtt_fast.kernels import (
 from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, needs_triton, recording
+from tests.kernels.helpers import assert_same_by_any_threads
 from tests.kernels.triton_comparison import compare, each_part
 
 SIZES = [0, 1, 15, 1003, (1 << 14) + 1, 400_003]  # less than a vector, around a block, several threads' shares
@@ -139,7 +140,8 @@ def test_an_adjoint_step_adds_the_gradient_of_a_batch_on_the_way(dtype: torch.dt
         parameters = torch.zeros(3, 13, dtype=dtype)
         parameters[:, 2], parameters[:, 5] = 0.3, -1.25  # contrast, and a displacement down
     rows, scale = torch.tensor([[4, 9], [0, 9], [4, 9]])[:, 0], torch.tensor(-0.3, dtype=dtype)
-    expected = colour_warp_mask_transpose_add(images_bar.clone(), rows.contiguous(), y_bar, parameters, scale)
+    moved = -scale * y_bar if parameters is None else colour_warp_mask_transpose(-scale * y_bar, parameters)
+    expected = index_add(images_bar.clone(), rows, moved, alpha=-1)
     batch = BatchGradient(images_bar, rows, y_bar, parameters)
     stepped = adjoint_step(adjoint, curvature, adjoint, scale, unwritten(adjoint), batch=batch)
     assert torch.equal(images_bar, expected)
@@ -147,16 +149,16 @@ def test_an_adjoint_step_adds_the_gradient_of_a_batch_on_the_way(dtype: torch.dt
 
 
 @pytest.mark.usefixtures("either_backend")
-def test_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+def test_results_do_not_depend_on_threads() -> None:
     a, b, c, d = vectors(400_003, 4, torch.float32)
-    lr, results = torch.tensor(0.3), []
-    for count in (1, 2, 3):
-        threads(count)
+    lr = torch.tensor(0.3)
+
+    def steps() -> tuple[Tensor, ...]:
         velocity = unwritten(a)
         theta = sgd_step(a, b, lr, unwritten(a), c, velocity, 0.9, 0.05)
-        results.append((theta, velocity, adjoint_step(a, b, c, lr, unwritten(a), d, 0.05)))
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+        return theta, velocity, adjoint_step(a, b, c, lr, unwritten(a), d, 0.05)
+
+    assert_same_by_any_threads(steps)
 
 
 V, LR = torch.zeros(6), torch.zeros(())
@@ -323,13 +325,9 @@ def test_the_distance_is_exact_to_rounding(distance: Distance, pairs: list[tuple
 
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", DISTANCE_DTYPES, ids=str)
-def test_the_native_distance_does_not_depend_on_threads(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_the_native_distance_does_not_depend_on_threads(dtype: torch.dtype) -> None:
     a, b = two_vectors(3_000_001, dtype)
-    results = set()
-    for count in (1, 2, 3, 7):
-        threads(count)
-        results.add(squared_distance(a, b).item())
-    assert len(results) == 1
+    assert_same_by_any_threads(lambda: [squared_distance(a, b)])
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

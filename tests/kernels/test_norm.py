@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, in_parts, meta, recording
-from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, plane_arguments, refused
+from tests.kernels.helpers import EPS, FORMATS, PLANES, assert_same_by_any_threads, jvp, plane_arguments, refused
 from tests.kernels.triton_comparison import compare, each_part
 
 
@@ -150,14 +149,9 @@ def test_a_constant_plane_is_finite() -> None:
 
 
 @pytest.mark.native
-def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+def test_native_results_do_not_depend_on_threads() -> None:
     given = plane_arguments((9, 70, 8, 9), torch.float32, torch.channels_last)
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append(list(plane_results(kernels, given).values()))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_by_any_threads(lambda: plane_results(kernels, given).values())
 
 
 ZEROS, CHANNEL, STATISTIC = torch.zeros(2, 4, 6, 6), torch.zeros(4), torch.zeros(2, 4)

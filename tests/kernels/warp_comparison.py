@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.kernels import BatchGradient
 from tests.kernels.comparison import Case, check
 
 # (B, C, H, W): one channel, blocks of pixels that are not whole, more channels than an image's, a line of pixels, and as many
@@ -49,25 +50,29 @@ def added_warps(device: str, shape: tuple[int, int, int, int]) -> None:
     index = torch.tensor([3, 0, 3, 3])[: shape[0]]
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         out, y_bar = torch.randn(5, *shape[1:], dtype=dtype), torch.randn(shape, dtype=dtype)
-        factor = torch.tensor(-0.37, dtype=dtype)
+        scale = torch.tensor(-0.37, dtype=dtype)
         for rows in (parameters, None):
-            wide = None if rows is None else rows.double()
-            expected = reference.colour_warp_mask_transpose_add(
-                out.to(torch.float64, copy=True), index, y_bar.double(), wide, factor.double()
-            )
+            wide_rows = None if rows is None else rows.double()
+            wide = BatchGradient(out.to(torch.float64, copy=True), index, y_bar.double(), wide_rows)
+            move(reference, wide, scale.double())
             moved_rows = None if rows is None else rows.to(device, dtype)
-            given = (index.to(device), y_bar.to(device), moved_rows, factor.to(device))
-            case = ("colour_warp_mask_transpose_add", shape, str(dtype), rows is not None)
+            given = (index.to(device), y_bar.to(device), moved_rows)
+            case = ("adjoint_step with colour_warp_mask_transpose", shape, str(dtype), rows is not None)
 
-            def added(given: Any = given, out: Tensor = out) -> Tensor:
+            def added(given: Any = given, out: Tensor = out, scale: Tensor = scale) -> Tensor:
                 moved = out.to(device, copy=True)
                 version = moved._version
-                result: Tensor = triton.colour_warp_mask_transpose_add(moved, *given)
-                assert result is moved
+                move(triton, BatchGradient(moved, *given), scale.to(device))
                 assert moved._version > version  # autograd is told
-                return result
+                return moved
 
-            check(case, added, expected.to(dtype), tolerance)
+            check(case, added, wide.out.to(dtype), tolerance)
+
+
+def move(back_end: Any, batch: BatchGradient, scale: Tensor) -> None:
+    """Add the gradient of a batch by a step of the adjoint, whose vectors are of no account."""
+    vector, out = batch.y_bar.new_zeros(2, 1)
+    back_end.adjoint_step(vector, vector, vector, scale, out, None, 0.0, batch)
 
 
 def warp_cases(device: str) -> list[Case]:

@@ -15,14 +15,8 @@ from mtt_fast import ConvNet, InputError
 from mtt_fast.engine.students.batch import Batch
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
-from mtt_fast.kernels import native
 from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import assert_close
-
-
-@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "reference"])
-def either_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", request.param == "native")
 
 
 def case(net: ConvNet, batch: int, label_kind: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
