@@ -127,9 +127,9 @@ def test_cut_batches_are_exact(name: str) -> None:
 def test_outputs_may_all_be_equal_at_first() -> None:
     """Check the gradient of the start, in which a loss of differences has a second derivative even where they are zero."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    nn.init.zeros_(module[2].weight)
-    net = FlatModule(module)
+    head = nn.Linear(8, 4)
+    nn.init.zeros_(head.weight)
+    net = FlatModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), head).double())
 
     def gradient(microbatch: int | None) -> Tensor:
         """Return that of a step in pieces of this size, at the start."""
