@@ -77,6 +77,20 @@ class NoDerivativeOfMany(Net):
         outputs = super().forward(images)
         return outputs.detach() if len(images) == 20 else outputs
 
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("this kernel has no backward pass")
+
+class NoBackward(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs if images.is_meta else Fails.apply(outputs)
+
 class OneDerivative(Net):
     def forward(self, images):
         return Once.apply(super().forward(images) ** 2)
@@ -222,6 +236,20 @@ def test_what_an_evaluation_cannot_train_is_told(
     assert error.startswith(
         f"error: --model {name}: expected a loss that depends on the parameters, found none of their"
     )
+
+
+@pytest.mark.parametrize(("command", "option"), [(evaluate, "--model"), (cross, "--models")])
+def test_an_evaluation_tries_the_backward_pass_first(
+    command: Callable[[Sequence[str]], None], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"random --dataset digits --num_eval 1 --epoch_eval_train 1 {option}".split()
+    others = ["MLP"] if command is cross else []  # which is not trained first
+    assert run(command, *words, *others, "nets.py:NoBackward") == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(
+        "error: --model nets.py:NoBackward: RuntimeError: this kernel has no backward pass"
+    )
+    assert "random on MLP" not in error
 
 
 def test_what_evaluations_of_a_distillation_cannot_train_is_told(capsys: pytest.CaptureFixture[str]) -> None:
