@@ -150,7 +150,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     window_start: Annotated[NonNegative, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
-    """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
+    """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha), and their labels unless
+    --teacher_label labels all images"""
     msz_per_channel: Count | None = None
     """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
