@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.compress import check_compressed_from, compress, waypoint_folder
 from mtt_fast.data import DatasetInfo, ImageData
@@ -73,9 +75,13 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
 
 
 def check_experts(
-    options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, requested: Mapping[str, Any]
+    options: DistillOptions,
+    data: ImageData | DatasetInfo,
+    network: Trainable,
+    device: torch.device,
+    requested: Mapping[str, Any],
 ) -> None:
-    """Raise `InputError` unless the run can use the experts that exist, and can train or compress the missing ones.
+    """Raise `InputError` unless the run can use the experts that exist, and can train or compress the missing ones, on `device`.
 
     `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
     yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
@@ -84,7 +90,7 @@ def check_experts(
     check_missing_experts(options, data)
     inventory = inventory_of(options, data)
     uncompressed, identity = experts_in(inventory.uncompressed_folder), data.identity(zca=options.zca)
-    _check_others_can_be_made(options, inventory, uncompressed, network, identity)
+    _check_others_can_be_made(options, inventory, uncompressed, network, device, identity)
     store = uncompressed if inventory.num_to_compress else experts_in(inventory.matched_folder)
     if store is None:
         return
@@ -103,6 +109,7 @@ def _check_others_can_be_made(
     inventory: ExpertInventory,
     uncompressed: TrajectoryStore | None,
     network: Trainable,
+    device: torch.device,
     identity: DatasetIdentity,
 ) -> None:
     """Raise `InputError` unless missing experts can be trained, and compressed, beside the existing `uncompressed` ones."""
@@ -115,7 +122,7 @@ def _check_others_can_be_made(
         if written:
             check_output_folder(folder, "choose another `buffer_path`")
     if inventory.num_missing and uncompressed is not None:
-        precision = uncompressed.metadata(0).precision or options.precision
+        precision = precision_on(device, network, options.precision)
         check_trained_alike(
             uncompressed, network, identity, options.experts(), options.seed, uncompressed.dtype(0), precision
         )
