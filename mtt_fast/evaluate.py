@@ -110,6 +110,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "source": options.source,
                 "accuracy": accuracies[first].record(),
                 "model": first,
+                "network": networks[first].describe(),
                 "accuracy_by_network": {name: accuracy.record() for name, accuracy in accuracies.items()},
                 "lr": lr,
                 "images": options.ipc * data.num_classes

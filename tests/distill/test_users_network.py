@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mtt_fast import TrajectoryStore
+from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.analysis.measured import finished_runs, measurements
 from mtt_fast.baselines.command import main as baseline
 from mtt_fast.commands import cli
@@ -187,6 +188,24 @@ def test_a_cell_of_another_version_is_measured_again() -> None:
     assert len(cells()) == len(cells()) == 1
     change("torch.tanh", "torch.sin")
     assert len(cells()) == 2
+
+
+def test_accuracies_of_two_versions_give_no_score(capsys: pytest.CaptureFixture[str]) -> None:
+    def score(distilled: str) -> int:
+        return run(analysis, *f"score --full 90 --distilled {distilled}.json --random random.json".split())
+
+    words = "--dataset digits --model nets.py:Net --num_eval 1 --epoch_eval_train 1 --out".split()
+    assert run(baseline, *DC, "--out", "run") == 0
+    assert run(evaluate, "random", *words, "random.json") == run(evaluate, "run", *words, "first.json") == 0
+    change("torch.tanh", "torch.sin")
+    assert run(evaluate, "run", *words, "second.json") == 0
+    assert score("first") == 0
+    assert score("second") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error
+        == "error: --random: expected the nets.py:Net of the files before it, found another version of its code; evaluate again"
+    )
 
 
 def test_runs_of_two_versions_are_not_one_measurement() -> None:
