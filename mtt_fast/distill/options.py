@@ -33,6 +33,7 @@ from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.storage.run_files import last_name
 from mtt_fast.training.experts import ExpertTraining
 
 PROGRAM = "python -m mtt_fast.distill"
@@ -230,7 +231,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     def folder(self) -> Path:
         """Return the run folder."""
         return Path(
-            self.out or Path("runs") / (self.recipe or f"{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
+            self.out or Path("runs") / (self.recipe or f"{last_name(self.subset or self.dataset)}-ipc{self.ipc}")
         )
 
     def experts(self) -> ExpertTraining:
