@@ -25,7 +25,7 @@ from mtt_fast.commands.evaluated_set import (
     read_synthetic,
     settings_of,
 )
-from mtt_fast.commands.network_trial import named_after_option
+from mtt_fast.commands.network_trial import named_after_option, try_users_network
 from mtt_fast.commands.option_fields import Checked, Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.students.choice import describe_numerics, precision_on
@@ -84,6 +84,8 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     evaluated = EvaluatedSet(options.source, options, synthetic)
     data = evaluated.load_data()
     networks = options.evaluated_networks(data)
+    for name, network in networks.items():
+        try_users_network(name, network, data.image_shape, data.num_classes, device, protocol.batch_size)
     real = evaluated.real_images(data, device)
     train, lr = evaluated.training_images(real)
     protocol = dataclasses.replace(protocol, lr=lr)  # so that its description names the rate that is used
@@ -108,6 +110,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "source": options.source,
                 "accuracy": accuracies[first].record(),
                 "model": first,
+                "network": networks[first].describe(),
                 "accuracy_by_network": {name: accuracy.record() for name, accuracy in accuracies.items()},
                 "lr": lr,
                 "images": options.ipc * data.num_classes

@@ -65,9 +65,14 @@ def user_errors(option: str, name: str, *passed: type[Exception]) -> Iterator[No
     except (Exception, SystemExit) as error:
         if isinstance(error, (InputError, *passed)):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f" ({each.filename}, line {each.lineno})" for each in frames if not each.filename.startswith(_NOT_OWN)]
-        raise InputError(f"`{option}` {name}: {type(error).__name__}: {error}{''.join(own[-1:])}") from error
+        raise InputError(f"`{option}` {name}: {type(error).__name__}: {error}{line_of(error)}") from error
+
+
+def line_of(error: BaseException) -> str:
+    """Return " (FILE, line N)" of the last line that led to `error` in code other than torch's and this package's; "" without one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f" ({each.filename}, line {each.lineno})" for each in frames if not each.filename.startswith(_NOT_OWN)]
+    return "".join(lines[-1:])
 
 
 def _module_of_file(path: Path) -> ModuleType:

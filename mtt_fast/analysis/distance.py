@@ -21,7 +21,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
-from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.storage.run_files import SYNTHETIC, last_name
 from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.text_files import write_text
 from mtt_fast.training.experts import ExpertTraining, expert_steps
@@ -160,7 +159,7 @@ def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]
         labelled = bool(equals) and not Path(argument).exists()  # a path may hold the sign as well
         file = Path(path if labelled else argument)
         if not labelled:
-            label = os.path.basename(os.path.abspath(file.parent if file.is_file() else file))
+            label = last_name(file.parent if file.is_file() else file)
         if not label.strip():
             raise InputError(
                 f"{argument}: expected a label before =, found none; give LABEL=FOLDER, or the folder alone"

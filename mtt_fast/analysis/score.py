@@ -22,6 +22,7 @@ from mtt_fast.commands.evaluated_set import RANDOM
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.interop import label_robust_score
+from mtt_fast.networks.users_network import is_same_function
 from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import verified
 from mtt_fast.storage.regular import read_text
@@ -63,6 +64,8 @@ class _Accuracy(NamedTuple):
 
     mean: float
     setting: dict[str, str]
+    network: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    """the description of its network (`Trainable.describe`), where a file has it"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -148,18 +151,23 @@ def _read_accuracy(option: str, path: Path) -> _Accuracy:
             path,
             record["source"],
         )
-    return _Accuracy(mean, setting)
+    return _Accuracy(mean, setting, record.get("network", {}))
 
 
 def _common_setting(accuracies: dict[str, _Accuracy]) -> dict[str, str]:
     """Return the setting that the files name. Raises `InputError` where files differ: such numbers do not compare."""
     common: dict[str, str] = {}
+    first = next((accuracy.network for accuracy in accuracies.values() if accuracy.network), {})
     for name, accuracy in accuracies.items():
         for field, value in accuracy.setting.items():
             if common.setdefault(field, value) != value:
                 raise InputError(
                     f"--{name}: expected the {field} {common[field]} as in the files before it, found {value}"
                 )
+        if not is_same_function(first, accuracy.network):
+            raise InputError(
+                f"--{name}: expected the {common['model']} of the files before it, found another version of its code; evaluate again"
+            )
     return common
 
 

@@ -12,7 +12,6 @@ later paper has other numbers.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.errors import InputError
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
+from mtt_fast.storage.run_files import last_name
 from mtt_fast.storage.text_files import write_text
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _costs_and_shares(paper: Paper) -> str:
 
 def _name(row: Row) -> str:
     """Return the method, with the runs in a row that is not the paper's, so that such rows can be told apart."""
-    runs = {os.path.basename(os.path.abspath(run)): None for value in row.measured.values() for run in value.runs}
+    runs = {last_name(run): None for value in row.measured.values() for run in value.runs}
     return row.method if row.published else f"{row.method} ({', '.join(runs)})"
 
 

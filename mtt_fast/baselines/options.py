@@ -18,6 +18,7 @@ from mtt_fast.commands.options import (
     Seconds,
     Share,
 )
+from mtt_fast.storage.run_files import last_name
 from mtt_fast.training.experts import ExpertTraining
 from mtt_fast.training.protocols import EvaluationProtocol
 
@@ -50,7 +51,7 @@ class BaselineOptions(EvaluationOptions):
 
     def folder(self, method: str) -> Path:
         """Return the run folder."""
-        return Path(self.out or Path("runs") / f"{method}-{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
+        return Path(self.out or Path("runs") / f"{method}-{last_name(self.subset or self.dataset)}-ipc{self.ipc}")
 
     @property
     def uses_network(self) -> bool:

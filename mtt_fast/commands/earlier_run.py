@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from mtt_fast.commands.option_fields import Role, fields_of, outside_result
 from mtt_fast.data.catalogue import name_of
 from mtt_fast.errors import InputError
-from mtt_fast.storage.run_files import CHECKPOINT
+from mtt_fast.storage.run_files import CHECKPOINT, last_name
 from mtt_fast.storage.run_folder import read_config
 from mtt_fast.storage.run_summary import broken_summary, read_summary
 from mtt_fast.storage.text_files import MALFORMED
@@ -133,7 +133,7 @@ def _other_values(earlier: Mapping[str, Any] | None, options: Any) -> Iterator[t
 def _same_dataset(before: str, now: str) -> bool:
     """Return whether two values of --dataset mean one data set, or image folders of one name."""
     names = name_of(before), name_of(now)
-    return names[0] == names[1] if any(names) else Path(before).name == Path(now).name
+    return names[0] == names[1] if any(names) else last_name(before) == last_name(now)
 
 
 def is_finished(folder: Path, options: Any, iterations: int) -> bool:

@@ -27,7 +27,7 @@ from mtt_fast.commands.evaluated_set import (
     read_synthetic,
     settings_of,
 )
-from mtt_fast.commands.network_trial import named_after_option
+from mtt_fast.commands.network_trial import named_after_option, try_users_network
 from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
@@ -122,9 +122,10 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         raise InputError("--other_data: expected a set that records its images, found none; leave it out")
     # the images of all sets are compared before the first network is trained
     data_of_rows = [row.load_data() for row in sets]
+    networks_of_rows = [_networks(options.models, row, data) for row, data in zip(sets, data_of_rows, strict=True)]
+    _try_networks(sets, data_of_rows, networks_of_rows, device)
     log.info("%s", protocols)
-    for row, data in zip(sets, data_of_rows, strict=True):
-        networks = _networks(options.models, row, data)
+    for row, data, networks in zip(sets, data_of_rows, networks_of_rows, strict=True):
         real = row.real_images(data, device)
         train, lr = row.training_images(real)
         row_key = _row_key(row, real, train, lr)
@@ -168,6 +169,22 @@ def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict
     if models:
         return {name: network_by_name(name, data.image_shape, data.num_classes, option="models") for name in models}
     return row.options.evaluated_networks(data)
+
+
+def _try_networks(
+    sets: Sequence[EvaluatedSet],
+    data_of_rows: Sequence[ImageData],
+    networks_of_rows: Sequence[Mapping[str, Trainable]],
+    device: torch.device,
+) -> None:
+    """Try each network of the user's own once for each shape of images. Raises `InputError` as `try_users_network`."""
+    tried = set()
+    for row, data, networks in zip(sets, data_of_rows, networks_of_rows, strict=True):
+        batch = row.options.evaluation_protocol().batch_size
+        for name, network in networks.items():
+            if (key := (name, data.image_shape, data.num_classes)) not in tried:
+                tried.add(key)
+                try_users_network(name, network, *key[1:], device, batch)
 
 
 def _row_key(row: EvaluatedSet, real: RealImages, train: Train, lr: float) -> dict[str, Any]:

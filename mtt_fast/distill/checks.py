@@ -70,7 +70,7 @@ def check_fits(
     check_options_fit(options, data, network, device)
     canvas_size = options.canvas_size if options.texture else 1
     check_enough(data, options.ipc, canvas_size, options.window_start_image)
-    check_experts(options, data, network, requested)
+    check_experts(options, data, network, device, requested)
     check_cam_expert(options, data)
 
 

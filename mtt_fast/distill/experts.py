@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.compress import check_compressed_from, compress, waypoint_folder
 from mtt_fast.data import DatasetInfo, ImageData
@@ -81,9 +83,13 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
 
 
 def check_experts(
-    options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, requested: Mapping[str, Any]
+    options: DistillOptions,
+    data: ImageData | DatasetInfo,
+    network: Trainable,
+    device: torch.device,
+    requested: Mapping[str, Any],
 ) -> None:
-    """Raise `InputError` unless the run can use the experts that exist, and can train or compress the missing ones.
+    """Raise `InputError` unless the run can use the experts that exist, and can train or compress the missing ones, on `device`.
 
     `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
     yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
@@ -91,7 +97,7 @@ def check_experts(
     """
     inventory, identity = inventory_of(options, data), data.identity(zca=options.zca)
     check_missing_experts(options, inventory)
-    _check_others_can_be_made(options, inventory, network, identity)
+    _check_others_can_be_made(options, inventory, network, device, identity)
     uncompressed = inventory.uncompressed
     store = uncompressed if inventory.num_to_compress else inventory.ready
     if store is None:
@@ -107,7 +113,11 @@ def check_experts(
 
 
 def _check_others_can_be_made(
-    options: DistillOptions, inventory: ExpertInventory, network: Trainable, identity: DatasetIdentity
+    options: DistillOptions,
+    inventory: ExpertInventory,
+    network: Trainable,
+    device: torch.device,
+    identity: DatasetIdentity,
 ) -> None:
     """Raise `InputError` unless missing experts can be trained, and compressed, beside the existing ones."""
     uncompressed = inventory.uncompressed
@@ -120,7 +130,7 @@ def _check_others_can_be_made(
         if written:
             check_output_folder(folder, "choose another `buffer_path`")
     if inventory.num_missing and uncompressed is not None:
-        precision = uncompressed.metadata(0).precision or options.precision
+        precision = precision_on(device, network, options.precision)
         hyperparameters, dtype = options.experts().record(), uncompressed.dtype(0)
         common = CommonTraining(network, identity, hyperparameters, options.seed, dtype, precision)
         check_trained_alike(uncompressed, common)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.commands.option_fields import MAY_BE_EMPTY, Checked, Group, Needs, Remark, Role
+from mtt_fast.commands.option_fields import MAY_BE_EMPTY, Checked, Group, Needs, Remark, Role, fields_of
 from mtt_fast.commands.options import (
     AtLeastTwo,
     Count,
@@ -33,6 +33,7 @@ from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.storage.run_files import last_name
 from mtt_fast.training.experts import ExpertTraining
 
 PROGRAM = "python -m mtt_fast.distill"
@@ -150,7 +151,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     window_start: Annotated[NonNegative, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
-    """share of each class's images that is distilled; the others, the last ones, keep their pixels and labels (SelMatch's alpha)"""
+    """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha), and their labels unless
+    --teacher_label labels all images"""
     msz_per_channel: Count | None = None
     """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
@@ -229,7 +231,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     def folder(self) -> Path:
         """Return the run folder."""
         return Path(
-            self.out or Path("runs") / (self.recipe or f"{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
+            self.out or Path("runs") / (self.recipe or f"{last_name(self.subset or self.dataset)}-ipc{self.ipc}")
         )
 
     def experts(self) -> ExpertTraining:
@@ -341,9 +343,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         """Raise `InputError` for the first values that do not fit each other. Single values are checked when they are parsed."""
         self._check_start_epochs()
         if self.teacher_label and self.lr_y is not None:
-            raise InputError(
-                "--teacher_label, --lr_y: expected one of them, found both: the labels either come from experts or are learned"
-            )
+            raise _found_both("--teacher_label", "--lr_y", "the labels either come from experts or are learned")
         if self.loss_ratio and self.depth_ratio:
             raise InputError(
                 f"--loss_ratio {self.loss_ratio:g}, --depth_ratio {self.depth_ratio:g}: expected one of them, found both, as in PAD's "
@@ -352,7 +352,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         if self.label_init == "experts" and self.lr_y is None:
             raise InputError("--label_init experts: expected --lr_y with it (0 keeps the initial labels)")
         if self.memory_budget != AUTO and self.microbatch is not None:
-            raise InputError("--microbatch, --memory_budget: expected one of them, found both")
+            raise _found_both("--microbatch", "--memory_budget", "either decides on the pieces of a batch")
         if self.texture:
             self._check_texture()
         self._check_window()
@@ -424,9 +424,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 "leave one of them out"
             )
         if self.distilled_share < 1:
-            raise InputError(
-                f"--msz_per_channel {self.msz_per_channel}, --distilled_share {self.distilled_share:g}: expected one of them, found both; "
-                "real images keep all their frequencies"
+            raise _found_both(
+                f"--msz_per_channel {self.msz_per_channel}",
+                f"--distilled_share {self.distilled_share:g}",
+                "real images keep all their frequencies",
             )
         if self.ipc < 2:
             raise InputError(
@@ -444,9 +445,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         }
         for other, given in others.items():
             if self.parametrisation is not None and given:
-                raise InputError(
-                    f"--parametrisation {self.parametrisation}, {other}: expected one of them, found both; it decides on the pixels"
-                )
+                raise _found_both(f"--parametrisation {self.parametrisation}", other, "it decides on the pixels")
 
     def _check_texture(self) -> None:
         """Raise `InputError` for options that need images of the networks' input size, which canvases do not have."""
@@ -461,6 +460,14 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         }
         for other, given in others.items():
             if given:
-                raise InputError(
-                    f"--texture, {other}: expected one of them, found both; a canvas is larger than an image"
-                )
+                raise _found_both("--texture", other, "a canvas is larger than an image")
+
+
+def _found_both(first: str, second: str, reason: str) -> InputError:
+    """Return the error for two options that exclude each other for a `reason`, either of which a recipe or an earlier run may bring."""
+    fields, names = fields_of(DistillOptions), [each.split()[0].removeprefix("--") for each in (first, second)]
+    off = [f"--no_{name}" if fields[name].is_switch else f"--{name} {fields[name].default}" for name in names]
+    return InputError(
+        f"{first}, {second}: expected one of them, found both: {reason}; leave one of them out, or turn one off that the recipe or the run "
+        f"brings, by {' or '.join(off)}"
+    )

@@ -70,6 +70,10 @@ class ExpertTrainingOptions(TrainingOptions):
             remarks.append(
                 "--dsa False leaves images as they are; the public code's buffer.py then crops, scales or rotates them"
             )
+        if self.decay and self.train_epochs // 2 + 2 >= self.train_epochs:
+            remarks.append(
+                f"--decay has no effect at --train_epochs {self.train_epochs}, as in the public code: the rate falls after --train_epochs / 2 + 2 epochs"
+            )
         return remarks
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:

@@ -21,7 +21,7 @@ from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
 from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_tensor_set, class_major
 from mtt_fast.storage.foreign import names_in
-from mtt_fast.storage.run_files import SYNTHETIC
+from mtt_fast.storage.run_files import SYNTHETIC, last_name
 
 SET_KINDS = {
     "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",
@@ -214,7 +214,7 @@ def _only(source: Path, pattern: str) -> Path:
 def _dataset(distilled: SyntheticDataset | TensorSet, dataset: str | None) -> str:
     """Return the name of the data set for names of files: of an image folder, which is given as a path, the last part."""
     path = dataset or (None if isinstance(distilled, TensorSet) else distilled.recipe.get("dataset"))
-    name = os.path.basename(os.path.abspath(path)) if path else ""
+    name = last_name(path) if path else ""
     if not name:
         raise InputError(
             "`dataset`: expected the data set's name, which is part of the other software's file names, found none"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.parametrisations.ddif import Ddif
-from mtt_fast.parametrisations.parametrisation import Parametrisation
+from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_parameters
 from mtt_fast.parametrisations.speed import Speed
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.numerics import numerics
@@ -44,8 +44,9 @@ def fit_parametrisation(
     """Fit the `parametrisation` called `name` to the initial `images` (n, C, H, W), on its device.
 
     It draws from torch's default generators what `generator` determines, so that a run that continues fits it to the same values.
-    Raises `InputError` with the error that it raises, and `Stopped` on Ctrl-C or SIGTERM.
+    Raises `InputError` with the error that it raises, and if other parameters are learned afterwards; `Stopped` on Ctrl-C or SIGTERM.
     """
+    before = _learned(parametrisation)
     with (
         user_errors("parametrisation", name, Stopped),
         torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
@@ -54,6 +55,20 @@ def fit_parametrisation(
     ):
         torch.manual_seed(_seed_from(generator))
         parametrisation.fit(images)
+    if (after := _learned(parametrisation)) != before:
+        missing, new = (", ".join(sorted(each)) or "none" for each in (before - after, after - before))
+        raise InputError(
+            f"`parametrisation` {name}: fit: expected the learned parameters of __init__, found {new} in place of {missing}; write values "
+            "into them, as in `with torch.no_grad(): self.x.copy_(…)`"
+        )
+
+
+def _learned(parametrisation: Parametrisation) -> set[str]:
+    """Return descriptions of the learned parameters, by which they are compared."""
+    return {
+        f"{key} {each.dtype} {tuple(each.shape)}{' of inference mode' if each.is_inference() else ''}"
+        for key, each in learned_parameters(parametrisation).items()
+    }
 
 
 def _seed_from(generator: torch.Generator) -> int:

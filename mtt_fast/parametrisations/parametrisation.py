@@ -54,6 +54,7 @@ class Parametrisation(nn.Module):
     def fit(self, images: Tensor) -> None:
         """Fit the parameters to the initial `images` (n, C, H, W), on their device, to which the module has been moved.
 
+        The learned parameters have to keep their names, dtypes and shapes.
         It is called when a run starts or continues, but not when options are checked before. Random numbers of torch's default
         generators are the same each time. Here it does nothing.
         """

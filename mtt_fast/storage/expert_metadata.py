@@ -55,7 +55,15 @@ class ExpertMetadata:
 
     @classmethod
     def of(cls, network: Trainable, identity: DatasetIdentity = UNKNOWN, **others: Any) -> ExpertMetadata:
-        """Return the metadata of an expert of `network` that was trained on the images of `identity`, with the `others` as given."""
+        """Return the metadata of an expert of `network` that was trained on the images of `identity`, with the `others` as given.
+
+        Raises `InputError` for a network without a description, such as a plain `nn.Module`.
+        """
+        if isinstance(network, type) or not hasattr(network, "layout"):
+            found = type(network).__name__
+            raise InputError(
+                f"`network`: expected a ConvNet, or a FlatModule of a torch.nn.Module, found an object of {found}"
+            )
         record = identity.record()
         own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
         return cls(network.describe(), network.layout.describe(), **own, data=record, **others)

@@ -1,4 +1,6 @@
-"""Name the files in the folder of a run."""
+"""Name the files in the folder of a run, and what a path names."""
+
+import os
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SECONDS = "seconds.json"
@@ -11,3 +13,8 @@ HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 EVALUATIONS = "evaluations"
 """The field of every method's checkpoint that holds the records of evaluations."""
+
+
+def last_name(path: str | os.PathLike[str]) -> str:
+    """Return the last name of a path, for one that ends in . or .. that of the folder, without following links."""
+    return os.path.basename(os.path.abspath(path))

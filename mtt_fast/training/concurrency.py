@@ -86,8 +86,9 @@ def run_concurrently(
     """Run `jobs`, `concurrency.at_once` at a time; yield (index of the job, result) when a job is done.
 
     The next job is taken from the iterable when one ends. On a CPU each job has its own thread. On CUDA one thread launches the
-    pieces of all jobs in turn, on one stream per job, so pieces should not wait for the device. If a job raises, or the caller
-    stops, the other jobs end after their current piece.
+    pieces of all jobs in turn, on one stream per job, so pieces should not wait for the device. If a job raises, each other one does
+    one piece more, in which a finished training returns its result, before the error is raised. If the caller stops, all end after
+    their current piece.
     """
     if device.type == "cuda":
         yield from round_robin(jobs, [_stream(device) for _ in range(concurrency.at_once)])
@@ -105,8 +106,13 @@ def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Ite
     try:
         while running:
             context, index, job = running[0]
-            with context():
-                done = _advance(job)
+            try:
+                with context():
+                    done = _advance(job)
+            except Exception:
+                running.popleft()
+                yield from _results_of_last_pieces(running)
+                raise
             running.rotate(-1)
             if done is not None:
                 running.pop()
@@ -115,6 +121,16 @@ def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Ite
     finally:
         for _, _, job in running:
             job.close()
+
+
+def _results_of_last_pieces(running: Iterable[tuple[Context, int, Job[Result]]]) -> Iterator[tuple[int, Result]]:
+    """Run one piece of each job after another one has failed; yield the results of those that end with it."""
+    for context, index, job in running:
+        done = None
+        with contextlib.suppress(Exception), context():
+            done = _advance(job)
+        if done is not None:
+            yield index, done[0]
 
 
 def _advance(job: Job[Result]) -> tuple[Result] | None:
@@ -144,18 +160,22 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterator[tuple[int, Result]]:
-    ended = threading.Event()
+    failed, ended = threading.Event(), threading.Event()
 
     def run(job: Job[Result]) -> Result:
         torch.set_num_threads(concurrency.threads)
         while not ended.is_set():
+            is_last = failed.is_set()
             if (done := _advance(job)) is not None:
                 return done[0]
+            if is_last:
+                break
         job.close()
         raise CancelledError
 
     waiting = enumerate(jobs)
     running: dict[Future[Result], int] = {}
+    error: BaseException | None = None
     # reset torch's number of threads afterwards, which threads that start later inherit
     with (
         _threads(torch.get_num_threads()),
@@ -163,16 +183,19 @@ def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterat
     ):
         try:
             while True:
-                for index, job in islice(waiting, concurrency.at_once - len(running)):
-                    running[pool.submit(run, job)] = index
+                if error is None:
+                    for index, job in islice(waiting, concurrency.at_once - len(running)):
+                        running[pool.submit(run, job)] = index
                 if not running:
-                    return
-                done = wait(running, return_when=FIRST_COMPLETED).done
-                for future in sorted(done, key=_has_failed):  # results first, as an error ends this
-                    yield running.pop(future), future.result()
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index = running.pop(future)
+                    if future.exception() is None:
+                        yield index, future.result()
+                    else:
+                        error = error or future.exception()
+                        failed.set()
         finally:
             ended.set()
-
-
-def _has_failed(future: Future[Result]) -> bool:
-    return future.exception() is not None
+    if error is not None:
+        raise error

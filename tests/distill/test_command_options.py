@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from mtt_fast import InputError
+from mtt_fast.baselines.options import BaselineOptions
 from mtt_fast.commands import parsing
+from mtt_fast.commands.earlier_run import check_same_run
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from tests.distill.command_runs import TOY, run
@@ -230,3 +232,12 @@ def test_the_last_segment_may_end_with_the_expert(experts: list[str], tmp_path: 
         json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"step"' in line
     )
     assert step["start_epoch"] == 2
+
+
+@pytest.mark.parametrize("dataset", ["../pets", ".", "../pets/", "train/.."])
+def test_a_run_of_an_image_folder_has_its_name(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path / "pets")
+    assert DistillOptions(dataset=dataset).folder() == Path("runs/pets-ipc1")
+    assert BaselineOptions(dataset=dataset).folder("dm") == Path("runs/dm-pets-ipc1")
+    check_same_run(Path("run"), {"dataset": dataset}, DistillOptions(dataset="/moved/pets"), ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -283,6 +284,18 @@ def test_buffers_of_the_public_code_are_not_passed_over(tmp_path: Path, capsys: 
     assert "found buffers of the public code such as replay_buffer_0.pt; convert them with" in problem
     assert "in another --buffer_path" in problem
     assert [path.name for path in experts(tmp_path).iterdir()] == ["replay_buffer_0.pt"]
+
+
+def test_a_dry_run_compares_the_precision_of_the_experts_as_the_run_does(
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = TrajectoryStore(experts(trained_folder))
+    other = dataclasses.replace(store.metadata(0), precision="bf16")
+    write_expert(experts(tmp_path), 0, torch.stack([store.read(0, epoch) for epoch in range(7)]), other)
+    for flags in (["--dry_run"], []):
+        assert run(tmp_path, tmp_path / "out", *FLAT, *flags, "--data_path", str(trained_folder / "data")) == 2
+        assert "trained with precision bf16, not fp32, tf32 or fp16; choose another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_tells_what_will_be_compressed(

@@ -118,6 +118,28 @@ def test_an_error_of_a_fit_is_told_in_one_line(capsys: pytest.CaptureFixture[str
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("self.pixels.requires_grad_(False)", "none in place of pixels torch.float32 (20, 1, 8, 8)"),
+        ("self.pixels = torch.nn.Parameter(images[:1])", "pixels torch.float32 (1, 1, 8, 8) in place of pixels torch"),
+        ("self.more = torch.nn.Parameter(torch.zeros(2))", "more torch.float32 (2,) in place of none"),
+    ],
+)
+def test_a_fit_to_other_parameters_is_refused(line: str, found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = f"\n    def fit(self, images):\n        {line}\n\n"
+    Path("own.py").write_text(OWN.replace("pixels[index]\n", f"pixels[index]\n{fit}", 1))
+    assert cli.run(main, [*TOY, "--out", "own", "--parametrisation", "own.py:Pixels"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--parametrisation own.py:Pixels: fit: expected the learned parameters of __init__, found " + found in error
+
+
+def test_a_fit_may_replace_a_parameter_by_one_of_its_shape() -> None:
+    fit = "\n    def fit(self, images):\n        self.pixels = torch.nn.Parameter(images.clone())\n\n"
+    Path("own.py").write_text(OWN.replace("pixels[index]\n", f"pixels[index]\n{fit}", 1))
+    assert torch.equal(distilled("fitted", "--parametrisation", "own.py:Pixels").images, distilled("plain").images)
+
+
 @pytest.mark.usefixtures("default_signals")
 def test_a_fit_that_is_stopped_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -19,7 +19,9 @@ import torch
 from filelock import FileLock
 
 from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.commands import cli
 from mtt_fast.commands.pictures import save_grid
+from mtt_fast.distill.command import main
 from mtt_fast.distill.experts import prepare_experts
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
@@ -324,3 +326,23 @@ def test_a_checkpoint_with_a_tensor_of_another_form_is_named(
         refused("plain", name, plain | {name: tensors[name]}, of_plain)
     save_tensors(tmp_path / "every" / "checkpoint.safetensors", tensors, metadata)
     assert run("--out", str(tmp_path / "every"), "--resume", "--Iteration", "2") == 0
+
+
+@pytest.mark.parametrize(
+    ("began", "resumed"),
+    [
+        ("--microbatch 4", "--memory_budget 1GiB --microbatch None"),
+        ("--memory_budget 1GiB", "--microbatch 4 --memory_budget auto"),
+    ],
+)
+def test_a_run_with_one_limit_of_memory_goes_on_with_the_other(
+    began: str, resumed: str, experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert cli.run(main, [*TOY, *experts, *out, "--Iteration", "0", *began.split()]) == 0
+    line = [*out, "--resume", "--Iteration", "1"]
+    assert cli.run(main, [*line, *resumed.split()[:2]]) == 2
+    error = capsys.readouterr().err
+    assert "--microbatch, --memory_budget: expected one of them, found both" in error
+    assert "by --microbatch None or --memory_budget auto" in error
+    assert cli.run(main, [*line, *resumed.split()]) == 0

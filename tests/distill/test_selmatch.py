@@ -106,6 +106,14 @@ def test_the_hardest_images_stay_as_they_are_and_the_others_are_distilled(digits
     assert state.images_velocity[~kept].any()
 
 
+def test_experts_label_the_images_that_are_not_distilled_too(digits: ImageData) -> None:
+    words = "--model ConvNetD1W4 --num_experts 1 --teacher_label --Iteration 1 --out run"
+    assert cli.run(main, [*TOY, *WINDOW, *words.split()]) == 0
+    distilled, store = SyntheticDataset.load("run/synthetic.safetensors"), TrajectoryStore("buffers/digits/ConvNetD1W4")
+    net = module_function(reference_convnet(1, 10, 8, 4, 1))
+    assert_close("labels", distilled.labels, net(store.read(0, 2), distilled.images).softmax(1), 1e-4)
+
+
 def test_iterations_are_those_written_out(digits: ImageData) -> None:
     """Compare two iterations on whole batches with plain torch, in which the real images are no parameters."""
     words = "--model ConvNetD1W4 --num_experts 1 --max_start_epoch 1 --Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --lr_img 20"

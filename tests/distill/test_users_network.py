@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mtt_fast import TrajectoryStore
+from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.analysis.measured import finished_runs, measurements
 from mtt_fast.baselines.command import main as baseline
 from mtt_fast.commands import cli
@@ -76,6 +77,20 @@ class NoDerivativeOfMany(Net):
     def forward(self, images):
         outputs = super().forward(images)
         return outputs.detach() if len(images) == 20 else outputs
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("this kernel has no backward pass")
+
+class NoBackward(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs if images.is_meta else Fails.apply(outputs)
 
 class OneDerivative(Net):
     def forward(self, images):
@@ -175,6 +190,24 @@ def test_a_cell_of_another_version_is_measured_again() -> None:
     assert len(cells()) == 2
 
 
+def test_accuracies_of_two_versions_give_no_score(capsys: pytest.CaptureFixture[str]) -> None:
+    def score(distilled: str) -> int:
+        return run(analysis, *f"score --full 90 --distilled {distilled}.json --random random.json".split())
+
+    words = "--dataset digits --model nets.py:Net --num_eval 1 --epoch_eval_train 1 --out".split()
+    assert run(baseline, *DC, "--out", "run") == 0
+    assert run(evaluate, "random", *words, "random.json") == run(evaluate, "run", *words, "first.json") == 0
+    change("torch.tanh", "torch.sin")
+    assert run(evaluate, "run", *words, "second.json") == 0
+    assert score("first") == 0
+    assert score("second") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error
+        == "error: --random: expected the nets.py:Net of the files before it, found another version of its code; evaluate again"
+    )
+
+
 def test_runs_of_two_versions_are_not_one_measurement() -> None:
     for out, seed in (("first", "0"), ("second", "1")):
         assert run(baseline, *DC, "--out", out, "--seed", seed) == 0
@@ -222,6 +255,20 @@ def test_what_an_evaluation_cannot_train_is_told(
     assert error.startswith(
         f"error: --model {name}: expected a loss that depends on the parameters, found none of their"
     )
+
+
+@pytest.mark.parametrize(("command", "option"), [(evaluate, "--model"), (cross, "--models")])
+def test_an_evaluation_tries_the_backward_pass_first(
+    command: Callable[[Sequence[str]], None], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"random --dataset digits --num_eval 1 --epoch_eval_train 1 {option}".split()
+    others = ["MLP"] if command is cross else []  # which is not trained first
+    assert run(command, *words, *others, "nets.py:NoBackward") == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(
+        "error: --model nets.py:NoBackward: RuntimeError: this kernel has no backward pass"
+    )
+    assert "random on MLP" not in error
 
 
 def test_what_evaluations_of_a_distillation_cannot_train_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -353,6 +354,19 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
 def test_a_plan_of_wrong_arguments_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         planned("1GiB", **change)
+
+
+def test_a_network_that_reads_values_is_told_with_the_line_that_does() -> None:
+    class Reads(torch.nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images if bool((images > 0).any()) else images + 1)
+
+    line = Reads.forward.__code__.co_firstlineno + 1
+    message = (
+        rf"on meta tensors' \({re.escape(__file__)}, line {line}\) for images \(5,\); .* read no tensor's value in it"
+    )
+    with pytest.raises(InputError, match=message):
+        mtt_fast.plan(FlatModule(Reads(5, 2)), images=(4, 5), steps=2, memory_budget="1GiB")
 
 
 def test_a_smaller_plan_saves_nothing_and_then_has_pieces_of_half_the_size() -> None:

@@ -222,6 +222,18 @@ def test_mistakes_are_told(
     assert [path.read_bytes() for path in sorted(buffers(tmp_path).iterdir())] == before
 
 
+@pytest.mark.parametrize(("epochs", "told"), [("4", True), ("5", False)])
+def test_a_decay_that_comes_too_late_is_told(
+    epochs: str, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name, flags in (("plain", []), ("decayed", ["--decay"])):
+        assert run(tmp_path / name, "--num_experts", "1", "--train_epochs", epochs, *flags) == 0
+    assert (f"--decay has no effect at --train_epochs {epochs}, as in the public code" in caplog.text) == told
+    plain, decayed = (TrajectoryStore(buffers(tmp_path / name)).read(0, int(epochs)) for name in ("plain", "decayed"))
+    assert torch.equal(plain, decayed) == told
+
+
 def test_flags_of_the_public_code_without_a_use_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert run(tmp_path, "--save_interval", "10", "--num-experts", "1", "--dsa", "True") == 0

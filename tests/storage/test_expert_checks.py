@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import TrajectoryStore
+from mtt_fast import ConvNet, TrajectoryStore
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import full_name, network_by_name, short_name
@@ -294,3 +294,13 @@ def test_a_network_that_does_not_tell_is_unknown() -> None:
 
 def test_the_name_of_kips_network_is_known() -> None:
     assert full_name({"kind": "ConvNetKIP"}) == full_name({"kind": "ConvNetW1024NN"}) == "ConvNetD3W1024ARNNAP"
+
+
+@pytest.mark.parametrize(
+    ("network", "found"), [(torch.nn.Linear(2, 3), "Linear"), (ConvNet, "type"), (None, "NoneType")]
+)
+def test_metadata_of_anything_but_a_network_are_refused(network: Any, found: str) -> None:
+    with pytest.raises(
+        InputError, match=f"^`network`: expected a ConvNet, or a FlatModule of a .*, found an object of {found}$"
+    ):
+        ExpertMetadata.of(network)

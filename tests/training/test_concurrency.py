@@ -137,6 +137,34 @@ def test_results_that_are_there_come_before_an_error(monkeypatch: pytest.MonkeyP
     assert sorted(found) == list(range(1, 10))
 
 
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_a_job_that_has_only_to_return_its_result_comes_before_an_error(in_threads: bool) -> None:
+    """Check it for an expert that is trained and not yet returned when another one is stopped."""
+    trained, failed = threading.Event(), threading.Event()
+
+    def last_piece() -> Job[int]:
+        trained.set()
+        assert not in_threads or failed.wait(100)
+        time.sleep(0.1)  # in which the error arrives
+        yield
+        return 7
+
+    def failing() -> Job[int]:
+        assert trained.wait(100)
+        failed.set()
+        if trained.is_set():
+            raise ValueError("work 2")
+        yield
+        return 0
+
+    jobs, found = [counting(10), last_piece(), failing()], list[tuple[int, int]]()
+    contexts = [contextlib.nullcontext] * 3
+    results = run_concurrently(jobs, Concurrency(3, 1), CPU) if in_threads else round_robin(jobs, contexts)
+    with pytest.raises(ValueError, match="work 2"):
+        found.extend(results)
+    assert (1, 7) in found
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_each_job_has_its_number_of_threads(at_once: int) -> None:
     def threads() -> Job[int]:

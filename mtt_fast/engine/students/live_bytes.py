@@ -13,6 +13,7 @@ from mtt_fast.engine.students.protocol import StepBytes, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import without_saved_tensor_hooks
+from mtt_fast.user_code import line_of
 
 _Shapes = tuple[int, torch.Size, torch.dtype]
 _LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weakref.WeakKeyDictionary()
@@ -42,7 +43,7 @@ def live_bytes(
         except RuntimeError as error:
             raise InputError(
                 "`net`: expected a network that runs on tensors without data, and on any number of them, which count the memory of a step, "
-                f"found {str(error).partition(chr(10))[0]!r} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
+                f"found {str(error).partition(chr(10))[0]!r}{line_of(error)} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
                 "dense buffers of a module, and read no tensor's value in it; only a `memory_budget` needs the count"
             ) from error
     return known[shapes]
