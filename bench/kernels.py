@@ -21,6 +21,7 @@ from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.kernels import (
     Affine,
+    BatchGradient,
     Folded,
     PackedParameters,
     PackedWeight,
@@ -143,7 +144,7 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
     expected = exact_results(operation.name, wide)
 
     def error(arguments: list[Any]) -> float:
-        pairs = zip(results_of(operation.name, function(*arguments)), expected, strict=True)
+        pairs = zip(results_of(operation.name, function(*arguments), arguments), expected, strict=True)
         return max(relative_error(mine, theirs, floor=1e-6) for mine, theirs in pairs)
 
     return {"error_float64": error(wide), "error": error(list(operation.arguments))}
@@ -188,11 +189,11 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
     rotated = (images, SiameseAugment("rotate").draw_parameters([images], generator))
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{setting.side}²", rotated, 2 * images.nbytes, 0)
-    vector, moved = images.new_zeros(2, 1)
-    of_batch = kernels.BatchGradient(images.clone(), torch.arange(batch, device=device), *rotated)
+    (vector, moved), scale = images.new_zeros(2, 1), images.new_full((), -1.0)
+    of_batch = BatchGradient(images.clone(), torch.arange(batch, device=device), *rotated)
     yield Operation(
         "adjoint_step", f"{batch}×{net.in_channels}×{setting.side}² of images",
-        (vector, vector, vector, vector[0], moved, None, 0.0, of_batch), 3 * images.nbytes, 0,
+        (vector, vector, vector, scale, moved, None, 0.0, of_batch), 3 * images.nbytes, 0,
     )  # fmt: skip
     blocks = blocks_of(setting)
     for block in blocks:
@@ -277,8 +278,9 @@ def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[
 
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:
     """Return the reference's results in float64. On a GPU it does not ask cuDNN, whose results are among those compared."""
+    wide = list(map(in_float64, arguments))
     with torch.backends.cudnn.flags(enabled=False):
-        return results_of(operation, getattr(reference, operation)(*map(in_float64, arguments)))
+        return results_of(operation, getattr(reference, operation)(*wide), wide)
 
 
 def in_float64(argument: Any) -> Any:
@@ -292,16 +294,17 @@ def in_float64(argument: Any) -> Any:
         return argument.parts.double().sum(0).contiguous(memory_format=torch.channels_last)
     if isinstance(argument, PartialSums):
         return PartialSums(tuple(map(in_float64, argument.pieces)), tuple(map(in_float64, argument.divisors)))
-    if isinstance(argument, (Affine, PlaneStats)):
+    if isinstance(argument, (Affine, BatchGradient, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
     is_number = isinstance(argument, Tensor) and argument.is_floating_point()
     # a copy, as some results overwrite arguments
     return argument.to(torch.float64, copy=True) if is_number else argument
 
 
-def results_of(operation: str, result: Any) -> list[Tensor]:
-    """Return the tensors of an operation's result, in their order; those that are summands added up."""
-    return list(added_up(operation, tuple(tensors_of(result))))
+def results_of(operation: str, result: Any, arguments: Sequence[Any] = ()) -> list[Tensor]:
+    """Return the tensors of an operation's result, in their order, with summands added up, and those of `arguments` that it adds to."""
+    added_to = [argument.out for argument in arguments if isinstance(argument, BatchGradient)]
+    return [*added_up(operation, tuple(tensors_of(result))), *added_to]
 
 
 def tensors_of(result: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@
 `native/` (compiled from `cpp/`) and `triton/` compute the same faster on a CPU and on CUDA. `dispatch` chooses between them.
 
 The package is `mtt_fast.kernels`. A program that starts in the repository finds it as `kernels` too, and transformers, which looks for a
-package of this name, imports it. That is harmless: it is a copy without a version, of which nothing here uses a part.
+package of this name, imports it. That is harmless: the copy has no version, and nothing here uses it.
 """
 
 from __future__ import annotations

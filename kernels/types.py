@@ -71,7 +71,7 @@ class PartialSums(NamedTuple):
     """
 
     pieces: tuple[Tensor, ...]
-    divisors: tuple[Tensor, ...] = ()  # () each: powers of two by which the sums are divided
+    divisors: tuple[Tensor, ...] = ()  # () each: powers of two, 2⁻¹²⁶ … 2¹²⁶, by which the sums are divided
 
     def vector(self) -> Tensor:
         """Return the vector (P,), computed in plain torch."""

@@ -110,9 +110,9 @@ def conv_norm_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the derivatives of the gradients: x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K).
 
-    All have the parameters' dtype. Only x̄̇ is divided by the `divisors`, at most two scalars () of that dtype, one after
-    the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot` and errors
-    are those of `conv_norm_relu_pool_backward`.
+    All have the parameters' dtype. Only x̄̇ is divided by the `divisors`, at most two powers of two () of that dtype,
+    2⁻¹²⁶ … 2¹²⁶, one after the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments.
+    `p_bar`, `p_bar_dot` and errors are those of `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}

@@ -50,8 +50,8 @@ def linear_cross_entropy_dual(
     that of their gradient, and None for indices.
 
     `scale` is the factor of p̄, p̄̇, Ā̇ and c̄̇ for float16 planes. If it is given, because an earlier p̄ has it, it is kept; else
-    it is the power of two that suits p̄ and p̄̇ together. `direction_scale` (), None for 1, is a power of two that the dots
-    were multiplied with. The derivatives of the loss and of the labels' gradient are divided by it; the others keep it.
+    it is the power of two that suits p̄ and p̄̇ together. `direction_scale` (), None for 1, is a power of two, 2⁻¹²⁶ … 2¹²⁶, that the
+    dots were multiplied with. The derivatives of the loss and of the labels' gradient are divided by it; the others keep it.
     Shapes and errors are those of `linear_cross_entropy`.
     """
     scales = {"scale": scale, "direction_scale": direction_scale}

@@ -29,7 +29,10 @@ def power_of_two(bits: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def inverse(power: tl.tensor) -> tl.tensor:
-    """Return 1 / `power`, a power of two, exactly. In float32 `/` would be an approximation, and `tl.div_rn` takes a call."""
+    """Return 1 / `power`, a power of two, exactly; in float32 one of 2⁻¹²⁶ … 2¹²⁶, so no zero, infinity or NaN.
+
+    In float32 `/` would be an approximation, and `tl.div_rn` takes a call.
+    """
     if power.dtype == tl.float64:
         result = 1 / power
     else:  # the exponents of a power and of its inverse add up to twice the bias

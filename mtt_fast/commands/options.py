@@ -13,7 +13,7 @@ import tyro
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Needs, Range, Role
 from mtt_fast.data import DatasetInfo, ImageData, load
-from mtt_fast.data.catalogue import DOWNLOADED, OF_ONE_SIZE, dataset_info, name_of
+from mtt_fast.data.catalogue import DOWNLOADED, OF_ONE_SIZE, name_of, published
 from mtt_fast.engine.students.choice import PrecisionRequest
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
@@ -85,7 +85,8 @@ class CommonOptions:
         reasons, name = {}, name_of(self.dataset)
         if name != "ImageNet":
             reasons["subset"] = "without --dataset ImageNet"
-        if name in OF_ONE_SIZE and self.res != (side := dataset_info(name).image_shape[-1]):
+        info = published(name) if name in OF_ONE_SIZE else None
+        if info is not None and self.res != (side := info.image_shape[-1]):
             reasons["res"] = f"on {name}, whose images have {side} pixels a side"
         if name not in DOWNLOADED:
             reasons["download"] = f"on {self.dataset}: only {', '.join(DOWNLOADED)} are fetched"

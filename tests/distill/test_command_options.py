@@ -241,3 +241,14 @@ def test_a_run_of_an_image_folder_has_its_name(dataset: str, tmp_path: Path, mon
     assert DistillOptions(dataset=dataset).folder() == Path("runs/pets-ipc1")
     assert BaselineOptions(dataset=dataset).folder("dm") == Path("runs/dm-pets-ipc1")
     check_same_run(Path("run"), {"dataset": dataset}, DistillOptions(dataset="/moved/pets"), ())
+
+
+def test_an_option_without_effect_is_found_without_reading_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check it beside an unfinished copy of the data set, in the default folder, which is not the one that is used."""
+    tmp_path.joinpath("data/CIFAR10/train/cat").mkdir(parents=True)
+    tmp_path.joinpath("data/CIFAR10/test").mkdir()
+    monkeypatch.chdir(tmp_path)
+    reasons = DistillOptions(dataset="CIFAR10", data_path="elsewhere").without_effect()
+    assert reasons["res"] == "on CIFAR10, whose images have 32 pixels a side"

@@ -118,9 +118,8 @@ def test_claims_do_not_read_experts_again(images: RealImages, tmp_path: Path, mo
 
     monkeypatch.setattr("mtt_fast.storage.trajectories.read_header", read)
     store = train_missing_experts(tmp_path, 6, images, NET, ExpertTraining(train_epochs=1), seed=0, at_once=1)
-    assert [paths.count(store.path(expert)) for expert in range(1, 6)] == [
-        1
-    ] * 5  # the first tells each time that it is whole
+    # expert 0 is asked each time whether it is compressed
+    assert [paths.count(store.path(expert)) for expert in range(1, 6)] == [1] * 5
 
 
 def test_processes_with_other_options_train_in_other_folders(images: RealImages, tmp_path: Path) -> None:

@@ -153,10 +153,8 @@ def test_the_bytes_of_a_first_block_without_planes_are_those_of_its_tensors(
     pytest.importorskip("triton", reason="Triton is not installed: it comes only for Linux")
     from mtt_fast.kernels.triton import block
 
-    layer, numbers = (
-        FusedConvNetStudent(net).layers(image_shape(net))[0],
-        torch.empty(net.width, device="meta"),
-    )
+    layer = FusedConvNetStudent(net).layers(image_shape(net))[0]
+    numbers = torch.empty(net.width, device="meta")
     weight, affine = torch.empty(net.width, net.in_channels, 3, 3, device="meta"), Affine(numbers, numbers)
     with recording([block], "sm_90") as launches:
         patches = block.image_patches(torch.empty(batch, *image_shape(net), device="meta"), layer.padding, precision)
