@@ -238,10 +238,8 @@ def _table(options: Options, out: Path) -> Iterator[Group]:
     def words(name: str, precision: str) -> tuple[str, ...]:
         return "tune", "--setting", name, "--precision", precision, *configurations
 
-    for (
-        name,
-        blocks,
-    ) in _TUNED.items():  # the rows of a setting are written before the candidates of the next are compiled
+    # the rows of a setting are written before the candidates of the next are compiled
+    for name, blocks in _TUNED.items():
         yield [
             _bench(options, out, f"compile-{name}-{precision}-{block}", *words(name, precision), "--blocks", f"{block}", "--compile-only")
             for precision in _PRECISIONS

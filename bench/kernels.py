@@ -21,6 +21,7 @@ from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.kernels import (
     Affine,
+    BatchGradient,
     Folded,
     PackedParameters,
     PackedWeight,
@@ -292,7 +293,7 @@ def in_float64(argument: Any) -> Any:
         return argument.parts.double().sum(0).contiguous(memory_format=torch.channels_last)
     if isinstance(argument, PartialSums):
         return PartialSums(tuple(map(in_float64, argument.pieces)), tuple(map(in_float64, argument.divisors)))
-    if isinstance(argument, (Affine, PlaneStats)):
+    if isinstance(argument, (Affine, PlaneStats, BatchGradient)):
         return type(argument)(*map(in_float64, argument))
     is_number = isinstance(argument, Tensor) and argument.is_floating_point()
     # a copy, as some results overwrite arguments

@@ -59,6 +59,7 @@ def gradients_by(product: Product, loss: Loss, case: Iteration, microbatch: int 
     With `microbatch` a batch goes in pieces of so many images.
     """
     images, labels, lr = case.images, case.labels, case.lr
+    rate = float(lr)  # once, since it waits for a GPU
     theta, path = case.start, []
     for batch in case.batches:
         path.append(theta)
@@ -76,7 +77,7 @@ def gradients_by(product: Product, loss: Loss, case: Iteration, microbatch: int 
             v = len(index) / len(batch) * adjoint  # the derivatives are linear in v
             v_dot_g, of_piece, to_piece = product(loss, theta, images[index], labels[index], v)
             hessian_v += of_piece
-            to_images.index_add_(0, index, to_piece, alpha=-float(lr))
+            to_images.index_add_(0, index, to_piece, alpha=-rate)
             to_lr -= v_dot_g
         adjoint = adjoint - lr * hessian_v
     return Gradients(to_images, to_lr)

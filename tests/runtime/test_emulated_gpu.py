@@ -208,7 +208,7 @@ def test_benchmarks(words: str, run: Run, tmp_path: Path) -> None:
     assert [row["problem"] for row in read_record(tmp_path / "toy.json")["rows"] if row["problem"]] == []
     # what mtt_fast is compared with is not held up: its steps wait for no augmentation, and each of five calls for its rate once
     assert report.waits_below("augment_with") == []
-    rates = [wait for wait in report.waits if wait.startswith("_local_scalar_dense: bench/engines.py")]
+    rates = [wait for wait in report.waits if wait.startswith("_local_scalar_dense: bench/products.py")]
     assert len(rates) == (5 if "checkpointed" in words else 0)
 
 
