@@ -144,7 +144,8 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
     expected = exact_results(operation.name, wide)
 
     def error(arguments: list[Any]) -> float:
-        pairs = zip(results_of(operation.name, function(*arguments)), expected, strict=True)
+        results = results_of(operation.name, function(*arguments)) + added_to(arguments)
+        pairs = zip(results, expected, strict=True)
         return max(relative_error(mine, theirs, floor=1e-6) for mine, theirs in pairs)
 
     return {"error_float64": error(wide), "error": error(list(operation.arguments))}
@@ -193,7 +194,7 @@ def _operations_of_tensors(setting: Setting, device: torch.device, precision: Pr
     of_batch = kernels.BatchGradient(images.clone(), torch.arange(batch, device=device), *rotated)
     yield Operation(
         "adjoint_step", f"{batch}×{net.in_channels}×{setting.side}² of images",
-        (vector, vector, vector, vector[0], moved, None, 0.0, of_batch), 3 * images.nbytes, 0,
+        (vector, vector, vector, images.new_full((), -1.0), moved, None, 0.0, of_batch), 3 * images.nbytes, 0,
     )  # fmt: skip
     blocks = blocks_of(setting)
     for block in blocks:
@@ -278,8 +279,14 @@ def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[
 
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:
     """Return the reference's results in float64. On a GPU it does not ask cuDNN, whose results are among those compared."""
+    wide = list(map(in_float64, arguments))
     with torch.backends.cudnn.flags(enabled=False):
-        return results_of(operation, getattr(reference, operation)(*map(in_float64, arguments)))
+        return results_of(operation, getattr(reference, operation)(*wide)) + added_to(wide)
+
+
+def added_to(arguments: Iterable[Any]) -> list[Tensor]:
+    """Return the gradients among `arguments` to which an operation adds those of a batch."""
+    return [argument.out for argument in arguments if isinstance(argument, BatchGradient)]
 
 
 def in_float64(argument: Any) -> Any:
