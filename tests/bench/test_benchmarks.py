@@ -135,7 +135,7 @@ def test_an_error_in_what_an_operation_adds_to_an_argument_is_found() -> None:
     every = kernels.operations(setting, torch.device("cpu"))
     (operation,) = (each for each in every if each.name == "adjoint_step" and "images" in each.shape)
 
-    def wrong(*arguments: Any) -> torch.Tensor:
+    def wrong(*arguments: Any) -> Any:
         return operations.adjoint_step(*arguments[:-1])
 
     assert kernels.errors(operation)["error"] < 1e-5
