@@ -122,10 +122,10 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         raise InputError("--other_data: expected a set that records its images, found none; leave it out")
     # the images of all sets are compared before the first network is trained
     data_of_rows = [row.load_data() for row in sets]
-    networks_of_rows = [_networks(options.models, row, data) for row, data in zip(sets, data_of_rows, strict=True)]
-    _try_networks(sets, data_of_rows, networks_of_rows, device)
+    _try_networks(options.models, sets, data_of_rows, device)
     log.info("%s", protocols)
-    for row, data, networks in zip(sets, data_of_rows, networks_of_rows, strict=True):
+    for row, data in zip(sets, data_of_rows, strict=True):
+        networks = _networks(options.models, row, data)
         real = row.real_images(data, device)
         train, lr = row.training_images(real)
         row_key = _row_key(row, real, train, lr)
@@ -165,23 +165,23 @@ def describe_protocols(sets: Sequence[EvaluatedSet]) -> str:
 
 
 def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict[str, Trainable]:
-    """Return the networks of a row by name. Raises `InputError` for an unknown one, before any network is trained."""
+    """Return the networks of a row by name. Raises `InputError` for an unknown one."""
     if models:
         return {name: network_by_name(name, data.image_shape, data.num_classes, option="models") for name in models}
     return row.options.evaluated_networks(data)
 
 
 def _try_networks(
-    sets: Sequence[EvaluatedSet],
-    data_of_rows: Sequence[ImageData],
-    networks_of_rows: Sequence[Mapping[str, Trainable]],
-    device: torch.device,
+    models: Sequence[str], sets: Sequence[EvaluatedSet], data_of_rows: Sequence[ImageData], device: torch.device
 ) -> None:
-    """Try each network of the user's own once for each shape of images. Raises `InputError` as `try_users_network`."""
+    """Try each network of the user's own once for each shape of images, before any network is trained.
+
+    Raises `InputError` as `try_users_network`, and for an unknown network. Those of one row are in memory at once.
+    """
     tried = set()
-    for row, data, networks in zip(sets, data_of_rows, networks_of_rows, strict=True):
+    for row, data in zip(sets, data_of_rows, strict=True):
         batch = row.options.evaluation_protocol().batch_size
-        for name, network in networks.items():
+        for name, network in _networks(models, row, data).items():
             if (key := (name, data.image_shape, data.num_classes)) not in tried:
                 tried.add(key)
                 try_users_network(name, network, *key[1:], device, batch)

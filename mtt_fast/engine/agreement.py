@@ -1,10 +1,11 @@
-"""Check that all processes of a group make the same call of `unroll`.
+"""Check that all processes of a group make the same call of `unroll`, and the same backward pass.
 
-They add up what they compute. From different arguments this would be a wrong gradient without any other symptom.
+They add up what they compute. From different arguments, or losses, this would be a wrong gradient without any other symptom.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.tensor_bytes import bytes_of
 
 _COLUMNS = 1021  # a prime, so that the same rows in another order have other sums
+_ROWS = 4096  # that are summed at once, which takes twice their memory
+_ROUNDING = 1e-3  # of gradients, beside their norm
 
 
 def checked_group(group: Any) -> dist.ProcessGroup | None:
@@ -38,6 +41,8 @@ def check_agreement(group: dist.ProcessGroup, theta: Tensor, **others: Any) -> N
 
     Checksums of their tensors, arrays, numbers and texts are compared; other objects are not. A GPU is waited for.
     """
+    if theta.is_meta:
+        raise InputError("`group`: expected numbers, found theta on the device meta, which has none; leave `group` out")
     if is_capturing(theta):
         raise InputError(
             "`group`: expected no capture of a CUDA graph, in which it cannot be checked that the processes agree; call outside of it"
@@ -50,8 +55,27 @@ def check_agreement(group: dist.ProcessGroup, theta: Tensor, **others: Any) -> N
     if any(differ):
         names = ", ".join(f"`{name}`" for name, differs in zip(arguments, differ, strict=True) if differs)
         raise InputError(
-            f"{names}: expected the same in all processes of the `group`, found others in some; seed all processes alike, or send "
-            "what one of them has to the others by torch.distributed.broadcast"
+            f"{names}: expected the same in all processes of the `group`, found others in some; seed all processes alike, send "
+            "what one of them has to the others by torch.distributed.broadcast, or require a gradient in all or none"
+        )
+
+
+def check_same_loss(group: dist.ProcessGroup, gradients: Sequence[Tensor | None], device: torch.device) -> None:
+    """Raise `InputError` in all processes of `group` unless the backward pass brings the same `gradients` in all, up to rounding.
+
+    The first ones are None where the loss uses no such part of the path. A GPU is waited for.
+    """
+    numbers = torch.full((len(gradients), 2), -1, dtype=torch.float64, device=device)
+    for row, gradient in zip(numbers, gradients, strict=True):
+        if gradient is not None:
+            row[0], row[1] = torch.linalg.vector_norm(gradient), gradient.sum()
+    extremes = torch.stack([numbers, -numbers])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    most, least = extremes[0], -extremes[1]
+    if bool((most - least > _ROUNDING * most[:, :1].abs()).any()):
+        raise InputError(
+            "`group`: expected the same loss of the path in all processes, found gradients that differ; compute it from the same numbers "
+            "in all, such as the same target"
         )
 
 
@@ -60,21 +84,24 @@ def checksum_of(value: Any) -> int:
     digest = xxhash.xxh3_64()
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} {leaf.requires_grad}".encode())
-            digest.update(bytes_of(_sums_of_bits(leaf)))
-        elif isinstance(leaf, np.ndarray):
+            is_learned = leaf.requires_grad and torch.is_grad_enabled()
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} {is_learned}".encode())
+            numbers = leaf.detach().resolve_conj().resolve_neg().contiguous()
+            digest.update(bytes_of(numbers if numbers.device.type == "cpu" else sums_of_bits(numbers)))
+        elif isinstance(leaf, np.ndarray | np.generic):
             digest.update(leaf.tobytes())
-        elif isinstance(leaf, int | float | str | None):
-            digest.update(repr(leaf).encode())
+        elif isinstance(leaf, int | float | complex | str | bytes | None):
+            digest.update(f"{leaf!r}, ".encode())
     return digest.intdigest() >> 1
 
 
-def _sums_of_bits(tensor: Tensor) -> Tensor:
-    """Return a few whole numbers, on the CPU, that change if any of a tensor's numbers does.
+def sums_of_bits(tensor: Tensor) -> Tensor:
+    """Return a few whole numbers, on the CPU, that change if any number of a contiguous `tensor` does.
 
-    All numbers would be a long copy from a GPU.
+    To copy all numbers of a large one from a GPU would take long.
     """
-    numbers = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    numbers = tensor.reshape(-1)
     bits = numbers.view(torch.int32 if numbers.itemsize % 4 == 0 else torch.uint8)
     whole = len(bits) // _COLUMNS * _COLUMNS
-    return torch.cat([bits[:whole].view(-1, _COLUMNS).sum(0), bits[whole:].long()]).cpu()
+    blocks = bits[:whole].view(-1, _COLUMNS).split(_ROWS)
+    return torch.cat([*(block.sum(0) for block in blocks), bits[whole:].long()]).cpu()

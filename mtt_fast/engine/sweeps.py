@@ -17,6 +17,7 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
+from mtt_fast.engine.agreement import check_same_loss
 from mtt_fast.engine.backward_checks import (
     check_differentiated_once,
     check_one_gradient,
@@ -181,6 +182,8 @@ class _Unroll(torch.autograd.Function):
         *tensors, stored = ctx.saved_tensors
         images, labels, lr, rows = (tensor.detach() for tensor in tensors)
         check_unchanged(ctx.checksums, images=images, labels=labels, lr=lr, path=rows)
+        if steps.group is not None:
+            check_same_loss(steps.group, (grad_path, grad_velocity, *grad_rows), lr.device)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
         states = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, needs_velocity, needs_images, needs_labels, needs_lr = ctx.needs_input_grad

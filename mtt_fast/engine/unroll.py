@@ -141,8 +141,9 @@ def unroll(
         group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`, whose processes share the samples of each
             step. All make the same call with the same arguments, then the same backward pass. The results are those of one
             process up to rounding, and the same in all processes, bit for bit. The network must not mix samples, and the loss must
-            be a mean over them. Each call compares checksums of the arguments, but not network and loss, and so waits for a
-            GPU. If one process fails, the others wait until torch.distributed or torchrun ends them.
+            be a mean over them. Each call compares checksums of the arguments, but not network and loss, and each backward pass
+            compares the gradients that it begins with. Both wait for a GPU. If one process fails, the others wait until
+            torch.distributed or torchrun ends them.
 
     Raises:
         InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
@@ -150,7 +151,7 @@ def unroll(
             tried on a few samples (on a whole batch if the network mixes samples). It is refused if a second call gives other
             results, if a batch is cut and the network mixes its samples, or if it reads a tensor that requires a gradient besides
             its arguments, since no gradient would flow to that tensor. Arguments that differ between the processes of a `group` are
-            refused in all of them.
+            refused in all of them, and so are losses of the path.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
@@ -166,7 +167,7 @@ def unroll(
         check_agreement(
             options.group, steps.theta, images=steps.images, labels=steps.labels, lr=steps.lr, batches=steps.batches,
             draws=draws, momentum=momentum, weight_decay=weight_decay, optimizer=repr(optimizer), velocity=velocity,
-            label_kind=label_kind, precision=precision, gradient=gradient,
+            return_velocity=return_velocity, label_kind=label_kind, precision=precision, gradient=gradient,
         )  # fmt: skip
     plan = checked_plan(net, options, steps, draws[0], moments=student_optimizer.moments)
     _, path, after = planned_path(plan, net, options, steps, student_optimizer, draws, velocity)

@@ -130,6 +130,18 @@ def test_all_that_kernels_are_measured_with_is_compiled_before(monkeypatch: pyte
     assert called == 2 * [torch.float64, torch.float32]
 
 
+def test_an_error_in_what_an_operation_adds_to_an_argument_is_found() -> None:
+    setting = parsing.parse(kernels.Options, [*TOY, "--batch", "3"], "kernels").resolve()
+    every = kernels.operations(setting, torch.device("cpu"))
+    (operation,) = (each for each in every if each.name == "adjoint_step" and "images" in each.shape)
+
+    def wrong(*arguments: Any) -> Any:
+        return operations.adjoint_step(*arguments[:-1])
+
+    assert kernels.errors(operation)["error"] < 1e-5
+    assert kernels.errors(operation, wrong)["error"] > 0.1
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_kernels_runs(tmp_path: Path) -> None:
     bench("kernels", *TOY, "--batch", "3", "--out", str(tmp_path), "--name", "found")

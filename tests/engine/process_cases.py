@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -166,6 +167,22 @@ def changed_later(group: Group, net: Any) -> None:
     path[-1].sum().backward()
 
 
+def of_another_loss(group: Group, row: int, *, factor: float = 1.0) -> None:
+    images = IMAGES.clone().requires_grad_()
+    (factor * call(group, images=images)[row].square().sum()).backward()
+
+
+def without_gradient(group: Group) -> Tensor:
+    with torch.set_grad_enabled(dist.get_rank() != 1):
+        return call(group, images=IMAGES.clone().requires_grad_())
+
+
+def of_drawn_numbers(group: Group, *draws: Any) -> Tensor:
+    """Call with the draws of this process, one of two, which are no tensors."""
+    augment = Augmentation(lambda images, _: draws[dist.get_rank() == 1], lambda images, drawn: 0.1 * images)
+    return call(group, augment=augment)
+
+
 def of_this_process(tensor: Tensor) -> Tensor:
     """Return a tensor that is another one in one process."""
     tensor = tensor.clone()
@@ -181,6 +198,13 @@ REFUSED: dict[str, Callable[[Group], object]] = {
     "batches": lambda group: call(group, batches=[*BATCHES[:-1], of_this_process(torch.tensor([1, 0, 7]))]),
     "order": lambda group: call(group, batches=[torch.arange(9).roll(dist.get_rank())] * 3),
     "draws": lambda group: call(group, augment=DSA, generator=torch.Generator().manual_seed(dist.get_rank())),
+    "draws of numpy": lambda group: of_drawn_numbers(group, np.int64(1), np.int64(2)),
+    "draws of the same digits": lambda group: of_drawn_numbers(group, (1, 12), (11, 2)),
+    "grad mode": without_gradient,
+    "return_velocity": lambda group: call(group, return_velocity=dist.get_rank() == 1),
+    "another loss": lambda group: of_another_loss(group, -1, factor=1.0 + 0.01 * (dist.get_rank() == 1)),
+    "a loss of another row": lambda group: of_another_loss(group, 3 + (dist.get_rank() == 1)),
+    "meta": lambda group: call(group, theta=NET.init().to("meta"), images=IMAGES.to("meta"), labels=CLASSES.to("meta")),
     "momentum, velocity": lambda group: call(
         group, momentum=0.5 + 0.1 * dist.get_rank(), velocity=of_this_process(drawn(NET.num_parameters))
     ),

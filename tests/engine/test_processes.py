@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import mtt_fast
 from mtt_fast import InputError, Plan
-from mtt_fast.engine.agreement import check_agreement, checksum_of
+from mtt_fast.engine.agreement import check_agreement, checksum_of, sums_of_bits
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.engine.process_cases import (
     BATCHES,
@@ -86,6 +86,12 @@ def test_several_processes_compute_what_autograd_does(size: int, outcomes: Any) 
 def test_what_would_be_wrong_is_refused_in_all_processes(name: str, size: int, outcomes: Any) -> None:
     remedies = {
         "order": "`batches`: expected the same in all processes of the `group`, found others in some",
+        "draws of numpy": "`draws`: expected the same in all processes",
+        "draws of the same digits": "`draws`: expected the same in all processes",
+        "grad mode": "`images`: expected the same in all processes",
+        "another loss": "`group`: expected the same loss of the path in all processes, found gradients that differ",
+        "a loss of another row": "`group`: expected the same loss of the path in all processes",
+        "meta": "`group`: expected numbers, found theta on the device meta",
         "momentum, velocity": "`momentum`, `velocity`: expected the same in all processes",
         "batch norm": "`group`: the network's batch norm uses batch statistics",
         "samples that mix": "`net`: expected samples that do not depend on each other",
@@ -144,8 +150,17 @@ def test_a_checksum_sees_each_number_and_the_order(dtype: torch.dtype, shape: tu
         other = tensor.clone()
         other.view(-1)[place] = not other.view(-1)[place]
         assert checksum_of(other) != checksum_of(tensor)
+        assert not torch.equal(sums_of_bits(other), sums_of_bits(tensor))
     if len(shape) > 1:
         assert checksum_of(tensor.roll(1, 0)) != checksum_of(tensor)
+        assert not torch.equal(sums_of_bits(tensor.roll(1, 0)), sums_of_bits(tensor))
+
+
+def test_a_checksum_sees_rows_that_change_places() -> None:
+    images = torch.arange(1030 * 64).view(1030, 64).float()
+    swapped = images.clone()
+    swapped[[0, 1021]] = images[[1021, 0]]
+    assert checksum_of(swapped) != checksum_of(images)
 
 
 def test_a_checksum_sees_arrays_and_no_addresses() -> None:
