@@ -21,9 +21,11 @@ import mtt_fast
 from mtt_fast import Adam, ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine import memory_plan
+from mtt_fast.engine.students.batch_loss import BatchLossStudent
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent, cross_entropy
 from mtt_fast.engine.students.live_bytes import CountLiveBytes
+from mtt_fast.engine.students.microbatches import InMicrobatches
 from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.kernels import native
 from mtt_fast.kernels.native import planes
@@ -141,6 +143,25 @@ def test_a_step_is_counted_to_a_tenth(
         workspace=0
     )  # torch does not count it
     assert tuple(counted) == pytest.approx(tuple(formula), rel=0.1)
+
+
+@pytest.mark.native
+def test_pieces_are_counted_beside_what_those_before_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planes, "allocate", lambda like, shape: like.new_empty(shape))
+    net = ConvNet(3, 10, 32, 64, 3)
+    student = InMicrobatches(FusedConvNetStudent(net), 10)
+    counted = live_bytes_of_a_step(student, net, 25, "cpu")
+    formula = student.step_bytes(25, image_shape(net), torch.float32, CPU)
+    assert counted.saved == pytest.approx(formula.saved, rel=0.1)
+    assert counted.gradient_saving == pytest.approx(formula.gradient_saving, rel=0.1)
+
+
+def test_steps_of_a_loss_that_is_not_a_mean_save_nothing() -> None:
+    net = ConvNet(3, 10, 32, 64, 3)
+    student = BatchLossStudent(GenericStudent(net, cross_entropy), 10)
+    formula = student.step_bytes(25, image_shape(net), torch.float32, CPU)
+    assert live_bytes_of_a_step(student, net, 25, "cpu").saved == formula.saved == 0
+    assert (formula.gradient_saving, formula.gradient_jvp_saved) == (formula.gradient, formula.gradient_jvp)
 
 
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": Adam()}], ids=["momentum", "Adam"])

@@ -380,9 +380,13 @@ def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
         unroll(case.pop("net"), start, **case)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("options", [{}, {"loss": lambda logits, labels: (logits @ logits.T).mean(), "microbatch": 1}])
-def test_images_of_another_shape_and_as_many_features_are_refused_by_every_student(options: dict[str, Any]) -> None:
+def test_images_of_another_shape_and_as_many_features_are_refused_by_every_student(
+    options: dict[str, Any], device: str
+) -> None:
     case = small_case() | options | {"images": torch.zeros(6, 3, 4, 16)}
+    case |= {name: case[name].to(device) for name in ("start", "images", "labels")}
     net = case.pop("net")
     assert net.feature_size_of(4, 16) == (1, 4)
     assert net.feature_size == (2, 2)
