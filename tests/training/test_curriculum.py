@@ -51,6 +51,8 @@ def test_an_epoch_visits_the_images_of_pads_code() -> None:
     assert of_three.between(*of_three.shares(0)).tolist() == [0]
     without_a_rise = Curriculum(order, add_end_epoch=0)
     assert [without_a_rise.shares(epoch) for epoch in (0, 1)] == [(0.0, 1.0)] * 2
+    of_one_epoch = Curriculum(order, init_ratio=0.5, add_end_epoch=1)
+    assert [of_one_epoch.shares(epoch) for epoch in (0, 1)] == [(0.0, 0.5), (0.0, 1.0)]
 
 
 @pytest.fixture

@@ -72,6 +72,10 @@ def test_logits_that_are_not_finite_put_an_image_into_no_class() -> None:
     net = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
     images = Images(torch.randn(30, 1, 6, 6), torch.zeros(30).long())
     assert int(count_correct(net, torch.full((net.num_parameters,), math.nan), images)) == 0
+    theta, pixels = net.init(), images.pixels.clone()
+    labels = net(theta, pixels).argmax(1)
+    pixels[7] = math.nan
+    assert int(count_correct(net, theta, Images(pixels, labels))) == 29
 
 
 @pytest.mark.parametrize("model", ["ConvNetD1W4", "ConvNetD1W4BN", "MLP"])
