@@ -138,7 +138,7 @@ def test_labels_begin_as_the_mean_of_the_experts_that_are_right(experts: list[st
         torch.testing.assert_close(before.labels[image], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_expert_logits_leave_out_those_that_are_wrong() -> None:
+def test_expert_logits_leave_out_those_that_are_wrong(caplog: pytest.LogCaptureFixture) -> None:
     begin = class_logits(torch.tensor([0, 1, 2]), 3)
     first, second = torch.tensor([[3.0, 1, 0], [2, 0, 1], [5, 1, 1]]), torch.tensor([[5.0, 0, 2], [0, 7, 1], [0, 9, 1]])
 
@@ -147,6 +147,12 @@ def test_expert_logits_leave_out_those_that_are_wrong() -> None:
 
     logits = expert_logits(network, iter([first, second]), torch.arange(3.0).view(3, 1, 1, 1), begin)  # type: ignore[arg-type]
     torch.testing.assert_close(logits, torch.stack([(first[0] + second[0]) / 2, second[1], begin[2]]))
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "--label_init experts: no expert gets 1 of the 3 images right"
+    ]
+    caplog.clear()
+    expert_logits(network, iter([first, second]), torch.arange(2.0).view(2, 1, 1, 1), begin[:2])  # type: ignore[arg-type]
+    assert not caplog.records
 
 
 def test_an_iteration_with_teacher_labels_is_teslas_written_out(experts: list[str], tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ class Experts:
         return torch.tensor([float(expert), float(row)])
 
 
-def segments(seed: int, count: int = 40) -> list[Segment]:
-    options = DistillOptions(ipc=1, syn_steps=2, batch_syn=3, max_start_epoch=20, expert_epochs=3, seed=seed)
+def segments(seed: int, count: int = 40, **more: int) -> list[Segment]:
+    options = DistillOptions(ipc=1, syn_steps=2, batch_syn=3, max_start_epoch=20, expert_epochs=3, seed=seed, **more)
     run: Any = SimpleNamespace(options=options, experts=Experts())
     return [read_segment(run, lambda tensors: lambda: tensors, torch.zeros(10, 1, 8, 8), each) for each in range(count)]
 
@@ -43,6 +43,13 @@ def test_all_experts_take_turns_in_an_order_that_changes() -> None:
     rounds = [tuple(experts[begin : begin + 5]) for begin in range(0, 40, 5)]
     assert all(sorted(each) == list(range(5)) for each in rounds)
     assert len(set(rounds)) > 1
+
+
+def test_all_segments_of_an_iteration_start_in_its_range_of_epochs() -> None:
+    growing = segments(0, num_trajectories=2, current_max_start_epoch=1, expansion_end_epoch=100)
+    first, later = growing[:12], growing[12:]  # 19 · 5 // 100 = 0 in iteration 5, and 19 · 6 // 100 = 1
+    assert {segment.epoch for segment in first} == {0}
+    assert {segment.epoch for segment in later} > {0}
 
 
 def test_the_seed_decides_experts_epochs_images_and_augmentation() -> None:

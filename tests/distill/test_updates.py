@@ -33,6 +33,7 @@ def apply_all(folder: Path, finite: Sequence[bool], above: int | None = None) ->
             gradients = [torch.ones_like(state.images), torch.zeros(())] if is_finite else None
             kind, values = apply_gradients(run.options, state, [], 2.0 if number == above else 1.0, gradients)
             run.metrics.write(kind, state.iteration, **values)
+            run.metrics.write("gradient", state.iteration, cosine=1.0)  # of other kinds are records of no iteration
             check_converges(run, state)
     finally:
         run.metrics.close()
