@@ -25,7 +25,7 @@ class Experts:
         return torch.tensor([float(expert), float(row)])
 
 
-def segments(seed: int, count: int = 40, **more: int) -> list[Segment]:
+def segments(seed: int, count: int = 40, **more: Any) -> list[Segment]:
     options = DistillOptions(ipc=1, syn_steps=2, batch_syn=3, max_start_epoch=20, expert_epochs=3, seed=seed, **more)
     run: Any = SimpleNamespace(options=options, experts=Experts())
     return [read_segment(run, lambda tensors: lambda: tensors, torch.zeros(10, 1, 8, 8), each) for each in range(count)]
