@@ -203,9 +203,8 @@ def _experts_to_match(
     if state is None and (remark := remark_on_expert_count(options, inventory_of(options, real.data))):
         log.info("experts: %s", remark)
     experts = prepare_experts(options, real, network, requested)
-    check_experts(
-        options, real.data, network, real.train.labels.device, requested
-    )  # again, since other processes may write into the same folder
+    # again, since other processes may write into the same folder
+    check_experts(options, real.data, network, real.train.labels.device, requested)
     if state is None:
         return matched_experts(options, experts)
     matched = experts_of_run(options, state, experts)
