@@ -58,12 +58,19 @@ def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
     A slice for each parameter would give the same result, but its gradient would be a vector of all parameters, almost all zero.
     """
-    shapes = {name: value.shape for name, value in module.named_parameters()}
+    parameters = list(module.parameters())
+    # each place of a parameter in a layer, once: `functional_call` would leave its tensors in a layer that has two names
+    places = [
+        (name, value)
+        for prefix, layer in module.named_modules()
+        for name, value in layer.named_parameters(prefix, recurse=False, remove_duplicate=False)
+    ]
 
     def call(theta: Tensor, images: Tensor) -> Tensor:
-        pieces = theta.split([shape.numel() for shape in shapes.values()])
-        values = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-        return torch.func.functional_call(module, values, (images,))  # type: ignore[no-any-return]
+        pieces = theta.split([value.numel() for value in parameters])
+        values = {value: piece.view(value.shape) for value, piece in zip(parameters, pieces, strict=True)}
+        tensors = {name: values[value] for name, value in places}
+        return torch.func.functional_call(module, tensors, (images,), tie_weights=False)  # type: ignore[no-any-return]
 
     return call
 

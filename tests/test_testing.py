@@ -42,3 +42,16 @@ def test_one_rate_may_be_a_vector_of_one(oracle: object) -> None:
 
     assert torch.equal(gradient_of([0.1]), gradient_of(0.1)[None])
     assert_close("one rate", gradient_of(0.1), gradient_of([0.1, 0.1]).sum(), 1e-12)
+
+
+def test_a_layer_in_two_places_and_a_weight_of_two_layers_can_be_called_again() -> None:
+    twice, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    other.weight = twice.weight
+    module = torch.nn.Sequential(twice, torch.nn.ReLU(), twice, other).double()
+    function, images = module_function(module), torch.randn(3, 4, dtype=torch.float64)
+    for factor in (1, 2, 3):
+        theta = factor * torch.linspace(-1, 1, 24, dtype=torch.float64)
+        weight, bias, other_bias = theta[:16].view(4, 4), theta[16:20], theta[20:]
+        expected = ((images @ weight.T + bias).relu() @ weight.T + bias) @ weight.T + other_bias
+        assert_close("output", function(theta, images), expected, 1e-12)
+    assert all(isinstance(value, torch.nn.Parameter) for value in (twice.weight, twice.bias, other.bias))

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.cuda_graphs import is_capturing
-from mtt_fast.runtime.tensor_bytes import bytes_of
+from mtt_fast.runtime.tensor_bytes import parts_of
 
-_COLUMNS = 1021  # a prime, so that the same rows in another order have other sums
-_ROWS = 4096  # that are summed at once, which takes twice their memory
+_COLUMNS = 1021
+_ROWS = 4096  # that are summed at once, which takes a few times their memory
 _ROUNDING = 1e-3  # of gradients, beside their norm
 
 
@@ -86,22 +86,25 @@ def checksum_of(value: Any) -> int:
         if isinstance(leaf, Tensor):
             is_learned = leaf.requires_grad and torch.is_grad_enabled()
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)} {is_learned}".encode())
-            numbers = leaf.detach().resolve_conj().resolve_neg().contiguous()
-            digest.update(bytes_of(numbers if numbers.device.type == "cpu" else sums_of_bits(numbers)))
+            for part in parts_of(leaf if leaf.device.type == "cpu" else sums_of_bits(leaf.detach())):
+                digest.update(part)
         elif isinstance(leaf, np.ndarray | np.generic):
-            digest.update(leaf.tobytes())
+            digest.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
         elif isinstance(leaf, int | float | complex | str | bytes | None):
             digest.update(f"{leaf!r}, ".encode())
     return digest.intdigest() >> 1
 
 
 def sums_of_bits(tensor: Tensor) -> Tensor:
-    """Return a few whole numbers, on the CPU, that change if any number of a contiguous `tensor` does.
+    """Return a few whole numbers, on the CPU, that change if a number of `tensor` does, or if two change places.
 
     To copy all numbers of a large one from a GPU would take long.
     """
-    numbers = tensor.reshape(-1)
+    numbers = tensor.resolve_conj().resolve_neg().reshape(-1)
     bits = numbers.view(torch.int32 if numbers.itemsize % 4 == 0 else torch.uint8)
     whole = len(bits) // _COLUMNS * _COLUMNS
     blocks = bits[:whole].view(-1, _COLUMNS).split(_ROWS)
-    return torch.cat([*(block.sum(0) for block in blocks), bits[whole:].long()]).cpu()
+    # without weights, rows that change places would have the same sums
+    weights = torch.arange(1, _ROWS + 1, device=bits.device)[:, None]
+    sums = [(weights[: len(block)] * block).sum(0) for block in blocks]
+    return torch.cat([*sums, bits[whole:].long()]).cpu()

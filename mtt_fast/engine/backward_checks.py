@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.runtime.tensor_bytes import bytes_of
+from mtt_fast.runtime.tensor_bytes import parts_of
 
 
 def check_differentiated_once() -> None:
@@ -60,9 +60,8 @@ def check_unchanged(before: dict[str, int], **tensors: Tensor) -> None:
 
 def _checksum(tensor: Tensor) -> int:
     digest = xxhash.xxh3_64()
-    # row by row, since a path is not contiguous, and may take most of the memory
-    for part in [tensor] if tensor.is_contiguous() else tensor.unbind():
-        digest.update(bytes_of(part.detach().resolve_conj().resolve_neg().contiguous()))
+    for part in parts_of(tensor):
+        digest.update(part)
     return digest.intdigest()
 
 

@@ -25,10 +25,8 @@ class EventLog:
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import (
-            Event,
-            SessionLog,
-        )  # slow to import, and not all jobs write events
+        # slow to import, and not all jobs write events
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)

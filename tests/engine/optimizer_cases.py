@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import Adam, ConvNet, FlatModule, plan
+from mtt_fast import Adam, ConvNet, FlatModule, plan, unroll
 from mtt_fast.engine.students.generic import cross_entropy
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 
@@ -164,6 +164,13 @@ ENGINES = (
     "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "saved activations",
     "saved graphs", "the path on the host", "saved graphs, the path on the host",
 )  # fmt: skip
+
+
+def unrolled(leaves: Case, net: Any = NET, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the path and the last state by `unroll`, beside `written_out` of the same leaves."""
+    theta, state, images, labels, lr = leaves
+    path, last = unroll(net, theta, images, labels, lr, BATCHES, velocity=state, return_velocity=True, **options)
+    return path, last
 
 
 def assert_same_gradients(case: Case, mine: Callable[[Case], Tensor], theirs: Callable[[Case], Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from tests.engine.optimizer_cases import (
     engines,
     loss_of_all_rows,
     stateful,
+    unrolled,
 )
 
 each_optimizer = pytest.mark.parametrize("name", ["momentum", "Adam"])
@@ -35,12 +35,11 @@ def test_equals_whole_graph_autograd(name: str, weight_decay: float, engine: str
     case = optimizer.case(soft=engine != "micro-batches", per_step=weight_decay > 0)
     loss = loss_of_all_rows(case)
 
-    def mine(leaves: Case) -> Tensor:
-        theta, state, images, labels, lr = leaves
-        common: dict[str, Any] = {"velocity": state, "return_velocity": True, **optimizer.options, **way}
-        return loss(*unroll(net, theta, images, labels, lr, BATCHES, **common))
-
-    assert_same_gradients(case, mine, lambda leaves: loss(*optimizer.written_out(leaves)))
+    assert_same_gradients(
+        case,
+        lambda leaves: loss(*unrolled(leaves, net, **optimizer.options, **way)),
+        lambda leaves: loss(*optimizer.written_out(leaves)),
+    )
 
 
 @pytest.mark.parametrize("gradient", ["exact", "truncated"])
@@ -52,13 +51,11 @@ def test_a_loss_of_the_state_or_of_a_row_alone(name: str, looks_at: str, gradien
     def loss(path: Tensor, state: Tensor) -> Tensor:
         return state.pow(3).sum() if looks_at == "the state" else path[3].pow(3).sum()
 
-    def mine(leaves: Case) -> Tensor:
-        theta, state, images, labels, lr = leaves
-        options: dict[str, Any] = {**optimizer.options, "gradient": gradient}
-        return loss(*unroll(NET, theta, images, labels, lr, BATCHES, velocity=state, return_velocity=True, **options))
-
-    written_out = partial(optimizer.written_out, truncated=gradient == "truncated")
-    assert_same_gradients(optimizer.case(), mine, lambda leaves: loss(*written_out(leaves)))
+    assert_same_gradients(
+        optimizer.case(),
+        lambda leaves: loss(*unrolled(leaves, gradient=gradient, **optimizer.options)),
+        lambda leaves: loss(*optimizer.written_out(leaves, truncated=gradient == "truncated")),
+    )
 
 
 @pytest.mark.parametrize("row", [0, 2, 3])
@@ -88,13 +85,12 @@ def test_augmented(name: str) -> None:
     def loss(path: Tensor, state: Tensor) -> Tensor:
         return path[-1].square().sum() + state.square().sum()
 
-    def mine(leaves: Case) -> Tensor:
-        theta, state, images, labels, lr = leaves
-        common: dict[str, Any] = {"velocity": state, "return_velocity": True, **optimizer.options}
-        return loss(*unroll(NET, theta, images, labels, lr, BATCHES, augment, draws=draws, **common))
-
-    written_out = partial(optimizer.written_out, augment=augment, draws=draws)
-    assert_same_gradients(case, mine, lambda leaves: loss(*written_out(leaves)))
+    fixed: dict[str, Any] = {"augment": augment, "draws": draws}
+    assert_same_gradients(
+        case,
+        lambda leaves: loss(*unrolled(leaves, **fixed, **optimizer.options)),
+        lambda leaves: loss(*optimizer.written_out(leaves, **fixed)),
+    )
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "saved" not in name])

@@ -23,6 +23,7 @@ from tests.engine.optimizer_cases import (
     make,
     sgd_written_out,
     stateful,
+    unrolled,
 )
 
 
@@ -42,12 +43,11 @@ def test_equals_whole_graph_autograd(name: str, weight_decay: float, engine: str
     case = with_rates(optimizer.case(soft=name == "Adam" or engine != "micro-batches"))
     loss = loss_of_all_rows(case)
 
-    def mine(leaves: Case) -> Tensor:
-        theta, state, images, labels, lr = leaves
-        common: dict[str, Any] = {"velocity": state, "return_velocity": True, **optimizer.options, **way}
-        return loss(*unroll(net, theta, images, labels, lr, BATCHES, **common))
-
-    assert_same_gradients(case, mine, lambda leaves: loss(*optimizer.written_out(leaves)))
+    assert_same_gradients(
+        case,
+        lambda leaves: loss(*unrolled(leaves, net, **optimizer.options, **way)),
+        lambda leaves: loss(*optimizer.written_out(leaves)),
+    )
 
 
 @pytest.mark.parametrize("gradient", ["exact", "truncated"])
