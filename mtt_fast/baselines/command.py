@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     options, finished = options_to_continue(folder, name, options, given, may_differ)
     if finished:
         return
+    options = dataclasses.replace(options, resume=False)  # the files of a run say the same, however it was continued
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         _run(name, options, given, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
@@ -131,7 +132,7 @@ def _run(
     method = METHODS[name]
     with lock_folder(folder), accumulate_seconds(folder, seconds):
         check_continues(folder, real.identity, network.describe())
-        write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        write_config(folder, {"method": name} | dataclasses.asdict(options))
         numerics_in_words = describe_numerics(device, network, options.precision)
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",

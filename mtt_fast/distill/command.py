@@ -90,6 +90,8 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     options, finished = options_to_continue(folder, None, options, given, may_differ=set(FLAGS.values()) - given)
     if finished and not options.dry_run:
         return
+    # the files of a run say the same, however it was started and continued
+    options = dataclasses.replace(options, resume=False, config=None)
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         if options.dry_run:
@@ -133,7 +135,7 @@ def _run(
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         note = f"{gradient}; iterations in {precision}"  # which `precision` may leave open
         check_not_taken(folder, lock)  # experts may have been trained for hours
-        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), note)
+        write_config(folder, dataclasses.asdict(options), note)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_text,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtt_fast import SyntheticDataset
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.commands import cli, run_loop
@@ -33,6 +34,8 @@ def test_resumed_is_bit_identical_to_uninterrupted(method: str, shared: Path, tm
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+    recipe = SyntheticDataset.load(parts / "synthetic.safetensors").recipe
+    assert recipe | {"out": str(whole)} == SyntheticDataset.load(whole / "synthetic.safetensors").recipe
     for kind in ("distilled", "own_training"):
         assert summary_of(whole)["accuracy"].get(kind) == summary_of(parts)["accuracy"].get(kind)
 
