@@ -19,7 +19,7 @@ from mtt_fast.networks.convnet import ConvNet
 
 
 class BlockBytes(NamedTuple):
-    """Bytes of a block: of its planes, whose tangents and cotangents take the same, and of what its operations allocate."""
+    """Bytes of a block: its planes (tangents and cotangents take the same), and what its operations allocate."""
 
     x: int  # 0 for images, which are arguments of the step
     y: int  # 0 in an `ImageBlock`, which stores none
@@ -43,7 +43,7 @@ def fused_step_bytes(
     """Return the peak memory of a step on `batch` samples of `dtype`.
 
     `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`, and `own_loss`
-    whether the loss is one of the caller's own, whose logits are not counted.
+    whether a user's loss replaces cross-entropy; its logits are not counted.
     """
     planes, parameters = plane_dtype(dtype, precision), dtype.itemsize * network.num_parameters
     weights = kernels.weight_bytes(batch, layers, planes, device, precision)
