@@ -24,7 +24,7 @@ _NOT_OWN = (*(f"{Path(file).parent}/" for file in (torch.__file__, inspect.__fil
 _PREFIX = "mtt_fast_user "  # of the names of users' modules
 
 
-def is_place(name: str) -> bool:
+def is_user_code(name: str) -> bool:
     """Return whether `name` has the form FILE.py:NAME or MODULE:NAME."""
     place, _, attribute = name.rpartition(":")
     return bool(place and attribute)

@@ -241,7 +241,7 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
 def _model(store: TrajectoryStore) -> str:
     """Return the name of the experts' network, as --model spells it: that of their folder, or if it has another name the shortest."""
     folder, network = store.folder.resolve(), store.metadata(0).network
-    if "outputs" in network:  # of the user's own
+    if "outputs" in network:  # a user's network
         return str(network["kind"])
     names = (name for name in (folder.name, folder.parent.name) if full_name({"kind": name}) == full_name(network))
     return next(names, short_name(network) or folder.name)

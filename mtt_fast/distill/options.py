@@ -253,7 +253,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def last_matched_epoch(self) -> int:
-        """Return the last epoch that segments reach, which experts must have."""
+        """Return the last epoch that segments reach; experts must have been trained so long."""
         last_start = self.max_start_epoch if self.continuous_start else self.max_start_epoch - 1
         return last_start + self.expert_epochs
 
@@ -294,7 +294,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return [*remarks, *self._remarks_without_effect()]
 
     def _remarks_without_effect(self) -> list[str]:
-        """Return remarks on options that have no effect at the values of others."""
+        """Return remarks on options that have no effect, given the values of others."""
         halves = f"--Iteration {self.Iteration} and --lr_img {self.lr_img:g}: it halves the rate after every {HALVED_AFTER:,} iterations"
         fixed, single = "--lr_img 0, which keeps the pixels", "--syn_steps 1, a single step"
         without_effect = (
@@ -464,7 +464,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
 
 def _found_both(first: str, second: str, reason: str) -> InputError:
-    """Return the error for two options that exclude each other for a `reason`, either of which a recipe or an earlier run may bring."""
+    """Return the error for two options that exclude each other for a `reason`; a recipe or an earlier run may have set either."""
     fields, names = fields_of(DistillOptions), [each.split()[0].removeprefix("--") for each in (first, second)]
     off = [f"--no_{name}" if fields[name].is_switch else f"--{name} {fields[name].default}" for name in names]
     return InputError(

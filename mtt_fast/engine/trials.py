@@ -42,7 +42,7 @@ def try_augmentation(
     if warp is not None:
         _check_nothing_else_is_learned("augment", warp)
         return None
-    _check_may_wait(images)
+    _check_may_synchronise(images)
     batch, few = images.detach()[index], _trial_positions(network, len(index))
     with without_autocast(images.device), _RandomOperations(images.device) as operations:
         with torch.no_grad():
@@ -82,7 +82,7 @@ def try_step(
     outputs of a sample must be independent of the other samples. If network or loss fail on a few samples (as with a graph neural
     network with fixed edges), the whole batch is used; if it is cut, only for the loss.
     """
-    _check_may_wait(theta)
+    _check_may_synchronise(theta)
     index, needs_images = batches[0], images.requires_grad and torch.is_grad_enabled()
 
     def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def try_step(
             return is_mean(loss, outputs, targets, labels.detach())
 
 
-def _check_may_wait(tensor: Tensor) -> None:
+def _check_may_synchronise(tensor: Tensor) -> None:
     """Raise `InputError` while work on `tensor` is captured in a CUDA graph, since the host cannot compare results then."""
     if is_capturing(tensor):
         raise InputError(

@@ -36,7 +36,7 @@ class Stateless:
         # each tensor once, by its first name: a buffer may be a parameter, too
         names: dict[Tensor, str] = {}
         self._tied: dict[str, str] = {}  # first names, by the other ones
-        for name, value in _places(module):
+        for name, value in _named_tensors(module):
             if names.setdefault(value, name) != name:
                 self._tied[name] = names[value]
         self._own = {name: value for value, name in names.items()}
@@ -51,7 +51,7 @@ class Stateless:
         like = next(iter(tensors.values()))
         # copies, since a layer may write into its buffers, and each call must start from the same values
         constants = {
-            name: self._near(name, value, like).to(
+            name: self._on_device_of(name, value, like).to(
                 like.device, like.dtype if value.is_floating_point() else value.dtype, copy=True
             )
             for name, value in self._own.items()
@@ -71,7 +71,7 @@ class Stateless:
             )
         return output
 
-    def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+    def _on_device_of(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         """Return `value` on the device of `like`, cached, since a copy from the host synchronises and cannot be captured in a CUDA graph.
 
         For a meta tensor `like`, return it on its own device, so that the memory count has only one copy.
@@ -96,7 +96,7 @@ class Stateless:
             self._idle.append(module)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and then the buffers, under each of their names; a layer that is used twice appears once."""
     for name, part in module.named_modules():
         yield from part.named_parameters(name, recurse=False, remove_duplicate=False)
