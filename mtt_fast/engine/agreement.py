@@ -45,7 +45,7 @@ def check_agreement(group: dist.ProcessGroup, theta: Tensor, **others: Any) -> N
         raise InputError("`group`: expected numbers, found theta on the device meta, which has none; leave `group` out")
     if is_capturing(theta):
         raise InputError(
-            "`group`: expected no capture of a CUDA graph, in which it cannot be checked that the processes agree; call outside of it"
+            "`group`: expected no capture of a CUDA graph, in which the processes' arguments cannot be compared; call outside of it"
         )
     arguments = {"theta": theta, **others}
     checksums = torch.tensor([checksum_of(value) for value in arguments.values()], device=theta.device)

@@ -101,7 +101,7 @@ def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> Non
         )
     if momentum or weight_decay:
         raise InputError(
-            f"`momentum` {momentum:g}, `weight_decay` {weight_decay:g}: they are SGD's, found with an `optimizer`; use "
+            f"`momentum` {momentum:g}, `weight_decay` {weight_decay:g}: expected 0 with an `optimizer`, since they are SGD's; use "
             "Adam(betas=…, weight_decay=…)"
         )
 
@@ -234,7 +234,7 @@ def check_image_shape(net: Network, image: torch.Size) -> None:
         len(image) != 3 or image[0] != net.in_channels or net.feature_size_of(*image[1:]) != net.feature_size
     ):
         raise InputError(
-            f"`images`: expected those of the network, {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
+            f"`images`: expected the network's {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
         )
 
 

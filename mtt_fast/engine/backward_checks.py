@@ -53,7 +53,7 @@ def check_unchanged(before: dict[str, int], **tensors: Tensor) -> None:
     for name, checksum in before.items():
         if _checksum(tensors[name]) != checksum:
             raise InputError(
-                f"`{name}`: expected in the backward pass the numbers of the call, found others, written through `.data` or into a "
+                f"`{name}`: expected the same values in the backward pass as in the call, found others, written through `.data` or into a "
                 "module's parameters; write after the backward pass, or into a clone()"
             )
 
@@ -77,10 +77,10 @@ def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]
         now = repeat(n)
         if bool((differs := _differ(first[n], now)).any()):
             raise InputError(
-                f"expected in the backward pass the network, loss, augmentation and path of the call, found "
-                f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; before the backward pass leave "
-                "alone what they read: attributes, `.data` of images and of rows of the path, and the variable of a loop in a lambda "
-                "(`lambda logits, labels, t=t: …`)"
+                f"expected the same network, loss, augmentation and path in the backward pass as in the call, found "
+                f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; do not change "
+                "what they read before the backward pass: attributes, `.data` of images and of rows of the path, and loop variables in a "
+                "lambda (bind these: `lambda logits, labels, t=t: …`)"
             )
 
 

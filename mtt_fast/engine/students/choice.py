@@ -95,10 +95,10 @@ def choose_precision(
         return _automatic(is_fused=is_fused, iterations=iterations)
     if requested in HALF_PRECISIONS and not is_fused:
         raise InputError(
-            f"`precision` {requested}: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
+            f"`precision` {requested}: only the fused step of ConvNet supports it, and {type(network).__name__} uses the generic one "
             f"on {device}; use `precision` tf32 or fp32"
         )
-    return ChosenPrecision(requested, "as asked for")
+    return ChosenPrecision(requested, "as requested")
 
 
 def _automatic(*, is_fused: bool, iterations: bool) -> ChosenPrecision:

@@ -143,7 +143,7 @@ class FusedConvNetStudent:
         """See `Student.step_bytes`."""
         layers, has_image_block = self.layers(image_shape), self._has_image_block(image_shape, device)
         return fused_step_bytes(
-            self.network, layers, has_image_block, batch, dtype, device, self.precision, own_loss=self.loss is not None
+            self.network, layers, has_image_block, batch, dtype, device, self.precision, has_loss=self.loss is not None
         )
 
     def layers(self, image_shape: torch.Size) -> list[ConvLayer]:

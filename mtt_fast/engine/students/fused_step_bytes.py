@@ -38,11 +38,11 @@ def fused_step_bytes(
     device: torch.device,
     precision: Precision,
     *,
-    own_loss: bool,
+    has_loss: bool,
 ) -> StepBytes:
     """Return the peak memory of a step on `batch` samples of `dtype`.
 
-    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`, and `own_loss`
+    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`, and `has_loss`
     whether a user's loss replaces cross-entropy; its logits are not counted.
     """
     planes, parameters = plane_dtype(dtype, precision), dtype.itemsize * network.num_parameters
@@ -68,7 +68,7 @@ def fused_step_bytes(
     # public code's order.
     p, copies, ys = blocks[-1].p, int(device.type == "cpu"), sum(block.y for block in blocks)
     dual_copies = copies
-    if own_loss:  # features and their gradient, with their tangents, in the dtype of the parameters
+    if has_loss:  # features and their gradient, with their tangents, in the dtype of the parameters
         ratio = dtype.itemsize // planes.itemsize
         copies, dual_copies = 2 * ratio - 1, 4 * ratio
     classifier = sum(block.x for block in blocks) + ys + (2 + copies) * p

@@ -135,7 +135,7 @@ def loss_graph(loss: Loss, outputs: Tensor, labels: Tensor) -> LossGraph:
     """Return the graph of `loss` from a network's `outputs` (b, …), and from floating `labels`, to the gradient with respect to the outputs."""
     if outputs.is_complex():
         raise InputError(
-            f"`net`: expected real outputs where batches are cut for a `loss` that is no mean over samples, found {outputs.dtype}; "
+            f"`net`: expected real outputs where batches are cut for a `loss` that is not a mean over samples, found {outputs.dtype}; "
             "return torch.view_as_real of them, of which the `loss` takes torch.view_as_complex"
         )
     # of copies, since a loss may modify its arguments in place
@@ -195,6 +195,6 @@ _NO_DERIVATIVE = re.compile(
 def no_gradient_error(name: str) -> InputError:
     """Return the error that the loss of a step has no gradient with respect to its `name`, "parameters" or "images"."""
     return InputError(
-        f"`net`, `loss`: expected a loss that depends on the {name}, found none of their gradients; leave out what cuts them off, as "
-        "detach, item, torch.no_grad and a constant do"
+        f"`net`, `loss`: expected a loss that depends on the {name}, found no gradient; leave out what cuts it off, such as "
+        "detach, item, torch.no_grad or a constant"
     )

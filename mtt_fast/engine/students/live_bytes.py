@@ -43,7 +43,7 @@ def live_bytes(
                 known[shapes] = _counted_live_bytes(network, student, *shapes)
         except RuntimeError as error:
             raise InputError(
-                "`net`: expected a network that runs on tensors without data, and on any number of them, which count the memory of a step, "
+                "`net`: expected a network that runs with any batch size on meta tensors, without data, by which the memory of a step is counted, "
                 f"found {str(error).partition(chr(10))[0]!r}{line_of(error)} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
                 "dense buffers of a module, and read no tensor's value in it; only a `memory_budget` needs the count"
             ) from error
