@@ -175,7 +175,7 @@ def check_classifier(
     check_plain(op, "labels", labels)
     if labels.device != first.device:
         raise ValueError(f"{op}: expected one device, found indices on {labels.device} and {first.device}")
-    # on an accelerator the look-up itself checks, without a wait for the device
+    # on an accelerator the look-up itself checks, without a synchronisation
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}")
 
@@ -183,7 +183,7 @@ def check_classifier(
 def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
     """Raise `ValueError` unless `index` is int64 (count,) on the device of `rows`, and on a CPU its values are rows.
 
-    On an accelerator the values are not checked: that would wait for the device.
+    On an accelerator the values are not checked, since that would synchronise.
     """
     if index.shape != (count,) or index.dtype != torch.int64 or index.device != rows.device:
         raise ValueError(
@@ -236,7 +236,7 @@ def check_batch_gradient(op: str, batch: BatchGradient, scale: Tensor) -> None:
 
 
 def check_warp_parameters(op: str, parameters: Tensor, count: int, images: Tensor) -> None:
-    """Raise `ValueError` unless the parameters (count, 13) of warps fit `images`; on a CPU each warp must have an inverse."""
+    """Raise `ValueError` unless the parameters (count, 13) of warps fit `images`; on a CPU each warp must be invertible."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=images.device)
     check_tensors(op, like, {"parameters": parameters}, (count, len(WARP_PARAMETERS)))
@@ -282,7 +282,7 @@ def check_tensors(
 def check_plain(op: str, name: str, tensor: Tensor) -> None:
     """Raise `ValueError` unless compiled code can read the values of `tensor` from its memory.
 
-    Such code does not see a derivative, a transform of torch.func or a negative view, so its result would be silently wrong.
+    Compiled code ignores autograd, transforms of torch.func and negative views, so its result would be silently wrong.
     """
     if tensor.requires_grad or _has_tangent(tensor):
         found = "that requires grad" if tensor.requires_grad else "with a tangent of forward mode"
@@ -296,7 +296,7 @@ def check_plain(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Return whether the numbers of `tensor` are at its address: those of a subclass that computes by itself need not be."""
+    """Return whether the values of `tensor` are at its address; those of a tensor subclass may not be."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

@@ -29,7 +29,7 @@ def native_available() -> bool:
 def has_kernels(device: torch.device) -> bool:
     """Return whether `device` has a back end other than the reference.
 
-    Raises `ImportError` for a CUDA device if Triton is missing, so that a GPU is never left idle without a message.
+    Raises `ImportError` for a CUDA device if Triton is missing, so that a GPU is never silently unused.
     """
     if _runs_triton(device):
         triton.load()
@@ -92,8 +92,8 @@ def workspace_bytes(
 ) -> int:
     """Return the bytes of workspace that the convolutions of a step take, in all operations on all `layers` of planes of `dtype`.
 
-    On a CPU the workspace is kept from one call to the next, a part of it for each of torch's threads. On CUDA the number is an
-    allowance for convolutions by cuDNN. For the reference it is unknown, and 0 is returned.
+    On a CPU the workspace is kept between calls, with a part for each of torch's threads. On CUDA it is an allowance for cuDNN's
+    convolutions. For the reference it is unknown; 0 is returned.
     """
     if _runs_triton(device):
         return triton.workspace_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
@@ -119,7 +119,7 @@ def image_block_bytes(
 
 
 def release_memory() -> None:
-    """Free the workspace that the native kernels keep from one call to the next, as far as it is not in use."""
+    """Free the workspace that the native kernels keep between calls, except what is in use."""
     native.release_memory()
 
 
@@ -131,5 +131,5 @@ def _check_precision(operation: str, precision: str) -> None:
 def _runs_triton(device: torch.device) -> bool:
     """Return whether Triton's kernels run on `device`: an NVIDIA GPU, or a CPU with Triton's interpreter."""
     if device.type == "cuda":
-        return torch.version.hip is None  # an AMD GPU is called cuda too; the kernels use what only NVIDIA's have
+        return torch.version.hip is None  # AMD GPUs are called cuda too; the kernels use NVIDIA's features
     return _INTERPRETED and device.type == "cpu"

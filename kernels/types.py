@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LabelKind = Literal["indices", "probabilities", "logits"]
-"""Labels are class indices (B,), probabilities (B, K), or logits (B, K), whose softmax are the probabilities."""
+"""Kinds of labels: class indices (B,), probabilities (B, K), or logits (B, K), whose softmax gives the probabilities."""
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 """Format to which the float32 factors of matrix products are rounded. Sums are float32, and float64 tensors stay float64.
@@ -20,7 +20,7 @@ HALF_PRECISIONS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": 
 """Precisions with planes of 16 bits, and the dtype of these planes."""
 
 LARGEST_COTANGENT = 64.0
-"""Magnitude below which the gradient of float16 features is scaled by a power of two.
+"""Upper bound of the magnitude to which the gradient of float16 features is scaled, by a power of two.
 
 It is far below the range of float16, since gradients may grow on the way back through the layers.
 """
@@ -48,7 +48,7 @@ class PlaneStats(NamedTuple):
 class Patches(NamedTuple):
     """Images for the first block, and the sums from which the statistics of its planes follow for any weights.
 
-    A patch x̃ consists of the 9·C numbers under the 3×3 filter at one pixel, in the order (3, 3, C), followed by a one.
+    A patch x̃ consists of the 9·C values under the 3×3 filter at one pixel, in the order (3, 3, C), followed by a one.
     """
 
     images: Tensor  # (B, H + 2·padding, W + 2·padding, C), minus a shift of each channel; of the planes' dtype
@@ -65,7 +65,7 @@ class Folded(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """A flat vector (P,) as partial sums over samples, or parts of samples, which one later pass over all parameters adds up.
+    """A flat vector (P,) as partial sums over samples, or parts of samples. One later pass over all parameters adds them up.
 
     The vector is the concatenation of the pieces (S, …), each summed over its axis S and flattened. S may be 0, for zeros.
     """
@@ -84,9 +84,10 @@ class PartialSums(NamedTuple):
 
 
 class PartialPlanes(NamedTuple):
-    """Planes (B, C, H, W) as partial sums of a convolution, which the first operation that reads them adds up.
+    """Planes (B, C, H, W) as partial sums of a convolution.
 
-    It adds the parts in their order, rounds the sum once, and stores it in `planes` for later operations.
+    The first operation that reads them adds the parts in their order, rounds the sum once, and stores it in `planes` for later
+    operations.
     """
 
     parts: Tensor  # (S, B, C, H, W), float32, each part in the memory format of the planes
@@ -171,7 +172,7 @@ class ImageBlockBytes(NamedTuple):
     sums: int = 0  # U, while the parameters' gradients are computed
     dual_sums: int = 0  # U and U̇, while the derivatives of the parameters' gradients are computed
     linear: int = 0  # M, while the images' gradient is computed
-    columns: int = 0  # T, the patches of x̄̇, while the images' gradient is computed, after U
+    columns: int = 0  # T, the patches of x̄̇, while the images' gradient is computed, after U is freed
 
 
 class WeightPlace(NamedTuple):

@@ -15,7 +15,7 @@ _SHOWN = 60  # letters of a text
 
 
 def check_ordinary(name: str, tensor: Tensor) -> None:
-    """Raise `InputError` for a tensor with which torch cannot compute as with others: one that is nested, sparse, or of a float8."""
+    """Raise `InputError` for a tensor that many operations of torch do not take: nested, sparse or float8."""
     if tensor.is_nested:
         found, remedy = "a nested tensor", "use torch.stack"
     elif tensor.layout != torch.strided:
@@ -36,7 +36,7 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 
 def device_of(generator: torch.Generator | None) -> torch.device:
-    """Return the device on which `generator` draws; for None the CPU. Raises `InputError` if it is no generator."""
+    """Return the device on which `generator` draws; for None the CPU. Raises `InputError` for any other object."""
     check_generator(generator)
     return torch.device("cpu") if generator is None else generator.device
 

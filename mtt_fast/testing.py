@@ -1,8 +1,8 @@
 """Oracles that share no code with the engine: the meta-gradient by whole-graph autograd, as in the public code.
 
-Beside it is TESLA's truncated gradient, as its public code means to compute it.
+Also TESLA's truncated gradient, by its formula.
 
-The oracles are for tests, benchmarks, and users who check for themselves. Memory grows with N: use small cases.
+The oracles are for tests, benchmarks, and users who check their own code. Memory grows with N: use small cases.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def reference_convnet(
 def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Return f(theta, images) that runs `module` with the flat parameters `theta`, split as the public code splits them.
 
-    A slice for each parameter would give the same result, but its gradient would be a vector of all parameters, almost all zero.
+    Slicing out each parameter would give the same result, but the gradient of a slice is a vector of all parameters, almost all
+    zero.
     """
     parameters = list(module.parameters())
     # each place of a parameter in a layer, once: `functional_call` would leave its tensors in a layer that has two names
@@ -128,9 +129,9 @@ def truncated(
 ) -> MetaGradient:
     """Return TESLA's approximation of the meta-gradient (Cui et al., 2023), by its two loops. Not exact.
 
-    The last adjoint stands for that of every step. The second loop builds the graph of one step at a time. The image gradient is
-    that of the formula: the public code returns half of it, since that code doubles a tuple in place of its only member.
-    `labels` are class indices or probabilities; `lr` is a scalar, or has one rate for each step. The rest is as in `whole_graph`.
+    Every step uses the last adjoint. The second loop builds the graph of one step at a time. The image gradient follows the
+    formula: the public code returns half of it, since it doubles a tuple instead of the tensor in it. `labels` are class indices
+    or probabilities; `lr` is a scalar, or has one rate for each step. The rest is as in `whole_graph`.
     """
 
     def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float
 def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> None:
     """Raise `AssertionError` naming `name` unless the relative error is at most `tolerance` (NaN fails).
 
-    `floor` is the smallest magnitude that counts, for values that may be zero but for rounding.
+    `floor` is the smallest magnitude that counts, for values that may be zero up to rounding.
     """
     error = relative_error(found, expected, floor)
     if not error <= tolerance:
@@ -189,7 +190,7 @@ def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, f
 def added_up(operation: str, results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the results of an operation of `mtt_fast.kernels`, with summands of the parameters' gradients added up.
 
-    How many there are is the back end's choice, so only their sums can be compared.
+    Their number depends on the back end, so only their sums can be compared.
     """
     every = (results,) if isinstance(results, Tensor) else tuple(results)
     if not operation.endswith(("_backward", "weight_gradient")):

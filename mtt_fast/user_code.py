@@ -1,4 +1,4 @@
-"""Load functions and classes of the user's own, and turn their errors into one line."""
+"""Load a user's functions and classes, and turn their errors into one line."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ import torch
 from mtt_fast.errors import InputError
 
 _NOT_OWN = (*(f"{Path(file).parent}/" for file in (torch.__file__, inspect.__file__, __file__)), "<frozen")
-"""Where the names of files begin that no user wrote."""
+"""Prefixes of the names of files that are not a user's."""
 _PREFIX = "mtt_fast_user "  # of the names of users' modules
 
 
-def is_place(name: str) -> bool:
-    """Return whether `name` has the form of a place, FILE.py:NAME or MODULE:NAME."""
+def is_user_code(name: str) -> bool:
+    """Return whether `name` has the form FILE.py:NAME or MODULE:NAME."""
     place, _, attribute = name.rpartition(":")
     return bool(place and attribute)
 
 
 def load(option: str, name: str) -> Any:
-    """Return what stands at the place `name`, FILE.py:NAME or MODULE:NAME; None if the file or module has no such name.
+    """Return the object that `name`, FILE.py:NAME or MODULE:NAME, refers to; None if the file or module does not define it.
 
-    Raises `InputError`, which names the `option`, for a file that is missing, and with the error that the code raises.
+    Raises `InputError`, which names the `option`, for a missing file, and for any error that the file's code raises.
     """
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py") and not Path(place).is_file():
@@ -56,7 +56,7 @@ def file_digest(cls: type) -> str:
 
 @contextlib.contextmanager
 def user_errors(option: str, name: str, *passed: type[Exception]) -> Iterator[None]:
-    """Turn an error of the user's code into one line with the `option`, the place `name`, and the line of it that raised it.
+    """Turn an error in a user's code into an `InputError` of one line, with the `option`, `name`, and the line that raised it.
 
     Errors of the classes `passed` stay as they are.
     """

@@ -13,9 +13,9 @@ from .conv import add_planes
 def bias_relu_pool(y: Convolved, beta: Tensor) -> Tensor:
     """Return 2×2 averages of relu(y + β) (B, C, H//2, W//2): `norm_relu_pool` without the norm.
 
-    `y` (B, C, H, W), contiguous or channels_last, as is the result; `beta` (C,). An odd last row or column is not pooled.
-    All of one floating dtype and device; if planes are float16 or bfloat16, β is float32. Planes from a convolution may be in
-    parts, which are added up, as in `norm_relu_pool`. Raises `ValueError` for anything else.
+    `y` (B, C, H, W), contiguous or channels_last, as is the result; `beta` (C,). An odd last row or column is not pooled. All of
+    one floating dtype and device; if planes are float16 or bfloat16, β is float32. Planes from a convolution may be partial sums,
+    which are added up, as in `norm_relu_pool`. Raises `ValueError` for anything else.
     """
     (y,) = add_planes(y)
     check_planes("bias_relu_pool", y, planes={"y": y}, channels={"beta": beta})
@@ -48,9 +48,9 @@ def bias_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient ȳ and its derivative ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇, the derivative of β's gradient.
 
-    `p_bar` (B, C, H//2, W//2) is the gradient of p and `p_bar_dot` its derivative. ẏ and β̇ have no effect, since the
-    operation is linear between ReLU's kinks. With `reuse`, ȳ may be written over `y`.
-    Shapes, formats and errors are those of `bias_relu_pool`.
+    `p_bar` (B, C, H//2, W//2) is the gradient of p and `p_bar_dot` its derivative. ẏ and β̇ are not needed, since the operation
+    is linear between ReLU's kinks. With `reuse`, ȳ may be written over `y`. Shapes, formats and errors are those of
+    `bias_relu_pool`.
     """
     p_bar, p_bar_dot = add_planes(p_bar, p_bar_dot)
     pooled = {"p_bar": p_bar, "p_bar_dot": p_bar_dot}

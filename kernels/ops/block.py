@@ -1,8 +1,8 @@
 """Compute the first block, from images to pooled planes, with derivatives.
 
-The block convolves 3×3, normalises each plane, scales, takes ReLU and pools 2×2. A back end that fuses these stores no planes
-in between: `dispatch.has_image_block` tells for which blocks, and the reference computes the others. Images have no
-derivative, since they do not depend on the parameters.
+The block convolves 3×3, normalises each plane, scales, takes ReLU and pools 2×2. A back end that fuses these stores no planes in
+between. `dispatch.has_image_block` tells for which blocks there is one; the reference computes the others. Images have no
+tangent, since they do not depend on the parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ def image_patches(
 ) -> Patches:
     """Return the patches of images `x` (B, C, H, W), float32 or float64, contiguous or channels_last, for the first block.
 
-    With `index` (B,) int64 the images are those rows of `x` (n, C, H, W). With `parameters` (B, 13) `colour_warp_mask`
-    augments them, and `x` is contiguous. `padding` is that of the convolution. The block's planes have the images' dtype; with
-    fp16 or bf16, those of float32 images are float16 or bfloat16.
-    Raises `ValueError` for anything else, and for images too small to convolve and pool, but not for an index out of range on a
-    GPU, since the check would wait.
+    With `index` (B,) int64 the images are those rows of `x` (n, C, H, W). With `parameters` (B, 13) `colour_warp_mask` augments
+    them, and `x` is contiguous. `padding` is that of the convolution. The block's planes have the images' dtype; with fp16 or
+    bf16, those of float32 images are float16 or bfloat16. Raises `ValueError` for anything else, and for images too small to
+    convolve and pool. On a GPU an index out of range is not checked, since that would synchronise.
     """
     op = "image_patches"
     check_batch_images(op, BatchImages(x, padding, index, parameters))
@@ -110,9 +109,9 @@ def conv_norm_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the derivatives of the gradients: x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K).
 
-    All have the parameters' dtype. Only x̄̇ is divided by the `divisors`, at most two powers of two () of that dtype,
-    2⁻¹²⁶ … 2¹²⁶, one after the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments.
-    `p_bar`, `p_bar_dot` and errors are those of `conv_norm_relu_pool_backward`.
+    All have the parameters' dtype. Only x̄̇ is divided by the `divisors`: at most two, each a power of two () of that dtype, in
+    2⁻¹²⁶ … 2¹²⁶. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot` and errors are
+    those of `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}

@@ -12,8 +12,8 @@ from ..types import Convolved, PartialPlanes, Precision, Weight, planes_of
 def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
     """Return planes as tensors (B, C, H, W), with partial sums added up and stored in their `planes`.
 
-    All have one shape, dtype and memory format. Operations that take `Convolved` add partial sums up themselves; this is for all
-    other code. Raises `ValueError` for parts that are not float32, or do not fit their planes.
+    All have one shape, dtype and memory format. Operations that take `Convolved` add up partial sums themselves; other code calls
+    this. Raises `ValueError` for parts that are not float32, or do not fit their planes.
     """
     if not any(isinstance(each, PartialPlanes) for each in planes):
         return tuple(map(planes_of, planes))
@@ -29,13 +29,13 @@ def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp3
     """Return y = W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`, or its partial sums.
 
     `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous, or packed by `pack_parameters`. Stride 1,
-    and no bias: before an instance norm it has no effect, and elsewhere `bias_relu_pool` adds it. One floating dtype and
-    device; if planes are float16 or bfloat16, weights and their gradients are float32, here and below. `precision` is the
-    format to which float32 factors are rounded before they are multiplied; sums are float32, and float64 stays float64.
+    and no bias: before an instance norm it has no effect, and elsewhere `bias_relu_pool` adds it. One floating dtype and device;
+    if planes are float16 or bfloat16, weights and their gradients are float32, in this and the following operations. `precision`
+    is the format to which float32 factors are rounded before they are multiplied; sums are float32, and float64 stays float64.
 
-    On a GPU, this operation and those below may return partial sums over the taps (`PartialPlanes`) if there are few samples.
-    Operations that follow a convolution accept them, and `add_planes` makes tensors of them.
-    Raises `ValueError` for anything else.
+    On a GPU, this and the following operations may return partial sums over the taps (`PartialPlanes`) if there are few samples.
+    Operations that take the result of a convolution accept these, and `add_planes` adds them up. Raises `ValueError` for anything
+    else.
     """
     check_convolution("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
     y: Convolved = dispatch.implementation_of("conv3x3", x, precision)(x, weight, padding)

@@ -1,4 +1,4 @@
-"""Operations on flat vectors of parameters: steps of SGD and of its adjoint, distance, packed weights; and `index_add`."""
+"""Operations on flat vectors of parameters: a step of SGD, its adjoint, distance, packing of weights; and `index_add`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def sgd_step(
 ) -> Tensor:
     """Write θ − `lr` · u to `out` and return it, with u = `momentum` · `velocity` + `gradient` + `weight_decay` · θ.
 
-    That is a step of torch.optim.SGD. The new velocity u is written to `velocity_out` if there is one, and no `velocity`
-    stands for zero. `theta` and the other vectors (P,), contiguous, and `lr` () are of one floating dtype and device.
-    `out` may be `theta`, and `velocity_out` may be `velocity`. `gradient` may be partial sums, as `add_up` takes them.
-    Raises `ValueError` for anything else.
+    That is a step of torch.optim.SGD. The new velocity u is written to `velocity_out` unless that is None. A `velocity` of None
+    means zero. `theta` and the other vectors (P,), contiguous, and `lr` () are of one floating dtype and device. `out` may be
+    `theta`, and `velocity_out` may be `velocity`. `gradient` may be partial sums, as `add_up` takes them. Raises `ValueError` for
+    anything else.
     """
     vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
     check_vectors("sgd_step", vectors, {"lr": lr})
@@ -66,14 +66,14 @@ def adjoint_step(
 ) -> Tensor:
     """Write λ + `scale` · (H v + `weight_decay` · v) + `incoming` to `out` and return it: the adjoint of `sgd_step`.
 
-    λ is `adjoint`, the adjoint of the parameters after the step, and v is `direction`. No `incoming` stands for zero. `adjoint`
-    and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of them
-    but `hessian_v`, which a GPU reads in an order of its own. `hessian_v` may be partial sums, as `add_up` takes them.
+    λ is `adjoint`, the adjoint of the parameters after the step, and v is `direction`. An `incoming` of None means zero.
+    `adjoint` and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of
+    them but `hessian_v`, which a GPU reads in another order. `hessian_v` may be partial sums, as `add_up` takes them.
 
-    With a `batch`, `scale` · Aᵀ ȳ of each of its samples is added to its row of the gradient of all images, in place, with Aᵀ
-    that of `colour_warp_mask_transpose`. An index may repeat; its rows are added in their order, so the result is
-    deterministic. On a GPU the same launch computes both, and an index out of range is not noticed, since the check would wait.
-    Raises `ValueError` for anything else.
+    With a `batch`, `scale` · Aᵀ ȳ of each sample is added in place to the sample's row of the gradient of all images (Aᵀ:
+    `colour_warp_mask_transpose`). An index may repeat; its rows are added in their order, so the result is deterministic. On a
+    GPU the same launch computes both, and an index out of range is not detected, since the check would synchronise. Raises
+    `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})
@@ -111,7 +111,8 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
 
     `out` (n, …) and `rows` (b, …), contiguous, of one shape after the first axis, `index` (b,) int64, 0 … n − 1; all on one
     device, `out` and `rows` of one floating dtype. An index may repeat; its rows are added in their order, so the result is
-    deterministic. Raises `ValueError` for anything else, but not for an index out of range on a GPU, since the check would wait.
+    deterministic. Raises `ValueError` for anything else, but not for an index out of range on a GPU, since the check would
+    synchronise.
     """
     check_tensors("index_add", out, {"out": out}, out.shape)
     check_tensors("index_add", out, {"rows": rows}, (len(rows), *out.shape[1:]))
@@ -130,10 +131,10 @@ def pack_parameters(
 ) -> PackedParameters:
     """Return the weights at `places` of `theta` (P,), and of a `direction` (P,), in the layout that the convolutions read.
 
-    The weights are rounded to the dtype of the planes (`plane_dtype`). If that is float16, the direction is first scaled by a power
-    of two such that its largest magnitude is in [`largest` / 2, `largest`), where `largest` is a power of two. The exponent of the
-    scale is at most 60, so that the product of two scales is finite in float32. The scale is 1 if all numbers are zero, or one is
-    not finite. The vectors are contiguous, float32 or float64, on one device.
+    The weights are rounded to the dtype of the planes (`plane_dtype`). If that is float16, the direction is first scaled by a
+    power of two such that its largest magnitude is in [`largest` / 2, `largest`), where `largest` is a power of two. The exponent
+    of the scale is at most 60, so that the product of two scales is finite in float32. The scale is 1 if all values are zero, or
+    any is not finite. The vectors are contiguous, float32 or float64, on one device.
 
     With a `batch` of images, of the dtype and device of `theta`, their patches are returned too, as by `image_patches`. On a GPU
     the same launch computes both. Raises `ValueError` for anything else.

@@ -15,7 +15,7 @@ def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Te
     `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); γ, β (C,) are `affine`; mean, rstd (B, C).
     rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
 
-    Planes from a convolution, here y, may be partial sums (`PartialPlanes`), which are added up and stored in the tensor that
+    Planes from a convolution, such as y, may be partial sums (`PartialPlanes`), which are added up and stored in the tensor that
     `planes_of` returns. All are of one floating dtype and device; if planes are float16 or bfloat16, the statistics, γ and β are
     float32. Raises `ValueError` for anything else.
     """
@@ -30,8 +30,8 @@ def norm_relu_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient ȳ (B, C, H, W) and summands (S, C) of γ̄ and β̄, given the gradient `p_bar` (B, C, H//2, W//2).
 
-    The other arguments are the arguments and the results of `norm_relu_pool`. `p_bar` may be partial sums. ReLU's derivative
-    at 0 is 0. With `reuse`, ȳ may be written over `y`. Raises `ValueError` as `norm_relu_pool` does.
+    The other arguments are the arguments and results of `norm_relu_pool`. `p_bar` may be partial sums. ReLU's derivative at 0 is
+    0. With `reuse`, ȳ may be written over `y`. Raises `ValueError` as `norm_relu_pool` does.
     """
     op, stats = "norm_relu_pool_backward", {"mean": mean, "rstd": rstd}
     check_planes(op, y, {"y": y}, affine._asdict(), stats, {"p_bar": p_bar})
@@ -88,5 +88,5 @@ def norm_relu_pool_dual_backward(
 
 
 def with_dots(affine: Affine, affine_dot: Affine) -> dict[str, Tensor]:
-    """Return γ, β and their derivatives, by the names that error messages have for them."""
+    """Return γ, β and their derivatives, under their names in error messages."""
     return affine._asdict() | {f"{name}_dot": value for name, value in affine_dot._asdict().items()}

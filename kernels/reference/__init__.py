@@ -1,8 +1,8 @@
-"""Define each operation in plain torch, on any device and in any precision. Speed is for the other back ends.
+"""Define each operation in plain torch, on any device and in any precision. Written for clarity, not for speed.
 
-A dot is the derivative in one direction of the parameters, a bar the gradient of the loss, and a bar with a dot the
-derivative of that gradient in the direction. The arguments were checked by `ops`. Results that come
-from float16 and bfloat16 planes are computed in float32, and only planes are rounded again.
+A dot is the derivative in a direction of the parameters, a bar the gradient of the loss, and a bar with a dot the derivative of
+that gradient in the direction. `ops` has checked the arguments. With float16 and bfloat16 planes everything is computed in
+float32, and only planes are rounded again.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
-    """Return ȳ (B, C, H, W), β̄ (B, C), a summand of each sample. `p_bar`: (B, C, H//2, W//2). `reuse` is ignored."""
+    """Return ȳ (B, C, H, W) and β̄ (B, C), one summand per sample. `p_bar`: (B, C, H//2, W//2). `reuse` is ignored."""
     y_bar = unpool(p_bar, y) * (y + per_channel(beta) > 0)
     return planes_like(y, y_bar), y_bar.sum((2, 3))
 

@@ -20,7 +20,7 @@ from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, 
 from .warp import colour_warp_mask
 
 PROBES = 256
-"""Number of pixels whose mean is subtracted from a channel: near zero, less is lost to rounding."""
+"""Number of pixels whose mean is subtracted from each channel, since values near zero lose less to rounding."""
 
 
 def image_patches(

@@ -8,13 +8,13 @@ from torch import Tensor
 from ..types import LabelKind
 from .linear import linear, linear_backward, linear_dual, linear_dual_backward
 
-# o = f Aᵀ + c, π = softmax(o), loss = −Σ t log π / B. Probabilities that are being learned need not sum to one.
+# o = f Aᵀ + c, π = softmax(o), loss = −Σ t log π / B. Learned probabilities need not sum to one.
 
 
 def linear_cross_entropy(
     p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the mean loss (), p̄ (B, C, h, w), Ā (K, C·h·w), c̄ (K,), and the factor that these have, None for 1."""
+    """Return the mean loss (), p̄ (B, C, h, w), Ā (K, C·h·w), c̄ (K,), and their factor `scale` (None for 1)."""
     log_pi = linear(p, weight, bias).log_softmax(1)
     target = _target(labels, label_kind, log_pi)
     o_bar = (log_pi.exp() * target.sum(1, keepdim=True) - target) / len(p)
@@ -33,7 +33,7 @@ def linear_cross_entropy_dual(
     scale: Tensor | None,
     direction_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the loss's derivative (), p̄, p̄̇, Ā̇, c̄̇, of the labels (B, K), None for indices, and the factor, None for 1."""
+    """Return the loss's derivative (), p̄, p̄̇, Ā̇, c̄̇, the labels' derivative (B, K) (None for indices), and `scale` (None for 1)."""
     batch = len(p)
     o, o_dot = linear_dual(p, p_dot, weight, bias, weight_dot, bias_dot)
     pi = o.softmax(1)

@@ -10,8 +10,8 @@ from torch.nn.grad import conv2d_weight
 from ..types import HALF_PRECISIONS, Convolved, PartialPlanes, Precision, planes_of
 from .planes import planes_like, widened
 
-# Stride 1, no bias: in front of an instance norm a bias only shifts what the norm takes away again, so it has no effect
-# and its gradients are exactly zero. Without a norm `bias_relu_pool` adds it.
+# Stride 1, no bias: an instance norm removes any shift, so a bias before it has no effect, and its gradients are exactly
+# zero. Without a norm `bias_relu_pool` adds the bias.
 
 
 def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: P
 def conv3x3_tangent(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision = "fp32"
 ) -> Tensor:
-    """Return ẏ = Ẇ∗x + W∗ẋ. `x_dot` None is zero: images do not move with the parameters."""
+    """Return ẏ = Ẇ∗x + W∗ẋ. `x_dot` None means zero, since images do not depend on the parameters."""
     y_dot = _convolved(x, weight_dot, padding, precision)
     return planes_like(x, y_dot if x_dot is None else y_dot + _convolved(x_dot, weight, padding, precision))
 

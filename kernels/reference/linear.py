@@ -1,7 +1,7 @@
-"""Compute a linear classifier of planes, and its derivatives from those of the logits, by torch's products on any device.
+"""Compute a linear classifier of planes and its derivatives, given those of the logits, in plain torch on any device.
 
-`linear_cross_entropy` of the reference is made of these functions, and so is a classifier with a loss of the caller's own.
-A name with `_dot` is the derivative in a direction, one with `_bar` the gradient of the loss.
+The reference's `linear_cross_entropy` uses these functions, and so does the engine's classifier with a user's loss. A name with
+`_dot` is the derivative in a direction, one with `_bar` the gradient of the loss.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def linear_dual(
 
 
 def linear_backward(p: Tensor, weight: Tensor, o_bar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return p̄ (like `p`), Ā (K, C·h·w), c̄ (K,), and the factor that these have, from ō (B, K); the factor is None for 1."""
+    """Return p̄ (like `p`), Ā (K, C·h·w), c̄ (K,), and their factor `scale` (None for 1), from ō (B, K)."""
     features_bar = o_bar @ weight
     scale = power_of_two(LARGEST_COTANGENT, features_bar) if p.dtype == torch.float16 else None
     weight_bar, bias_bar = _scaled(o_bar.T @ _features(p), scale), _scaled(o_bar.sum(0), scale)
@@ -45,7 +45,7 @@ def linear_dual_backward(
     o_bar_dot: Tensor,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return p̄, p̄̇, Ā̇, c̄̇, and the factor that these have, from ō and ō̇ (B, K). `scale` is the factor, if it is given."""
+    """Return p̄, p̄̇, Ā̇, c̄̇, and their factor `scale` (None for 1), from ō and ō̇ (B, K). A given `scale` is used again."""
     features_bar, features_bar_dot = o_bar @ weight, o_bar_dot @ weight + o_bar @ weight_dot
     if p.dtype == torch.float16 and scale is None:
         scale = power_of_two(LARGEST_COTANGENT, features_bar, features_bar_dot)

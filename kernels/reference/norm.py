@@ -7,8 +7,8 @@ from torch import Tensor
 from ..types import Affine, PlaneStats
 from .planes import per_channel, per_plane, plane_mean, planes_like, pool, unpool, widened
 
-# h = (y − mean) rstd, u = γ h + β, z = max(u, 0), p = 2×2 means of z. No bar or dot of mean and rstd is passed on: a
-# second derivative must see how they depend on y.
+# h = (y − mean) rstd, u = γ h + β, z = max(u, 0), p = 2×2 means of z. No bar or dot of mean and rstd is passed on, since
+# a second derivative must take into account how they depend on y.
 
 
 def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,7 +22,7 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
 def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ (B, C, H, W), γ̄, β̄ (B, C), a summand of each sample. `p_bar`: (B, C, H//2, W//2). `reuse` is ignored."""
+    """Return ȳ (B, C, H, W), γ̄ and β̄ (B, C), one summand per sample. `p_bar`: (B, C, H//2, W//2). `reuse` is ignored."""
     gamma, beta = affine
     h = _normalised(y, mean, rstd)
     u_bar = unpool(p_bar, y) * (h * per_channel(gamma) + per_channel(beta) > 0)
@@ -56,7 +56,7 @@ def norm_relu_pool_dual_backward(
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ȳ, ȳ̇ (B, C, H, W) and γ̄̇, β̄̇ (B, C), the derivatives of the results of `norm_relu_pool_backward`."""
-    (gamma, beta), (gamma_dot, _) = affine, affine_dot  # β̇ moves no gradient of this operation
+    (gamma, beta), (gamma_dot, _) = affine, affine_dot  # no gradient of this operation depends on β̇
     rstd = stats.rstd
     h = _normalised(y, stats.mean, rstd)
     h_dot = _normalised_dot(h, y_dot, stats)

@@ -15,9 +15,9 @@ def pool(z: Tensor, y: Tensor) -> Tensor:
 
 
 def unpool(p_bar: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of planes like `y`, from `p_bar`, that of their 2×2 means (B, C, H//2, W//2).
+    """Return the gradient of planes like `y`, from `p_bar` (B, C, H//2, W//2), the gradient of their 2×2 means.
 
-    An odd last row or column, which no mean has in it, gets zeros.
+    An odd last row or column, which is not pooled, gets zeros.
     """
     height, width = p_bar.shape[2:]
     spread = torch.zeros_like(y, dtype=accumulator(y.dtype))

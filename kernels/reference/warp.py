@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..types import WARP_PARAMETERS, BatchGradient
 
-# One affine function of the pixels of each image, y = A x + b. All its parameters are distances from the identity, so
-# that nothing is lost where they are small, and zeros change nothing. The place that a target pixel is sampled at is kept
-# as a whole pixel and the remainder: their sum would round the remainder, more so the larger the image.
+# One affine function of the pixels of each image, y = A x + b. All its parameters are differences from the identity, so that
+# small ones keep their precision, and zeros change nothing. The position at which a target pixel is sampled is kept as an
+# integer and a remainder, since their sum would round the remainder, the more the larger the image.
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     for place, weight in _corners(parameter, y):
         x.scatter_add_(2, place, weight * pixels)
     x = x.view(y.shape)
-    # each takes a multiple of a projection away, which is its own transpose
+    # each adds a multiple of a symmetric projection, so it is its own transpose
     x = x + parameter["contrast"] * (x - x.mean((1, 2, 3), keepdim=True))
     x = x + parameter["saturation"] * (x - x.mean(1, keepdim=True))
     return x.to(y_bar.dtype)
@@ -46,7 +46,7 @@ def add_batch_gradient(batch: BatchGradient, scale: Tensor) -> None:
     rows = -scale * batch.y_bar
     if batch.warp is not None:
         rows = colour_warp_mask_transpose(rows, batch.warp)
-    # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
+    # with alpha=1 torch uses a scatter that starts threads and waits for them, even for few values
     batch.out.index_add_(0, batch.indices, rows, alpha=-1)
 
 
@@ -55,7 +55,7 @@ def _by_name(parameters: Tensor) -> dict[str, Tensor]:
 
 
 def _corners(parameter: dict[str, Tensor], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the four pixels around each target's source: their places (B, C, H·W) and their weights (B, 1, H·W)."""
+    """Yield the four pixels around each target's source: their flat positions (B, C, H·W) and weights (B, 1, H·W)."""
     batch, channels, height, width = like.shape
     i, j = _grid(parameter, height, width)
     below, beside = i - (height - 1) / 2, j - (width - 1) / 2  # the centre of the image

@@ -1,9 +1,9 @@
 """Compute the operations on CUDA with Triton kernels, and with cuDNN where that is faster.
 
-Importing this package imports neither Triton nor CUDA libraries. The first use of an operation does, and raises
-`ImportError` where Triton is missing, so that a GPU never stays idle without a message. As in the other back ends, the
-functions are not differentiable. All are deterministic: they use no atomics, and the order of a sum depends only on shapes
-and on the table of configurations. No function waits for the device, so a CUDA graph can capture each of them.
+Importing this package imports neither Triton nor CUDA libraries. The first use of an operation does, and raises `ImportError`
+where Triton is missing, so that a GPU is never silently unused. As in the other back ends, the functions are not differentiable.
+All are deterministic: they use no atomics, and the order of a sum depends only on shapes and on the table of configurations. No
+function synchronises, so a CUDA graph can capture each of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Add a bias, take ReLU and average-pool 2×2, with derivatives: the end of a block without a norm.
 
-A kernel passes over the planes once, in parts (channels_last_planes.py). It computes the primal's values and, in a direction, their
+A kernel passes over the planes once, in parts (channels_last_planes.py). It computes the primal's values and, with a direction, their
 derivatives. Without a direction, all `_dot` arguments are None.
 """
 
@@ -41,7 +41,7 @@ def _forward(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store p and, in a direction, ṗ of one part of the planes."""
+    """Store p and, with a direction, ṗ of one part of the planes."""
     sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
@@ -75,7 +75,7 @@ def _backward(
     p_bar_dot: tl.tensor | None,
     y_bar: tl.tensor,  # (B, H, W, C); may be the memory of y: a pixel is read before it is written
     y_bar_dot: tl.tensor | None,
-    beta_sums: tl.tensor,  # (B, PARTS, C): of ū, in a direction of ū̇; the caller sums over B and PARTS
+    beta_sums: tl.tensor,  # (B, PARTS, C): of ū, with a direction of ū̇; the caller sums over B and PARTS
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -85,7 +85,7 @@ def _backward(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store ȳ and, in a direction, ȳ̇ of one part of the planes, and the sums for β."""
+    """Store ȳ and, with a direction, ȳ̇ of one part of the planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
@@ -159,7 +159,7 @@ def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None
 
 
 def _run_backward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> Tensor:
-    """Run the backward kernel. Return the summands (S, C) of the sum of ū or, in a direction, of ū̇."""
+    """Run the backward kernel. Return the summands (S, C) of the sum of ū or, with a direction, of ū̇."""
     tile = tile_of(operation, planes, y)
     parts = parts_of_windows(planes, tile)
     shape = (planes.samples * parts, planes.channels)

@@ -1,9 +1,9 @@
 """Compute the first block, from images to pooled planes, with derivatives, and store no planes in between.
 
-The convolution is linear in the patch x̃ of a pixel (patches.py). All statistics of the norm therefore follow from the sums
-Σ x̃x̃ᵀ, which are few numbers. The norm is folded into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. All sums of the
-backward over a plane follow from U = Σ x̃ū and U̇ = Σ x̃ū̇. The gradient x̄̇ follows from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, which is a
-patch at each pixel. docs/adjoint.md derives this.
+The convolution is linear in the patch x̃ of a pixel (patches.py). So all statistics of the norm follow from the sums Σ x̃x̃ᵀ,
+which are small. The norm is folded into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. All sums of the backward over a plane
+follow from U = Σ x̃ū and U̇ = Σ x̃ū̇. The gradient x̄̇ follows from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, which is a patch at each pixel.
+docs/adjoint.md derives this.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _pool(
     eps: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor | None, Folded]:
-    """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and the folded norm for the backward."""
+    """Return p and, with a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and the folded norm for the backward."""
     block, batch = _Block.from_operands(patches, weight, precision), len(patches.images)
     row = block.row(operation, batch, weight.device)
     images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
@@ -271,9 +271,9 @@ def _pool(
 def _sum_patches(
     operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Convolved, p_bar_dot: Convolved | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return U and, in a direction, U̇ of each part of the windows, (B, parts, TERMS, K).
+    """Return U and, with a direction, U̇ of each part of the windows, (B, parts, TERMS, K).
 
-    Partial sums of p̄ and p̄̇ are added up on the way, and stored in the planes of these.
+    Partial sums of p̄ and p̄̇ are added up too, and stored in their `planes`.
     """
     batch, bars = len(patches.images), (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
     row = block.row(operation, batch, folded.stats.device)
@@ -310,7 +310,7 @@ def _parameter_gradients(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """Return the gradients of the weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
 
-    In a direction, return the derivatives of these gradients, and M as a summand (B, blocks, TERMS, TERMS) for each block of
+    With a direction, return the derivatives of these gradients, and M as a summand (B, blocks, TERMS, TERMS) for each block of
     filters.
     """
     row = block.row("conv_norm_relu_pool_finish", len(sums), weight.device)
@@ -380,7 +380,7 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def shape_classes(precision: str, pixels: int, batch: int) -> tuple[str, str, str]:
-    """Return the classes in the table of `batch` planes of `pixels`, the closest first. fp16 shares those of bf16."""
+    """Return the table's classes for `batch` planes of `pixels` pixels, the closest first. fp16 uses the classes of bf16."""
     precision = "bf16" if precision == "fp16" else precision
     closely = f"{precision}-{rounded_up(pixels, SIZES)}"
     return f"{closely}-{rounded_up(batch, BATCHES)}", closely, precision
@@ -399,7 +399,7 @@ def _split_pixels(row: Configuration, pixels: int, batch: int) -> tuple[int, int
 def _split_windows(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
     """Return the blocks of filters, the parts of the windows, and the tiles in a part, for about PROGRAMS programs in all.
 
-    PROGRAMS is removed from `row`, since it is no parameter of a kernel.
+    PROGRAMS is removed from `row`, since it is not a parameter of a kernel.
     """
     blocks = block.K // row["BLOCK_C"]
     tiles = triton.cdiv(math.prod(block.pooled), row["WINDOWS"])

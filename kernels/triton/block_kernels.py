@@ -62,7 +62,7 @@ def pool(
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """Store p and, in a direction, ṗ. For the backward, store the statistics and the weights with the norm folded in.
+    """Store p and, with a direction, ṗ. For the backward, store the statistics and the weights with the norm folded in.
 
     A program folds the norm for its own filters, which saves a launch. All parts of a sample's windows repeat the same folding.
     """
@@ -143,7 +143,7 @@ def sum_patches(
     WINDOWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store U = Σ x̃ū and, in a direction, U̇ = Σ x̃ū̇, summed over one part of the windows."""
+    """Store U = Σ x̃ū and, with a direction, U̇ = Σ x̃ū̇, summed over one part of the windows."""
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
     sample, part, c = _program_block(parts, K, BLOCK_C)
@@ -222,7 +222,7 @@ def finish(
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store the gradients of the parameters. In a direction, store the derivatives of these, and M."""
+    """Store the gradients of the parameters. With a direction, store the derivatives of these, and M."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
     program = tl.program_id(0)

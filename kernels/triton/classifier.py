@@ -21,7 +21,7 @@ WIDE = 4096  # most features of the usual classes of shapes; more features have 
 def linear_cross_entropy(
     p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `mtt_fast.kernels.linear_cross_entropy`. An index that is no class makes the loss NaN."""
+    """See `mtt_fast.kernels.linear_cross_entropy`. An index that is not a class makes the loss NaN."""
     results = _launch(p, None, weight, None, bias, None, labels, label_kind, None, None)
     loss, p_bar, _, weight_bar, bias_bar, _, scale = results
     return loss, p_bar, weight_bar, bias_bar, scale
@@ -39,7 +39,7 @@ def linear_cross_entropy_dual(
     scale: Tensor | None,
     direction_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See `mtt_fast.kernels.linear_cross_entropy_dual`. An index that is no class makes the results NaN."""
+    """See `mtt_fast.kernels.linear_cross_entropy_dual`. An index that is not a class makes the results NaN."""
     results = _launch(p, p_dot, weight, weight_dot, bias, bias_dot, labels, label_kind, scale, direction_scale)
     loss_dot, p_bar, p_bar_dot, weight_bar_dot, bias_bar_dot, labels_bar_dot, scale = results
     assert p_bar_dot is not None

@@ -43,7 +43,7 @@ def score(
     BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Store ROWS × COLUMNS logits, in a direction their derivatives, and for each row the six numbers of `softmax_parts`."""
+    """Store ROWS × COLUMNS logits, with a direction their derivatives, and for each row the six numbers of `softmax_parts`."""
     ACC: tl.constexpr = z.dtype.element_ty
     BLOCKS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) % BLOCKS
@@ -116,7 +116,7 @@ def differentiate(
     """Store COLUMNS × BLOCK_D gradients of weights, summed over all samples, or BLOCK_B × BLOCK_D gradients of features.
 
     The first WEIGHT_PROGRAMS programs compute the gradients of weights and biases and the loss. The others sum the gradients
-    of features over all classes, and in a direction store the derivative of the labels' gradient too.
+    of features over all classes, and with a direction store the derivative of the labels' gradient too.
     """
     ACC: tl.constexpr = z.dtype.element_ty
     WIDTH: tl.constexpr = CHANNELS * PIXELS
@@ -210,7 +210,7 @@ def _logits_by_sums(
     AHEAD: tl.constexpr,  # tiles of features that are loaded at a time
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return logits without the bias (ROWS, COLUMNS) and, in a direction, their derivatives, without `tl.dot`."""
+    """Return logits without the bias (ROWS, COLUMNS) and, with a direction, their derivatives, without `tl.dot`."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
     row, row_mask = row[:, :, None], row_mask[:, :, None]
@@ -344,7 +344,7 @@ def _sum_over_samples(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return the gradients of weights (COLUMNS, BLOCK_D) and of biases (1, COLUMNS), and the loss.
 
-    In a direction, return the derivatives of these three.
+    With a direction, return the derivatives of these three.
     """
     to_weight, to_bias, total = (
         tl.zeros((COLUMNS, BLOCK_D), ACC),
@@ -392,7 +392,7 @@ def _sum_over_classes(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the gradients of features (BLOCK_B, BLOCK_D) and, in a direction, their derivatives, else zeros.
+    """Return the gradients of features (BLOCK_B, BLOCK_D) and, with a direction, their derivatives, else zeros.
 
     Where `first` is set, also store the derivatives of the labels' gradients times `unscale`.
     """

@@ -94,7 +94,7 @@ def conv3x3_dual_weight_gradient(
 
 
 def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tensor, Tensor]:
-    """Return `planes` and `other` in the dtype in which they are multiplied. cuDNN's result has that dtype too."""
+    """Return `planes` and `other` in the dtype in which they are multiplied, which is also the dtype of cuDNN's result."""
     if isinstance(other, PackedWeight):
         other = other.straight.permute(0, 3, 1, 2)
     dtype = plane_dtype(planes.dtype, precision)

@@ -1,7 +1,7 @@
 """Compute the steps of SGD and of its adjoint on flat vectors of parameters, their squared distance, and index_add.
 
-Each operation passes over its vectors once. A gradient may be partial sums, which the same pass adds up. The adjoint's step also
-adds the gradient of a batch to that of all images, in additional programs of the same launch.
+Each operation makes one pass over its vectors. A gradient may be partial sums, which the same pass adds up. The adjoint step also
+adds the gradient of a batch to the gradient of all images, in additional programs of the same launch.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def sgd_step(
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    """See `mtt_fast.kernels.sgd_step`. The rate is read on the device, so nothing waits for its value."""
+    """See `mtt_fast.kernels.sgd_step`. The rate is read on the device, so nothing synchronises."""
     vectors = (lr, out, velocity, velocity_out)
     constants: dict[str, Any] = {"MOMENTUM": momentum, "WEIGHT_DECAY": weight_decay, **_row("sgd_step", theta)}
     _launch_step(_sgd_step, theta, gradient, *vectors, **constants)
@@ -232,7 +232,7 @@ def adjoint_step(
     weight_decay: float,
     batch: BatchGradient | None = None,
 ) -> Tensor:
-    """See `mtt_fast.kernels.adjoint_step`. The scale is read on the device, so nothing waits for its value."""
+    """See `mtt_fast.kernels.adjoint_step`. The scale is read on the device, so nothing synchronises."""
     row = _row("adjoint_step", adjoint)
     elements, programs, sizes = row.pop("ELEMENTS"), 0, None
     batch_arguments: tuple[Any, ...] = (None,) * 5
@@ -309,7 +309,7 @@ class _Piece(NamedTuple):
 def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
     """Return the layout of a piece (S, …) that begins at `begin` in the vector and at program `first`, in tiles of `size`.
 
-    The more summands, the more rows has a tile, and the more programs there are.
+    With more summands a tile has more rows, and there are more programs.
     """
     summands, numbers = len(piece), piece.shape[1:].numel()
     channels_last = piece.dim() == 5 and not piece[:1].is_contiguous()
@@ -333,7 +333,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
-    """See `mtt_fast.kernels.index_add`. torch's deterministic one sorts the indices, in ten kernels."""
+    """See `mtt_fast.kernels.index_add`. torch's deterministic version sorts the indices, which takes ten kernels."""
     row, batch, width = _row("index_add", out), len(rows), math.prod(out.shape[1:])
     programs = batch * triton.cdiv(width, row["SIZE"])
     constants = {"WIDTH": width, "ALPHA": alpha, "PADDED_BATCH": triton.next_power_of_2(max(batch, 1))}

@@ -33,7 +33,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 @triton.constexpr_function
 def item(values: tuple[Item, ...], index: int) -> Item:
-    """Return `values[index]`. In a kernel Triton's own indexing would make a tuple without names of a NamedTuple."""
+    """Return `values[index]`. In a kernel Triton's own indexing would turn a NamedTuple into a plain tuple."""
     return values[index]
 
 

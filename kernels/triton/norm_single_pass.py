@@ -1,7 +1,7 @@
 """Normalise, take ReLU and pool channels_last planes that fit in registers, with derivatives. Larger ones: norm_three_passes.py.
 
 A program reads its planes once and starts all loads before the first use. It keeps the planes in the dtype in which they were
-loaded, since values of 16 bits take half the registers. One kernel computes the primal's values and, in a direction, their
+loaded, since values of 16 bits take half the registers. One kernel computes the primal's values and, with a direction, their
 derivatives. Without a direction, all `_dot` arguments, k1 and k2 are None.
 """
 
@@ -100,7 +100,7 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
-    """Store p, mean and rstd and, in a direction, ṗ, k1 and k2 of whole planes."""
+    """Store p, mean and rstd and, with a direction, ṗ, k1 and k2 of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     sample, _, c, channel_mask = program_part(1, C, BLOCK_C)
     plane = sample * C + c
@@ -192,7 +192,7 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
-    """Store ȳ, the sums over planes and, in a direction, ȳ̇ of whole planes."""
+    """Store ȳ, the sums over planes and, with a direction, ȳ̇ of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     sample, _, c, channel_mask = program_part(1, C, BLOCK_C)

@@ -1,12 +1,12 @@
 """Normalise, take ReLU and pool channels_last planes, with derivatives, in three kernels over parts of large planes.
 
 The forward kernels compute the moments of parts, then the statistics of planes, then the pooled values. The backward kernels
-sum ū and ūh over parts, in a direction also ū̇ and ū̇h + ūḣ, then add up the parts, then compute the gradients. These are
+sum ū and ūh over parts, with a direction also ū̇ and ū̇h + ūḣ, then add up the parts, then compute the gradients. These are
 linear in the values of a pixel:
 
     ȳ = c₀ ū + c₁ + c₂ h          ȳ̇ = c₀ ū̇ + d₀ ū + d₁ + d₂ h + c₂ rstd (ẏ − k1)
 
-One kernel computes the primal's values and, in a direction, their derivatives. Without a direction, all `_dot` arguments, k1
+One kernel computes the primal's values and, with a direction, their derivatives. Without a direction, all `_dot` arguments, k1
 and k2 are None.
 """
 
@@ -48,7 +48,7 @@ def _moments(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store the mean of each part and Σ(y − mean)². In a direction, store the mean of ẏ and Σ(y − mean)(ẏ − mean of ẏ) too.
+    """Store the mean of each part and Σ(y − mean)². With a direction, store the mean of ẏ and Σ(y − mean)(ẏ − mean of ẏ) too.
 
     The sums are over differences from the first pixel of the part. Since that pixel is itself in the sum, cancellation is
     bounded: what cancels is at most the result times the number of pixels in the part.
@@ -118,7 +118,7 @@ def _statistics(
 ) -> None:
     """Store the statistics of planes, given the moments of their parts.
 
-    A pixel's deviation from the mean is its deviation from the mean of its part, plus that mean's own deviation.
+    A pixel's deviation from the plane's mean is its deviation from its part's mean, plus the deviation of that mean.
     """
     ACC: tl.constexpr = mean.dtype.element_ty
     MOMENTS: tl.constexpr = 2 if k1 is None else 4
@@ -235,7 +235,7 @@ def _sums(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store the sums of ū and ūh over each part and, in a direction, those of ū̇ and ū̇h + ūḣ."""
+    """Store the sums of ū and ūh over each part and, with a direction, those of ū̇ and ū̇h + ūḣ."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers can hold
@@ -371,7 +371,7 @@ def _gradients(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store ȳ and, in a direction, ȳ̇ of one part of the planes, given the sums over the planes."""
+    """Store ȳ and, with a direction, ȳ̇ of one part of the planes, given the sums over the planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
@@ -417,7 +417,7 @@ def _gradients(
 def forward(
     planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
-    """Write p, mean and rstd and, in a direction, ṗ, k1 and k2.
+    """Write p, mean and rstd and, with a direction, ṗ, k1 and k2.
 
     `rest` is mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p, p_dot. Partial sums of y and ẏ are added up first.
     """
@@ -442,9 +442,9 @@ def backward(
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Write `y_bar` and, in a direction, `y_bar_dot`. Return the sums over planes, (B, 2 or 4, C).
+    """Write `y_bar` and, with a direction, `y_bar_dot`. Return the sums over planes, (B, 2 or 4, C).
 
-    These are the sums of ū and ūh and, in a direction, of ū̇ and ū̇h + ūḣ. Partial sums of p̄ and p̄̇ are added up first.
+    These are the sums of ū and ūh and, with a direction, of ū̇ and ū̇h + ūḣ. Partial sums of p̄ and p̄̇ are added up first.
     """
     bars = add_pair(p_bar, p_bar_dot)  # two kernels read them
     count, sums = parts_of_windows(planes, tile), 2 if y_bar_dot is None else 4

@@ -2,11 +2,11 @@
 
 A program may gather its sample from all images by an index, and augment it, before it stores the padded image.
 
-A patch x̃ has TERMS numbers: 9·C numbers of the image in the order (3, 3, C), then ONES ones, then zeros up to a size that
-Tensor cores support. The weights of the ones are three pieces of the shift that the folded norm adds. Three rounded pieces
-add up to a more precise shift than one rounded number. A number near the mean of each channel, the image's shift, is
-subtracted from the image. The norm removes the effect of that, and the sums of products lose fewer bits to cancellation
-where an image is far from zero. The padded image has HP × WP pixels, the convolution's result (HP − 2) × (WP − 2).
+A patch x̃ has TERMS values: 9·C values of the image in the order (3, 3, C), then ONES ones, then zeros up to a size that Tensor
+cores support. The weights of the ones are three pieces of the shift that the folded norm adds. Three rounded pieces add up to a
+more precise shift than one rounded number. A value near the mean of each channel (the image's shift) is subtracted from the
+image. The norm cancels this, and the sums of products lose fewer bits to cancellation if an image is far from zero. The padded
+image has HP × WP pixels, the convolution's result (HP − 2) × (WP − 2).
 """
 
 from __future__ import annotations

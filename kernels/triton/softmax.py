@@ -23,7 +23,7 @@ def load_targets(
 ) -> tl.tensor:
     """Return target probabilities (rows, columns), 0 outside of the classes. Labels that are logits stay logits, −∞ outside.
 
-    For an index that is no class, return NaN.
+    For an index that is not a class, return NaN.
     """
     if KIND == "indices":
         index = tl.load(labels + row, row < batch, 0)
@@ -48,7 +48,7 @@ def softmax_parts(
     """Return six numbers of each row of a block of classes, (rows, 1) each.
 
     With e = exp(z − top) and unnormalised targets t, these are: the largest logit, top; Σ e; the largest label logit; Σ t;
-    Σ t (z − top), in a direction Σ t ż; and Σ e ż. For labels that are logits, t = exp(labels − largest label logit).
+    Σ t (z − top), with a direction Σ t ż; and Σ e ż. For labels that are logits, t = exp(labels − largest label logit).
     """
     z = tl.where(column_mask, z, float("-inf"))
     top = tl.max(z, 1, keep_dims=True)
@@ -69,7 +69,7 @@ def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl
     """Return seven numbers of each row, (rows, 1) each, given the parts of its blocks, (rows, blocks) each.
 
     With targets t and π = softmax(z), these are: top and Σ exp(z − top); the same two for labels that are logits; Σ t;
-    Σ t log π, in a direction Σ t (log π)˙; and Σ π ż.
+    Σ t log π, with a direction Σ t (log π)˙; and Σ π ż.
     """
     tops, sums, label_tops, target_masses, target_sums, z_dot_sums = parts
     top, label_top = tl.max(tops, 1, keep_dims=True), tl.max(label_tops, 1, keep_dims=True)

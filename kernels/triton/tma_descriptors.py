@@ -1,9 +1,9 @@
 """Make TMA descriptors of planes and weights. TMA is the tensor memory accelerator of sm_90 and later.
 
-A box is the tile that TMA loads or stores at once. The hardware computes its addresses. It loads zeros for elements outside
-the tensor, and stores nothing there. It requires three things: channels are the innermost dimension, all other strides are
-multiples of 16 bytes, and a box begins at a multiple of 16 bytes in the innermost dimension. A box that began elsewhere
-ended in an illegal instruction. `fits` checks all of this for planes.
+A box is the tile that TMA loads or stores at once. The hardware computes its addresses. It loads zeros for elements outside the
+tensor, and stores nothing there. It requires three things: channels are the innermost dimension, all other strides are multiples
+of 16 bytes, and a box begins at a multiple of 16 bytes in the innermost dimension. (A box that began elsewhere caused an illegal
+instruction.) `fits` checks all of this for planes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Change the colours of images, warp and mask them in one kernel; apply the transpose, and add it to the gradient of all images.
 
-A program computes a block of pixels of one image, with all their channels. It gathers the pixels that it needs, so that no
-two programs write to the same memory. Colours are changed after the warp, not before. Both orders give the same result, since
-colour changes are linear in the channels and the warp samples pixels; only constants must be scaled by the share of a sampled
-pixel that lies inside the image. Only a change of contrast needs the mean of an image. Then each program of the image computes
-the mean, since a launch for it would cost time in every step.
+A program computes a block of pixels of one image, with all their channels. It gathers the pixels that it needs, so that no two
+programs write to the same memory. Colours are changed after the warp, not before. Both orders give the same result, since colour
+changes are linear in the channels and the warp samples pixels; only constants must be scaled by the share of a sampled pixel that
+lies inside the image. Only a change of contrast needs the mean of an image. Each program of the image then computes it, since a
+separate launch would cost time in every step.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _axis_weights(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return, along one axis, the pixel at or before the source of target (i, j), its weight, and the next pixel's weight.
 
-    Weights of pixels outside of the image are zero. `along` has the three parameters of the displacement, and `target` is i or
-    j. The fraction of the displacement is never added to a pixel's number, since that would round it.
+    Weights of pixels outside of the image are zero. `along` has the three parameters of the displacement, and `target` is i or j.
+    The fraction of the displacement is never added to a pixel index, since that would round it.
     """
     displacement = along[0] * (i - (H - 1) * 0.5) + along[1] * (j - (W - 1) * 0.5) + along[2]
     whole = tl.floor(displacement)

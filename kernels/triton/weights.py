@@ -1,8 +1,8 @@
 """Pack the weights of convolutions in the layouts and the dtype in which matrix products read them.
 
 The terms of a sum become adjacent in memory. A second copy is rotated by 180° for the input gradient. One kernel packs all
-weights of a step and of its direction. Where planes are float16, it scales the direction too. So that a step begins with one
-launch, the same kernel can make the patches of the step's images, in programs of its own.
+weights of a step and of its direction. If planes are float16, it scales the direction too. It can also make the patches of the
+step's images, in separate programs, so that a step begins with one launch.
 """
 
 from __future__ import annotations
@@ -178,13 +178,13 @@ def rotated(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -
 
 
 def _pack_missing(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[PackedWeight]:
-    """Return the weights packed. A kernel packs each weight that is not packed yet."""
+    """Return the weights packed. Each weight that is not packed yet is packed by a kernel."""
     by_planes = next((name for name, dtype in HALF_PRECISIONS.items() if dtype == planes.dtype), precision)
     return [weight if isinstance(weight, PackedWeight) else _pack_one(weight, by_planes) for weight in weights]
 
 
 def _pack_one(weight: Tensor, precision: Precision) -> PackedWeight:
-    """Return one weight (K, C, 3, 3) packed, by a kernel of its own."""
+    """Return one weight (K, C, 3, 3) packed, by a separate kernel launch."""
     place = WeightPlace(0, weight.shape[0], weight.shape[1])
     (packed,) = pack_parameters(weight.flatten(), None, (place,), precision, 1.0).weights
     assert isinstance(packed, PackedWeight)

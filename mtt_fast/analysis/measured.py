@@ -67,7 +67,7 @@ class Measured(NamedTuple):
 def finished_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[str, Any]]:
     """Return the summaries of the finished runs in `folders`, run folders or folders of runs, by run folder.
 
-    Raises `InputError` for a path that is no folder or holds no finished run, and for a broken summary.
+    Raises `InputError` for a path that is not a folder or holds no finished run, and for a broken summary.
     """
     summaries: dict[Path, dict[str, Any]] = {}
     for folder in map(Path, folders):

@@ -15,14 +15,14 @@ from mtt_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """An augmentation from two functions, one that draws and one that applies the draws.
+    """An augmentation made of two functions: one draws random numbers, one applies them.
 
     `unroll` calls `draw` once a step, in order, and `apply` in both sweeps, so that both see the same images.
 
     Args:
-        draw: from the images of a step (b, C, H, W) and the source of random numbers to the argument `draws` of `apply`.
-        apply: from images and draws to the augmented images (b, C, H', W'); deterministic, differentiable in the images,
-            on the images' device.
+        draw: maps the images of a step (b, C, H, W) and a random generator to the `draws` that `apply` gets.
+        apply: maps images and draws to the augmented images (b, C, H', W'); deterministic, differentiable in the images, on the
+            images' device.
 
     Example:
         ```python
@@ -42,7 +42,7 @@ class Augmentation:
                 raise InputError(f"Augmentation {name}: expected a function, found {type(function).__name__}")
 
     def __call__(self, images: Tensor, draws: Any) -> Tensor:
-        """Return the augmented images. Raises `InputError` if they are not a differentiable batch of as many."""
+        """Return the augmented images. Raises `InputError` if they are not a differentiable batch of the same size."""
         return _checked("Augmentation apply", self.apply(images, draws), images)
 
 
@@ -50,10 +50,10 @@ class Augmentation:
 class KorniaAugment:
     """An augmentation of kornia: one of `kornia.augmentation`'s, or an `AugmentationSequential` of several.
 
-    Its parameters are drawn once a step, by `forward_parameters`, and given to it again in the backward sweep. kornia
-    draws from torch's own CPU generator; it is seeded from the generator of `draw` for the draw, and then restored, so that
-    a run repeats. Labels stay unchanged, so operations that mix images do not work. Most of kornia's operations expect
-    images in [0, 1]; distilled images are normalised, so operations that move pixels fit best.
+    Its parameters are drawn once a step, by `forward_parameters`, and given to it again in the backward sweep. kornia draws from
+    torch's default CPU generator. For each draw this is seeded from the generator passed to `draw`, and then restored, so that
+    runs are reproducible. Labels stay unchanged, so operations that mix images (mixup, CutMix) do not work. Most of kornia's
+    operations expect images in [0, 1]; distilled images are normalised, so operations that move pixels fit best.
 
     Args:
         module: the augmentation of kornia. Its state of the last call is overwritten.

@@ -1,4 +1,4 @@
-"""SelMatch's augmentation for training on a set of which some images are distilled, and the others real (Lee & Chung, ICML 2024)."""
+"""SelMatch's augmentation for training on a set with both distilled and real images (Lee & Chung, ICML 2024)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol that an augmentation fulfils for the engine."""
+"""The protocol that augmentations implement for the engine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 class Augment(Protocol):
     """Any random, differentiable function of images, as the engine uses it.
 
-    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia. An
-    augmentation that changes the images' shape, or takes more memory than one more batch, also has the method of
-    `HasFootprint`, and one that is an affine warp of colours and pixels may have that of `Warp`.
+    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia. An augmentation
+    that changes the images' shape, or takes more memory than one more batch, also implements `HasFootprint`. One that is an
+    affine warp of colours and pixels may implement `Warp`.
     """
 
     def draw(self, images: Tensor, generator: torch.Generator | None, /) -> Any:
@@ -26,7 +26,7 @@ class Augment(Protocol):
 
 
 class Footprint(NamedTuple):
-    """The shape of one augmented image, and the memory that the augmentation takes for it, for the memory plan."""
+    """The shape of one augmented image, and the bytes that augmenting it takes, for the memory plan."""
 
     input_shape: torch.Size
     """(C, H, W) of the network's inputs"""
@@ -59,7 +59,7 @@ def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -
 
 def is_warp(augment: object) -> TypeGuard[Warp]:
     """Return whether `augment` is a `Warp`; a subclass that overrides `__call__` does not count as one."""
-    # the check of a protocol takes long beside a small network's step, which often has no augmentation
+    # the `None` check comes first, since a protocol check is slow compared with a small network's step
     return augment is not None and isinstance(augment, Warp) and is_equivalent(augment, "warp_parameters", "__call__")
 
 

@@ -1,9 +1,9 @@
-"""Differentiable siamese augmentation (DSA: Zhao & Bilen, ICML 2021), with the draws kept apart from the operation.
+"""Differentiable siamese augmentation (DSA: Zhao & Bilen, ICML 2021), with random draws separate from the operation.
 
 An augmentation is two functions: `draw` makes the random numbers of one step, and calling it with those numbers is a
 deterministic, differentiable function of the images. The backward sweep calls it again with the same numbers.
 
-Every operation is a warp with other parameters: operations.py makes the parameters from the draws, warp.py applies them. The
+Every operation is a warp with certain parameters: operations.py computes them from the draws, warp.py applies them. The
 computation does not depend on the operation that was drawn, so a CUDA graph can be replayed with the parameters of any.
 """
 
@@ -26,10 +26,10 @@ from mtt_fast.errors import InputError
 class SiameseAugment:
     """One operation a step for the whole batch, chosen uniformly from `strategy`, with parameters drawn per sample.
 
-    `strategy` joins operations by underscores, as the public code's --dsa_strategy does:
-    color (brightness, saturation and contrast in turn), crop, cutout, flip, scale, rotate.
-    Random numbers come from the generator given to `draw`, on its own device, so that a run repeats.
-    Raises `InputError` for an unknown operation, and for a `strategy` that is no text.
+    `strategy` joins operations by underscores, as the public code's --dsa_strategy does: color (brightness, saturation and
+    contrast in turn), crop, cutout, flip, scale, rotate. Random numbers come from the generator given to `draw`, on the
+    generator's device, so runs are reproducible. Raises `InputError` for an unknown operation, and for a `strategy` that is not a
+    string.
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"

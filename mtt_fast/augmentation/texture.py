@@ -56,7 +56,7 @@ class Canvas:
 class CanvasCrops:
     """A random crop of each canvas, followed by `augment`, as one augmentation.
 
-    It is used as `SiameseAugment` is, both by `mtt_fast.unroll` and with its draws as a tensor. Raises `InputError` for a `size` that
+    It is used like `SiameseAugment`, both by `mtt_fast.unroll` and with its draws as a tensor. Raises `InputError` for a `size` that
     is not a whole number of at least 1, and for another kind of augmentation.
     """
 

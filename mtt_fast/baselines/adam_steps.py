@@ -67,7 +67,8 @@ class AdamSteps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return parameters (P,), moments (2, P) and the norm of each step's gradient (steps,) after some steps.
 
-        The steps before left `theta` and `moments`; `corrections` are those of these steps, and `draws` a `Draws`.
+        `theta` and `moments` are the state before these steps. `corrections` are Adam's for these steps, and `draws` is a
+        `Draws`.
         """
         steps = self._student_steps(corrections, *draws)
         targets, norms = steps.targets(labels, theta.dtype), []

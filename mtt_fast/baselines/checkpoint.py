@@ -55,7 +55,7 @@ def save_checkpoint(
 def check_continues(folder: Path, identity: DatasetIdentity, network: Mapping[str, Any]) -> None:
     """Raise `InputError` if the run in `folder`, if there is one, began with other real images than those of `identity`.
 
-    So it does if a network of the user's own was another than that described by `network`, and if a file is broken.
+    It also does so if a user's network differs from the one described by `network`, and if a file is broken.
     """
     path = folder / CHECKPOINT
     if not path.exists():

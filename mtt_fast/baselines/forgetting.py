@@ -1,7 +1,7 @@
 """Choose the real images that a network in training learns and forgets most often: Forgetting (Toneva et al., ICLR 2019).
 
-The coreset baseline of dataset condensation (Zhao et al., ICLR 2021) chooses them so; an image that was never learned was
-never forgotten, as in DeepCore by the same group.
+This is the coreset baseline of dataset condensation (Zhao et al., ICLR 2021). An image that was never learned counts as never
+forgotten, as in DeepCore by the same group.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class TruncatedBpttOptions(LearnedImagesOptions):
 
 
 class Window(NamedTuple):
-    """The last steps of a training, which gradients are propagated through."""
+    """The last steps of a training, through which gradients are propagated."""
 
     before: int  # number of steps before the window
     steps: int

@@ -31,8 +31,9 @@ def options_to_continue(
 ) -> tuple[Options, bool]:
     """Return `options` with the precision of the run of `method` in `folder`, and whether that run has finished.
 
-    `given` are the options that the user gave. Raises `InputError` if the run, where there is one, cannot continue with the options:
-    it has other values of options that decide the result, except those in `may_differ`, or it goes on, and was evaluated in another way.
+    `given` are the options that the user gave. Raises `InputError` if there is a run and it cannot continue with the options:
+    options that decide the result have other values, except those in `may_differ`, or an unfinished run was evaluated in another
+    way.
     """
     earlier = earlier_options(folder, method)
     options = in_precision_of_run(options, earlier, given)

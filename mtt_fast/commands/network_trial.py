@@ -1,4 +1,4 @@
-"""Try a network of the user's own before a command's first step."""
+"""Try a user's network before a command's first step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _OF_THE_LIBRARY = ("`net`: ", "`net`, `loss`: ", "FlatModule: ")  # how messages
 def try_users_network(
     name: str, network: Trainable, image_shape: tuple[int, int, int], num_classes: int, device: torch.device, batch: int
 ) -> None:
-    """Differentiate through two steps of `network`, called `name`, on random images (C, H, W), if it is of the user's own.
+    """Differentiate through two steps of `network`, called `name`, on random images (C, H, W), if it is a user's.
 
-    `batch` is the number of images in a step. Raises `InputError` unless the network has two derivatives, returns the same outputs in
-    a second call, and those of a sample alone and beside others, if it is not known to mix them. Otherwise the gradient would be wrong
-    without any other symptom. Warns of samples that are mixed, unless by a batch norm.
+    `batch` is the number of images in a step. Raises `InputError` unless the network is twice differentiable, returns the same
+    outputs in a second call, and (if it is not known to mix samples) the same outputs for a sample alone and beside others.
+    Otherwise the gradient would be wrong without any other symptom. Warns if samples are mixed, except by a batch norm.
     """
     if not isinstance(network, UsersNetwork):
         return

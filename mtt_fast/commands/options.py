@@ -142,7 +142,7 @@ class EvaluationOptions(TrainingOptions):
     num_eval: Annotated[Networks, Role.EVALUATION] = 5
     """number of networks that an evaluation trains and tests"""
     epoch_eval_train: Annotated[CountFromZero | None, Role.EVALUATION] = None
-    """training epochs of each network in an evaluation; if not given, those of --protocol: 2000 of ncfm, 1000 of the others"""
+    """training epochs of each network in an evaluation; if not given, those of --protocol: 2000 for ncfm, 1000 for the others"""
     eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "S"
     """networks to evaluate. S: --model with instance norm instead of batch norm; SS: --model; C: --model and ConvNet; M: architectures;
     W: widths; D: depths; A: activations; P: poolings; N: norms; B, BN: batch norm"""

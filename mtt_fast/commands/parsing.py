@@ -148,7 +148,7 @@ def _values_in(words: list[str], most: int | None) -> list[str]:
 
 
 def _is_flag(word: str) -> bool:
-    """Return whether a word is meant as a flag: it begins with a hyphen, and is no negative number."""
+    """Return whether a word is meant as a flag: it begins with a hyphen, and is not a negative number."""
     return re.match(r"-(?!\d|\.|inf|nan).", word, re.IGNORECASE) is not None
 
 

@@ -124,7 +124,7 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def read_snapshot(path: str | os.PathLike[str]) -> tuple[bytes, Image.Image]:
-    """Return the bytes of a snapshot, and its picture. Raises `InputError` for a file that is no whole PNG."""
+    """Return the bytes of a snapshot, and its picture. Raises `InputError` for a file that is not a complete PNG."""
     content = read_bytes(path, _MAX_SNAPSHOT_BYTES)
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:

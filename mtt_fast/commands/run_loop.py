@@ -55,7 +55,7 @@ class Run:
     """the options, of a class of the method"""
     folder: Path
     lock: tuple[int, int] | None
-    """the lock that this process holds in `folder`, as `lock_inode` tells it from that of a later run in its place"""
+    """the lock that this process holds in `folder` (`lock_inode`); it differs if a later run has replaced the folder"""
     real: RealImages
     network: Trainable
     evaluated: Mapping[str, Trainable]
@@ -63,7 +63,7 @@ class Run:
     memory_budget: str = AUTO
     """memory for the networks that an evaluation trains at the same time"""
     numerics: str
-    """description of the student and its precision"""
+    """student and precision, as text"""
     seconds: Stopwatch = field(default_factory=Stopwatch)
     """the run's time by purpose"""
 

@@ -45,7 +45,7 @@ from mtt_fast.training.images import real_images
 log = logging.getLogger(__name__)
 
 EXPERT_KINDS = {
-    "experts": "this software's: expert_NNNN.safetensors, one file an expert",
+    "experts": "mtt_fast's: expert_NNNN.safetensors, one file an expert",
     "buffer": "replay_buffer_N.pt of MTT and its successors",
     "convexified": "convexified_replay_buffer_N.pt of MCT",
     "waypoints": "waypoint_buffer_N.pt and step_buffer_N.pt of MCT",
@@ -189,10 +189,10 @@ def _is_measured(store: TrajectoryStore, expert: int) -> bool:
 
 
 def export_to(options: ConvertOptions) -> None:
-    """Write this software's experts in `options.source` as buffers, in the folder where the buffers' readers look for them.
+    """Write mtt_fast's experts in `options.source` as buffers, in the folder where the buffers' readers look for them.
 
     Whole experts become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
-    With --to experts they stay this software's, and are rewritten with checksums.
+    With --to experts they stay mtt_fast's, and are rewritten with checksums.
     Nothing is written if the command is stopped.
     """
     store = TrajectoryStore(options.source)
@@ -241,7 +241,7 @@ def _copy(store: TrajectoryStore, buffer_path: str) -> None:
 def _model(store: TrajectoryStore) -> str:
     """Return the name of the experts' network, as --model spells it: that of their folder, or if it has another name the shortest."""
     folder, network = store.folder.resolve(), store.metadata(0).network
-    if "outputs" in network:  # of the user's own
+    if "outputs" in network:  # a user's network
         return str(network["kind"])
     names = (name for name in (folder.name, folder.parent.name) if full_name({"kind": name}) == full_name(network))
     return next(names, short_name(network) or folder.name)

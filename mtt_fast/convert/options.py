@@ -40,8 +40,8 @@ class ConvertOptions:
     """kind of the source, if its file names do not show it: those of --to, or convexified (MCT)"""
     to: str | None = None
     """kind of the destination. Sets: synthetic, mtt, dc, ncfm, dc_benchmark, ddranking, png, parquet; experts: experts, buffer, waypoints. If not
-    given: the kind that the destination's name shows; else the public code's kind for a source of this software, and this software's kind
-    for any other source. --to experts can also rewrite experts of this software"""
+    given: the kind that the destination's name shows; else the public code's kind for a source of mtt_fast, and mtt_fast's kind
+    for any other source. --to experts can also rewrite experts of mtt_fast"""
 
     dataset: Annotated[str | None, HARMLESS, Group.DATA] = None
     """data set of the real images; files of other software do not name it"""
@@ -100,7 +100,7 @@ class ConvertOptions:
         set_options = ("lr_teacher", "distilled_share", "factor", "label_kind", "reorder", "hard_labels", "method")
         reasons = dict.fromkeys(set_options, "on experts, only on distilled sets")
         if exported:
-            known = "on experts of this software, whose files contain it"
+            known = "on experts of mtt_fast, whose files contain it"
             reasons |= dict.fromkeys((*_DATA_OPTIONS, "dataset", "zca", "model"), known)
             reasons |= dict.fromkeys(_IMPORT_OPTIONS, "on experts that are exported, only on imported ones")
         else:
@@ -112,7 +112,7 @@ class ConvertOptions:
         """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, with the reasons."""
         reasons = dict.fromkeys((*_IMPORT_OPTIONS, "experts_per_file"), "on a distilled set, only on experts")
         if kind == "synthetic":
-            known = "on a set of this software, whose file contains it"
+            known = "on a set of mtt_fast, whose file contains it"
             reasons |= dict.fromkeys(
                 (*_DATA_OPTIONS, "model", "lr_teacher", "distilled_share", "factor", "label_kind"), known
             )

@@ -131,7 +131,7 @@ def _run(options: CrossOptions, sets: Sequence[EvaluatedSet], device: torch.devi
         row_key = _row_key(row, real, train, lr)
         for name, network in networks.items():
             key = row_key | {"network": name}
-            if outputs := network.describe().get("outputs"):  # of the user's own, which may have changed since
+            if outputs := network.describe().get("outputs"):  # a user's network, which may have changed since
                 key["outputs"] = outputs
             if precision_on(device, network, row.options.precision) == "bf16":  # the others make no difference
                 key["precision"] = "bf16"
@@ -174,7 +174,7 @@ def _networks(models: Sequence[str], row: EvaluatedSet, data: ImageData) -> dict
 def _try_networks(
     models: Sequence[str], sets: Sequence[EvaluatedSet], data_of_rows: Sequence[ImageData], device: torch.device
 ) -> None:
-    """Try each network of the user's own once for each shape of images, before any network is trained.
+    """Try each user's network once for each shape of images, before any network is trained.
 
     Raises `InputError` as `try_users_network`, and for an unknown network. Those of one row are in memory at once.
     """

@@ -1,4 +1,4 @@
-"""Image folders: train/CLASS/… and test/CLASS/…, of one's own or of a known data set."""
+"""Image folders: train/CLASS/… and test/CLASS/…, of a known data set or any other."""
 
 from __future__ import annotations
 

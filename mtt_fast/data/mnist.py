@@ -76,7 +76,7 @@ SPECS = {spec.name: spec for spec in (_MNIST, _FASHION_MNIST)}
 def source(name: str, data_path: Path, *, download: bool, progress: bool, url: str | None = None) -> Source:
     """Describe MNIST or FashionMNIST (`name`) below `data_path`, 1x28x28; `url` takes the place of the official folder.
 
-    Raises `InputError` if a file is missing, is no idx file of the right kind, or is shorter than its header says.
+    Raises `InputError` if a file is missing, is not an idx file of the right kind, or is shorter than its header says.
     """
     spec = SPECS[name]
     files = _find(name, data_path)

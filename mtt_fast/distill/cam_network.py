@@ -38,7 +38,7 @@ class CamNetwork(NamedTuple):
 
 
 def cam_expert(options: DistillOptions, data: ImageData | DatasetInfo) -> TrajectoryStore | None:
-    """Return the folder of `cam_model`, which is given, as a store; its first expert makes the maps. None if it must be trained."""
+    """Return the experts of `cam_model` (not None), of which the first makes the maps; None if that must be trained first."""
     return experts_in(_folder(options, data))
 
 
@@ -116,8 +116,8 @@ def weigh_gradients(
 ) -> list[Tensor] | None:
     """Return `gradients`, with the images' gradient multiplied by `state.pixel_weights`.
 
-    Every `cam_interval` iterations the weights are first computed from the state's images. Without a `cam` network, and for None
-    (gradients that are not finite), `gradients` are returned unchanged.
+    Every `cam_interval` iterations the weights are recomputed from the state's images. Without a `cam` network, and if
+    `gradients` is None (not finite), `gradients` is returned unchanged.
     """
     if cam is None:
         return gradients

@@ -64,8 +64,8 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then only the mean number of
-    images in a class is checked, and of the experts' images only their size.
+    For `requested` see `check_experts`. A `DatasetInfo` stands for images that are not downloaded yet: then only the mean number
+    of images per class is checked, and only the size of the experts' images.
     """
     check_options_fit(options, data, network, device)
     canvas_size = options.canvas_size if options.texture else 1

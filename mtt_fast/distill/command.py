@@ -177,9 +177,9 @@ def _numerics_of(
 def _checked_data(
     options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Stopwatch
 ) -> tuple[ImageData, Trainable, int]:
-    """Return the real images, the network, and the number of parameters of a parametrisation, after all checks that need no work.
+    """Return the real images, the network, and the number of parameters of a parametrisation, after all cheap checks.
 
-    Checks that need no images come before these are downloaded and packed. Raises `InputError` as `check_fits`.
+    Checks that need no images run before the images are downloaded and packed. Raises `InputError` as `check_fits`.
     """
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
@@ -234,7 +234,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         return start_gradients(state, segments(), plan, iteration_for)
 
     def iterations() -> Iterator[None]:
-        """Yield after each iteration; on a GPU the next one is then under way."""
+        """Yield after each iteration; on a GPU the next one is then already running."""
         nonlocal plan
         result = run_now_on_gpu(device, partial(start, run_now(next_segments)))
         while True:

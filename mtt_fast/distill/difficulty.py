@@ -1,4 +1,4 @@
-"""Read the difficulty of the training images from a file of scores, and check that it is the same when a run continues (SelMatch)."""
+"""Read the difficulty of the training images from a file of scores, and check on resume that it is the same (SelMatch)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def check_scores_are_there(options: DistillOptions) -> None:
 def read_difficulty(options: DistillOptions, data: ImageData) -> Tensor:
     """Return the difficulty of each training image from the file of `score_path`, (n,) on the CPU, higher for harder images.
 
-    Raises `InputError` for a file that is missing, broken, or of other images, and for scores of another kind than `score`, which
-    would put the easiest images first.
+    Raises `InputError` for a file that is missing, broken, or made for other images, and for scores of another kind than `score`,
+    which would reverse the order.
     """
     scores = read_scores(str(options.score_path), data.train.labels)
     low, high = (float(bound) + 0.0 for bound in scores.aminmax())  # −0 becomes 0

@@ -173,7 +173,7 @@ def disk_in_words(options: DistillOptions, size: EstimatedBytes) -> str:
 
 
 def _existing(folder: str | Path) -> Path:
-    """Return `folder`, or where it does not exist yet the first folder above it that does."""
+    """Return `folder`, or its nearest parent that exists."""
     path = Path(folder).expanduser().absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 

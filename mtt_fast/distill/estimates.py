@@ -89,9 +89,9 @@ def estimated_seconds(
 ) -> EstimatedSeconds:
     """Return the estimated seconds of a run that trains `missing` experts.
 
-    All costs are seconds per image: `cost` in a step of the student, `expert` in a step of an expert, `evaluated` in a step of each
-    evaluated network, and `cam` in a step of the network of the Grad-CAM maps, if there is one. `share` is the part of `cost` that
-    remains with saved activations. With `train_cam` the network of the maps is trained too.
+    All costs are seconds per image: `cost` in a step of the student, `expert` in a step of an expert, `evaluated` in a step of
+    each evaluated network, and `cam` in a step of the network of the Grad-CAM maps, if there is one. `share` is the fraction of
+    `cost` that remains with saved activations. With `train_cam` the network of the maps is trained too.
     """
     random_sets = 1 + has_soft_baseline(options, options.network(info))
     count = options.ipc * info.num_classes
@@ -136,8 +136,8 @@ def estimated_bytes(
 ) -> EstimatedBytes:
     """Return the estimated bytes written by a run that trains `missing` experts and compresses `uncompressed` ones.
 
-    `cam_parameters` is the number of parameters of the network of the Grad-CAM maps, or 0 if it is not trained; `image_parameters`
-    those from which the images are computed, or None if their pixels are learned.
+    `cam_parameters` is the number of parameters of the network of the Grad-CAM maps, or 0 if it is not trained;
+    `image_parameters` the number from which the images are computed, or None if pixels are learned.
     """
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     learned, learned_in_checkpoint = image_parameters or ImageParameters()

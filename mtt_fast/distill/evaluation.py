@@ -53,8 +53,8 @@ _INITIAL_IMAGES = {
 def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Train and test new networks on the current images, and on their moving average; write both sets, and pictures.
 
-    A set that an earlier process evaluated in this iteration is only drawn.
-    Raises `Diverged` if images, labels or learning rates are no longer finite.
+    A set that an earlier process evaluated at this iteration is only drawn. Raises `Diverged` if images, labels or learning rates
+    are no longer finite.
     """
     _check_finite(run, state)
     evaluated = run.evaluated_images(state)
@@ -73,7 +73,7 @@ def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
 def log_recognised(state: State, labels: Tensor) -> None:
     """Log how many images keep their class in the experts' `labels` (n, classes); warn if all images get one class.
 
-    TESLA's gradient does not see that the labels move with the images, so an image may drift into another class.
+    TESLA's gradient ignores that the labels change with the images, so an image may drift into another class.
     """
     predicted = labels.argmax(dim=1)
     num_correct = int((predicted == state.labels).sum())

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class ExpertInventory(NamedTuple):
-    """The folders of a run's experts, the experts that exist, and the numbers of those that are to be trained and compressed."""
+    """The folders of a run's experts, the experts that exist, and how many are still to be trained and compressed."""
 
     uncompressed_folder: Path
     matched_folder: Path
@@ -91,9 +91,9 @@ def check_experts(
 ) -> None:
     """Raise `InputError` unless the run can use the experts that exist, and can train or compress the missing ones, on `device`.
 
-    `requested` are the hyperparameters of experts that the user gave. A `DatasetInfo` stands for images that are not downloaded
-    yet; then few properties of the images are compared. The message names the file of an expert, the options that do not fit, a
-    folder that cannot be written, or a folder that lacks experts with which a resumed run began.
+    `requested` are the experts' hyperparameters that the user set explicitly. A `DatasetInfo` stands for images that are not
+    downloaded yet; then fewer properties of the images are compared. The message names an expert's file, the options that do not
+    fit, a folder that cannot be written, or a folder that lacks experts that a resumed run started with.
     """
     inventory, identity = inventory_of(options, data), data.identity(zca=options.zca)
     check_missing_experts(options, inventory)
@@ -181,9 +181,10 @@ def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -
 
 
 def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> None:
-    """Raise `InputError` if experts with which the run in `folder` began are gone.
+    """Raise `InputError` if experts that the run in `folder` started with are gone.
 
-    To train them again would take hours, and give other experts unless machine, number of threads and all versions are the same.
+    Training them again would take hours, and give different experts unless machine, number of threads and all versions are the
+    same.
     """
     expected, imported = initial_num_experts(folder)
     if imported:
@@ -280,7 +281,7 @@ def check_same_experts_so_far(options: DistillOptions, state: State, data: Image
 
 
 def experts_of_run(options: DistillOptions, state: State, store: TrajectoryStore) -> TrajectoryStore:
-    """Return the experts of `store` with which the run with `state` began; others may have been added, also between them.
+    """Return the experts of `store` that the run with `state` started with; others may have been added, even between them.
 
     Raises `InputError` unless the run still has, and may use, these experts.
     """

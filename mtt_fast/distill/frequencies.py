@@ -1,10 +1,10 @@
 """Distil a few frequencies of each image in place of all its pixels (FreD).
 
 D. Shin, S. Shin, I.-C. Moon, "Frequency Domain-based Dataset Distillation", NeurIPS 2023. The images of a class keep only the
-frequencies in which its real images differ most, so that the same number of learned numbers holds more images.
+frequencies in which its real images differ most, so that the same number of learned values holds more images.
 
-Images are a linear function of their frequencies. So a step of SGD with momentum on the frequencies is one on the pixels, with a
-gradient that passes a filter. The state of a run therefore holds images, and a mask of the frequencies that each class keeps.
+Images are a linear function of their frequencies. So a step of SGD with momentum on the frequencies equals a step on the pixels
+with a filtered gradient. The state of a run therefore holds images, and a mask of the frequencies that each class keeps.
 
 F below is the cosine transform of FreD's code, the DCT-II of each axis without a scale: F[k] = 2 Σ_i x[i] cos(π k (2 i + 1) / 2N).
 """
@@ -58,7 +58,7 @@ def filter_frequencies(state: State, gradients: list[Tensor]) -> list[Tensor]:
 def describe_frequencies(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
     """Return a description of the synthetic images' frequencies in terms of pixels; "" if pixels are learned.
 
-    A step on a frequency F moves the pixels by its squared length, 1 / 4HW for most.
+    A step on a frequency F moves the pixels in proportion to the squared length of its basis image, 1 / 4HW for most.
     """
     if options.msz_per_channel is None:
         return ""
@@ -73,7 +73,7 @@ def describe_frequencies(options: DistillOptions, data: ImageData | DatasetInfo)
 def _filtered(images: Tensor, factors: Tensor) -> Tensor:
     """Return `images` (n, C, H, W), sorted by class, after their frequencies are multiplied by `factors` (classes, H, W) float64.
 
-    It is computed in float64, since products of matrices may be in tf32 on a GPU; in blocks, since the memory plan has no room for
+    It is computed in float64, since matrix products may be in tf32 on a GPU, and in blocks, since the memory plan has no room for
     copies of all images.
     """
     rows, columns = (_orthonormal_cosines(side, images.device) for side in images.shape[-2:])

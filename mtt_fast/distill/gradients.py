@@ -76,7 +76,7 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
 
 
 def _dampened(iteration: Iteration, factor: float) -> Iteration:
-    """Return the iteration of a student with the velocity μ m + `factor` g: the same steps at `factor` times the learning rate."""
+    """Return the iteration of a student with velocity μ m + `factor` g, which takes the same steps at `factor` times the learning rate."""
 
     def dampened(
         start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, *draws: Tensor
@@ -90,8 +90,8 @@ def _dampened(iteration: Iteration, factor: float) -> Iteration:
 def cached_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
     """Return a function that calls `make(plan, graph=…)`, a partial of `iteration_of`, and caches its results.
 
-    On a GPU a cached iteration holds the memory of its plan. So several are cached only if the budget has room for all of them,
-    and a new plan for the same work replaces the others.
+    On a GPU a cached iteration holds the memory of its plan. So several are cached only if the budget has room for all, and a new
+    plan for the same work replaces the others.
     """
     cache: dict[tuple[Plan, bool], Iteration] = {}
 
@@ -143,7 +143,7 @@ def start_gradients(
     *,
     graph: bool = True,
 ) -> PendingGradients:
-    """Start to compute `mean_gradients`. `finish_gradients` waits for a GPU.
+    """Start to compute `mean_gradients`; `finish_gradients` synchronises with a GPU.
 
     `iteration_for(plan, graph=…)` returns the iteration (see `cached_iterations`); with `graph` it is captured in a CUDA graph.
     """
@@ -173,7 +173,7 @@ class FinishedGradients(NamedTuple):
 def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradients:
     """Wait for the gradients of a `pending` iteration.
 
-    If a number is not finite in fp16, the iteration is repeated in tf32, with a line in the log. The repetition gets its own CUDA
+    If a value is not finite in fp16, the iteration is repeated in tf32, with a line in the log. The repetition gets its own CUDA
     graph if the budget has room for both.
     """
     plan, student = pending.plan, pending.plan.work.student
@@ -191,7 +191,7 @@ def finish_gradients(state: State, pending: PendingGradients) -> FinishedGradien
 
 
 def gradients_to_apply(run: DistillRun, state: State, gradients: list[Tensor] | None) -> list[Tensor] | None:
-    """Return the gradients that update `state`, from the `gradients` of the loss; None (not finite) stays None.
+    """Return the gradients that update `state`, from the `gradients` of the loss; None (not finite) is returned as None.
 
     The images' gradient is weighed by Grad-CAM maps (EDF), set to zero for real images (SelMatch), and restricted to the kept
     frequencies (FreD).

@@ -132,7 +132,7 @@ class InitialImages(NamedTuple):
 
     @property
     def pictures(self) -> Tensor:
-        """Return the images (n, C, H, W) that are drawn."""
+        """Return the images (n, C, H, W) to draw in pictures."""
         return self.images.pixels if self.evaluated is None else self.evaluated
 
 
@@ -145,9 +145,9 @@ def initial_images(
 ) -> InitialImages:
     """Return the initial synthetic images with their labels.
 
-    With `pix_init` "samples_predicted_correctly" the `experts` choose the images; if they classify too few of a class correctly, others
-    fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas
-    is tiled from several images.
+    With `pix_init` "samples_predicted_correctly" the `experts` choose the images; if they classify too few of a class correctly,
+    other images fill it up. With "window" the `difficulty` of the training images (`read_difficulty`) chooses them. A canvas is
+    tiled from several images.
     """
     generator = generator_for(options.seed, "initial images")
     ipc, device, num_misclassified = options.ipc * options.num_tiles, real.train.labels.device, 0
@@ -192,9 +192,9 @@ def predicted_correctly(
 ) -> tuple[list[Tensor], int]:
     """Return, for each class, the first `ipc` of its `members` that an expert classifies correctly (DATM).
 
-    Images that no expert classifies correctly fill up the rest; also return their number. `members` are indices into `real` for each
-    class, `experts` are parameters (P,). The first expert classifies all members. Each later expert classifies what all before it got
-    wrong, in classes with too few images.
+    If there are too few, images that no expert classifies correctly fill up the class; their number is returned too. `members`
+    are indices into `real` for each class, `experts` are parameters (P,). The first expert classifies all members. Each later
+    expert classifies what all before it got wrong, in classes with too few images.
     """
     right, remaining = [rows[:0] for rows in members], list(members)
     for theta in experts:
@@ -212,7 +212,7 @@ def predicted_correctly(
 def _split_by_correctness(
     network: Network, theta: Tensor, real: Images, rows: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the first `count` of `rows` that the network gets right under `theta`, and the wrong ones before them."""
+    """Return the first `count` of `rows` that the network classifies correctly under `theta`, and the misclassified ones before them."""
     right, wrong = rows[:0], rows[:0]
     for batch in rows.split(_BATCH):
         if len(right) < count:

@@ -25,8 +25,8 @@ _BATCH = 64  # images in a forward pass
 def has_soft_baseline(options: DistillOptions, network: Network) -> bool:
     """Return whether a run is also compared with random real images that are labelled by the experts.
 
-    It is if its own labels are soft, since soft labels alone raise the accuracy of random images. A network with batch statistics
-    cannot label a few images.
+    This is so if the run's own labels are soft, since soft labels alone raise the accuracy of random images. A network with batch
+    statistics cannot label a few images.
     """
     return options.label_kind != "indices" and not network.mixes_samples
 

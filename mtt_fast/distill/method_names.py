@@ -1,4 +1,4 @@
-"""Mark the name of a run's method where its sets do not compare with those of papers."""
+"""Mark the name of a run's method if its accuracy cannot be compared with the papers' tables."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _OF_MTT = {"pix_init": "noise"}
 
 
 def marked_method(name: str, options: Mapping[str, Any]) -> str:
-    """Return the `name` of a method, marked where its sets do not compare with those of papers.
+    """Return the `name` of a method, marked if its accuracy cannot be compared with the papers' tables.
 
-    These are textures, frequencies (FreD) and parametrised images (SPEED, DDiF), of which --ipc does not count images of all pixels, and chosen
-    images with the experts' labels; and those of MTT with changes of its successors.
+    This holds for textures, frequencies (FreD) and parametrised images (SPEED, DDiF), where --ipc does not measure storage as in
+    the papers, for selected real images with the experts' labels, and for MTT with changes of its successors.
     """
     if name.partition(",")[0] == "MTT" and (changes := _changes_of_successors(options)):
         name = f"{name}, with {' '.join(changes)}"

@@ -113,8 +113,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """learning rate of the pixels, of the frequencies of --msz_per_channel (FreD's lr_freq), or of the parameters of --parametrisation;
     0 keeps them fixed"""
     mom_img: Share = 0.5
-    """momentum of the images, or of the numbers learned in their place, unless Adam updates them (DDiF), and of the student's learning
-    rate (SPEED: 0.95)"""
+    """momentum of the images (or of the values learned in their place, unless Adam updates these, as in DDiF), and of the student's
+    learning rate (SPEED: 0.95)"""
     lr_decay: bool = False
     """halve --lr_img after every 2,000 iterations (MCT)"""
     lr_lr: NonNegative = 1e-5
@@ -151,8 +151,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     window_start: Annotated[NonNegative, Needs("score_path")] = 0.0
     """the hardest images of each class that --pix_init window leaves out, as a multiple of --ipc (SelMatch's beta)"""
     distilled_share: PositiveShare = 1.0
-    """share of each class's images that is distilled; the others, the last ones, keep their pixels (SelMatch's alpha), and their labels unless
-    --teacher_label labels all images"""
+    """share of each class's images that is distilled (SelMatch's alpha); the remaining ones, at the end of the class, keep their pixels, and
+    their labels unless --teacher_label labels all images"""
     msz_per_channel: Count | None = None
     """distil this number of frequencies of each channel instead of all pixels: those in which the initial images of a class differ most
     (FreD)"""
@@ -181,8 +181,8 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     cam_interval: Annotated[Count, Needs("cam_model")] = 100
     """iterations between updates of the maps of --cam_model"""
     cam_beta: Annotated[NonNegative, Needs("cam_model")] = 1.0
-    """number that is added to the map of --cam_model, from 0 to 1, to weight the gradients of pixels where the map is at least its mean;
-    other pixels have the weight 1"""
+    """offset of the weights: the gradient of a pixel where the map of --cam_model (0 to 1) is at least its mean is multiplied by the map
+    plus this; other pixels have weight 1"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """do not augment during distillation; evaluations still augment"""
     texture: Annotated[bool, Group.TEXTURE] = False
@@ -200,15 +200,15 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
     num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
-    """number of experts: missing ones are trained first, unless the folder has as many as --max_experts matches; none is trained in a folder
-    of converted experts"""
+    """number of experts; missing ones are trained first, unless the folder already has --max_experts. In a folder of converted experts
+    none is trained"""
     max_experts: Annotated[
         Networks | None,
         Role.EXTENT,
         Group.EXPERTS,
         Remark("of all experts, where the public code takes as many of each of its files"),
     ] = None
-    """match at most this many experts, the first ones; if not given, all in the folder, also if it has more than --num_experts"""
+    """match at most this many experts, the first ones; if not given, all in the folder, even if there are more than --num_experts"""
     num_interpolation: Annotated[AtLeastTwo | None, Group.EXPERTS] = None
     """replace each expert by this many waypoints with straight lines between them (MCT: 4); experts are compressed first if needed"""
     expert_lr: Annotated[Positive, Group.EXPERTS] = 0.01
@@ -253,7 +253,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def last_matched_epoch(self) -> int:
-        """Return the last epoch that segments reach, which experts must have."""
+        """Return the last epoch that segments reach; experts must have been trained so long."""
         last_start = self.max_start_epoch if self.continuous_start else self.max_start_epoch - 1
         return last_start + self.expert_epochs
 
@@ -294,7 +294,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return [*remarks, *self._remarks_without_effect()]
 
     def _remarks_without_effect(self) -> list[str]:
-        """Return remarks on options that have no effect at the values of others."""
+        """Return remarks on options that have no effect, given the values of others."""
         halves = f"--Iteration {self.Iteration} and --lr_img {self.lr_img:g}: it halves the rate after every {HALVED_AFTER:,} iterations"
         fixed, single = "--lr_img 0, which keeps the pixels", "--syn_steps 1, a single step"
         without_effect = (
@@ -464,7 +464,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
 
 def _found_both(first: str, second: str, reason: str) -> InputError:
-    """Return the error for two options that exclude each other for a `reason`, either of which a recipe or an earlier run may bring."""
+    """Return the error for two options that exclude each other for a `reason`; a recipe or an earlier run may have set either."""
     fields, names = fields_of(DistillOptions), [each.split()[0].removeprefix("--") for each in (first, second)]
     off = [f"--no_{name}" if fields[name].is_switch else f"--{name} {fields[name].default}" for name in names]
     return InputError(

@@ -43,8 +43,9 @@ def check_parametrisation(
 ) -> ImageParameters:
     """Return the numbers of the parametrisation's learned parameters, after a trial on `device`; zeros without a parametrisation.
 
-    The trial uses random images. A class of the user's own gets as many as in the run, since it may need groups of images; another gets
-    at most two of each class, since its parameters may take gigabytes. Raises `InputError` if it cannot be made and learned.
+    The trial uses random images. A user's class gets as many as in the run, since it may need groups of images; other classes get
+    at most two per class of the data set, since their parameters may take gigabytes. Raises `InputError` if it cannot be made and
+    learned.
     """
     if (name := options.parametrisation) is None:
         return ImageParameters()
@@ -56,7 +57,7 @@ def check_parametrisation(
 
     with numerics(device, "fp32"):
         tried = try_parametrisation(name, make, count, data.image_shape)
-    # a class of the user's own may be slow to make again
+    # a user's class may be slow to construct again
     whole = tried if is_users_class(name) else parametrisation_on_meta(options, data)
     assert whole is not None
     learned = sum(each.numel() for each in learned_parameters(whole).values())
@@ -81,8 +82,8 @@ def parametrisation_on_meta(options: DistillOptions, data: ImageData | DatasetIn
 def check_same_parametrisation(options: DistillOptions, state: State, parametrisation: Parametrisation) -> None:
     """Raise `InputError` unless the parameters of `state` fit the `parametrisation`, and give the images of `state`.
 
-    They give other images if the user's code was changed after the run began. Its rates, its penalty and the images in evaluations may
-    have changed too, so the file has to be the same.
+    The images differ if the user's code was changed after the run started. Rates, penalty and the images in evaluations may have
+    changed too, so the file must be unchanged.
     """
     folder, parameters = options.folder(), state.parameters or {}
     specs = {name: (each.dtype, tuple(each.shape)) for name, each in learned_parameters(parametrisation).items()}
@@ -106,7 +107,7 @@ def check_same_parametrisation(options: DistillOptions, state: State, parametris
 def describe_parametrisation(
     options: DistillOptions, data: ImageData | DatasetInfo, parametrisation: Parametrisation
 ) -> str:
-    """Return a description of the numbers that have to be stored for the images, in terms of pixels."""
+    """Return a description of how many values must be stored for the images, compared with their pixels."""
     stored = parametrisation.stored_numbers()
     return (
         f"computed by {options.parametrisation} from {stored:,} stored numbers of 32 bits, as many as "

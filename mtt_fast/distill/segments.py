@@ -44,7 +44,7 @@ def segment_numbers(options: DistillOptions, iterations: range) -> range:
 
 
 def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Segment:
-    """Return segment `number`, read and drawn in the calling thread. Only shape and dtype of `images` are used."""
+    """Return segment `number`, read and drawn in the calling thread. Of `images` only shape and dtype are used."""
     options = run.options
     generator = generator_for(options.seed, "iteration", number)
     expert = _expert_of(options.seed, len(run.experts), number)

@@ -1,6 +1,6 @@
 """Check that all processes of a group make the same call of `unroll`, and the same backward pass.
 
-They add up what they compute. From different arguments, or losses, this would be a wrong gradient without any other symptom.
+The processes add up their results. If their arguments or losses differed, the gradient would be wrong, without any other symptom.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.tensor_bytes import parts_of
 
 _COLUMNS = 1021
-_ROWS = 4096  # that are summed at once, which takes a few times their memory
-_ROUNDING = 1e-3  # of gradients, beside their norm
+_ROWS = 4096  # rows summed at once, which takes a few times their memory
+_ROUNDING = 1e-3  # allowed difference of gradients, relative to their norm
 
 
 def checked_group(group: Any) -> dist.ProcessGroup | None:
-    """Return `group`, or None for one of this process alone. Raises `InputError` unless it is one that this process belongs to."""
+    """Return `group`, or None if it has only this process. Raises `InputError` unless this process belongs to it."""
     if group is None:
         return None
     if not isinstance(group, dist.ProcessGroup):
@@ -39,13 +39,13 @@ def checked_group(group: Any) -> dist.ProcessGroup | None:
 def check_agreement(group: dist.ProcessGroup, theta: Tensor, **others: Any) -> None:
     """Raise `InputError` in all processes of `group` unless `theta` and each of the `others` is the same in all of them.
 
-    Checksums of their tensors, arrays, numbers and texts are compared; other objects are not. A GPU is waited for.
+    Checksums of tensors, arrays, numbers and strings are compared; other objects are not. Synchronises with a GPU.
     """
     if theta.is_meta:
         raise InputError("`group`: expected numbers, found theta on the device meta, which has none; leave `group` out")
     if is_capturing(theta):
         raise InputError(
-            "`group`: expected no capture of a CUDA graph, in which it cannot be checked that the processes agree; call outside of it"
+            "`group`: expected no capture of a CUDA graph, in which the processes' arguments cannot be compared; call outside of it"
         )
     arguments = {"theta": theta, **others}
     checksums = torch.tensor([checksum_of(value) for value in arguments.values()], device=theta.device)
@@ -61,9 +61,9 @@ def check_agreement(group: dist.ProcessGroup, theta: Tensor, **others: Any) -> N
 
 
 def check_same_loss(group: dist.ProcessGroup, gradients: Sequence[Tensor | None], device: torch.device) -> None:
-    """Raise `InputError` in all processes of `group` unless the backward pass brings the same `gradients` in all, up to rounding.
+    """Raise `InputError` in all processes of `group` unless the incoming `gradients` of the backward pass are equal in all, up to rounding.
 
-    The first ones are None where the loss uses no such part of the path. A GPU is waited for.
+    A gradient is None if the loss does not use that output. Synchronises with a GPU.
     """
     numbers = torch.full((len(gradients), 2), -1, dtype=torch.float64, device=device)
     for row, gradient in zip(numbers, gradients, strict=True):
@@ -96,9 +96,9 @@ def checksum_of(value: Any) -> int:
 
 
 def sums_of_bits(tensor: Tensor) -> Tensor:
-    """Return a few whole numbers, on the CPU, that change if a number of `tensor` does, or if two change places.
+    """Return a few integers (k,), on the CPU, that change if a value of `tensor` does, or if two change places.
 
-    To copy all numbers of a large one from a GPU would take long.
+    Copying all values from a GPU would take long.
     """
     numbers = tensor.resolve_conj().resolve_neg().reshape(-1)
     bits = numbers.view(torch.int32 if numbers.itemsize % 4 == 0 else torch.uint8)

@@ -46,12 +46,12 @@ def _refuse_compilation() -> None:
 
 
 def saveable(tensor: Tensor) -> Tensor:
-    """Return `tensor`, or a copy of one that was made in `torch.inference_mode`, which autograd cannot save."""
+    """Return `tensor`, or a copy if it was made in `torch.inference_mode`, since autograd cannot save such a tensor."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def check_types(**tensors: Any) -> None:
-    """Raise `InputError` unless `tensors` are ordinary tensors, and not fake ones."""
+    """Raise `InputError` unless `tensors` are ordinary tensors (not nested, sparse, float8 or fake)."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             parts = isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
@@ -101,7 +101,7 @@ def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> Non
         )
     if momentum or weight_decay:
         raise InputError(
-            f"`momentum` {momentum:g}, `weight_decay` {weight_decay:g}: they are SGD's, found with an `optimizer`; use "
+            f"`momentum` {momentum:g}, `weight_decay` {weight_decay:g}: expected 0 with an `optimizer`, since they are SGD's; use "
             "Adam(betas=…, weight_decay=…)"
         )
 
@@ -109,7 +109,7 @@ def check_optimizer(optimizer: Any, momentum: float, weight_decay: float) -> Non
 def check_velocity(velocity: Tensor | None, theta: Tensor, adam: Adam | None) -> None:
     """Raise `InputError` unless `velocity` is None, or has the shape, dtype and device that follow from `theta` and `adam`.
 
-    With `adam` a velocity is given if and only if there were steps before.
+    With `adam` a velocity must be given if and only if `adam.steps` is not 0.
     """
     if adam is not None and (velocity is not None) != (adam.steps > 0):
         found = "none" if velocity is None else "one"
@@ -145,7 +145,7 @@ def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
 def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
     """Return the indices (b,) int64 of each step, on the device of `images`. Raises `InputError` for anything else.
 
-    They are copies, so that a caller may overwrite `batches` before the backward pass.
+    They are copies, so the caller may overwrite `batches` before the backward pass.
     """
     if not images.dim() or not len(images):
         raise InputError(f"`images`: expected at least one, (n, …), found shape {tuple(images.shape)}")
@@ -164,7 +164,7 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
             raise InputError(
                 f"`batches`: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
             )
-    # indices on a GPU are checked by the look-up of the labels, without waiting for the device
+    # indices on a GPU are checked by the look-up of the labels, without a synchronisation
     on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}
     if on_host and not _are_in_range(torch.cat([row.long() for row in on_host.values()]), len(images)):
         n, row = next((n, row.long()) for n, row in on_host.items() if not _are_in_range(row.long(), len(images)))
@@ -198,7 +198,7 @@ def check_student_tensors(
 ) -> None:
     """Raise `InputError` unless shapes, dtypes and devices fit each other and the network.
 
-    A caller's own loss (`has_loss`) takes labels of any shape (n, …). Errors call the parameters `theta_name`.
+    With a user's loss (`has_loss`) labels may have any shape (n, …). Errors call the parameters `theta_name`.
     """
     has_dtype = theta.dtype in (torch.float32, torch.float64)
     if theta.shape != (net.num_parameters,) or not has_dtype:
@@ -229,12 +229,12 @@ def check_student_tensors(
 
 
 def check_image_shape(net: Network, image: torch.Size) -> None:
-    """Raise `InputError` if `net` is a ConvNet that does not take augmented images of this shape, or another than (C, H, W)."""
+    """Raise `InputError` if `net` is a ConvNet that does not take augmented images of the shape `image`, (C, H, W)."""
     if is_plain_convnet(net) and (
         len(image) != 3 or image[0] != net.in_channels or net.feature_size_of(*image[1:]) != net.feature_size
     ):
         raise InputError(
-            f"`images`: expected those of the network, {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
+            f"`images`: expected the network's {net.in_channels} channels and size {net.image_size}, found {tuple(image)}"
         )
 
 
@@ -247,8 +247,8 @@ def draws_of(
 ) -> Sequence[Any]:
     """Return a copy of `draws`, or draw the random numbers of `augment` for each of the `batches` (None without `augment`).
 
-    Tensors and arrays are copied, so that a caller may overwrite them before the backward pass. Raises `InputError` for `draws` that
-    are no list or of another number of steps, for `draws` without `augment`, and for draws that require a gradient.
+    Tensors and arrays are copied, so the caller may overwrite them before the backward pass. Raises `InputError` for `draws` that
+    are not a list with one entry per step, for `draws` without `augment`, and for draws that require a gradient.
     """
     if draws is None:
         copies = [_copy_of(augment.draw(images.detach()[index], generator)) if augment else None for index in batches]
@@ -278,8 +278,8 @@ def _copy_of(draws: Any) -> Any:
 def checked_lr(lr: Any, theta: Tensor, steps: int) -> Tensor:
     """Return `lr` as a tensor (), (1,), (steps,) or (steps, P) on the device of `theta` (P,).
 
-    Raises `InputError` for another shape, and for numbers that are negative or not finite. The values of a tensor are not checked: a
-    learned one may become any number, and the check would wait for a GPU.
+    Raises `InputError` for another shape, and for numbers that are negative or not finite. The values of a tensor are not
+    checked: a learned rate may take any value, and the check would synchronise with a GPU.
     """
     lrs = _tensor_of(lr, theta)
     if lrs.shape not in ((), (1,), (steps,), (steps, len(theta))):

@@ -1,6 +1,6 @@
-"""Check in the backward pass that it asks for one first derivative, and that it finds what the call found.
+"""Check in the backward pass that only a first derivative is asked for, and that nothing has changed since the forward pass.
 
-Autograd notices neither writes through `.data`, nor those into a row that became a module's parameters.
+Autograd does not detect writes through `.data`, or into a row of the path that became a module's parameters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_one_gradient(gradients: Iterable[Tensor | None]) -> None:
 
 
 def checksums_of(**tensors: Tensor) -> dict[str, int]:
-    """Return the checksum of each of the `tensors` by name, without those on a GPU, which is not waited for."""
+    """Return the checksums of the `tensors` on a CPU, by name. Tensors on a GPU are left out, so that nothing synchronises."""
     return {name: _checksum(tensor) for name, tensor in tensors.items() if tensor.device.type == "cpu"}
 
 
@@ -53,7 +53,7 @@ def check_unchanged(before: dict[str, int], **tensors: Tensor) -> None:
     for name, checksum in before.items():
         if _checksum(tensors[name]) != checksum:
             raise InputError(
-                f"`{name}`: expected in the backward pass the numbers of the call, found others, written through `.data` or into a "
+                f"`{name}`: expected the same values in the backward pass as in the call, found others, written through `.data` or into a "
                 "module's parameters; write after the backward pass, or into a clone()"
             )
 
@@ -68,21 +68,22 @@ def _checksum(tensor: Tensor) -> int:
 def check_repeated(first: Tensor, again: Tensor, repeat: Callable[[int], Tensor]) -> None:
     """Raise `InputError` if the fingerprints `again` (N, k) of the backward sweep differ from `first`, those of the forward sweep.
 
-    The two sweeps may use different kernels (for attention in half precision), whose rounding can differ by more than the tolerance. So
-    for a step that differs `repeat` computes the fingerprint (k,) as the forward sweep did, and this one decides.
+    The two sweeps may use different kernels (for attention in half precision), whose rounding can differ by more than the
+    tolerance. So for a step n that differs, `repeat(n)` computes the fingerprint (k,) as the forward sweep did, and `first` is
+    compared with this.
     """
     for n in _differ(first, again).any(1).nonzero().flatten().tolist():
         now = repeat(n)
         if bool((differs := _differ(first[n], now)).any()):
             raise InputError(
-                f"expected in the backward pass the network, loss, augmentation and path of the call, found "
-                f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; before the backward pass leave "
-                "alone what they read: attributes, `.data` of images and of rows of the path, and the variable of a loop in a lambda "
-                "(`lambda logits, labels, t=t: …`)"
+                f"expected the same network, loss, augmentation and path in the backward pass as in the call, found "
+                f"{float(now[differs][0]):.6g} in place of {float(first[n][differs][0]):.6g} in step {n}; do not change "
+                "what they read before the backward pass: attributes, `.data` of images and of rows of the path, and loop variables in a "
+                "lambda (bind these: `lambda logits, labels, t=t: …`)"
             )
 
 
 def _differ(first: Tensor, again: Tensor) -> Tensor:
-    """Return where two tensors differ by more than rounding, as booleans. Numbers that are not finite do not differ."""
+    """Return a boolean mask of where two tensors differ by more than rounding. Values that are not finite do not count as different."""
     rounding = 1e-2 if first.is_cuda else 1e-3  # a GPU may use different kernels, with factors in half precision
     return ~torch.isclose(again, first, rtol=rounding, atol=1e-3) & first.isfinite() & again.isfinite()

@@ -13,7 +13,7 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 """A function from a step's images (b, C, H, W) and parameters (b, K) to the augmented images."""
 
 Draw = Callable[[Iterable[Tensor], torch.Generator | None], Tensor]
-"""A function that draws the parameters (ΣB, K) of all steps. It takes, for each step, a tensor (b, C, H, W) of the right shape and dtype."""
+"""A function that draws the parameters (ΣB, K) of all steps. For each step it gets a tensor (b, C, H, W), of which only shape and dtype matter."""
 
 
 class StepDraws(NamedTuple):

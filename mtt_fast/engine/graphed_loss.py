@@ -52,19 +52,19 @@ _MAX_GRAPHS = 8  # of one object, since each holds the memory of its plan
 class GraphedMatchingLoss:
     """Compute `unroll` and a loss of its path, on a GPU by a CUDA graph that is captured once and replayed.
 
-    The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures the
-    loss and its gradients. Later calls copy their tensors into the graph and launch it. They do not wait for the GPU, unless batches
-    are cut for a `loss` that is a mean over the samples: each call checks that it is. Python values that network, loss and
-    augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of its plan until the object
-    is freed. On a CPU nothing is captured. Call one object on one stream.
+    The first call for each set of shapes and batch sizes checks the arguments as `unroll` does, compiles kernels, and captures
+    the loss and its gradients. Later calls copy their tensors into the graph and launch it. They do not synchronise with the GPU,
+    unless batches are cut with a `loss`: then each call checks that the loss is a mean over the samples. Python values that
+    network, loss and augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of its
+    plan until the object is freed. On a CPU nothing is captured. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
         net: the student's network. All other arguments but `path_loss` are those of `unroll`. An `optimizer` must have `steps` 0.
-        path_loss: the loss () as a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,).
-            By default it is the paper's; `functools.partial(mtt_fast.path_loss, match_step="nearest")` is ATT's. A function of
-            your own must not read tensors on the host, draw random numbers, or depend on other tensors.
+        path_loss: the loss () as a function of the path (N + 1, P), as `unroll` returns it, the start and the target (P,). By
+            default it is the paper's; `functools.partial(mtt_fast.path_loss, match_step="nearest")` is ATT's. Your own function
+            must not read tensors on the host, draw random numbers, or depend on other tensors.
 
     Example:
         ```python
@@ -141,7 +141,7 @@ class GraphedMatchingLoss:
 
     @property
     def problem(self) -> str | None:
-        """Return the reason why some calls on a GPU are not captured, and so run slower, or None."""
+        """Return why some calls on a GPU are not captured (they run slower), or None."""
         return next((each.problem for each in self._graphed_functions() if each.problem), self._problem)
 
     def _graphed_functions(self) -> list[GraphedFunction]:
@@ -149,7 +149,7 @@ class GraphedMatchingLoss:
         return [each for each in every if isinstance(each, GraphedFunction)]
 
     def _iteration(self, steps: CheckedSteps, target: Tensor, parameters: Tensor | None) -> Iteration:
-        """Return the iteration for tensors of these shapes, from the cache or new; `parameters` are the augmentation's."""
+        """Return the iteration for tensors of these shapes, cached or new; `parameters` are the augmentation's."""
         options, lengths = self._options, tuple(len(index) for index in steps.batches)
         if is_warp(options.augment):  # `parameters` are those of the warp, which DSA takes as they are
             options = replace(options, augment=SiameseAugment())
@@ -159,7 +159,7 @@ class GraphedMatchingLoss:
         if key in self._iterations:
             return self._iterations[key]
         first_draws = None if parameters is None else parameters[: lengths[0]]
-        with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
+        with torch.enable_grad():  # a later call may need the images' gradient even if this one does not
             plan = checked_plan(
                 self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 moments=optimizer.moments, path_gradient=self._path_loss is not path_loss,
@@ -186,16 +186,16 @@ class GraphedMatchingLoss:
 
 
 class _WatchedIteration:
-    """Compute an iteration whose loss is taken for a mean over the samples, until a call shows that it is not."""
+    """Compute an iteration, assuming that its loss is a mean over the samples until a call shows that it is not."""
 
     def __init__(self, iteration: Iteration, of_batches: Callable[[], Iteration]) -> None:
         self.iteration = iteration
         self._of_batches: Callable[[], Iteration] | None = of_batches
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the loss and its gradients. A GPU is waited for while the loss is taken for a mean.
+        """Return the loss and its gradients. Synchronises with a GPU as long as the loss is assumed to be a mean.
 
-        Raises `InputError` in a capture by the caller, in which the host cannot wait.
+        Raises `InputError` in a capture by the caller, in which it cannot synchronise.
         """
         if self._of_batches is not None:
             if is_capturing(tensors[0]):
@@ -211,7 +211,7 @@ class _WatchedIteration:
 
 
 def _adds_up(result: Tensor) -> bool:
-    """Return the `result` of a `WatchedLoss`. A GPU is waited for."""
+    """Return the `result` of a `WatchedLoss` as a bool. Synchronises with a GPU."""
     return bool(result)
 
 
@@ -253,7 +253,7 @@ def _checked_loss(path_loss: PathLoss, path: Tensor, start: Tensor, target: Tens
 def _check_reads_constants(path_loss: PathLoss, steps: CheckedSteps, target: Tensor, *, on_host: bool) -> None:
     """Raise `InputError` if `path_loss` reads another tensor that requires a gradient, since no gradient would flow to it."""
     start = steps.theta.detach()
-    # laid out like a student's path
+    # in the memory layout of a student's path
     path = Rows.empty(len(steps.batches) + 1, start, on_host=on_host).stored.copy_(start)
     loss = path_loss(StudentPath.from_rows(path, path.unbind(), start.device), start, target.detach())
     if isinstance(loss, Tensor) and loss.requires_grad:

@@ -1,4 +1,4 @@
-"""One iteration of the distillation as a pure function of tensors: both sweeps of the student, loss and gradients.
+"""One iteration of the distillation as a pure function of tensors: both sweeps of the student, the loss and its gradients.
 
 The iteration reads no tensor on the host and draws no random numbers, so that a CUDA graph can capture and replay it
 (mtt_fast/runtime/cuda_graphs.py). Its random numbers are arguments, drawn beforehand (mtt_fast/engine/draws.py).
@@ -39,7 +39,7 @@ def planned_iteration(
     graph: bool = True,
     watched_loss: Loss | None = None,
 ) -> Iteration:
-    """Return `iteration` as `plan` says. On CUDA its calls are captured in a CUDA graph and replayed.
+    """Return the `iteration` that follows `plan`. On CUDA its calls are captured in a CUDA graph and replayed.
 
     `lengths` are the batch sizes of the steps. If the path is in host memory, nothing is captured. Use `graph=False` for iterations
     that are too rare to hold a graph's memory.
@@ -65,9 +65,9 @@ def iteration(
 ) -> Iteration:
     """Return a function that computes `loss` () in float64, and its gradients with respect to images, lr and soft labels.
 
-    `lengths` are the batch sizes of the steps. For `gradient` see `unroll`, for `saved_steps` and `path_on_host` see `Plan`.
-    With a `watched_loss`, the student's own, the last result is whether it was a mean over the samples, as a boolean tensor (), if
-    the student takes it for one.
+    `lengths` are the batch sizes of the steps. For `gradient` see `unroll`, for `saved_steps` and `path_on_host` see `Plan`. If
+    the student assumes that its loss, given as `watched_loss`, is a mean over the samples, the last result says whether it was,
+    as a boolean tensor ().
 
     The returned function is pure. Its arguments are tensors on one device: the expert's parameters start and target (P,), all
     synthetic images (n, C, H, W), labels and lr as in `unroll`, and the tensors of `StepDraws`, where ΣB = Σ `lengths`. Neither

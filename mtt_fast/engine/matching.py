@@ -1,4 +1,4 @@
-"""Losses of a student's path: the paper's, ATT's nearest step, and PAD's and EDF's choices of parameters."""
+"""Losses of a student's path: the paper's, ATT's (the nearest step), and PAD's and EDF's (a part of the parameters)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 from mtt_fast.runtime.cuda_graphs import is_capturing
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of a distance
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that `squared_distance` takes
 
 _FLATTEN = "torch.nn.utils.parameters_to_vector makes one of a list"
 
@@ -72,8 +72,8 @@ def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
 def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return n () int64 in 1 … N such that row n of `path` (N + 1, P) is nearest to `target` (P,), as ATT chooses it.
 
-    The distance is `Σ |θ_n − θ*|`, accumulated in float64, or infinite for a step that is not finite. The last step of equal
-    distance wins. No tensor is read on the host. Raises `InputError` for tensors that do not fit each other.
+    The distance is `Σ |θ_n − θ*|`, accumulated in float64, or infinite for a step that is not finite. Of several nearest steps
+    the last is chosen. No tensor is read on the host. Raises `InputError` for tensors that do not fit each other.
     """
     _check_path("nearest_step", path, target)
     _check_vectors("nearest_step", path=path.detach()[0], target=target)
@@ -174,7 +174,7 @@ def _check_path(name: str, path: Tensor, target: Tensor) -> None:
 
 
 def _check_vectors(name: str, **vectors: Tensor) -> None:
-    """Raise `InputError` unless the `vectors` (P,) are dense and floating, fit each other, and the first is of a dtype with a distance.
+    """Raise `InputError` unless the `vectors` (P,) are dense and floating, fit each other, and the first has one of `_DTYPES`.
 
     No value is read.
     """

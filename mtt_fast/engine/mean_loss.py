@@ -1,4 +1,4 @@
-"""Find out whether a loss of the caller's own is a mean over the samples, so that the losses of the pieces of a batch add up.
+"""Check whether a user's loss is a mean over the samples, so that the losses of the pieces of a batch add up.
 
 `is_mean` compares the losses of a few samples before the first step, and `WatchedLoss` those of all pieces in the forward sweep.
 """
@@ -22,30 +22,30 @@ _FEW = 8  # samples whose losses are compared at once
 _MAX_LABELS = 1000
 
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
-"""What networks and losses raise for fewer samples than they take. All else passes: torch.utils.checkpoint stops by its own exception."""
+"""Errors that networks and losses raise for too few samples. Others are not caught: torch.utils.checkpoint stops by its own exception."""
 
 
 def is_mean(loss: Loss, outputs: Tensor, targets: Tensor, labels: Tensor) -> bool:
-    """Return whether the `loss` of a batch is the mean of the losses of its samples. A loss of pairs is not, nor is one that fails.
+    """Return whether the `loss` of a batch is the mean of its samples' losses. False for a loss of pairs, and for one that raises an error.
 
-    `targets` are those of `outputs` (b, …). A captured iteration gets other batches later, so a few of all `labels` (n, …) are tried
-    too, with the same outputs again.
+    `targets` (b, …) belong to `outputs` (b, …). A captured iteration gets other batches later, so a few of all `labels` (n, …)
+    are tried too, with the same outputs.
     """
     if bool((outputs == outputs[:1]).all()):
-        return False  # one sample, or equal ones: a loss of differences between samples cannot be told from a mean
+        return False  # with equal samples a loss of differences between samples looks like a mean
     targets = torch.cat([labels[_different_labels(labels)].to(targets.dtype), targets])
     rows = outputs.split(1)
     samples = [(rows[n % len(rows)], target) for n, target in enumerate(targets.split(1))]
-    # a few at once; the last of them is the first of the next few
+    # overlapping groups: the last sample of a group is the first of the next
     few = [samples[first : first + _FEW] for first in range(0, len(samples) - 1, _FEW - 1)]
     return all(bool(_adds_up(loss, part)) for part in few)
 
 
 class WatchedLoss:
-    """Compute a loss of pieces of batches, and find out in the forward sweep whether the losses of the pieces add up.
+    """Compute the loss of each piece of a batch, and check in the forward sweep whether the losses of the pieces add up.
 
-    `is_mean` saw only the first outputs, and a loss may leave out samples once they are learned. Each half of a piece is compared with
-    the half before it, so that this takes no more memory than a piece.
+    `is_mean` saw only the first outputs, and a loss may skip samples once they are learned. Each half of a piece is compared with
+    the previous half, so the check takes no more memory than a piece.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -64,7 +64,7 @@ class WatchedLoss:
         return self._loss(outputs, targets)
 
     def adds_up(self, group: dist.ProcessGroup | None) -> bool:
-        """Return whether the pieces so far added up, in all processes of the `group`, and watch no more. A GPU is waited for."""
+        """Return whether all pieces so far added up, in all processes of the `group`, and stop watching. Synchronises with a GPU."""
         result = self.result()
         if group is not None:
             assert self._before is not None
@@ -73,13 +73,13 @@ class WatchedLoss:
         return bool(result)
 
     def result(self) -> Tensor:
-        """Return whether the pieces so far added up, as a boolean tensor (), and watch no more."""
+        """Return whether all pieces so far added up, as a boolean tensor (), and stop watching."""
         found, self._found = self._found, None
         return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool, device="cpu")
 
 
 def watched_student(student: Student, loss: Loss | None) -> tuple[Student, WatchedLoss | None]:
-    """Return `student`, and None; if it takes the caller's own `loss` for a mean over the samples, a student with a `WatchedLoss`, and this."""
+    """Return `student` and None, or, if it cuts batches for a user's `loss`, the student with a `WatchedLoss`, and that loss."""
     if loss is None or not isinstance(student, InMicrobatches):
         return student, None
     watched = WatchedLoss(loss)
@@ -89,10 +89,10 @@ def watched_student(student: Student, loss: Loss | None) -> tuple[Student, Watch
 def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]], *, to_targets: bool = True) -> Tensor:
     """Return whether the `loss` of a batch is the mean of those of its `parts`, weighted by their sizes, as a boolean tensor ().
 
-    Each part is outputs and targets (b, …). A loss that fails, as one of whole batches may, is no mean. Gradients are compared too:
-    at random parameters all samples may have about the same loss, which any weighted mean then gives, and learned weights among the
-    targets may be equal at first. Gradients with respect to the targets (`to_targets`) are left out if the loss fails with them: it
-    may train under no_grad.
+    Each part is outputs and targets (b, …). A loss that raises an error is not a mean. Gradients are compared too: at random
+    parameters all samples may have about the same loss, so that any weighted mean gives it, and learned weights among the targets
+    may be equal at first. Gradients with respect to the targets (`to_targets`) are left out if the loss fails with them: it may
+    use the targets under no_grad.
     """
     soft = to_targets and parts[0][1].is_floating_point()
 
@@ -121,7 +121,7 @@ def _adds_up(loss: Loss, parts: Sequence[tuple[Tensor, Tensor]], *, to_targets: 
     adds_up = _are_same(values.sum(), value, values.abs().sum())
     for n, gradient in enumerate(gradients):
         added = torch.cat([share * part[n] for share, (_, part) in zip(shares, of_parts, strict=True)])
-        # that of targets may be rounding errors alone, beside that of the outputs
+        # the targets' gradient may consist of rounding errors relative to the outputs'
         adds_up &= _are_same(added, gradient, torch.cat([each.flatten() for each in gradients[: n + 1]]))
     return adds_up
 
@@ -135,9 +135,10 @@ def _are_same(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
 
 
 def _different_labels(labels: Tensor) -> Tensor:
-    """Return the positions of a few of all `labels` (n, …), to which a loss may give other weights, or none.
+    """Return positions (k,) of labels that a loss may weight differently, from all `labels` (n, …).
 
-    These have each class, or of numbers the smallest and the largest at each place. If there are too many, they are spread over all.
+    They cover each class, or the smallest and the largest value of each floating column. At most `_MAX_LABELS` are returned,
+    evenly spread.
     """
     if labels.is_complex():
         labels = torch.view_as_real(labels.resolve_conj())

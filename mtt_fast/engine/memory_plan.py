@@ -64,15 +64,15 @@ class Work:
     """vectors of the optimizer's state: 1 with momentum, 2 with Adam"""
     augment: bool = False
     augment_bytes: int = 0
-    """memory of the augmentation for each image of a batch, beyond the augmented image"""
+    """bytes that the augmentation takes for each image of a batch, beyond the augmented image"""
     path_gradient: bool = False
-    """whether the gradient of the loss takes as much memory as the path, as with `path.index_select` or a loss of all rows"""
+    """whether the gradient of the loss with respect to the path is as large as the path, as with `path.index_select` or a loss of all rows"""
     lr_per_parameter: bool = False
     """whether each step has a learning rate for each parameter, (N, P)"""
     loss_is_mean: bool = True
-    """whether the loss of a batch is the mean of its samples' losses, as is assumed before the trial of a loss of the caller's own"""
+    """whether the loss of a batch is the mean of its samples' losses; assumed for a user's loss until it has been tried"""
     output_bytes: int = 0
-    """memory of the network's outputs for a whole batch, where the loss gets these and not those of pieces"""
+    """bytes of the network's outputs for a whole batch, if the loss gets the whole batch at once"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Plan:
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
         image, network_input = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
-        # two buffers hold the rows in use of a path and of states on the host
+        # if path and states are on the host, two device buffers each hold the rows in use
         rows = (
             2 * (1 + work.moments) if self.path_on_host else (work.steps + 1) * (1 + work.path_gradient + work.moments)
         )
@@ -104,7 +104,7 @@ class Plan:
         vectors = _VECTORS + _VECTORS_OF_STATE[work.moments] + adds_pieces + is_shared
         lr_gradients = work.steps * work.lr_per_parameter
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + adds_pieces
-        whole_batch = work.batch * work.processes  # each process augments it
+        whole_batch = work.batch * work.processes  # each process augments all of it
         step = self.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
         saved_bytes = self.saved_steps * step.saved
         peaks = [step.gradient_jvp, step.gradient]
@@ -200,31 +200,31 @@ def plan(
     path_gradient: bool = False,
     lr_per_parameter: bool = False,
 ) -> Plan:
-    """Return the memory plan of an `unroll`, before a run. `unroll` makes the same plan itself, or takes it as `plan=`.
+    """Return the memory plan of an `unroll`, before a run. `unroll` makes the same plan itself, or accepts this one as `plan=`.
 
     Args:
         net: the student's network.
         images: the synthetic images, or their shape (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
         steps: N.
         batch: images in a step; by default all.
-        memory_budget: limit on the peak of the unroll beyond its arguments: bytes, "6GiB", or "auto" for most of the free memory
-            of `device`. None is no limit: whole batches, and no saved activations.
+        memory_budget: limit on the peak memory of the unroll beyond its arguments: bytes, "6GiB", or "auto" for most of the free
+            memory of `device`. None means no limit: whole batches, and no saved activations.
         microbatch: largest number of samples at once, in place of a budget.
-        device: of the run, on this machine.
-        dtype: of the parameters: float32 or float64.
-        momentum: as in `unroll`; only zero or not zero matters.
+        device: where `unroll` will run; it must exist on this machine.
+        dtype: dtype of the parameters, float32 or float64.
+        momentum: as in `unroll`; only whether it is zero matters.
         optimizer: as in `unroll`.
         augment: the augmentation, or True for any that keeps the images' shape.
-        label_kind: as in `unroll`, as are `loss` and `precision`. Here the loss is taken for a mean over the samples; with another,
-            `unroll` may cut the batches into smaller pieces.
+        label_kind: as in `unroll`, as are `loss` and `precision`. The plan assumes that the loss is a mean over the samples; if
+            it is not, `unroll` may cut the batches into smaller pieces.
         path_gradient: whether the loss uses `path` itself (as `path.mean()`), or more than three rows `path[n]`, so that its
-            gradient takes as much memory as the path. Memory that such a loss itself allocates is not counted: `path.square()` and
-            its backward pass take twice the memory of the path in addition.
+            gradient takes as much memory as the path. Memory that such a loss itself allocates is not counted: `path.square()`
+            and its backward pass need twice the memory of the path in addition.
         lr_per_parameter: whether `lr` is (N, P), a rate for each step and parameter.
 
     Raises:
-        InputError: this machine has no such device, the budget is too small even for one sample at once (the message says how much
-            is needed), the network mixes samples, so that its batches cannot be cut, or an argument is wrong.
+        InputError: this machine has no such device; the budget is too small even for one sample at once (the message says how
+            much is needed); batches would have to be cut but the network mixes samples; or an argument is wrong.
     """
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"`dtype`: expected torch.float32 or torch.float64, found {dtype!r}")
@@ -329,7 +329,7 @@ def _largest(most: int, plan_of: Callable[[int], Plan], budget: int) -> Plan | N
 
 
 def _even(batch: int, most: int) -> int:
-    """Return the size of pieces that are as many as pieces of `most` samples, but of even sizes."""
+    """Return the piece size that cuts `batch` into as few pieces as `most` samples per piece do, but evenly."""
     return math.ceil(batch / math.ceil(batch / most))
 
 

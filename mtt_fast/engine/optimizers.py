@@ -1,8 +1,8 @@
 """The optimizers of a student: a step, and the adjoint of a step.
 
-A step takes the parameters θ, the gradient g = ∇ℓ(θ) and the optimizer's state, and gives θ − α u and a new state. The adjoint of a
-step takes the gradients of the loss with respect to these results, and gives its gradients with respect to g, α and the old state. The
-student continues from g to θ and the images (docs/adjoint.md, Momentum and Adam).
+A step maps the parameters θ, the gradient g = ∇ℓ(θ) and the optimizer's state to θ − α u and a new state. The adjoint of a step
+maps the gradients of the loss with respect to these results to its gradients with respect to g, α and the old state. From g the
+student continues to θ and the images (docs/adjoint.md, Momentum and Adam).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GradientAdjoint(NamedTuple):
 
 
 class Optimizer(Protocol):
-    """Take a step, and go back through it. Vectors are (P,) on one device.
+    """Take a step, and differentiate it in reverse. Vectors are (P,) on one device.
 
     `lr` is the learning rate α: (), or for an optimizer with state also (P,), one for each parameter.
     """
@@ -42,7 +42,7 @@ class Optimizer(Protocol):
 
     @property
     def moments(self) -> int:
-        """Return the number of vectors in the state, 0 for none. States are (P,) if it is one, and else (moments, P)."""
+        """Return the number of vectors in the state: 0 for no state, 1 for a state (P,), else the state is (moments, P)."""
         ...
 
     def step(
@@ -64,7 +64,7 @@ class Optimizer(Protocol):
     def adjoint(
         self, n: int, adjoint: Tensor, state_adjoint: Tensor, lr: Tensor, before: Tensor, after: Tensor
     ) -> GradientAdjoint:
-        """Return the gradients through step `n` of an optimizer with state, from those with respect to its results.
+        """Return the gradients with respect to the inputs of step `n`, from those with respect to its results. Needs an optimizer with state.
 
         `adjoint` is λ, the gradient with respect to the new parameters. `state_adjoint`, the gradient with respect to the state `after`,
         is overwritten by the gradient with respect to the state `before`.
@@ -100,7 +100,7 @@ class StudentSgd:
             theta, sums, lr if lr.dim() == 0 else lr.new_ones(()), out=out, velocity=before, velocity_out=after,
             momentum=self.momentum, weight_decay=self.weight_decay,
         )  # fmt: skip
-        if lr.dim():  # the kernel takes one learning rate, so its θ − u is replaced
+        if lr.dim():  # the kernel takes one learning rate: overwrite its θ − u
             assert after is not None
             torch.addcmul(theta, after, lr, value=-1, out=out)
 
@@ -127,15 +127,15 @@ class Adam:
     and u = m̂ / (√ŝ + ε), where m̂ = m' / (1 − β₁ᵗ) and ŝ = s' / (1 − β₂ᵗ). The derivative of √ŝ is taken as zero at ŝ = 0, where a
     parameter never had a gradient; autograd gives NaN there.
 
-    A step divides by the size of the gradient, so rounding errors of small gradients are large in it, and in its derivative. Use
-    precision "fp32", and a network without parameters that have no effect, such as a convolution's bias before a norm: by autograd
-    their gradient consists of rounding errors. In ConvNet's fused steps it is zero.
+    A step divides by the size of the gradient, which amplifies the rounding errors of small gradients in the step and in its
+    derivative. Use precision "fp32", and avoid parameters without an effect, such as a convolution's bias before a norm: by
+    autograd their gradient consists of rounding errors. (In ConvNet's fused steps it is zero.)
 
     Args:
         betas: decay rates β₁ and β₂ of the averages of the gradient and of its square, each in [0, 1).
         eps: ε, above 0.
         weight_decay: ω.
-        steps: number of steps that the training had before these ones. The state after them is `velocity` of `unroll`.
+        steps: number of steps taken before this `unroll`. The state after them is its argument `velocity`.
 
     Raises:
         InputError: a value is not in its range.

@@ -30,7 +30,7 @@ def with_smaller_pieces(plan: Plan, attempt: Callable[[Plan], Result]) -> tuple[
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        # after the except clause: its traceback keeps the allocated tensors alive
+        # outside the except clause, since the traceback keeps the allocated tensors alive
         smaller = plan.smaller()
         kernels.release_memory()
         if plan.work.device.type == "cuda":

@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class StudentPath(Tensor):
-    """A path (N + 1, P) that returns `path[n]` as a separate output of the autograd node, on the device of the student.
+    """A path (N + 1, P) whose `path[n]` is a separate output of the autograd node, on the device of the student.
 
-    By ordinary indexing the gradient of one row would be a tensor as large as the whole path, mostly zeros.
+    With ordinary indexing the gradient of one row would be as large as the whole path, and mostly zeros.
     """
 
     rows: tuple[Tensor, ...]

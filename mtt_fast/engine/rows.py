@@ -9,7 +9,7 @@ _ALIGNMENT = 64  # bytes, as torch's allocator for CPUs aligns
 
 
 class Rows:
-    """A matrix with one row per step, on the device. In host memory, two buffers on the device hold the rows in use."""
+    """A matrix with one row per step, on the device or in host memory. With host memory, two buffers on the device hold the rows in use."""
 
     def __init__(self, stored: Tensor, device: torch.device, *, on_host: bool) -> None:
         self.stored = stored  # (rows, P), or (rows, vectors, P)
@@ -17,7 +17,7 @@ class Rows:
 
     @staticmethod
     def empty(rows: int, like: Tensor, *, on_host: bool) -> Rows:
-        """Return uninitialised rows of the shape, dtype and device of `like`, (P,) or (vectors, P). For a GPU, host memory is pinned."""
+        """Return uninitialised rows of the shape, dtype and device of `like`, (P,) or (vectors, P). Host memory is pinned if `like` is on a GPU."""
         device = torch.device("cpu") if on_host else like.device
         stored = _aligned_rows(rows, like, device, pin_memory=on_host and like.is_cuda)
         return Rows(stored, like.device, on_host=on_host)
@@ -27,19 +27,19 @@ class Rows:
         return self.stored[n] if self._buffers is None else self._buffers[n % 2]
 
     def save(self, n: int) -> None:
-        """Copy row n from its buffer, if it has one, to host memory, in the order of the current stream."""
+        """Copy row n from its device buffer, if it has one, to host memory, on the current stream."""
         if self._buffers is not None:
             self.stored[n].copy_(self.on_device(n), non_blocking=True)
 
     def load(self, n: int) -> Tensor:
-        """Return row n on the device, copied from host memory if it is there, in the order of the current stream."""
+        """Return row n on the device. From host memory it is copied on the current stream."""
         if self._buffers is not None:
             self.on_device(n).copy_(self.stored[n], non_blocking=True)
         return self.on_device(n)
 
 
 def _aligned_rows(rows: int, like: Tensor, device: torch.device, *, pin_memory: bool = False) -> Tensor:
-    """Return uninitialised tensors (rows, …, P) of the shape and dtype of `like` (…, P), each vector aligned like a tensor of its own.
+    """Return uninitialised tensors (rows, …, P) of the shape and dtype of `like` (…, P), each vector aligned like a separate tensor.
 
     Libraries sum an unaligned vector in another order. Without the alignment a step from row n would differ in its last bits from
     the same step from a copy of the row.

@@ -55,7 +55,7 @@ class StudentSteps:
     group: dist.ProcessGroup | None = None
     """processes that share each batch, if the student is `InProcesses`"""
     checks_repeat: bool = False
-    """check that the backward sweep finds the tensors and losses of the forward sweep; this waits for the device"""
+    """check that the backward sweep reproduces the inputs and losses of the forward sweep; this synchronises with the device"""
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
         """Return the inputs of step n, in `dtype`, from all `images`; `tracked` says whether their gradient will be needed.
@@ -74,16 +74,16 @@ class StudentSteps:
         def augmented(rows: Tensor) -> Tensor:
             if augment is None:
                 return rows
-            # a copy where a gradient is needed, since the augmentation may write into it, which autograd refuses for a leaf
+            # the augmentation may modify its input in place, which autograd refuses for a leaf that requires a gradient
             return augment(rows.clone() if rows.requires_grad else rows, draws)
 
         return AugmentedBatch.from_images(images, index, augmented, dtype, tracked=tracked)
 
     def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """Return a function that maps n to the targets of step n: soft labels in `dtype`, and others as they are.
+        """Return a function from n to the targets of step n: soft labels in `dtype`, other labels unchanged.
 
-        Class indices (n,) are small, so they are gathered for all steps at once. Others are gathered step by step: soft labels, and
-        a class for each pixel.
+        Class indices (n,) are small, so they are gathered for all steps at once. Soft labels and labels per pixel are gathered
+        step by step.
         """
         if labels.is_floating_point() or labels.dim() > 1:
             return lambda n: labels[self.batches[n]].to(dtype if labels.is_floating_point() else labels.dtype)
@@ -107,7 +107,8 @@ def path_of(
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an autograd function's `backward`: refuse second derivatives and batched gradients, and disable autocast and hooks.
 
-    Each step takes derivatives of its own, so `torch.inference_mode` around the backward pass is left, as torch's own permits it.
+    Each step calls autograd itself. So a `torch.inference_mode` around the backward pass, which torch permits, is switched off
+    inside.
     """
 
     @functools.wraps(function)
@@ -157,14 +158,14 @@ class _Unroll(torch.autograd.Function):
             path.save(n + 1)
             if states is not None:
                 states.save(n + 1)
-        if steps.path_on_host and theta.is_cuda:  # the rows in host memory are read without a synchronisation
+        if steps.path_on_host and theta.is_cuda:  # later reads of the rows in host memory do not synchronise
             torch.cuda.current_stream(theta.device).synchronize()
         ctx.steps, ctx.saved, ctx.fingerprints, ctx.device = steps, saved, fingerprints, theta.device
         read = {"images": images, "labels": labels, "lr": lr, "path": path.stored}
         ctx.checksums = checksums_of(**read) if steps.checks_repeat and any(ctx.needs_input_grad) else {}
         ctx.save_for_backward(images, labels, lr, path.stored, None if states is None else states.stored)
         ctx.set_materialize_grads(False)
-        # a copy of the state, so that a caller who keeps it does not keep all states alive
+        # a copy, so that a caller who keeps the last state does not keep all states alive
         last = None if states is None else states.on_device(count).clone()
         return path.stored, last, *path.stored.unbind()
 
@@ -175,7 +176,7 @@ class _Unroll(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to the arguments of `forward`.
 
-        The saved activations are consumed. Another backward pass computes them again.
+        The saved activations are freed. A second backward pass (`retain_graph=True`) computes them again.
         """
         steps: StudentSteps = ctx.steps
         # read once: under torch.autograd.graph's hooks each access copies, and torch.utils.checkpoint allows only one
@@ -189,13 +190,13 @@ class _Unroll(torch.autograd.Function):
         _, _, needs_velocity, needs_images, needs_labels, needs_lr = ctx.needs_input_grad
         start = path.on_device(0)
         lrs, targets = _lrs(lr, len(steps.batches), start), steps.targets(labels, start.dtype)
-        # ν = scale · direction: the direction below is λ, and ν = −α λ; of an optimizer with a state the direction is ν itself
+        # ν = scale · direction. Without a state the direction is λ, and ν = −α λ; with a state the direction is ν itself
         scales = -lrs if states is None else lrs.new_ones(len(lrs))
         negated_scales = -scales
         grad_images = torch.zeros_like(images, memory_format=torch.contiguous_format) if needs_images else None
         grad_labels = torch.zeros_like(labels, memory_format=torch.contiguous_format) if needs_labels else None
         grad_lrs = _LrGradients(lrs) if needs_lr else None
-        repeated: list[list[Tensor]] = []  # the fingerprints of the steps, the last step first
+        repeated: list[list[Tensor]] = []  # fingerprints of the steps, last step first
         direct_gradient = functools.partial(_direct_gradient, grad_path, grad_rows, lr.device)
 
         # the loss does not depend on steps after row `last`
@@ -212,7 +213,7 @@ class _Unroll(torch.autograd.Function):
             # works for α = 0, and gives λ·g_n, which dα needs, without extra cost
             direction, grad_negated_lr = adjoint, None
             if states is not None and state_adjoint is not None:
-                before, after = states.load(n), states.on_device(n + 1)  # which the step before in this loop loaded
+                before, after = states.load(n), states.on_device(n + 1)  # row n + 1 is already on the device
                 direction, grad_negated_lr = steps.optimizer.adjoint(n, adjoint, state_adjoint, lrs[n], before, after)
             batch, theta = steps.batch(images, n, adjoint.dtype, tracked=needs_images), path.load(n)
             tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, ctx.saved.pop(n, None))
@@ -250,7 +251,7 @@ class _Unroll(torch.autograd.Function):
 
 
 class _LrGradients:
-    """The gradients of the learning rates, (N,) or (N, P), which the backward sweep sets from the last step to the first."""
+    """The gradients of the learning rates, (N,) or (N, P); the backward sweep sets them from the last step to the first."""
 
     def __init__(self, lrs: Tensor) -> None:
         self._gradients = torch.zeros_like(lrs)
@@ -264,14 +265,14 @@ class _LrGradients:
             self._negated.append(negated)
 
     def gradient_of(self, lr: Tensor) -> Tensor:
-        """Return the gradient of `lr`, which is one number, or the rates of all steps."""
+        """Return the gradient in the shape of `lr`: (), (1,), (N,) or (N, P)."""
         if self._negated:
             torch.stack(self._negated[::-1], out=self._gradients[: len(self._negated)]).neg_()
         return self._gradients if lr.numel() > 1 else self._gradients.sum().view(lr.shape)  # autograd casts it
 
 
 def _states(steps: StudentSteps, theta: Tensor, first: Tensor | None) -> Rows | None:
-    """Return rows for the optimizer's state before the steps and after each, with the `first` one, or zeros for None, set.
+    """Return rows for the N + 1 states of the optimizer, the first of them set to `first`, or to zeros for None.
 
     Return None for an optimizer without a state.
     """
@@ -310,7 +311,7 @@ def _direct_gradient(
 
 
 def _fingerprint(inputs: Inputs, loss: Tensor | None) -> list[Tensor]:
-    """Return numbers () of a step that change if the caller's own augmentation, network or loss does."""
+    """Return scalars () of a step that change if a user's augmentation, network or loss does."""
     norms = [] if isinstance(inputs, Batch) else [torch.linalg.vector_norm(inputs)]
     return norms if loss is None else [*norms, loss]
 
@@ -327,7 +328,7 @@ def _check_repeated(
 ) -> None:
     """Raise `InputError` unless the fingerprints of the forward sweep, `first`, equal those of the backward sweep, `again`.
 
-    `tracked` is the value in the backward sweep, since an augmentation may compute something else where its images are learned.
+    `tracked` must be that of the backward sweep, since an augmentation may behave differently if its images require a gradient.
     """
     count = len(again[0]) if again else 0  # a fused student computes no loss in the backward sweep
     if not count:

@@ -1,8 +1,8 @@
-"""Trials of a caller's network, loss and augmentation on a few samples of the first batch, before the first step.
+"""Try a user's network, loss and augmentation on a few samples of the first batch, before the first step.
 
-The backward sweep computes each step again, and may cut its batch. The gradient is right only if the same inputs give the same
-outputs, and if those of a sample do not depend on the others of a batch that is cut. Otherwise it would be wrong without any other
-symptom.
+The backward sweep computes each step again, and may cut its batch. The gradient is correct only if the same inputs give the same
+outputs, and if in a cut batch the outputs of a sample do not depend on the other samples. Otherwise it would be wrong without any
+other symptom.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import is_capturing
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
-_MAX_SAMPLES = 8  # of a trial
+_MAX_SAMPLES = 8  # in a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
 
 
@@ -33,8 +33,8 @@ def try_augmentation(
 ) -> Tensor | None:
     """Return the `images` at `index`, augmented with `draws`; None without an augmentation, and for a warp.
 
-    All images are returned, since some networks fail on a few. They take less memory than this trial.
-    Raises `InputError` if a second call returns other images, and if `augment` reads another tensor that requires a gradient.
+    All images are returned, since some networks fail on a few. Raises `InputError` if a second call returns other images, and if
+    `augment` reads another tensor that requires a gradient.
     """
     if augment is None:
         return None
@@ -42,7 +42,7 @@ def try_augmentation(
     if warp is not None:
         _check_nothing_else_is_learned("augment", warp)
         return None
-    _check_may_wait(images)
+    _check_may_synchronise(images)
     batch, few = images.detach()[index], _trial_positions(network, len(index))
     with without_autocast(images.device), _RandomOperations(images.device) as operations:
         with torch.no_grad():
@@ -76,13 +76,13 @@ def try_step(
 ) -> bool:
     """Return whether the loss of a batch is the mean of its samples' losses; True if batches are not cut (`is_cut`).
 
-    It is judged at `theta` (P,) by a few samples of the first batch. `augmented` is the result of `try_augmentation`.
-    Raises `InputError` unless network and loss return the same at a second call, and read no other tensor that requires a gradient.
-    The loss must be a scalar that depends on the parameters, and on the images if they require a gradient. If batches are cut, the
-    outputs of a sample must be independent of the other samples. If network or loss fail on a few samples, as those of a graph with
-    fixed edges do, the whole batch is taken; where it is cut, only for the loss.
+    The test uses `theta` (P,) and a few samples of the first batch. `augmented` is the result of `try_augmentation`. Raises
+    `InputError` unless network and loss return the same at a second call, and read no other tensor that requires a gradient. The
+    loss must be a scalar that depends on the parameters, and on the images if they require a gradient. If batches are cut, the
+    outputs of a sample must be independent of the other samples. If network or loss fail on a few samples (as with a graph neural
+    network with fixed edges), the whole batch is used; if it is cut, only for the loss.
     """
-    _check_may_wait(theta)
+    _check_may_synchronise(theta)
     index, needs_images = batches[0], images.requires_grad and torch.is_grad_enabled()
 
     def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def try_step(
 
     whole = torch.arange(len(index), device="cpu")
     positions = _trial_positions(network, len(index))
-    if is_cut:  # the highest and the lowest sum first: together they reveal a network that decides for its whole batch
+    if is_cut:  # the samples with the highest and the lowest sum come first: they reveal a network that branches on its whole batch
         sums = samples(positions)[0].reshape(len(positions), -1).sum(1)
         positions = positions[sums.argsort().roll(1).cpu()]
     inputs, targets = samples(positions)
@@ -128,8 +128,8 @@ def try_step(
             return is_mean(loss, outputs, targets, labels.detach())
 
 
-def _check_may_wait(tensor: Tensor) -> None:
-    """Raise `InputError` while work on `tensor` is captured in a CUDA graph: the host could not compare results."""
+def _check_may_synchronise(tensor: Tensor) -> None:
+    """Raise `InputError` while work on `tensor` is captured in a CUDA graph, since the host cannot compare results then."""
     if is_capturing(tensor):
         raise InputError(
             "found the capture of a CUDA graph, in which a network, a loss or an augmentation of your own cannot be tried; call "
@@ -151,7 +151,7 @@ def _try_gradient(
 ) -> Tensor:
     """Return the logits of `inputs`, after a trial of network, loss and its gradient. Raises `InputError` as `try_step` does."""
     leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(needs_images)]
-    # of copies, since a network may write into its images; a loss may, into the logits (one with a margin) and into the labels
+    # on copies, since a network may modify its images in place, and a loss its logits (one with a margin) or labels
     logits = _call_twice("net", lambda theta, images: network(theta, images.clone()), *leaves)
     value = _try_loss(loss, logits, labels)
     names = ["parameters", "images"] if needs_images else ["parameters"]
@@ -180,7 +180,7 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
     it draws the same numbers each time.
     """
     with plain_attention, _RandomOperations(arguments[0].device) as operations:
-        # without a graph first, beside which there would be less memory
+        # the call without a graph comes first, since a graph would leave less memory for it
         again = function(*(argument.detach() for argument in arguments))
         operations.begin_second_call()
         with torch.enable_grad():
@@ -202,9 +202,9 @@ def _call_twice(name: str, function: Callable[[Tensor, Tensor], Any], *arguments
 
 
 def _check_nothing_else_is_learned(name: str, *results: Tensor) -> None:
-    """Raise `InputError` if all `results`, each of other arguments, depend on the same tensor that requires a gradient.
+    """Raise `InputError` if all `results`, each computed from different arguments, depend on the same leaf that requires a gradient.
 
-    A network that differentiates by its images, as one of forces does, marks other ones in each call.
+    (A network that differentiates with respect to its images, for forces say, creates new leaves in each call.)
     """
     has_graphs = torch.is_grad_enabled() and all(result.requires_grad for result in results)
     if has_graphs and set.intersection(*map(_leaves_of, results)):
@@ -225,7 +225,7 @@ def _leaves_of(result: Tensor) -> set[Tensor]:
 
 
 def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
-    """Raise `InputError` unless there is a row of the `outputs` for each of the `inputs`, as pieces of a batch need."""
+    """Raise `InputError` unless the `outputs` have one row per input, as pieces of a batch require."""
     if outputs.shape[:1] != inputs.shape[:1]:
         raise InputError(
             f"`net`: expected outputs (b, …), a row for each sample, since batches are cut, found shape {tuple(outputs.shape)} of "
@@ -236,13 +236,13 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the outputs of a sample depend on the samples beside it.
 
-    `logits` are the outputs of the first `inputs` together. Each of these is computed again beside a copy of itself, or beside half of
-    itself if all are alike. Parameters near zero, as those of gates and last layers at the start, hide a layer that mixes samples. So
-    the last two inputs are also computed with other numbers in place of such parameters.
+    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch with a copy of
+    itself (scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
+    hide a layer that mixes samples. So the last two inputs are also computed with other values for such parameters.
     """
     last = inputs[-_SAMPLES_AT_ONCE:]
     small = (theta.abs() <= 0.01 * theta.square().mean().sqrt()).nonzero()[:, 0]
-    signs = (small + 1).to(theta.dtype).sin().sign()  # in no order
+    signs = (small + 1).to(theta.dtype).sin().sign()  # irregular, but deterministic
     moved = theta.index_copy(0, small, 0.3 * signs)
     for parameters, samples, outputs in (
         (theta, inputs[: len(logits)], logits),
@@ -250,7 +250,7 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
     ):
         factor = 0.5 if bool((samples == samples[:1]).all()) else 1
         for sample, output in zip(samples, outputs, strict=True):
-            # of two, since some networks fail with one sample (those that squeeze)
+            # two samples, since some networks fail with one (those that squeeze)
             if not _are_close(output, network(parameters, torch.stack([factor * sample, sample]))[-1]):
                 raise InputError(
                     "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
@@ -267,11 +267,11 @@ class _RandomOperations(TorchDispatchMode):
         self._device = device
 
     def begin_second_call(self) -> None:
-        """Remember the states of the generators."""
+        """Record the states of the generators."""
         self._state = _generators_state(self._device)
 
     def drew(self) -> bool:
-        """Return whether the second call drew random numbers that are not those of the first."""
+        """Return whether the second call drew new random numbers."""
         # other threads may draw at the same time, so a change of state alone proves nothing
         return bool(self.names) and not all(map(torch.equal, self._state, _generators_state(self._device)))
 
@@ -290,6 +290,6 @@ def _generators_state(device: torch.device) -> tuple[Tensor, ...]:
 def _are_close(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors are equal up to rounding, relative to the largest magnitude in `first`."""
     scale = float(first.detach().abs().nan_to_num(0, 0, 0).max())
-    # the two may have been summed in another order, with products in half precision
+    # the two may differ in the order of sums, and have products in half precision
     rounding = 1e-4 if first.dtype == torch.float64 else 1e-2
     return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=rounding * scale, equal_nan=True)

@@ -96,25 +96,25 @@ def unroll(
     loss with respect to θ_n, without what flows back through later steps.
 
     Rows are views of the path. Use `path[n].clone()` for a row that outlives the iteration, is saved by `torch.save`, or is
-    modified in place (as when a module that got it from `vector_to_parameters` is trained). safetensors needs `path.contiguous()`.
-    The backward pass refuses a path, images, labels and rates that were written into since the call; writes through `.data` and by
-    such a module are noticed on a CPU only.
+    modified in place (as when a module that got it from `vector_to_parameters` is trained). safetensors needs
+    `path.contiguous()`. The backward pass raises an error if the path, images, labels or rates were modified in place since the
+    call; writes through `.data` and by such a module are detected only on a CPU.
 
     Args:
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any shape (n, …) that the module takes.
-        labels: class indices (n,), or soft labels (n, classes); for a `loss` of the caller's own, any shape (n, …).
-        lr: learning rate, a scalar (tensor), one for each step (N,), or one for each step and parameter (N, P), as by
-            `lrs.expand(N, -1)`. A learning rate (N, P) keeps N + 1 more vectors (P,), and N more if it is learned. A number must be at
-            least 0; the values of a tensor are not checked.
+        labels: class indices (n,), or soft labels (n, classes); with a `loss`, any shape (n, …).
+        lr: learning rate: a number or tensor (), one for each step (N,), or one for each step and parameter (N, P);
+            `lrs.expand(N, -1)` uses rates (P,) in all steps. (N, P) keeps N + 1 more vectors (P,), and N more if `lr` requires a
+            gradient. A number must be at least 0; the values of a tensor are not checked.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their methods `draw` and `__call__`. Its
             random numbers are drawn here, once for each step in order, and used again by the backward sweep.
         microbatch: largest number of samples in memory at once; exact for networks that do not mix samples.
         memory_budget: limit on the peak of the unroll's own memory: bytes, "6GiB", or "auto" for most of the free memory. Batches
             are cut to fit, and activations are saved where there is room. By default batches are whole, and no activations are
-            saved. For a loss of the path itself or of more than three rows give a `plan` with `path_gradient`.
+            saved. For a loss of `path` itself or of more than three rows, give a `plan` made with `path_gradient=True`.
         momentum: SGD momentum (as torch.optim.SGD); keeps N + 1 more vectors (P,).
         weight_decay: SGD weight decay (as torch.optim.SGD).
         velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; by default zero, as in a new optimizer. With
@@ -123,34 +123,35 @@ def unroll(
             `theta`.
         optimizer: `mtt_fast.Adam(…)`, in place of SGD with `momentum` and `weight_decay`; keeps 2 (N + 1) more vectors (P,).
         plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
-        label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
+        label_kind: for soft labels "probabilities" (the default) or "logits"; for integers "indices".
         loss: a function of the network's output and the labels of a step, in place of cross-entropy. It gets the labels
-            unchanged, whatever `label_kind` says, but floating ones in the dtype of `theta`. The gradient flows to all numbers in
-            these, such as a teacher's logits and a temperature. It may compare the samples of a batch, as a contrastive loss does. If
-            batches are cut and it is not a mean over the samples, the network gets the pieces and the loss the outputs of the whole
-            batch, at 17 forward passes a step in place of 12. The memory of such a loss itself is estimated from the size of the outputs.
+            unchanged, whatever `label_kind` says, except that floating labels are cast to the dtype of `theta`. Gradients flow to
+            all columns of floating labels, such as a teacher's logits or a temperature. The loss may compare the samples of a
+            batch, as a contrastive loss does. If batches are cut and the loss is not a mean over the samples, the network gets
+            the pieces and the loss the outputs of the whole batch; a step then costs 17 forward passes in place of 12. The memory
+            of such a loss itself is estimated from the size of the outputs.
         generator: source of the augmentation's random numbers. Within torch.utils.checkpoint, which repeats the call without
             restoring this generator, give `draws` instead.
         draws: the random numbers themselves: for each step a value that `augment.draw` returned. Tensors in them are copied.
         precision: "fp32", "tf32", "fp16" or "bf16": the precision to which ConvNet's fused step rounds the factors of float32
-            convolutions; sums are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks
-            follow torch's own settings, and so does a ConvNet whose batches are cut for a loss that is not a mean.
-        gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which drops every
-            Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, with λ_N in place of every λ_n. It costs as
-            much as the exact gradient. The terms of momentum, weight decay and losses of earlier steps stay exact.
-        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`, whose processes share the samples of each
-            step. All make the same call with the same arguments, then the same backward pass. The results are those of one
-            process up to rounding, and the same in all processes, bit for bit. The network must not mix samples, and the loss must
-            be a mean over them. Each call compares checksums of the arguments, but not network and loss, and each backward pass
-            compares the gradients that it begins with. Both wait for a GPU. If one process fails, the others wait until
+            convolutions; sums are float32. With "fp16", values above 65,504 overflow, and the results are not finite. Other
+            networks follow torch's own settings, and so does a ConvNet whose batches are cut for a loss that is not a mean.
+        gradient: "exact", or "truncated", an approximation that treats each step's gradient as independent of θ_n, and so drops
+            every Hessian term. For plain SGD and a loss of θ_N alone it is TESLA's gradient. It costs as much as the exact
+            gradient. The terms of momentum, weight decay and losses of earlier steps stay exact.
+        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`, whose processes share the samples of
+            each step. All make the same call with the same arguments, then the same backward pass. The results are those of one
+            process up to rounding, and the same in all processes, bit for bit. The network must not mix samples, and the loss
+            must be a mean over them. Each call compares checksums of the arguments, but not network and loss, and each backward
+            pass compares its incoming gradients. Both synchronise with the GPU. If one process fails, the others wait until
             torch.distributed or torchrun ends them.
 
     Raises:
         InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
-            `torch.func`, `torch.jit.trace` or `torch.compile`. A network, a loss or an augmentation of the caller's own is first
-            tried on a few samples (on a whole batch if the network mixes samples). It is refused if a second call gives other
-            results, if a batch is cut and the network mixes its samples, or if it reads a tensor that requires a gradient besides
-            its arguments, since no gradient would flow to that tensor. Arguments that differ between the processes of a `group` are
+            `torch.func`, `torch.jit.trace` or `torch.compile`. A user's network, loss or augmentation is first tried on a few
+            samples (on a whole batch if the network mixes samples). It is refused if a second call gives different results, if a
+            batch is cut and the network mixes its samples, or if it reads a tensor that requires a gradient and is not an
+            argument, since no gradient would flow to that tensor. Arguments that differ between the processes of a `group` are
             refused in all of them, and so are losses of the path.
     """
     options = StepOptions(
@@ -237,8 +238,8 @@ def checked_steps(
 ) -> CheckedSteps:
     """Return the arguments of `unroll` as tensors, with the student for the steps of `options`.
 
-    `theta_name` is the caller's argument for the parameters `theta`. Raises `InputError` for options and tensors that do not fit
-    each other, and for a call where no gradient can be taken.
+    `theta_name` is the name that errors use for `theta`. Raises `InputError` for options and tensors that do not fit each other,
+    and for a call where no gradient can be taken.
     """
     arguments.check_context()
     arguments.check_types(**{theta_name: theta}, images=images, labels=labels)
@@ -249,7 +250,7 @@ def checked_steps(
     arguments.check_student_tensors(theta, images, labels, net, has_loss=has_loss, theta_name=theta_name)
     lrs = arguments.checked_lr(lr, theta, len(indices))
     if not (has_loss or labels.is_floating_point()):
-        labels = labels.long()  # indices of any kind; what a loss of the caller's own means by its labels is not known
+        labels = labels.long()  # indices of any integer dtype; the labels of a user's loss may mean anything
     theta, images, labels, lrs = map(arguments.saveable, (theta, images, labels, lrs))
     return CheckedSteps(student, theta, images, labels, lrs, indices)
 
@@ -264,10 +265,10 @@ def checked_plan(
     moments: int,
     path_gradient: bool = False,
 ) -> Plan:
-    """Return the plan of `steps`, after a trial of the caller's own network, loss and augmentation.
+    """Return the plan of `steps`, after a trial of a user's network, loss and augmentation.
 
-    `draws` are those of the first step, and `moments` are the optimizer's. `path_gradient` says whether the gradient of the
-    loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
+    `draws` are the first step's. `moments` is the number of vectors in the optimizer's state. `path_gradient` says whether the
+    gradient of the loss with respect to the path is as large as the path. Raises `InputError` as `unroll` does.
     """
     student, theta, images, labels, lr, batches = steps
     augment, shape = options.augment, images.shape[1:]
@@ -279,7 +280,7 @@ def checked_plan(
         )
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     input_shape = shape if augmented is None else augmented.shape[1:]
-    if not theta.is_meta or augment is None:  # there an augmentation is not tried, and may change the shape
+    if not theta.is_meta or augment is None:  # on meta tensors an augmentation is not tried, and may change the shape
         arguments.check_image_shape(net, input_shape)
     work = Work(
         student=student,
@@ -315,9 +316,9 @@ def planned_path(
     draws: Sequence[Any],
     velocity: Tensor | None = None,
 ) -> tuple[Plan, Tensor, Tensor | None]:
-    """Return the path of `steps` and the optimizer's last state, and the plan with which they were computed.
+    """Return the plan that was used, the path of `steps`, and the optimizer's last state.
 
-    It is `plan`, unless that takes the loss for a mean over the samples and a step shows that it is not.
+    The plan differs from `plan` if that assumes that the loss is a mean over the samples and a step shows that it is not.
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
     checks = not (theta.is_meta or is_capturing(theta))
@@ -337,19 +338,19 @@ def planned_path(
     path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
     if watched is None or watched.adds_up(options.group):
         return plan, path, after
-    del path, after  # before there is another
+    del path, after  # free the memory before the second try
     return planned_path(plan_of_batch_loss(plan, net, options), net, options, steps, optimizer, draws, velocity)
 
 
 def plan_of_batch_loss(plan: Plan, net: Network, options: StepOptions) -> Plan:
-    """Return the plan in place of `plan`, with its budget, for a loss that is not a mean over the samples."""
+    """Return the plan that replaces `plan`, with the same budget, for a loss that is not a mean over the samples."""
     assert options.loss is not None
     if options.group is not None:
         raise InputError(
             "`loss`: expected a mean over the samples, since the processes of the `group` share each batch, found another, such as one "
             "of pairs or with class weights; leave `group` out"
         )
-    # only the generic student cuts batches for it, which may take more memory
+    # only the generic student can cut batches for such a loss; it may need more memory
     work = replace(plan.work, student=GenericStudent(net, options.loss), loss_is_mean=False)
     if plan.budget is not None:
         options = replace(options, plan=None, memory_budget=options.memory_budget or plan.budget)

@@ -47,12 +47,12 @@ def train_missing_experts(
 ) -> TrajectoryStore:
     """Train the experts of 0 … `count` − 1 that are missing in `folder`; return the store of all experts in `folder`.
 
-    They are stored as `dtype`; with None as the experts already in `folder`, else as float32. Several are trained at the
-    same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py). Other processes may train
-    experts in `folder` at the same time, if all settings are the same: this one trains those that no other one has claimed, and
-    waits for the rest.
-    Raises `InputError` if an expert in `folder` is of another network or other images or was trained otherwise, or if another
-    process trains such experts or writes others there; `Stopped` on Ctrl-C or SIGTERM.
+    They are stored as `dtype`; with None like the experts already in `folder`, or as float32 if there are none. If one does not
+    fill the device, several are trained at the same time, with the same result (mtt_fast/training/concurrency.py). Other
+    processes may train experts in `folder` at the same time, if all settings are the same: this process trains the experts that
+    no other has claimed, and waits for the rest. Raises `InputError` if an expert in `folder` is of another network or other
+    images or was trained otherwise, or if another process trains such experts or writes others there; `Stopped` on Ctrl-C or
+    SIGTERM.
     """
     present = experts_in(folder)
     dtype = dtype or (present.dtype(0) if present else torch.float32)

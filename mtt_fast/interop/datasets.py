@@ -1,4 +1,4 @@
-"""Distilled sets as datasets of torch, and datasets of torch (torchvision's, `datasets`', one's own) as real images."""
+"""Distilled sets as torch datasets, and torch datasets (torchvision's, the library `datasets`', your own) as real images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mtt_fast.storage.foreign import plain_tensor
 
 
 class SyntheticView(Dataset[tuple[Tensor, Tensor]]):
-    """A distilled set as a map-style dataset of (image, label), for a DataLoader and training loops of one's own.
+    """A distilled set as a map-style dataset of (image, label), for a DataLoader and your own training loops.
 
     An image (C, H, W) is in the networks' input space: transform test images in the same way (`synthetic.mean`, `.std`,
     or `.whitening`). A label is an index () int64 or a row of probabilities (classes,): logits are given as their
@@ -51,11 +51,11 @@ def image_data_from(
 ) -> ImageData:
     """Return real images from two map-style datasets of (image, label), or of mappings with `image` (or `img`) and `label`.
 
-    An image is one of PIL, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a floating-point tensor
-    (C, H, W) in [0, 1], as torchvision's ToTensor gives it; leave Normalize out. All images are read, to one tensor.
-    Without `class_names` those of `train.classes` are taken, or those of its feature `label`, if there are any; where `test`
-    has them in another order, its labels are matched by name. Without `mean` and `std` they are computed.
-    Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
+    An image is one of PIL, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a floating-point tensor (C, H, W) in
+    [0, 1], as torchvision's ToTensor gives it; leave Normalize out. All images are read, to one tensor. Without `class_names`
+    those of `train.classes` are taken, or those of its feature `label`, if there are any; where `test` has them in another order,
+    its labels are matched by name. Without `mean` and `std` they are computed. Raises `InputError` for images of other kinds,
+    values or sizes, and for labels that are not indices.
     """
     (images, labels), (test_images, test_labels) = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")
     names, test_names = _names(train), _names(test)
@@ -68,7 +68,7 @@ def image_data_from(
 
 def _names(dataset: Any) -> list[str] | None:
     """Return the names of the classes from an attribute of torchvision's datasets, or from the features of `datasets`."""
-    features = getattr(dataset, "features", None)  # in a data set of one's own either attribute may be anything
+    features = getattr(dataset, "features", None)  # in a user's data set either attribute may be anything
     feature = features.get("label") if isinstance(features, Mapping) else None
     for names in (getattr(dataset, "classes", None), getattr(feature, "names", None)):
         listed = names.tolist() if isinstance(names, np.ndarray | Tensor) else names

@@ -94,7 +94,7 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > _MAX_NAME:
             raise InputError(
-                f"{path}: expected files in its own folder, found {shown(name)[1:-1]}; it is not from this software, or damaged"
+                f"{path}: expected files in its own folder, found {shown(name)[1:-1]}; it is not from mtt_fast, or damaged"
             )
     return files, labels, record
 

@@ -24,7 +24,7 @@ from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.run_files import SYNTHETIC, last_name
 
 SET_KINDS = {
-    "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",
+    "synthetic": "mtt_fast's: synthetic.safetensors, with all that is needed to use it",
     "mtt": "images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors",
     "dc": "res_*.pt of DC, DSA and DM",
     "ncfm": "data_*.pt of NCFM, and its released NAME_ipcN.pt",

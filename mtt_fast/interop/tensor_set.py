@@ -99,8 +99,8 @@ class TensorSet:
 def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | None = None) -> TensorSet:
     """Return a set of tensors that `where` (a file) held. Soft labels are of `label_kind`, or of the kind that they look like.
 
-    Images and labels may be of any width of number and still require a gradient; whole floating-point numbers (n,) are
-    indices. Raises `InputError` if they are no dense tensors, or shapes or values do not fit together.
+    Images and labels may be of any width of number and still require a gradient; whole floating-point numbers (n,) are indices.
+    Raises `InputError` if they are not dense tensors, or shapes or values do not fit together.
     """
     if label_kind not in (None, *LABEL_KINDS):
         raise InputError(f"`label_kind` {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
@@ -200,7 +200,7 @@ def count_in_class_order(distilled: TensorSet) -> int:
 def hardened(distilled: TensorSet) -> TensorSet:
     """Return a class-major set with class indices for its soft labels, which its order tells.
 
-    Raises `InputError` if the number of images is no multiple of the number of classes.
+    Raises `InputError` if the number of images is not a multiple of the number of classes.
     """
     if distilled.label_kind == "indices":
         return distilled

@@ -2,7 +2,7 @@
 
 Each expert has K waypoints (lists of parameter tensors) and, for each of the K − 1 pieces between them, the share of
 the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that tensor. With
-K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are this software's compressed experts
+K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are mtt_fast's compressed experts
 (mtt_fast/storage/waypoints.py) in another form. A tensor that stands still through a piece has the share 0 at its end
 there, and 1 here.
 """

@@ -19,7 +19,7 @@ from mtt_fast.networks.layers import default_parameters
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.networks.resnets import resnet
 from mtt_fast.networks.users_network import users_network
-from mtt_fast.user_code import is_place
+from mtt_fast.user_code import is_user_code
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"AS": nn.Sigmoid, "AR": nn.ReLU, "AL": nn.LeakyReLU, "ASwish": nn.SiLU}
 _NORMS = {"NN": "none", "BN": "batch", "LN": "layer", "IN": "instance", "GN": "group"}
@@ -71,19 +71,19 @@ def network_by_name(
     """Return the network called `name` for images (C, H, W).
 
     The name is ConvNet with depth, width, activation, norm and pooling, each of them optional, in this order: ConvNetD4,
-    ConvNetW256, ConvNetD2W64BN, ConvNetAL, ConvNetNNMP. Activations: AS sigmoid, AR ReLU, AL leaky ReLU, ASwish.
-    Norms: IN instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. ConvNet alone is
-    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11 (13, 16, 19), ResNet18 (34, 50, 101, 152)
-    and ResNet18_AP (average pooled); those of DATM's code for 64-pixel images, LeNet_Tiny, AlexNet_Tiny and ResNet18_Tiny (first stride 2),
-    VGG11_Tiny (a quarter of the features) and MLP_Tiny (MLP), all with instance norm where they have a norm; and with batch norm AlexNetBN,
-    VGG11BN, ResNet18BN, …, ResNet18BN_AP, ResNet18BN_Tiny. FILE.py:NAME and MODULE:NAME are functions or classes of the user's own
-    (`users_network`).
+    ConvNetW256, ConvNetD2W64BN, ConvNetAL, ConvNetNNMP. Activations: AS sigmoid, AR ReLU, AL leaky ReLU, ASwish. Norms: IN
+    instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. ConvNet alone is ConvNetD3W128ARINAP.
+    ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11 (13, 16, 19), ResNet18 (34, 50, 101, 152) and
+    ResNet18_AP (average pooled); those of DATM's code for 64-pixel images, LeNet_Tiny, AlexNet_Tiny and ResNet18_Tiny (first
+    stride 2), VGG11_Tiny (a quarter of the features) and MLP_Tiny (MLP), all with instance norm where they have a norm; and with
+    batch norm AlexNetBN, VGG11BN, ResNet18BN, …, ResNet18BN_AP, ResNet18BN_Tiny. FILE.py:NAME and MODULE:NAME are a user's
+    functions or classes (`users_network`).
 
-    `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
-    all others are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, and one that names the
+    `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a fused student; all others
+    are modules in a `FlatModule`. Raises `InputError`, which names the `option`, for any other name, and one that names the
     network for images too small for it.
     """
-    if is_place(name):
+    if is_user_code(name):
         return users_network(option, name, image_shape, num_classes)
     parts = _convnet_parts(name)
     if parts is None and name not in _OTHERS:
@@ -108,10 +108,10 @@ def network_by_name(
 
 
 def full_name(described: Mapping[str, Any]) -> str:
-    """Return the name with all its parts of the network that `described` describes, for a comparison with another.
+    """Return the full name, with all its parts, of the network that `described` describes, for a comparison with another.
 
-    ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. The result is "" where the record lacks the parts.
-    A network of the user's own that has one of these names is told from the network of this package.
+    ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. The result is "" where the record lacks the parts. A user's
+    network that has one of these names gets another full name.
     """
     kind = str(described.get("kind", ""))
     parts = _convnet_parts(kind)

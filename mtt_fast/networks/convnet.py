@@ -1,4 +1,4 @@
-"""ConvNet, the network of the field (Gidaris & Komodakis 2018), as a pure function of one flat parameter vector."""
+"""ConvNet, the standard network of dataset distillation (Gidaris & Komodakis 2018), as a pure function of one flat vector."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Norm = Literal["instance", "none"]
 class ConvNet:
     """[conv 3×3 → norm → ReLU → average pool 2×2] × depth, then a linear classifier.
 
-    The norm is an affine instance norm (a group norm with one group a channel, eps 1e-5), or there is none. Padding is
-    1, but 3 in the first layer for one-channel images, as in the public code, where it makes MNIST's 28×28 into 32×32.
-    The parameters are one vector `theta` (P,), in the public code's order, so that code's trajectories load unchanged.
+    The norm is an affine instance norm (a group norm with one group a channel, eps 1e-5), or there is none. Padding is 1. In the
+    first layer it is 3 for one-channel images, as in the public code, which turns MNIST's 28×28 into 32×32. The parameters are
+    one vector `theta` (P,), in the public code's order, so that code's trajectories load unchanged.
 
-    Raises `InputError` if `depth` poolings leave nothing of `image_size`, and for sizes and norms that are none.
+    Raises `InputError` for invalid sizes and norms, and if `depth` poolings leave nothing of `image_size`.
     """
 
     in_channels: int = 3
@@ -48,7 +48,7 @@ class ConvNet:
                 raise InputError(f"ConvNet {name}: expected a whole number, found {value!r}")
             if value < 1:
                 raise InputError(f"ConvNet {name}: expected at least 1, found {value}")
-            object.__setattr__(self, name, int(value))  # a whole number of NumPy is none for JSON
+            object.__setattr__(self, name, int(value))  # JSON does not take NumPy's integers
         sides = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size, self.image_size)
         if isinstance(sides, str) or len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
             raise InputError(f"ConvNet image_size: expected a side, or height and width, found {self.image_size!r}")
@@ -87,7 +87,7 @@ class ConvNet:
 
     @cached_property
     def layout(self) -> ParameterLayout:
-        """Return the names (those of the public code's module) and shapes of the parameters, in flat order."""
+        """Return the names (as in the public code's module) and shapes of the parameters, in flat order."""
         shapes: dict[str, tuple[int, ...]] = {}
         for block in range(self.depth):
             conv = block * (4 if self.norm == "instance" else 3)  # the module's layers: conv, norm if any, ReLU, pool
@@ -131,13 +131,13 @@ class ConvNet:
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return logits (n, num_classes) of `images` (n, in_channels, H, W) under the parameters `theta` (P,).
 
-        Functional: differentiable to any order, in forward and reverse mode, and usable under `torch.func`.
+        A pure function: differentiable to any order, in forward and reverse mode, and usable under `torch.func`.
         """
         *blocks, classifier = self.split(theta)
         return F.linear(self._features(blocks, images), *classifier)
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return the classifier's inputs for `images`: the last feature map, flattened, (n, F). As functional as a call."""
+        """Return the classifier's inputs for `images`: the last feature map, flattened, (n, F). Also a pure function."""
         return self._features(self.split(theta)[:-1], images)
 
     def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:

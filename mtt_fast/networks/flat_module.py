@@ -17,24 +17,23 @@ from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.stateless import Stateless, with_the_same_tensors
 
 Track = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From parameters (P,), a batch of inputs, and running statistics (S,) to the statistics after the batch."""
+"""A function of parameters (P,), a batch of inputs and running statistics (S,) that returns the statistics after the batch."""
 
 
 class FlatModule:
     """A copy of `module`, called with its parameters as one vector `theta` (P,), in `module.parameters()` order.
 
-    Buffers keep the values that they have now, even if layers write into them. So do frozen parameters (those with
-    `requires_grad` False beside others, and whole numbers), which are not part of `theta`. The copy keeps the module's
-    mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is not a mean
-    over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
-    The running statistics that `torch` keeps in buffers are explicit: `statistics` are those at the start, `track` updates
-    them by a batch, and `evaluated` tests with them.
+    Buffers keep their current values, even if layers write into them. So do frozen parameters (`requires_grad=False` beside
+    trainable ones, and integers), which are not part of `theta`. The copy keeps the module's mode: a batch norm in training mode
+    uses batch statistics (and updates no running ones), so the loss is not a mean over independent samples and a batch cannot be
+    cut into micro-batches; in evaluation mode it can. Running statistics, which torch keeps in buffers, are explicit:
+    `statistics` has the initial ones, `track` updates them with a batch, and `evaluated` returns the network that uses them.
 
-    May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
-    differ between the two sweeps. Torch's dropout layers are detected, and layers with a `dropout`, such as
-    attention and recurrent layers; `unroll` refuses a module that draws random numbers in another way. Refused as well are a compiled
-    module and `nn.EmbeddingBag`, which have no second derivative, options of `nn.Embedding` that have none or a wrong one,
-    and a module that cannot be copied or called with other parameters.
+    May be called in several threads at once. Raises `InputError` for a module with active dropout, whose draws would differ
+    between the two sweeps: torch's dropout layers, and layers with a `dropout`, such as attention and recurrent layers (`unroll`
+    refuses modules that draw random numbers in other ways). Raises `InputError` also for a compiled module and `nn.EmbeddingBag`,
+    which have no second derivative, for options of `nn.Embedding` whose second derivative is missing or wrong, and for a module
+    that cannot be copied or called with other parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,7 +48,7 @@ class FlatModule:
         self.mixes_samples = any(
             isinstance(part, _BatchNorm) and (part.training or part.running_mean is None) for part in norms.values()
         )
-        """True where a sample's output depends on the others (batch statistics): no micro-batches then."""
+        """True if a sample's output depends on the others (batch statistics), so that a batch cannot be cut."""
         training = {name: part for name, part in norms.items() if part.training}
         running = {f"{name}.{key}": value for name, part in training.items() for key, value in part.named_buffers()}
         self._running = ParameterLayout(tuple(running), tuple(tuple(value.shape) for value in running.values()))
@@ -69,9 +68,9 @@ class FlatModule:
         return self.layout.num_parameters
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return the parameters (P,) that the module had when it was wrapped, whatever the `generator`.
+        """Return the parameters (P,) that the module had when it was wrapped; `generator` is ignored.
 
-        For fresh parameters, build a fresh module: only its layers know their distribution.
+        For new parameters build a new module, since only its layers know their distribution.
         """
         return self._initial.clone()
 
@@ -102,8 +101,8 @@ class FlatModule:
     def track(self, theta: Tensor, images: Tensor, statistics: Tensor) -> Tensor:
         """Return the running `statistics` (S,) after a step on `images`, at `theta` (P,) before the step.
 
-        They are those of `torch` after a forward pass in training mode: mean and unbiased variance of the batch enter with
-        the weight of the layer's momentum. The cost is a forward pass.
+        They are what torch's norm layers compute in a forward pass in training mode: the batch's mean and unbiased variance,
+        weighted by the layer's momentum. This costs a forward pass.
         """
         running = self._running.named(statistics.to(theta, copy=True))  # torch writes into these
         self._tracked(self.layout.named(theta) | running, images)

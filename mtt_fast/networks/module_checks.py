@@ -1,4 +1,4 @@
-"""Refuse modules of which `FlatModule` cannot make a pure function with two derivatives."""
+"""Refuse modules that `FlatModule` cannot turn into a pure, twice differentiable function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtt_fast.errors import InputError
 
 
 def check_kind(module: nn.Module) -> None:
-    """Raise `InputError` for what a pure function with two derivatives cannot be made of."""
+    """Raise `InputError` unless `module` can become a pure, twice differentiable function."""
     if not isinstance(module, nn.Module):
         raise InputError(f"FlatModule: expected a torch.nn.Module, found {type(module).__name__}")
     for name, part in module.named_modules():

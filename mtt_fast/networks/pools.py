@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtt_fast.errors import InputError
-from mtt_fast.user_code import is_place
+from mtt_fast.user_code import is_user_code
 
 POOLS: dict[str, tuple[str, ...]] = {
     "M": ("ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"),
@@ -30,7 +30,7 @@ def eval_pool(eval_mode: str, model: str) -> tuple[str, ...]:
     and ConvNet.
     Raises `InputError` for another letter.
     """
-    with_instance_norm = model if is_place(model) else model.replace("BN", "")
+    with_instance_norm = model if is_user_code(model) else model.replace("BN", "")
     own = {"S": (with_instance_norm,), "SS": (model,), "C": tuple(dict.fromkeys((model, "ConvNet")))}
     pool = (own | POOLS).get(eval_mode)
     if pool is None:

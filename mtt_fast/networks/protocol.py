@@ -1,4 +1,4 @@
-"""The protocols that a network fulfils for the engine and for the commands."""
+"""The protocols that networks implement for the engine and for the commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Network(Protocol):
         ...
 
     def __hash__(self) -> int:
-        """Return a hash by identity or by value, under which measurements of the network are cached."""
+        """Return a hash, by identity or by value; measurements of the network are cached under it."""
         ...
 
 
@@ -41,7 +41,7 @@ class Trainable(Network, Protocol):
         ...
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return parameters (P,) to start from, drawn only from `generator`."""
+        """Return initial parameters (P,), drawn only from `generator`."""
         ...
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:

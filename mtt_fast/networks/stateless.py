@@ -14,7 +14,7 @@ from mtt_fast.errors import InputError
 
 
 class _Absent(Tensor):
-    """The place of a layer's tensor between calls. A backward pass that reads the layer again would find other values there."""
+    """The placeholder for a layer's tensor between calls: a backward pass that reads the layer again would find wrong values."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -26,9 +26,9 @@ class _Absent(Tensor):
 
 
 class Stateless:
-    """A module as a pure function of its parameters, and of the buffers that are given.
+    """A module as a pure function of its parameters, and of any buffers that are passed.
 
-    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself.
+    `functional_call` puts tensors into the module while it runs, so each concurrent call has its own copy of the layers.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,7 +36,7 @@ class Stateless:
         # each tensor once, by its first name: a buffer may be a parameter, too
         names: dict[Tensor, str] = {}
         self._tied: dict[str, str] = {}  # first names, by the other ones
-        for name, value in _places(module):
+        for name, value in _named_tensors(module):
             if names.setdefault(value, name) != name:
                 self._tied[name] = names[value]
         self._own = {name: value for value, name in names.items()}
@@ -49,16 +49,16 @@ class Stateless:
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         """Return the module's output for `images`, with `tensors` in place of its own of the same names."""
         like = next(iter(tensors.values()))
-        # copies, since a layer may write into its buffers, and the next call has to find what this one found
+        # copies, since a layer may write into its buffers, and each call must start from the same values
         constants = {
-            name: self._near(name, value, like).to(
+            name: self._on_device_of(name, value, like).to(
                 like.device, like.dtype if value.is_floating_point() else value.dtype, copy=True
             )
             for name, value in self._own.items()
             if name not in tensors
         }
         everything = tensors | constants
-        # here, since `functional_call` would look for them in each call, and would not take a layer in two places out again
+        # tied names are resolved here: `functional_call` would search for them in each call, and would not restore a layer used twice
         everything = {name: everything[first] for name, first in self._tied.items()} | everything
         if torch.compiler.is_compiling():  # it traces the call, and puts nothing into the module
             output = functional_call(self.module, everything, (images,), tie_weights=False)
@@ -71,10 +71,10 @@ class Stateless:
             )
         return output
 
-    def _near(self, name: str, value: Tensor, like: Tensor) -> Tensor:
-        """Return `value` on the device of `like`; for meta tensors, on its own, so that a copy is counted once.
+    def _on_device_of(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """Return `value` on the device of `like`, cached, since a copy from the host synchronises and cannot be captured in a CUDA graph.
 
-        It is kept there, since a copy from the host synchronises, and cannot be captured in a CUDA graph.
+        For a meta tensor `like`, return it on its own device, so that the memory count has only one copy.
         """
         if value.device == like.device or like.is_meta:
             return value.detach()
@@ -96,8 +96,8 @@ class Stateless:
             self._idle.append(module)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and then the buffers, with a name for each place in a layer; a layer in two places is one."""
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and then the buffers, under each of their names; a layer that is used twice appears once."""
     for name, part in module.named_modules():
         yield from part.named_parameters(name, recurse=False, remove_duplicate=False)
     for name, part in module.named_modules():
@@ -116,7 +116,7 @@ def _without_tensors(module: nn.Module) -> nn.Module:
     absent = torch.empty(0, device="cpu").as_subclass(_Absent)
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoder):
-            # without a gradient nested tensors would give other shapes, and other values at masked places
+            # without a gradient nested tensors would change shapes, and values at masked positions
             part.use_nested_tensor = False
         for tensors in cast(tuple[dict[str, Tensor | None], ...], (part._parameters, part._buffers)):
             tensors.update({name: absent for name, value in tensors.items() if value is not None})

@@ -1,4 +1,4 @@
-"""A network that a function or a class of the user's own makes: `--model FILE.py:NAME`."""
+"""A network made by a user's function or class: `--model FILE.py:NAME`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _DRAWING = threading.Lock()
 
 
 class UsersNetwork(FlatModule):
-    """A network of the user's own, in the mode in which it is made.
+    """A user's network, in the mode (training or evaluation) in which `make` returns it.
 
-    `make` returns an `nn.Module`, and draws its parameters by torch's default generator. What it draws besides, such as the
-    buffers of random features, is the same in all networks.
-    Raises `InputError` for a module that a `FlatModule` refuses, and for outputs other than logits (n, `num_classes`).
+    `make` returns an `nn.Module`, and draws its parameters from torch's default generator. Anything else that it draws, such as
+    random features in buffers, is the same in all networks. Raises `InputError` for a module that a `FlatModule` refuses, and for
+    outputs other than logits (n, `num_classes`).
     """
 
     def __init__(
@@ -56,28 +56,28 @@ class UsersNetwork(FlatModule):
         last = _last_linear(second, images)
         self._features = self._inputs_of(last) if last else None
         pairs = torch.cat([self._logits(parameters, pair, num_classes) for pair in images.split(2)])
-        # a layer of the user's own may mix samples without being a batch norm
+        # a user's layer may mix samples without being a batch norm
         self.mixes_samples = self.mixes_samples or not _are_close(pairs, self._outputs)
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return the parameters (P,), float32, of a module made anew, with a seed from `generator`, on the generator's device."""
+        """Return the parameters (P,), float32, of a new module, made with a seed from `generator`, on the generator's device."""
         device = device_of(generator)
         module = _made(self._make, seed=int(torch.randint(1 << 62, (), generator=generator, device=device)))
         parameters = dict(module.named_parameters())
         return torch.cat([parameters[name].detach().reshape(-1) for name in self.layout.names]).to(device)
 
     def begins_always_the_same(self) -> bool:
-        """Return whether a module from another seed has the parameters of the first one, as pretrained ones are."""
+        """Return whether a module made with another seed has the same parameters, as a pretrained module does."""
         return torch.equal(self.init(torch.Generator().manual_seed(1)), self._initial)
 
     def describe(self) -> dict[str, Any]:
-        """Return the name of the function or class, and outputs by which `is_same_function` knows another version of its code."""
+        """Return the name of the function or class, and outputs by which `is_same_function` detects a change of its code."""
         outputs = self._outputs.flatten()[:_MOST_OUTPUTS].tolist()
         known = all(map(math.isfinite, outputs))
         return {"kind": self._name, "outputs": [float(f"{each:.{_DIGITS}g}") for each in outputs] if known else []}
 
     def _check_parameters(self) -> None:
-        """Raise `InputError` for parameters in another precision than float32, or on a device of their own."""
+        """Raise `InputError` unless all parameters are float32 and on the CPU."""
         every = dict(self._module.named_parameters())
         for name in self.layout.names:
             dtype, device = every[name].dtype, every[name].device
@@ -114,10 +114,10 @@ class UsersNetwork(FlatModule):
 
 
 def users_network(option: str, name: str, image_shape: tuple[int, int, int], num_classes: int) -> UsersNetwork:
-    """Return the network that the function or class at the place `name` makes for images (C, H, W).
+    """Return the network that the function or class `name` (FILE.py:NAME or MODULE:NAME) makes for images (C, H, W).
 
-    It is called with those of `channel`, `num_classes` and `im_size` (the pair H, W) that it takes; these are the names of the public
-    code. Raises `InputError`, which names the `option`, if it cannot be made, or has other outputs than logits.
+    It is called with whichever of the public code's arguments `channel`, `num_classes` and `im_size` (H, W) it has. Raises
+    `InputError`, which names the `option`, if it cannot be made, or has other outputs than logits.
     """
     make = load(option, name)
     if not callable(make) or isinstance(make, nn.Module) or not isinstance(make, Hashable):

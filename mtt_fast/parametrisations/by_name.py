@@ -1,4 +1,4 @@
-"""Make a parametrisation by its name, or by the place of a class of the user's own."""
+"""Make a parametrisation from its name, or from a user's class (FILE.py:CLASS)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_p
 from mtt_fast.parametrisations.speed import Speed
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.user_code import file_digest, is_place, load, user_errors
+from mtt_fast.user_code import file_digest, is_user_code, load, user_errors
 
 _KNOWN: dict[str, type[Parametrisation]] = {"ddif": Ddif, "speed": Speed}
 _WORD = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*')(?!\S)|\S+""")
@@ -29,7 +29,7 @@ def make_parametrisation(
     """Return the parametrisation `name` of `images` (n, C, H, W), on the CPU, with its parameters drawn from `generator`.
 
     `name` is a known one, or FILE.py:CLASS or MODULE:CLASS. `options` are its arguments, as "num_saet=64 path='my net.pt'".
-    Raises `InputError` for another name, for arguments that it does not take, and with the error that it raises.
+    Raises `InputError` for another name, for arguments that it does not take, and with any error that its constructor raises.
     """
     cls = _class_of(name)
     arguments = _arguments(name, cls, options)
@@ -43,8 +43,8 @@ def fit_parametrisation(
 ) -> None:
     """Fit the `parametrisation` called `name` to the initial `images` (n, C, H, W), on its device.
 
-    It draws from torch's default generators what `generator` determines, so that a run that continues fits it to the same values.
-    Raises `InputError` with the error that it raises, and if other parameters are learned afterwards; `Stopped` on Ctrl-C or SIGTERM.
+    torch's default generators are seeded from `generator` for the fit, so that a resumed run gets the same values. Raises
+    `InputError` with any error of the fit, and if it changed which parameters are learned; `Stopped` on Ctrl-C or SIGTERM.
     """
     before = _learned(parametrisation)
     with (
@@ -64,7 +64,7 @@ def fit_parametrisation(
 
 
 def _learned(parametrisation: Parametrisation) -> set[str]:
-    """Return descriptions of the learned parameters, by which they are compared."""
+    """Return descriptions of the learned parameters, for a comparison."""
     return {
         f"{key} {each.dtype} {tuple(each.shape)}{' of inference mode' if each.is_inference() else ''}"
         for key, each in learned_parameters(parametrisation).items()
@@ -76,7 +76,7 @@ def _seed_from(generator: torch.Generator) -> int:
 
 
 def is_users_class(name: str) -> bool:
-    """Return whether the parametrisation `name` is a class of the user's own."""
+    """Return whether the parametrisation `name` is a user's class."""
     return name not in _KNOWN
 
 
@@ -89,7 +89,7 @@ def code_digest(parametrisation: Parametrisation) -> str:
 def _class_of(name: str) -> type[Parametrisation]:
     if name in _KNOWN:
         return _KNOWN[name]
-    if not is_place(name):
+    if not is_user_code(name):
         raise InputError(
             f"`parametrisation` {name}: expected {', '.join(_KNOWN)}, FILE.py:CLASS or MODULE:CLASS{did_you_mean(name, list(_KNOWN))}"
         )

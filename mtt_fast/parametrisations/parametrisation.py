@@ -20,9 +20,10 @@ _CLOSE = 1e-3  # relative: more than rounding in float32 changes
 class Parametrisation(nn.Module):
     """Compute the synthetic images from parameters, which are learned in place of the pixels.
 
-    `python -m mtt_fast.distill --parametrisation FILE.py:NAME` makes `NAME(images, num_classes, **options)`, where `options` are those
-    of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every run makes
-    it three times, also when it is resumed, so it has to be the same each time. Random numbers of torch's default generator are.
+    `python -m mtt_fast.distill --parametrisation FILE.py:NAME` makes `NAME(images, num_classes, **options)`, where `options` are
+    those of `--parametrisation_options`, and `images` (n, C, H, W) float32 the initial images, sorted by class, on the CPU. Every
+    run, new or resumed, constructs it three times, with torch's default generator seeded in the same way. The result must be the
+    same each time.
 
     Parameters that require a gradient are learned, by SGD with the momentum `--mom_img` or, if `optimizer` is "adam", by Adam. Other
     parameters and buffers stay as they are: `forward` must not change them. All have to be float32; `torch.view_as_complex` makes complex
@@ -54,9 +55,8 @@ class Parametrisation(nn.Module):
     def fit(self, images: Tensor) -> None:
         """Fit the parameters to the initial `images` (n, C, H, W), on their device, to which the module has been moved.
 
-        The learned parameters have to keep their names, dtypes and shapes.
-        It is called when a run starts or continues, but not when options are checked before. Random numbers of torch's default
-        generators are the same each time. Here it does nothing.
+        The learned parameters must keep their names, dtypes and shapes. `fit` is called when a run starts or is resumed, with
+        torch's default generators seeded in the same way, but not when options are checked. By default it does nothing.
         """
 
     def relative_rate(self, name: str) -> float:
@@ -68,9 +68,9 @@ class Parametrisation(nn.Module):
         return None
 
     def stored_numbers(self) -> int:
-        """Return how many numbers of 32 bits have to be stored to compute the images again, for the log; by default all parameters.
+        """Return how many 32-bit values must be stored to compute the images again, for the log; by default all parameters.
 
-        Count buffers too if they cannot be made again.
+        Count buffers too if they cannot be recomputed.
         """
         return sum(parameter.numel() for parameter in self.parameters())
 

@@ -1,6 +1,7 @@
 """Read recipes, the named settings of `python -m mtt_fast.distill`: options, description, source and method, a TOML file each.
 
-A recipe that says `base = "NAME"` has the options of that recipe, or of the file bases/NAME.toml, and its own over them.
+A recipe with `base = "NAME"` starts from the options of that recipe, or of the file bases/NAME.toml, and overrides them with its
+own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def recipe_about(name: str) -> dict[str, str]:
 def recipe_text(name: str) -> str:
     """Return the text of the recipe's file, after the files that it is based on, as one TOML file of options.
 
-    What is no option, and what a later file overrides, becomes a comment.
+    Anything that is not an option, or that a later file overrides, becomes a comment.
     """
     texts, taken = [], {*_ABOUT, "base"}
     for each in _with_bases(name):

@@ -33,11 +33,11 @@ Capture = Callable[[Callable[[], tuple[Tensor, ...]]], CapturedCall]
 """A function that captures one call of a function without arguments."""
 
 _MAX_CAPTURED = 8  # captured calls of one function, since each keeps its own inputs and outputs
-_one_capture = threading.Lock()  # a capture begins with a wait for the whole device, which no other capture survives
+_one_capture = threading.Lock()  # a capture first synchronises the whole device, which breaks any other capture
 
 
 FirstCall = Callable[[Callable[[], tuple[Tensor, ...]]], object]
-"""Make the first of two calls that come before a capture; its results are not used."""
+"""A function that makes the first of the two warm-up calls before a capture; its results are not used."""
 
 
 def graphed(
@@ -45,10 +45,10 @@ def graphed(
 ) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
-    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is captured,
-    after two other calls; `first_call` makes the first of them, and may compile kernels without running them. At most `max_captured`
-    sets of shapes and dtypes are captured. Results are new tensors.
-    Raises `torch.OutOfMemoryError` if a capture does not fit on the device.
+    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is captured after two
+    warm-up calls; `first_call` makes the first of them, and may compile kernels without running them. At most `max_captured` sets
+    of shapes and dtypes are captured. Results are new tensors. Raises `torch.OutOfMemoryError` if a capture does not fit on the
+    device.
     """
     return GraphedFunction(function, capturer(device, first_call), max_captured) if device.type == "cuda" else function
 
@@ -56,7 +56,7 @@ def graphed(
 class GraphedFunction:
     """A function with its captured calls, one for each set of shapes and dtypes of its arguments.
 
-    Where there are too many such sets, or a call cannot be captured, the function itself is called, and the log says so.
+    If there are too many such sets, or a call cannot be captured, the function itself is called, and the log says so.
     """
 
     def __init__(self, function: Function, capture: Capture, max_captured: int = _MAX_CAPTURED) -> None:
@@ -64,12 +64,12 @@ class GraphedFunction:
         self._capture = capture
         self._max_captured = max_captured
         self._captured: dict[tuple[object, ...], tuple[tuple[Tensor, ...], CapturedCall]] = {}
-        self._one_call = threading.Lock()  # at a time: another thread's inputs would take the place of this one's
+        self._one_call = threading.Lock()  # one call at a time: another thread would overwrite the static inputs
         self.problem: str | None = None
         """the reason why calls are not captured; None while they are"""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the function's results for `inputs`. A capture by the caller captures the function itself."""
+        """Return the function's results for `inputs`. Within a capture by the caller, the function itself is called and captured."""
         if any(map(is_capturing, inputs)):
             return self._function(*inputs)
         with self._one_call:
@@ -85,7 +85,7 @@ class GraphedFunction:
         for static_input, tensor in zip(static_inputs, inputs, strict=True):
             static_input.copy_(tensor, non_blocking=True)
         captured.replay()
-        return tuple(output.clone() for output in captured.outputs)  # the next replay writes over them
+        return tuple(output.clone() for output in captured.outputs)  # the next replay overwrites them
 
     def _add(self, kind: tuple[object, ...], inputs: tuple[Tensor, ...]) -> None:
         if len(self._captured) == self._max_captured:
@@ -108,12 +108,12 @@ class GraphedFunction:
 
 
 def is_capturing(tensor: Tensor) -> bool:
-    """Return whether work on `tensor` is at present captured in a CUDA graph. Then the host must not wait for the device."""
+    """Return whether work on `tensor` is being captured in a CUDA graph, so that the host must not synchronise."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def capturer(device: torch.device, first_call: FirstCall) -> Capture:
-    """Return a function that captures calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
+    """Return a function that captures calls in CUDA graphs on `device`, each after `first_call` and a second warm-up call.
 
     The graphs of one capturer share memory, so only one of them may run at a time, on one stream after another.
     """
@@ -125,9 +125,9 @@ def capturer(device: torch.device, first_call: FirstCall) -> Capture:
         with torch.cuda.device(device), _one_capture:
             before = torch.cuda.current_stream()
             stream.wait_stream(before)
-            with torch.cuda.stream(stream):  # also brings the old stream back where a capture fails
+            with torch.cuda.stream(stream):  # also restores the old stream if a capture fails
                 first_call(run)  # compiles kernels, chooses algorithms
-                run()  # loads the kernels, and is like all later calls
+                run()  # loads the kernels; runs as all later calls do
                 # thread_local: a thread that prefetches may meanwhile call CUDA freely
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = run()

@@ -21,10 +21,10 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in anothe
 def numerics(device: torch.device, precision: str) -> Iterator[None]:
     """Set torch to compute on `device` with `precision` and deterministically within the block, and reset it after the block.
 
-    On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32 (it may also be "auto"); operations
-    with a fixed order of sums take the place of those without, or raise `RuntimeError`; algorithms are chosen by shapes,
-    never by a race. CUBLAS_WORKSPACE_CONFIG is set unless the environment has it, so the block has to begin before the
-    process first uses cuBLAS. Nothing is set for a CPU, which is deterministic by itself.
+    On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32 (it may also be "auto");
+    operations without a fixed order of sums are replaced by deterministic ones, or raise `RuntimeError`; cuDNN's algorithms are
+    chosen by shape, never by timing. CUBLAS_WORKSPACE_CONFIG is set unless the environment has it, so the block must begin before
+    the process first uses cuBLAS. Nothing is set for a CPU, which is deterministic anyway.
     """
     if device.type != "cuda":
         yield
@@ -36,7 +36,7 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
         *_tf32_settings(matmul, (matmul,), allowed=precision != "fp32"),
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
-        (memory, "fill_uninitialized_memory", False),  # an aid to debugging, at the price of a kernel for each tensor
+        (memory, "fill_uninitialized_memory", False),  # a debugging aid that costs a kernel per tensor
     )
     before = [getattr(owner, name) for owner, name, _ in settings]
     deterministic, only_warned = (
@@ -76,15 +76,17 @@ def _tf32_settings(library: Any, parts: Sequence[Any], *, allowed: bool) -> list
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Compute within the block as in a process that has changed none of torch's dtype, device, autocast and gradient mode.
+    """Use torch's default dtype, device, autocast and gradient mode within the block.
 
-    A command may run in a notebook's process, whose own networks want other settings.
+    A command may run in a notebook's process, which may have changed them.
     """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.enable_grad())
-        if torch.get_default_device() != torch.device("cpu"):  # a mode that every call of torch passes through
+        if torch.get_default_device() != torch.device(
+            "cpu"
+        ):  # only then, since a device mode slows every call of torch
             settings.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -95,7 +97,7 @@ def torch_defaults() -> Iterator[None]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in the dtype of the tensors, whatever the caller has chosen for networks of their own."""
+    """Disable the caller's autocast on `device`, so that operations compute in the dtype of their tensors."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
@@ -104,8 +106,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def without_saved_tensor_hooks() -> Iterator[None]:
     """Disable the caller's hooks on saved tensors within the block.
 
-    Those of `torch.utils.checkpoint` would repeat the caller's whole function for each graph within, and those of `save_on_cpu` fail
-    on the device meta.
+    The hooks of `torch.utils.checkpoint` would rerun the caller's whole function for each inner graph, and those of `save_on_cpu`
+    fail on meta tensors.
     """
     # private: another torch may lack it
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -140,5 +142,5 @@ class _SharedSetting:
                 self._active.__exit__(None, None, None)
 
 
-# attention in plain operations: the only implementation of torch that can be differentiated twice
+# attention by plain operations: torch's only implementation that can be differentiated twice
 plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))

@@ -1,4 +1,4 @@
-"""Write files and folders that are whole or absent: a crash at any moment leaves the old content or the new one."""
+"""Write files and folders atomically: a crash at any moment leaves either the old or the new content."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mtt_fast.storage.temporaries import is_free, temporary_folder
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty file to write; rename it to `path` if the block succeeds, delete it if it does not.
 
-    The content reaches the disk before the name does, so a crash at any moment leaves the old file or the new one.
-    Raises `InputError` when the folder cannot be made or written, or the disk is full.
+    The content is flushed to disk before the rename, so a crash at any moment leaves the old file or the new one. Raises
+    `InputError` when the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     with naming_errors(path), temporary_folder(path) as folder:
@@ -33,9 +33,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
     """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
 
-    Where `folder` holds other things, the files are moved into it one by one. Those whose names begin with `last` come after
-    all others, and the first of these comes at the very end: a reader who finds it finds all files.
-    Raises `InputError` when the folder cannot be made or written, or the disk is full.
+    If `folder` already holds something, the files are moved into it one by one. Those whose names begin with `last` are moved
+    after all others, and the first of these at the very end: a reader who finds it finds all files. Raises `InputError` when the
+    folder cannot be made or written, or the disk is full.
     """
     _check_name(folder)  # before `resolve`, which raises its own error for such a name
     folder = Path(folder).resolve()
@@ -69,14 +69,14 @@ def _move_files(source: Path, folder: Path, last: str) -> None:
 
 
 def _check_name(path: str | os.PathLike[str]) -> None:
-    """Raise `InputError` for a path that no operating system takes."""
+    """Raise `InputError` for a path that no operating system accepts."""
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)}: cannot be written (its name has a NUL); choose another name")
 
 
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Raise `InputError` that names `path` in place of the `OSError` of a failed write, and for a path that no system takes."""
+    """Raise `InputError` that names `path` in place of the `OSError` of a failed write, and for a path that no system accepts."""
     _check_name(path)
     try:
         yield
@@ -87,7 +87,7 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The state of a distillation between two iterations, in a file from which a run continues."""
+"""Save and load the state of a distillation between two iterations, from which a run continues."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _says_imported(metadata: Mapping[str, str]) -> bool:
 
 
 def other_checkpoint(path: Path, kind: str = "version") -> InputError:
-    """Return the error for a file that is no checkpoint of this `kind`, a version or a method."""
+    """Return the error for a file that is not a checkpoint of this `kind` (a version or a method)."""
     return InputError(f"{path}: not a checkpoint of this {kind}; choose another `out`")
 
 
@@ -167,7 +167,7 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 def check_specs(folder: Path, tensors: Mapping[str, Tensor | None], specs: Mapping[str, TensorSpec | None]) -> None:
     """Raise `InputError`, naming the checkpoint in `folder`, unless each of `tensors` has the dtype and shape in `specs`.
 
-    None, and a missing name, stand for no tensor.
+    None and a missing name mean that there is no tensor.
     """
     for name in dict.fromkeys((*specs, *tensors)):
         spec, tensor = specs.get(name), tensors.get(name)

@@ -58,7 +58,7 @@ class EventLog:
 
 
 class _WholeWrites:
-    """A new file without a buffer, in which a record is written whole or is an error that names the file."""
+    """A new unbuffered file. A record is written whole, or an error names the file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()

@@ -83,9 +83,9 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
 def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[str, Any], *, to_the_end: bool) -> None:
     """Raise `InputError` unless an expert was trained with the hyperparameters that the user `requested`, by name.
 
-    The number of epochs counts only if the learning rate decays, or if the job uses the last epoch (`to_the_end`): otherwise a longer
-    training begins with the same epochs. An imported expert, whose training is not known, passes. The message names the options with
-    which the expert can be used.
+    The number of epochs matters only if the learning rate decays, or if the run uses the last epoch (`to_the_end`): otherwise a
+    longer training starts with the same epochs. An imported expert, whose training is unknown, passes. The message names the
+    options with which the expert can be used.
     """
     found = hyperparameters_of(store.metadata(expert))
     differing = _differing(requested, found, to_the_end) if found else []
@@ -100,7 +100,7 @@ def check_as_requested(store: TrajectoryStore, expert: int, requested: Mapping[s
 def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool, fewer: str | None = None) -> None:
     """Raise `InputError` unless `experts` were trained alike, as far as is known, except for their seeds.
 
-    The message names one that differs from the first, and `fewer`, the option that takes only the first ones, if there is one. For
+    The message names one that differs from the first, and the option `fewer` that limits the number of experts, if given. For
     `to_the_end` see `check_as_requested`.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
@@ -234,7 +234,7 @@ def with_training_of(options: Options, hyperparameters: Mapping[str, Any], exper
 
 
 def _rounding(precision: str) -> str:
-    """Return the precisions that count as equal for experts: with factors of 10 bits or more they make no difference."""
+    """Return the precisions that count as equal for experts: 10 mantissa bits or more make no difference."""
     return "bf16" if precision == "bf16" else "fp32, tf32 or fp16"
 
 

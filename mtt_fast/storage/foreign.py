@@ -1,7 +1,7 @@
 """Check files of other software before they are read, so that a bad file is refused at once.
 
-A file is checked for its kind and size before a byte of it is read, a tensor for its kind and claimed size before a number of
-it is read.
+The kind and size of a file are checked before any byte of it is read, and the kind and claimed size of a tensor before any value
+of it is read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the value in a file of JSON. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
+    """Return the value in a file of JSON. Raises `InputError` if it is missing, too large, not JSON or nested too deeply."""
     text = read_text(path, LARGEST_TEXT)
     try:
         return parse_json(text)

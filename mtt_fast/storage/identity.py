@@ -1,7 +1,7 @@
-"""The identity of real images as networks see them: recorded in all that is made from them, and compared when that is used.
+"""The identity of real images as networks see them: recorded in everything made from them, and compared when that is used.
 
 Distilled sets, checkpoints and experts must be used with the images that they were made from, in the same order of classes,
-normalised or whitened alike. With other images they give numbers that look like results.
+normalised or whitened alike. With other images they would give plausible but wrong results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WHITENING_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """Real images as networks see them. An empty field is unknown, and compares as equal to anything."""
+    """The identity of real images as networks see them. An empty field is unknown, and equals anything."""
 
     name: str = ""
     """as `ImageData.name`: CIFAR10, imagewoof-128, folder-pets"""
@@ -74,10 +74,10 @@ def check_same_data(
 ) -> None:
     """Raise `InputError` unless a file was made from the images that it is used with.
 
-    `found` is the identity in the file `where`, `expected` that of the images at hand. `fix` says how to continue, in
-    place of the options that would name the right images. `other_data` True lets other images of the same classes and
-    shape pass; False refuses them and says that there is such an option; None has no such option.
-    The message names the difference that a user recognises most easily.
+    `found` is the identity in the file `where`, `expected` that of the images at hand. `fix` replaces the message's default
+    advice, the options that name the right images. With `other_data` True, other images of the same classes and shape pass. With
+    False they are refused, and the message mentions that option; with None it does not. The message names the difference that a
+    user recognises most easily.
     """
     differences = list(_differences(expected, found))
     for one in differences:

@@ -38,7 +38,7 @@ _MAX_LINE, _MAX_METRICS_BYTES = 1 << 16, 1 << 30  # bytes
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run, from a given iteration on.
 
-    Records of later iterations, by a run that was killed before its next checkpoint, are dropped first. Damaged records of
+    Records of later iterations, which a killed run wrote after its last checkpoint, are dropped first. Damaged records of
     evaluations are restored from the checkpoint.
     """
 
@@ -59,7 +59,7 @@ class MetricsLog:
         return [record for record in self.records if record["kind"] not in _STEPS]
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
-        """Append one record, all of it or nothing. Raises `OSError` where the disk is full.
+        """Append one record, atomically. Raises `OSError` where the disk is full.
 
         `kind` is "step", "skip" or "above_threshold" of an iteration, "evaluation", "ema_evaluation", "gradient",
         "baseline" (random real images) or "soft_baseline" (with soft labels).

@@ -1,4 +1,4 @@
-"""JSON records that a job reads back, each with a checksum of its content, so that damage is not taken for a result.
+"""JSON records that a later command reads back. Each has a checksum, so that damage is not taken for a result.
 
 A record has two fields besides its own, `format` and `checksum`; records of the first format have neither.
 """
@@ -46,7 +46,7 @@ def read_entries(
 ) -> list[dict[str, Any]]:
     """Return `entry` of each item in the list `field` of the record in `path`; none if there is no such file.
 
-    Raises `InputError` for a file that is no record, or for which `entry` raises one of `MALFORMED`: the message says `what`
+    Raises `InputError` for a file that is not a record, or for which `entry` raises one of `MALFORMED`: the message says `what`
     was expected, and how to fix it (`fix`).
     """
     if not path.exists():

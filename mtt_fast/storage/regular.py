@@ -1,4 +1,4 @@
-"""Read regular files of a plausible size only: never wait for a pipe, read a device or load a bomb."""
+"""Read only regular files of a plausible size: never block on a pipe, read a device or load a decompression bomb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lock a folder, and write and read the options of the run in it, a distillation or a baseline, with which the run continues."""
+"""Lock a run's folder, and write and read the options with which the run, a distillation or a baseline, continues."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def lock_folder(
 ) -> Iterator[FileLock]:
     """Make and lock `folder` within the block, and remove partial files of killed processes.
 
-    The lock ends with the process that holds it. Raises `InputError` if the folder cannot be made or written, or if another process
-    still holds the lock after `wait` seconds (below 0: wait without end); the message says what that process is `doing`, and what to do
-    other than wait (`fix`).
+    The lock ends with the process that holds it. Raises `InputError` if the folder cannot be made or written, or if another
+    process still holds the lock after `wait` seconds (below 0: wait without end); the message says what that process is `doing`,
+    and what to do instead of waiting (`fix`).
     """
     check_output_folder(folder, fix)
     lock = FileLock(folder / _LOCK)
@@ -58,7 +58,7 @@ def lock_folder(
 
 
 def lock_inode(folder: Path) -> tuple[int, int] | None:
-    """Return the device and the inode of the lock in `folder`, or None if there is none; another folder of its name has others."""
+    """Return the device and inode of the lock in `folder`, or None. They differ if another folder has taken its name."""
     try:
         status = (folder / _LOCK).stat()
     except (FileNotFoundError, NotADirectoryError):

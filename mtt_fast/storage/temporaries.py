@@ -1,4 +1,4 @@
-"""Hidden folders for files that are being written: made, locked, and removed, even if their writer is killed.
+"""Make, lock and remove hidden folders for files that are being written, even if their writer is killed.
 
 Each is beside the final place of its content, as `.NAME.RANDOM.partial`, and holds a file that its writer locks. The system
 releases the lock when the process ends, however it ends. So a folder that is not locked is a leftover, and the next writer
@@ -24,8 +24,7 @@ _CONTENT, _LOCK = "content", "lock"
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, for content that the caller renames to `path`; remove the rest at the end.
 
-    The folder that is to hold `path` is made; if the block fails it goes again, unless it holds other things.
-    Raises `OSError`.
+    The parent folder of `path` is made; if the block fails it is removed again, unless it holds something else. Raises `OSError`.
     """
     with made_folder(path.parent):
         remove_leftovers(path.parent)

@@ -1,4 +1,4 @@
-"""Write tensors to safetensors files with checksums, and check them when they are read.
+"""Write tensors to safetensors files with checksums, and verify these when the files are read.
 
 The metadata of every tensor file that is written here has two fields: `checksums` of the bytes of each tensor (of each row,
 for a tensor that is read by rows), and `checksum` of everything else in the header. A file that lacks one of them is damaged.
@@ -74,7 +74,7 @@ def header_of(
     metadata: Mapping[str, str],
     checksums: Mapping[str, Sequence[str]],
 ) -> bytes:
-    """Return the header of a safetensors file: its length, and JSON with the metadata and the place of each tensor.
+    """Return the header of a safetensors file: its length, and JSON with the metadata and the offsets of each tensor.
 
     `shapes`: types, as the format spells them, and shapes of the tensors in the order in which they lie in the file;
     `checksums`: of the bytes of each, or of equal parts of them. Its length depends on no checksum's value.
@@ -98,7 +98,7 @@ def _checksum_of_header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metad
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The place of one tensor in a safetensors file: `dtype` as the format spells it, `shape`, bytes [`begin`, `end`).
+    """One tensor in a safetensors file: `dtype` as the format spells it, `shape`, and its bytes [`begin`, `end`).
 
     `checksums` are those of equal parts of its bytes; there are none in a file of a format without checksums.
     """
@@ -113,8 +113,8 @@ class TensorEntry:
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Return (entries by tensor name, metadata) of a safetensors file, after a check of its header; only the header is read.
 
-    Raises `InputError` if the file is missing, is no safetensors file, is shorter or longer than its header says, or its
-    header is not the one that was written.
+    Raises `InputError` if the file is missing, is not a safetensors file, is shorter or longer than its header says, or its
+    header was changed.
     """
     path = Path(path)
     with open_regular(path) as file:
@@ -188,7 +188,7 @@ def check_part(path: str | os.PathLike[str], name: str, part: memoryview, checks
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors by name, memory-mapped, CPU; metadata) of a safetensors file, read once to check all of it.
 
-    Raises `InputError` as `read_header`, and for tensors that are not those that were written.
+    Raises `InputError` as `read_header` does, and for damaged tensors.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -85,7 +85,7 @@ def write_expert(
 
 
 def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
-    """Return why `parameters` (rows, P) are no trajectory of the network in `metadata`, or None."""
+    """Return why `parameters` (rows, P) are not a trajectory of the network in `metadata`, or None."""
     if parameters.dim() != 2 or len(parameters) < 2:
         return f"expected parameters of shape (epochs + 1, P) with at least one epoch, found {tuple(parameters.shape)}"
     size = ParameterLayout.from_text(metadata.layout).num_parameters
@@ -108,7 +108,7 @@ def _problem_with(parameters: Tensor, course: Course | None, metadata: ExpertMet
 
 
 def _why_not_finite(metadata: ExpertMetadata) -> str:
-    """Return why parameters are NaN or infinite, as far as `metadata` tells, and what to do."""
+    """Return the likely reason why parameters are NaN or infinite, from `metadata`, and what to do."""
     origin = metadata.hyperparameters.get("imported_from")
     if origin is not None:
         return f"they are not finite in {origin} either: its training diverged, or it is damaged; leave it out"
@@ -143,11 +143,11 @@ class _Header:
 
 
 class TrajectoryStore:
-    """The experts of a folder, read only. The constructor only lists the files; a file's header is read at its first use.
+    """The experts in a folder, read-only. The constructor only lists the files; a file's header is read at its first use.
 
-    Methods take an expert's position, 0 … len − 1, in `indices`, the sorted numbers of the experts (but see `starting_with`). They
-    may be called from several threads. They raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`,
-    which is an `InputError` and an `IndexError`, for a position or an epoch out of range.
+    Methods take an expert's position, 0 … len − 1, in `indices`, the sorted numbers of the experts (but see `starting_with`).
+    They may be called from several threads. They raise `InputError` for a file that is missing, truncated or not an expert, and
+    `OutOfRange` (an `InputError` and an `IndexError`) for a position or an epoch out of range.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
@@ -270,7 +270,7 @@ class TrajectoryStore:
             self._row(expert, header, number)
 
     def _position(self, expert: Any) -> int:
-        """Return `expert` as a position in `indices`. Raises `InputError` if it is no integer, `OutOfRange` if it has no expert."""
+        """Return `expert` as a position in `indices`. Raises `InputError` if it is not an integer, `OutOfRange` if there is no such expert."""
         try:
             position = operator.index(expert)
         except TypeError as error:
@@ -342,7 +342,7 @@ def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) ->
 def mark_unfinished(folder: Path) -> Iterator[None]:
     """Mark a folder as unfinished until the block has written all experts to it.
 
-    If the block fails, the mark stays, unless the folder has no expert yet.
+    If the block fails, the mark stays, unless the folder is still without experts.
     """
     mark = folder / _UNFINISHED
     write_text(mark, "")

@@ -6,7 +6,7 @@ Between the waypoints W_k, at epoch e_k, and W_{k+1} each layer l (one parameter
     θ_l(e) = (1 − w_l(e)) W_{k,l} + w_l(e) W_{k+1,l}
     w_l(e) = Σ_{e_k < i ≤ e} |θ_l(i) − θ_l(i−1)| / Σ_{e_k < i ≤ e_{k+1}} |θ_l(i) − θ_l(i−1)|
 
-at the pace of the expert that it was made from. Within an epoch w_l is linear, so every real e is a place on the path.
+at the pace of the original expert. Within an epoch w_l is linear, so e may be fractional.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROUNDING = 1e-5  # of positions that were float32
 
 @dataclass(frozen=True)
 class Course:
-    """The epochs of the K waypoints, and the place of each of L layers between them at every epoch."""
+    """The epochs of the K waypoints, and the position of each of L layers between them at every epoch."""
 
     epochs: tuple[int, ...]
     """e_0 = 0 < e_1 < … of the waypoints; the last is the expert's"""
@@ -77,7 +77,7 @@ class Course:
 def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
     """Return `count` epochs from 0 to `epochs`, evenly spaced and rounded up: 0, 17, 34, 50 for 4 of 50, as in MCT's code.
 
-    MCT's code rounds their distance down instead. Where that leaves epochs over, as for 5 of 50, it cannot match these.
+    MCT's code rounds the distance between them down instead. If epochs are left over, as for 5 of 50, it never matches these.
     """
     if not 2 <= count <= epochs + 1:
         raise InputError(

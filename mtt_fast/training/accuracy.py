@@ -17,13 +17,13 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
 
 
 def count_correct(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without waiting for it."""
+    """Return the number of `images` that `network` classifies correctly, () int64 on the device, without a synchronisation."""
     return classified_correctly(network, theta, images).sum()
 
 
 @torch.no_grad()
 def classified_correctly(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return whether `network` classifies each of `images` correctly, (n,) bool on the device, without waiting for it.
+    """Return whether `network` classifies each of `images` correctly, (n,) bool on the device, without a synchronisation.
 
     An image with logits that are not finite counts as wrong.
     """

@@ -20,7 +20,7 @@ from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 Result = TypeVar("Result")
 Job = Generator[None, None, Result]
-"""A training as a generator that yields after each piece of work, and returns the training's result, on the host."""
+"""A training as a generator: it yields after each piece of work, and returns the training's result, on the host."""
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 """The context in which the pieces of one job run, such as a CUDA stream."""
@@ -29,8 +29,8 @@ Context = Callable[[], contextlib.AbstractContextManager[object]]
 # of several networks than with all threads for one network. Measured on two busy cores: 1.4 times as fast for ConvNet at 32×32 and
 # width 128 on 10 images (47 MB), and no difference for digits at width 32, where Python takes most of the time.
 _SMALL_STEP = 64 * 2**20  # bytes
-# A GPU counts as full with this many numbers for each of its resident threads. This is an estimate, not measured on a device.
-_NUMBERS_PER_THREAD = 200
+# A GPU counts as full with this many activation values for each of its resident threads. This is an estimate, not measured on a device.
+_VALUES_PER_THREAD = 200
 _VECTORS = 12  # parameters and velocity before, within and after a captured step; SAM's gradients with their parts
 
 
@@ -54,9 +54,9 @@ def concurrency_for(
 ) -> Concurrency:
     """Return how many of `num_jobs` trainings of `network` to run at the same time, and with how many threads each.
 
-    `batch` is the number of images (C, H, W) in a step. On a CPU, as many jobs as threads run if a step is small, else one. On a
-    GPU, as many run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once` overrides
-    this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
+    `batch` is the number of images (C, H, W) in a step. On a CPU, one job per thread runs if a step is small, else one job. On a
+    GPU, as many jobs run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once`
+    overrides this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
     """
     work = GenericStudent(network).live_bytes(batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
@@ -75,9 +75,9 @@ def concurrency_for(
 def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:
     """Return the number of steps that fill a GPU of `gpu_threads` threads and fit in `memory` bytes.
 
-    A step's work is measured as `work` bytes of activations, and a step takes `step` bytes.
+    `work` is a step's work, measured in bytes of activations; `step` is its memory in bytes.
     """
-    return min(gpu_threads * _NUMBERS_PER_THREAD * 4 // work, memory // step)
+    return min(gpu_threads * _VALUES_PER_THREAD * 4 // work, memory // step)
 
 
 def run_concurrently(
@@ -86,9 +86,9 @@ def run_concurrently(
     """Run `jobs`, `concurrency.at_once` at a time; yield (index of the job, result) when a job is done.
 
     The next job is taken from the iterable when one ends. On a CPU each job has its own thread. On CUDA one thread launches the
-    pieces of all jobs in turn, on one stream per job, so pieces should not wait for the device. If a job raises, each other one does
-    one piece more, in which a finished training returns its result, before the error is raised. If the caller stops, all end after
-    their current piece.
+    pieces of all jobs in turn, on one stream per job, so pieces should not synchronise with the device. If a job raises an error,
+    every other job runs one more piece, so that a finished training can return its result, before the error is raised. If the
+    caller stops, all end after their current piece.
     """
     if device.type == "cuda":
         yield from round_robin(jobs, [_stream(device) for _ in range(concurrency.at_once)])

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 _SHARE_OF_BATCHES = 0.5
-_BOX = 4  # columns of a box: its first row and the row after its last one, and the same of its columns
+_BOX = 4  # columns that describe a box: top, bottom, left, right (bottom and right exclusive)
 
 
 def draw_box(count: int, image_shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Return the draws (count, 5) of `mixed` for a batch of `count` images (C, H, W): the box, and each image's partner in the batch.
 
-    Half of the batches have a box, which is empty in the others. Its share of the image is uniform in [0, 1) before it is cut at the border.
+    In half of the batches the box is empty. Otherwise its share of the image is uniform in [0, 1), before the box is clipped at
+    the border.
     """
     device = generator.device
     draws = torch.zeros(count, _BOX + 1, dtype=torch.float32, device=device)
@@ -29,9 +30,9 @@ def draw_box(count: int, image_shape: torch.Size, generator: torch.Generator) ->
 
 
 def mixed(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the images (b, C, H, W) with the box of `draws` (b, 5) from each one's partner, and the mean of both labels (b, classes).
+    """Return the images (b, C, H, W) with the box of `draws` (b, 5) taken from each image's partner, and the mean of both labels (b, classes).
 
-    The mean is weighted by the shares of the image. The function is pure, and reads no tensor on the host.
+    The mean is weighted by area. The function is pure, and reads no tensor on the host.
     """
     top, bottom, left, right = (column[:, None, None] for column in draws[:, :_BOX].unbind(1))
     row, column = (torch.arange(size, device=images.device) for size in images.shape[2:])

@@ -41,8 +41,8 @@ class Chunk(NamedTuple):
 class Epochs:
     """Train on images for some epochs, each in random order; the last batch of an epoch may be smaller.
 
-    Order and augmentation of all epochs of a call are drawn before its first step. Nothing waits for the device, and on CUDA
-    steps are replayed from a CUDA graph.
+    Order and augmentation of all epochs of a call are drawn before its first step. Nothing synchronises with the device, and on
+    CUDA steps are replayed from a CUDA graph.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Epochs:
     ) -> None:
         """Prepare to train on `images`, or only on those at `subset`, indices on the CPU.
 
-        `track` (`mtt_fast.networks.flat_module.track_of`) updates the running statistics of a network that has some. `cutmix` mixes the
-        images of half the batches (mtt_fast/training/cutmix.py) and needs soft labels.
+        `track` (`mtt_fast.networks.flat_module.track_of`) updates the network's running statistics, if it has any. `cutmix` mixes
+        the images of half the batches (mtt_fast/training/cutmix.py) and needs soft labels.
         """
         self._images, self._optimizer, self._cutmix = images, optimizer, cutmix
         self._augment = augment if images.canvas is None else images.canvas.crops(augment)
@@ -79,7 +79,7 @@ class Epochs:
     ) -> tuple[Tensor, ...]:
         """Return parameters and velocity (P,) after `epochs` epochs, the mean loss of each epoch (epochs,), and the running statistics.
 
-        The learning rate is `factor` times that of the optimizer. For `AdamW` the velocity is its state.
+        The learning rate is `factor` times the optimizer's. For `AdamW` the velocity is the optimizer's state.
         """
         losses = []
         for chunk in self.chunks(theta, velocity, generator, *statistics, epochs=epochs, factor=factor):
@@ -199,7 +199,7 @@ def training_step(
     targets: Tensor,
     lr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters and velocity (P,) after a step with the learning rate `lr` () on a batch, and the loss () before. A pure function."""
+    """Return parameters and velocity (P,) after a step with learning rate `lr` () on a batch, and the loss () before the step. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
     return *optimizer.step(theta, velocity, sums, lr), loss
 

@@ -37,7 +37,7 @@ from mtt_fast.training.protocols import EvaluationProtocol
 log = logging.getLogger(__name__)
 
 _STEPS_DRAWN_AT_ONCE = 24
-_BEYOND_GUESSING = 100.0  # the loss of guessing among a million classes is 14
+_BEYOND_GUESSING = 100.0  # the loss of random guessing among a million classes is 14
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def training_job(
 ) -> Job[Tensor]:
     """Return a job that trains from `theta` (P,) on `images` by the protocol, with the initial learning rate `lr`.
 
-    The job returns the final parameters (P,), and calls `test` after each epoch to test, with the network in evaluation mode, its
-    parameters (P,), and whether it has diverged (), bool, on the device.
+    The job returns the final parameters (P,). After each epoch that is tested it calls `test` with the network in evaluation
+    mode, its parameters (P,), and whether it has diverged, a bool tensor () on the device.
     """
     soft, ipc = images.labels.is_floating_point(), 0
     if protocol.cutmix:  # as in NCFM, the only protocol whose tests depend on the images per class
@@ -119,7 +119,7 @@ def training_job(
 def _with_soft_labels(network: Network, theta: Tensor, images: Images) -> Images:
     """Return `images` with probabilities as labels, as CutMix needs them: its targets are means of two labels.
 
-    The network's outputs tell the number of classes. The labels do not, as a class may have no image.
+    The number of classes is taken from the network's outputs, since a class may have no image.
     """
     with torch.no_grad():
         classes = network(theta, theta.new_zeros(2, *images.input_shape)).shape[1]
@@ -140,10 +140,10 @@ def _augment(protocol: EvaluationProtocol) -> SiameseAugment | None:
 
 
 def _epochs_at_once(images: Images, batch_size: int) -> int:
-    """Return how many epochs to draw together. A stop request is noticed between two draws.
+    """Return how many epochs to draw together.
 
-    On CUDA they have about two dozen steps, since augmentations are drawn faster together. On a CPU the steps take longer than the
-    draws.
+    Stop requests are checked between two draws. On CUDA these epochs have about two dozen steps, since drawing augmentations
+    together is faster. On a CPU the steps take longer than the draws.
     """
     steps = math.ceil(len(images) / batch_size)
     return max(1, _STEPS_DRAWN_AT_ONCE // steps) if images.labels.is_cuda else 1
@@ -158,10 +158,10 @@ def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int,
 
 
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
-    """Return whether a training has diverged, () bool, without waiting for the device.
+    """Return whether a training has diverged, () bool on the device, without a synchronisation.
 
-    It has if `losses` (epochs,) or `state` are not finite, or if a loss was far above that of guessing and the last loss is above the
-    first. (A normalised network may stay finite at any learning rate.)
+    It has if `losses` (epochs,) or `state` are not finite, or if a loss was far above that of random guessing and the last loss
+    is above the first. (A network with norms may stay finite at any learning rate.)
     """
     finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
     return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))

@@ -104,7 +104,7 @@ def expert_job(
             )
             theta, velocity, loss, *statistics = run_epochs(theta, velocity, generator, *statistics)
             num_correct = count_correct(in_evaluation(network, *statistics), theta, images.test)
-            for read_last in unread:  # of the previous epoch, now that a GPU is busy with this one
+            for read_last in unread:  # read the previous epoch's results while a GPU computes this one
                 read_last()
             unread = [partial(read, epoch, download(theta, num_correct, loss))]
             yield
@@ -156,7 +156,7 @@ def expert_steps(
 ) -> Iterator[Tensor]:
     """Yield the parameters (P,), on the device, before the first and after each step of expert `index`, without end.
 
-    After the last step of an epoch they are the row that `expert_job` returns.
+    After the last step of an epoch they equal the row that `expert_job` returns.
     """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)

@@ -65,14 +65,14 @@ class Images:
         return (self.transform(pixels.float() / 255) if self.transform else pixels), self.labels[index]
 
     def subset(self, index: Tensor) -> Images:
-        """Return the images at `index`, which may be on another device, as inputs of networks."""
+        """Return the images at `index`, which may be on another device, as inputs of networks (floating point)."""
         return Images(*self.batch(index.to(self.labels.device)))
 
 
 def parts_of(images: Images, factor: int) -> Images:
     """Return the `factor` × `factor` parts of each image, scaled up to its size, with its label: the multi-formation of IDC and NCFM.
 
-    Raises `InputError` for sides that cannot be cut so, and for canvases.
+    Raises `InputError` for sides that are not multiples of `factor`, and for canvases.
     """
     if factor == 1:
         return images

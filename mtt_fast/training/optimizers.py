@@ -1,4 +1,4 @@
-"""The optimizers of experts and evaluated networks, whose steps are pure functions that a CUDA graph can hold."""
+"""The optimizers of experts and evaluated networks. Their steps are pure functions, which a CUDA graph can capture."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_experts_may_lie_beside_the_buffers_that_they_were_read_from(caplog: pyt
     for time in range(2):  # the same command continues where it was stopped, and finds all of them here
         assert convert(folder, "buffers") == 0
         assert len(TrajectoryStore(folder)) == 2
-        warned = f"{folder}: other experts (this software's: expert_NNNN.safetensors, one file an expert) are not read; --from experts"
+        warned = f"{folder}: other experts (mtt_fast's: expert_NNNN.safetensors, one file an expert) are not read; --from experts"
         assert (warned in caplog.text) == (time == 1)
     caplog.clear()
     assert convert(folder, "theirs", "--from", "experts") == 0

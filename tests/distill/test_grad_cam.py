@@ -291,7 +291,7 @@ def test_what_the_network_cannot_be_is_known_before_the_experts_are_trained(
     options = DistillOptions(dataset="ImageNet", ipc=1, precision="fp16", cam_model="ConvNetD2W4")
     check_options_fit(options, info, options.network(info), gpu)
     options = dataclasses.replace(options, cam_model="ResNet18")
-    with pytest.raises(InputError, match="`precision` fp16: only the fused step of ConvNet knows it"):
+    with pytest.raises(InputError, match="`precision` fp16: only the fused step of ConvNet supports it"):
         check_options_fit(options, info, options.network(info), gpu)
 
     monkeypatch.chdir(tmp_path)

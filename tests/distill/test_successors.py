@@ -289,7 +289,7 @@ def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
 ) -> None:
     def for_convnet_alone(device: torch.device, network: Network, precision: str) -> str:
         if isinstance(network, FlatModule):
-            raise InputError("--precision bf16: only the fused step of ConvNet knows it")
+            raise InputError("--precision bf16: only the fused step of ConvNet supports it")
         return "fp32"
 
     monkeypatch.setattr("mtt_fast.distill.checks.precision_on", for_convnet_alone)

@@ -224,7 +224,7 @@ def test_runs_of_two_versions_are_not_one_measurement() -> None:
         ("Counting", "expected the same outputs for the same arguments"),
         ("OnTheHost", "make its tensors on the device of the images, or dense buffers of a module"),
         ("OneDerivative", "once_differentiable"),
-        ("NoDerivative", "expected a loss that depends on the parameters, found none of their gradients"),
+        ("NoDerivative", "expected a loss that depends on the parameters, found no gradient"),
     ],
 )
 def test_what_cannot_be_differentiated_is_refused_before_any_work(
@@ -252,9 +252,7 @@ def test_what_an_evaluation_cannot_train_is_told(
     name = "nets.py:NoDerivative"
     assert run(command, *words.split(), name, *"--dataset digits --num_eval 1 --epoch_eval_train 1".split()) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(
-        f"error: --model {name}: expected a loss that depends on the parameters, found none of their"
-    )
+    assert error.startswith(f"error: --model {name}: expected a loss that depends on the parameters, found no gradient")
 
 
 @pytest.mark.parametrize(("command", "option"), [(evaluate, "--model"), (cross, "--models")])

@@ -213,8 +213,8 @@ def test_a_list_of_betas_is_a_pair() -> None:
             r"found \(2, \d+\); SGD has one velocity \(P,\), Adam as `optimizer` two moments \(2, P\)",
         ),
         ({"optimizer": torch.optim.Adam}, r"`optimizer`: expected mtt_fast.Adam\(…\), or None for SGD, found"),
-        ({"momentum": 0.9}, "`momentum` 0.9, `weight_decay` 0: they are SGD's, found with an `optimizer`"),
-        ({"weight_decay": 0.1}, "`momentum` 0, `weight_decay` 0.1: they are SGD's"),
+        ({"momentum": 0.9}, "`momentum` 0.9, `weight_decay` 0: expected 0 with an `optimizer`, since they are SGD's"),
+        ({"weight_decay": 0.1}, "`momentum` 0, `weight_decay` 0.1: expected 0 with an `optimizer`"),
         ({"velocity": torch.zeros(2, NET.num_parameters).double()}, r"expected none with Adam\(steps=0\), found one"),
         ({"optimizer": Adam(steps=3)}, r"expected one with Adam\(steps=3\), found none"),
         (

@@ -171,7 +171,7 @@ def test_writes_that_autograd_does_not_see_are_noticed(network: Network, name: s
     loss = matching_loss(path[-1], START, TARGET)
     WRITES[name](distilled, path)
     with pytest.raises(
-        InputError, match=f"`{name}`: expected in the backward pass the numbers of the call, found others"
+        InputError, match=f"`{name}`: expected the same values in the backward pass as in the call, found others"
     ):
         loss.backward()
 

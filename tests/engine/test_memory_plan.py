@@ -360,7 +360,7 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
         ({"device": "gpu"}, "^`device`: expected a device of torch, such as cpu or cuda, found .gpu.$"),
         ({"batch": -3}, "^`batch`: expected at least 1, found -3$"),
         ({"images": (3, 32, 32)}, r"^`images`: expected a tensor or a shape \(n, C, H, W\), found \(3, 32, 32\)$"),
-        ({"images": (50, 3, 64, 64)}, r"^`images`: expected .*, 3 channels and size 32, found \(3, 64, 64\)$"),
+        ({"images": (50, 3, 64, 64)}, r"^`images`: expected .* 3 channels and size 32, found \(3, 64, 64\)$"),
         ({"images": (50, 1, 32, 32)}, r"^`images`: expected .*, found \(1, 32, 32\)$"),
         ({"images": torch.zeros(2, 0, 4, 4)}, r"^`images`: .* found \(2, 0, 4, 4\)$"),
         ({"images": 50}, r"^`images`: expected .*, found 50$"),

@@ -51,7 +51,7 @@ def test_what_changes_before_the_backward_pass_is_refused(part: str, options: di
 
     end(1.0).backward()
     (end(1.0) + end(1.0)).backward()
-    with pytest.raises(InputError, match="expected in the backward pass the network, loss, augmentation and path"):
+    with pytest.raises(InputError, match="expected the same network, loss, augmentation and path in the backward pass"):
         (end(1.0) + end(1.5)).backward()
 
 
@@ -99,9 +99,9 @@ def test_sweeps_differ_by_no_more_than_rounding() -> None:
     ):
         other = again.clone()
         other[step] = now
-        with pytest.raises(InputError, match=f"of the call, found {told}"):
+        with pytest.raises(InputError, match=f"as in the call, found {told}"):
             check_repeated(first, other, other.__getitem__)
         one, another = (torch.cat([torch.ones_like(each), each], dim=1) for each in (first, other))
-        with pytest.raises(InputError, match=f"of the call, found {told}"):
+        with pytest.raises(InputError, match=f"as in the call, found {told}"):
             check_repeated(one, another, another.__getitem__)  # beside a number that is the same
         check_repeated(first, other, first.__getitem__)  # the forward sweep's operations find the same again

@@ -390,7 +390,7 @@ def test_images_of_another_shape_and_as_many_features_are_refused_by_every_stude
     net = case.pop("net")
     assert net.feature_size_of(4, 16) == (1, 4)
     assert net.feature_size == (2, 2)
-    with pytest.raises(InputError, match=r"`images`: expected those of the network, 3 channels and size 8, found"):
+    with pytest.raises(InputError, match=r"`images`: expected the network's 3 channels and size 8, found"):
         unroll(net, case.pop("start"), **{name: value for name, value in case.items() if name != "target"})
 
 

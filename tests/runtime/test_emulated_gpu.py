@@ -100,7 +100,7 @@ def test_steps_of_an_unroll_wait_for_nothing(run: Run) -> None:
     # a buffer or frozen parameter is copied once: of the convolution two, of the norm three
     networks = [wait for wait in report.waits if "mtt_fast/networks" in wait]
     assert len(networks) == 5
-    assert all("_near" in wait for wait in networks)
+    assert all("_on_device_of" in wait for wait in networks)
 
 
 def test_a_caller_may_capture_the_library(run: Run) -> None:

@@ -129,7 +129,9 @@ def test_bf16_needs_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     net = FlatModule(torch.nn.Linear(3, 2))
     assert precision_on(CUDA, net, "tf32") == "tf32"
-    with pytest.raises(InputError, match="`precision` bf16: only the fused step of ConvNet knows it, and FlatModule"):
+    with pytest.raises(
+        InputError, match="`precision` bf16: only the fused step of ConvNet supports it, and FlatModule"
+    ):
         precision_on(CUDA, net, "bf16")
 
 
@@ -161,7 +163,7 @@ def test_auto_takes_fp16_for_the_iterations_where_tensor_cores_have_it(
     assert "tf32 (auto: fp16 is only for the iterations" in describe_numerics(CUDA, network, "auto")
     assert precision_on(CUDA, network, "tf32", iterations=True) == "tf32"
     assert precision_on(CUDA, network, "fp32", iterations=True) == "fp32"
-    assert ", tf32 (as asked for)" in describe_numerics(CUDA, network, "tf32")
+    assert ", tf32 (as requested)" in describe_numerics(CUDA, network, "tf32")
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])

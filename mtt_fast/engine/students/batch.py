@@ -1,6 +1,7 @@
 """The images of a step, selected from all synthetic images and augmented, and the transpose for their gradient.
 
-A student gets a `Batch`, which it may gather itself, or a tensor. Augmentations other than warps are differentiated by autograd.
+A student gets a `Batch`, which it may gather itself, or a tensor. Augmentations that are not warps are differentiated by
+autograd.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class AugmentedBatch:
     def from_images(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
-        """Return the batch with its augmented images, in `dtype`; `tracked` says whether their gradient will be needed.
+        """Return the batch with its augmented images, in `dtype`; `tracked` says whether the images' gradient will be needed.
 
         Raises `InputError` if the gradient is needed and `augment` cuts it off.
         """
@@ -101,7 +102,7 @@ class AugmentedBatch:
         `inputs_bar` is the gradient of the augmented images (b, …).
         """
         (selected_bar,) = torch.autograd.grad(self.augmented, self.selected, -factor * inputs_bar)
-        # with alpha=1 torch uses a scatter that starts threads and waits for them, however few the numbers
+        # with alpha=1 torch uses a scatter that starts threads and waits for them, even for few values
         kernels.index_add(out, self.index, selected_bar.contiguous(), alpha=-1)
 
 

@@ -1,7 +1,7 @@
 """The student for a loss that is not a mean over samples: the network gets pieces of a batch, and the loss the outputs of all.
 
 A contrastive loss compares each sample with all others, and class weights divide by the weights of the whole batch. The loss ℓ
-depends on the network only by its outputs z (b, …), which are small. So the pieces of a batch need only ∂ℓ/∂z, and then their
+depends on the network only through its outputs z (b, …), which are small. So the pieces of a batch need only ∂ℓ/∂z, and their
 gradients add up ("gradient caching", Gao et al. 2021). docs/adjoint.md derives the directional derivative.
 """
 
@@ -45,7 +45,7 @@ class BatchLossStudent:
         # with ∂ℓ/∂z as a constant; the derivative with respect to that constant is the tangent of the outputs
         part = self._pieces.gradient_jvp(theta, images, outputs_bar, v)
         assert part.labels is not None
-        # and with ∂ℓ/∂z as a function of the outputs, whose tangent is ∂²ℓ/∂z² times that of the outputs
+        # then with ∂ℓ/∂z as a function of the outputs: its tangent is ∂²ℓ/∂z² times the outputs' tangent
         outputs_bar_dot, *labels_bar_dot = derivatives_of(graph, len(images) * part.labels)
         hessian_v = part.hessian_v
         self._add_vjp(theta, images, outputs_bar_dot, out=(hessian_v, part.images))
@@ -54,11 +54,11 @@ class BatchLossStudent:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """See `Student.passes`: the outputs of both sweeps (2), the derivatives of the pieces (12), and those through ∂ℓ/∂z (3)."""
+        """See `Student.passes`: the outputs in both sweeps (2), the derivatives of the pieces (12), and the terms through ∂ℓ/∂z (3)."""
         return 17, 17
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`: the memory of a piece. That of the loss itself is not counted, but a plan allows for it."""
+        """See `Student.step_bytes`: the memory of a piece. The plan, not this, allows for the memory of the loss itself."""
         step = InMicrobatches(self.student, self.size).step_bytes(batch, image_shape, dtype, device)
         return step._replace(gradient_saving=step.gradient, gradient_jvp_saved=step.gradient_jvp, saved=0)
 

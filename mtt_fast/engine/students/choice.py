@@ -1,4 +1,4 @@
-"""The choice of the student that computes a network's steps, and of its precision."""
+"""Choose the student that computes a network's steps, and its precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TENSOR_CORES = (8, 0)
 
 
 class ChosenPrecision(NamedTuple):
-    """A precision of the factors of products, and the reason for it, for the log."""
+    """A precision, and the reason for it as text for the log."""
 
     precision: Precision
     reason: str
@@ -38,10 +38,9 @@ def student_for(
 ) -> Student:
     """Return the student for `network` on `device`: `FusedConvNetStudent` for a `ConvNet` if kernels exist, else `GenericStudent`.
 
-    A subclass of `ConvNet` that computes other logits has `GenericStudent`, too.
-    The default `loss` is cross-entropy with labels of `label_kind`. `GenericStudent` ignores `precision` and follows torch's own
-    settings. Raises `InputError` for an unknown `label_kind` or `precision`, and for a module
-    whose parameters are not one vector.
+    A subclass of `ConvNet` that computes the logits differently gets `GenericStudent`, too. The default `loss` is cross-entropy
+    with labels of `label_kind`. `GenericStudent` ignores `precision` and follows torch's own settings. Raises `InputError` for an
+    unknown `label_kind` or `precision`, and for a plain module, whose parameters are not one vector.
     """
     check_choices(label_kind, precision)
     if isinstance(network, type):
@@ -66,8 +65,8 @@ def student_for(
 def has_fused_kernels(device: torch.device) -> bool:
     """Return whether a back end has the fused student's kernels for `device`.
 
-    The reference runs everywhere, but in plain torch a fused gradient takes twice the time of autograd's. Raises
-    `InputError` for a CUDA device where Triton is missing.
+    The reference runs everywhere, but there the fused gradient takes twice the time of autograd. Raises `InputError` for a CUDA
+    device where Triton is missing.
     """
     try:
         return bool(has_kernels(device))
@@ -80,10 +79,10 @@ def choose_precision(
 ) -> ChosenPrecision:
     """Return the precision of the factors of products in a run with `network` on `device`.
 
-    A CPU always computes in float32. On a GPU, "auto" is fp16 for the `iterations` of a distillation if `network` has a fused student,
-    and tf32 otherwise (for experts and evaluations too). Before compute capability 8.0 both "auto" and tf32 are fp32: there is no
-    tf32, and in fp32 cuDNN computes the convolutions. Any other `requested` is returned.
-    Raises `InputError` for an unknown precision, and for fp16 or bf16 with `GenericStudent`, which follows torch's own settings.
+    A CPU always computes in float32. On a GPU, "auto" is fp16 for the `iterations` of a distillation if `network` has a fused
+    student, and tf32 otherwise (for experts and evaluations too). Before compute capability 8.0, which added tf32, "auto" and
+    "tf32" mean fp32, with cuDNN's convolutions. Any other `requested` precision is returned unchanged. Raises `InputError` for an
+    unknown precision, and for fp16 or bf16 with `GenericStudent`, which follows torch's own settings.
     """
     if requested not in get_args(PrecisionRequest):
         raise InputError(f"`precision` {requested}: expected {', '.join(get_args(PrecisionRequest))}")
@@ -96,10 +95,10 @@ def choose_precision(
         return _automatic(is_fused=is_fused, iterations=iterations)
     if requested in HALF_PRECISIONS and not is_fused:
         raise InputError(
-            f"`precision` {requested}: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
+            f"`precision` {requested}: only the fused step of ConvNet supports it, and {type(network).__name__} uses the generic one "
             f"on {device}; use `precision` tf32 or fp32"
         )
-    return ChosenPrecision(requested, "as asked for")
+    return ChosenPrecision(requested, "as requested")
 
 
 def _automatic(*, is_fused: bool, iterations: bool) -> ChosenPrecision:

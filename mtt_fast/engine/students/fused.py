@@ -1,11 +1,11 @@
 """ConvNet's gradient and its directional derivative by hand-written formulas over `mtt_fast.kernels`, without autograd.
 
-docs/adjoint.md derives the formulas; fused_blocks.py has the blocks. A name with `_dot` is the derivative in direction v, one with
-`_bar` the gradient of the loss. From its forward part to its backward part a step keeps of each block only the input x, the
-convolution's output y, their tangents, and the statistics of the planes. Some back ends need no y of the first block.
+docs/adjoint.md derives the formulas; fused_blocks.py has the blocks. A name with `_dot` is the derivative in direction v, one
+with `_bar` the gradient of the loss. Between its forward and its backward part a step keeps, for each block, only the input x,
+the convolution's output y, their tangents, and the statistics of the planes. Some back ends do not need y of the first block.
 
 With `save=True`, `gradient` saves for `gradient_jvp` the y of each block, and p̄, the gradient of the block's output p. Then
-`gradient_jvp` computes no convolution of the primal again, and costs 6 F in place of 8 F.
+`gradient_jvp` does not repeat the primal convolutions, and costs 6 F in place of 8 F (F: the convolutions of one forward pass).
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
 
 @dataclass(frozen=True)
 class FusedConvNetStudent:
-    """Compute a step of `ConvNet` with cross-entropy or a `loss` of the caller's own, in float32 or float64.
+    """Compute a step of `ConvNet` with cross-entropy or a user's `loss`, in float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; a CPU rounds them too, and takes longer. With fp16 or bf16 all planes but
-    the given images and their gradient are float16 or bfloat16, in half the memory. With fp16 the direction and the cotangents are
-    scaled by powers of two. All results are linear in them, so the scales are removed exactly. A number that is still too large
-    makes the results not finite. float64 stays float64.
+    `precision` is the format to which the factors of float32 convolutions are rounded; a CPU emulates it, which takes longer.
+    With fp16 or bf16 all planes except the given images and their gradient are float16 or bfloat16, in half the memory. With fp16
+    the direction and the cotangents are scaled by powers of two. All results are linear in them, so the scales are removed
+    exactly. A value that is still too large makes the results not finite. float64 stays float64.
     """
 
     network: ConvNet
@@ -95,7 +95,7 @@ class FusedConvNetStudent:
     def gradient_jvp(
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
-        """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and activations that are consumed."""
+        """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and for `saved` activations that were used before."""
         check_step(self.network, self._checked_kind, images, labels, theta, v=v)
         check_saved(saved, self.network, images)
         packed, x = self._pack(theta, v, images, None if saved is None else saved[-1][0])
@@ -136,14 +136,14 @@ class FusedConvNetStudent:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """See `Student.passes`: 3 + 8, of which the backward sweep repeats 2 of the primal unless they were saved."""
+        """See `Student.passes`: 3 + 8. With saved activations the backward sweep does not repeat 2 primal passes."""
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`."""
         layers, has_image_block = self.layers(image_shape), self._has_image_block(image_shape, device)
         return fused_step_bytes(
-            self.network, layers, has_image_block, batch, dtype, device, self.precision, own_loss=self.loss is not None
+            self.network, layers, has_image_block, batch, dtype, device, self.precision, has_loss=self.loss is not None
         )
 
     def layers(self, image_shape: torch.Size) -> list[ConvLayer]:
@@ -186,8 +186,8 @@ class FusedConvNetStudent:
     ) -> tuple[PackedParameters, Tensor | Patches]:
         """Return the weights of `theta` and of the direction `v` in the layout of the convolutions, and the images for the first block.
 
-        An `ImageBlock` takes its weight unpacked, and the images as patches, the `saved` ones if there are any. Another first block
-        takes the images in channels_last.
+        An `ImageBlock` takes its weight unpacked, and the images as patches (`saved`, if given). Any other first block takes the
+        images in channels_last.
         """
         has_image_block = self._has_image_block(images.shape[1:], images.device)
         places = [
@@ -216,7 +216,7 @@ class FusedConvNetStudent:
         return [Parameters(weight, block[affine:]) for weight, block in zip(weights, blocks, strict=True)], classifier
 
     def _sums(self, layers: Sequence[Sequence[Tensor]], scales: Tensors) -> PartialSums:
-        """Return the partial sums of the gradient (P,) from those of the `layers`, in reverse order; `scales` are to be divided out."""
+        """Return the partial sums of the gradient (P,) from the layers' gradients, last layer first; the sums are divided by `scales`."""
         classifier, *blocks = layers
         # the gradient of a bias before an instance norm is zero: no summands
         biases = (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()

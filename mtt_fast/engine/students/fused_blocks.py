@@ -1,4 +1,4 @@
-"""The blocks of ConvNet (convolution, norm or bias, ReLU, pool) and their derivatives, over `mtt_fast.kernels`.
+"""Compute ConvNet's blocks (convolution, norm or bias, ReLU, pool) and their derivatives by `mtt_fast.kernels`.
 
 A name with `_dot` is the derivative in the direction of the parameters, one with `_bar` the gradient of the loss. `PlaneBlock` stores
 the planes between convolution and pool. `ImageBlock`, a first block that some back ends have, does not.
@@ -41,10 +41,11 @@ class Block(Protocol):
         ...
 
     def backward(self, activations: Any, p_bar: Convolved, *, reuse: bool) -> tuple[Convolved | None, Tensors]:
-        """Return x̄ (None for images), and summands of the parameters' gradients. With `reuse`, y may be overwritten.
+        """Return x̄ (None for images), and summands of the parameters' gradients. With `reuse`, ȳ may overwrite y.
 
-        The activations are consumed: each tensor is freed after its last use. x̄ may be partial sums (`kernels.PartialPlanes`). If
-        `p_bar` is, its sum is stored in `p_bar.planes`. The same holds in `dual_backward`, for the derivatives too.
+        The activations are consumed: each tensor is freed after its last use. x̄ may be partial sums (`kernels.PartialPlanes`).
+        If `p_bar` is partial sums, they are added up and stored in `p_bar.planes`. In `dual_backward` the same holds for p̄, p̄̇,
+        x̄ and x̄̇.
         """
         ...
 
@@ -175,7 +176,7 @@ class PlaneBlock:
     direction: Parameters | None
     padding: int
     precision: Precision
-    is_first: bool  # its input are the images
+    is_first: bool  # its input is the images
 
     def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""

@@ -1,7 +1,8 @@
-"""The classifier of `FusedConvNetStudent` with its loss: cross-entropy by kernels, or a loss of the caller's own.
+"""The classifier of `FusedConvNetStudent` with its loss: cross-entropy by kernels, or a user's loss.
 
-A loss of the caller's own is differentiated by autograd, from the logits (b, classes) on. These are so few that a step takes hardly
-longer than with cross-entropy. A name with `_dot` is the derivative in the direction of the parameters, one with `_bar` the gradient of the loss.
+Autograd differentiates a user's loss with respect to the logits (b, classes). These are so few that a step takes hardly longer
+than with cross-entropy. A name with `_dot` is the derivative in the direction of the parameters, one with `_bar` the gradient of
+the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mtt_fast.kernels import LabelKind
 
 
 class HeadGradient(NamedTuple):
-    """The loss and its gradients, which have the factor `scale`."""
+    """The loss, and its gradients multiplied by `scale`."""
 
     loss: Tensor  # ()
     p_bar: Tensor  # of the classifier's input (B, C, h, w)
@@ -30,7 +31,7 @@ class HeadGradient(NamedTuple):
 
 
 class HeadTangent(NamedTuple):
-    """The derivatives of the loss and its gradients. `p_bar`, `p_bar_dot`, `weight_bar_dot` and `bias_bar_dot` have the factor `scale`."""
+    """The derivatives of the loss and its gradients. `p_bar`, `p_bar_dot`, `weight_bar_dot` and `bias_bar_dot` are multiplied by `scale`."""
 
     loss_dot: Tensor  # ()
     p_bar: Tensor
@@ -68,7 +69,7 @@ class Head:
         scale: Tensor | None,
         direction_scale: Tensor | None,
     ) -> HeadTangent:
-        """Return the derivatives; `scale` is kept if it is given, and the dots have the factor `direction_scale`."""
+        """Return the derivatives. A given `scale` is used again; the direction (all `_dot` arguments) was multiplied by `direction_scale`."""
         if self.loss is None:
             given = (labels, self.label_kind, scale, direction_scale)
             return HeadTangent(*kernels.linear_cross_entropy_dual(p, p_dot, *classifier, *classifier_dot, *given))

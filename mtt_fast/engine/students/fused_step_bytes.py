@@ -19,7 +19,7 @@ from mtt_fast.networks.convnet import ConvNet
 
 
 class BlockBytes(NamedTuple):
-    """Bytes of a block: of its planes, whose tangents and cotangents take the same, and of what its operations allocate."""
+    """Bytes of a block: its planes (tangents and cotangents take the same), and what its operations allocate."""
 
     x: int  # 0 for images, which are arguments of the step
     y: int  # 0 in an `ImageBlock`, which stores none
@@ -38,12 +38,12 @@ def fused_step_bytes(
     device: torch.device,
     precision: Precision,
     *,
-    own_loss: bool,
+    has_loss: bool,
 ) -> StepBytes:
     """Return the peak memory of a step on `batch` samples of `dtype`.
 
-    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`, and `own_loss`
-    whether the loss is one of the caller's own, whose logits are not counted.
+    `layers` are the convolutions of the blocks. `has_image_block` says whether the first block is an `ImageBlock`, and `has_loss`
+    whether a user's loss replaces cross-entropy; its logits are not counted.
     """
     planes, parameters = plane_dtype(dtype, precision), dtype.itemsize * network.num_parameters
     weights = kernels.weight_bytes(batch, layers, planes, device, precision)
@@ -68,7 +68,7 @@ def fused_step_bytes(
     # public code's order.
     p, copies, ys = blocks[-1].p, int(device.type == "cpu"), sum(block.y for block in blocks)
     dual_copies = copies
-    if own_loss:  # features and their gradient, with their tangents, in the dtype of the parameters
+    if has_loss:  # features and their gradient, with their tangents, in the dtype of the parameters
         ratio = dtype.itemsize // planes.itemsize
         copies, dual_copies = 2 * ratio - 1, 4 * ratio
     classifier = sum(block.x for block in blocks) + ys + (2 + copies) * p

@@ -31,8 +31,8 @@ _MANY = 128  # samples
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes).
 
-    Raises `InputError` for other outputs than logits (b, classes), for labels that do not fit, and for those that torch leaves out of
-    the mean (as its `ignore_index`): with them the pieces of a batch would not add up to the batch.
+    Raises `InputError` for outputs other than logits (b, classes), for labels that do not fit, and for labels that torch leaves
+    out of the mean (`ignore_index`), since then the losses of pieces would not add up to the batch's.
     """
     if logits.dim() != 2:
         raise InputError(
@@ -52,7 +52,7 @@ def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
 class GenericStudent:
     """Compute a step of any network and loss by autograd: the directional derivative is the gradient of v·g, in the graph of one step.
 
-    The saved activations are that graph. If all steps save theirs, the two sweeps do what autograd through all steps does.
+    The saved activations are this graph. If all steps save theirs, the two sweeps do the same work as autograd through all steps.
     """
 
     network: Network
@@ -60,7 +60,9 @@ class GenericStudent:
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        if save:  # at a copy: the graph saves θ, and would be invalid once the next row of the path is written
+        if (
+            save
+        ):  # of a copy of θ, since the graph saves θ and would be invalid once the next row of the path is written
             step = self._step_graph(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), as_sums(step.gradient.detach()), [step])
         with torch.enable_grad():
@@ -81,7 +83,7 @@ class GenericStudent:
 
     def _step_graph(self, theta: Tensor, images: Inputs, labels: Tensor) -> LossGraph:
         def loss(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            # of copies, since a network may write into its images, and a loss into its labels
+            # of copies, since a network may modify its images in place, and a loss its labels
             return self.loss(self.network(theta, images.clone()), labels.clone())
 
         with plain_attention:
@@ -112,9 +114,9 @@ class GenericStudent:
         )
 
     def live_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
-        """Return the bytes of the live tensors in a step, without what operations allocate inside (see `step_bytes`).
+        """Return the bytes of the live tensors in a step, without the temporaries inside operations (see `step_bytes`).
 
-        A small loss stands for `loss`, so that the numbers depend only on the network. Raises `InputError` as the function
+        A small loss stands in for `loss`, so that the result depends only on the network. Raises `InputError` as the function
         `live_bytes` does.
         """
         student = GenericStudent(self.network, lambda outputs, _: outputs.square().mean().real)
@@ -133,10 +135,10 @@ def loss_graph(loss: Loss, outputs: Tensor, labels: Tensor) -> LossGraph:
     """Return the graph of `loss` from a network's `outputs` (b, …), and from floating `labels`, to the gradient with respect to the outputs."""
     if outputs.is_complex():
         raise InputError(
-            f"`net`: expected real outputs where batches are cut for a `loss` that is no mean over samples, found {outputs.dtype}; "
+            f"`net`: expected real outputs where batches are cut for a `loss` that is not a mean over samples, found {outputs.dtype}; "
             "return torch.view_as_real of them, of which the `loss` takes torch.view_as_complex"
         )
-    # of copies, since a loss may write into its arguments
+    # of copies, since a loss may modify its arguments in place
     return _graph_of(lambda outputs, labels: loss(outputs.clone(), labels.clone()), outputs, labels)
 
 
@@ -163,7 +165,7 @@ def gradient_of(loss: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Te
 
 def derivatives_of(graph: LossGraph, v: Tensor) -> list[Tensor]:
     """Return the gradient of v·g with respect to each leaf of `graph`, which can be used only once; `v` has the shape of g."""
-    # by `backward`, since torch.autograd.grad takes a function that torch differentiates only once for a constant
+    # by `backward`, since torch.autograd.grad treats a function that torch differentiates only once as a constant
     # a constant gradient, as of a loss that is linear in the parameters and does not read the images, has no graph
     if graph.gradient.requires_grad:
         with explaining_missing_derivatives():
@@ -173,7 +175,7 @@ def derivatives_of(graph: LossGraph, v: Tensor) -> list[Tensor]:
 
 @contextmanager
 def explaining_missing_derivatives() -> Iterator[None]:
-    """Raise `InputError` in place of torch's error that an operation has no derivative, or only a first one."""
+    """Turn torch's error that an operation has no (second) derivative into an `InputError`."""
     try:
         yield
     except RuntimeError as error:
@@ -193,6 +195,6 @@ _NO_DERIVATIVE = re.compile(
 def no_gradient_error(name: str) -> InputError:
     """Return the error that the loss of a step has no gradient with respect to its `name`, "parameters" or "images"."""
     return InputError(
-        f"`net`, `loss`: expected a loss that depends on the {name}, found none of their gradients; leave out what cuts them off, as "
-        "detach, item, torch.no_grad and a constant do"
+        f"`net`, `loss`: expected a loss that depends on the {name}, found no gradient; leave out what cuts it off, such as "
+        "detach, item, torch.no_grad or a constant"
     )

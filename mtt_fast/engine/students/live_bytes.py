@@ -1,4 +1,4 @@
-"""The bytes of the live tensors in a step, counted without computing it."""
+"""Count the bytes of the live tensors in a step on meta tensors, without computing it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def live_bytes(
 ) -> StepBytes:
     """Return the bytes of the live tensors in steps of a `student` of `network`, at their peaks and between the sweeps.
 
-    Nothing is computed: the steps run on the meta device. The cache knows the network and not the `student`, so all students of a
-    network must take the same memory. Raises `InputError` for a network that does not run there, and for one that cannot be a key of the cache.
+    Nothing is computed: the steps run on the meta device. Results are cached by network, not by `student`, so all students of a
+    network must take the same memory. Raises `InputError` for a network that does not run on the meta device, and for one that
+    cannot be a key of the cache.
     """
     try:
         known = _LIVE_BYTES.setdefault(network, {})
@@ -38,11 +39,11 @@ def live_bytes(
     shapes = (batch, image_shape, dtype)
     if shapes not in known:
         try:
-            with torch.autograd.set_detect_anomaly(False):  # which reads values, for NaN
+            with torch.autograd.set_detect_anomaly(False):  # anomaly detection reads values, to find NaN
                 known[shapes] = _counted_live_bytes(network, student, *shapes)
         except RuntimeError as error:
             raise InputError(
-                "`net`: expected a network that runs on tensors without data, and on any number of them, which count the memory of a step, "
+                "`net`: expected a network that runs with any batch size on meta tensors, without data, by which the memory of a step is counted, "
                 f"found {str(error).partition(chr(10))[0]!r}{line_of(error)} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
                 "dense buffers of a module, and read no tensor's value in it; only a `memory_budget` needs the count"
             ) from error
@@ -83,7 +84,7 @@ def _counted_live_bytes(
 
 
 class CountLiveBytes(TorchDispatchMode):
-    """Follow the bytes of the tensors that operations allocate, until they are freed."""
+    """Track the bytes of the tensors that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

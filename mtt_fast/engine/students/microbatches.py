@@ -59,7 +59,7 @@ class InMicrobatches:
         return GradientTangent(v_dot_g, as_sums(hessian_v), to_images, to_labels, loss)
 
     def pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
-        """Yield the pieces of a batch that are computed, each with its weight."""
+        """Yield the slices of a batch to compute, each with its weight."""
         return pieces_of(batch, self.size)
 
     @property
@@ -77,7 +77,7 @@ class InMicrobatches:
 
 
 def pieces_of(batch: int, size: int) -> Iterator[tuple[slice, float]]:
-    """Yield the pieces of at most `size` samples of a batch, each with its share of the batch."""
+    """Yield slices of at most `size` samples that cover a batch, each with its share of the samples."""
     for start in range(0, batch, size):
         stop = min(start + size, batch)
         yield slice(start, stop), (stop - start) / batch

@@ -1,7 +1,7 @@
-"""The student that shares each batch with other processes: each computes some of the samples, and one sum adds up their results.
+"""The student that shares each batch among processes: each computes some of the samples, and one all-reduce adds up the results.
 
-The gradients of images and labels consist of rows of single samples. Each process keeps those of its own samples, and `add_up` adds them
-all at the end of the backward sweep.
+The gradients of images and labels have one row per sample. Each process computes the rows of its own samples, and `add_up`
+all-reduces them at the end of the backward sweep.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from mtt_fast.engine.students.protocol import GradientTangent, SavedActivations,
 class InProcesses(InMicrobatches):
     """Compute this process's share of each batch, in pieces of at most `size` samples; add up the results of all processes.
 
-    All processes of `group` make the same calls. Each call is one all-reduce, whatever the pieces. Losses and derivatives with respect to θ
-    are then the same in all processes, bit for bit. Gradients of images and labels are zero for the samples of other processes.
+    All processes of `group` make the same calls. Each call does one all-reduce, for any number of pieces. Losses and derivatives
+    with respect to θ are then the same in all processes, bit for bit. Gradients of images and labels are zero for the samples of
+    other processes.
     """
 
     group: dist.ProcessGroup
@@ -43,9 +44,9 @@ class InProcesses(InMicrobatches):
         return GradientTangent(v_dot_g, as_sums(hessian_v), own.images, own.labels, *loss)
 
     def pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
-        """See `InMicrobatches.pieces`. A share without samples is the first sample with the weight zero.
+        """See `InMicrobatches.pieces`. An empty share becomes the first sample with weight zero.
 
-        So each process computes at least one piece, and all have results of the same kind.
+        So each process computes at least one piece, and all processes have the same kinds of results.
         """
         rank, processes = self.group.rank(), self.group.size()
         first, last = (batch * number // processes for number in (rank, rank + 1))
@@ -59,19 +60,19 @@ class InProcesses(InMicrobatches):
         """Return the sums over all processes of a vector (P,) and of numbers ()."""
         totals = torch.cat([vector, torch.stack(numbers)])
         dist.all_reduce(totals, group=self.group)
-        # copies of the numbers, since the sweeps keep those of all steps
+        # clone the scalars, since the sweeps keep those of all steps and a view would keep the whole vector
         return totals[: len(vector)], *totals[len(vector) :].clone()
 
 
 def add_up(group: dist.ProcessGroup, *gradients: Tensor | None) -> None:
-    """Replace each of the `gradients` by its sum over the processes of `group`, which must leave out (None) the same ones."""
+    """Replace each of the `gradients` by its sum over the processes of `group`; the same ones must be None in all of them."""
     for gradient in gradients:
         if gradient is not None:
             dist.all_reduce(gradient, group=group)
 
 
 def averaged(group: dist.ProcessGroup | None, numbers: Tensor) -> Tensor:
-    """Return the mean of `numbers` over the processes of `group`, so that all decide alike by them; for None the `numbers`."""
+    """Return the mean of `numbers` over the processes of `group`, so that all take the same decision; without a group, `numbers`."""
     if group is None:
         return numbers
     mean = numbers / group.size()

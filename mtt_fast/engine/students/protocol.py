@@ -1,9 +1,9 @@
 """The student: a network's gradient, and the directional derivative of that gradient, for one step.
 
-`GenericStudent` (generic.py) computes both by autograd, for any network and loss. `FusedConvNetStudent` (fused.py) computes them by
-hand-written formulas. `InMicrobatches` (microbatches.py) wraps another student, and calls it on pieces of the batch; for a loss that
-is not a mean over samples `BatchLossStudent` (batch_loss.py) takes its place. `InProcesses` (processes.py) shares the pieces with other
-processes.
+`GenericStudent` (generic.py) computes both by autograd, for any network and loss. `FusedConvNetStudent` (fused.py) computes them
+by hand-written formulas. `InMicrobatches` (microbatches.py) wraps another student, and calls it on pieces of the batch; for a
+loss that is not a mean over samples, `BatchLossStudent` (batch_loss.py) does this. `InProcesses` (processes.py) shares the pieces
+among processes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class StepBytes(NamedTuple):
     gradient: int
     gradient_saving: int  # of `gradient` with save=True, the saved activations included
     gradient_jvp: int
-    gradient_jvp_saved: int  # of `gradient_jvp` with saved activations, beyond these
+    gradient_jvp_saved: int  # of `gradient_jvp` with saved activations, without counting these
     saved: int  # saved activations of one step; 0 if the student saves nothing
-    workspace: int  # memory for intermediate results, which stays allocated between calls
+    workspace: int  # memory for intermediate results that stays allocated between calls
 
 
 class GradientTangent(NamedTuple):
@@ -58,7 +58,7 @@ class GradientTangent(NamedTuple):
     sums: PartialSums  # of H v
     images: Tensor  # (b, C, H, W): ∂(v·g)/∂x
     labels: Tensor | None  # (b, classes): ∂(v·g)/∂y; None for class indices
-    loss: Tensor | None = None  # (): the loss itself, which the sweeps compare; None from the fused student
+    loss: Tensor | None = None  # (): the loss itself, to compare with the forward sweep's; None from the fused student
 
     @property
     def hessian_v(self) -> Tensor:
@@ -87,7 +87,7 @@ class Student(Protocol):
     ) -> GradientTangent:
         """Return the derivatives of the gradients (with respect to θ, images, labels) at `theta` in the direction `v` (P,).
 
-        `saved` are the activations that `gradient` saved for the same step. They are not computed again, and are consumed.
+        `saved` are the activations that `gradient` saved for the same step. They are not computed again. The list is emptied.
         """
         ...
 

@@ -25,8 +25,8 @@ def check_step(
 ) -> None:
     """Raise `InputError` unless types, shapes, dtypes and devices of a step's tensors fit the network and each other.
 
-    `directions` must be like `theta`. The values of class indices are checked only on a CPU. A `label_kind` of None stands for the labels
-    of a loss of the caller's own, which may be anything.
+    `directions` must be like `theta`. The values of class indices are checked only on a CPU. A `label_kind` of None means that a
+    user's loss takes the labels; they are not checked.
     """
     pixels = images.images if isinstance(images, Batch) else images
     for name, tensor in {"theta": theta, "images": pixels, "labels": labels, **directions}.items():
@@ -45,7 +45,7 @@ def check_step(
 
 
 def check_saved(saved: Any, network: ConvNet, images: Inputs) -> None:
-    """Raise `InputError` unless `saved` is None, or activations of `network` for as many images that are not consumed yet.
+    """Raise `InputError` unless `saved` is None, or activations of `network` for as many images that have not been used yet.
 
     They are a list: the scale of the cotangents, then for each block, the last one first, its activations and p̄ (b, …).
     """
@@ -84,7 +84,7 @@ def _check_images(images: Inputs, pixels: Tensor, network: ConvNet) -> None:
 def check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtype: torch.dtype) -> None:
     """Raise `InputError` unless `labels` are int64 class indices (count,), or soft labels (count, classes) of `dtype`.
 
-    The values of indices are checked only on a CPU, since a check would wait for a GPU.
+    The values of indices are checked only on a CPU, since a check would synchronise with a GPU.
     """
     shape, expected = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
     if labels.shape != shape or labels.dtype != expected:
