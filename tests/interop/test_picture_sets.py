@@ -148,6 +148,7 @@ def test_sorted_folders_are_in_the_order_of_the_classes(tmp_path: Path) -> None:
     files = distilled(images=torch.zeros(1001, 1, 1, 1), labels=torch.arange(1001), class_names=names, mean=(0.5,), std=(0.5,)).export("png", tmp_path)  # fmt: skip
     folders = [file.parent.name for file in files[:-1]]
     assert folders == sorted(folders)
+    assert folders[7] == "0007-class_7"
     assert read_set(tmp_path).labels.tolist() == list(range(1001))
 
 
