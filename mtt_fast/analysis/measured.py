@@ -71,11 +71,11 @@ def finished_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[
     """
     summaries: dict[Path, dict[str, Any]] = {}
     for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: expected a run folder, or a folder of runs; check the path")
         runs = sorted(path.parent for path in folder.rglob(SUMMARY))
         if not runs:
-            raise InputError(f"{folder}: expected a finished run in it or below, found no {SUMMARY}")
+            raise InputError(
+                f"{folder}: expected a run folder, or a folder of runs, found no {SUMMARY} in it or below; check the path"
+            )
         for run in runs:
             if (summary := read_summary(run)) is not None:
                 summaries[run] = summary

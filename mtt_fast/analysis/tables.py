@@ -196,9 +196,7 @@ def _otherwise(row: Row) -> list[str]:
         f"- {row.dataset}, {row.method}, {row.model}, {ipc}: {percent(accuracy)} in {source.source}"
         for source in row.published
         for ipc, accuracy in source.accuracy.items()
-        if (shown := row.published_at(ipc)) is not None
-        and shown is not source
-        and not _is_contained(accuracy, shown, ipc)
+        if (shown := row.published_at(ipc)) is not None and not _is_contained(accuracy, shown, ipc)
     ]
 
 

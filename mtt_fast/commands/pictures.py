@@ -88,7 +88,7 @@ def _panel(title: str, pictures: Tensor, rows: Sequence[Sequence[tuple[str, int]
 
 
 def _shortened(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    while name and font.getlength(name) > width:
+    while font.getlength(name) > width:
         name = name[:-1]
     return name
 

@@ -73,7 +73,7 @@ def experts_of_buffer(content: Any, file: Path) -> list[Any]:
 
 
 def check_points(points: Any, where: str, kind: str) -> None:
-    """Raise `InputError` unless an expert is a list of two or more points, each a list of as many plain floating-point tensors.
+    """Raise `InputError` unless an expert is a list of two or more points, each a list of plain floating-point tensors.
 
     The lists must be distinct objects, as programs write them: a small file could refer to one list a million times. `kind`
     is the word for the points. The message begins with `where`.
@@ -87,8 +87,6 @@ def check_points(points: Any, where: str, kind: str) -> None:
         )
     _check_distinct(points, where)
     for row, point in enumerate(points):
-        if len(point) != len(points[0]):
-            raise InputError(f"{where}, row {row}: expected {len(points[0])} tensors as in row 0, found {len(point)}")
         for place, tensor in enumerate(point):
             if not plain_tensor(tensor, f"{where}, row {row}, tensor {place}").is_floating_point():
                 raise InputError(f"{where}, row {row}, tensor {place}: expected floating point, found {shown(tensor)}")

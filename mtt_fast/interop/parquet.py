@@ -200,7 +200,7 @@ def _encode(picture: Tensor) -> bytes:
 
 def _labels(classes: list[Any], described: Any) -> tuple[list[Any], list[str] | None]:
     """Return the labels, and the names of the classes that they count, where they are names or are `described` by such."""
-    if classes and all(isinstance(label, str) for label in classes):
+    if all(isinstance(label, str) for label in classes):
         names = sorted(set(classes))
         places = {name: place for place, name in enumerate(names)}
         return [places[label] for label in classes], names

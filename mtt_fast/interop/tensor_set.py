@@ -87,7 +87,7 @@ class TensorSet:
         count, classes = len(self.labels), self.num_classes
         evenly = count % classes == 0  # looked at first: a label may be a large number
         if evenly and self.label_kind == "indices":
-            evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
+            evenly = bool((torch.bincount(self.labels) == count // classes).all())
         if not evenly:
             raise InputError(
                 f"{where}: expected the same number of images of every class, found {count} of {classes} classes; remove some, or choose "

@@ -337,6 +337,7 @@ def test_dampened_students_step_as_in_the_distillation(toy: Path) -> None:
     [
         ([], "expected run folders, plain or as LABEL=FOLDER"),
         (["RUN", "RUN"], "there is another run with the label run; give labels as LABEL=FOLDER"),
+        (["nowhere"], "nowhere: cannot be read"),
         (["=RUN"], "expected a label before =, found none; give LABEL=FOLDER"),
         (["RUN", "--deltas", "1,x"], "--deltas 1,x: expected numbers as in 1,10,100"),
         (["RUN", "--deltas", "1,0"], "--deltas 1,0: expected numbers of at least 1"),

@@ -31,7 +31,8 @@ def test_the_score_follows_from_accuracies(
 ) -> None:
     caplog.set_level("INFO")
     out = tmp_path / "score.json"
-    files = ["--distilled", write_evaluation(tmp_path / "set.json", 0.6), "--random"]
+    made_from = {"source": "runs/x", "made_from": {"name": "CIFAR10"}}
+    files = ["--distilled", write_evaluation(tmp_path / "set.json", 0.6, **made_from), "--random"]
     files += [write_evaluation(tmp_path / "random.json", 0.3), "--full", "85", "--out", str(out)]
     assert run("score", *files, *(["--hard", hard, "--weight", str(weight)] if hard else [])) == 0
     record = read(out)
@@ -41,7 +42,8 @@ def test_the_score_follows_from_accuracies(
     assert record["label_robust_score"] == pytest.approx(score)
     assert (record["protocol"], record["dataset"], record["model"]) == ("ddranking", "CIFAR10", "ConvNet")
     assert record["weight"] == weight
-    assert f"label-robust score {score:.3f} (weight {weight})" in caplog.text
+    (line,) = caplog.messages  # and no doubt
+    assert f"label-robust score {score:.3f} (weight {weight:g})" in line
 
 
 def test_the_score_follows_from_the_numbers_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,6 +113,10 @@ def test_a_rate_of_its_own_and_the_accuracy_of_all_images_compare(tmp_path: Path
             "--full 85 --distilled ten.json --random short.json",
             "--random: expected the epochs 1000 as in the files before",
         ),
+        (
+            "--full 85 --distilled percent.json --random 30",
+            "percent.json: expected an accuracy from 0 to 1, found 60.0",
+        ),
         ("--full 85 --distilled random.json --random 30", "found that on random real images"),
         (
             "--full 85 --hard random.json --distilled 60 --random 30",
@@ -134,6 +140,7 @@ def test_wrong_numbers_are_refused(
     write_evaluation(Path("a.json"), 0.6, data={"fingerprint": "1"})
     write_evaluation(Path("other.json"), 0.3, data={"fingerprint": "2"})
     write_evaluation(Path("last.json"), 0.3, best_epoch=False)
+    write_evaluation(Path("percent.json"), 60)
     write_evaluation(Path("random.json"), 0.3, source="random")
     write_evaluation(Path("damaged.json"), 0.6, format=2, checksum="0")
     write_evaluation(Path("b.json"), 0.3, protocol="mtt")

@@ -133,7 +133,7 @@ def test_a_network_that_the_paper_lacks_stands_in_the_table_of_its_subset() -> N
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "expected a finished run in it or below, found no summary.json"),
+        ({}, "expected a run folder, or a folder of runs, found no summary.json in it or below; check the path"),
         ({"summary.json": "{"}, "summary.json: expected the summary of a run"),
         (
             {"summary.json": '{"accuracy": {"distilled": {"mean": 0.5, "std": 0.1, "n": 2}}, "options": {}}'},
@@ -162,6 +162,7 @@ def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None
         return {"accuracy": accuracy, "options": options, "data": {"fingerprint": fingerprint}}
 
     runs = {"a": of_run(0.5, 0), "b": of_run(0.7, 1, diverged=3), "again": of_run(0.9, 1)}
+    runs["b"]["options"] = dict(reversed(runs["b"]["options"].items()))  # as another version orders them
     runs["other"] = of_run(0.1, 0, "beef", diverged=2)
     ((both, other),) = measurements({Path(name): run for name, run in runs.items()}).values()
     assert (both.runs, both.n, both.diverged) == (("a", "b"), 2, 1)  # in one of two runs
@@ -223,8 +224,12 @@ def test_spelling_parts_no_runs_and_other_experts_and_scores_do() -> None:
     changed = {"changed": summary(0.5, match_step="nearest", teacher_label=True)}
     (setting,) = measurements({Path(name): run for name, run in changed.items()})
     assert setting.method == "MTT, with --match_step nearest --teacher_label"  # not in MTT's row
-    for name in ("scores_digest", "code_digest"):
-        same_name = [summary(0.5) | {name: digest} for digest in ("f00d", "beef", "f00d")]
+    for name, one, another in (
+        ("scores_digest", "f00d", "beef"),
+        ("code_digest", "f00d", "beef"),
+        ("network", {"outputs": [0.5]}, {"outputs": [0.25]}),  # a user's own
+    ):
+        same_name = [summary(0.5) | {name: value} for value in (one, another, one)]
         ((first, other),) = measurements({Path(str(number)): run for number, run in enumerate(same_name)}).values()
         assert (first.runs, other.runs) == (("0",), ("1",))  # the same seed twice is one measurement
     paper = published_numbers()
@@ -241,10 +246,10 @@ def test_a_row_has_one_choice_of_options_for_all_numbers_of_images() -> None:
         return summary(0.5, **(defaults | {"recipe": recipe} | others))
 
     runs = {
-        "a": summary(0.5, lr_img=1.0, ipc=1),
+        "a": summary(0.5, lr_img=1.0, lr_lr=1.0, ipc=1),
         "b": summary(0.5, lr_img=2.0, ipc=1),
         "c": summary(0.5, lr_img=2.0, ipc=10),
-        "d": summary(0.5, lr_img=1.0, ipc=10),
+        "d": summary(0.5, lr_lr=1.0, lr_img=1.0, ipc=10),  # as another version orders its options
         "e": of_recipe("cifar10-ipc1", Iteration=7),
         "f": of_recipe("cifar10-ipc50"),  # with another batch size, and without whitening
         "g": of_recipe("cifar10-ipc1"),

@@ -17,9 +17,8 @@ def test_a_grid_has_each_picture_at_its_place(classes: int, ipc: int, columns: i
     labels = torch.arange(classes).repeat(ipc)  # the pictures of a class are not neighbours
     colours = torch.arange(classes * ipc) / 255
     pictures = colours[:, None, None, None].expand(-1, 1, 96, 96)
-    save_grid(
-        tmp_path / "grid.png", [("a", pictures), ("b", pictures + 100 / 255)], labels, [*map(str, range(classes))]
-    )
+    names = ["a class without pictures", *map(str, range(classes))]
+    save_grid(tmp_path / "grid.png", [("a", pictures), ("b", pictures + 100 / 255)], 1 + labels, names)
     if ipc == 1:
         rows = [list(range(10)), [10, 11]]
     else:
@@ -42,6 +41,21 @@ def test_a_grid_has_each_picture_at_its_place(classes: int, ipc: int, columns: i
         for top in range(34, 34 + 122 * len(rows), 122)
     ]
     assert named == [[(ipc == 1 and column < len(tiles)) or column == 0 for column in range(columns)] for tiles in rows]
+
+
+def test_a_name_is_cut_at_the_edge_of_its_picture(tmp_path: Path) -> None:
+    edges = []
+    for number, name in enumerate(("l" * 200, "l" * 20)):
+        save_grid(tmp_path / f"{number}.png", [("", torch.ones(2, 1, 96, 96))], torch.arange(2), [name, ""])
+        with Image.open(tmp_path / f"{number}.png") as image:
+            captions = image.convert("L").crop((6, 34, image.width, 34 + 20))
+        dark = [
+            column
+            for column in range(captions.width)
+            if min(captions.crop((column, 0, column + 1, 20)).tobytes()) < 200
+        ]
+        edges.append(dark[-1])
+    assert edges[1] < 90 < edges[0] < 96
 
 
 def test_a_snapshot_has_the_first_picture_of_each_class_at_its_place(tmp_path: Path) -> None:

@@ -269,6 +269,7 @@ def test_a_set_is_written_for_other_software(
     folder = Path(destination) if "." not in destination else Path()
     assert all((folder / file).exists() for file in files)
     assert words in caplog.text
+    assert "smaller ones" not in caplog.text  # its images are whole
     assert convert("run", destination, *flags) == 2  # nothing is written over
 
 

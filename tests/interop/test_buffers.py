@@ -242,6 +242,18 @@ def test_the_format_of_old_torch_is_read(tmp_path: Path) -> None:
     assert torch.equal(store.read(0, EPOCHS), flat(expert)[EPOCHS])
 
 
+def test_as_many_tensors_are_read_as_a_hundred_experts_have(tmp_path: Path) -> None:
+    """Check files whose list of tensors takes more than a mebibyte: of fewer tensors, with long descriptions."""
+    tensors = [tensor.as_strided((1,) * 48, (1 << 60,) * 48) for tensor in torch.zeros(2000).unbind()]
+    torch.save([[tensors[:1000], tensors[1000:]]], tmp_path / "replay_buffer_0.pt")
+    (expert,) = read_buffer(tmp_path / "replay_buffer_0.pt")
+    assert [len(point) for point in expert.points] == [1000, 1000]
+    (tmp_path / "replay_buffer_0.pt").rename(tmp_path / "waypoint_buffer_0.pt")
+    torch.save([[[0.0] * 1000, [1.0] * 1000]], tmp_path / "step_buffer_0.pt")
+    (expert,) = read_waypoints(tmp_path / "waypoint_buffer_0.pt")
+    assert [len(point) for point in expert.points] == [1000, 1000]
+
+
 def test_existing_files_are_not_written_over(tmp_path: Path) -> None:
     save_buffers(tmp_path, [trained(0)], 10)
     store = imported(tmp_path, tmp_path / "ours")
@@ -395,6 +407,20 @@ def test_each_expert_is_written_at_its_own_waypoints(tmp_path: Path) -> None:
         assert all(torch.equal(*map(nn.utils.parameters_to_vector, pair)) for pair in zip(before, after, strict=True))
     lengths = [[len(piece) for piece in own] for own in torch.load(written.with_name("step_buffer_ip3_0.pt"))]
     assert lengths == [[3, 5], [6, 2]]
+
+
+def test_experts_of_different_numbers_of_waypoints_are_not_written_together(tmp_path: Path) -> None:
+    experts: list[Trajectory] = []
+    for index, ends in enumerate([(0, 2, 6), (0, 1, 5, 6)]):
+        trajectory = trained(index, epochs=6)
+        pieces = [mct_steps(trajectory[begin : end + 1]) for begin, end in itertools.pairwise(ends)]
+        file = tmp_path / f"waypoint_buffer_ip{len(ends)}_0.pt"
+        torch.save([[trajectory[end] for end in ends]], file)
+        torch.save([pieces], tmp_path / f"step_buffer_ip{len(ends)}_0.pt")
+        experts += read_waypoints(file)
+    store = import_experts(lambda: iter(experts), tmp_path / "ours", NET.layout, metadata(), unmeasured)
+    with pytest.raises(InputError, match="ours: expected 3 waypoints of every expert, found others; export them apart"):
+        list(export_waypoints(store, tmp_path / "back"))
 
 
 def test_a_tensor_that_stands_still_keeps_its_value(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def test_tiny_imagenet_at_fifty_is_in_five_parts(tmp_path: Path) -> None:
     images = [torch.load(tmp_path / f"TM/tinyimagenet/IPC50/images_best_{k}.pt", weights_only=True) for k in range(5)]
     assert torch.equal(torch.cat(images), synthetic.images)  # as its TMDataLoader puts them together
     assert torch.equal(read_set(tmp_path).images, synthetic.images)
+    (file,) = write_set(tmp_path / "deeper", synthetic, "dc_benchmark", method="DC")
+    assert file.name == "res_DC_tinyimagenet_ConvNetD4_50ipc.pt"
 
 
 def test_random_kmeans_and_kip_of_dc_benchmark_are_read(tmp_path: Path) -> None:
@@ -107,15 +109,22 @@ def test_random_kmeans_and_kip_of_dc_benchmark_are_read(tmp_path: Path) -> None:
     one_hot = torch.nn.functional.one_hot(labels).numpy() - 1 / CLASSES
     np.savez(kip / "kip_cifar10_ConvNet3_ssize6.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=one_hot)
     assert_same(read_set(kip), TensorSet(images, labels, None, "indices"))
+    np.savez(kip / "kip_cifar10_ConvNet3_ssize6.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    with pytest.raises(InputError, match=r"expected images \(n, H, W, C\) and finite labels \(n, classes\), found"):
+        read_set(kip)
     with pytest.raises(InputError, match="expected one set in METHOD/DATASET/IPCn, found random/CIFAR10/IPC2, KIP"):
         read_set(tmp_path)
+    with pytest.raises(InputError, match="`method` KIP: expected TM, DC, DSA, DM, random, Kmeans"):
+        write_set(tmp_path, distilled(), "dc_benchmark", method="KIP")
 
 
 def test_of_several_files_one_is_to_be_named(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        as_dc_saves(tmp_path / f"res_{name}.pt")
-    with pytest.raises(InputError, match=r"expected one res_\*\.pt, found 2; name the file"):
-        read_set(tmp_path, "dc")
+    (tmp_path / "IPC2").mkdir()
+    for folder, kind in ((tmp_path, "dc"), (tmp_path / "IPC2", "dc_benchmark")):
+        for name in ("a", "b"):
+            as_dc_saves(folder / f"res_{name}.pt")
+        with pytest.raises(InputError, match=r"expected one res_\*\.pt, found 2; name the file"):
+            read_set(folder, kind)
     with pytest.raises(InputError, match=r"expected one \*\.parquet, found 0; name the file"):
         read_set(tmp_path, "parquet")
 

@@ -80,7 +80,8 @@ def test_steps_that_do_not_fit_waypoints_are_refused(tmp_path: Path) -> None:
         refused(lambda: rows_of(file), "buffer_ip3_0.pt")
     torch.save(with_middle([0.5] * size), tmp_path / "step_buffer_ip3_0.pt")
     assert len(rows_of(file)) == 1
-    for content in ([3], [[1, 2, 3]], [None], {"a": 1}, [[points[0]]], [points[:2]]):
+    second_of_numbers = [points[0], [3] * size, points[2]]
+    for content in ([3], [[1, 2, 3]], [None], {"a": 1}, [[points[0]]], [points[:2]], [second_of_numbers]):
         torch.save(content, file)
         refused(lambda: rows_of(file), "waypoint_buffer_ip3_0.pt")
 

@@ -51,9 +51,18 @@ def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_images_that_no_picture_holds_are_not_written(tmp_path: Path, kind: str) -> None:
+    synthetic = distilled(images=torch.randn(N, 2, 4, 5), mean=(0.5,) * 2, std=(0.2,) * 2)
+    with pytest.raises(InputError, match="expected images of 1 or 3 channels, as pictures have, found 2; use `to` mtt"):
+        synthetic.export(kind, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: str) -> None:
     whitening = Whitening.fit(torch.rand(200, 3, 4, 5))
-    synthetic = distilled(whitening=whitening, images=whitening.apply(torch.rand(N, 3, 4, 5)))
+    labels = torch.tensor([2, 0, 1, 0, 2, 1])  # in this order they stay
+    synthetic = distilled(whitening=whitening, images=whitening.apply(torch.rand(N, 3, 4, 5)), labels=labels)
     synthetic.export(kind, tmp_path)
     info = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, whitening)
     for without in (None, dataclasses.replace(info, whitening=None)):
@@ -62,6 +71,7 @@ def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: st
     back = read_set(tmp_path, info=info)
     assert isinstance(back, SyntheticDataset)
     assert back.whitening is whitening
+    assert back.labels.equal(labels)
     assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
 
 
@@ -138,6 +148,7 @@ def test_sorted_folders_are_in_the_order_of_the_classes(tmp_path: Path) -> None:
     files = distilled(images=torch.zeros(1001, 1, 1, 1), labels=torch.arange(1001), class_names=names, mean=(0.5,), std=(0.5,)).export("png", tmp_path)  # fmt: skip
     folders = [file.parent.name for file in files[:-1]]
     assert folders == sorted(folders)
+    assert folders[7] == "0007-class_7"
     assert read_set(tmp_path).labels.tolist() == list(range(1001))
 
 
@@ -404,6 +415,9 @@ def test_a_foreign_parquet_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"z\.parquet: cannot be read"):
         read_set(tmp_path / "z.parquet")
     (file,) = distilled().export("parquet", tmp_path / "spoilt.parquet")
-    parquet.write_table(parquet.read_table(file).replace_schema_metadata({"mtt_fast": "{"}), file)
-    with pytest.raises(InputError, match=r"spoilt\.parquet: expected columns image"):
-        read_set(file)
+    table = parquet.read_table(file)
+    later = json.loads(table.schema.metadata[b"mtt_fast"]) | {"format": "mtt_fast pictures 3"}
+    for text, message in (("{", "columns image"), (json.dumps(later), "the record of .*its format is 'mtt_fast pict")):
+        parquet.write_table(table.replace_schema_metadata({"mtt_fast": text}), file)
+        with pytest.raises(InputError, match=rf"spoilt\.parquet: expected {message}"):
+            read_set(file)
