@@ -17,6 +17,7 @@ SIZES = {
     "frequency": "--iterations 12 --steps 5 --experts 1 --epochs 3 --width 8",
     "gradient_matching": "--iterations 12 --updates 2 --width 8",
     "multimodal": "--iterations 21 --pairs 6",
+    "sample_weights": "--iterations 16 --steps 3 --batch 20 --width 4",
     "few_shot": "--iterations 16 --tasks 1 --shots 2 --steps 2 --width 4",
 }
 ENDS = {
@@ -26,6 +27,7 @@ ENDS = {
     "frequency": ["trained on 20 real images", "trained on 20 frequencies"],
     "gradient_matching": ["trained on ten real images", "trained on ten distilled images"],
     "multimodal": ["trained on 6 real pairs", "trained on 6 distilled pairs"],
+    "sample_weights": ["trained with equal weights", "trained with learned weights"],
     "few_shot": ["from a random start", "from the learned start"],
 }
 
