@@ -112,9 +112,8 @@ class TruncatedBptt:
             length=self._classes_per_step * min(options.batch_per_class, options.ipc),
             lr=self.images.new_tensor(options.inner_lr),
         )  # fmt: skip
-        self._student_of_real = student_for(network, self._device, "indices", precision=precision)
-        if not network.mixes_samples:
-            self._student_of_real = InMicrobatches(self._student_of_real, _REAL_PIECE)
+        student_of_real = student_for(network, self._device, "indices", precision=precision)
+        self._student_of_real = InMicrobatches(student_of_real, _REAL_PIECE)
         self._train = graphed(self._steps.train, self._device, kernels.compile_ahead)
         # windows of AT-BPTT have many lengths
         self._differentiate = graphed(

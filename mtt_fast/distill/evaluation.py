@@ -89,7 +89,7 @@ def log_recognised(state: State, labels: Tensor) -> None:
 
 
 def _check_finite(run: DistillRun, state: State) -> None:
-    for name, values in (("images", state.images), ("labels", state.labels), ("learning rate", state.lr)):
+    for name, values in (("images", state.images), ("labels", state.labels), ("learning rates", state.lr)):
         if not bool(values.isfinite().all()):
             raise Diverged(
                 f"{run.folder}: iteration {state.iteration}: the {name} are no longer finite; start again with a smaller --lr_img, "

@@ -71,8 +71,9 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         assert [path.name for path in sorted((out / "history").iterdir())] == [
             f"iteration_{iteration:06d}.png" for iteration in (0, 2)
         ]
-        kinds = [json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-        assert kinds == ["evaluation", "step", "step", "evaluation"]
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [record["kind"] for record in records] == ["evaluation", "step", "step", "evaluation"]
+        assert records[2]["lr"] == pytest.approx(float(made.lr))
     assert {path.name for path in out.iterdir()} - {".lock"} == names
     assert ("own_training" in summary["accuracy"]) == (method in ("dd", "ld", "ratbptt", "atbptt"))
     with Image.open(out / "images.png") as picture:
@@ -100,6 +101,7 @@ def test_chosen_images_get_labels_of_experts(method: str, shared: Path, tmp_path
     made, hard = set_of(out), set_of(plain)
     assert made.label_kind == "probabilities"
     assert torch.equal(made.images, hard.images)
+    assert hard.labels.tolist() == [label for label in range(10) for _ in range(2)]
     torch.testing.assert_close(made.labels.sum(1), torch.ones(20))
     summary = summary_of(out)
     assert summary["accuracy"]["distilled"] != summary_of(plain)["accuracy"]["distilled"]

@@ -174,7 +174,8 @@ def test_loops_are_the_papers_or_the_users() -> None:
     papers = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
     assert {ipc: DcOptions(ipc=ipc).loops() for ipc in papers} == papers
     assert DcOptions(ipc=50, inner_loop=3).loops() == (50, 3)
-    with pytest.raises(InputError, match="--ipc 7: the papers name loops for 1, 10, 20, 30, 40, 50"):
-        DcOptions(ipc=7, outer_loop=3).check()
+    for half in ({"outer_loop": 3}, {"inner_loop": 3}):
+        with pytest.raises(InputError, match="--ipc 7: the papers name loops for 1, 10, 20, 30, 40, 50"):
+            DcOptions(ipc=7, **half).check()  # type: ignore[arg-type]
     with pytest.raises(InputError, match="run dc instead"):
         DsaOptions(dsa=False).check()

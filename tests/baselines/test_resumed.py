@@ -178,7 +178,7 @@ def test_a_checkpoint_of_something_else_is_named(
 
 
 @pytest.mark.parametrize("method", ["dm", "dd", "ld"])
-def test_a_checkpoint_with_a_tensor_of_another_form_is_refused(
+def test_a_checkpoint_with_a_tensor_of_another_form_or_without_one_is_refused(
     method: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*flags(method, shared), "--out", str(tmp_path)) == 0
@@ -191,6 +191,9 @@ def test_a_checkpoint_with_a_tensor_of_another_form_is_refused(
             save_tensors(path, tensors | {name: other}, metadata)
             assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 2
             assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
+    save_tensors(path, {name: tensor for name, tensor in tensors.items() if name != "labels"}, metadata)
+    assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 2
+    assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
     save_tensors(path, tensors, metadata)
     assert run(method, "--out", str(tmp_path), "--resume", "--Iteration", "3") == 0
 

@@ -17,7 +17,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.catalogue import dataset_info
 from mtt_fast.distill.command import main
-from mtt_fast.distill.experts import inventory_of, matched_experts, remark_on_expert_count
+from mtt_fast.distill.experts import inventory_of, matched_experts, remark_on_expert_count, requested_hyperparameters
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.storage.expert_metadata import ExpertMetadata
@@ -174,6 +174,13 @@ def test_the_log_and_the_dry_run_tell_how_many_experts_are_matched(
     capsys.readouterr()
     assert run(trained_folder, tmp_path, *flags, "--Iteration", "1", "--dry-run") == 0
     assert told not in capsys.readouterr().out  # the run goes on with its own
+
+
+def test_who_asks_for_an_option_of_sam_asks_for_all_of_them() -> None:
+    training = ExpertTraining(lr=0.5, rho_max=0.1, rho_min=0.1, alpha=0.3, adaptive=True)
+    assert requested_hyperparameters(training, {"expert_lr", "ipc"}) == {"lr": 0.5}
+    sam = {"rho_max": 0.1, "rho_min": 0.1, "alpha": 0.3, "adaptive": True}
+    assert requested_hyperparameters(training, {"rho_max"}) == sam
 
 
 def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(

@@ -12,6 +12,7 @@ from torch import Tensor
 from mtt_fast.data import load
 from mtt_fast.distill.initial import initial_images
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.parametrisations.parametrisation import images_at, learned_values
 from mtt_fast.training.images import RealImages, real_images
 
 
@@ -33,3 +34,15 @@ def test_the_seed_decides_the_first_images(real: RealImages, pix_init: Any) -> N
     torch.manual_seed(0)
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
+
+
+def test_the_first_images_are_drawn_as_they_are_evaluated(real: RealImages) -> None:
+    setting = "num_saet=4 dim_saet=6 num_head=2 decoder_depth=1 top_k=3 l1_weight=0"  # of SPEED, which evaluates others
+    options = DistillOptions(dataset="digits", parametrisation="speed", parametrisation_options=setting)
+    unasked: Any = None
+    initial = initial_images(options, real, unasked, unasked)
+    module, matched = initial.parametrisation, initial.images.pixels
+    assert module is not None
+    evaluated = images_at(module, learned_values(module), torch.empty_like(matched), evaluated=True)
+    assert torch.equal(initial.pictures, evaluated)
+    assert not torch.equal(matched, evaluated)

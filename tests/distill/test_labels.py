@@ -22,7 +22,7 @@ from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
-from mtt_fast.training.evaluation import training_job
+from mtt_fast.training.evaluation import Accuracy, training_job
 from mtt_fast.training.images import as_training_images
 from mtt_fast.training.protocols import EvaluationProtocol
 from tests.training.jobs import finished
@@ -185,6 +185,27 @@ def test_saved_teacher_labels_are_the_mean_of_all_experts_at_the_last_start_epoc
     distilled.export("mtt", tmp_path / "exported")
     written = torch.load(tmp_path / "exported" / "labels_best.pt", weights_only=True)
     torch.testing.assert_close(written.sum(dim=1), torch.ones(10))
+
+
+def test_the_first_network_is_trained_on_random_images_with_labels_of_the_experts_last_epochs(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: dict[str, Any] = {}
+
+    def evaluated(network: Any, train: Any, *_: Any, name: str, **__: Any) -> Accuracy:
+        trained[name] = network, train(torch.Generator())
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", evaluated)
+    flags = f"--teacher_label --eval_mode C --ipc 2 --out {tmp_path}".split()
+    assert cli.run(main, [*TOY, *experts, *flags]) == 0
+    store = store_of(experts)
+    (network, images), (of_soft, soft) = (trained[name] for name in ("random real images", "labelled by experts"))
+    assert network.num_parameters == of_soft.num_parameters == store.read(0, 0).numel()
+    assert images.labels.tolist() == torch.arange(10).repeat_interleave(2).tolist()
+    assert torch.equal(soft.pixels, images.pixels)
+    expected = [MODULE(store.read(expert, 3), images.pixels).softmax(dim=1).detach() for expert in range(2)]
+    torch.testing.assert_close(soft.labels, torch.stack(expected).mean(dim=0))
 
 
 def test_a_resumed_run_asks_the_experts_for_labels_only_to_evaluate(

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from mtt_fast.distill.evaluation import evaluate_sets
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import Segment
 from mtt_fast.distill.updates import apply_gradients, check_converges, update
 from mtt_fast.errors import Diverged
+from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import MetricsLog
 
@@ -53,6 +55,15 @@ def test_a_run_goes_on_where_an_iteration_in_between_has_a_finite_gradient(tmp_p
     state = apply_all(tmp_path, [False] * 24 + [True] + [False] * 24, above)
     assert (state.iteration, state.skipped, state.above_threshold) == (49, 48, int(above is not None))
     assert state.images.unique().tolist() == [0 if above else -DistillOptions().lr_img]
+
+
+@pytest.mark.parametrize(("name", "words"), [("images", "images"), ("labels", "labels"), ("lr", "learning rates")])
+def test_a_set_that_is_not_finite_is_not_evaluated(name: str, words: str) -> None:
+    state, run = state_of(torch.tensor(0.5)), SimpleNamespace(folder="run")
+    values = getattr(state, name).float()
+    setattr(state, name, values.masked_fill(torch.arange(values.numel()).view_as(values) == 0, torch.inf))
+    with pytest.raises(Diverged, match=f"^run: iteration 0: the {words} are no longer finite"):
+        evaluate_sets(run, state, StopRequest())  # type: ignore[arg-type]
 
 
 def test_each_iteration_is_recorded_and_counted_as_what_it_was(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -124,6 +125,24 @@ def test_the_fields_of_ddif_are_networks_of_sines(shape: tuple[int, ...]) -> Non
                 x = torch.sin(3 * (layers[0][0] @ x + layers[0][1]))
                 x = torch.sin(2 * (layers[1][0] @ x + layers[1][1]))
                 torch.testing.assert_close(computed[image, :, row, column], layers[2][0] @ x + layers[2][1])
+
+
+def test_parameters_begin_within_the_bounds_of_the_codes() -> None:
+    options = {
+        "speed": "num_saet=30 dim_saet=24 num_head=2 decoder_depth=1 top_k=3 l1_weight=0 patch_size=2",
+        "ddif": "num_layers=2 layer_size=8 w0_initial=5 w0=4",
+    }
+    begin: dict[str, Tensor] = {}
+    for name, text in options.items():
+        begin |= learned_values(make_parametrisation(name, text, torch.zeros(40, 3, 4, 4), 2, seeded()))
+    sines = [1 / 2, math.sqrt(6 / 8) / 4, math.sqrt(6 / 8) / 4]
+    bounds = {f"{kind}.{layer}": bound for kind in ("weights", "biases") for layer, bound in enumerate(sines)}
+    for name, outputs in (("blocks.0.projection", 24), ("blocks.0.mlp.0", 24), ("to_pixels", 12)):
+        bounds[f"{name}.weight"] = math.sqrt(6 / (24 + outputs))
+        assert not begin[f"{name}.bias"].any()
+    for name, bound in bounds.items():
+        assert 0.9 * bound < float(begin[name].abs().max()) <= bound * (1 + 1e-6)
+    assert [float(begin[name].std()) for name in ("saet", "scm")] == pytest.approx([0.2, 0.2], rel=0.1)
 
 
 @pytest.mark.parametrize("block", [1, 1 << 20])

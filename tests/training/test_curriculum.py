@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast import InputError, TrajectoryStore
+from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
@@ -132,6 +132,7 @@ def test_experts_of_a_curriculum_and_others_are_not_mixed(
     assert f"trained with sort_method {digest}, not None{mend}" in capsys.readouterr().err
     assert cli.run(distill, [*shared, *matched, "--train_epochs", "3", "--out", "run"]) == 0
     assert f"{store.folder}: trained on a curriculum of images, easy ones first (PAD)" in caplog.messages
+    assert SyntheticDataset.load("run/synthetic.safetensors").recipe["sort_method"] == digest
     assert (
         cli.run(main, [*TOY[:4], "--buffer_path", "plain", "--num_experts", "1", "--train_epochs", "3", *TOY[8:]]) == 0
     )
