@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -388,7 +389,9 @@ def test_imported_experts_are_used_as_they_are(
     summary = json.loads(Path("new/summary.json").read_text())
     assert summary["experts"]["number"] == (1 if flags == ["--max_experts", "1"] else 2)
     assert "imported_from" in summary["experts"]["hyperparameters"]
-    assert summary["experts"]["digest"]  # `analysis tables` knows by it which runs matched the same experts
+    digests = map(TrajectoryStore(summary["experts"]["folder"]).digest, range(summary["experts"]["number"]))
+    # `analysis tables` knows by it which runs matched the same experts
+    assert summary["experts"]["digest"] == hashlib.sha256(" ".join(digests).encode()).hexdigest()
     assert cli.run(distill, [*words, *flags, "--Iteration", "3"]) == 0  # and continues
 
 
