@@ -20,7 +20,7 @@ from mtt_fast import evaluate
 from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors, images, load
 from mtt_fast.data.folder import image_source
-from mtt_fast.data.images import decode
+from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
 from mtt_fast.experts import command as experts
@@ -99,6 +99,8 @@ def test_all_grey_gives_one_channel_and_any_colour_three(tmp_path: Path) -> None
     data = load("folder", data_path=mixed, progress=False)
     assert data.image_shape == (3, 6, 6)
     assert torch.equal(data.test.images[0], chw(noise(5, channels=1)).expand(3, 6, 6))
+    paths = [str(mixed / "test/b/t.png")] * 64 + [str(mixed / "test/b/u.png")]  # in another thread's task
+    assert not read_headers(paths, None, resize=True).grey
 
 
 def test_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
