@@ -14,6 +14,7 @@ from PIL import Image
 
 from mtt_fast.data import NAMES, catalogue, load
 from mtt_fast.data.catalogue import dataset_info, published
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError
 from tests.data.folders import folder
 
@@ -62,6 +63,7 @@ def test_the_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
     data = load("digits", data_path=tmp_path, progress=False)
     original = load_digits()
     assert (data.image_shape, data.num_classes) == ((1, 8, 8), 10)
+    assert published("digits") == DatasetInfo("digits", (1, 8, 8), 10, len(data.train.labels), len(data.test.labels))
     counts = torch.bincount(torch.from_numpy(original.target))
     assert torch.bincount(data.test.labels).tolist() == (counts // 5).tolist()
     assert (data.train.labels.bincount() + data.test.labels.bincount()).tolist() == counts.tolist()

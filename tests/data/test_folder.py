@@ -241,6 +241,7 @@ def test_missing_folders_are_named(tmp_path: Path) -> None:
         load(str(tmp_path / "nowhere"), data_path=tmp_path)
     check_refused(tmp_path, r"expected train/ and one of test/, val/, valid/.*found nothing")
     (tmp_path / "train").mkdir()
+    check_refused(tmp_path, r"expected train/ and one of test/, val/, valid/.*found train")
     (tmp_path / "val").mkdir()
     check_refused(tmp_path, r"train: expected a folder a class, found nothing")
     write(tmp_path / "train" / "loose.png", noise(0))

@@ -73,7 +73,7 @@ def test_subsets_come_in_the_public_order_from_a_larger_tree(tmp_path: Path, sub
     (tmp_path / "ImageNet" / "test").mkdir()  # the official test images have no labels
     data = load("ImageNet", subset=subset.upper(), data_path=tmp_path, res=4, progress=False)
     assert data.class_names == tuple(SUBSETS[subset].values())
-    assert data.name == f"{subset}-4"
+    assert (data.name, data.path) == (f"{subset}-4", tmp_path / "packed" / f"{subset}-4.safetensors")
     assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(10))
     assert data.train.images[:, 0, 0, 0].tolist() == [everything.index(wnid) for wnid in ids(subset)]
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
