@@ -166,6 +166,24 @@ def test_a_name_without_a_module_is_not_taken_for_a_subset_of_imagenet(
         dataset_info("stripes", data_path=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "train", "test"),
+    [
+        ("MNIST", (1, 28, 28), 10, 60_000, 10_000),
+        ("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
+        ("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
+        ("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
+        ("Tiny", (3, 64, 64), 200, 100_000, 10_000),
+        ("ImageNet-128", (3, 128, 128), 1000, 1_281_167, 50_000),
+        ("imagenette-128", (3, 128, 128), 10, 13_000, 500),
+    ],
+)
+def test_the_published_sizes(name: str, shape: tuple[int, int, int], classes: int, train: int, test: int) -> None:
+    info = published(name.partition("-")[0])
+    assert info == DatasetInfo(name, shape, classes, train, test)
+    assert info.packed_bytes == (train + test) * (shape[0] * shape[1] * shape[2] + 8)
+
+
 def test_the_published_sizes_are_those_of_a_known_subset() -> None:
     assert published("imagenet", "ImageWoof", 64) == published("imagewoof", res=64)
     with pytest.raises(InputError, match=r"`subset`: expected one of .*, found 'imagewof'; did you mean imagewoof\?"):

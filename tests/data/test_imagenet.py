@@ -317,6 +317,8 @@ def test_mistakes_in_tiny_imagenet_are_named(tmp_path: Path) -> None:
     check_refused(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
     annotations.write_text(whole.splitlines()[0] + "\n")
     check_refused(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
+    annotations.unlink()
+    check_refused(tmp_path, r"val: expected the names of the data set's 200 classes, .* found 'images'", "Tiny")
     annotations.write_bytes(b"\xff\xfe\x00")
     check_refused(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
     (root / "wnids.txt").write_text("n01443537\n")
