@@ -264,6 +264,9 @@ def test_test_images_without_labels_do_not_hide_the_validation_images(
     root = folder(tmp_path / "x", "val")
     expected = load_folder(root, tmp_path)
     (root / "test").mkdir()
+    for split in ("train", "test"):  # which are no classes
+        (root / split / "README").touch()
+        (root / split / ".cache").mkdir()
     if unlabelled:
         write(root / "test" / unlabelled, noise(77))
     with caplog.at_level(logging.INFO):
