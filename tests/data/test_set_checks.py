@@ -120,6 +120,8 @@ def test_an_unsound_set_is_not_written(tmp_path: Path, what: str) -> None:
     unsound = replace(distilled(), **changes)
     with pytest.raises(InputError, match=rf"^here: .*{message}|^here: {message}"):
         check_set(unsound, "here")
+    with pytest.raises(InputError, match=f"not written: .*{message}"):
+        unsound.save(tmp_path / "set.safetensors")
     for kind in SET_KINDS:
         with pytest.raises(InputError, match=f"not written: .*{message}"):
             unsound.export(kind, tmp_path / kind)
