@@ -193,7 +193,7 @@ def _spelt(name: str, spelt: dict[str, int]) -> int | None:
             return index
     number, rest = _number_and_rest(name)
     index = spelt.get(_normalised(rest))
-    return index if index is not None and index == number else None
+    return index if index == number else None
 
 
 def _readings(name: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 from torch import Tensor
 
 from mtt_fast.errors import InputError
@@ -233,13 +233,14 @@ def _opened(source: str | io.BytesIO, name: str) -> Image.Image:
 
 def _is_deep(image: Image.Image) -> bool:
     """Return whether the file has more than 8 bits a channel; Pillow would silently drop the others."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # where planes lie apart, its tiles do not tell
+        return bool(max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8)
     if not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return False
     codec, _, _, arguments = image.tile[0]
     if codec.startswith("ppm"):  # (mode, greatest value)
         return isinstance(arguments, tuple) and arguments[1] > 255
-    raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
-    return image.format in ("PNG", "TIFF") and ";16" in str(raw_mode)
+    return image.format == "PNG" and ";16" in str(arguments)
 
 
 def _check_size(path: str, found: tuple[int, int], expected: tuple[int, int]) -> None:

@@ -56,6 +56,11 @@ def python3_pickle(value: Any) -> bytes:
     return pickle.dumps(value, protocol=3)
 
 
+def pickle_by_columns(value: dict[str, Any]) -> bytes:
+    """Pickle with arrays whose columns lie one after another, as those of Fortran."""
+    return python3_pickle({key: np.asarray(held, order="F") if key == "data" else held for key, held in value.items()})
+
+
 Dump = Callable[[Any], bytes]
 
 

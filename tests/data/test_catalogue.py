@@ -14,6 +14,7 @@ from PIL import Image
 
 from mtt_fast.data import NAMES, catalogue, load
 from mtt_fast.data.catalogue import dataset_info, published
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError
 from tests.data.folders import folder
 
@@ -62,6 +63,7 @@ def test_the_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
     data = load("digits", data_path=tmp_path, progress=False)
     original = load_digits()
     assert (data.image_shape, data.num_classes) == ((1, 8, 8), 10)
+    assert published("digits") == DatasetInfo("digits", (1, 8, 8), 10, len(data.train.labels), len(data.test.labels))
     counts = torch.bincount(torch.from_numpy(original.target))
     assert torch.bincount(data.test.labels).tolist() == (counts // 5).tolist()
     assert (data.train.labels.bincount() + data.test.labels.bincount()).tolist() == counts.tolist()
@@ -162,6 +164,24 @@ def test_a_name_without_a_module_is_not_taken_for_a_subset_of_imagenet(
         catalogue.find("stripes", data_path=tmp_path)
     with pytest.raises(AssertionError, match="stripes is one of NAMES"):
         dataset_info("stripes", data_path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "train", "test"),
+    [
+        ("MNIST", (1, 28, 28), 10, 60_000, 10_000),
+        ("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
+        ("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
+        ("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
+        ("Tiny", (3, 64, 64), 200, 100_000, 10_000),
+        ("ImageNet-128", (3, 128, 128), 1000, 1_281_167, 50_000),
+        ("imagenette-128", (3, 128, 128), 10, 13_000, 500),
+    ],
+)
+def test_the_published_sizes(name: str, shape: tuple[int, int, int], classes: int, train: int, test: int) -> None:
+    info = published(name.partition("-")[0])
+    assert info == DatasetInfo(name, shape, classes, train, test)
+    assert info.packed_bytes == (train + test) * (shape[0] * shape[1] * shape[2] + 8)
 
 
 def test_the_published_sizes_are_those_of_a_known_subset() -> None:

@@ -19,20 +19,20 @@ from tests.data.cifar_files import (
     binary_folder,
     check,
     check_refused,
+    pickle_by_columns,
     python2_pickle,
     python3_pickle,
     python_folder,
 )
 
+PICKLES = {"python2": python2_pickle, "python3": python3_pickle, "columns": pickle_by_columns}
+
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 @pytest.mark.parametrize("pack", [False, True], ids=["folder", "archive"])
-@pytest.mark.parametrize("form", ["python2", "python3", "binary"])
+@pytest.mark.parametrize("form", [*PICKLES, "binary"])
 def test_every_distribution_is_read_alike(tmp_path: Path, name: str, pack: bool, form: str) -> None:
-    if form == "binary":
-        folder = binary_folder(tmp_path, name)
-    else:
-        folder = python_folder(tmp_path, name, python2_pickle if form == "python2" else python3_pickle)
+    folder = binary_folder(tmp_path, name) if form == "binary" else python_folder(tmp_path, name, PICKLES[form])
     if pack:
         archived(folder)
     check(load(name, data_path=tmp_path, progress=False), name)

@@ -100,6 +100,7 @@ def test_a_class_is_known_by_each_of_its_spellings(dataset: str, name: list[str]
         ("CIFAR10", [str(i) for i in range(1, 11)], "or numbers from 0 to 9, found '1'"),
         ("CIFAR10", ["-1"], "found '-1'"),
         ("CIFAR10", ["cat", "3"], "found '3'"),
+        ("MNIST", ["3 - 2"], "found '3 - 2'"),
         ("CIFAR10", ["9" * 400], "expected the names"),
         ("CIFAR10", ["1-" * 2000 + "cat"], "expected the names"),
         ("CIFAR10", [""], "expected the names"),

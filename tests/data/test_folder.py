@@ -20,7 +20,7 @@ from mtt_fast import evaluate
 from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors, images, load
 from mtt_fast.data.folder import image_source
-from mtt_fast.data.images import decode
+from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
 from mtt_fast.experts import command as experts
@@ -99,6 +99,8 @@ def test_all_grey_gives_one_channel_and_any_colour_three(tmp_path: Path) -> None
     data = load("folder", data_path=mixed, progress=False)
     assert data.image_shape == (3, 6, 6)
     assert torch.equal(data.test.images[0], chw(noise(5, channels=1)).expand(3, 6, 6))
+    paths = [str(mixed / "test/b/t.png")] * 64 + [str(mixed / "test/b/u.png")]  # in another thread's task
+    assert not read_headers(paths, None, resize=True).grey
 
 
 def test_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
@@ -239,6 +241,7 @@ def test_missing_folders_are_named(tmp_path: Path) -> None:
         load(str(tmp_path / "nowhere"), data_path=tmp_path)
     check_refused(tmp_path, r"expected train/ and one of test/, val/, valid/.*found nothing")
     (tmp_path / "train").mkdir()
+    check_refused(tmp_path, r"expected train/ and one of test/, val/, valid/.*found train")
     (tmp_path / "val").mkdir()
     check_refused(tmp_path, r"train: expected a folder a class, found nothing")
     write(tmp_path / "train" / "loose.png", noise(0))
@@ -261,6 +264,9 @@ def test_test_images_without_labels_do_not_hide_the_validation_images(
     root = folder(tmp_path / "x", "val")
     expected = load_folder(root, tmp_path)
     (root / "test").mkdir()
+    for split in ("train", "test"):  # which are no classes
+        (root / split / "README").touch()
+        (root / split / ".cache").mkdir()
     if unlabelled:
         write(root / "test" / unlabelled, noise(77))
     with caplog.at_level(logging.INFO):

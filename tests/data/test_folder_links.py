@@ -120,12 +120,13 @@ def test_hidden_folders_and_other_files_are_told_and_not_taken(
 ) -> None:
     root = folder_of_six_images(tmp_path / "pets")
     expected = load_folder(root, tmp_path).fingerprint
-    write(root / "train/a/.ipynb_checkpoints/1-checkpoint.png", noise(1))
+    for place in ("train/a", "train", "test"):
+        write(root / place / ".ipynb_checkpoints/1-checkpoint.png", noise(1))
     write(root / "train/loose.png", noise(1))
     for name in ("train/a/._1.png", "train/a/notes.txt", "test/b/more.txt", "train/b/clip.mp4", "test/README"):
         (root / name).touch()
     with caplog.at_level(logging.INFO):
         assert load_folder(root, tmp_path).fingerprint == expected
     (line,) = [record.getMessage() for record in caplog.records if "skipped besides" in record.getMessage()]
-    for told in ("2 .txt", "1 .mp4", "2 hidden", "1 without a suffix", "1 outside the class folders"):
+    for told in ("2 .txt", "1 .mp4", "4 hidden", "1 without a suffix", "1 outside the class folders"):
         assert told in line

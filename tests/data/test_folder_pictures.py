@@ -110,6 +110,20 @@ def png(depth: int, colour: int, channels: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def tiff(image: Image.Image, changes: dict[bytes, bytes] | None = None) -> bytes:
+    """Return a TIFF, with `changes` of its header: Pillow writes neither 16 bits of colour nor planes that lie apart."""
+    file = io.BytesIO()
+    image.save(file, format="TIFF")
+    content = file.getvalue()
+    for old, new in (changes or {}).items():
+        assert content.count(old) == 1
+        content = content.replace(old, new)
+    return content
+
+
+SIXTEEN_BITS = {struct.pack("<3H", 8, 8, 8): struct.pack("<3H", 16, 16, 16)}
+PLANES_APART = {struct.pack("<HHIHH", 284, 3, 1, 1, 0): struct.pack("<HHIHH", 284, 3, 1, 2, 0)}
+
 DEEP = {
     "grey.png": png(16, 0, 1),
     "colour.png": png(16, 2, 3),
@@ -118,6 +132,9 @@ DEEP = {
     "colour.ppm": b"P6\n6 6\n65535\n" + bytes(216),
     "grey.pgm": b"P5\n6 6\n65535\n" + bytes(72),
     "text.ppm": b"P3\n6 6\n1023\n" + b"7 " * 108,
+    "floating.tif": tiff(Image.new("F", (6, 6))),
+    "colour.tif": tiff(Image.new("RGB", (6, 6)), SIXTEEN_BITS),
+    "planes.tif": tiff(Image.new("RGB", (6, 6)), SIXTEEN_BITS | PLANES_APART),
 }
 
 

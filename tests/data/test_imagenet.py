@@ -73,7 +73,7 @@ def test_subsets_come_in_the_public_order_from_a_larger_tree(tmp_path: Path, sub
     (tmp_path / "ImageNet" / "test").mkdir()  # the official test images have no labels
     data = load("ImageNet", subset=subset.upper(), data_path=tmp_path, res=4, progress=False)
     assert data.class_names == tuple(SUBSETS[subset].values())
-    assert data.name == f"{subset}-4"
+    assert (data.name, data.path) == (f"{subset}-4", tmp_path / "packed" / f"{subset}-4.safetensors")
     assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(10))
     assert data.train.images[:, 0, 0, 0].tolist() == [everything.index(wnid) for wnid in ids(subset)]
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -317,6 +317,8 @@ def test_mistakes_in_tiny_imagenet_are_named(tmp_path: Path) -> None:
     check_refused(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
     annotations.write_text(whole.splitlines()[0] + "\n")
     check_refused(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
+    annotations.unlink()
+    check_refused(tmp_path, r"val: expected the names of the data set's 200 classes, .* found 'images'", "Tiny")
     annotations.write_bytes(b"\xff\xfe\x00")
     check_refused(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
     (root / "wnids.txt").write_text("n01443537\n")

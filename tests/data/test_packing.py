@@ -346,6 +346,7 @@ def test_from_tensors_names_classes_by_number() -> None:
         ((tensors()[0].float(), tensors()[1]), tensors(), {}, "train images: expected uint8"),
         ((tensors()[0][0], tensors()[1]), tensors(), {}, "train images: expected uint8"),
         (tensors(shape=(5, 5, 3)), tensors(shape=(5, 5, 3)), {}, r"channels last; use images\.permute\(0, 3, 1, 2\)"),
+        (tensors(shape=(5, 5, 1)), tensors(shape=(5, 5, 1)), {}, "channels last"),
         (tensors(), (tensors()[0], tensors()[1][:-1]), {}, "test labels: expected 6 integers"),
         (tensors(), (tensors()[0], tensors()[1].float()), {}, "test labels: expected 6 integers"),
         (

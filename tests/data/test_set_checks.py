@@ -67,7 +67,8 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     "a name twice": ({"class_names": ("cat", "dog", "cat")}, "class_names: expected each name once, found 'cat' twice"),
     "names that are numbers": ({"class_names": (1, 2, 3)}, "class_names: expected the classes' names"),
     "no names": ({"class_names": ()}, "class_names: expected"),
-    "canvas that does not divide": ({"canvas": Canvas(3)}, "canvas: expected a size that divides 4 and 5 pixels, found 3"),
+    "canvas that does not divide the width": ({"canvas": Canvas(2)}, "canvas: expected a size that divides 4 and 5 pixels, found 2"),
+    "canvas that does not divide the height": ({"canvas": Canvas(5)}, "canvas: expected a size that divides 4 and 5 pixels, found 5"),
     "canvas 0": ({"canvas": Canvas(0)}, "canvas: expected its size and samples as whole numbers"),
     "canvas of no samples": ({"canvas": Canvas(1, 0)}, "canvas: expected its size"),
     "sparse images": ({"images": torch.zeros(N, 3, 4, 5).to_sparse()}, r"images: expected an ordinary tensor, found a tensor of layout"),
@@ -119,6 +120,8 @@ def test_an_unsound_set_is_not_written(tmp_path: Path, what: str) -> None:
     unsound = replace(distilled(), **changes)
     with pytest.raises(InputError, match=rf"^here: .*{message}|^here: {message}"):
         check_set(unsound, "here")
+    with pytest.raises(InputError, match=f"not written: .*{message}"):
+        unsound.save(tmp_path / "set.safetensors")
     for kind in SET_KINDS:
         with pytest.raises(InputError, match=f"not written: .*{message}"):
             unsound.export(kind, tmp_path / kind)

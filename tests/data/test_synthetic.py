@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mtt_fast import InputError, SyntheticDataset
+from mtt_fast.augmentation.texture import Canvas
 
 
 @pytest.mark.parametrize("label_kind", ["probabilities", "logits"])
@@ -37,6 +38,14 @@ def test_a_set_is_saved_with_the_graph_of_its_tensors(tmp_path: Path) -> None:
     for name in ("images", "labels", "lr", "lr_per_step"):
         assert torch.equal(getattr(read, name), getattr(made, name))
         assert not getattr(read, name).requires_grad
+
+
+def test_textures_are_saved_with_their_canvas(tmp_path: Path) -> None:
+    parts = (torch.zeros(1, 1, 4, 6), torch.tensor([0]), torch.tensor(0.1), ("a",), (0.5,), (0.25,))
+    made = SyntheticDataset(*parts, canvas=Canvas(2, 3))
+    made.save(tmp_path / "set.safetensors")
+    assert SyntheticDataset.load(tmp_path / "set.safetensors").canvas == Canvas(2, 3)
+    assert made.identity.image_shape == (1, 2, 3), "the shape of the crops, and of the real images"
 
 
 def test_pictures_are_the_images_without_normalisation_clipped_to_what_can_be_shown() -> None:

@@ -173,6 +173,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     log.write("step", 1, loss=0.5, lr=0.1)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
+    assert whole, "a record is in the file at once, not in a buffer that a killed run would lose"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, before[1]))
     try:
