@@ -21,7 +21,7 @@ from bench import kernels as bench
 from bench.kernels import READ_IN_PARTS
 from bench.settings import Setting
 from mtt_fast import ConvNet, kernels
-from mtt_fast.kernels import Affine, PartialPlanes, Precision, native, reference
+from mtt_fast.kernels import Affine, PackedWeight, PartialPlanes, Precision, WeightPlace, native, reference
 from mtt_fast.kernels.native import extension, planes
 from mtt_fast.kernels.triton import cudnn
 from mtt_fast.kernels.triton.planes import Planes, stacked
@@ -574,7 +574,10 @@ def test_memory_beside_planes_is_planned_as_it_is_taken(samples: int, side: int,
         dual_parts = in_parts(*run("conv3x3_dual_input_gradient", y, y, weight, weight))
         layer = kernels.ConvLayer(128, side, side, 104, 1)
         (planned,) = dispatch.weight_bytes(samples, [layer], x.dtype, x.device, precision)
-    assert planned[1:] == (max(summands), *copies, parts, dual_parts)
+        (packed,) = weights.pack_parameters(weight.flatten(), None, [WeightPlace(0, 104, 128)], precision, 1.0).weights
+        assert isinstance(packed, PackedWeight)
+    packed_bytes = packed.straight.nbytes + packed.rotated.nbytes
+    assert planned == (packed_bytes, max(summands), *copies, parts, dual_parts)
 
 
 @needs_triton
