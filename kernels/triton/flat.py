@@ -313,7 +313,7 @@ def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
     """
     summands, numbers = len(piece), piece.shape[1:].numel()
     channels_last = piece.dim() == 5 and not piece[:1].is_contiguous()
-    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if channels_last else (int(numbers > 0), numbers, 1)
+    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if channels_last else (1, numbers, 1)
     # a row of the tile is at least a whole sector, or a cache line
     tap_block, least_columns = (16, 8) if channels_last else (1, 32)
     rows = min(triton.next_power_of_2(max(summands, 1)), size // (tap_block * least_columns))

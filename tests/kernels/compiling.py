@@ -69,13 +69,13 @@ class Usage:
 
 @contextmanager
 def recording(modules: list[ModuleType], architecture: str) -> Iterator[list[Launch]]:
-    """Collect the launches of `modules`, which believe to run on `architecture` (such as `sm_90`)."""
+    """Collect the launches of `modules`, which believe that tensors on `meta` are on `architecture` (such as `sm_90`)."""
     launches: list[Launch] = []
 
     def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         launches.append(Launch(kernel, arguments, constants))
 
-    replaced: dict[str, Any] = {"launch": record, "architecture": lambda device: architecture}
+    replaced: dict[str, Any] = {"launch": record, "architecture": lambda device: {"meta": architecture}[device.type]}
     patches: list[Any] = [
         patch.object(module, name, value)
         for module in modules

@@ -67,15 +67,17 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
 
 
 def placed(name: str, arguments: tuple[Tensor | None, ...], device: str) -> dict[str, list[Tensor | None]]:
-    """Return the arguments on the device; those of a dual weight gradient also in pairs that lie one behind the other."""
+    """Return the arguments on the device; those of a dual result or weight gradient also in pairs that lie one behind the other."""
     apart = [None if each is None else each.to(device) for each in arguments]
     if arguments[1] is None:
         return {"no ẋ": apart}
-    if name != "conv3x3_dual_weight_gradient":
+    x, x_dot, *rest = (each for each in apart if each is not None)
+    if name == "conv3x3_dual_weight_gradient":
+        y_bar_dot, y_bar = torch.cat(rest[::-1]).chunk(2)
+        rest = [y_bar, y_bar_dot]
+    elif name != "conv3x3_dual":
         return {"ẋ": apart}
-    x, x_dot, y_bar, y_bar_dot = (each for each in apart if each is not None)
-    y_bar_dot, y_bar = torch.cat([y_bar_dot, y_bar]).chunk(2)
-    return {"ẋ": apart, "ẋ in pairs": [*torch.cat([x, x_dot]).chunk(2), y_bar, y_bar_dot]}
+    return {"ẋ": apart, "ẋ in pairs": [*torch.cat([x, x_dot]).chunk(2), *rest]}
 
 
 def convolution_cases(

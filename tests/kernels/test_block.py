@@ -174,8 +174,8 @@ def test_candidates_are_whole_rows() -> None:
 
 
 @needs_triton
-def test_pooled_planes_beyond_the_kernels_offsets_are_refused() -> None:
-    """Check planes of 2³¹ numbers a sample, of patches that have fewer: a kernel would write elsewhere."""
+def test_patches_and_pooled_planes_beyond_the_kernels_offsets_are_refused() -> None:
+    """Check patches of 2³¹ numbers a sample, and planes of patches that have fewer: a kernel would write elsewhere."""
     from mtt_fast.kernels.triton import block
 
     side, filters = 4096, 512
@@ -184,6 +184,8 @@ def test_pooled_planes_beyond_the_kernels_offsets_are_refused() -> None:
         patches = block.image_patches(meta(1, 3, side, side), 1, "fp16")
         with pytest.raises(ValueError, match=r"less than 2³¹ elements a sample, found shape \(1, 512, 2048, 2048\)"):
             block.conv_norm_relu_pool(patches, weight, affine, EPS, "fp16")
+        with pytest.raises(ValueError, match="less than 2³¹ numbers in a sample's patches"):
+            block.image_patches(meta(1, 3, 8190, 8190), 1, "fp16")  # 32 numbers for each of 8192² pixels
     assert [launch.kernel.fn.__name__ for launch in launches] == ["gather"]
 
 

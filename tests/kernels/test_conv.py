@@ -21,7 +21,7 @@ from bench import kernels as bench
 from bench.kernels import READ_IN_PARTS
 from bench.settings import Setting
 from mtt_fast import ConvNet, kernels
-from mtt_fast.kernels import Affine, PartialPlanes, Precision, native, reference
+from mtt_fast.kernels import Affine, PackedWeight, PartialPlanes, Precision, WeightPlace, native, reference
 from mtt_fast.kernels.native import extension, planes
 from mtt_fast.kernels.triton import cudnn
 from mtt_fast.kernels.triton.planes import Planes, stacked
@@ -510,6 +510,19 @@ def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytes
 
 
 @needs_triton
+@pytest.mark.parametrize("padding", [0, 3])
+def test_the_table_is_asked_for_the_shape_of_the_result(padding: int) -> None:
+    from mtt_fast.kernels.triton.dispatch import _result_planes
+
+    x, weight = draw(2, 3, 5, 7), draw(4, 3, 3, 3)
+    y = reference.conv3x3(x, weight, padding, "fp32")
+    of_x, of_y = Planes.from_tensors(x), Planes.from_tensors(y)
+    assert _result_planes("conv3x3", x, weight, padding) == of_y
+    assert _result_planes("conv3x3_input_gradient", y, weight, padding) == of_x
+    assert _result_planes("conv3x3_weight_gradient", x, y, padding) == of_y
+
+
+@needs_triton
 def test_boxes_fit_neither_another_dtype_nor_channels_or_sides_that_they_cannot_cut() -> None:
     from mtt_fast.kernels.triton.tma_descriptors import fits
 
@@ -533,13 +546,15 @@ def test_memory_of_the_library_is_planned_where_the_table_takes_it(
     from mtt_fast.kernels.triton import dispatch
 
     def backend_of(asked: str, architecture: str, closely: str, *_: str) -> str:
+        assert architecture == "meta"
         of_result = "1024" if operation == "conv3x3_input_gradient" else "256"
         return "cudnn" if asked == operation and of_result in closely.split("-") else "triton"
 
     monkeypatch.setattr(dispatch, "backend_of", backend_of)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: device.type)
     layers = [kernels.ConvLayer(8, 18, 18, 16, 0)]  # 324 pixels, and 256 of the result
     planned = [
-        dispatch.workspace_bytes(2, layers, torch.float32, torch.device("cpu"), each) for each in ("fp32", "tf32")
+        dispatch.workspace_bytes(2, layers, torch.float32, torch.device("meta"), each) for each in ("fp32", "tf32")
     ]
     assert planned == [5 * 2 * (16 * 256) * 4, 0]
 
@@ -574,7 +589,10 @@ def test_memory_beside_planes_is_planned_as_it_is_taken(samples: int, side: int,
         dual_parts = in_parts(*run("conv3x3_dual_input_gradient", y, y, weight, weight))
         layer = kernels.ConvLayer(128, side, side, 104, 1)
         (planned,) = dispatch.weight_bytes(samples, [layer], x.dtype, x.device, precision)
-    assert planned[1:] == (max(summands), *copies, parts, dual_parts)
+        (packed,) = weights.pack_parameters(weight.flatten(), None, [WeightPlace(0, 104, 128)], precision, 1.0).weights
+        assert isinstance(packed, PackedWeight)
+    packed_bytes = packed.straight.nbytes + packed.rotated.nbytes
+    assert planned == (packed_bytes, max(summands), *copies, parts, dual_parts)
 
 
 @needs_triton

@@ -113,7 +113,7 @@ def test_an_adjoint_step_is_an_sgd_step_transposed(
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_may_take_the_place_of_arguments(dtype: torch.dtype) -> None:
-    theta, gradient, velocity, incoming = vectors(1003, 4, dtype)
+    theta, gradient, velocity, incoming = vectors((1 << 14) + 1003, 4, dtype)  # more than a block
     lr = torch.tensor(0.3, dtype=dtype)
     out, velocity_out = unwritten(theta), unwritten(theta)
     sgd_step(theta, gradient, lr, out, velocity, velocity_out, 0.9, 0.05)
