@@ -84,9 +84,7 @@ def torch_defaults() -> Iterator[None]:
     with contextlib.ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.enable_grad())
-        if torch.get_default_device() != torch.device(
-            "cpu"
-        ):  # only then, since a device mode slows every call of torch
+        if torch.get_default_device() != torch.device("cpu"):  # else not, since a device mode slows every call
             settings.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):

@@ -60,9 +60,8 @@ class GenericStudent:
 
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        if (
-            save
-        ):  # of a copy of θ, since the graph saves θ and would be invalid once the next row of the path is written
+        if save:
+            # of a copy of θ, since the graph saves θ and would be invalid once the next row of the path is written
             step = self._step_graph(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), as_sums(step.gradient.detach()), [step])
         with torch.enable_grad():
