@@ -33,7 +33,7 @@ def dispatched(operation: str) -> Callable[..., Any]:
 
     @wraps(getattr(cudnn, operation))
     def run(*operands: Any, precision: Precision) -> Any:
-        result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
+        result, planes = result_planes(operation, *operands), _plane_operands(operation, operands)
         backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
@@ -104,7 +104,7 @@ def _plane_operands(operation: str, operands: tuple[Any, ...]) -> list[Tensor]:
     return [each for each in planes if each is not None]
 
 
-def _result_planes(operation: str, *arguments: Any) -> Planes:
+def result_planes(operation: str, *arguments: Any) -> Planes:
     """Return the shape of a convolution's result; for a weight gradient, that of the planes ȳ with which x is correlated."""
     planes, (factor, padding) = Planes.from_tensors(arguments[0]), arguments[-2:]
     if operation.endswith("weight_gradient"):

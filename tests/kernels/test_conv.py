@@ -512,14 +512,14 @@ def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytes
 @needs_triton
 @pytest.mark.parametrize("padding", [0, 3])
 def test_the_table_is_asked_for_the_shape_of_the_result(padding: int) -> None:
-    from mtt_fast.kernels.triton.dispatch import _result_planes
+    from mtt_fast.kernels.triton.dispatch import result_planes
 
     x, weight = draw(2, 3, 5, 7), draw(4, 3, 3, 3)
     y = reference.conv3x3(x, weight, padding, "fp32")
     of_x, of_y = Planes.from_tensors(x), Planes.from_tensors(y)
-    assert _result_planes("conv3x3", x, weight, padding) == of_y
-    assert _result_planes("conv3x3_input_gradient", y, weight, padding) == of_x
-    assert _result_planes("conv3x3_weight_gradient", x, y, padding) == of_y
+    assert result_planes("conv3x3", x, weight, padding) == of_y
+    assert result_planes("conv3x3_input_gradient", y, weight, padding) == of_x
+    assert result_planes("conv3x3_weight_gradient", x, y, padding) == of_y
 
 
 @needs_triton

@@ -224,7 +224,7 @@ def test_a_distillation_whose_set_is_not_finite_is_told_apart(name: str) -> None
         folder = Path("run")
 
     with pytest.raises(
-        Diverged, match=f"run: iteration 7: the {'learning rate' if name == 'lr' else name} are no longer"
+        Diverged, match=f"run: iteration 7: the {'learning rates' if name == 'lr' else name} are no longer"
     ):
         evaluate_sets(Job(), type("S", (), state)(), None)  # type: ignore[arg-type]
 
