@@ -79,7 +79,7 @@ class WatchedLoss:
 
 
 def watched_student(student: Student, loss: Loss | None) -> tuple[Student, WatchedLoss | None]:
-    """Return `student` and None, or, if it cuts batches for a user's `loss`, the student with a `WatchedLoss`, and that loss."""
+    """Return `student` and None, or, if it cuts batches and assumes that a user's `loss` is a mean, the student with a `WatchedLoss`, and that."""
     if loss is None or not isinstance(student, InMicrobatches):
         return student, None
     watched = WatchedLoss(loss)

@@ -59,7 +59,7 @@ class MetricsLog:
         return [record for record in self.records if record["kind"] not in _STEPS]
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
-        """Append one record, atomically. Raises `OSError` where the disk is full.
+        """Append one record, or nothing of it if the write fails. Raises `OSError` where the disk is full.
 
         `kind` is "step", "skip" or "above_threshold" of an iteration, "evaluation", "ema_evaluation", "gradient",
         "baseline" (random real images) or "soft_baseline" (with soft labels).

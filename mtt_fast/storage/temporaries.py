@@ -24,7 +24,8 @@ _CONTENT, _LOCK = "content", "lock"
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, for content that the caller renames to `path`; remove the rest at the end.
 
-    The parent folder of `path` is made; if the block fails it is removed again, unless it holds something else. Raises `OSError`.
+    The parent folder of `path` is made if it is missing; if the block fails, it is then removed again, unless it holds something
+    else. Raises `OSError`.
     """
     with made_folder(path.parent):
         remove_leftovers(path.parent)

@@ -216,7 +216,7 @@ class FusedConvNetStudent:
         return [Parameters(weight, block[affine:]) for weight, block in zip(weights, blocks, strict=True)], classifier
 
     def _sums(self, layers: Sequence[Sequence[Tensor]], scales: Tensors) -> PartialSums:
-        """Return the partial sums of the gradient (P,) from the layers' gradients, last layer first; the sums are divided by `scales`."""
+        """Return the partial sums of the gradient (P,) from the layers' gradients, last layer first; `scales` are their divisors."""
         classifier, *blocks = layers
         # the gradient of a bias before an instance norm is zero: no summands
         biases = (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()
