@@ -207,10 +207,12 @@ def _check_nothing_else_is_learned(name: str, *results: Tensor) -> None:
     (A network that differentiates with respect to its images, for forces say, creates new leaves in each call.)
     """
     has_graphs = torch.is_grad_enabled() and all(result.requires_grad for result in results)
-    if has_graphs and set.intersection(*map(_leaves_of, results)):
+    if has_graphs and (others := set.intersection(*map(_leaves_of, results))):
+        shape = tuple(next(iter(others)).shape)
+        held = "; a module's lambda over self or compiled method still holds its own: make it a method"
         raise InputError(
-            f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
-            "detach it, or make it a part of the parameters, `images` or floating `labels`"
+            f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one of "
+            f"shape {shape}; detach it, or make it a part of the parameters, `images` or floating `labels`{held if name == 'net' else ''}"
         )
 
 
