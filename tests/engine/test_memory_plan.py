@@ -526,6 +526,21 @@ def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
     assert max(sizes) == 10
 
 
+def test_a_plan_for_smaller_steps_keeps_its_budget() -> None:
+    net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))), []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        sizes.append(len(logits))
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    small, large = (
+        mtt_fast.plan(net, images=(400, 3, 32, 32), steps=4, batch=batch, memory_budget="60MiB") for batch in (4, 400)
+    )
+    images, labels = torch.randn(400, 3, 32, 32), torch.arange(400) % 2
+    unroll(net, torch.randn(6146), images, labels, 0.1, torch.arange(400).expand(4, -1), plan=small, loss=loss)
+    assert max(sizes) == large.microbatch < 400
+
+
 def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
     """Check that with memory to spare it costs as much as autograd through all steps; in pieces, as each piece's."""
     net = FlatModule(reference_convnet(3, 10, 32, 16, 3))
