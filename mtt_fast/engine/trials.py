@@ -238,8 +238,8 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the outputs of a sample depend on the samples beside it.
 
-    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch with a copy of
-    itself (scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
+    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch of four copies of
+    itself (two are scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
     hide a layer that mixes samples. So the last two inputs are also computed with other values for such parameters.
     """
     last = inputs[-_SAMPLES_AT_ONCE:]
@@ -252,8 +252,8 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
     ):
         factor = 0.5 if bool((samples == samples[:1]).all()) else 1
         for sample, output in zip(samples, outputs, strict=True):
-            # two samples, since some networks fail with one (those that squeeze)
-            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample]))[-1]):
+            # not one sample, since some networks fail with it (those that squeeze), nor two, since others depend on their number
+            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample] * 2))[-1]):
                 raise InputError(
                     "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                     "a sample beside others; take a norm that is not over the batch, or leave `microbatch`, `memory_budget` and `group` out"

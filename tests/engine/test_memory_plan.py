@@ -475,7 +475,7 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
         GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 
-@pytest.mark.parametrize("reading", ["a tensor of its own", "a sparse buffer", "a value"])
+@pytest.mark.parametrize("reading", ["a tensor of its own", "a sparse buffer", "an array", "a value"])
 def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: str) -> None:
     class Reading(torch.nn.Module):
         def __init__(self) -> None:
@@ -490,6 +490,8 @@ def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: s
                 rows = rows * self.scale
             elif reading == "a sparse buffer":
                 rows = torch.sparse.mm(self.edges, rows.T).T
+            elif reading == "an array":
+                rows = rows * float(rows.detach().numpy().max())
             else:
                 rows = rows * float(rows.detach().norm())
             logits: Tensor = self.linear(rows)
