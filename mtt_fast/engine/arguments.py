@@ -162,7 +162,8 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
         is_integer = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
         if row.dim() != 1 or len(row) == 0 or not is_integer:
             raise InputError(
-                f"`batches`: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
+                f"`batches`: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}; a "
+                "single step is [index], and mask.nonzero()[:, 0] the indices of a mask"
             )
     # indices on a GPU are checked by the look-up of the labels, without a synchronisation
     on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}

@@ -207,10 +207,12 @@ def _check_nothing_else_is_learned(name: str, *results: Tensor) -> None:
     (A network that differentiates with respect to its images, for forces say, creates new leaves in each call.)
     """
     has_graphs = torch.is_grad_enabled() and all(result.requires_grad for result in results)
-    if has_graphs and set.intersection(*map(_leaves_of, results)):
+    if has_graphs and (others := set.intersection(*map(_leaves_of, results))):
+        shape = tuple(next(iter(others)).shape)
+        held = "; a module's lambda over self or compiled method still holds its own: make it a method"
         raise InputError(
-            f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one; "
-            "detach it, or make it a part of the parameters, `images` or floating `labels`"
+            f"`{name}`: expected no tensor that requires a gradient besides its arguments, since none flows to it, found one of "
+            f"shape {shape}; detach it, or make it a part of the parameters, `images` or floating `labels`{held if name == 'net' else ''}"
         )
 
 
@@ -236,8 +238,8 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the outputs of a sample depend on the samples beside it.
 
-    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch with a copy of
-    itself (scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
+    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch of four copies of
+    itself (two are scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
     hide a layer that mixes samples. So the last two inputs are also computed with other values for such parameters.
     """
     last = inputs[-_SAMPLES_AT_ONCE:]
@@ -250,8 +252,8 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
     ):
         factor = 0.5 if bool((samples == samples[:1]).all()) else 1
         for sample, output in zip(samples, outputs, strict=True):
-            # two samples, since some networks fail with one (those that squeeze)
-            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample]))[-1]):
+            # not one sample, since some networks fail with it (those that squeeze), nor two, since others depend on their number
+            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample] * 2))[-1]):
                 raise InputError(
                     "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                     "a sample beside others; take a norm that is not over the batch, or leave `microbatch`, `memory_budget` and `group` out"

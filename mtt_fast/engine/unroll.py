@@ -122,7 +122,8 @@ def unroll(
         return_velocity: return the momentum buffer (P,), or Adam's moments (2, P), after the last step as well, on the device of
             `theta`.
         optimizer: `mtt_fast.Adam(…)`, in place of SGD with `momentum` and `weight_decay`; keeps 2 (N + 1) more vectors (P,).
-        plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`.
+        plan: the result of `mtt_fast.plan` for these steps, in place of `microbatch` and `memory_budget`. If the steps exceed its
+            budget, a new plan is made.
         label_kind: for soft labels "probabilities" (the default) or "logits"; for integers "indices".
         loss: a function of the network's output and the labels of a step, in place of cross-entropy. It gets the labels
             unchanged, whatever `label_kind` says, except that floating labels are cast to the dtype of `theta`. Gradients flow to
@@ -369,7 +370,9 @@ def _plan_of(work: Work, options: StepOptions) -> Plan:
         return plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
     if not isinstance(options.plan, Plan):
         raise InputError(f"`plan`: expected what mtt_fast.plan returned, found {type(options.plan).__name__}")
-    plan = replace(options.plan, work=work)
+    plan = replace(options.plan, work=replace(work, path_gradient=options.plan.work.path_gradient))
+    if plan.budget is not None and plan.peak_bytes > plan.budget:  # it was made for smaller steps
+        return plan_for(plan.work, plan.budget, None, "give fewer or smaller `batches`")
     if plan.microbatch < 1:
         raise InputError(f"`plan`: expected a `microbatch` of at least 1 in it, found {plan.microbatch}")
     if plan.cut and work.mixes_samples:

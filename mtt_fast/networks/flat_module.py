@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mtt_fast.errors import InputError
 from mtt_fast.networks.layout import ParameterLayout
-from mtt_fast.networks.module_checks import check_kind, check_no_dropout, copy_of
+from mtt_fast.networks.module_checks import check_functions, check_kind, check_no_dropout, copy_of
 from mtt_fast.networks.protocol import Network
 from mtt_fast.networks.stateless import Stateless, with_the_same_tensors
 
@@ -42,6 +42,8 @@ class FlatModule:
         check_no_dropout(tracked)
         everything = dict(tracked.named_parameters())
         trained = {name: value for name, value in everything.items() if value.requires_grad}
+        if not trained:
+            check_functions(module)
         parameters = trained or {name: value for name, value in everything.items() if value.is_floating_point()}
         self.layout = ParameterLayout(tuple(parameters), tuple(tuple(value.shape) for value in parameters.values()))
         norms = {name: part for name, part in tracked.named_modules() if isinstance(part, _NormBase)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mtt_fast.errors import InputError
 
@@ -76,6 +79,23 @@ def _dropout_probability(part: nn.Module) -> float:
     """Return the probability with which a layer drops values in training mode."""
     share = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0)
     return share if isinstance(share, (int, float)) else 0
+
+
+def check_functions(module: nn.Module) -> None:
+    """Raise `InputError` if a layer keeps a function that holds layers or parameters of `module`, since a copy would still use these.
+
+    For a module without trainable parameters: `unroll` finds those that require a gradient.
+    """
+    own = {id(each) for each in (*module.modules(), *module.parameters())}
+    for name, part in module.named_modules():
+        for function in (leaf for leaf in tree_leaves(vars(part)) if isinstance(leaf, FunctionType)):
+            used = inspect.getclosurevars(function)
+            held = [inspect.unwrap(function), *used.nonlocals.values(), *used.globals.values()]
+            if any(id(getattr(value, "__self__", value)) in own for value in held):
+                raise InputError(
+                    f"FlatModule: layer {name or type(part).__name__} keeps a function, {function.__qualname__}, that holds parts of the "
+                    "module, and a copy would use these; make it a method of the layer's class, or take torch.compile out"
+                )
 
 
 def copy_of(module: nn.Module) -> nn.Module:

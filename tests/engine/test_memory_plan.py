@@ -475,7 +475,7 @@ def test_a_network_without_a_hash_is_refused_where_memory_is_counted() -> None:
         GenericStudent(Linear()).live_bytes(1, torch.Size((5,)), torch.float64)
 
 
-@pytest.mark.parametrize("reading", ["a tensor of its own", "a sparse buffer", "a value"])
+@pytest.mark.parametrize("reading", ["a tensor of its own", "a sparse buffer", "an array", "a value"])
 def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: str) -> None:
     class Reading(torch.nn.Module):
         def __init__(self) -> None:
@@ -490,6 +490,8 @@ def test_a_network_that_needs_data_is_refused_where_memory_is_counted(reading: s
                 rows = rows * self.scale
             elif reading == "a sparse buffer":
                 rows = torch.sparse.mm(self.edges, rows.T).T
+            elif reading == "an array":
+                rows = rows * float(rows.detach().numpy().max())
             else:
                 rows = rows * float(rows.detach().norm())
             logits: Tensor = self.linear(rows)
@@ -524,6 +526,21 @@ def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
     images, labels = torch.randn(20, 3, 2, 2), torch.arange(20) % 2
     unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(20)[None], plan=made, loss=loss)
     assert max(sizes) == 10
+
+
+def test_a_plan_for_smaller_steps_keeps_its_budget() -> None:
+    net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))), []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        sizes.append(len(logits))
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    small, large = (
+        mtt_fast.plan(net, images=(400, 3, 32, 32), steps=4, batch=batch, memory_budget="60MiB") for batch in (4, 400)
+    )
+    images, labels = torch.randn(400, 3, 32, 32), torch.arange(400) % 2
+    unroll(net, torch.randn(6146), images, labels, 0.1, torch.arange(400).expand(4, -1), plan=small, loss=loss)
+    assert max(sizes) == large.microbatch < 400
 
 
 def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:

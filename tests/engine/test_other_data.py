@@ -532,6 +532,42 @@ def test_learned_numbers_that_the_network_reads_are_parameters_at_a_rate_of_zero
     assert_close("judge", found, expected, 1e-9)
 
 
+class Tangents(nn.Module):
+    """The outputs of a network, and beside them their derivative in the direction v of its parameters."""
+
+    def __init__(self, inner: FlatModule) -> None:
+        super().__init__()
+        self.inner, self.theta, self.v = inner, nn.Parameter(inner.init()), nn.Parameter(inner.init())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.cat(torch.func.jvp(lambda theta: self.inner(theta, rows), (self.theta,), (self.v,)), 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"memory_budget": "64MiB"}], ids=str)
+def test_a_hessian_vector_product_can_be_differentiated(options: dict[str, Any]) -> None:
+    def derivative(outputs: Tensor, labels: Tensor) -> Tensor:
+        logits, tangents = outputs.chunk(2, 1)
+        found: Tensor = torch.func.jvp(lambda logits: F.cross_entropy(logits, labels), (logits,), (tangents,))[1]
+        return found
+
+    inner = FlatModule(mlp(3).double())
+    theta, v, rows = inner.init().requires_grad_(), torch.randn_like(inner.init()), rows_of(4).requires_grad_()
+    gradient = torch.autograd.grad(F.cross_entropy(inner(theta, rows), CLASSES), theta, create_graph=True)[0]
+    hessian_v = torch.autograd.grad(gradient, theta, v, create_graph=True)[0]
+    step = torch.cat([theta, v]), rows, CLASSES, 0.0, [torch.arange(5)]
+    _, both = unroll(FlatModule(Tangents(inner)), *step, loss=derivative, return_velocity=True, **options)
+    assert_close("H v and g", both, torch.cat([hessian_v, gradient]), 1e-9)
+    found, expected = (
+        torch.autograd.grad(result.sin().sum(), [theta, rows]) for result in (both, torch.cat([hessian_v, gradient]))
+    )
+    for name, one, other in zip(("theta", "rows"), found, expected, strict=True):
+        assert_close(name, one, other, 1e-9)
+
+    path = unroll(inner, theta, rows.detach(), CLASSES, 1.0, step[4], **options)
+    (product,) = torch.autograd.grad(path[-1], theta, v)  # v − H v
+    assert_close("v − H v", product, v - hessian_v.detach(), 1e-9)
+
+
 def test_losses_after_each_step_may_be_differentiated_one_after_the_other() -> None:
     net, rows, real = FlatModule(mlp(3).double()), rows_of(4).requires_grad_(), rows_of(4)
     path = unroll(net, net.init(), rows, CLASSES, 0.2, BATCHES)

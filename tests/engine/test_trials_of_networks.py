@@ -161,8 +161,13 @@ def test_a_network_that_takes_no_sample_alone_may_be_cut_into_others() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [normalised_over_the_batch, lambda images, layer: images - images[:1], lambda images, layer: images - images[-1:]],
-    ids=["a norm", "less the first", "less the last"],
+    [
+        normalised_over_the_batch,
+        lambda images, layer: images - images[:1],
+        lambda images, layer: images - images[-1:],
+        lambda images, layer: images / len(images),
+    ],
+    ids=["a norm", "less the first", "less the last", "their number"],
 )
 def test_samples_that_depend_on_others_are_refused_where_batches_are_cut(function: Any) -> None:
     gradient_of_module(Layer(function))

@@ -280,6 +280,7 @@ class OnlyDraws:
         ({"batches": []}, "expected at least one step"),
         ({"batches": torch.tensor([[0, 1], [6, 2]])}, "expected indices 0 … 5, found 2 … 6 in step 1"),
         ({"batches": [torch.tensor([])]}, "expected a vector of indices for step 0"),
+        ({"batches": [torch.tensor([True, False, True])]}, r"torch.bool of shape \(3,\); .* mask.nonzero"),
         (
             {"batches": [torch.tensor([0]), torch.tensor([], dtype=torch.long)]},
             "for step 1, found torch.int64 of shape .0",

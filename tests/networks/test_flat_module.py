@@ -295,6 +295,33 @@ def test_a_module_compiled_in_place_is_refused() -> None:
         FlatModule(module)
 
 
+class ByLambda(nn.Module):
+    """A layer that is called by a lambda, which copies of the module share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.calls = [lambda rows: self.layer(rows)]
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return self.calls[0](rows)
+
+
+def with_compiled_method(module: nn.Module) -> nn.Module:
+    module.forward = torch.compile(module.forward, backend="eager")
+    return module
+
+
+@pytest.mark.parametrize("make", [ByLambda, lambda: with_compiled_method(nn.Linear(2, 2))], ids=["lambda", "compiled"])
+def test_functions_that_hold_parts_of_the_module_are_refused(make: Callable[[], nn.Module]) -> None:
+    labels = torch.tensor([0, 1])
+    net = FlatModule(make())
+    with pytest.raises(InputError, match=r"found one of shape .* a module's lambda over self"):
+        unroll(net, net.init(), torch.randn(2, 2), labels, 0.1, [labels])
+    with pytest.raises(InputError, match=r"keeps a function, .* make it a method of the layer's class"):
+        FlatModule(make().requires_grad_(False))
+
+
 class Averaging(nn.Module):
     """A trained layer beside three frozen averages that each call updates, two of them as MoCo does."""
 

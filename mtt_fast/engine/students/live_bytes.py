@@ -41,7 +41,7 @@ def live_bytes(
         try:
             with torch.autograd.set_detect_anomaly(False):  # anomaly detection reads values, to find NaN
                 known[shapes] = _counted_live_bytes(network, student, *shapes)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # a TypeError of `.numpy()`
             raise InputError(
                 "`net`: expected a network that runs with any batch size on meta tensors, without data, by which the memory of a step is counted, "
                 f"found {str(error).partition(chr(10))[0]!r}{line_of(error)} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
