@@ -83,7 +83,7 @@ def fused(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients
 
 
 def fused_loss(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
-    """Run `fused` with cross-entropy as a loss of the user's own, which autograd differentiates."""
+    """Run `fused` with cross-entropy as a user's loss, which autograd differentiates."""
     return fused(case, precision, loss=F.cross_entropy, **limits)
 
 

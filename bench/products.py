@@ -59,7 +59,7 @@ def gradients_by(product: Product, loss: Loss, case: Iteration, microbatch: int 
     With `microbatch` a batch goes in pieces of so many images.
     """
     images, labels, lr = case.images, case.labels, case.lr
-    rate = float(lr)  # once, since a GPU is waited for
+    rate = float(lr)  # once, since this synchronises with a GPU
     theta, path = case.start, []
     for batch in case.batches:
         path.append(theta)
