@@ -351,24 +351,7 @@ def test_the_meta_gradient_of_variants_is_that_of_autograd(name: str) -> None:
     assert_close("images", images.grad, expected.images, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["MLP", "ConvNetD2W64LN", "ResNet18BN"])
-def test_fresh_parameters_have_the_default_distribution_of_torch(name: str) -> None:
-    net = network_by_name(name, CIFAR, 10)
-    theta = net.init(torch.Generator().manual_seed(3))
-    bound = 1.0
-    for parameter, shape in zip(net.layout.split(theta), net.layout.shapes, strict=True):
-        if len(shape) in (2, 4):
-            bound = 1 / math.sqrt(math.prod(shape[1:]))
-        elif parameter.unique().numel() <= 1 or len(shape) == 3:  # of a norm
-            assert parameter.unique().tolist() in ([0.0], [1.0])
-            continue
-        assert float(parameter.abs().max()) <= bound * (1 + 1e-6)
-        if parameter.numel() > 1000:
-            assert float(parameter.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
-            assert float(parameter.mean()) == pytest.approx(0, abs=0.1 * bound)
-
-
-@pytest.mark.parametrize("name", ["LeNet", "VGG11BN", "AlexNet_Tiny", "ConvNetD2W8LN"])
+@pytest.mark.parametrize("name", ["MLP", "LeNet", "VGG11BN", "AlexNet_Tiny", "ConvNetD2W8LN"])
 def test_a_seed_gives_the_parameters_that_modules_of_torch_have(name: str) -> None:
     torch.manual_seed(3)
     net = network_by_name(name, CIFAR, 10)
