@@ -1,4 +1,4 @@
-"""Test the evaluation protocol against a plain loop; sources; soft labels."""
+"""Test the evaluation of sets: their sources, settings and soft labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast import ConvNet, SyntheticDataset
+from mtt_fast import SyntheticDataset
 from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli, evaluated_set
@@ -18,36 +18,11 @@ from mtt_fast.commands.evaluated_set import EvaluatedSet
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import EvaluateOptions, main
-from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.evaluation import Accuracy, training_job
+from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images, RealImages, real_images
-from mtt_fast.training.protocols import EvaluationProtocol
 from mtt_fast.training.subsets import random_subset
-from tests.training.jobs import finished
 
-NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
 TOY = "--model ConvNetD1W4 --num_eval 2 --epoch_eval_train 3".split()
-
-
-def test_the_protocol_is_the_public_one_written_out() -> None:
-    pixels, labels = torch.randn(12, 1, 6, 6), torch.arange(12) % 3
-    start = NET.init(torch.Generator().manual_seed(0))
-    protocol = EvaluationProtocol(epochs=6, augment="none")
-    end = finished(training_job(NET, start, Images(pixels, labels), 0.1, protocol, torch.Generator().manual_seed(1)))
-
-    module = reference_convnet(1, 3, 6, 4, 1)
-    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
-    lr = 0.1
-    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    for epoch in range(6 + 1):  # one more than asked, as in the public code
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(pixels), labels).backward()
-        optimizer.step()
-        if epoch == 6 // 2 + 1:
-            lr *= 0.1
-            optimizer = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
-    assert_close("parameters", end - start, flat - start, 1e-4)
 
 
 def test_an_accuracy_has_mean_and_deviation() -> None:
@@ -319,19 +294,6 @@ def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[s
     torch.save(torch.zeros(2, dtype=torch.long), "labels_size.pt")
     assert cli.run(main, arguments) == 2
     assert message in capsys.readouterr().err
-
-
-class Hostile:
-    def __reduce__(self) -> Any:
-        return (Path("touched").touch, ())
-
-
-def test_a_hostile_pickle_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(Hostile(), "images_best.pt")
-    torch.save(torch.zeros(1, dtype=torch.long), "labels_best.pt")
-    assert cli.run(main, ["images_best.pt", "--dataset", "digits"]) == 2
-    assert "broken or foreign" in capsys.readouterr().err
-    assert not Path("touched").exists()
 
 
 def test_the_distilled_set_survives_its_file() -> None:

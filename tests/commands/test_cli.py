@@ -1,4 +1,4 @@
-"""Test options, exit statuses, recipes, random numbers by purpose, atomic files."""
+"""Test options, exit statuses, recipes, random numbers by purpose."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ from mtt_fast.recipes import recipe_about, recipe_names, recipe_options, recipe_
 from mtt_fast.recipes.__main__ import listing
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.atomic import atomic_path
-from mtt_fast.storage.run_folder import read_config, write_config
-from mtt_fast.storage.tensor_files import load_tensors, read_header, save_tensors
-from mtt_fast.storage.text_files import read_toml, write_text
+from mtt_fast.storage.text_files import read_toml
 
 
 @dataclass(frozen=True)
@@ -67,25 +64,6 @@ def test_a_mistake_is_one_line(arguments: str, message: str, capsys: pytest.Capt
     told = capsys.readouterr()
     assert told.err.startswith(f"error: {message}")
     assert (told.out, told.err.count("\n")) == ("", 1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"ipcc": 1}, r"unknown option 'ipcc' \(did you mean ipc\?\)"),
-        ({"ipc": "many"}, "option ipc: expected a whole number, found 'many'"),
-    ],
-)
-def test_a_file_with_wrong_options_is_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parsing.apply(Options(), values, "mine.toml")
-
-
-def test_broken_toml_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text("lr_img = = 3")
-    with pytest.raises(InputError, match=r"mine.toml: not valid TOML"):
-        read_toml(path)
 
 
 def test_each_way_to_end_has_its_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -371,38 +349,3 @@ def test_random_numbers_follow_from_seed_purpose_and_indices() -> None:
 
     assert first(3) == first(3)
     assert len({first(3), first(4), first(3, 0), first(3, purpose="b"), first(3, seed=1), first(0, 3)}) == 6
-
-
-def test_options_come_back_from_a_run_folder(tmp_path: Path) -> None:
-    options = {"out": 'runs/é "x" 😀\\', "lr_lr": 1e-7, "ipc": 3, "zca": True, "subset": None}
-    write_config(tmp_path, options, "gradient: exact")
-    assert read_config(tmp_path) == {name: value for name, value in options.items() if value is not None}
-
-
-def write_half(path: Path) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError("killed")
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "file"
-    write_text(path, "old")
-    with pytest.raises(RuntimeError, match="killed"):
-        write_half(path)
-    assert path.read_text() == "old"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
-    with pytest.raises(InputError, match=r"cannot be written"):
-        write_text(path / "below a file", "x")
-
-
-@pytest.mark.parametrize("size", [0, 5, 8, 40, -1])
-def test_foreign_and_truncated_tensor_files_are_refused(tmp_path: Path, size: int) -> None:
-    path = tmp_path / "x.safetensors"
-    save_tensors(path, {"x": torch.arange(100)}, {"key": "value"})
-    tensors, metadata = load_tensors(path)
-    assert torch.equal(tensors["x"], torch.arange(100))
-    assert metadata == {"key": "value"}
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match=r"x\.safetensors: "):
-        read_header(path)

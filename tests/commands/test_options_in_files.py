@@ -118,7 +118,7 @@ def test_what_a_file_may_say_in_another_type() -> None:
         ('memory_budget = "much"', "option memory_budget: expected a number of bytes"),
         ("model = 1979-05-27", "option model: expected a text"),
         ("canvas_size = 3", None),
-        ("mine = 1", "unknown option 'mine'"),
+        ("ipcc = 1", "unknown option 'ipcc' (did you mean ipc?)"),
         ("resume = 1", "option resume: expected true or false, found 1"),
     ],
 )
