@@ -1,4 +1,4 @@
-"""Test students that take steps of Adam: against autograd written out, and against torch.optim.Adam."""
+"""Test students that take steps of Adam, against autograd written out."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import Adam, FlatModule, GraphedMatchingLoss, InputError, matching_loss, plan, unroll
 from mtt_fast.engine.students.generic import GenericStudent
-from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.testing import assert_close
 from tests.engine.optimizer_cases import (
     ADAM,
     BATCHES,
     NET,
-    SHAPE,
-    STEPS,
     Case,
     adam_written_out,
     assert_same_gradients,
@@ -26,31 +23,6 @@ from tests.engine.optimizer_cases import (
     engines,
     make,
 )
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_values_are_those_of_torchs_optimizer(weight_decay: float) -> None:
-    """Start from a new optimizer, and from one that has made steps, with torch's own defaults."""
-    start, _, images, labels, lr = make(per_step=False)
-    module = reference_convnet(*SHAPE).double()
-    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
-    parameters = list(module.parameters())
-    optimizer = torch.optim.Adam(parameters, float(lr) / 10, weight_decay=weight_decay)
-    theta, moments = start, None
-    for window in range(2):
-        adam = Adam(weight_decay=weight_decay, steps=window * STEPS)
-        path, moments = unroll(
-            NET, theta, images, labels, lr / 10, BATCHES, optimizer=adam, velocity=moments, return_velocity=True
-        )
-        theta = path[-1]
-        for index in BATCHES:
-            optimizer.zero_grad()
-            F.cross_entropy(module(images[index]), labels[index]).backward()
-            optimizer.step()
-        assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-9)
-        for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            buffers = [optimizer.state[parameter][name].flatten() for parameter in parameters]
-            assert_close(name, moment, torch.cat(buffers), 1e-9)
 
 
 def test_the_gradient_with_torchs_defaults() -> None:

@@ -1,28 +1,64 @@
-"""Test what holds for the state of any optimizer, SGD's velocity and Adam's moments: against autograd written out."""
+"""Test what holds for the state of any optimizer, SGD's velocity and Adam's moments: against torch.optim, and autograd written out."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import SiameseAugment, unroll
+from mtt_fast.testing import assert_close, reference_convnet
 from tests.engine.optimizer_cases import (
     BATCHES,
     ENGINES,
     NET,
+    SHAPE,
     STEPS,
     Case,
     assert_same_gradients,
     engines,
     loss_of_all_rows,
+    make,
     stateful,
     unrolled,
 )
 
-each_optimizer = pytest.mark.parametrize("name", ["momentum", "Adam"])
+TORCHS: dict[str, tuple[Any, list[str], float, float]] = {
+    "momentum": (partial(torch.optim.SGD, momentum=0.9), ["momentum_buffer"], 1, 1e-12),
+    "Adam": (torch.optim.Adam, ["exp_avg", "exp_avg_sq"], 0.1, 1e-9),
+}
+"""torch's optimizers, the names of their states, the factor of the learning rate, and the tolerance."""
+each_optimizer = pytest.mark.parametrize("name", TORCHS)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@each_optimizer
+def test_values_are_those_of_torchs_optimizer(name: str, weight_decay: float) -> None:
+    """Start from a new optimizer, with torch's own defaults, and from one that has made steps."""
+    (make_torchs, names, factor, tolerance), start, _, images, labels, lr = TORCHS[name], *make(per_step=False)
+    mine = stateful("a new Adam" if name == "Adam" else name, weight_decay)
+    module = reference_convnet(*SHAPE).double()
+    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
+    parameters = list(module.parameters())
+    optimizer = make_torchs(parameters, factor * float(lr), weight_decay=weight_decay)
+    theta, state = start, None
+    for window in range(2):
+        path, state = unroll(
+            NET, theta, images, labels, factor * lr, BATCHES, velocity=state, return_velocity=True, **mine.later(window * STEPS)
+        )  # fmt: skip
+        theta = path[-1]
+        for index in BATCHES:
+            optimizer.zero_grad()
+            F.cross_entropy(module(images[index]), labels[index]).backward()
+            optimizer.step()
+        assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), tolerance)
+        for each, vector in zip(names, torch.atleast_2d(state), strict=True):
+            buffers = [optimizer.state[parameter][each].flatten() for parameter in parameters]
+            assert_close(each, vector, torch.cat(buffers), tolerance)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

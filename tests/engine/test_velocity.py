@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import InputError, unroll
-from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.testing import assert_close
 from tests.engine.optimizer_cases import (
     BATCHES,
     NET,
     ORACLE,
-    SHAPE,
     Case,
     assert_same_gradients,
     make,
@@ -73,30 +72,6 @@ def test_numerical_derivative_to_the_starting_velocity() -> None:
     (gradient,) = torch.autograd.grad(value(leaf), leaf)
     ends = [value(velocity + step * direction) for step in (1e-6, -1e-6)]
     assert_close("velocity", gradient @ direction, (ends[0] - ends[1]) / 2e-6, 1e-6)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_values_are_those_of_torchs_optimizer(weight_decay: float) -> None:
-    """Start from a new optimizer, with no velocity, and from one that has made steps."""
-    start, _, images, labels, lr = make(per_step=False)
-    module = reference_convnet(*SHAPE).double()
-    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
-    parameters = list(module.parameters())
-    optimizer = torch.optim.SGD(parameters, float(lr), momentum=0.9, weight_decay=weight_decay)
-    theta, velocity = start, None
-    for _ in range(2):
-        path, velocity = unroll(
-            NET, theta, images, labels, lr, BATCHES, momentum=0.9, weight_decay=weight_decay, velocity=velocity,
-            return_velocity=True,
-        )  # fmt: skip
-        theta = path[-1]
-        for index in BATCHES:
-            optimizer.zero_grad()
-            F.cross_entropy(module(images[index]), labels[index]).backward()
-            optimizer.step()
-        assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-12)
-        buffers = [optimizer.state[parameter]["momentum_buffer"].flatten() for parameter in parameters]
-        assert_close("velocity", velocity, torch.cat(buffers), 1e-12)
 
 
 def test_without_a_velocity_it_starts_with_none() -> None:
