@@ -186,13 +186,6 @@ def test_no_error_of_the_library_names_a_flag() -> None:
             )
 
 
-@pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])
-def test_a_reader_that_has_seen_enough_is_no_error(words: str) -> None:
-    command = f"{sys.executable} -m {words} | true"
-    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
-    assert process.stderr == ""
-
-
 def test_a_job_without_options_has_help() -> None:
     command = [sys.executable, "-m", "mtt_fast", "env"]
     process = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
@@ -298,11 +291,10 @@ def test_an_unknown_recipe_is_refused() -> None:
         listing(["dtam", "cifar10"])
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])
+def test_a_reader_that_leaves_early_is_no_error(words: str) -> None:
     """Close the output early, as `… | head` does."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mtt_fast.recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
     _, errors = process.communicate(timeout=60)
