@@ -18,13 +18,12 @@ from mtt_fast.commands import cli
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.frequencies import filter_frequencies, most_varying_frequencies, with_frequencies
-from mtt_fast.distill.gradients import finish_gradients, gradients_to_apply
+from mtt_fast.distill.gradients import gradients_to_apply
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, load_checkpoint
-from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import assert_close, module_function, reference_convnet, relative_error
 from mtt_fast.training.images import real_images
@@ -207,29 +206,6 @@ def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplo
         assert np.abs(frequencies_of(whole)[others]).max() < 1e-4
     assert state.images_velocity is not None
     assert bool(state.images_velocity.any())
-
-
-def test_truncated_gradients_are_compared_in_the_kept_frequencies(
-    digits: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    computed: list[Tensor] = []
-
-    def finished(*arguments: Any) -> Any:
-        result = finish_gradients(*arguments)
-        assert result.gradients is not None
-        computed.append(result.gradients[0].double().flatten(2))
-        return result
-
-    monkeypatch.setattr("mtt_fast.distill.gradients.finish_gradients", finished)
-    assert cli.run(main, [*TOY, *"--gradient truncated --Iteration 0 --out run".split()]) == 0
-    state = load_checkpoint(Path("run"), torch.device("cpu"))
-    assert state is not None
-    assert state.frequencies is not None
-    inverse = images_of(np.eye(64).reshape(64, 8, 8)).flatten(1)
-    kept = state.frequencies.repeat_interleave(4, 0).flatten(1)[:, None]
-    truncated, exact = (((each @ inverse.T) * kept) @ inverse for each in computed)
-    cosines = [record["cosine"] for record in read_records(Path("run/metrics.jsonl")) if record["kind"] == "gradient"]
-    assert cosines == [pytest.approx(float(F.cosine_similarity(truncated.flatten(), exact.flatten(), dim=0)), abs=1e-6)]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
 from mtt_fast.distill.command import main
 from mtt_fast.distill.difficulty import read_difficulty
-from mtt_fast.distill.gradients import finish_gradients
 from mtt_fast.distill.labels import class_logits
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import mask_real_images
@@ -27,7 +26,6 @@ from mtt_fast.evaluate import main as evaluate
 from mtt_fast.interop.scores import read_scores
 from mtt_fast.recipes import recipe_names, recipe_options
 from mtt_fast.storage.checkpoint import load_checkpoint
-from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from mtt_fast.training.evaluation import Accuracy
@@ -214,26 +212,6 @@ def test_learned_labels_of_real_images_stay_as_they_begin(digits: ImageData) -> 
     assert distilled.real is not None
     changed = (distilled.labels != class_logits(distilled.classes, 10)).any(1)
     assert torch.equal(changed, ~distilled.real)
-
-
-def test_truncated_gradients_are_compared_for_the_distilled_images(
-    digits: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compare with a cosine over the gradients of only the distilled images."""
-    computed: list[torch.Tensor] = []
-
-    def finished(*arguments: Any) -> Any:
-        result = finish_gradients(*arguments)
-        assert result.gradients is not None
-        computed.append(result.gradients[0].view(10, 5, -1)[:, :3].double().flatten())
-        return result
-
-    monkeypatch.setattr("mtt_fast.distill.gradients.finish_gradients", finished)
-    assert cli.run(main, [*TOY, *WINDOW, *"--gradient truncated --Iteration 0 --out run".split()]) == 0
-    records = read_records(Path("run/metrics.jsonl"))
-    cosines = [record["cosine"] for record in records if record["kind"] == "gradient"]
-    truncated, exact = computed
-    assert cosines == [pytest.approx(float(F.cosine_similarity(truncated, exact, dim=0)), abs=1e-9)]
 
 
 def test_a_stopped_run_ends_in_the_same_bits(digits: ImageData) -> None:
