@@ -1,4 +1,4 @@
-"""Check FreD's frequencies against scipy's transform and its iterations in plain torch."""
+"""Check FreD's frequencies against scipy's transform."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.fft import dctn, idctn
 from torch import Tensor
 
@@ -24,8 +23,6 @@ from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.checkpoint import State, load_checkpoint
-from mtt_fast.storage.trajectories import TrajectoryStore
-from mtt_fast.testing import assert_close, module_function, reference_convnet, relative_error
 from mtt_fast.training.images import real_images
 from mtt_fast.training.subsets import random_subset
 
@@ -137,55 +134,6 @@ def test_weighed_gradients_are_filtered_too() -> None:
     assert gradients_to_apply(run, state, None) is None
 
 
-def test_iterations_are_those_of_the_public_code(digits: ImageData) -> None:
-    """Compare two iterations with plain torch, in which the masked frequencies are the parameters."""
-    assert cli.run(main, [*TOY, *"--Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --out run".split()]) == 0
-    store = TrajectoryStore("buffers/digits/ConvNetD1W4")
-    start, target = store.read(0, 0).double(), store.read(0, 1).double()
-    net = module_function(reference_convnet(1, 10, 8, 4, 1).double())
-    real = real_images(digits, torch.device("cpu"), zca=False)
-    first = random_subset(real, 4, generator_for(0, "initial images")).pixels.double()
-    mask = torch.from_numpy(expected_mask(first, 4, 16)).repeat_interleave(4, 0)[:, None].flatten(2)
-    inverse = images_of(np.eye(64).reshape(64, 8, 8)).flatten(1)
-    labels = torch.arange(10).repeat_interleave(4)
-
-    def iterations(start: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changes of the images and of the learning rate."""
-        frequencies = torch.from_numpy(frequencies_of(first)).flatten(2).requires_grad_()
-        before = ((frequencies * mask) @ inverse).detach()
-        lr = torch.tensor(0.01, requires_grad=True, dtype=torch.float64)
-        optimizers = [torch.optim.SGD([frequencies], 1e4, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
-        for _ in range(2):
-            images, theta = ((frequencies * mask) @ inverse).view_as(first), start.clone().requires_grad_()
-            for _ in range(2):
-                loss = F.cross_entropy(net(theta, images), labels)
-                (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-                theta = theta - lr * gradient
-            loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-        after = ((frequencies * mask) @ inverse).detach()
-        assert float((after - before).norm() / before.norm()) > 0.01
-        return (after - before).view_as(first), lr.detach() - 0.01
-
-    distilled = SyntheticDataset.load("run/synthetic.safetensors")
-    images, lr = iterations(start)
-    # the run computes in float32, whose rounding may take a unit across ReLU's kink: which one follows from the expert, and the
-    # expert's last bits from the processor
-    generator = torch.Generator().manual_seed(0)
-    rounded = [
-        iterations(start * (1 + 1e-7 * torch.randn(start.shape, generator=generator).double())) for _ in range(3)
-    ]
-    by_rounding = max(relative_error(other, images) for other, _ in rounded)
-    assert by_rounding < 1e-2
-    before = ((torch.from_numpy(frequencies_of(first)).flatten(2) * mask) @ inverse).view_as(first)
-    assert_close("images", distilled.images - before, images, 1e-4 + 2 * by_rounding)
-    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr), rel=1e-3)
-
-
 def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert cli.run(main, [*TOY, "--ema_decay", "0.5", "--out", "whole"]) == 0
@@ -198,7 +146,8 @@ def test_a_run_keeps_to_its_frequencies_when_it_goes_on(digits: ImageData, caplo
     state = load_checkpoint(Path("halves"), torch.device("cpu"))
     assert state is not None
     assert state.frequencies is not None
-    assert state.frequencies.flatten(1).sum(1).tolist() == [16] * 10
+    first = random_subset(real_images(digits, torch.device("cpu"), zca=False), 4, generator_for(0, "initial images"))
+    assert np.array_equal(state.frequencies.numpy(), expected_mask(first.pixels, 4, 16))
     others = ~state.frequencies.numpy().repeat(4, 0)[:, None]
     for name in ("synthetic", "ema"):
         whole, halves = (SyntheticDataset.load(f"{run}/{name}.safetensors").images for run in ("whole", "halves"))

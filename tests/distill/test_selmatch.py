@@ -1,4 +1,4 @@
-"""Check SelMatch's window of difficulty and its distillation of a part of the images, against its steps in plain torch."""
+"""Check SelMatch's window of difficulty and its distillation of a part of the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mtt_fast import SyntheticDataset
 from mtt_fast.commands import cli, run_loop
@@ -110,42 +109,6 @@ def test_experts_label_the_images_that_are_not_distilled_too(digits: ImageData) 
     distilled, store = SyntheticDataset.load("run/synthetic.safetensors"), TrajectoryStore("buffers/digits/ConvNetD1W4")
     net = module_function(reference_convnet(1, 10, 8, 4, 1))
     assert_close("labels", distilled.labels, net(store.read(0, 2), distilled.images).softmax(1), 1e-4)
-
-
-def test_iterations_are_those_written_out(digits: ImageData) -> None:
-    """Compare two iterations on whole batches with plain torch, in which the real images are no parameters."""
-    words = "--model ConvNetD1W4 --num_experts 1 --max_start_epoch 1 --Iteration 2 --eval_it 5 --no_aug --lr_lr 1e-3 --lr_img 20"
-    assert cli.run(main, [*TOY, *WINDOW, *words.split(), "--out", "run"]) == 0
-    store = TrajectoryStore("buffers/digits/ConvNetD1W4")
-    start, target = store.read(0, 0), store.read(0, 1)
-    net = module_function(reference_convnet(1, 10, 8, 4, 1))
-
-    real = real_images(digits, torch.device("cpu"), zca=False).train
-    window = torch.tensor(expected_window(digits, reverse=False, first=2, last=7)).view(10, 5)
-    condensed = real.subset(window[:, :3].flatten()).pixels.requires_grad_()
-    selected = real.subset(window[:, 3:].flatten()).pixels
-    labels = torch.cat([torch.arange(10).repeat_interleave(count) for count in (3, 2)])
-    lr = torch.tensor(0.01, requires_grad=True)
-    optimizers = [torch.optim.SGD([condensed], 20, momentum=0.5), torch.optim.SGD([lr], 1e-3, momentum=0.5)]
-    for _ in range(2):
-        theta = start.clone().requires_grad_()
-        for _ in range(2):
-            logits = net(theta, torch.cat([condensed, selected]))
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), theta, create_graph=True)
-            theta = theta - lr * gradient
-        loss = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    distilled = SyntheticDataset.load("run/synthetic.safetensors")
-    images = distilled.images.view(10, 5, 1, 8, 8)
-    before = real.subset(window[:, :3].flatten()).pixels
-    assert_close("condensed", images[:, :3].flatten(0, 1) - before, condensed.detach() - before, 1e-4)
-    assert torch.equal(images[:, 3:].flatten(0, 1), selected)
-    assert float(distilled.lr) - 0.01 == pytest.approx(float(lr.detach()) - 0.01, rel=1e-4)
 
 
 def test_networks_of_a_run_are_trained_at_the_protocols_rate(
