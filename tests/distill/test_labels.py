@@ -19,7 +19,7 @@ from mtt_fast.distill.labels import class_logits, expert_logits, experts_at, mea
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.updates import update
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
-from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
+from mtt_fast.storage.checkpoint import State, load_checkpoint
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from mtt_fast.training.evaluation import Accuracy, training_job
@@ -39,44 +39,10 @@ def state_of(labels: torch.Tensor, labels_velocity: torch.Tensor | None = None) 
     return State(0, 2, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr), labels_velocity)
 
 
-def test_updates_are_sgd_with_momentum_of_each() -> None:
-    labels = torch.randn(6, 3)
-    state = state_of(labels, labels_velocity=torch.zeros_like(labels))
-    parts = (state.images.clone(), state.labels.clone(), state.lr.clone())
-    options = DistillOptions(lr_img=3.0, lr_y=2.0, mom_y=0.9, lr_lr=1e-3)
-    optimizers = [
-        torch.optim.SGD([part], lr=rate, momentum=momentum)
-        for part, rate, momentum in zip(parts, (3.0, 2.0, 1e-3), (0.5, 0.9, 0.5), strict=True)
-    ]
-    for _ in range(4):
-        gradients = [torch.randn_like(part) for part in parts]
-        update(options, state, gradients[0], gradients[2], gradients[1])
-        for part, gradient, optimizer in zip(parts, gradients, optimizers, strict=True):
-            part.grad = gradient
-            optimizer.step()
-    for name, part in zip(("images", "labels", "lr"), parts, strict=True):
-        torch.testing.assert_close(getattr(state, name), part, msg=name)
-
-
 def test_fixed_labels_stay_what_they_are() -> None:
     state = state_of(torch.arange(3))
     update(DistillOptions(), state, torch.ones_like(state.images), torch.zeros(()))
     assert state.labels.tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("learned", [False, True])
-def test_the_checkpoint_holds_the_labels_and_their_velocity(tmp_path: Path, learned: bool) -> None:
-    state = state_of(torch.randn(6, 3), torch.randn(6, 3)) if learned else state_of(torch.arange(6))
-    save_checkpoint(tmp_path, state)
-    again = load_checkpoint(tmp_path, CPU)
-    assert again is not None
-    assert torch.equal(again.labels, state.labels)
-    assert again.labels.dtype == state.labels.dtype
-    if state.labels_velocity is None:
-        assert again.labels_velocity is None
-    else:
-        assert again.labels_velocity is not None
-        assert torch.equal(again.labels_velocity, state.labels_velocity)
 
 
 def test_class_logits_give_the_class_nine_tenths() -> None:

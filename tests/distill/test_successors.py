@@ -142,20 +142,6 @@ def test_a_loss_at_the_threshold_passes(experts: list[str], tmp_path: Path) -> N
     assert summary_of(half)["iterations_above_threshold"] == 0
 
 
-def test_the_average_is_the_sum_over_the_updates_written_out() -> None:
-    images = torch.randn(3, 1, 2, 2)
-    lr = torch.tensor(0.1)
-    state = State(
-        0, 1, images.clone(), torch.arange(3), lr, torch.zeros_like(images), torch.zeros(()), ema=images.clone()
-    )
-    expected = images.clone()
-    for _ in range(5):
-        update(DistillOptions(lr_img=2.0, ema_decay=0.8), state, torch.randn_like(images), torch.zeros(()))
-        expected = 0.8 * expected + 0.2 * state.images
-    assert state.ema is not None
-    torch.testing.assert_close(state.ema, expected)
-
-
 def test_the_average_is_evaluated_on_networks_of_its_own(experts: list[str], tmp_path: Path) -> None:
     """Set the decay to 0, so that the average is the images and networks trained on nothing before reach the same accuracy."""
     same, slow = tmp_path / "same", tmp_path / "slow"

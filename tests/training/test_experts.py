@@ -1,4 +1,4 @@
-"""Test the training of an expert: as a plain loop of torch.optim and as GSAM, from seed and index alone."""
+"""Test the training of an expert: as GSAM, its accuracies, from seed and index alone."""
 
 from __future__ import annotations
 
@@ -22,30 +22,6 @@ from tests.training.toy import NET, toy_images
 @pytest.fixture
 def images() -> RealImages:
     return toy_images()
-
-
-@pytest.mark.parametrize(("mom", "l2", "decay"), [(0.0, 0.0, False), (0.9, 0.01, False), (0.9, 0.0, True)])
-def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
-    images: RealImages, mom: float, l2: float, decay: bool
-) -> None:
-    training = ExpertTraining(train_epochs=5, lr=0.05, mom=mom, l2=l2, decay=decay, batch_size=30, augment="none")
-    parameters, accuracies = finished(expert_job(images, NET, training, seed=3, index=1))
-    module = reference_convnet(1, 3, 6, 4, 1)
-    torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
-    pixels, labels = images.train.batch(slice(None))  # one batch holds all: its order does not matter
-    lr = training.lr
-    optimizer = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
-    for epoch in range(5):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(pixels), labels).backward()
-        optimizer.step()
-        if decay and epoch == 5 // 2 + 1:
-            lr *= 0.1
-            optimizer = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
-        flat = torch.nn.utils.parameters_to_vector(module.parameters())
-        assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
-    seen, truth = images.test.batch(slice(None))
-    assert accuracies[-1] == pytest.approx(float((module(seen).argmax(1) == truth).float().mean()))
 
 
 def test_the_accuracies_of_an_expert_with_batch_norm_are_of_its_running_statistics() -> None:
