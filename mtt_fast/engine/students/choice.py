@@ -9,7 +9,6 @@ import torch
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent, cross_entropy, cross_entropy_from_logits
 from mtt_fast.engine.students.protocol import Loss, Student
-from mtt_fast.engine.students.step_checks import check_choices
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import HALF_PRECISIONS, LabelKind, Precision, has_kernels
 from mtt_fast.networks.convnet import is_plain_convnet
@@ -42,7 +41,9 @@ def student_for(
     with labels of `label_kind`. `GenericStudent` ignores `precision` and follows torch's own settings. Raises `InputError` for an
     unknown `label_kind` or `precision`, and for a plain module, whose parameters are not one vector.
     """
-    check_choices(label_kind, precision)
+    for name, value, kinds in (("label_kind", label_kind, LabelKind), ("precision", precision, Precision)):
+        if value not in get_args(kinds):
+            raise InputError(f"`{name}` {value}: expected {', '.join(get_args(kinds))}")
     if isinstance(network, type):
         raise InputError(f"`net`: expected a network, found the class {network.__name__}; call it to make one")
     if not (hasattr(network, "num_parameters") and hasattr(network, "mixes_samples")):

@@ -22,9 +22,8 @@ from mtt_fast.engine.students.batch import Inputs, batch_images, gathered
 from mtt_fast.engine.students.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
 from mtt_fast.engine.students.fused_head import Head
 from mtt_fast.engine.students.fused_step_bytes import fused_step_bytes
+from mtt_fast.engine.students.generic import check_labels
 from mtt_fast.engine.students.protocol import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient
-from mtt_fast.engine.students.step_checks import check_choices, check_saved, check_step
-from mtt_fast.errors import InputError
 from mtt_fast.kernels import (
     ConvLayer,
     Convolved,
@@ -38,7 +37,7 @@ from mtt_fast.kernels import (
     plane_dtype,
     planes_of,
 )
-from mtt_fast.networks.convnet import ConvNet, is_plain_convnet
+from mtt_fast.networks.convnet import ConvNet
 
 _LARGEST_DIRECTION = 1.0  # largest magnitude to which fp16 scales the direction
 
@@ -59,14 +58,9 @@ class FusedConvNetStudent:
     loss: Loss | None = None
     """in place of the cross-entropy with labels of `label_kind`"""
 
-    def __post_init__(self) -> None:
-        if not is_plain_convnet(self.network):
-            raise InputError(f"`network`: expected a ConvNet, found {type(self.network).__name__}; use student_for")
-        check_choices(self.label_kind, self.precision)
-
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
-        """See `Student.gradient`. Raises `InputError` for tensors that do not fit the network or each other."""
-        check_step(self.network, self._checked_kind, images, labels, theta)
+        """See `Student.gradient`. Raises `InputError` for labels that do not fit."""
+        self._check_labels(labels, images, theta)
         packed, x = self._pack(theta, None, images)
         parameters, classifier = self._layer_parameters(theta, packed.weights)
         blocks = self._blocks(x, parameters, [None] * self.network.depth)
@@ -95,9 +89,8 @@ class FusedConvNetStudent:
     def gradient_jvp(
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
-        """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and for `saved` activations that were used before."""
-        check_step(self.network, self._checked_kind, images, labels, theta, v=v)
-        check_saved(saved, self.network, images)
+        """See `Student.gradient_jvp`. Raises `InputError` for labels that do not fit."""
+        self._check_labels(labels, images, theta)
         packed, x = self._pack(theta, v, images, None if saved is None else saved[-1][0])
         parameters, classifier = self._layer_parameters(theta, packed.weights)
         directions, classifier_dot = self._layer_parameters(packed.direction, packed.weights_dot)
@@ -161,9 +154,9 @@ class FusedConvNetStudent:
     def _head(self) -> Head:
         return Head(self.label_kind, self.loss)
 
-    @property
-    def _checked_kind(self) -> LabelKind | None:
-        return self.label_kind if self.loss is None else None
+    def _check_labels(self, labels: Tensor, images: Inputs, theta: Tensor) -> None:
+        if self.loss is None:
+            check_labels(labels, self.label_kind, len(images), self.network.num_classes, theta.dtype)
 
     def _blocks(
         self, x: Tensor | Patches, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]

@@ -15,8 +15,7 @@ from torch import Tensor
 from mtt_fast.engine.students.batch import Inputs, gathered
 from mtt_fast.engine.students.live_bytes import live_bytes
 from mtt_fast.engine.students.protocol import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient, as_sums
-from mtt_fast.engine.students.step_checks import check_labels
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.numerics import plain_attention
@@ -41,6 +40,21 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     kind: LabelKind = "probabilities" if labels.is_floating_point() else "indices"
     check_labels(labels, kind, len(logits), logits.shape[1], labels.dtype)
     return F.cross_entropy(logits, labels)
+
+
+def check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtype: torch.dtype) -> None:
+    """Raise `InputError` unless `labels` are int64 class indices (count,), or soft labels (count, classes) of `dtype`.
+
+    The values of indices are checked only on a CPU, since a check would synchronise with a GPU.
+    """
+    shape, expected = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
+    if labels.shape != shape or labels.dtype != expected:
+        found = f"{dtype_name(labels.dtype)} of shape {tuple(labels.shape)}"
+        raise InputError(f"`labels`: expected {kind} {shape}, {dtype_name(expected)}, found {found}")
+    if kind == "indices" and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(
+            f"`labels`: expected class indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}"
+        )
 
 
 def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
