@@ -34,9 +34,9 @@ TOY = (
 ).split()
 
 
-def state_of(labels: torch.Tensor, labels_velocity: torch.Tensor | None = None) -> State:
+def state_of(labels: torch.Tensor) -> State:
     images, lr = torch.randn(len(labels), 1, 4, 4), torch.tensor(0.02)
-    return State(0, 2, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr), labels_velocity)
+    return State(0, 2, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr))
 
 
 def test_fixed_labels_stay_what_they_are() -> None:
