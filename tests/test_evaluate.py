@@ -176,6 +176,33 @@ def test_random_real_images_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < result["accuracy"]["mean"] < 1
 
 
+OF_PT = {"texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share"}
+"""Options of files of the public code alone."""
+
+
+@pytest.mark.parametrize(
+    ("sources", "settings", "names"),
+    [
+        (["random"], {}, {"factor", *OF_PT}),
+        (["run"], {}, {"ipc", *OF_PT}),
+        (["random", "run"], {}, OF_PT),
+        (["images_a.pt"], {}, {"ipc", "distilled_share"}),
+        (["run", "random", "images_a.pt"], {}, {"distilled_share"}),
+        (["images_a.pt"], {"protocol": "selmatch"}, {"ipc"}),
+        (["images_a.pt"], {"protocol": "selmatch", "texture": True}, {"ipc", "distilled_share"}),
+    ],
+)
+def test_options_that_none_of_the_sets_uses_have_no_effect(
+    sources: list[str], settings: dict[str, Any], names: set[str]
+) -> None:
+    assert set(EvaluateOptions(**settings).without_effect_on(sources)) == names
+
+
+def test_a_rate_that_is_given_replaces_the_protocols() -> None:
+    rates = [EvaluateOptions(protocol="selmatch", lr_teacher=lr).evaluation_protocol().lr for lr in (None, 0.5)]
+    assert rates == [0.1, 0.5]
+
+
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
 def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
     synthetic = distilled()
