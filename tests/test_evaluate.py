@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast import ConvNet, SyntheticDataset
+from mtt_fast import ConvNet, InputError, SyntheticDataset, Whitening
 from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli, evaluated_set
-from mtt_fast.commands.evaluated_set import EvaluatedSet
+from mtt_fast.commands.evaluated_set import EvaluatedSet, check_any_trained, read_synthetic, settings_of
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
+from mtt_fast.errors import Diverged
 from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.evaluation import Accuracy, training_job
@@ -101,6 +102,14 @@ def test_a_file_brings_its_own_settings() -> None:
     assert result["lr"] == pytest.approx(0.02)
     assert result["images"] == 10
     assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
+
+
+def test_a_set_brings_the_options_that_its_evaluation_shares_with_its_distillation() -> None:
+    shared = {"dataset": "digits", "data_path": "there", "seed": 3, "num_eval": 2, "factor": 2}
+    others = {"device": "cuda", "networks_at_once": 4, "lr_img": 5.0, "Iteration": 9, "out": "run"}
+    assert settings_of(distilled(recipe=shared | others)) == shared | {"zca": False}
+    whitening = Whitening.fit(torch.rand(20, 1, 8, 8))
+    assert settings_of(distilled(recipe={}, whitening=whitening)) == {"zca": True}
 
 
 def test_images_of_smaller_ones_count_as_those_that_are_stored() -> None:
@@ -217,7 +226,10 @@ def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "probabilities", "weights", "logits"])
-def test_soft_labels_in_files_become_targets(kind: Literal["probabilities", "weights", "logits"] | None) -> None:
+def test_soft_labels_in_files_become_targets(
+    kind: Literal["probabilities", "weights", "logits"] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     given = {"probabilities": torch.rand(10, 10).softmax(1), "weights": torch.rand(10, 10)}.get(
         kind or "", torch.randn(10, 10)
     )
@@ -230,6 +242,46 @@ def test_soft_labels_in_files_become_targets(kind: Literal["probabilities", "wei
     expected = given if is_target else given.exp() / given.exp().sum(1, keepdim=True)
     torch.testing.assert_close(train(torch.Generator()).labels, expected)
     assert lr == 0.01
+    assert ("labels are soft; taken as logits" in caplog.messages) == (kind is None)
+
+
+def test_the_first_share_of_each_class_in_a_file_counts_as_distilled() -> None:
+    pixels = torch.randn(20, 1, 8, 8)
+    torch.save(pixels, "images_best.pt")
+    torch.save(torch.arange(10).repeat(2), "labels_best.pt")
+    real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
+
+    def images(share: float) -> Images:
+        options = EvaluateOptions(dataset="digits", protocol="selmatch", distilled_share=share)
+        train, _ = EvaluatedSet("images_best.pt", options, None).training_images(real)
+        return train(torch.Generator())
+
+    half = images(0.5)
+    assert half.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert torch.equal(half.pixels, pixels.view(2, 10, 1, 8, 8).transpose(0, 1).flatten(0, 1))
+    assert half.real is not None
+    assert half.real.tolist() == [False, True] * 10
+    with pytest.raises(InputError, match=r"images_best\.pt: expected a `distilled_share` that is at least one"):
+        images(0.1)
+
+
+def test_an_accuracy_is_that_of_any_network_that_did_not_diverge() -> None:
+    lost, found = Accuracy((0.0, 0.0), diverged=2), Accuracy((0.5, 0.0), diverged=1)
+    check_any_trained([lost, found])
+    with pytest.raises(Diverged, match=r"^all 4 networks diverged"):
+        check_any_trained([lost, lost])
+
+
+def test_other_sets_in_a_runs_folder_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    Path("run").mkdir()
+    distilled().save("run/synthetic.safetensors")
+    assert read_synthetic("run") is not None
+    assert not caplog.messages
+    distilled().export("mtt", "run")
+    assert read_synthetic("run") is not None
+    (told,) = caplog.messages
+    assert told.startswith("run: ")
+    assert told.endswith("name a file to evaluate it, or convert the folder with --from")
 
 
 @pytest.mark.parametrize(
@@ -362,8 +414,6 @@ def test_a_hostile_pickle_does_not_run(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_distilled_set_survives_its_file() -> None:
-    from mtt_fast import Whitening
-
     whitening = Whitening.fit(torch.rand(20, 1, 8, 8))
     before = distilled(whitening=whitening, labels=torch.randn(10, 10), label_kind="logits", versions={"torch": "x"})
     before.save("set.safetensors")
