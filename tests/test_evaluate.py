@@ -16,7 +16,7 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli, evaluated_set
 from mtt_fast.commands.evaluated_set import EvaluatedSet, check_any_trained, read_synthetic, settings_of
 from mtt_fast.convert.command import main as convert
-from mtt_fast.data import load
+from mtt_fast.data import ImageData, load
 from mtt_fast.errors import Diverged
 from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
@@ -148,6 +148,25 @@ def test_other_images_are_normalised_as_those_of_the_set_were() -> None:
     plain, _ = real_images(data, cpu, zca=False).train.batch(slice(0, 5))
     in_unit_range = plain * data.std[0] + data.mean[0]
     torch.testing.assert_close(images, (in_unit_range - 0.25) / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ({"dataset": "mine"}, "made from another data set: expected digits, found mine"),
+        ({"dataset": "digits", "fingerprint": "beef"}, "made from other images: expected digits with fingerprint"),
+    ],
+)
+def test_other_images_than_those_of_the_set_are_taken_only_where_they_are_allowed(
+    recorded: dict[str, str], message: str
+) -> None:
+    def loaded(**allowed: bool) -> ImageData:
+        options = EvaluateOptions(dataset="digits", data_path="data", **allowed)
+        return EvaluatedSet("set.safetensors", options, distilled(**recorded)).load_data()
+
+    with pytest.raises(InputError, match=f"set.safetensors: {message}"):
+        loaded()
+    assert loaded(other_data=True).name == "digits"
 
 
 def test_textures_in_files_are_cropped() -> None:
