@@ -148,6 +148,8 @@ def test_other_images_are_normalised_as_those_of_the_set_were() -> None:
     plain, _ = real_images(data, cpu, zca=False).train.batch(slice(0, 5))
     in_unit_range = plain * data.std[0] + data.mean[0]
     torch.testing.assert_close(images, (in_unit_range - 0.25) / 0.5)
+    beside, _ = EvaluatedSet("random", options, None).real_images(data, cpu).train.batch(slice(0, 5))
+    assert torch.equal(beside, plain)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,15 @@ def test_other_images_than_those_of_the_set_are_taken_only_where_they_are_allowe
     with pytest.raises(InputError, match=f"set.safetensors: {message}"):
         loaded()
     assert loaded(other_data=True).name == "digits"
+
+
+@pytest.mark.parametrize("other_data", [False, True])
+def test_other_images_that_are_allowed_in_vain_are_told(caplog: pytest.LogCaptureFixture, other_data: bool) -> None:
+    caplog.set_level("INFO")
+    options = EvaluateOptions(dataset="digits", data_path="data", other_data=other_data)
+    EvaluatedSet("set.safetensors", options, distilled()).load_data()
+    told = "--other_data: has no effect, as set.safetensors was made from these images"
+    assert (told in caplog.messages) == other_data
 
 
 def test_textures_in_files_are_cropped() -> None:
