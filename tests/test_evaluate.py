@@ -17,8 +17,11 @@ from mtt_fast.commands import cli, evaluated_set
 from mtt_fast.commands.evaluated_set import EvaluatedSet, check_any_trained, read_synthetic, settings_of
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import ImageData, load
+from mtt_fast.engine.students.choice import describe_numerics
 from mtt_fast.errors import Diverged
 from mtt_fast.evaluate import EvaluateOptions, main
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.runtime.provenance import device_name, versions
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.evaluation import Accuracy, training_job
 from mtt_fast.training.images import Images, RealImages, real_images
@@ -110,6 +113,18 @@ def test_a_set_brings_the_options_that_its_evaluation_shares_with_its_distillati
     assert settings_of(distilled(recipe=shared | others)) == shared | {"zca": False}
     whitening = Whitening.fit(torch.rand(20, 1, 8, 8))
     assert settings_of(distilled(recipe={}, whitening=whitening)) == {"zca": True}
+
+
+def test_a_result_tells_what_was_measured_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.evaluate.evaluate", lambda *_, **__: Accuracy((0.5,)))
+    distilled().save("set.safetensors")
+    result, cpu = result_of("set.safetensors", "--eval_mode", "C"), torch.device("cpu")
+    networks = {name: network_by_name(name, (1, 8, 8), 10) for name in ("ConvNetD1W4", "ConvNet")}
+    assert list(result["accuracy_by_network"]) == list(networks)
+    first = networks["ConvNetD1W4"]
+    assert (result["source"], result["model"], result["dataset"]) == ("set.safetensors", "ConvNetD1W4", "digits")
+    assert (result["network"], result["numerics"]) == (first.describe(), describe_numerics(cpu, first, "auto"))
+    assert (result["device"], result["versions"]) == (device_name(cpu), versions())
 
 
 def test_images_of_smaller_ones_count_as_those_that_are_stored() -> None:
