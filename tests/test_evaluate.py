@@ -177,12 +177,12 @@ def test_other_images_are_normalised_as_those_of_the_set_were() -> None:
 def test_other_images_than_those_of_the_set_are_taken_only_where_they_are_allowed(
     recorded: dict[str, str], message: str
 ) -> None:
-    def loaded(**allowed: bool) -> ImageData:
-        options = EvaluateOptions(dataset="digits", data_path="data", **allowed)
+    def loaded(*, other_data: bool) -> ImageData:
+        options = EvaluateOptions(dataset="digits", data_path="data", other_data=other_data)
         return EvaluatedSet("set.safetensors", options, distilled(**recorded)).load_data()
 
-    with pytest.raises(InputError, match=f"set.safetensors: {message}"):
-        loaded()
+    with pytest.raises(InputError, match=rf"set\.safetensors: {message}"):
+        loaded(other_data=False)
     assert loaded(other_data=True).name == "digits"
 
 
