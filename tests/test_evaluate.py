@@ -290,7 +290,8 @@ def test_soft_labels_in_files_become_targets(
     assert ("labels are soft; taken as logits" in caplog.messages) == (kind is None)
 
 
-def test_the_first_share_of_each_class_in_a_file_counts_as_distilled() -> None:
+def test_the_first_share_of_each_class_in_a_file_counts_as_distilled(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     pixels = torch.randn(20, 1, 8, 8)
     torch.save(pixels, "images_best.pt")
     torch.save(torch.arange(10).repeat(2), "labels_best.pt")
@@ -306,6 +307,7 @@ def test_the_first_share_of_each_class_in_a_file_counts_as_distilled() -> None:
     assert torch.equal(half.pixels, pixels.view(2, 10, 1, 8, 8).transpose(0, 1).flatten(0, 1))
     assert half.real is not None
     assert half.real.tolist() == [False, True] * 10
+    assert not caplog.messages  # of soft labels, or of shares that are not known
     with pytest.raises(InputError, match=r"images_best\.pt: expected a `distilled_share` that is at least one"):
         images(0.1)
 
