@@ -10,14 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast import SyntheticDataset
+from mtt_fast import InputError, SyntheticDataset, Whitening
 from mtt_fast.analysis.__main__ import main as analysis
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli, evaluated_set
-from mtt_fast.commands.evaluated_set import EvaluatedSet
+from mtt_fast.commands.evaluated_set import EvaluatedSet, check_any_trained, read_synthetic, settings_of
 from mtt_fast.convert.command import main as convert
-from mtt_fast.data import load
+from mtt_fast.data import ImageData, load
+from mtt_fast.engine.students.choice import describe_numerics
+from mtt_fast.errors import Diverged
 from mtt_fast.evaluate import EvaluateOptions, main
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.runtime.provenance import device_name, versions
 from mtt_fast.training.evaluation import Accuracy
 from mtt_fast.training.images import Images, RealImages, real_images
 from mtt_fast.training.subsets import random_subset
@@ -78,6 +82,26 @@ def test_a_file_brings_its_own_settings() -> None:
     assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
 
 
+def test_a_set_brings_the_options_that_its_evaluation_shares_with_its_distillation() -> None:
+    shared = {"dataset": "digits", "data_path": "there", "seed": 3, "num_eval": 2, "factor": 2}
+    others = {"device": "cuda", "networks_at_once": 4, "lr_img": 5.0, "Iteration": 9, "out": "run"}
+    assert settings_of(distilled(recipe=shared | others)) == shared | {"zca": False}
+    whitening = Whitening.fit(torch.rand(20, 1, 8, 8))
+    assert settings_of(distilled(recipe={}, whitening=whitening)) == {"zca": True}
+
+
+def test_a_result_tells_what_was_measured_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.evaluate.evaluate", lambda *_, **__: Accuracy((0.5,)))
+    distilled().save("set.safetensors")
+    result, cpu = result_of("set.safetensors", "--eval_mode", "C"), torch.device("cpu")
+    networks = {name: network_by_name(name, (1, 8, 8), 10) for name in ("ConvNetD1W4", "ConvNet")}
+    assert list(result["accuracy_by_network"]) == list(networks)
+    first = networks["ConvNetD1W4"]
+    assert (result["source"], result["model"], result["dataset"]) == ("set.safetensors", "ConvNetD1W4", "digits")
+    assert (result["network"], result["numerics"]) == (first.describe(), describe_numerics(cpu, first, "auto"))
+    assert (result["device"], result["versions"]) == (device_name(cpu), versions())
+
+
 def test_images_of_smaller_ones_count_as_those_that_are_stored() -> None:
     """Check it in the score of such a set beside random real images, which are to be as many."""
     distilled(recipe={"dataset": "digits", "factor": 2}).save("set.safetensors")
@@ -114,6 +138,36 @@ def test_other_images_are_normalised_as_those_of_the_set_were() -> None:
     plain, _ = real_images(data, cpu, zca=False).train.batch(slice(0, 5))
     in_unit_range = plain * data.std[0] + data.mean[0]
     torch.testing.assert_close(images, (in_unit_range - 0.25) / 0.5)
+    beside, _ = EvaluatedSet("random", options, None).real_images(data, cpu).train.batch(slice(0, 5))
+    assert torch.equal(beside, plain)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ({"dataset": "mine"}, "made from another data set: expected digits, found mine"),
+        ({"dataset": "digits", "fingerprint": "beef"}, "made from other images: expected digits with fingerprint"),
+    ],
+)
+def test_other_images_than_those_of_the_set_are_taken_only_where_they_are_allowed(
+    recorded: dict[str, str], message: str
+) -> None:
+    def loaded(*, other_data: bool) -> ImageData:
+        options = EvaluateOptions(dataset="digits", data_path="data", other_data=other_data)
+        return EvaluatedSet("set.safetensors", options, distilled(**recorded)).load_data()
+
+    with pytest.raises(InputError, match=rf"set\.safetensors: {message}"):
+        loaded(other_data=False)
+    assert loaded(other_data=True).name == "digits"
+
+
+@pytest.mark.parametrize("other_data", [False, True])
+def test_other_images_that_are_allowed_in_vain_are_told(caplog: pytest.LogCaptureFixture, other_data: bool) -> None:
+    caplog.set_level("INFO")
+    options = EvaluateOptions(dataset="digits", data_path="data", other_data=other_data)
+    EvaluatedSet("set.safetensors", options, distilled()).load_data()
+    told = "--other_data: has no effect, as set.safetensors was made from these images"
+    assert (told in caplog.messages) == other_data
 
 
 def test_textures_in_files_are_cropped() -> None:
@@ -151,6 +205,33 @@ def test_random_real_images_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < result["accuracy"]["mean"] < 1
 
 
+OF_PT = {"texture", "canvas_size", "canvas_samples", "label_kind", "distilled_share"}
+"""Options of files of the public code alone."""
+
+
+@pytest.mark.parametrize(
+    ("sources", "settings", "names"),
+    [
+        (["random"], {}, {"factor", *OF_PT}),
+        (["run"], {}, {"ipc", *OF_PT}),
+        (["random", "run"], {}, OF_PT),
+        (["images_a.pt"], {}, {"ipc", "distilled_share"}),
+        (["run", "random", "images_a.pt"], {}, {"distilled_share"}),
+        (["images_a.pt"], {"protocol": "selmatch"}, {"ipc"}),
+        (["images_a.pt"], {"protocol": "selmatch", "texture": True}, {"ipc", "distilled_share"}),
+    ],
+)
+def test_options_that_none_of_the_sets_uses_have_no_effect(
+    sources: list[str], settings: dict[str, Any], names: set[str]
+) -> None:
+    assert set(EvaluateOptions(**settings).without_effect_on(sources)) == names
+
+
+def test_a_rate_that_is_given_replaces_the_protocols() -> None:
+    rates = [EvaluateOptions(protocol="selmatch", lr_teacher=lr).evaluation_protocol().lr for lr in (None, 0.5)]
+    assert rates == [0.1, 0.5]
+
+
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
 def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
     synthetic = distilled()
@@ -165,7 +246,10 @@ def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "probabilities", "weights", "logits"])
-def test_soft_labels_in_files_become_targets(kind: Literal["probabilities", "weights", "logits"] | None) -> None:
+def test_soft_labels_in_files_become_targets(
+    kind: Literal["probabilities", "weights", "logits"] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     given = {"probabilities": torch.rand(10, 10).softmax(1), "weights": torch.rand(10, 10)}.get(
         kind or "", torch.randn(10, 10)
     )
@@ -178,6 +262,48 @@ def test_soft_labels_in_files_become_targets(kind: Literal["probabilities", "wei
     expected = given if is_target else given.exp() / given.exp().sum(1, keepdim=True)
     torch.testing.assert_close(train(torch.Generator()).labels, expected)
     assert lr == 0.01
+    assert ("labels are soft; taken as logits" in caplog.messages) == (kind is None)
+
+
+def test_the_first_share_of_each_class_in_a_file_counts_as_distilled(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    pixels = torch.randn(20, 1, 8, 8)
+    torch.save(pixels, "images_best.pt")
+    torch.save(torch.arange(10).repeat(2), "labels_best.pt")
+    real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
+
+    def images(share: float) -> Images:
+        options = EvaluateOptions(dataset="digits", protocol="selmatch", distilled_share=share)
+        train, _ = EvaluatedSet("images_best.pt", options, None).training_images(real)
+        return train(torch.Generator())
+
+    half = images(0.5)
+    assert half.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert torch.equal(half.pixels, pixels.view(2, 10, 1, 8, 8).transpose(0, 1).flatten(0, 1))
+    assert half.real is not None
+    assert half.real.tolist() == [False, True] * 10
+    assert not caplog.messages  # of soft labels, or of shares that are not known
+    with pytest.raises(InputError, match=r"images_best\.pt: expected a `distilled_share` that is at least one"):
+        images(0.1)
+
+
+def test_an_accuracy_is_that_of_any_network_that_did_not_diverge() -> None:
+    lost, found = Accuracy((0.0, 0.0), diverged=2), Accuracy((0.5, 0.0), diverged=1)
+    check_any_trained([lost, found])
+    with pytest.raises(Diverged, match=r"^all 4 networks diverged"):
+        check_any_trained([lost, lost])
+
+
+def test_other_sets_in_a_runs_folder_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    Path("run").mkdir()
+    distilled().save("run/synthetic.safetensors")
+    assert read_synthetic("run") is not None
+    assert not caplog.messages
+    distilled().export("mtt", "run")
+    assert read_synthetic("run") is not None
+    (told,) = caplog.messages
+    assert told.startswith("run: ")
+    assert told.endswith("name a file to evaluate it, or convert the folder with --from")
 
 
 @pytest.mark.parametrize(
@@ -297,8 +423,6 @@ def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[s
 
 
 def test_the_distilled_set_survives_its_file() -> None:
-    from mtt_fast import Whitening
-
     whitening = Whitening.fit(torch.rand(20, 1, 8, 8))
     before = distilled(whitening=whitening, labels=torch.randn(10, 10), label_kind="logits", versions={"torch": "x"})
     before.save("set.safetensors")

@@ -29,7 +29,7 @@ def read_scores(path: str | os.PathLike[str], labels: Tensor) -> Tensor:
             f"{path}: expected one finite score for each of the {len(labels)} training images, found {found}; give the scores of this "
             "data set"
         )
-    if any(not np.array_equal(file_labels, labels.cpu().numpy()) for file_labels in labels_there):
+    if any(not np.array_equal(file_labels, labels.numpy()) for file_labels in labels_there):
         raise InputError(
             f"{path}: expected scores in the order of the training images, found other labels beside them; give the scores of this "
             "data set, whose images are in the order of its files"

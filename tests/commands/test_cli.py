@@ -231,7 +231,9 @@ def test_the_recipes_are_listed() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "mtt_fast.recipes"], capture_output=True, text=True, timeout=60, check=True
     )
-    assert all(name in process.stdout for name in recipe_names())
+    names = [path.stem for path in Path(recipes.__file__).parent.glob("*.toml")]
+    assert recipe_names() == sorted(names)
+    assert all(name in process.stdout for name in names)
     assert "\nDATM: DATM (ICLR 2024)" in process.stdout
 
 

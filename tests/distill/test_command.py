@@ -21,6 +21,7 @@ from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.kernels import Precision, native
+from mtt_fast.runtime.provenance import device_name, versions
 from mtt_fast.storage.tensor_files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.training.evaluation import Accuracy
@@ -141,6 +142,7 @@ def test_the_summary_and_the_pictures_tell_what_was_evaluated(
     student = "FusedConvNetStudent" if native.available else "GenericStudent"
     assert (summary["protocol"]["name"], summary["arithmetic"].split(" (")[0]) == ("datm", f"{student}, fp32")
     assert summary["data"] == sets["synthetic"].identity.record()
+    assert (summary["device"], summary["versions"]) == (device_name(torch.device("cpu")), versions())
 
     names = [(name, indices) for name, indices, *_ in calls]
     assert names == [*((name, (iteration,)) for iteration in range(3) for name in first), ("random real images", ())]

@@ -9,11 +9,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mtt_fast import InputError
 from mtt_fast.baselines.options import BaselineOptions
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_run
+from mtt_fast.data.catalogue import dataset_info
+from mtt_fast.distill.checks import check_options_fit
 from mtt_fast.distill.command_line import parse_options
 from mtt_fast.distill.options import DistillOptions
 from tests.distill.command_runs import TOY, run
@@ -203,6 +206,15 @@ def test_options_that_do_not_fit_are_told_before_images_are_looked_for(
     places = ["--data_path", str(tmp_path), "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     assert run("--dataset", "CIFAR10", *places, *flags.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_largest_batch_and_all_frequencies_fit() -> None:
+    info, options = dataset_info("digits"), DistillOptions(dataset="digits", ipc=2, batch_syn=20, msz_per_channel=64)
+    network, cpu = options.network(info), torch.device("cpu")
+    check_options_fit(options, info, network, cpu)
+    for larger in (dataclasses.replace(options, batch_syn=21), dataclasses.replace(options, msz_per_channel=65)):
+        with pytest.raises(InputError, match=r"^--(batch_syn 21|msz_per_channel 65): expected at most"):
+            check_options_fit(larger, info, network, cpu)
 
 
 def test_a_dry_run_refuses_what_the_run_would(

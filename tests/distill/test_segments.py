@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,9 +53,10 @@ def test_all_segments_of_an_iteration_start_in_its_range_of_epochs() -> None:
     assert {segment.epoch for segment in later} > {0}
 
 
-def test_the_seed_decides_experts_epochs_images_and_augmentation() -> None:
+@pytest.mark.parametrize("continuous", [False, True])
+def test_the_seed_decides_experts_epochs_images_and_augmentation(continuous: bool) -> None:
     def drawn(seed: int) -> list[list[Any]]:
-        of_segments = segments(seed)
+        of_segments = segments(seed, continuous_start=continuous)
         draws = zip(*(segment.tensors()[2:] for segment in of_segments), strict=True)
         return [
             [segment.expert for segment in of_segments],

@@ -15,6 +15,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import Segment
 from mtt_fast.distill.updates import apply_gradients, check_converges, update
 from mtt_fast.errors import Diverged
+from mtt_fast.parametrisations.parametrisation import Parametrisation, learned_values
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import MetricsLog
@@ -84,6 +85,27 @@ def test_each_iteration_is_recorded_and_counted_as_what_it_was(caplog: pytest.Lo
     above, skipped = caplog.messages  # each kind is told once
     assert above.startswith("iteration 2: the matching loss 2.5 is above --threshold 2 and no update is made")
     assert skipped.startswith("iteration 3: the student diverged (loss inf) and the step is skipped")
+
+
+class Scaled(Parametrisation):
+    """Images whose gradient of 1e20 gives their parameters an infinite one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels = torch.nn.Parameter(torch.zeros(2, 1, 4, 4))
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return 1e30 * self.pixels[index]
+
+
+def test_an_iteration_whose_gradient_is_not_finite_in_the_parameters_alone_is_skipped() -> None:
+    state, module = state_of(torch.tensor(0.5)), Scaled()
+    state.parameters = learned_values(module)
+    state.parameters_velocity = {name: torch.zeros_like(each) for name, each in state.parameters.items()}
+    gradients = [torch.full_like(state.images, 1e20), torch.ones(())]
+    assert apply_gradients(DistillOptions(), state, [], 1.0, gradients, module) == ("skip", {"skipped": 1})
+    assert not any(each.any() for each in (*state.parameters.values(), *state.parameters_velocity.values()))
+    assert (float(state.lr), float(state.lr_velocity)) == (0.5, 0.0)
 
 
 def test_a_rate_that_would_not_stay_positive_is_kept_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
