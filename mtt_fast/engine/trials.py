@@ -26,6 +26,7 @@ from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MAX_SAMPLES = 8  # in a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
+_LARGE = 2.0**20  # times a loss, so that its gradient exceeds what is clipped; a power of two rounds nothing
 
 
 def try_augmentation(
@@ -78,9 +79,10 @@ def try_step(
 
     The test uses `theta` (P,) and a few samples of the first batch. `augmented` is the result of `try_augmentation`. Raises
     `InputError` unless network and loss return the same at a second call, and read no other tensor that requires a gradient. The
-    loss must be a scalar that depends on the parameters, and on the images if they require a gradient. If batches are cut, the
-    outputs of a sample must be independent of the other samples. If network or loss fail on a few samples (as with a graph neural
-    network with fixed edges), the whole batch is used; if it is cut, only for the loss.
+    loss must be a scalar that depends on the parameters, and on the images if they require a gradient, and its backward pass must
+    be linear in the gradient that it gets. If batches are cut, the outputs of a sample must be independent of the other samples.
+    If network or loss fail on a few samples (as with a graph neural network with fixed edges), the whole batch is used; if it is
+    cut, only for the loss.
     """
     _check_may_synchronise(theta)
     index, needs_images = batches[0], images.requires_grad and torch.is_grad_enabled()
@@ -155,10 +157,22 @@ def _try_gradient(
     logits = _call_twice("net", lambda theta, images: network(theta, images.clone()), *leaves)
     value = _try_loss(loss, logits, labels)
     names = ["parameters", "images"] if needs_images else ["parameters"]
-    gradients = torch.autograd.grad(value, leaves[: len(names)], allow_unused=True) if value.requires_grad else [None]
-    for name, gradient in zip(names, gradients, strict=False):
-        if gradient is None:
+
+    def gradients(factor: float) -> Sequence[Tensor | None]:
+        """Return the gradients of the loss times `factor`."""
+        if not value.requires_grad:
+            return [None]
+        scale = torch.full_like(value, factor)
+        return torch.autograd.grad(value, leaves[: len(names)], scale, retain_graph=True, allow_unused=True)
+
+    for name, gradient, scaled in zip(names, gradients(1), gradients(_LARGE), strict=False):
+        if gradient is None or scaled is None:
             raise no_gradient_error(name)
+        if scaled.isfinite().all() and not _are_close(_LARGE * gradient, scaled):
+            raise InputError(
+                "`net`, `loss`: expected a backward pass that is linear in the gradient that it gets, found another; take out hooks and "
+                "functions that clip or normalise gradients, since the two sweeps pass them gradients of other scales"
+            )
     return logits.detach()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -230,6 +231,54 @@ def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None
         gradient(net, net.init())
     with torch.no_grad():  # a training of which no gradient is asked for
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
+
+
+class Clipped(torch.autograd.Function):
+    """The identity, with a backward pass that clips the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-10, 10)
+
+
+def with_hook(images: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+    result = images.sin()
+    if result.requires_grad:
+        result.register_hook(hook)
+    return result
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda images, layer: Clipped.apply(images),
+        lambda images, layer: with_hook(images, lambda gradient: gradient.clamp(-10, 10)),
+        lambda images, layer: with_hook(images, F.normalize),
+    ],
+    ids=["a function", "a hook", "a norm of one"],
+)
+@pytest.mark.parametrize("place", ["of the images", "of the outputs"])
+def test_a_network_that_clips_its_gradient_is_refused(function: Any, place: str) -> None:
+    """Check what would clip other gradients in pieces of a batch, and in the backward sweep, whose gradients have another scale."""
+    layers = [Layer(function), with_layer(nn.Identity())]
+    net = FlatModule(nn.Sequential(*(layers if place == "of the images" else layers[::-1])).double())
+    with pytest.raises(InputError, match="`net`, `loss`: expected a backward pass that is linear in the gradient"):
+        gradient(net, net.init())
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_a_network_that_scales_its_gradient_is_taken(microbatch: int | None) -> None:
+    """Check a gradient reversal."""
+    layer = Layer(lambda images, layer: with_hook(images, lambda gradient: -0.5 * gradient))
+    net = FlatModule(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), with_layer(layer)).double())
+    start, lr = net.init(), torch.tensor(0.3, dtype=torch.float64)
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = whole_graph(net, start, 1.1 * start, images, LABELS, lr, BATCHES)
+    assert_close("images", gradient(net, start, microbatch=microbatch), expected.images, 1e-12)
 
 
 class LearnedWarp:
