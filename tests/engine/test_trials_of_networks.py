@@ -233,6 +233,19 @@ def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
 
 
+@pytest.mark.parametrize("first", ["1GiB", None])
+def test_a_layer_may_keep_what_it_computed_first(first: str | None) -> None:
+    """Check that the memory count, on tensors without data, shares no layers with the steps."""
+
+    def positions(images: Tensor, layer: Any) -> Tensor:
+        if not hasattr(layer, "positions"):
+            layer.positions = torch.arange(6, dtype=images.dtype, device=images.device)
+        return images + layer.positions
+
+    net = FlatModule(with_layer(Layer(positions)))
+    assert torch.equal(*(gradient(net, net.init(), memory_budget=budget) for budget in (first, "1GiB")))
+
+
 class Clipped(torch.autograd.Function):
     """The identity, with a backward pass that clips the gradient."""
 
