@@ -252,10 +252,12 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the outputs of a sample depend on the samples beside it.
 
-    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch of four copies of
-    itself (two are scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
-    hide a layer that mixes samples. So the last two inputs are also computed with other values for such parameters.
+    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again beside a copy of itself, and
+    two mixtures of it and another input: a layer that takes the mean of a group of samples, by a number in them, hides among
+    copies. Parameters near zero, such as gates and last layers at initialisation, hide a layer that mixes samples. So the last two
+    inputs are also computed with other values for such parameters.
     """
+    even = (torch.arange(inputs[0].numel(), device=inputs.device) % 2 == 0).view(inputs.shape[1:])
     last = inputs[-_SAMPLES_AT_ONCE:]
     small = (theta.abs() <= 0.01 * theta.square().mean().sqrt()).nonzero()[:, 0]
     signs = (small + 1).to(theta.dtype).sin().sign()  # irregular, but deterministic
@@ -265,9 +267,14 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
         (moved, last, network(moved, last.clone())),
     ):
         factor = 0.5 if bool((samples == samples[:1]).all()) else 1
-        for sample, output in zip(samples, outputs, strict=True):
+        for sample, output, other in zip(samples, outputs, samples.roll(1, 0), strict=True):
             # not one sample, since some networks fail with it (those that squeeze), nor two, since others depend on their number
-            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample] * 2))[-1]):
+            mixed = [torch.where(even == part, sample, factor * other) for part in (True, False)]
+            try:
+                again = network(parameters, torch.stack([*mixed, sample, sample]))
+            except FAILURES:  # a mixture of two samples may be none, as of positive definite matrices
+                again = network(parameters, torch.stack([factor * sample, sample] * 2))
+            if not _are_close(output, again[-1]):
                 raise InputError(
                     "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                     "a sample beside others; take a norm that is not over the batch, or leave `microbatch`, `memory_budget` and `group` out"

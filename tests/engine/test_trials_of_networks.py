@@ -178,6 +178,34 @@ def test_samples_that_depend_on_others_are_refused_where_batches_are_cut(functio
         gradient_of_module(Layer(function), microbatch=2)
 
 
+@pytest.mark.parametrize("pixel", [0, 1])
+def test_samples_that_depend_on_those_of_their_group_are_refused_where_batches_are_cut(pixel: int) -> None:
+    """Check a mean over the samples of a group, which copies of a sample hide, where no two of the trial are of one group."""
+
+    def mean_of_group(images: Tensor, layer: Any) -> Tensor:
+        groups = images[:, 0, 0, pixel]
+        same = (groups[:, None] == groups).to(images.dtype)
+        return torch.tensordot(same / same.sum(1, keepdim=True), images, 1)
+
+    net, images = FlatModule(with_layer(Layer(mean_of_group))), torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    images[:, 0, 0, pixel] = torch.tensor([0, 1, 2, 3, 0, 1])
+    steps: dict[str, Any] = {"labels": LABELS, "lr": 0.3, "batches": [torch.arange(4), torch.arange(6)]}
+    assert unroll(net, net.init(), images, **steps).isfinite().all()
+    with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+        unroll(net, net.init(), images, microbatch=2, **steps)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_samples_may_be_matrices_that_no_mixture_is(microbatch: int | None) -> None:
+    """Check that a trial takes no mixture of two samples for a sample where the network fails with it."""
+    layer = Layer(lambda images, layer: torch.linalg.cholesky(images))
+    matrices = torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    matrices = matrices @ matrices.mT + torch.arange(1, 7)[:, None, None, None] * torch.eye(6)
+    net = FlatModule(with_layer(layer))
+    path = unroll(net, net.init(), matrices, LABELS, 0.3, BATCHES, microbatch=microbatch)
+    assert_close("path", path, unroll(net, net.init(), matrices, LABELS, 0.3, BATCHES), 1e-12)
+
+
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
