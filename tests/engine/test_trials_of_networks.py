@@ -185,7 +185,7 @@ def test_samples_that_depend_on_those_of_their_group_are_refused_where_batches_a
     def mean_of_group(images: Tensor, layer: Any) -> Tensor:
         groups = images[:, 0, 0, pixel]
         same = (groups[:, None] == groups).to(images.dtype)
-        return torch.tensordot(same / same.sum(1, keepdim=True), images, 1)
+        return torch.einsum("gs,schw->gchw", same / same.sum(1, keepdim=True), images)
 
     net, images = FlatModule(with_layer(Layer(mean_of_group))), torch.randn(6, 2, 6, 6, dtype=torch.float64)
     images[:, 0, 0, pixel] = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -268,7 +268,7 @@ def test_a_layer_may_keep_what_it_computed_first(first: str | None) -> None:
     def positions(images: Tensor, layer: Any) -> Tensor:
         if not hasattr(layer, "positions"):
             layer.positions = torch.arange(6, dtype=images.dtype, device=images.device)
-        return images + layer.positions
+        return images.add(layer.positions)
 
     net = FlatModule(with_layer(Layer(positions)))
     assert torch.equal(*(gradient(net, net.init(), memory_budget=budget) for budget in (first, "1GiB")))
