@@ -44,7 +44,8 @@ def device_of(generator: torch.Generator | None) -> torch.device:
 def check_number(name: str, value: Any) -> None:
     """Raise `InputError` unless `value` is a finite number of at least 0, as torch.optim's classes do."""
     if not isinstance(value, Real):
-        raise InputError(f"`{name}`: expected a number, found {value!r}")
+        remedy = "; use .item(), since no gradient flows to it" * isinstance(value, Tensor)
+        raise InputError(f"`{name}`: expected a number, found {value!r}{remedy}")
     if not (math.isfinite(value) and float(value) >= 0):
         raise InputError(f"`{name}`: expected a finite number of at least 0, found {value}")
 

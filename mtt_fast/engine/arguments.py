@@ -58,6 +58,8 @@ def check_types(**tensors: Any) -> None:
             fix = "; join the parts into one tensor by torch.cat, and split it again in the module or the loss" * parts
             if name == "labels" and value is None:
                 fix = "; a `loss` that needs no labels may ignore them: give torch.arange(len(images), device=images.device)"
+            if name == "velocity" and parts:
+                fix = "; torch.stack makes one (2, P) of Adam's two moments"
             if name in ("theta", "start", "target"):
                 fix = "; torch.nn.utils.parameters_to_vector makes one of a list of parameters"
             raise InputError(f"`{name}`: expected a tensor, found {type(value).__name__}{fix}")

@@ -182,7 +182,7 @@ def _check_vectors(name: str, **vectors: Tensor) -> None:
         _check_type(name, argument, vector)
         if vector.dim() != 1:
             raise InputError(
-                f"{name} {argument}: expected a flat vector (P,), found shape {tuple(vector.shape)}; {_FLATTEN}"
+                f"{name} {argument}: expected a flat vector (P,), found shape {tuple(vector.shape)}; path[-1] is the last row of a path"
             )
     (first_name, first), *others = vectors.items()
     if any(vector.shape != first.shape for _, vector in others):

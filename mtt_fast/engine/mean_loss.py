@@ -18,7 +18,7 @@ from mtt_fast.engine.students.microbatches import InMicrobatches
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.errors import InputError
 
-_FEW = 8  # samples whose losses are compared at once
+_FEW = 7  # samples whose losses are compared at once; odd, so that two classes have different numbers of them
 _MAX_LABELS = 1000
 
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
@@ -31,9 +31,13 @@ def is_mean(loss: Loss, outputs: Tensor, targets: Tensor, labels: Tensor) -> boo
     `targets` (b, …) belong to `outputs` (b, …). A captured iteration gets other batches later, so a few of all `labels` (n, …)
     are tried too, with the same outputs.
     """
+    outputs = outputs[
+        : _FEW - 2
+    ]  # so that some of the samples have the same output, and a loss of near pairs finds a pair
     if bool((outputs == outputs[:1]).all()):
         return False  # with equal samples a loss of differences between samples looks like a mean
-    targets = torch.cat([labels[_different_labels(labels)].to(targets.dtype), targets])
+    # each target but the first is there twice, with two outputs: a loss may compare the samples of a class, or count them
+    targets = torch.cat([labels[_different_labels(labels)].to(targets.dtype), targets.repeat_interleave(2, 0)[1:]])
     rows = outputs.split(1)
     samples = [(rows[n % len(rows)], target) for n, target in enumerate(targets.split(1))]
     # overlapping groups: the last sample of a group is the first of the next

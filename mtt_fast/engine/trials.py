@@ -26,6 +26,7 @@ from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MAX_SAMPLES = 8  # in a trial
 _SAMPLES_AT_ONCE = 2  # in memory, with their gradient
+_LARGE = 2.0**20  # times a loss, so that its gradient exceeds what is clipped; a power of two rounds nothing
 
 
 def try_augmentation(
@@ -78,9 +79,10 @@ def try_step(
 
     The test uses `theta` (P,) and a few samples of the first batch. `augmented` is the result of `try_augmentation`. Raises
     `InputError` unless network and loss return the same at a second call, and read no other tensor that requires a gradient. The
-    loss must be a scalar that depends on the parameters, and on the images if they require a gradient. If batches are cut, the
-    outputs of a sample must be independent of the other samples. If network or loss fail on a few samples (as with a graph neural
-    network with fixed edges), the whole batch is used; if it is cut, only for the loss.
+    loss must be a scalar that depends on the parameters, and on the images if they require a gradient, and its backward pass must
+    be linear in the gradient that it gets. If batches are cut, the outputs of a sample must be independent of the other samples.
+    If network or loss fail on a few samples (as with a graph neural network with fixed edges), the whole batch is used; if it is
+    cut, only for the loss.
     """
     _check_may_synchronise(theta)
     index, needs_images = batches[0], images.requires_grad and torch.is_grad_enabled()
@@ -155,10 +157,22 @@ def _try_gradient(
     logits = _call_twice("net", lambda theta, images: network(theta, images.clone()), *leaves)
     value = _try_loss(loss, logits, labels)
     names = ["parameters", "images"] if needs_images else ["parameters"]
-    gradients = torch.autograd.grad(value, leaves[: len(names)], allow_unused=True) if value.requires_grad else [None]
-    for name, gradient in zip(names, gradients, strict=False):
-        if gradient is None:
+
+    def gradients(factor: float) -> Sequence[Tensor | None]:
+        """Return the gradients of the loss times `factor`."""
+        if not value.requires_grad:
+            return [None]
+        scale = torch.full_like(value, factor)
+        return torch.autograd.grad(value, leaves[: len(names)], scale, retain_graph=True, allow_unused=True)
+
+    for name, gradient, scaled in zip(names, gradients(1), gradients(_LARGE), strict=False):
+        if gradient is None or scaled is None:
             raise no_gradient_error(name)
+        if scaled.isfinite().all() and not _are_close(_LARGE * gradient, scaled):
+            raise InputError(
+                "`net`, `loss`: expected a backward pass that is linear in the gradient that it gets, found another; take out hooks and "
+                "functions that clip or normalise gradients, since the two sweeps pass them gradients of other scales"
+            )
     return logits.detach()
 
 
@@ -238,10 +252,12 @@ def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
 def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
     """Raise `InputError` if the outputs of a sample depend on the samples beside it.
 
-    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again in a batch of four copies of
-    itself (two are scaled by one half if all inputs are equal). Parameters near zero, such as gates and last layers at initialisation,
-    hide a layer that mixes samples. So the last two inputs are also computed with other values for such parameters.
+    `logits` are the outputs of the first `inputs`, computed together. Each input is computed again beside a copy of itself, and
+    two mixtures of it and another input: a layer that takes the mean of a group of samples, by a number in them, hides among
+    copies. Parameters near zero, such as gates and last layers at initialisation, hide a layer that mixes samples. So the last two
+    inputs are also computed with other values for such parameters.
     """
+    even = (torch.arange(inputs[0].numel(), device=inputs.device) % 2 == 0).view(inputs.shape[1:])
     last = inputs[-_SAMPLES_AT_ONCE:]
     small = (theta.abs() <= 0.01 * theta.square().mean().sqrt()).nonzero()[:, 0]
     signs = (small + 1).to(theta.dtype).sin().sign()  # irregular, but deterministic
@@ -251,9 +267,14 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
         (moved, last, network(moved, last.clone())),
     ):
         factor = 0.5 if bool((samples == samples[:1]).all()) else 1
-        for sample, output in zip(samples, outputs, strict=True):
+        for sample, output, other in zip(samples, outputs, samples.roll(1, 0), strict=True):
             # not one sample, since some networks fail with it (those that squeeze), nor two, since others depend on their number
-            if not _are_close(output, network(parameters, torch.stack([factor * sample, sample] * 2))[-1]):
+            mixed = [torch.where(even == part, sample, factor * other) for part in (True, False)]
+            try:
+                again = network(parameters, torch.stack([*mixed, sample, sample]))
+            except FAILURES:  # a mixture of two samples may be none, as of positive definite matrices
+                again = network(parameters, torch.stack([factor * sample, sample] * 2))
+            if not _are_close(output, again[-1]):
                 raise InputError(
                     "`net`: expected samples that do not depend on each other, since batches are cut, found other outputs for "
                     "a sample beside others; take a norm that is not over the batch, or leave `microbatch`, `memory_budget` and `group` out"

@@ -151,9 +151,9 @@ def unroll(
         InputError: shapes, dtypes, indices or options do not fit each other, or the call is within `torch.inference_mode`,
             `torch.func`, `torch.jit.trace` or `torch.compile`. A user's network, loss or augmentation is first tried on a few
             samples (on a whole batch if the network mixes samples). It is refused if a second call gives different results, if a
-            batch is cut and the network mixes its samples, or if it reads a tensor that requires a gradient and is not an
-            argument, since no gradient would flow to that tensor. Arguments that differ between the processes of a `group` are
-            refused in all of them, and so are losses of the path.
+            batch is cut and the network mixes its samples, if its backward pass clips gradients, or if it reads a tensor that
+            requires a gradient and is not an argument, since no gradient would flow to that tensor. Arguments that differ between
+            the processes of a `group` are refused in all of them, and so are losses of the path.
     """
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,

@@ -41,6 +41,12 @@ def check_kind(module: nn.Module) -> None:
             f"FlatModule: parameter {hooked[0]} has a hook on its gradient, which would not be called; remove it, and do in the forward "
             "pass what it does"
         )
+    own = set(module.parameters())
+    if learned := [name for name, value in module.named_buffers() if value.requires_grad and value not in own]:
+        raise InputError(
+            f"FlatModule: buffer {learned[0]} requires a gradient, but none flows to a buffer; detach it, or make it a parameter, or a "
+            "part of the images"
+        )
     if any(nn.parameter.is_lazy(value) for value in module.parameters()):
         raise InputError(
             "FlatModule: expected a module that knows its sizes, found a lazy layer before its first call; call the module once"

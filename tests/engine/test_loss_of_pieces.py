@@ -92,12 +92,35 @@ def of_all_pairs(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels) + pairs * (outputs[:, None] - outputs).square().sum()
 
 
+def by_counts(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Weigh each sample by one over the number of samples of its class in the batch."""
+    weights = 1 / labels.bincount()[labels].double()
+    return (weights * F.cross_entropy(outputs, labels % 4, reduction="none")).sum() / weights.sum()
+
+
+def of_a_class(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Pull the samples of a class together."""
+    pairs = (labels[:, None] == labels).triu(1)
+    return outputs.square().mean() + ((outputs[:, None] - outputs).square().sum(2) * pairs).sum() / len(labels)
+
+
+def of_near_pairs(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Push samples apart that are nearer than a margin."""
+    distances = ((outputs[:, None] - outputs).square().sum(2) + 1e-9).sqrt()
+    return (0.1 - distances).relu().square().triu(1).sum()
+
+
 MISSING = draw(12, 4, seed=1)
 MISSING[8:, :2] = torch.nan
 WEIGHTS = torch.cat([draw(12, 4, seed=1), torch.ones(12, 1).double()], 1)
 WEIGHTS[8:, 4] = 3
 MAPS = 3 * torch.randint(2, (12, 5, 5), generator=torch.Generator().manual_seed(0))
 MAPS[9] = 2
+FEW = torch.tensor(
+    [1, 0, 2, 3, 4, 5, 6, 0, *range(7, 15)]
+)  # one class has two samples; no trial takes both, and no piece
+NEAR = draw(16, 6)
+NEAR[7] = NEAR[1] + 0.05  # no trial takes both, and no piece
 ROWS, PIXELS = draw(12, 6), draw(12, 1, 5, 5)
 CASES: dict[str, tuple[Callable[[], FlatModule], Tensor, Tensor, Loss, list[Tensor]]] = {
     "a first batch of one": (mlp, ROWS, CLASSES, spread, [ONE, *BATCHES]),
@@ -109,6 +132,9 @@ CASES: dict[str, tuple[Callable[[], FlatModule], Tensor, Tensor, Loss, list[Tens
     "complex targets": (mlp, ROWS, torch.complex(draw(12, 4), WEIGHTS[:, 4:].expand(12, 4)), of_waves, BATCHES),
     "a class of maps": (of_pixels, PIXELS, MAPS, nn.CrossEntropyLoss(weight=torch.tensor([1, 1, 5, 1.0]).double()), BATCHES),
     "views of more classes than a batch": (mlp, ROWS, torch.arange(12) % 9, of_two_views, BATCHES[:2]),
+    "counts of classes": (mlp, draw(16, 6), FEW, by_counts, 2 * [torch.arange(12)]),
+    "pairs of a class": (mlp, draw(16, 6), FEW, of_a_class, 2 * [torch.arange(12)]),
+    "near pairs": (mlp, NEAR, torch.arange(16), of_near_pairs, 2 * [torch.arange(12)]),
     "a division by zero": (mlp, ROWS, CLASSES, of_all_pairs, BATCHES),
     "no labels": (mlp, ROWS, torch.zeros(12, 0, dtype=torch.long), lambda outputs, _: outputs.square().sum(), BATCHES),
 }  # fmt: skip

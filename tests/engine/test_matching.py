@@ -47,7 +47,9 @@ def test_errors_name_the_cause() -> None:
         InputError, match=r"start: expected a tensor, found list; .*parameters_to_vector makes one of a list"
     ):
         matching_loss(torch.zeros(3), cast(Any, [still]), still)  # as an expert of the public code
-    with pytest.raises(InputError, match=r"end: expected a flat vector \(P,\), found shape \(1, 3\)"):
+    with pytest.raises(
+        InputError, match=r"end: expected a flat vector \(P,\), found shape \(1, 3\); path\[-1\] is the last"
+    ):
         matching_loss(torch.zeros(1, 3), still, still)
     with pytest.raises(
         InputError, match=r"expected end float32, float64 or bfloat16, .*, found torch.float16, torch.float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -177,6 +178,34 @@ def test_samples_that_depend_on_others_are_refused_where_batches_are_cut(functio
         gradient_of_module(Layer(function), microbatch=2)
 
 
+@pytest.mark.parametrize("pixel", [0, 1])
+def test_samples_that_depend_on_those_of_their_group_are_refused_where_batches_are_cut(pixel: int) -> None:
+    """Check a mean over the samples of a group, which copies of a sample hide, where no two of the trial are of one group."""
+
+    def mean_of_group(images: Tensor, layer: Any) -> Tensor:
+        groups = images[:, 0, 0, pixel]
+        same = (groups[:, None] == groups).to(images.dtype)
+        return torch.einsum("gs,schw->gchw", same / same.sum(1, keepdim=True), images)
+
+    net, images = FlatModule(with_layer(Layer(mean_of_group))), torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    images[:, 0, 0, pixel] = torch.tensor([0, 1, 2, 3, 0, 1])
+    steps: dict[str, Any] = {"labels": LABELS, "lr": 0.3, "batches": [torch.arange(4), torch.arange(6)]}
+    assert unroll(net, net.init(), images, **steps).isfinite().all()
+    with pytest.raises(InputError, match="`net`: expected samples that do not depend on each other"):
+        unroll(net, net.init(), images, microbatch=2, **steps)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_samples_may_be_matrices_that_no_mixture_is(microbatch: int | None) -> None:
+    """Check that a trial takes no mixture of two samples for a sample where the network fails with it."""
+    layer = Layer(lambda images, layer: torch.linalg.cholesky(images))
+    matrices = torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    matrices = matrices @ matrices.mT + torch.arange(1, 7)[:, None, None, None] * torch.eye(6)
+    net = FlatModule(with_layer(layer))
+    path = unroll(net, net.init(), matrices, LABELS, 0.3, BATCHES, microbatch=microbatch)
+    assert_close("path", path, unroll(net, net.init(), matrices, LABELS, 0.3, BATCHES), 1e-12)
+
+
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
@@ -230,6 +259,67 @@ def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None
         gradient(net, net.init())
     with torch.no_grad():  # a training of which no gradient is asked for
         unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
+
+
+@pytest.mark.parametrize("first", ["1GiB", None])
+def test_a_layer_may_keep_what_it_computed_first(first: str | None) -> None:
+    """Check that the memory count, on tensors without data, shares no layers with the steps."""
+
+    def positions(images: Tensor, layer: Any) -> Tensor:
+        if not hasattr(layer, "positions"):
+            layer.positions = torch.arange(6, dtype=images.dtype, device=images.device)
+        return images.add(layer.positions)
+
+    net = FlatModule(with_layer(Layer(positions)))
+    assert torch.equal(*(gradient(net, net.init(), memory_budget=budget) for budget in (first, "1GiB")))
+
+
+class Clipped(torch.autograd.Function):
+    """The identity, with a backward pass that clips the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-10, 10)
+
+
+def with_hook(images: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+    result = images.sin()
+    if result.requires_grad:
+        result.register_hook(hook)
+    return result
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda images, layer: Clipped.apply(images),
+        lambda images, layer: with_hook(images, lambda gradient: gradient.clamp(-10, 10)),
+        lambda images, layer: with_hook(images, F.normalize),
+    ],
+    ids=["a function", "a hook", "a norm of one"],
+)
+@pytest.mark.parametrize("place", ["of the images", "of the outputs"])
+def test_a_network_that_clips_its_gradient_is_refused(function: Any, place: str) -> None:
+    """Check what would clip other gradients in pieces of a batch, and in the backward sweep, whose gradients have another scale."""
+    layers = [Layer(function), with_layer(nn.Identity())]
+    net = FlatModule(nn.Sequential(*(layers if place == "of the images" else layers[::-1])).double())
+    with pytest.raises(InputError, match="`net`, `loss`: expected a backward pass that is linear in the gradient"):
+        gradient(net, net.init())
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_a_network_that_scales_its_gradient_is_taken(microbatch: int | None) -> None:
+    """Check a gradient reversal."""
+    layer = Layer(lambda images, layer: with_hook(images, lambda gradient: -0.5 * gradient))
+    net = FlatModule(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), with_layer(layer)).double())
+    start, lr = net.init(), torch.tensor(0.3, dtype=torch.float64)
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = whole_graph(net, start, 1.1 * start, images, LABELS, lr, BATCHES)
+    assert_close("images", gradient(net, start, microbatch=microbatch), expected.images, 1e-12)
 
 
 class LearnedWarp:

@@ -198,6 +198,11 @@ def hooked(module: nn.Module) -> nn.Module:
     return module
 
 
+def with_learned_buffer(module: nn.Module) -> nn.Module:
+    module.register_buffer("edges", torch.eye(2, requires_grad=True))
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -219,6 +224,10 @@ def hooked(module: nn.Module) -> nn.Module:
         (nn.Embedding(5, 2, scale_grad_by_freq=True), r".* use scale_grad_by_freq=False"),
         (nn.Flatten(), "expected a module with parameters, found Flatten without any"),
         (hooked(nn.Sequential(nn.Linear(2, 2))), "parameter 0.weight has a hook on its gradient, .* remove it"),
+        (
+            nn.Sequential(with_learned_buffer(nn.Linear(2, 2))),
+            "buffer 0.edges requires a gradient, .* detach it, or make it a parameter",
+        ),
         (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
     ],
 )
