@@ -76,6 +76,7 @@ def test_records_come_back_as_they_were() -> None:
     ("value", "form"),
     [
         ([], {"a": int}),
+        ([], {"a?": int}),
         ({}, {"a": int}),
         ({"a": "x"}, {"a?": int}),
         ({"a": {"b": 1, "c": "x"}}, {"a": {"*": int}}),
@@ -87,7 +88,7 @@ def test_records_come_back_as_they_were() -> None:
 def test_values_are_checked_against_their_form(value: Any, form: Any) -> None:
     with pytest.raises((KeyError, TypeError)):
         check_form(value, form)
-    check_form({"a": 1, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
+    check_form({"a": 1, "c": {"x": 2}, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text != "large"])
