@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ALL_COMPLETED
+from concurrent.futures import ALL_COMPLETED, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -165,6 +165,25 @@ def test_a_job_that_has_only_to_return_its_result_comes_before_an_error(in_threa
     assert (1, 7) in found
 
 
+def test_a_second_error_hides_no_result() -> None:
+    entered, found = list[str](), list[tuple[int, int]]()
+
+    @contextlib.contextmanager
+    def context(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+
+    def failing(number: int) -> Job[int]:
+        raise ValueError(f"work {number}")
+        yield
+
+    jobs = [failing(0), failing(1), counting(0)]
+    with pytest.raises(ValueError, match="work 0"):
+        found.extend(round_robin(jobs, [lambda name=name: context(name) for name in "abc"]))
+    assert found == [(2, 0)]
+    assert "".join(entered) == "abc"
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_each_job_has_its_number_of_threads(at_once: int) -> None:
     def threads() -> Job[int]:
@@ -178,6 +197,8 @@ def test_each_job_has_its_number_of_threads(at_once: int) -> None:
         1,
     ]
     assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
 
 
 def images(count: int = 12) -> Images:
