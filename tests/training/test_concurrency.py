@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ALL_COMPLETED, ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,12 +193,12 @@ def test_a_second_error_hides_no_result() -> None:
         yield
 
     def failing(number: int) -> Job[int]:
+        yield from ()
         raise ValueError(f"work {number}")
-        yield
 
     jobs = [failing(0), failing(1), counting(0)]
     with pytest.raises(ValueError, match="work 0"):
-        found.extend(round_robin(jobs, [lambda name=name: context(name) for name in "abc"]))
+        found.extend(round_robin(jobs, [partial(context, name) for name in "abc"]))
     assert found == [(2, 0)]
     assert "".join(entered) == "abc"
 
@@ -314,13 +315,14 @@ def test_as_many_jobs_run_as_a_gpu_has_threads_and_memory_for(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr("mtt_fast.training.concurrency.free_bytes", lambda _: 10 * of_one)
 
-    def at_once(**budget: str) -> int:
-        return concurrency_for(NET, student, shape, torch.device("cuda"), batch=batch, num_jobs=10**9, **budget).at_once
+    def at_once(budget: str = "auto") -> int:
+        device = torch.device("cuda")
+        return concurrency_for(NET, student, shape, device, batch=batch, num_jobs=10**9, memory_budget=budget).at_once
 
     assert at_once() == 8  # most of the free memory
-    assert at_once(memory_budget=f"{3 * of_one}") == 3
+    assert at_once(f"{3 * of_one}") == 3
     work = GenericStudent(NET).live_bytes(batch, shape, torch.float32).gradient
-    assert at_once(memory_budget="1000 GB") == 132 * 2048 * 200 * 4 // work
+    assert at_once("1000 GB") == 132 * 2048 * 200 * 4 // work
 
 
 @pytest.mark.gpu
