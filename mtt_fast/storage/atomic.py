@@ -47,7 +47,7 @@ def atomic_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pa
                 yield content
             except InputError as error:  # from a write inside, which knows only the temporary place
                 raise InputError(str(error).replace(str(content), str(folder))) from error
-            for place, _, names in os.walk(content, topdown=False):
+            for place, _, names in os.walk(content):
                 for name in names:
                     _sync(Path(place, name))
                 _sync(Path(place))

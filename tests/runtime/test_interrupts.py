@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +21,24 @@ def test_the_first_signal_is_a_request(signum: signal.Signals) -> None:
         assert stop.signum == signum
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_after_the_block_signals_do_what_they_did() -> None:
+    """Check it for a notebook, whose Ctrl-C interrupts the next cell too."""
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in signums]
+    with pytest.raises(ValueError, match="in the block"), stop_request():
+        raise ValueError("in the block")
+    assert [signal.getsignal(signum) for signum in signums] == before
+
+
+def test_a_thread_is_not_asked_to_stop() -> None:
+    def request() -> bool:
+        with stop_request() as stop:
+            return bool(stop)
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(request).result() is False
 
 
 def test_a_terminal_that_ends_may_say_so_twice() -> None:

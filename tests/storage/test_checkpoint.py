@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from mtt_fast.errors import InputError
 from mtt_fast.storage.checkpoint import State, initial_num_experts, load_checkpoint, save_checkpoint
 from mtt_fast.storage.identity import DatasetIdentity
-from mtt_fast.storage.run_files import CHECKPOINT
+from mtt_fast.storage.run_files import CHECKPOINT, CONFIG
 from mtt_fast.storage.run_folder import read_config, write_config
 from mtt_fast.storage.tensor_files import load_tensors, save_tensors
 
@@ -45,6 +47,20 @@ def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
     old = load_checkpoint(tmp_path, torch.device("cpu"))
     assert old is not None
     assert (old.iteration, old.repeated, old.scores_digest) == (7, 0, "")
+
+
+@pytest.mark.parametrize("numbers", ["{}", "[]", '{"experts": "many"}', '{"experts": '])
+def test_a_checkpoint_that_does_not_tell_its_experts_is_refused(tmp_path: Path, numbers: str) -> None:
+    save_tensors(tmp_path / CHECKPOINT, {}, {"numbers": numbers})
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: not a checkpoint of this version"):
+        initial_num_experts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["method", "recipe", "dataset", "model"])
+def test_old_options_of_another_type_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / CONFIG).write_text(f"{name} = 5\n")  # as before there were checksums
+    with pytest.raises(InputError, match=r"config\.toml: damaged or changed by hand"):
+        read_config(tmp_path)
 
 
 def test_every_option_comes_back_whatever_its_value(tmp_path: Path) -> None:

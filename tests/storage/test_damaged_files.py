@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.checksums import checksum_of
 from mtt_fast.storage.metrics import MetricsLog, read_records
 from mtt_fast.storage.records import check_form, read_record, verified, with_checksum, write_record
 from mtt_fast.storage.regular import open_regular, read_text
@@ -64,6 +66,12 @@ def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
         flip_bit(metrics, bit)
 
 
+def test_a_checksum_is_that_of_all_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.storage.checksums._BLOCK", 8)
+    content = bytes(range(40))
+    assert checksum_of(content[:20], memoryview(content)[20:]) == xxhash.xxh3_128_hexdigest(content)
+
+
 def test_records_come_back_as_they_were() -> None:
     record = {"b": [1, 2.5, None, float("inf")], "a": {"x": "ü", 3: True, 20: ()}}
     assert verified(json.loads(json.dumps(with_checksum(record)))) == json.loads(json.dumps(record))
@@ -76,6 +84,7 @@ def test_records_come_back_as_they_were() -> None:
     ("value", "form"),
     [
         ([], {"a": int}),
+        ([], {"a?": int}),
         ({}, {"a": int}),
         ({"a": "x"}, {"a?": int}),
         ({"a": {"b": 1, "c": "x"}}, {"a": {"*": int}}),
@@ -87,7 +96,7 @@ def test_records_come_back_as_they_were() -> None:
 def test_values_are_checked_against_their_form(value: Any, form: Any) -> None:
     with pytest.raises((KeyError, TypeError)):
         check_form(value, form)
-    check_form({"a": 1, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
+    check_form({"a": 1, "c": {"x": 2}, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text != "large"])
@@ -161,11 +170,37 @@ def test_steps_are_no_evaluations_and_damaged_lines_are_counted(
     log.write("evaluation", 3, accuracy_mean=0.5, accuracy_std=0.1, networks=2)
     log.close()
     assert [record["kind"] for record in log.evaluations] == ["evaluation"]
+    found = [log.find(*place) for place in (("step",), ("step", 2), ("evaluation",), ("evaluation", 2))]
+    assert found == [log.records[0], log.records[1], log.records[3], None]
     path = tmp_path / "metrics.jsonl"
+    assert read_records(path) == log.records
+    assert not caplog.text
     first, second, third, last = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + second[:9] + b"\n" + third.replace(b"0.5", b"0.7") + last)
     assert [(record["kind"], record["iteration"]) for record in read_records(path)] == [("step", 1), ("evaluation", 3)]
     assert f"{path}: 2 damaged lines are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kind": "step"},
+        {"iteration": 1},
+        {"kind": 1, "iteration": 1},
+        {"kind": "gradient", "iteration": "1", "cosine": 0.5},
+        {"kind": "gradient", "iteration": 1},
+        {"kind": "gradient", "iteration": 1, "cosine": "0.5"},
+        {"kind": "gradient", "iteration": 1, "cosine": 0.5, "more": None},
+    ],
+)
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path, other: dict[str, Any]) -> None:
+    """Check it for lines from before there were checksums, and for the evaluations in a checkpoint."""
+    path, whole = tmp_path / "metrics.jsonl", {"kind": "gradient", "iteration": 1, "cosine": 0.5}
+    path.write_text(f"{json.dumps(whole)}\n{json.dumps(other)}\n")
+    assert read_records(path) == [whole]
+    save_tensors(tmp_path / "checkpoint.safetensors", {}, {"evaluations": json.dumps([whole, other])})
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: not a checkpoint of this version"):
+        MetricsLog(tmp_path, 1)
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
@@ -182,4 +217,5 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == whole
+    assert len(log.records) == 1
     log.close()

@@ -64,7 +64,9 @@ def test_a_run_that_was_killed_after_its_checkpoint_does_those_iterations_again_
     went_on(0, 4, 1.0)
     again = went_on(2, 3, 3.0)  # the last checkpoint was that of iteration 2
     losses = [(1, 1.0), (2, 1.0), (3, 3.0)]
-    assert losses_in(again.records) == losses_in(read_records(tmp_path / METRICS)) == losses
+    assert again.records == read_records(tmp_path / METRICS)
+    assert losses_in(again.records) == losses
+    assert [record["iteration"] for record in again.evaluations] == [1, 2, 3]
     scalars = scalars_in(tmp_path / "events")
     assert scalars["step/loss"] == losses
     assert scalars["gradient/cosine"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
@@ -106,3 +108,15 @@ def test_a_full_disk_is_one_line(
     assert len(told) == 1
     assert told[0].startswith(f"error: {tmp_path}/events/events.out.tfevents.")
     assert told[0].endswith(": No space left on device; free some space, or choose another disk")
+
+
+def test_a_part_of_a_record_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check it for a disk that took a part of a record and has room again: readers would find no record after it."""
+
+    class HalfWritten(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[: len(data) // 2])
+
+    monkeypatch.setattr(events, "open", lambda path, mode, buffering: HalfWritten(path, mode), raising=False)
+    with pytest.raises(OSError, match="No space left on device"):
+        EventLog(tmp_path, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,15 @@ def test_who_claims_looks_for_missing_experts_when_nobody_else_can(tmp_path: Pat
     (tmp_path / "expert_0000.safetensors").touch()
     assert claim_expert(tmp_path, missing, "ab") is None
     assert [path.name for path in tmp_path.iterdir()] == ["expert_0000.safetensors"]
+
+
+def test_who_claims_waits_for_its_turn(tmp_path: Path) -> None:
+    handle = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process does for a moment while it claims an expert
+    threading.Timer(0.1, os.close, [handle]).start()
+    claim = claim_expert(tmp_path, lambda: [0], "ab")
+    assert claim is not None
+    claim.release()
 
 
 def test_an_expert_that_is_written_while_another_process_looks_is_not_claimed(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,12 +15,15 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from mtt_fast import InputError, SyntheticDataset
 from mtt_fast.storage.atomic import atomic_folder, atomic_path
+from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.run_folder import lock_folder
 from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
 from mtt_fast.storage.text_files import write_text
@@ -94,24 +100,65 @@ def test_a_name_reaches_the_disk_after_its_content(tmp_path: Path, monkeypatch: 
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "folder" / "file", "x")
     assert done == ["sync file", "rename", "sync folder"]
+    content = ["sync file", "sync folder", "sync file", "sync folder"]  # of the inner folder, and of the outer one
+    (tmp_path / "empty").mkdir()
+    for place, moves in (("new", 1), ("empty", 1), ("folder", 2)):  # renamed as a whole; filled file by file
+        done.clear()
+        with atomic_folder(tmp_path / place) as folder:
+            (folder / "inner").mkdir()
+            for name in ("a", "inner/b"):
+                (folder / name).touch()
+        assert done == content + moves * ["rename", "sync folder"]
 
 
 def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = stat.S_ISDIR
-
     def synced(handle: int) -> None:
         if kind(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("os.fsync", synced)
-    write_text(tmp_path / "file", "x")
-    with atomic_folder(tmp_path / "folder") as folder:
-        write_text(folder / "file", "y")
-    assert [(tmp_path / name).read_text() for name in ("file", "folder/file")] == ["x", "y"]
-    kind = stat.S_ISREG  # a file that cannot reach the disk is an error
+    kind, number = stat.S_ISDIR, errno.EINVAL
+    for number in (errno.EINVAL, errno.EBADF):
+        write_text(tmp_path / "file", "x")
+        with atomic_folder(tmp_path / f"folder{number}") as folder:
+            write_text(folder / "file", "y")
+        assert [(tmp_path / name).read_text() for name in ("file", f"folder{number}/file")] == ["x", "y"]
+    number = errno.EIO  # a disk that fails
+    with pytest.raises(InputError, match="other: cannot be written"):
+        write_text(tmp_path / "other", "x")
+    kind, number = stat.S_ISREG, errno.EINVAL  # a file that cannot reach the disk is an error
     with pytest.raises(InputError, match="file: cannot be written"):
         write_text(tmp_path / "file", "z")
     assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(("module", "call"), [(tempfile, "mkdtemp"), (fcntl, "flock")])
+def test_a_temporary_that_is_taken_for_a_leftover_is_made_anew(
+    module: ModuleType, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls = getattr(module, call), []
+
+    def removed_at_first(*args: Any, **kwargs: Any) -> Any:
+        calls.append(call)
+        result = made(*args, **kwargs)
+        for folder in tmp_path.glob(".file.*.partial") if len(calls) == 1 else ():
+            shutil.rmtree(folder)  # by another process, before the folder was locked
+        return result
+
+    monkeypatch.setattr(module, call, removed_at_first)
+    write_text(tmp_path / "file", "x")
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    for text in ("x", "y"):
+        write_text(tmp_path / "file", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_who_takes_a_folder_clears_what_a_killed_process_left_in_it(tmp_path: Path) -> None:
@@ -121,6 +168,29 @@ def test_who_takes_a_folder_clears_what_a_killed_process_left_in_it(tmp_path: Pa
         (leftover / name).touch()
     with lock_folder(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_writers_leave_no_file_open(tmp_path: Path) -> None:
+    """Check it, since a run writes thousands of files, and a process may have about a thousand open."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
+
+    def write() -> None:
+        (tmp_path / ".gone.abcd_123.partial").touch()
+        write_text(tmp_path / "file", "x")
+        for place in ("new", "folder"):
+            with atomic_folder(tmp_path / place) as folder:
+                (folder / "file").touch()
+        with contextlib.suppress(InputError):
+            open_regular(tmp_path).close()
+        with lock_folder(tmp_path) as lock:
+            pass
+        assert not lock.is_locked
+
+    write()
+    before = os.listdir("/proc/self/fd")
+    write()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_other_files_are_no_leftovers(tmp_path: Path) -> None:
@@ -207,10 +277,19 @@ def test_what_readers_look_for_comes_last(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "replace", noted)
     with atomic_folder(tmp_path, last="buffer_") as folder:
-        for name in ("buffer_0", "buffer_1", "buffer_10", "step_0", "a/b"):
-            (folder / name).parent.mkdir(exist_ok=True)
+        for name in ("buffer_0", "buffer_1", "buffer_10", "step_0", "a/b/c"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-    assert moved == ["step_0", "b", "buffer_10", "buffer_1", "buffer_0"]
+    assert moved == ["step_0", "c", "buffer_10", "buffer_1", "buffer_0"]
+
+
+def test_a_link_to_a_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "file").exists()
 
 
 def test_a_place_is_free_where_only_leftovers_are(tmp_path: Path) -> None:

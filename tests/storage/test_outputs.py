@@ -113,7 +113,9 @@ def test_a_file_is_expected_where_a_folder_is(tmp_path: Path, capsys: pytest.Cap
         assert line == f"error: --out {tmp_path}: expected a file to write, found a folder; choose another place\n"
 
 
-@pytest.mark.parametrize("name", ["images_best.pt", SYNTHETIC, SUMMARY, CONFIG, METRICS, SECONDS])
+@pytest.mark.parametrize(
+    "name", ["images_best.pt", "set.npz", "set.parquet", SYNTHETIC, SUMMARY, CONFIG, METRICS, SECONDS]
+)
 def test_no_result_replaces_a_set_or_a_file_of_a_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ALL_COMPLETED
+from concurrent.futures import ALL_COMPLETED, ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +125,23 @@ def test_an_error_ends_the_other_jobs(at_once: int) -> None:
     assert closed.is_set() == (at_once > 1)
 
 
+def test_a_caller_that_stops_ends_the_other_jobs() -> None:
+    """Check it for a second Ctrl-C, which must not wait for networks that take hours."""
+    ended = []
+
+    def long() -> Job[int]:
+        for _ in range(10_000):
+            time.sleep(0.001)
+            yield
+        ended.append(True)
+        return 0
+
+    results = run_concurrently([counting(0), long()], Concurrency(2, 1), CPU)
+    assert next(results) == (0, 0)
+    results.close()  # type: ignore[attr-defined]
+    assert not ended
+
+
 def test_results_that_are_there_come_before_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that no expert is lost that was finished when another one was stopped."""
     monkeypatch.setattr("mtt_fast.training.concurrency.FIRST_COMPLETED", ALL_COMPLETED)  # as while an expert is written
@@ -165,6 +184,25 @@ def test_a_job_that_has_only_to_return_its_result_comes_before_an_error(in_threa
     assert (1, 7) in found
 
 
+def test_a_second_error_hides_no_result() -> None:
+    entered, found = list[str](), list[tuple[int, int]]()
+
+    @contextlib.contextmanager
+    def context(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+
+    def failing(number: int) -> Job[int]:
+        yield from ()
+        raise ValueError(f"work {number}")
+
+    jobs = [failing(0), failing(1), counting(0)]
+    with pytest.raises(ValueError, match="work 0"):
+        found.extend(round_robin(jobs, [partial(context, name) for name in "abc"]))
+    assert found == [(2, 0)]
+    assert "".join(entered) == "abc"
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_each_job_has_its_number_of_threads(at_once: int) -> None:
     def threads() -> Job[int]:
@@ -178,6 +216,8 @@ def test_each_job_has_its_number_of_threads(at_once: int) -> None:
         1,
     ]
     assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
 
 
 def images(count: int = 12) -> Images:
@@ -265,6 +305,24 @@ def test_as_many_jobs_run_as_fill_the_device() -> None:
     assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=10**11) == 4
     assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
     assert steps_that_fill(10**10, device_threads, step=10**8, memory=10**11) == 0
+
+
+def test_as_many_jobs_run_as_a_gpu_has_threads_and_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, batch = torch.Size((1, 6, 6)), 10
+    of_one = 1000 + 12 * NET.num_parameters * 4  # its step, and twelve vectors of parameters
+    student: Any = SimpleNamespace(step_bytes=lambda *_: StepBytes(1000, *[10**9] * 5))
+    gpu = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr("mtt_fast.training.concurrency.free_bytes", lambda _: 10 * of_one)
+
+    def at_once(budget: str = "auto") -> int:
+        device = torch.device("cuda")
+        return concurrency_for(NET, student, shape, device, batch=batch, num_jobs=10**9, memory_budget=budget).at_once
+
+    assert at_once() == 8  # most of the free memory
+    assert at_once(f"{3 * of_one}") == 3
+    work = GenericStudent(NET).live_bytes(batch, shape, torch.float32).gradient
+    assert at_once("1000 GB") == 132 * 2048 * 200 * 4 // work
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def test_an_expert_is_that_of_a_plain_loop_on_part_of_the_images(images: RealIma
 
 def test_the_steps_of_a_training_lead_to_its_rows(images: RealImages) -> None:
     order = [torch.arange(label, 30, 3) for label in range(3)]
-    training = ExpertTraining(5, 0.05, batch_size=7, curriculum=Curriculum(order, **SHORT))
+    training = ExpertTraining(5, 0.05, mom=0.9, batch_size=7, curriculum=Curriculum(order, **SHORT))
     rows, _ = finished(expert_job(images, NET, training, seed=3, index=1))
     steps = list(itertools.islice(expert_steps(images, NET, training, seed=3, index=1), 24))
     after = list(itertools.accumulate([0, 3, 3, 5, 5, 4]))  # 15, 21, 30, 30 and 24 images in batches of 7

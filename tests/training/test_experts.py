@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from mtt_fast.data import from_tensors
+from mtt_fast.engine.students.choice import student_for
+from mtt_fast.engine.students.protocol import Student
+from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.experts import ExpertTraining, expert_job
+from mtt_fast.training.experts import ExpertTraining, expert_job, expert_steps
 from mtt_fast.training.images import RealImages, real_images
 from tests.training.jobs import finished
 from tests.training.toy import NET, toy_images
@@ -82,6 +86,19 @@ def test_an_expert_depends_on_seed_and_index_alone(images: RealImages) -> None:
     assert torch.equal(first, again)
     for seed, index in ((0, 5), (1, 4)):
         assert not torch.equal(first, finished(expert_job(images, NET, training, seed=seed, index=index))[0])
+
+
+def test_an_expert_is_trained_in_the_precision_asked_for(images: RealImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def record_precision(network: Network, device: torch.device, *, precision: Precision) -> Student:
+        asked.append(precision)
+        return student_for(network, device)
+
+    monkeypatch.setattr("mtt_fast.training.experts.student_for", record_precision)
+    for train in (expert_job, expert_steps):
+        next(train(images, NET, ExpertTraining(train_epochs=1), seed=0, index=0, precision="tf32"))
+    assert asked == ["tf32", "tf32"]
 
 
 def test_a_stop_request_ends_an_expert_after_its_epoch(images: RealImages) -> None:
