@@ -83,7 +83,7 @@ def iteration(
         indices: Tensor,
         parameters: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        watching, watched = watched_student(student, watched_loss)
+        watching, watched = watched_student(student, watched_loss, lengths)
         steps = StudentSteps(
             student=watching,
             batches=indices.split(lengths),

@@ -20,6 +20,7 @@ from mtt_fast.errors import InputError
 
 _FEW = 7  # samples whose losses are compared at once; odd, so that two classes have different numbers of them
 _MAX_LABELS = 1000
+_MAX_VALUES = 2**18  # of a batch's outputs that are compared at once: a MiB in float32
 
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
 """Errors that networks and losses raise for too few samples. Others are not caught: torch.utils.checkpoint stops by its own exception."""
@@ -31,9 +32,8 @@ def is_mean(loss: Loss, outputs: Tensor, targets: Tensor, labels: Tensor) -> boo
     `targets` (b, …) belong to `outputs` (b, …). A captured iteration gets other batches later, so a few of all `labels` (n, …)
     are tried too, with the same outputs.
     """
-    outputs = outputs[
-        : _FEW - 2
-    ]  # so that some of the samples have the same output, and a loss of near pairs finds a pair
+    # so few that some of the samples below have the same output: a loss of near pairs then finds a pair
+    outputs = outputs[: _FEW - 2]
     if bool((outputs == outputs[:1]).all()):
         return False  # with equal samples a loss of differences between samples looks like a mean
     # each target but the first is there twice, with two outputs: a loss may compare the samples of a class, or count them
@@ -46,33 +46,41 @@ def is_mean(loss: Loss, outputs: Tensor, targets: Tensor, labels: Tensor) -> boo
 
 
 class WatchedLoss:
-    """Compute the loss of each piece of a batch, and check in the forward sweep whether the losses of the pieces add up.
+    """Compute the loss of each piece of a batch, and check in the forward sweep whether the losses of the pieces add up to the batch's.
 
-    `is_mean` saw only the first outputs, and a loss may skip samples once they are learned. Each half of a piece is compared with
-    the previous half, so the check takes no more memory than a piece.
+    `is_mean` saw only a few samples, and a loss may take the hardest of a batch, or skip samples once they are learned. Outputs of
+    more than `_MAX_VALUES` are compared part by part, each with the half of a piece before it, so that the check takes no more memory
+    than a piece.
     """
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, lengths: Sequence[int]) -> None:
+        """`lengths` are the numbers of samples of the steps' batches that are computed here."""
         self._loss = loss
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._lengths = iter(lengths)
+        self._remaining = 0  # samples of the batch
+        self._parts: list[tuple[Tensor, Tensor]] = []
         self._found: list[Tensor] | None = []
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a piece."""
         if self._found is not None:
+            if not self._remaining:
+                self._remaining, self._parts = next(self._lengths), []
             # of copies, since the loss may write into its arguments
             for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
-                if self._before is not None:
-                    self._found.append(_adds_up(self._loss, [self._before, half]))
-                self._before = half
+                self._parts.append(half)
+                self._remaining -= len(half[0])
+                is_large = sum(part.numel() for part, _ in self._parts) > _MAX_VALUES
+                if len(self._parts) > 1 and (is_large or not self._remaining):
+                    self._found.append(_adds_up(self._loss, self._parts))
+                    self._parts = [half]
         return self._loss(outputs, targets)
 
     def adds_up(self, group: dist.ProcessGroup | None) -> bool:
         """Return whether all pieces so far added up, in all processes of the `group`, and stop watching. Synchronises with a GPU."""
         result = self.result()
         if group is not None:
-            assert self._before is not None
-            result = result.to(self._before[0].device, torch.int32)
+            result = result.to(self._parts[0][0].device, torch.int32)
             dist.all_reduce(result, op=dist.ReduceOp.MIN, group=group)
         return bool(result)
 
@@ -82,11 +90,15 @@ class WatchedLoss:
         return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool, device="cpu")
 
 
-def watched_student(student: Student, loss: Loss | None) -> tuple[Student, WatchedLoss | None]:
-    """Return `student` and None, or, if it cuts batches and assumes that a user's `loss` is a mean, the student with a `WatchedLoss`, and that."""
+def watched_student(student: Student, loss: Loss | None, lengths: Sequence[int]) -> tuple[Student, WatchedLoss | None]:
+    """Return `student` and None, or, if it cuts batches and assumes that a user's `loss` is a mean, the student with a `WatchedLoss`, and that.
+
+    `lengths` are the batch sizes of the steps.
+    """
     if loss is None or not isinstance(student, InMicrobatches):
         return student, None
-    watched = WatchedLoss(loss)
+    computed = [sum(len(range(*piece.indices(length))) for piece, _ in student.pieces(length)) for length in lengths]
+    watched = WatchedLoss(loss, computed)
     return replace(student, student=replace(cast("Any", student.student), loss=watched)), watched
 
 

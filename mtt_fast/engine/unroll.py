@@ -323,7 +323,9 @@ def planned_path(
     """
     theta, images, labels = steps.theta, steps.images, steps.labels
     checks = not (theta.is_meta or is_capturing(theta))
-    student, watched = watched_student(_student_of(plan, options.group), options.loss if checks else None)
+    student, watched = watched_student(
+        _student_of(plan, options.group), options.loss if checks else None, [len(index) for index in steps.batches]
+    )
     student_steps = StudentSteps(
         student=student,
         batches=steps.batches,

@@ -110,15 +110,20 @@ def of_near_pairs(outputs: Tensor, labels: Tensor) -> Tensor:
     return (0.1 - distances).relu().square().triu(1).sum()
 
 
+def of_hardest(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Leave the easiest samples of a batch of more than eight out."""
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    return losses.topk(min(8, len(losses))).values.mean()
+
+
 MISSING = draw(12, 4, seed=1)
 MISSING[8:, :2] = torch.nan
 WEIGHTS = torch.cat([draw(12, 4, seed=1), torch.ones(12, 1).double()], 1)
 WEIGHTS[8:, 4] = 3
 MAPS = 3 * torch.randint(2, (12, 5, 5), generator=torch.Generator().manual_seed(0))
 MAPS[9] = 2
-FEW = torch.tensor(
-    [1, 0, 2, 3, 4, 5, 6, 0, *range(7, 15)]
-)  # one class has two samples; no trial takes both, and no piece
+# one class has two samples; no trial takes both, and no piece
+FEW = torch.tensor([1, 0, 2, 3, 4, 5, 6, 0, *range(7, 15)])
 NEAR = draw(16, 6)
 NEAR[7] = NEAR[1] + 0.05  # no trial takes both, and no piece
 ROWS, PIXELS = draw(12, 6), draw(12, 1, 5, 5)
@@ -134,6 +139,7 @@ CASES: dict[str, tuple[Callable[[], FlatModule], Tensor, Tensor, Loss, list[Tens
     "views of more classes than a batch": (mlp, ROWS, torch.arange(12) % 9, of_two_views, BATCHES[:2]),
     "counts of classes": (mlp, draw(16, 6), FEW, by_counts, 2 * [torch.arange(12)]),
     "pairs of a class": (mlp, draw(16, 6), FEW, of_a_class, 2 * [torch.arange(12)]),
+    "the hardest of a batch": (mlp, ROWS, CLASSES, of_hardest, [torch.arange(12), *BATCHES]),
     "near pairs": (mlp, NEAR, torch.arange(16), of_near_pairs, 2 * [torch.arange(12)]),
     "a division by zero": (mlp, ROWS, CLASSES, of_all_pairs, BATCHES),
     "no labels": (mlp, ROWS, torch.zeros(12, 0, dtype=torch.long), lambda outputs, _: outputs.square().sum(), BATCHES),
