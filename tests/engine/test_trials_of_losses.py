@@ -32,7 +32,9 @@ def test_a_loss_that_does_not_add_up_is_computed_of_whole_batches(loss: Any, mon
     for size in (1, 2, 3):
         assert_close("images", gradient(net, start, loss=loss, microbatch=size), whole, 1e-12)
     for check in ("unroll.try_step", "mean_loss._adds_up"):
-        monkeypatch.setattr(f"mtt_fast.engine.{check}", lambda *_, **__: torch.tensor(True))  # as a mean over the samples
+        monkeypatch.setattr(
+            f"mtt_fast.engine.{check}", lambda *_, **__: torch.tensor(True)
+        )  # as a mean over the samples
     assert not torch.allclose(gradient(net, start, loss=loss, microbatch=2), whole, rtol=1e-3)
 
 
