@@ -86,9 +86,8 @@ class Stateless:
         return self._on_devices[place]
 
     def _called(self, tensors: dict[str, Tensor], images: Tensor) -> Any:
-        if (
-            images.is_meta
-        ):  # in layers of its own, since a layer may keep what it computes in its first call, such as positions
+        if images.is_meta:
+            # in layers of its own, since a layer may keep what it computes in its first call, such as positions
             return functional_call(_without_tensors(self.module), tensors, (images,), tie_weights=False)
         try:
             module = self._idle.pop()  # atomic, as is append
