@@ -56,7 +56,7 @@ class GraphedMatchingLoss:
     the loss and its gradients. Later calls copy their tensors into the graph and launch it. They do not synchronise with the GPU,
     unless batches are cut with a `loss`: then each call checks that the loss is a mean over the samples. Python values that
     network, loss and augmentation read, such as a module's mode, are fixed by the first call. Each graph holds the memory of its
-    plan until the object is freed. On a CPU nothing is captured. Call one object on one stream.
+    plan until the object is freed. On a CPU nothing is captured, and each call checks the arguments. Call one object on one stream.
 
     The gradients are always computed together with the loss; a backward pass only scales them.
 
@@ -156,8 +156,10 @@ class GraphedMatchingLoss:
         optimizer = optimizer_of(options, steps.lr)
         tensors = (steps.theta, steps.images, steps.labels, steps.lr)
         key = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
-        if key in self._iterations:
-            return self._iterations[key]
+        known = self._iterations.get(key)
+        if known is not None and steps.theta.is_cuda:
+            return known
+        # a call on a CPU reads Python values anew, such as a module's mode, so they are tried again
         first_draws = None if parameters is None else parameters[: lengths[0]]
         with torch.enable_grad():  # a later call may need the images' gradient even if this one does not
             plan = checked_plan(
@@ -165,6 +167,8 @@ class GraphedMatchingLoss:
                 moments=optimizer.moments, path_gradient=self._path_loss is not path_loss,
             )  # fmt: skip
             _check_reads_constants(self._path_loss, steps, target, on_host=plan.path_on_host)
+        if known is not None:
+            return known
         is_full = len(self._graphed_functions()) == _MAX_GRAPHS
         if is_full or plan.path_on_host:
             self._problem = (

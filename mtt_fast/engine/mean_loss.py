@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtt_fast.engine.students.microbatches import InMicrobatches
+from mtt_fast.engine.students.processes import InProcesses, gathered_shares
 from mtt_fast.engine.students.protocol import Loss, Student
 from mtt_fast.errors import InputError
 
@@ -50,22 +51,23 @@ class WatchedLoss:
 
     `is_mean` saw only a few samples, and a loss may take the hardest of a batch, or skip samples once they are learned. Outputs of
     more than `_MAX_VALUES` are compared part by part, each with the half of a piece before it, so that the check takes no more memory
-    than a piece.
+    than a piece. The processes of a `group` also gather their shares of the outputs, or the first samples of these, and compare them.
     """
 
-    def __init__(self, loss: Loss, lengths: Sequence[int]) -> None:
-        """`lengths` are the numbers of samples of the steps' batches that are computed here."""
-        self._loss = loss
-        self._lengths = iter(lengths)
-        self._remaining = 0  # samples of the batch
+    def __init__(self, loss: Loss, batches: Sequence[tuple[int, int]], group: dist.ProcessGroup | None) -> None:
+        """`batches` are the steps' batch sizes, each with the number of samples that are computed here."""
+        self._loss, self._group = loss, group
+        self._batches = iter(batches)
+        self._batch = self._remaining = 0  # samples of the batch, and those still to come here
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._share: list[tuple[Tensor, Tensor]] = []  # to gather
         self._found: list[Tensor] | None = []
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a piece."""
         if self._found is not None:
             if not self._remaining:
-                self._remaining, self._parts = next(self._lengths), []
+                (self._batch, self._remaining), self._parts, self._share = next(self._batches), [], []
             # of copies, since the loss may write into its arguments
             for half in zip(outputs.detach().clone().chunk(2), targets.detach().clone().chunk(2), strict=True):
                 self._parts.append(half)
@@ -74,7 +76,20 @@ class WatchedLoss:
                 if len(self._parts) > 1 and (is_large or not self._remaining):
                     self._found.append(_adds_up(self._loss, self._parts))
                     self._parts = [half]
+            if self._group is not None:
+                self._compare_shares(self._group, self._found, outputs.detach(), targets.detach())
         return self._loss(outputs, targets)
+
+    def _compare_shares(self, group: dist.ProcessGroup, found: list[Tensor], outputs: Tensor, targets: Tensor) -> None:
+        """Take the first samples of a piece; after the last piece of a batch, compare the shares of all processes."""
+        most = max(1, _MAX_VALUES // (group.size() * outputs[0].numel()))
+        rest = most - sum(len(each) for each, _ in self._share)
+        self._share.append((outputs[:rest].clone(), targets[:rest].clone()))
+        if not self._remaining:
+            rows = (torch.cat(each) for each in zip(*self._share, strict=True))
+            shares = list(zip(*(gathered_shares(group, each, self._batch, most) for each in rows), strict=True))
+            if len(shares) > 1:
+                found.append(_adds_up(self._loss, shares))
 
     def adds_up(self, group: dist.ProcessGroup | None) -> bool:
         """Return whether all pieces so far added up, in all processes of the `group`, and stop watching. Synchronises with a GPU."""
@@ -98,7 +113,8 @@ def watched_student(student: Student, loss: Loss | None, lengths: Sequence[int])
     if loss is None or not isinstance(student, InMicrobatches):
         return student, None
     computed = [sum(len(range(*piece.indices(length))) for piece, _ in student.pieces(length)) for length in lengths]
-    watched = WatchedLoss(loss, computed)
+    group = student.group if isinstance(student, InProcesses) else None
+    watched = WatchedLoss(loss, list(zip(lengths, computed, strict=True)), group)
     return replace(student, student=replace(cast("Any", student.student), loss=watched)), watched
 
 

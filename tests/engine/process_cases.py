@@ -106,6 +106,12 @@ def hard_examples(outputs: Tensor, labels: Tensor) -> Tensor:
     return losses[losses > 1].mean() if (losses > 1).any() else 0 * losses.sum()
 
 
+def hardest(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Leave out none of a process's share of 24 samples."""
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    return losses.topk(min(12, len(losses))).values.mean()
+
+
 class Centred(nn.Module):
     """Subtract the mean of the batch."""
 
@@ -211,6 +217,7 @@ REFUSED: dict[str, Callable[[Group], object]] = {
     "batch norm": lambda group: call(group, module(nn.BatchNorm2d(6))),
     "samples that mix": lambda group: call(group, module(Centred())),
     "pairs": lambda group: call(group, loss=of_pairs),
+    "hardest": lambda group: call(group, loss=hardest, batches=[torch.arange(24) % 9]),
     "a changed loss": lambda group: changed_later(group, module()),
     "a changed augmentation": lambda group: changed_later(group, NET),
     # four equal images of four classes are never learned, so that not all of three processes see samples that are

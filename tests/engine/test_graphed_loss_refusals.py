@@ -193,3 +193,25 @@ def test_a_network_that_draws_is_refused() -> None:
     net = linear_after(nn.functional.dropout)
     with pytest.raises(InputError, match="expected no random numbers"):
         GraphedMatchingLoss(net, label_kind="logits")(**tensors(net), batches=BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("mode", "`loss`: expected no random numbers"),
+        ("weight", "`loss`: expected no tensor that requires a gradient besides its arguments"),
+        ("factor", "`path_loss`: expected no tensor that requires a gradient besides the path"),
+    ],
+)
+def test_what_changes_after_the_first_call_on_a_cpu_is_refused(part: str, message: str) -> None:
+    dropout, weight, factor = nn.Dropout().eval(), torch.ones(()), torch.ones(())
+    graphed = GraphedMatchingLoss(
+        NET,
+        loss=lambda outputs, labels: (weight * dropout(outputs) - labels).square().mean(),
+        path_loss=lambda path, start, target: factor * (path[-1] - target).square().sum(),
+    )
+    graphed(**tensors(), batches=BATCHES)
+    changes = {"mode": dropout.train, "weight": weight.requires_grad_, "factor": factor.requires_grad_}
+    changes[part]()
+    with pytest.raises(InputError, match=message):
+        graphed(**tensors(), batches=BATCHES)

@@ -96,6 +96,7 @@ def test_what_would_be_wrong_is_refused_in_all_processes(name: str, size: int, o
         "batch norm": "`group`: the network's batch norm uses batch statistics",
         "samples that mix": "`net`: expected samples that do not depend on each other",
         "pairs": "`loss`: expected a mean over the samples, since the processes of the `group` share each batch",
+        "hardest": "`loss`: expected a mean over the samples, since the processes",
         "a changed loss": "expected the same network, loss, augmentation and path in the backward pass as in the call",
         "a changed augmentation": "expected the same network, loss, augmentation and path in the backward pass as in the call",
         "a mean at first": "`loss`: expected a mean over the samples",

@@ -48,8 +48,7 @@ class InProcesses(InMicrobatches):
 
         So each process computes at least one piece, and all processes have the same kinds of results.
         """
-        rank, processes = self.group.rank(), self.group.size()
-        first, last = (batch * number // processes for number in (rank, rank + 1))
+        first, last = _share(batch, self.group.rank(), self.group)
         if first == last:
             yield slice(1), 0.0
         for start in range(first, last, self.size):
@@ -62,6 +61,22 @@ class InProcesses(InMicrobatches):
         dist.all_reduce(totals, group=self.group)
         # clone the scalars, since the sweeps keep those of all steps and a view would keep the whole vector
         return totals[: len(vector)], *totals[len(vector) :].clone()
+
+
+def _share(batch: int, rank: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """Return where the share of the process `rank` in a batch starts and stops."""
+    return batch * rank // group.size(), batch * (rank + 1) // group.size()
+
+
+def gathered_shares(group: dist.ProcessGroup, rows: Tensor, batch: int, most: int) -> list[Tensor]:
+    """Return at most `most` rows of each process's share of a batch, from the `rows` (r, …) of this process. Empty shares are left out."""
+    counts = [min(stop - start, most) for start, stop in (_share(batch, rank, group) for rank in range(group.size()))]
+    own = rows.new_zeros(max(counts), *rows.shape[1:])
+    own[: counts[group.rank()]] = rows[: counts[group.rank()]]
+    every = [torch.empty_like(own) for _ in counts]
+    # as bytes, since back ends do not send all dtypes
+    dist.all_gather([each.view(-1).view(torch.uint8) for each in every], own.view(-1).view(torch.uint8), group=group)
+    return [each[:count] for each, count in zip(every, counts, strict=True) if count]
 
 
 def add_up(group: dist.ProcessGroup, *gradients: Tensor | None) -> None:
