@@ -81,9 +81,7 @@ def naming_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({reason_of(error)}); nothing was changed; {remedy_for(error)}"
-        ) from error
+        raise InputError(f"{path}: cannot be written ({reason_of(error)}); {remedy_for(error)}") from error
 
 
 def _sync(path: Path) -> None:

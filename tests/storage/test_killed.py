@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -301,3 +301,26 @@ def test_a_place_is_free_where_only_leftovers_are(tmp_path: Path) -> None:
     (tmp_path / "out" / "file").symlink_to("nowhere")
     assert not is_free(tmp_path / "out")
     assert not is_free(tmp_path / "out" / "file")
+
+
+def write_beside_others(path: Path, text: str) -> None:
+    with atomic_folder(path.parent) as folder:
+        (folder / path.name).write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_text, write_beside_others])
+def test_an_error_after_a_rename_does_not_deny_the_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, str], None]
+) -> None:
+    (tmp_path / "file").write_text("old")
+    synced = os.fsync
+
+    def fails_once_renamed(handle: int) -> None:
+        if (tmp_path / "file").read_text() == "new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        synced(handle)
+
+    monkeypatch.setattr("os.fsync", fails_once_renamed)
+    with pytest.raises(InputError, match=r": cannot be written \(Input/output error\); check the disk$"):
+        write(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
