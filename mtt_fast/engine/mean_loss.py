@@ -1,6 +1,7 @@
 """Check whether a user's loss is a mean over the samples, so that the losses of the pieces of a batch add up.
 
-`is_mean` compares the losses of a few samples before the first step, and `WatchedLoss` those of all pieces in the forward sweep.
+`is_mean` compares the losses of a few samples before the first step. `WatchedLoss` compares those of all pieces of a batch with the
+batch's, in each step of the forward sweep.
 """
 
 from __future__ import annotations
