@@ -515,31 +515,34 @@ def test_a_plan_without_pieces_is_refused(size: int) -> None:
         unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(4)[None], plan=size)  # type: ignore[call-overload]
 
 
+def module_and_sizes(inputs: int) -> tuple[FlatModule, list[int]]:
+    """Return a module, and a list that receives the numbers of samples with which it is called."""
+    sizes: list[int] = []
+
+    class Recorded(torch.nn.Flatten):
+        def forward(self, images: Tensor) -> Tensor:
+            if not images.is_meta:
+                sizes.append(len(images))
+            return super().forward(images)
+
+    return FlatModule(torch.nn.Sequential(Recorded(), torch.nn.Linear(inputs, 2))), sizes
+
+
 def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
-    net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))), []
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        sizes.append(len(logits))
-        return torch.nn.functional.cross_entropy(logits, labels)
-
+    net, sizes = module_and_sizes(12)
     made = mtt_fast.plan(net, images=(20, 3, 2, 2), steps=1, batch=10, memory_budget=None)
     images, labels = torch.randn(20, 3, 2, 2), torch.arange(20) % 2
-    unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(20)[None], plan=made, loss=loss)
+    unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(20)[None], plan=made)
     assert max(sizes) == 10
 
 
 def test_a_plan_for_smaller_steps_keeps_its_budget() -> None:
-    net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))), []
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        sizes.append(len(logits))
-        return torch.nn.functional.cross_entropy(logits, labels)
-
+    net, sizes = module_and_sizes(3072)
     small, large = (
         mtt_fast.plan(net, images=(400, 3, 32, 32), steps=4, batch=batch, memory_budget="60MiB") for batch in (4, 400)
     )
     images, labels = torch.randn(400, 3, 32, 32), torch.arange(400) % 2
-    unroll(net, torch.randn(6146), images, labels, 0.1, torch.arange(400).expand(4, -1), plan=small, loss=loss)
+    unroll(net, torch.randn(6146), images, labels, 0.1, torch.arange(400).expand(4, -1), plan=small)
     assert max(sizes) == large.microbatch < 400
 
 

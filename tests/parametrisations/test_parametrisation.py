@@ -148,18 +148,19 @@ def test_parameters_begin_within_the_bounds_of_the_codes() -> None:
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_each_field_is_fitted_alone(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtt_fast.parametrisations.parametrisation._BLOCK", block)
-    options = "num_layers=2 layer_size=5 epochs_init=200 lr_nf_init=1e-2"
-    images = torch.randn(4, 3, 4, 4, generator=seeded(3))
-    together = make_parametrisation("ddif", options, images, 2, seeded())
+    options = "num_layers=2 layer_size=5 epochs_init=100 lr_nf_init=1e-2"
+    # in float64: Adam's steps amplify rounding, which depends on the processor, by a million
+    images = torch.randn(4, 3, 4, 4, generator=seeded(3)).double()
+    together = make_parametrisation("ddif", options, images, 2, seeded()).double()
     before = learned_values(together)
     together.fit(images)
     for image in range(4):
-        alone = make_parametrisation("ddif", options, images[:1], 1, seeded())
-        images_at(alone, {name: each[image : image + 1] for name, each in before.items()}, torch.empty(1, 3, 4, 4))
+        alone = make_parametrisation("ddif", options, images[:1], 1, seeded()).double()
+        images_at(alone, {name: each[image : image + 1] for name, each in before.items()}, torch.empty_like(images[:1]))
         alone.fit(images[image : image + 1])
         for name, values in learned_values(alone).items():
             torch.testing.assert_close(learned_values(together)[name][image], values[0])
-    first, fitted = (images_at(together, each, torch.empty(4, 3, 4, 4)) for each in (before, learned_values(together)))
+    first, fitted = (images_at(together, each, torch.empty_like(images)) for each in (before, learned_values(together)))
     assert (fitted - images).square().mean() < 0.5 * (first - images).square().mean()
 
 
