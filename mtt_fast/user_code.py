@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import inspect
 import operator
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -101,15 +102,14 @@ def _module_of_source(path: Path, source: bytes) -> ModuleType:
 def _check_imports(folder: Path) -> None:
     """Raise `InputError` if a file in `folder` cannot be imported, since one of its name in another user's folder has been."""
     files = {
-        name: Path(vars(module).get("__file__") or "")
-        for name, module in sys.modules.items()
-        if hasattr(module, "__dict__")
+        name: str(vars(module).get("__file__")) for name, module in sys.modules.items() if hasattr(module, "__dict__")
     }
-    others = {file.parent.resolve() for name, file in files.items() if name.startswith(_PREFIX)} - {folder}
+    others = {str(Path(file).parent.resolve()) for name, file in files.items() if name.startswith(_PREFIX)} - {
+        str(folder)
+    }
     for name, file in files.items():
-        for other in filter(file.is_relative_to, others):
-            place = file.relative_to(other)
-            if place.parts[0] in (name, f"{name}.py") and (folder / place).is_file():
+        for place in (f"{name}.py", f"{name}{os.sep}__init__.py"):
+            if file.removesuffix(f"{os.sep}{place}") in others and (folder / place).is_file():
                 raise InputError(
                     f"{folder / place}: cannot be imported, since {file} of the same name was imported before; rename one of them"
                 )
