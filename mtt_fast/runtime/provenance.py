@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import sys
+from functools import cache
 from importlib import metadata
 
 import torch
@@ -20,12 +21,18 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result can depend on."""
     installed = {"python": platform.python_version()}
     for package in ("mtt-fast", "torch", "triton", "kornia", "numpy", "safetensors"):
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+        if version := _installed_version(package):
+            installed[package] = version
     # torch itself names its build, such as +cu130; the metadata of some wheels do not
     return installed | {"torch": str(torch.__version__)}
+
+
+@cache  # since it reads the package's whole description
+def _installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def digest(*tensors: Tensor) -> str:

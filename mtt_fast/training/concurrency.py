@@ -58,7 +58,7 @@ def concurrency_for(
     GPU, as many jobs run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once`
     overrides this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
     """
-    work = GenericStudent(network).live_bytes(batch, image_shape, torch.float32).gradient
+    work = GenericStudent(network).gradient_live_bytes(batch, image_shape, torch.float32)
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -321,7 +321,7 @@ def test_as_many_jobs_run_as_a_gpu_has_threads_and_memory_for(monkeypatch: pytes
 
     assert at_once() == 8  # most of the free memory
     assert at_once(f"{3 * of_one}") == 3
-    work = GenericStudent(NET).live_bytes(batch, shape, torch.float32).gradient
+    work = GenericStudent(NET).gradient_live_bytes(batch, shape, torch.float32)
     assert at_once("1000 GB") == 132 * 2048 * 200 * 4 // work
 
 
@@ -364,13 +364,13 @@ def test_the_networks_of_a_pool_are_looked_at_once(monkeypatch: pytest.MonkeyPat
     """Check that the next evaluation of the same networks knows the memory of a step of each."""
     pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(11, 18)]
     students = [student_for(network, CPU) for network in pool]
-    original, counted = live_bytes_module._counted_live_bytes, list[Network]()
+    original, counted = live_bytes_module._counted_gradient_live_bytes, list[Network]()
 
-    def count(network: Network, *shapes: Any) -> StepBytes:
+    def count(network: Network, *shapes: Any) -> int:
         counted.append(network)
         return original(network, *shapes)
 
-    monkeypatch.setattr(live_bytes_module, "_counted_live_bytes", count)
+    monkeypatch.setattr(live_bytes_module, "_counted_gradient_live_bytes", count)
     for _ in range(2):
         for network, student in zip(pool, students, strict=True):
             concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, num_jobs=2)
