@@ -55,3 +55,23 @@ def test_the_folder_of_kernels_may_be_imported_by_its_own_name() -> None:
     command, root = [sys.executable, "-W", "error", "-c", code], Path(__file__).resolve().parents[1]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert (answer.stdout, answer.stderr) == ("none\n", "")
+
+
+def test_torchs_compiler_is_not_imported(tmp_path: Path) -> None:
+    """Run a network's steps, a GPU's settings and a distillation: the import takes seconds, and nothing is compiled."""
+    code = """
+import sys, torch, mtt_fast
+from mtt_fast.commands import cli
+from mtt_fast.distill.command import main
+from mtt_fast.runtime.numerics import numerics
+
+net, images = mtt_fast.FlatModule(torch.nn.Linear(4, 2)), torch.rand(2, 4, requires_grad=True)
+path = mtt_fast.unroll(net, net.init(), images, torch.tensor([0, 1]), 0.1, torch.tensor([[0, 1]]))
+path[-1].sum().backward()
+with numerics(torch.device("cuda"), "tf32"):
+    assert torch.are_deterministic_algorithms_enabled()
+toy = "--dataset digits --model ConvNetD1W4 --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2"
+assert cli.run(main, [*toy.split(), *"--Iteration 1 --num_eval 1 --epoch_eval_train 1 --batch_real 512".split()]) == 0
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

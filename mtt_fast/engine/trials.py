@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.mean_loss import FAILURES, is_mean
@@ -22,6 +21,7 @@ from mtt_fast.engine.students.protocol import Loss
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import is_capturing
+from mtt_fast.runtime.dispatch_mode import DispatchMode
 from mtt_fast.runtime.numerics import plain_attention, without_autocast
 
 _MAX_SAMPLES = 8  # in a trial
@@ -281,7 +281,7 @@ def _check_samples_are_independent(network: Network, theta: Tensor, inputs: Tens
                 )
 
 
-class _RandomOperations(TorchDispatchMode):
+class _RandomOperations(DispatchMode):
     """Collect the names of operations that may draw random numbers in two calls, on a CPU or on `device`."""
 
     def __init__(self, device: torch.device) -> None:

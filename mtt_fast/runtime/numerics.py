@@ -39,19 +39,17 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
         (memory, "fill_uninitialized_memory", False),  # a debugging aid that costs a kernel per tensor
     )
     before = [getattr(owner, name) for owner, name, _ in settings]
-    deterministic, only_warned = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    deterministic = torch.get_deterministic_debug_mode()
     workspace = os.environ.get(_WORKSPACE)
     os.environ.setdefault(_WORKSPACE, ":4096:8")
     try:
         for owner, name, value in settings:
             setattr(owner, name, value)
-        torch.use_deterministic_algorithms(True)
+        # not by torch.use_deterministic_algorithms, which imports the compiler, in seconds
+        torch.set_deterministic_debug_mode("error")
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=only_warned)
+        torch.set_deterministic_debug_mode(deterministic)
         for (owner, name, _), value in zip(settings, before, strict=True):
             setattr(owner, name, value)
         if workspace is None:

@@ -12,10 +12,10 @@ from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.protocol import Student
-from mtt_fast.networks.protocol import Network
+from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 Result = TypeVar("Result")
@@ -25,12 +25,12 @@ Job = Generator[None, None, Result]
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 """The context in which the pieces of one job run, such as a CUDA stream."""
 
-# The work of a step is measured by the bytes that autograd would hold. Below this limit a CPU is faster with one thread for each
+# The work of a step is measured by the bytes that autograd saves. Below this limit a CPU is faster with one thread for each
 # of several networks than with all threads for one network. Measured on two busy cores: 1.4 times as fast for ConvNet at 32×32 and
-# width 128 on 10 images (47 MB), and no difference for digits at width 32, where Python takes most of the time.
-_SMALL_STEP = 64 * 2**20  # bytes
-# A GPU counts as full with this many activation values for each of its resident threads. This is an estimate, not measured on a device.
-_VALUES_PER_THREAD = 200
+# width 128 on 10 images (15 MiB), and no difference for digits at width 32, where Python takes most of the time.
+_SMALL_STEP = 48 * 2**20  # bytes
+# A GPU counts as full with this many saved values for each of its resident threads. This is an estimate, not measured on a device.
+_VALUES_PER_THREAD = 150
 _VECTORS = 12  # parameters and velocity before, within and after a captured step; SAM's gradients with their parts
 
 
@@ -42,7 +42,7 @@ class Concurrency(NamedTuple):
 
 
 def concurrency_for(
-    network: Network,
+    network: Trainable,
     student: Student,
     image_shape: torch.Size,
     device: torch.device,
@@ -58,7 +58,7 @@ def concurrency_for(
     GPU, as many jobs run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once`
     overrides this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
     """
-    work = GenericStudent(network).gradient_live_bytes(batch, image_shape, torch.float32)
+    work = batch * saved_bytes_of_an_image(network, image_shape)
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -72,10 +72,34 @@ def concurrency_for(
     return Concurrency(max(1, min(at_once or most, num_jobs)), threads)
 
 
+def saved_bytes_of_an_image(network: Trainable, image_shape: torch.Size) -> int:
+    """Return the bytes that autograd saves for each image (C, H, W) in a forward pass of `network`, float32, at least 1.
+
+    A few images are computed on a CPU, since steps on the meta device, which compute nothing, import torch's compiler in seconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    theta, images = network.init(generator), torch.rand(3, *image_shape, generator=generator)
+    two, three = (_saved_bytes(network, theta, images[:count].clone()) for count in (2, 3))
+    return max(1, three - two)
+
+
+def _saved_bytes(network: Network, theta: Tensor, images: Tensor) -> int:
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = network(theta.detach().requires_grad_(), images)
+    del outputs  # until here the graph has kept all of them, so no address came twice
+    return sum(storages.values())
+
+
 def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:
     """Return the number of steps that fill a GPU of `gpu_threads` threads and fit in `memory` bytes.
 
-    `work` is a step's work, measured in bytes of activations; `step` is its memory in bytes.
+    `work` is a step's work, measured in bytes that autograd saves; `step` is its memory in bytes.
     """
     return min(gpu_threads * _VALUES_PER_THREAD * 4 // work, memory // step)
 

@@ -63,27 +63,29 @@ def test_cuda_is_set_and_set_back(precision: Any, monkeypatch: pytest.MonkeyPatc
     assert settings() == before
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "fp32_precision = 'tf32'", "fp32_precision = 'ieee'", "cudnn.conv.fp32_precision = 'ieee'",
-        "cuda.matmul.fp32_precision = 'tf32'", "cudnn.allow_tf32 = False", "cuda.matmul.allow_tf32 = True",
-    ],
-)  # fmt: skip
-def test_a_callers_precision_does_not_matter_and_stays(setting: str) -> None:
-    """Set it in a process of its own, since torch cannot set back all of these. `allow_tf32` raises an error after some of them."""
-    code = f"""
+def test_a_callers_precision_does_not_matter_and_stays() -> None:
+    """Set it in processes of their own, since torch cannot set back all of these. `allow_tf32` raises an error after some of them."""
+    code = """
+import os
 import torch
-torch.backends.{setting}
 from mtt_fast.kernels.triton.cudnn import _precision
 from tests.runtime.test_numerics import CUDA, fp32_precisions, numerics
-before = fp32_precisions()
-for precision, expected in (("fp32", "ieee"), ("tf32", "tf32")):
-    with numerics(CUDA, precision):
-        assert set(fp32_precisions().values()) == {{expected}}
-    with _precision(precision):
-        assert fp32_precisions()["conv"] == expected
-assert fp32_precisions() == before
+for setting in (
+    "fp32_precision = 'tf32'", "fp32_precision = 'ieee'", "cudnn.conv.fp32_precision = 'ieee'",
+    "cuda.matmul.fp32_precision = 'tf32'", "cudnn.allow_tf32 = False", "cuda.matmul.allow_tf32 = True",
+):
+    if os.fork():
+        assert os.wait()[1] == 0, setting
+        continue
+    exec(f"torch.backends.{setting}")
+    before = fp32_precisions()
+    for precision, expected in (("fp32", "ieee"), ("tf32", "tf32")):
+        with numerics(CUDA, precision):
+            assert set(fp32_precisions().values()) == {expected}
+        with _precision(precision):
+            assert fp32_precisions()["conv"] == expected
+    assert fp32_precisions() == before
+    break
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -19,11 +19,9 @@ import torch
 from mtt_fast import ConvNet, FlatModule
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.engine.students import live_bytes as live_bytes_module
 from mtt_fast.engine.students.choice import student_for
 from mtt_fast.engine.students.generic import GenericStudent
 from mtt_fast.engine.students.protocol import StepBytes
-from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.accuracy import accuracy
@@ -33,6 +31,7 @@ from mtt_fast.training.concurrency import (
     concurrency_for,
     round_robin,
     run_concurrently,
+    saved_bytes_of_an_image,
     steps_that_fill,
 )
 from mtt_fast.training.epochs import Epochs
@@ -302,8 +301,8 @@ def test_as_many_jobs_run_as_fill_the_device() -> None:
     assert concurrency(NET, small, 10, 5, 1) == Concurrency(1, 1)
     assert concurrency(wide, large, 10, 5, 3) == Concurrency(3, 2)
     device_threads = 132 * 2048
-    assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=10**11) == 4
-    assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
+    assert steps_that_fill(35_000_000, device_threads, step=10**8, memory=10**11) == 4
+    assert steps_that_fill(35_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
     assert steps_that_fill(10**10, device_threads, step=10**8, memory=10**11) == 0
 
 
@@ -321,8 +320,8 @@ def test_as_many_jobs_run_as_a_gpu_has_threads_and_memory_for(monkeypatch: pytes
 
     assert at_once() == 8  # most of the free memory
     assert at_once(f"{3 * of_one}") == 3
-    work = GenericStudent(NET).gradient_live_bytes(batch, shape, torch.float32)
-    assert at_once("1000 GB") == 132 * 2048 * 200 * 4 // work
+    work = batch * saved_bytes_of_an_image(NET, shape)
+    assert at_once("1000 GB") == 132 * 2048 * 150 * 4 // work
 
 
 @pytest.mark.gpu
@@ -360,21 +359,23 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
 
 
-def test_the_networks_of_a_pool_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the next evaluation of the same networks knows the memory of a step of each."""
-    pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(11, 18)]
-    students = [student_for(network, CPU) for network in pool]
-    original, counted = live_bytes_module._counted_gradient_live_bytes, list[Network]()
+class PartlyFrozen(torch.nn.Module):
+    """Has frozen weights, which autograd saves once for all images, and a sigmoid, whose outputs it saves for two operations."""
 
-    def count(network: Network, *shapes: Any) -> int:
-        counted.append(network)
-        return original(network, *shapes)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(36, 36, bias=False)
+        self.frozen = torch.nn.Linear(36, 36, bias=False).requires_grad_(False)
+        self.classify = torch.nn.Linear(36, 3)
 
-    monkeypatch.setattr(live_bytes_module, "_counted_gradient_live_bytes", count)
-    for _ in range(2):
-        for network, student in zip(pool, students, strict=True):
-            concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, num_jobs=2)
-    assert counted == pool
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.classify(self.frozen(self.first(images.flatten(1))).sigmoid().square())
+        return outputs
+
+
+def test_what_is_saved_of_an_image_is_counted_once() -> None:
+    inputs_sigmoid_square = 3 * 36 * 4
+    assert saved_bytes_of_an_image(FlatModule(PartlyFrozen()), torch.Size((1, 6, 6))) == inputs_sigmoid_square
 
 
 def test_no_network_lives_longer_for_having_been_looked_at() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast.engine.students.batch import Inputs, gathered
-from mtt_fast.engine.students.live_bytes import gradient_live_bytes, live_bytes
+from mtt_fast.engine.students.live_bytes import live_bytes
 from mtt_fast.engine.students.protocol import GradientTangent, Loss, SavedActivations, StepBytes, StepGradient, as_sums
 from mtt_fast.errors import InputError, dtype_name
 from mtt_fast.kernels import LabelKind
@@ -129,18 +129,11 @@ class GenericStudent:
     def live_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
         """Return the bytes of the live tensors in a step, without the temporaries inside operations (see `step_bytes`).
 
-        Raises `InputError` as the function `live_bytes` does.
+        A small loss stands in for `loss`, so that the result depends only on the network. Raises `InputError` as the function
+        `live_bytes` does.
         """
-        return live_bytes(self.network, self._counted, batch, image_shape, dtype)
-
-    def gradient_live_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> int:
-        """Return `live_bytes(…).gradient`, several times sooner."""
-        return gradient_live_bytes(self.network, self._counted, batch, image_shape, dtype)
-
-    @property
-    def _counted(self) -> GenericStudent:
-        """Return the student whose steps are counted: a small loss stands in for `loss`, so that the result depends only on the network."""
-        return GenericStudent(self.network, lambda outputs, _: outputs.square().mean().real)
+        student = GenericStudent(self.network, lambda outputs, _: outputs.square().mean().real)
+        return live_bytes(self.network, student, batch, image_shape, dtype)
 
 
 class LossGraph(NamedTuple):

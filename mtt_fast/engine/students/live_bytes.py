@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.engine.students.protocol import StepBytes, Student
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.dispatch_mode import DispatchMode
 from mtt_fast.runtime.numerics import without_saved_tensor_hooks
 from mtt_fast.user_code import line_of
 
-_Bytes = TypeVar("_Bytes", int, StepBytes)
-_COUNTED: weakref.WeakKeyDictionary[Network, dict[Any, Any]] = weakref.WeakKeyDictionary()
-"""Cache of the counts, for which an evaluation asks for each network of a pool. An entry lives as long as its network."""
+_Shapes = tuple[int, torch.Size, torch.dtype]
+_LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weakref.WeakKeyDictionary()
+"""Cache of `live_bytes`, which an evaluation calls for each network of a pool. An entry lives as long as its network."""
 
 
 def live_bytes(
@@ -30,44 +29,25 @@ def live_bytes(
     network must take the same memory. Raises `InputError` for a network that does not run on the meta device, and for one that
     cannot be a key of the cache.
     """
-    return _cached(_counted_live_bytes, network, student, batch, image_shape, dtype)
-
-
-def gradient_live_bytes(
-    network: Network, student: Student, batch: int, image_shape: torch.Size, dtype: torch.dtype
-) -> int:
-    """Return `live_bytes(…).gradient`, several times sooner, since only the gradient is run."""
-    return _cached(_counted_gradient_live_bytes, network, student, batch, image_shape, dtype)
-
-
-def _cached(
-    count: Callable[..., _Bytes],
-    network: Network,
-    student: Student,
-    batch: int,
-    image_shape: torch.Size,
-    dtype: torch.dtype,
-) -> _Bytes:
     try:
-        known = _COUNTED.setdefault(network, {})
+        known = _LIVE_BYTES.setdefault(network, {})
     except TypeError as error:
         raise InputError(
             f"`net`: expected a hashable network with weak references, by which the memory of its steps is cached, found {error}; "
             "make a dataclass with eq=False, or leave `memory_budget` out"
         ) from error
-    key = (count, batch, image_shape, dtype)
-    if key not in known:
+    shapes = (batch, image_shape, dtype)
+    if shapes not in known:
         try:
             with torch.autograd.set_detect_anomaly(False):  # anomaly detection reads values, to find NaN
-                known[key] = count(network, student, batch, image_shape, dtype)
+                known[shapes] = _counted_live_bytes(network, student, *shapes)
         except (RuntimeError, TypeError) as error:  # a TypeError of `.numpy()`
             raise InputError(
                 "`net`: expected a network that runs with any batch size on meta tensors, without data, by which the memory of a step is counted, "
                 f"found {str(error).partition(chr(10))[0]!r}{line_of(error)} for images {tuple(image_shape)}; make its tensors on the device of the images, or "
                 "dense buffers of a module, and read no tensor's value in it; only a `memory_budget` needs the count"
             ) from error
-    counted: _Bytes = known[key]
-    return counted
+    return known[shapes]
 
 
 def output_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> int:
@@ -78,22 +58,14 @@ def output_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: t
 
 
 @without_saved_tensor_hooks()
-def _counted_gradient_live_bytes(
-    network: Network, student: Student, batch: int, image_shape: torch.Size, dtype: torch.dtype
-) -> int:
-    theta, images, labels = _meta_batch(network, batch, image_shape, dtype)
-    counted = CountLiveBytes()
-    with counted:
-        student.gradient(theta, images, labels)
-    return counted.peak
-
-
-@without_saved_tensor_hooks()
 def _counted_live_bytes(
     network: Network, student: Student, batch: int, image_shape: torch.Size, dtype: torch.dtype
 ) -> StepBytes:
-    gradient = gradient_live_bytes(network, student, batch, image_shape, dtype)
-    theta, images, labels = _meta_batch(network, batch, image_shape, dtype)
+    theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
+    images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
+    labels = torch.empty(batch, dtype=torch.long, device="meta")
+    with CountLiveBytes() as gradient:
+        student.gradient(theta, images, labels)
     with CountLiveBytes() as gradient_jvp:
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
     with CountLiveBytes() as saving:
@@ -102,7 +74,7 @@ def _counted_live_bytes(
         saving.peak = saved
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta), step.saved)
     return StepBytes(
-        gradient=gradient,
+        gradient=gradient.peak,
         gradient_saving=forward_peak,
         gradient_jvp=gradient_jvp.peak,
         gradient_jvp_saved=saving.peak - saved,
@@ -111,16 +83,7 @@ def _counted_live_bytes(
     )
 
 
-def _meta_batch(
-    network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters, images and labels on the meta device."""
-    theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
-    images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
-    return theta, images, torch.empty(batch, dtype=torch.long, device="meta")
-
-
-class CountLiveBytes(TorchDispatchMode):
+class CountLiveBytes(DispatchMode):
     """Track the bytes of the tensors that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
