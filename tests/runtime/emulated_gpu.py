@@ -25,7 +25,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from mtt_fast.runtime.dispatch_mode import DispatchMode
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -139,7 +141,7 @@ class OnCuda(Tensor):
         return super().__getitem__(index) if rows is None or not isinstance(index, int) else rows[index]
 
 
-class Device(TorchDispatchMode):
+class Device(DispatchMode):
     """Compute what concerns the device that is not there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -358,7 +360,6 @@ def serve() -> None:
         "mtt_fast.distill.command",
         "matplotlib.figure",
         "tensorboard.summary.writer.record_writer",
-        "torch._inductor",
     ):
         importlib.import_module(name)
     for line in sys.stdin:
