@@ -45,15 +45,19 @@ def test_a_file_imports_the_one_beside_it_first() -> None:
     assert sys.path[0] != str(Path("first").resolve())
 
 
-def test_a_file_is_not_taken_for_that_of_another_folder() -> None:
+@pytest.mark.parametrize("beside", ["beside_3.py", "beside_4/__init__.py"])
+def test_a_file_is_not_taken_for_that_of_another_folder(beside: str) -> None:
     for each in ("first", "second"):
-        Path(each, "beside_3.py").write_text(f"place = {each!r}")
-        Path(each, "own.py").write_text("from beside_3 import place")
+        Path(each, beside).parent.mkdir(exist_ok=True)
+    Path("first", beside).write_text("place = 'first'")
+    Path("first/own.py").write_text(f"from {beside[:8]} import place")
     assert load("model", "first/own.py:place") == "first"
+    assert load("model", "second/own.py:Net.place") == "second"  # which has no such file beside it
+    Path("second", beside).touch()
     with pytest.raises(
-        InputError, match=r"second/beside_3.py: cannot be imported, since .*first/beside_3.py of the same name"
+        InputError, match=f"second/{beside}: cannot be imported, since .*first/{beside} of the same name"
     ):
-        load("model", "second/own.py:place")
+        load("model", "second/own.py:Net")
 
 
 def test_modules_of_packages_are_told_apart() -> None:
@@ -65,6 +69,6 @@ def test_modules_of_packages_are_told_apart() -> None:
 
 
 def test_an_error_names_the_line_of_the_users_file() -> None:
-    Path("first/own.py").write_text("\nimport json\njson.loads('{')")
-    with pytest.raises(InputError, match=r"JSONDecodeError: .* \(first/own.py, line 3\)$"):
+    Path("first/own.py").write_text("\nimport json\ndef read():\n    json.loads('{')\nread()")
+    with pytest.raises(InputError, match=r"JSONDecodeError: .* \(char 1\) \(first/own.py, line 4\)$"):
         load("model", "first/own.py:Net")

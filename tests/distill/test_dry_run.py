@@ -234,6 +234,10 @@ def test_the_time_is_that_of_every_image_in_every_step() -> None:
     one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
     assert times.evaluations == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
 
+    soft = dataclasses.replace(OPTIONS, lr_y=1.0)  # random real images are also evaluated with labels of experts
+    of_soft = estimated_seconds(soft, INFO, 2, cost, share=0.5, expert=expert, evaluated=evaluated)
+    assert of_soft == times._replace(evaluations=times.evaluations + 2 * one)
+
     of_maps = dataclasses.replace(OPTIONS, cam_model="ResNet18", cam_interval=3)
     with_maps = estimated_seconds(
         of_maps, INFO, 2, cost, share=0.5, expert=expert, evaluated=evaluated, cam=6.0, train_cam=True

@@ -478,3 +478,22 @@ def test_what_is_planned_in_fp16_can_be_repeated_in_tf32_in_the_same_memory(batc
     with pytest.raises(InputError, match=r"`memory_budget` \d+: expected at least"):
         plan_of("fp16", memory_budget=str(least["tf32"] - 1))
     assert plan_in_tf32(plan_of("fp16", microbatch=7)) == plan_of("tf32", microbatch=7)
+
+
+@pytest.mark.native
+def test_the_parameters_of_the_images_have_room_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan_of(available: int, precision: Precision, budget: str = "auto", parameters: int = 1000) -> Plan:
+        monkeypatch.setattr("mtt_fast.engine.memory_plan.free_bytes", lambda _: -(-available * 5 // 4))
+        given = DistillOptions(syn_steps=3, memory_budget=budget)
+        shape = (10, 3, 32, 32)
+        return plan_steps(
+            given, ConvNet(3, 10, 32, 16, 3), shape, torch.device("cpu"), precision, image_parameters=parameters
+        )
+
+    assert plan_of(2**30, "tf32").budget == 2**30 - 4 * 4 * 1000  # four copies in float32
+    assert plan_of(0, "tf32", budget="1GiB").budget == 2**30
+    least = plan_of(2**30, "tf32", parameters=0)
+    least = dataclasses.replace(least, microbatch=1, saved_steps=0)
+    assert plan_of(least.peak_bytes, "fp16", parameters=0)
+    with pytest.raises(InputError, match="`memory_budget` auto: expected at least"):  # for the repetition in tf32
+        plan_of(least.peak_bytes, "fp16")

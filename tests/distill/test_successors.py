@@ -70,6 +70,9 @@ def test_the_rate_of_the_images_halves_after_every_2000_iterations() -> None:
         state = State(iteration, 1, images.clone(), torch.arange(1), torch.tensor(0.1), images.clone(), torch.zeros(()))
         update(options, state, torch.ones_like(images), torch.zeros(()))
         assert torch.equal(state.images, torch.full_like(images, -rate)), iteration
+    for iterations, is_told in ((2000, True), (2001, False)):
+        remarks = dataclasses.replace(options, Iteration=iterations).remarks(())
+        assert any(remark.startswith("--lr_decay has no effect") for remark in remarks) == is_told
     state.iteration = 4001
     update(dataclasses.replace(options, lr_decay=False), state, torch.zeros_like(images), torch.zeros(()))
     assert torch.equal(state.images, torch.full_like(images, -2.0 - 8.0 / 2))  # the momentum is 0.5
@@ -260,6 +263,7 @@ MISTAKES = [
     (["--lr_y", "-1"], "--lr_y -1.0: expected at least 0"),
     (["--lr_y", "1", "--teacher_label"], "--teacher_label, --lr_y: expected one of them, found both"),
     (["--label_init", "experts"], "--label_init experts: has no effect without --lr_y"),
+    (["--protocol", "ddranking", "--epoch_eval_train", "0"], "`epoch_eval_train` 0: expected at least 1 with"),
 ]
 
 
