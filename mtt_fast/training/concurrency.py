@@ -58,7 +58,7 @@ def concurrency_for(
     GPU, as many jobs run as fill the device and fit in `memory_budget`, where "auto" is most of the free memory. `at_once`
     overrides this number. The number of threads depends only on the step, so results do not depend on the number of jobs.
     """
-    work = batch * saved_bytes_of_an_image(network, image_shape)
+    work = batch * saved_bytes_of_an_image(network, image_shape, device)
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -72,28 +72,28 @@ def concurrency_for(
     return Concurrency(max(1, min(at_once or most, num_jobs)), threads)
 
 
-def saved_bytes_of_an_image(network: Trainable, image_shape: torch.Size) -> int:
+def saved_bytes_of_an_image(network: Trainable, image_shape: torch.Size, device: torch.device) -> int:
     """Return the bytes that autograd saves for each image (C, H, W) in a forward pass of `network`, float32, at least 1.
 
-    A few images are computed on a CPU, since steps on the meta device, which compute nothing, import torch's compiler in seconds.
+    A few images are computed on `device`, since the meta device, where nothing is computed, imports torch's compiler, in seconds.
     """
     generator = torch.Generator().manual_seed(0)
-    theta, images = network.init(generator), torch.rand(3, *image_shape, generator=generator)
+    theta = network.init(generator).to(device)
+    images = torch.rand(3, *image_shape, generator=generator).to(device)
     two, three = (_saved_bytes(network, theta, images[:count].clone()) for count in (2, 3))
     return max(1, three - two)
 
 
 def _saved_bytes(network: Network, theta: Tensor, images: Tensor) -> int:
-    storages: dict[int, int] = {}
+    storages = set[torch.UntypedStorage]()
 
     def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages.add(tensor.untyped_storage())
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        outputs = network(theta.detach().requires_grad_(), images)
-    del outputs  # until here the graph has kept all of them, so no address came twice
-    return sum(storages.values())
+        network(theta.detach().requires_grad_(), images)
+    return sum(storage.nbytes() for storage in storages)
 
 
 def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:

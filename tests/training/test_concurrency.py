@@ -313,6 +313,7 @@ def test_as_many_jobs_run_as_a_gpu_has_threads_and_memory_for(monkeypatch: pytes
     gpu = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr("mtt_fast.training.concurrency.free_bytes", lambda _: 10 * of_one)
+    monkeypatch.setattr("mtt_fast.training.concurrency.saved_bytes_of_an_image", lambda *_: 5000)
 
     def at_once(budget: str = "auto") -> int:
         device = torch.device("cuda")
@@ -320,8 +321,7 @@ def test_as_many_jobs_run_as_a_gpu_has_threads_and_memory_for(monkeypatch: pytes
 
     assert at_once() == 8  # most of the free memory
     assert at_once(f"{3 * of_one}") == 3
-    work = batch * saved_bytes_of_an_image(NET, shape)
-    assert at_once("1000 GB") == 132 * 2048 * 150 * 4 // work
+    assert at_once("1000 GB") == 132 * 2048 * 150 * 4 // (batch * 5000)
 
 
 @pytest.mark.gpu
@@ -375,7 +375,7 @@ class PartlyFrozen(torch.nn.Module):
 
 def test_what_is_saved_of_an_image_is_counted_once() -> None:
     inputs_sigmoid_square = 3 * 36 * 4
-    assert saved_bytes_of_an_image(FlatModule(PartlyFrozen()), torch.Size((1, 6, 6))) == inputs_sigmoid_square
+    assert saved_bytes_of_an_image(FlatModule(PartlyFrozen()), torch.Size((1, 6, 6)), CPU) == inputs_sigmoid_square
 
 
 def test_no_network_lives_longer_for_having_been_looked_at() -> None:
