@@ -49,6 +49,7 @@ from mtt_fast.distill.gradients import (
 from mtt_fast.distill.initial import initial_images, initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions
 from mtt_fast.distill.parametrised import (
+    ImageParameters,
     check_parametrisation,
     check_same_parametrisation,
     describe_parametrisation,
@@ -176,22 +177,22 @@ def _numerics_of(
 
 def _checked_data(
     options: DistillOptions, requested: Mapping[str, Any], device: torch.device, seconds: Stopwatch
-) -> tuple[ImageData, Trainable, int]:
-    """Return the real images, the network, and the number of parameters of a parametrisation, after all cheap checks.
+) -> tuple[ImageData, Trainable, ImageParameters]:
+    """Return the real images, the network, and the numbers of a parametrisation's parameters, after all cheap checks.
 
     Checks that need no images run before the images are downloaded and packed. Raises `InputError` as `check_fits`.
     """
     check_scores_are_there(options)
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         check_options_fit(options, info, options.network(info), device)
-        image_parameters = check_parametrisation(options, info, device).learned
+        image_parameters = check_parametrisation(options, info, device)
         check_missing_experts(options, inventory_of(options, info))
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, requested)
     if info is None:
-        image_parameters = check_parametrisation(options, data, device).learned
+        image_parameters = check_parametrisation(options, data, device)
     return data, network, image_parameters
 
 

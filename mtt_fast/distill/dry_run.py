@@ -54,7 +54,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     batch = options.batch_syn or count
     try_users_network(options.model, network, info.image_shape, info.num_classes, device, batch)
     plan = plan_steps(
-        options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters.learned
+        options, network, (count, *info.image_shape), device, precision, image_parameters=image_parameters
     )
     cam = options.cam_network(info)
     to_train = options.cam_model not in (None, options.model) and cam_expert(options, info) is None

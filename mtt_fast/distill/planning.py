@@ -10,14 +10,13 @@ import torch
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.network_trial import named_after_option
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.parametrised import ImageParameters
 from mtt_fast.distill.segments import augmentation
 from mtt_fast.engine.memory_plan import Plan, plan, plan_for
 from mtt_fast.engine.students.fused import FusedConvNetStudent
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.memory_info import AUTO
-
-_COPIES = 4  # of the parameters of the images: in the state and in their module, their velocities and gradients
 
 
 def plan_steps(
@@ -27,12 +26,12 @@ def plan_steps(
     device: torch.device,
     precision: Precision,
     *,
-    image_parameters: int = 0,
+    image_parameters: ImageParameters | None = None,
 ) -> Plan:
     """Return the memory plan of the student steps of an iteration.
 
     `images` is (n, C, H, W): the number of synthetic images, and the shape of a real one. A budget of "auto" leaves room for
-    `image_parameters`, the parameters of a parametrisation. Raises `InputError` for a budget that is too small. In fp16 it must also
+    `image_parameters`, those of a parametrisation. Raises `InputError` for a budget that is too small. In fp16 it must also
     suffice for tf32, since an iteration that overflows is repeated in tf32.
     """
     if precision == "fp16":
@@ -53,9 +52,10 @@ def plan_steps(
         precision=precision,
     )
     reserved, fix = 0, "lower `batch` or `steps`"
-    if image_parameters and options.memory_budget == AUTO:
-        reserved = _COPIES * 4 * image_parameters
-        fix += f", or --ipc or the sizes of --parametrisation, whose {image_parameters:,} parameters take {-(-reserved // 2**20)} MiB"
+    learned, in_checkpoint = image_parameters or ImageParameters()
+    if learned and options.memory_budget == AUTO:
+        reserved = 4 * (in_checkpoint + 2 * learned)  # their module has a copy, and gradients
+        fix += f", or --ipc or the sizes of --parametrisation, whose {learned:,} parameters take {-(-reserved // 2**20)} MiB"
     with named_after_option(options.model):
         return plan_for(unlimited.work, options.memory_budget, options.microbatch, fix, reserved=reserved)
 

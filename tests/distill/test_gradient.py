@@ -26,6 +26,7 @@ from mtt_fast.distill.gradients import (
     start_gradients,
 )
 from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.parametrised import ImageParameters
 from mtt_fast.distill.planning import plan_in_tf32, plan_steps
 from mtt_fast.distill.segments import Segment, log_fields, segment_numbers
 from mtt_fast.distill.updates import update
@@ -486,11 +487,14 @@ def test_the_parameters_of_the_images_have_room_beside_a_step(monkeypatch: pytes
         monkeypatch.setattr("mtt_fast.engine.memory_plan.free_bytes", lambda _: -(-available * 5 // 4))
         given = DistillOptions(syn_steps=3, memory_budget=budget)
         shape = (10, 3, 32, 32)
+        learned = ImageParameters(parameters, in_checkpoint=3 * parameters)
         return plan_steps(
-            given, ConvNet(3, 10, 32, 16, 3), shape, torch.device("cpu"), precision, image_parameters=parameters
+            given, ConvNet(3, 10, 32, 16, 3), shape, torch.device("cpu"), precision, image_parameters=learned
         )
 
-    assert plan_of(2**30, "tf32").budget == 2**30 - 4 * 4 * 1000  # four copies in float32
+    assert (
+        plan_of(2**30, "tf32").budget == 2**30 - 5 * 4 * 1000
+    )  # with Adam's two averages, a module's copy and gradients
     assert plan_of(0, "tf32", budget="1GiB").budget == 2**30
     least = plan_of(2**30, "tf32", parameters=0)
     least = dataclasses.replace(least, microbatch=1, saved_steps=0)
