@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mtt_fast.engine.students.live_bytes import CountLiveBytes
 from mtt_fast.engine.students.protocol import Student
 from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
@@ -80,20 +81,17 @@ def saved_bytes_of_an_image(network: Trainable, image_shape: torch.Size, device:
     generator = torch.Generator().manual_seed(0)
     theta = network.init(generator).to(device)
     images = torch.rand(3, *image_shape, generator=generator).to(device)
-    two, three = (_saved_bytes(network, theta, images[:count].clone()) for count in (2, 3))
+    two, three = (_saved_bytes(network, theta, images[:count]) for count in (2, 3))
     return max(1, three - two)
 
 
 def _saved_bytes(network: Network, theta: Tensor, images: Tensor) -> int:
-    storages = set[torch.UntypedStorage]()
-
-    def note(tensor: Tensor) -> Tensor:
-        storages.add(tensor.untyped_storage())
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        network(theta.detach().requires_grad_(), images)
-    return sum(storage.nbytes() for storage in storages)
+    counted = CountLiveBytes()  # not by hooks on saved tensors, which torch.func refuses
+    with torch.enable_grad(), counted:
+        outputs = network(theta.detach().requires_grad_(), images)
+        saved = counted.live  # by the graph of the outputs
+    del outputs
+    return saved
 
 
 def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:

@@ -373,9 +373,27 @@ class PartlyFrozen(torch.nn.Module):
         return outputs
 
 
+class OfForces(torch.nn.Module):
+    """Differentiates by its images with torch.func, which refuses hooks on saved tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.classify = torch.nn.Linear(36, 8), torch.nn.Linear(36, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        def energy(each: torch.Tensor) -> torch.Tensor:
+            total: torch.Tensor = self.energy(each).sin().sum()
+            return total
+
+        outputs: torch.Tensor = self.classify(torch.func.grad(energy)(images.flatten(1)))
+        return outputs
+
+
 def test_what_is_saved_of_an_image_is_counted_once() -> None:
-    inputs_sigmoid_square = 3 * 36 * 4
-    assert saved_bytes_of_an_image(FlatModule(PartlyFrozen()), torch.Size((1, 6, 6)), CPU) == inputs_sigmoid_square
+    sigmoid_square_outputs = (36 + 36 + 3) * 4
+    shape = torch.Size((1, 6, 6))
+    assert saved_bytes_of_an_image(FlatModule(PartlyFrozen()), shape, CPU) == sigmoid_square_outputs
+    assert saved_bytes_of_an_image(FlatModule(OfForces()), shape, CPU) > 36 * 4
 
 
 def test_no_network_lives_longer_for_having_been_looked_at() -> None:
