@@ -492,9 +492,8 @@ def test_the_parameters_of_the_images_have_room_beside_a_step(monkeypatch: pytes
             given, ConvNet(3, 10, 32, 16, 3), shape, torch.device("cpu"), precision, image_parameters=learned
         )
 
-    assert (
-        plan_of(2**30, "tf32").budget == 2**30 - 5 * 4 * 1000
-    )  # with Adam's two averages, a module's copy and gradients
+    # float32 parameters with Adam's two averages, their copy in a module and its gradients
+    assert plan_of(2**30, "tf32").budget == 2**30 - 5 * 4 * 1000
     assert plan_of(0, "tf32", budget="1GiB").budget == 2**30
     least = plan_of(2**30, "tf32", parameters=0)
     least = dataclasses.replace(least, microbatch=1, saved_steps=0)
